@@ -1,0 +1,44 @@
+# make demo      install, then run the whole pipeline on real images
+# make test      install with the test extras, then run the tests (what CI runs)
+# make test-full longer proofs; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/digits
+JOBS ?= 2
+
+.PHONY: demo test test-full lint format clean
+
+demo: $(VENV)/.installed
+	$(BIN)/bigincubate run digits --run-dir $(RUN) --jobs $(JOBS)
+
+test: $(VENV)/.installed-dev lint
+	$(BIN)/python -m pytest -m "not full"
+
+test-full: $(VENV)/.installed-dev
+	BIGINCUBATE_CIFAR100="$(DATA)" $(BIN)/python -m pytest -m full
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# the same versions for users, developers and CI: constraints.txt is what the tests passed with
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigincubate needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,131 @@
+"""Who this process is among the ranks, and how the ranks agree.
+
+Taken from ``torchrun``'s variables, else from Slurm's, else a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..errors import BigincubateError, ConfigError
+
+
+@dataclass
+class RunEnv:
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: Any = None  # a gloo group for words between the ranks, so that they never wait for the accelerator
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def detect(cls) -> RunEnv:
+        """Join the process group the environment describes.
+
+        Raises:
+            ConfigError: the variables contradict each other.
+        """
+        env = os.environ
+        if "RANK" in env and "WORLD_SIZE" in env:
+            names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+        elif "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "MASTER_ADDR" in env:
+            names = ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"]
+        else:
+            names = []
+        defaults = [0, 1, 0, 1]
+        values = [int(env.get(name, default)) for name, default in zip(names, defaults, strict=False)]
+        rank, world, local_rank, local_world = values or defaults
+        if not 0 <= rank < world:
+            raise ConfigError(f"{names[0]}={rank} is outside {names[1]}={world}")
+        self = cls(rank, world, local_rank, local_world)
+        if torch.cuda.is_available():
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        # streaming and torch both read these
+        env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_world))
+        if world > 1:
+            env.setdefault("MASTER_ADDR", "127.0.0.1")
+            env.setdefault("MASTER_PORT", "29500")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            self.control = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
+        return self
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes."""
+        if self.world == 1:
+            return flag
+        vote = torch.tensor(int(flag))
+        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(vote)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value (numbers, strings, lists, dictionaries)."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value, group=self.control)
+        return out
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Rank 0 runs the block before the others do: what it makes, they find. Where it fails, all fail."""
+        problem: BigincubateError | None = None
+        if self.is_main:
+            try:
+                yield
+            except BigincubateError as error:
+                problem = error
+            problem = self.broadcast(problem)
+        else:
+            problem = self.broadcast(None)
+            if problem is None:
+                yield
+        if problem is not None:
+            raise problem
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def array_index() -> int:
+    """The module of this Slurm array task."""
+    try:
+        return int(os.environ["SLURM_ARRAY_TASK_ID"])
+    except KeyError:
+        raise ConfigError("--module auto needs SLURM_ARRAY_TASK_ID (a Slurm array task); else give a number") from None
+
+
+def stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

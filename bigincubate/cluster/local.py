@@ -1,0 +1,135 @@
+"""A whole run on this machine: each phase is a process of its own, at most ``jobs`` at a time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from ..config import Phase
+from ..errors import Exit
+from ..plan import PlannedRow
+from ..rundir import PhaseDir, RunDir
+from .orphan import PARENT
+from .progress import Reporter
+
+
+@dataclass
+class Job:
+    """A phase to run, and the jobs that must be done before it."""
+
+    key: str
+    title: str
+    phase: Phase
+    module: int | None
+    needs: tuple[str, ...]
+    steps: int
+
+
+def job_graph(rows: list[PlannedRow], *, baseline: bool) -> list[Job]:
+    """The jobs of a plan: the meta model, K modules beside each other, fine-tuning; the end-to-end baseline needs
+    none of them."""
+    modules = tuple(row.key for row in rows if row.phase == "incubate")
+    needs: dict[Phase, tuple[str, ...]] = {"pretrain": (), "incubate": ("pretrain",), "finetune": modules}
+    return [
+        Job(row.key, row.title, row.phase, row.module, needs.get(row.phase, ()), row.steps)
+        for row in rows
+        if baseline or row.phase != "end_to_end"
+    ]
+
+
+@dataclass
+class LocalRunner:
+    """Runs a job graph. A failing job never stops those that do not need it."""
+
+    run: RunDir
+    jobs: int
+    reporter: Reporter
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    stopping: bool = False
+    patience: int = 20  # times that a phase may find its directory owned: by the ghost of a run that was killed
+
+    def execute(self, graph: list[Job]) -> Exit:
+        """Run what is not done yet. Gives 0, 75 after a stop, or the exit code of the first job that failed."""
+        done = {job.key for job in graph if self.folder(job).result is not None}
+        failed: dict[str, int] = {}
+        waiting = [job for job in graph if job.key not in done]
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while waiting or self.running:
+                ready = [job for job in waiting if done.issuperset(job.needs)] if not self.stopping else []
+                for job in ready[: self.jobs - len(self.running)]:
+                    waiting.remove(job)
+                    self.start(job, min(self.jobs, len(ready) + len(self.running)))
+                if not self.running:
+                    break  # what waits needs something that failed, or we were asked to stop
+                for job, code in self.finished(graph):
+                    if code == 0:
+                        done.add(job.key)
+                        self.reporter.done(job, self.folder(job).result or {})
+                    elif code == Exit.PREEMPTED:
+                        self.stopping = True
+                    elif code == Exit.LOCKED and self.patience:
+                        self.patience -= 1
+                        time.sleep(1)
+                        waiting.append(job)
+                    else:
+                        failed[job.key] = code
+                        self.reporter.failed(job, code, last_line(self.log(job)), self.log(job))
+                self.reporter.update([(job, self.folder(job)) for job in graph if job.key in self.running])
+                time.sleep(0.2)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for process in self.running.values():  # only after an error of our own
+                process.terminate()
+        if failed:
+            return Exit(next(iter(failed.values()))) if next(iter(failed.values())) in set(Exit) else Exit.ENVIRONMENT
+        return Exit.PREEMPTED if self.stopping else Exit.DONE
+
+    def start(self, job: Job, beside: int) -> None:
+        log = self.log(job)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "bigincubate", "train", str(self.run.recipe_file)]
+        command += ["--run-dir", str(self.run.path), "--phase", job.phase]
+        command += ["--module", str(job.module)] if job.module is not None else []
+        environment = dict(os.environ, PYTHONUNBUFFERED="1", **{PARENT: str(os.getpid())})
+        # the cores are shared out, so that processes do not fight over them
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // beside)))
+        with log.open("ab") as output:
+            # a session of its own: Ctrl-C reaches us alone, and we pass it on once
+            self.running[job.key] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        self.reporter.started(job)
+
+    def finished(self, graph: list[Job]) -> Iterator[tuple[Job, int]]:
+        for job in graph:
+            process = self.running.get(job.key)
+            if process is not None and (code := process.poll()) is not None:
+                del self.running[job.key]
+                yield job, code
+
+    def folder(self, job: Job) -> PhaseDir:
+        return self.run.phase(job.phase, job.module)
+
+    def log(self, job: Job) -> Path:
+        return self.folder(job).path / "logs" / "train.log"
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        if not self.stopping:
+            self.stopping = True
+            self.reporter.say("stopping: each running phase writes a checkpoint first")
+            for process in self.running.values():
+                process.send_signal(signal.SIGTERM)
+
+
+def last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    return lines[-1] if lines else "no output"

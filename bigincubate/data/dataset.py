@@ -1,0 +1,144 @@
+"""A prepared data set: a folder of MDS shards that describes and proves itself.
+
+    DIR/dataset.json                  what is in it; written last, so a folder without it is unfinished
+    DIR/train/index.json              every shard with its size and SHA-256
+    DIR/train/00000/shard.00000.mds   samples: `image` (the bytes of an image file), `label` (an integer)
+    DIR/val/...
+
+`dataset.json` holds the SHA-256 of both indexes, and an index those of its shards: one digest pins every byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..errors import EnvironmentFault
+
+FORMAT = 1
+SPLITS = ("train", "val")
+COLUMNS = {"image": "bytes", "label": "int"}
+DESCRIPTION = "dataset.json"
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a prepared folder holds. ``digest`` (SHA-256, hexadecimal) pins classes, images, labels and order."""
+
+    path: Path
+    classes: list[str]
+    samples: dict[str, int]
+    digest: str
+
+
+def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
+    """Describe the data in ``path``; with ``remote`` its description is fetched from there if need be.
+
+    Raises:
+        EnvironmentFault: nothing prepared there, or a description, index or shard that cannot be right.
+    """
+    path = Path(path)
+    if remote and not (path / DESCRIPTION).exists():
+        from .shards import fetch_description
+
+        fetch_description(remote, path)
+    if not (path / DESCRIPTION).exists():
+        raise EnvironmentFault(
+            f"no data in {path}: make it with `bigincubate data prepare SOURCE --out {path}`"
+        )
+    described = read_json(path / DESCRIPTION)
+    try:
+        if described["format"] != FORMAT:
+            raise EnvironmentFault(f"{path}: data format {described['format']}, this version reads {FORMAT}")
+        classes, splits, digest = described["classes"], described["splits"], described["digest"]
+        samples = {split: splits[split]["samples"] for split in SPLITS}
+        for split in SPLITS:
+            _check_index(path / split, splits[split], present=remote is None)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise EnvironmentFault(f"{path}: its description is damaged; prepare the data again") from None
+    if digest != contents_digest(classes, splits):
+        raise EnvironmentFault(f"{path / DESCRIPTION} is damaged: its digest does not match; prepare it again")
+    return DatasetInfo(path=path, classes=classes, samples=samples, digest=digest)
+
+
+def contents_digest(classes: list[str], splits: dict[str, dict[str, Any]]) -> str:
+    """SHA-256 of what was prepared, whatever it was prepared from."""
+    text = json.dumps([FORMAT, classes, splits], sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
+    """Refuse an index that leads out of its folder, or is not the one that was written."""
+    file = folder / INDEX
+    index = read_json(file)
+    root = folder.resolve()
+    for shard in index["shards"]:
+        name = shard["raw_data"]["basename"]
+        plain = PurePosixPath(name)
+        if plain.is_absolute() or ".." in plain.parts or not (root / name).resolve().is_relative_to(root):
+            raise EnvironmentFault(f"{file}: shard {name!r} lies outside its folder; refused")
+        layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+        if shard["format"] != "mds" or shard["compression"] or layout != COLUMNS:
+            raise EnvironmentFault(f"{file}: shard {name!r} was not written by `bigincubate data prepare`")
+        if present and size(folder / name) != shard["raw_data"]["bytes"]:
+            found, expected = size(folder / name), shard["raw_data"]["bytes"]
+            raise EnvironmentFault(
+                f"{folder / name} is damaged: {found} bytes, expected {expected}; prepare the data again"
+            )
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != split["index"] or split["samples"] != sum(shard["samples"] for shard in index["shards"]):
+        raise EnvironmentFault(
+            f"{file} is damaged: SHA-256 {found}, expected {split['index']}; prepare the data again"
+        )
+
+
+def size(file: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object from a file.
+
+    Raises:
+        EnvironmentFault: missing, unreadable, or not a JSON object.
+    """
+    try:
+        value = json.loads(file.read_text())
+    except OSError as error:
+        raise EnvironmentFault(f"{file}: {error.strerror}; prepare the data again") from None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise EnvironmentFault(f"{file} is damaged: not a JSON object; prepare the data again")
+    return value
+
+
+def write_json(file: Path, value: dict[str, Any]) -> str:
+    """Write an object so that the file is there complete or not at all. Returns its SHA-256."""
+    data = (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
+    temporary = file.with_name(f".{file.name}.tmp")
+    with temporary.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+    temporary.replace(file)
+    sync(file.parent)
+    return hashlib.sha256(data).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,88 @@
+"""Mixup and CutMix for a batch that is cut over ranks and micro-batches.
+
+What is drawn belongs to the global batch: one mixing ratio, one choice, one box, a function of (seed, step). The
+partner of position p is (p + B/2) mod B. Rank r of W holds the samples j with j mod W = r and micro-batch m of M those
+of its samples i with i mod M = m, so where the B/R samples of a batch (R views of each) are a multiple of 2 W M,
+partners always sit in the same micro-batch, half of its rows apart. Hence mixing each micro-batch for itself *is*
+mixing the global batch.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.data.mixup import Mixup, cutmix_bbox_and_lam, one_hot
+from torch import Tensor
+
+from .. import config
+from ..errors import ConfigError
+from .augment import seeded
+
+
+def check_layout(
+    mixup: config.Mixup, *, batch_size: int, repeats: int = 1, world: int = 1, micro_batches: int = 1
+) -> None:
+    """Refuse a layout that would part mixing partners.
+
+    Args:
+        batch_size: global, views included. repeats: views of each sample.
+        world: ranks. micro_batches: how many a rank cuts its share into.
+
+    Raises:
+        ConfigError: batch_size / repeats is no multiple of 2 x world x micro_batches, and mixing is on.
+    """
+    samples, parts = batch_size // repeats, 2 * world * micro_batches
+    if mixup.active and samples % parts:
+        raise ConfigError(
+            f"mixup pairs samples inside a micro-batch: train.batch_size / augment.repeats = {samples} must be a "
+            f"multiple of {parts} (2 x {world} ranks x {micro_batches} micro-batches)"
+        )
+
+
+def mix(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    mixup: config.Mixup,
+    smoothing: float,
+    num_classes: int,
+    seed: int,
+    step: int,
+) -> tuple[Tensor, Tensor]:
+    """Mix the rows of one micro-batch with the rows half of it away (timm's batch mode, other partners).
+
+    Args:
+        images: [n, 3, H, W] float. labels: [n] int64.
+        smoothing: of the labels, spread over all classes. seed, step: what is drawn depends on these alone.
+
+    Returns:
+        images [n, 3, H, W], new where something was mixed, and targets [n, num_classes] float32 that sum to one.
+    """
+    off = smoothing / num_classes
+    targets = one_hot(labels, num_classes, on_value=1.0 - smoothing + off, off_value=off)
+    ratio, box = draw(mixup, images.shape, seed=seed, step=step)
+    if ratio == 1.0:
+        return images, targets
+    half = len(images) // 2
+    partners = images.roll(half, 0)
+    if box is None:
+        images = images * ratio + partners * (1.0 - ratio)
+    else:
+        top, bottom, left, right = box
+        images = images.clone()
+        images[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
+    return images, targets * ratio + targets.roll(half, 0) * (1.0 - ratio)
+
+
+def draw(
+    mixup: config.Mixup, shape: torch.Size, *, seed: int, step: int
+) -> tuple[float, tuple[int, int, int, int] | None]:
+    """The share of the image itself in [0, 1], and for CutMix the box (top, bottom, left, right) of its partner."""
+    if not mixup.active:
+        return 1.0, None
+    with seeded("mix", seed, step):
+        rule = Mixup(mixup.mixup, mixup.cutmix, prob=mixup.prob, switch_prob=mixup.switch_prob)
+        ratio, cut = rule._params_per_batch()
+        if not cut or ratio == 1.0:
+            return float(ratio), None
+        box, ratio = cutmix_bbox_and_lam(shape, ratio)
+        return float(ratio), tuple(int(edge) for edge in box)

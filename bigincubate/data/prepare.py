@@ -1,0 +1,202 @@
+"""Anything -> MDS shards.
+
+The samples are cut in chunks, and a chunk is written in a folder of its own that is renamed when it is complete. So
+the result does not depend on how many processes write, and a run that was killed goes on from the finished chunks.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import EnvironmentFault
+from .dataset import (
+    COLUMNS,
+    DESCRIPTION,
+    FORMAT,
+    INDEX,
+    DatasetInfo,
+    contents_digest,
+    open_dataset,
+    read_json,
+    sync,
+    write_json,
+)
+from .images import decode, encode
+from .locks import locked
+from .sources import Sample, Source, in_fixed_order, read_source
+
+CHUNK = 2048  # samples
+UNFINISHED = ".preparing.json"
+
+
+class Chunk(NamedTuple):
+    folder: Path
+    samples: list[Sample]
+
+
+def prepare(
+    source: str,
+    out: Path,
+    *,
+    jobs: int = 1,
+    val_fraction: float = 0.2,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> DatasetInfo:
+    """Write ``source`` as shards to ``out``, once: what is already there is kept, and whoever comes second waits.
+
+    Args:
+        source: a folder of images by class, a CIFAR python archive (packed or unpacked), "digits" or "digits-dev".
+        out: a folder that is missing, empty, unfinished, or finished from the same source.
+        jobs: processes; the result is the same, bit by bit, for any number.
+        val_fraction: how much of each class is held out where a folder of images has no part of its own for that.
+        on_progress: called with (samples done, samples in all).
+
+    Raises:
+        EnvironmentFault: no such source, an image that cannot be read, or something else in ``out``.
+    """
+    out = Path(os.path.abspath(out))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out.with_name(f".{out.name}.lock")) as lock:
+            return _prepare(read_source(source, val_fraction), out, jobs, lock, on_progress or (lambda *_: None))
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        raise EnvironmentFault(f"cannot prepare {source}: {what}; mend it and run it again to go on") from None
+    except BrokenProcessPool:
+        raise EnvironmentFault(
+            f"a process that prepared {source} was killed (out of memory?); run it again to go on"
+        ) from None
+
+
+def _prepare(
+    source: Source, out: Path, jobs: int, lock: int, on_progress: Callable[[int, int], None]
+) -> DatasetInfo:
+    identity = {"kind": source.kind, "fingerprint": source.fingerprint}
+    for mark in (DESCRIPTION, UNFINISHED):
+        if (out / mark).exists() and read_json(out / mark).get("source") != identity:
+            raise EnvironmentFault(f"{out} holds data from another source: delete it, or choose another folder")
+    if (out / DESCRIPTION).exists():
+        (out / UNFINISHED).unlink(missing_ok=True)
+        return open_dataset(out)
+    if not (out / UNFINISHED).exists() and out.exists() and any(out.iterdir()):
+        raise EnvironmentFault(f"{out} holds something else: choose an empty or a new folder")
+    out.mkdir(exist_ok=True)
+    write_json(out / UNFINISHED, {"source": identity})
+    for leftover in out.glob(".tmp-*"):
+        shutil.rmtree(leftover)
+
+    chunks = list(_chunks(source, out))
+    total = sum(len(chunk.samples) for chunk in chunks)
+    done = sum(len(chunk.samples) for chunk in chunks if chunk.folder.exists())
+    on_progress(done, total)
+    with _write_all([chunk for chunk in chunks if not chunk.folder.exists()], jobs, lock) as written:
+        for count in written:
+            done += count
+            on_progress(done, total)
+
+    splits = {split: _merge(out / split, samples) for split, samples in source.splits.items()}
+    description = {
+        "format": FORMAT,
+        "source": identity,
+        "classes": source.classes,
+        "splits": splits,
+        "digest": contents_digest(source.classes, splits),
+    }
+    write_json(out / DESCRIPTION, description)
+    (out / UNFINISHED).unlink()
+    return open_dataset(out)
+
+
+def _chunks(source: Source, out: Path) -> Iterator[Chunk]:
+    for split, samples in source.splits.items():
+        (out / split).mkdir(exist_ok=True)
+        ordered = in_fixed_order(samples)
+        for number, begin in enumerate(range(0, len(ordered), CHUNK)):
+            yield Chunk(out / split / f"{number:05}", ordered[begin : begin + CHUNK])
+
+
+def _merge(folder: Path, samples: list[Sample]) -> dict[str, Any]:
+    """One index over the chunks of a split."""
+    shards = []
+    for number in range(-(-len(samples) // CHUNK)):
+        chunk = f"{number:05}"
+        for shard in read_json(folder / chunk / INDEX)["shards"]:
+            shard["raw_data"]["basename"] = f"{chunk}/{shard['raw_data']['basename']}"
+            shards.append(shard)
+    return {"samples": len(samples), "index": write_json(folder / INDEX, {"version": 2, "shards": shards})}
+
+
+# ------------------------------------------------------------------------------------------------ one chunk
+
+
+def write_chunk(chunk: Chunk) -> int:
+    """Write one chunk, all of it or nothing. Returns the number of its samples."""
+    from streaming import MDSWriter
+
+    temporary = chunk.folder.parent.parent / f".tmp-{chunk.folder.parent.name}-{chunk.folder.name}-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    with MDSWriter(columns=COLUMNS, out=str(temporary), hashes=["sha256"]) as writer:
+        for sample in chunk.samples:
+            writer.write({"image": _image_bytes(sample), "label": sample.label})
+    for file in temporary.iterdir():
+        sync(file)
+    sync(temporary)
+    temporary.rename(chunk.folder)
+    sync(chunk.folder.parent)
+    return len(chunk.samples)
+
+
+def _image_bytes(sample: Sample) -> bytes:
+    if not isinstance(sample.image, str):
+        from PIL import Image
+
+        return encode(Image.fromarray(sample.image))
+    data = Path(sample.image).read_bytes()
+    try:
+        decode(data)
+    except ValueError as error:
+        raise EnvironmentFault(f"{sample.image} is not a readable image ({error}): mend or remove it") from None
+    return data
+
+
+@contextmanager
+def _write_all(chunks: list[Chunk], jobs: int, lock: int) -> Iterator[Iterator[int]]:
+    """Write chunks in this process, or in ``jobs`` others. Yields their sizes as they are done."""
+    if jobs <= 1 or len(chunks) <= 1:
+        yield map(write_chunk, chunks)
+        return
+    import streaming  # noqa: F401  once here, so that the forked processes have it
+
+    pool = ProcessPoolExecutor(
+        jobs,
+        mp_context=multiprocessing.get_context("fork"),
+        initializer=_belong_to,
+        initargs=(os.getpid(), lock),
+    )
+    try:
+        futures = [pool.submit(write_chunk, chunk) for chunk in chunks]
+        yield (future.result() for future in as_completed(futures))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _belong_to(parent: int, lock: int) -> None:
+    """End with the parent, however it ends, and do not hold its lock for it."""
+    os.close(lock)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

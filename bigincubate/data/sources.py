@@ -1,0 +1,252 @@
+"""What can be prepared: folders of images, CIFAR archives, and the digits that ship with scikit-learn."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import EnvironmentFault
+from .images import SUFFIXES
+
+EMBEDDED = ("digits", "digits-dev")
+VALIDATION_FOLDERS = ("val", "validation", "test")
+CIFAR = {  # files of the training and test part, of the names, and the key of the labels
+    "cifar-10": ([f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "batches.meta", "label"),
+    "cifar-100": (["train"], ["test"], "meta", "fine_label"),
+}
+
+
+class Sample(NamedTuple):
+    """One image. ``name`` is unique in its source; ``image`` is a file, or pixels [H, W] or [H, W, 3] uint8."""
+
+    name: str
+    label: int
+    image: str | np.ndarray
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything to prepare, read but for the image files themselves."""
+
+    kind: str
+    classes: list[str]
+    splits: dict[str, list[Sample]]  # "train" and "val"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of names, labels, and sizes of files or pixels: tells one source from another."""
+        digest = hashlib.sha256(repr((self.kind, self.classes)).encode())
+        for split, samples in self.splits.items():
+            for name, label, image in samples:
+                content = os.stat(image).st_size if isinstance(image, str) else image.tobytes()
+                digest.update(repr((split, name, label, content)).encode())
+        return digest.hexdigest()
+
+
+def read_source(source: str, val_fraction: float) -> Source:
+    """Find out what ``source`` is, and list its samples.
+
+    Raises:
+        EnvironmentFault: missing, empty, of no known kind, or damaged.
+    """
+    if source in EMBEDDED:
+        return _digits(development=source == "digits-dev")
+    path = Path(source)
+    if path.is_file() and tarfile.is_tarfile(path):
+        return _cifar_archive(path)
+    if path.is_dir():
+        return _cifar_folder(path) or _image_tree(path, val_fraction)
+    known = "a folder of images by class, a CIFAR-10 or CIFAR-100 python archive, or " + " or ".join(EMBEDDED)
+    if path.exists():
+        raise EnvironmentFault(f"{source}: unknown kind of source; give {known}")
+    raise EnvironmentFault(f"no such source: {source}; give {known}")
+
+
+def hold_out(samples: list[Sample], fraction: float) -> dict[str, list[Sample]]:
+    """Split by class: of each class the last ones are for validation, ceil(n x fraction) in all.
+
+    Classes share that number in proportion to their sizes, by largest remainder.
+    """
+    by_class: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_class.setdefault(sample.label, []).append(sample)
+    total = math.ceil(len(samples) * fraction - 1e-9)
+    quotas = {label: total * len(group) / len(samples) for label, group in by_class.items()}
+    counts = {label: math.floor(quota) for label, quota in quotas.items()}
+    by_remainder = sorted(quotas, key=lambda label: counts[label] - quotas[label])
+    for label in by_remainder[: total - sum(counts.values())]:
+        counts[label] += 1
+    splits: dict[str, list[Sample]] = {"train": [], "val": []}
+    for label, group in by_class.items():
+        cut = len(group) - counts[label]
+        splits["train"] += group[:cut]
+        splits["val"] += group[cut:]
+    return splits
+
+
+def in_fixed_order(samples: Iterable[Sample]) -> list[Sample]:
+    """A shuffle that depends on the names alone, with any version of any library."""
+    return sorted(samples, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())
+
+
+# ------------------------------------------------------------------------------------------------ digits
+
+
+def _digits(*, development: bool) -> Source:
+    """1,797 images of 8x8 pixels and 17 grey levels; the last fifth of each digit is held out.
+
+    For development the held-out part is left out, and a fifth of the rest takes its place.
+    """
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
+    samples = [Sample(f"{n}", int(label), pixels[n]) for n, label in enumerate(data.target)]
+    splits = hold_out(samples, 0.2)
+    if development:
+        splits = hold_out(splits["train"], 0.2)
+    return Source("digits-dev" if development else "digits", [str(n) for n in range(10)], splits)
+
+
+# ------------------------------------------------------------------------------------------------ image trees
+
+
+def _image_tree(root: Path, val_fraction: float) -> Source:
+    folders = _folders(root)
+    held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
+    if "train" in folders and held_out:
+        parts = {"train": root / "train", "val": root / held_out}
+    else:
+        parts = {"train": root / "train" if folders == ["train"] else root}
+    classes = _folders(parts["train"])
+    if not classes:
+        raise EnvironmentFault(
+            f"no images in {root}: expected {root}/CLASS/*.jpg, or {root}/train/CLASS/* and {root}/val/CLASS/*"
+        )
+    splits = {split: _scan(root, folder, classes) for split, folder in parts.items()}
+    for label, name in enumerate(classes):
+        if not any(sample.label == label for sample in splits["train"]):
+            raise EnvironmentFault(f"no images in {parts['train'] / name}: remove the folder or fill it")
+    if "val" not in splits:
+        splits = hold_out(in_fixed_order(splits["train"]), val_fraction)
+    if not splits["val"]:
+        raise EnvironmentFault(f"no images in {parts['val']}")
+    return Source("images", classes, splits)
+
+
+def _folders(root: Path) -> list[str]:
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _scan(root: Path, folder: Path, classes: list[str]) -> list[Sample]:
+    unknown = sorted(set(_folders(folder)) - set(classes))
+    if unknown:
+        raise EnvironmentFault(f"{folder / unknown[0]}: there is no such class among the training images")
+    samples = []
+    for label, name in enumerate(classes):
+        files = []
+        for where, _, names in os.walk(folder / name, followlinks=True):
+            files += [os.path.join(where, file) for file in names if _is_image(file)]
+        samples += [Sample(os.path.relpath(file, root), label, file) for file in sorted(files)]
+    return samples
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+# ------------------------------------------------------------------------------------------------ CIFAR
+
+
+def _cifar_archive(archive: Path) -> Source:
+    try:
+        with tarfile.open(archive) as tar:
+            members = {os.path.basename(member.name): member for member in tar if member.isfile()}
+
+            def read(name: str) -> bytes:
+                file = tar.extractfile(members[name])
+                assert file is not None  # a regular file, by the choice above
+                return file.read()
+
+            source = _cifar(members, read, str(archive))
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise EnvironmentFault(f"{archive} is damaged: {error}; download it again") from None
+    if source is None:
+        raise EnvironmentFault(f"{archive}: not a CIFAR-10 or CIFAR-100 python archive; unpack it and try again")
+    return source
+
+
+def _cifar_folder(root: Path) -> Source | None:
+    names = [entry.name for entry in root.iterdir() if entry.is_file()]
+    return _cifar(names, lambda name: (root / name).read_bytes(), str(root))
+
+
+def _cifar(names: Iterable[str], read: Callable[[str], bytes], where: str) -> Source | None:
+    """Pixels and labels, or None where the files of an archive are not all there."""
+    names = set(names)
+    for kind, (train, test, meta, label) in CIFAR.items():
+        if not names >= {*train, *test, meta}:
+            continue
+        try:
+            labels = safe_unpickle(read(meta))[f"{label}_names".encode()]
+            parts = {"train": train, "val": test}
+            splits = {
+                split: [s for name in files for s in _rows(name, safe_unpickle(read(name)), f"{label}s")]
+                for split, files in parts.items()
+            }
+            return Source(kind, [name.decode() for name in labels], splits)
+        except (pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+            raise EnvironmentFault(f"{where}: refused, not a {kind} archive as published: {error}") from None
+    return None
+
+
+def _rows(file: str, batch: dict[bytes, Any], key: str) -> list[Sample]:
+    labels = batch[key.encode()] if key.encode() in batch else batch[b"labels"]
+    pixels = batch[b"data"].reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
+    if pixels.dtype != np.uint8:
+        raise ValueError(f"pixels of type {pixels.dtype}")
+    return [Sample(f"{file}/{n}", int(label), pixels[n]) for n, label in enumerate(labels)]
+
+
+class _Restricted(pickle.Unpickler):
+    """Builds arrays and plain containers, and never calls anything else."""
+
+    allowed = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("_codecs", "encode"),  # how Python 3 writes bytes in the older protocols
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        if name == "_reconstruct":
+            from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined, unused-ignore]
+
+            return _reconstruct
+        return super().find_class(module, name)
+
+
+def safe_unpickle(data: bytes) -> Any:
+    """Read a pickle that may come from anywhere. Text of Python 2 comes back as bytes.
+
+    Raises:
+        pickle.UnpicklingError: it asks for anything but arrays and plain containers.
+    """
+    return _Restricted(io.BytesIO(data), encoding="bytes").load()

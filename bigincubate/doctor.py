@@ -1,0 +1,54 @@
+"""What this machine has of what bigincubate can use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import sys
+from typing import Any
+
+# package -> (whether nothing works without it, what for)
+PACKAGES = {
+    "torch": (True, "training"),
+    "torchvision": (True, "image transforms"),
+    "timm": (True, "models, optimizers, schedules, augmentation"),
+    "mosaicml-streaming": (True, "streaming data"),
+    "safetensors": (True, "checkpoints and artifacts"),
+    "tensorboard": (True, "curves"),
+    "scikit-learn": (True, "the embedded digits"),
+    "deepspeed": (False, "ZeRO sharding: pip install 'bigincubate[deepspeed]'"),
+    "fairscale": (False, "optimizer-state sharding: pip install 'bigincubate[fairscale]'"),
+}
+PROGRAMS = {"sbatch": "submit to Slurm", "g++": "build DeepSpeed's operators and compiled kernels"}
+
+
+def examine() -> list[dict[str, Any]]:
+    """One entry a check: ``name``, ``ok``, ``needed``, ``text``."""
+    python = sys.version_info[:2]
+    checks = [_check("python", python >= (3, 11), True, f"Python {sys.version.split()[0]} (3.11 or newer)")]
+    for name, (needed, purpose) in PACKAGES.items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = None
+        checks.append(_check(name, found is not None, needed, f"{name} {found or 'is not installed'} ({purpose})"))
+    try:
+        import torch
+
+        count = torch.cuda.device_count()
+        name = f"{count} x {torch.cuda.get_device_name(0)}" if count else "no CUDA device; training runs on the CPU"
+        checks.append(_check("gpu", count > 0, False, name))
+    except ImportError:
+        pass  # said above
+    for name, purpose in PROGRAMS.items():
+        path = shutil.which(name)
+        checks.append(_check(name, path is not None, False, f"{name}: {path or 'not found'} ({purpose})"))
+    shm = shutil.disk_usage("/dev/shm").free if sys.platform.startswith("linux") else None
+    if shm is not None:
+        enough = shm > 64 * 2**20
+        checks.append(_check("shm", enough, True, f"/dev/shm has {shm // 2**20} MiB free (streaming needs some)"))
+    return checks
+
+
+def _check(name: str, ok: bool, needed: bool, text: str) -> dict[str, Any]:
+    return {"name": name, "ok": ok, "needed": needed, "text": text}

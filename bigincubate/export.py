@@ -1,0 +1,112 @@
+"""From an artifact to a model: to evaluate it, and to hand it to timm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from .checkpoint.store import ModelSpec, load_artifact
+from .config import Phase
+from .errors import ArtifactError, ConfigError
+from .files import read_json
+from .models import Partition, build, family_of
+from .rundir import RunDir
+
+SPEC = "bigincubate"  # our part of an exported config.json
+
+
+def best_artifact(run: RunDir) -> Path:
+    """The artifact that stands for a run: the fine-tuned model, else the end-to-end one.
+
+    Raises:
+        ArtifactError: the run has neither yet.
+    """
+    phases: tuple[Phase, ...] = ("finetune", "end_to_end")
+    for phase in phases:
+        folder = run.phase(phase).artifact
+        if (folder / "manifest.json").exists():
+            return folder
+    raise ArtifactError(f"{run.path} has no finished model yet; go on with: bigincubate run {run.recipe_file} ...")
+
+
+def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
+    """The model of a run directory, a phase's directory, an artifact, or an exported folder.
+
+    Raises:
+        ArtifactError: there is no whole model there.
+    """
+    if (path / "config.json").exists():
+        return _load_exported(path)
+    if (path / "recipe.toml").exists():
+        path = best_artifact(RunDir(path))
+    elif (path / "artifact").is_dir():
+        path = path / "artifact"
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such directory")
+    tensors, manifest = load_artifact(path)
+    if manifest.kind != "model":
+        raise ArtifactError(f"{path} is module {manifest.module}, a part of a model; give a run or a whole model")
+    return _with_weights(manifest.model, tensors), manifest.model
+
+
+def _with_weights(spec: ModelSpec, tensors: dict[str, Tensor]) -> nn.Module:
+    depths = tuple(tuple(stages) for stages in spec.depths)
+    model = build(spec.name, depths, num_classes=spec.num_classes, img_size=spec.img_size, args=spec.args)
+    model.load_state_dict(tensors)
+    return model
+
+
+def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
+    from safetensors.torch import load_file
+
+    config = read_json(path / "config.json")
+    if not config or SPEC not in config:
+        raise ArtifactError(f"{path / 'config.json'} was not written by `bigincubate export`")
+    spec = ModelSpec.model_validate(config[SPEC])
+    return _with_weights(spec, load_file(path / "model.safetensors")), spec
+
+
+def export(source: Path, out: Path) -> str:
+    """Write a model as timm's own folder (``model.safetensors``, ``config.json``). Gives the Python that loads it.
+
+    Raises:
+        ArtifactError: there is no whole model in ``source``.
+        ConfigError: ``out`` holds something else.
+    """
+    from timm.models import save_for_hf
+
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").exists())):
+        raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
+    model, spec = load_model(source)
+    size = [3, spec.img_size, spec.img_size]
+    model.pretrained_cfg = {  # type: ignore[assignment]
+        **getattr(model, "pretrained_cfg", {}),
+        "input_size": size,
+        "num_classes": spec.num_classes,
+        "mean": spec.mean,
+        "std": spec.std,
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.eval_crop,
+    }
+    arguments = timm_arguments(spec)
+    save_for_hf(model, str(out), model_args=arguments, safe_serialization=True)
+    config = json.loads((out / "config.json").read_text())
+    config[SPEC] = spec.model_dump()
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    overlay = f"dict(file={str(out / 'model.safetensors')!r}, num_classes={spec.num_classes})"
+    return f"timm.create_model({spec.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {shown})"
+
+
+def timm_arguments(spec: ModelSpec) -> dict[str, object]:
+    """What ``timm.create_model`` needs to build this very model."""
+    partition = Partition(family_of(spec.name), tuple(tuple(stages) for stages in spec.depths))
+    arguments: dict[str, object] = {"num_classes": spec.num_classes, **spec.args}
+    depth = partition.family.depth_argument
+    if depth:
+        arguments[depth] = list(partition.stage_depths) if partition.family.stages > 1 else partition.stage_depths[0]
+    if partition.family.takes_img_size:
+        arguments["img_size"] = spec.img_size
+    return arguments

@@ -1,0 +1,121 @@
+"""What a phase reports while it runs: TensorBoard beside ``metrics.jsonl``, the same numbers in both."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from .files import append_line, write_text
+from .rundir import PhaseDir
+
+
+class Metrics:
+    """One writer a phase, on rank 0; the other ranks' is silent.
+
+    Args:
+        step: the optimizer step that training goes on from. What an earlier attempt logged beyond it is dropped, so
+            that no step appears twice.
+    """
+
+    def __init__(self, folder: PhaseDir, step: int, *, enabled: bool) -> None:
+        self.file = folder.metrics
+        self.writer = None
+        if enabled:
+            _cut(self.file, step)
+            self.writer = SummaryWriter(str(folder.path / "tb"), purge_step=step + 1 if step else None)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Numbers of an optimizer step. Tags: ``train/loss``, ``train/lr``, ``train/grad_norm``, ``val/top1``, …"""
+        if self.writer is None:
+            return
+        append_line(self.file, {"step": step, **values})
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+
+    def images(self, step: int, images: Tensor, mean: list[float], std: list[float]) -> None:
+        """Show inputs ``[n, 3, H, W]`` as the model sees them, normalisation undone."""
+        if self.writer is not None:
+            shape = (1, 3, 1, 1)
+            shown = images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+            scale = max(1, 64 // shown.shape[-1])  # tiny images are enlarged to be seen
+            shown = shown.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+            self.writer.add_images("inputs", shown, step)
+
+    def text(self, tag: str, text: str) -> None:
+        if self.writer is not None:
+            self.writer.add_text(tag, text, 0)
+
+    def flush(self) -> None:
+        """Before a checkpoint: what it covers must not be lost with the process."""
+        if self.writer is not None:
+            self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _cut(file: Path, step: int) -> None:
+    rows = read_metrics(file)
+    kept = [row for row in rows if row["step"] <= step]
+    if len(kept) < len(rows) or (file.exists() and not file.read_bytes().endswith(b"\n")):
+        write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The logged rows; a last line that was cut off by a crash is left out."""
+    rows = []
+    if file.exists():
+        for line in file.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue
+    return rows
+
+
+class Meter:
+    """Throughput between two logged steps."""
+
+    def __init__(self, flops_per_image: int, device: torch.device) -> None:
+        self.flops_per_image, self.device = flops_per_image, device
+        self.peak = _peak_flops(device)
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    def read(self) -> dict[str, float]:
+        """Images a second over all ranks, GFLOP/s, share of time spent waiting for data, memory; then starts anew."""
+        seconds = time.perf_counter() - self.started
+        rate = self.images / seconds
+        values = {
+            "perf/images_per_sec": rate,
+            "perf/gflops": rate * self.flops_per_image / 1e9,
+            "perf/data_wait": self.waited / seconds,
+        }
+        if self.peak:
+            values["perf/mfu"] = rate * self.flops_per_image / self.peak
+        if self.device.type == "cuda":
+            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            import resource
+
+            values["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.restart()
+        return values
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of the accelerator (vendor data sheets); None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "V100": 112e12}
+    return next((peak for key, peak in peaks.items() if key in name), None)

@@ -1,0 +1,44 @@
+"""Models: which timm families are supported, how they are cut into modules, and how tensors move between depths."""
+
+from .build import block_costs, build, default_depths
+from .drop_path import DropPath, apply_masks, draw_masks, drop_paths, set_rates
+from .families import FAMILIES, Family, family_of
+from .partition import (
+    BlockRef,
+    Depths,
+    Partition,
+    balanced_cut,
+    check_depths,
+    default_meta,
+    hybrid_depths,
+    normalise_depths,
+)
+from .surgery import assemble, extract, freeze, initialise, insert, rename
+
+__all__ = [
+    "FAMILIES",
+    "BlockRef",
+    "Depths",
+    "DropPath",
+    "Family",
+    "Partition",
+    "apply_masks",
+    "assemble",
+    "balanced_cut",
+    "block_costs",
+    "build",
+    "check_depths",
+    "default_depths",
+    "default_meta",
+    "draw_masks",
+    "drop_paths",
+    "extract",
+    "family_of",
+    "freeze",
+    "hybrid_depths",
+    "initialise",
+    "insert",
+    "normalise_depths",
+    "rename",
+    "set_rates",
+]

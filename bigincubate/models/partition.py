@@ -1,0 +1,296 @@
+"""Which module owns which tensor and which block: index arithmetic on timm's own names, nothing else.
+
+*Depths* say how many blocks of each stage a module has: one inner tuple a module, one entry a stage. The target, the
+meta model and every hybrid have depths of the same shape, so a tensor is known in all of them by its module and its
+*local* name, the name with the block's index counted from the module's own start in that stage.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+from ..errors import ArtifactError, ConfigError
+from .families import Family
+
+Depths = tuple[tuple[int, ...], ...]
+
+
+class BlockRef(NamedTuple):
+    """One block: its module, its stage, its index in the stage and in the module's part of the stage, its path."""
+
+    module: int
+    stage: int
+    index_in_stage: int
+    index_in_module: int
+    path: str
+
+
+def normalise_depths(value: Sequence[int | Sequence[int]], stages: int, what: str = "depths") -> Depths:
+    """``[3, 3, 3, 3]`` (one stage) or ``[[2, 2, 6, 0], ...]`` (a number a stage) in the normal form.
+
+    Raises:
+        ConfigError: not lists of non-negative whole numbers, or another number of stages. ``what`` names the setting.
+    """
+    if not value:
+        raise ConfigError(f"{what} is empty: give the depth of each module")
+    modules: list[tuple[int, ...]] = []
+    for index, entry in enumerate(value):
+        row = tuple(entry) if isinstance(entry, (list, tuple)) else (entry,)
+        if any(isinstance(depth, bool) or not isinstance(depth, int) or depth < 0 for depth in row):
+            raise ConfigError(f"{what}: module {index} is {entry}; depths are whole numbers, not negative")
+        if len(row) != stages:
+            form = "one depth" if stages == 1 else f"a list of {stages} depths, one a stage"
+            raise ConfigError(f"{what}: module {index} is {entry}; this model needs {form} for each module")
+        modules.append(row)
+    return tuple(modules)
+
+
+def hybrid_depths(target: Depths, meta: Depths, module: int) -> Depths:
+    """The meta model's depths with one module at its target depth."""
+    return (*meta[:module], target[module], *meta[module + 1 :])
+
+
+@lru_cache
+def _patterns(family: Family) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
+    """Of a tensor inside a block (groups stage, block, rest), and inside a stage but outside its blocks."""
+    block = re.escape(family.block).replace(r"\{stage\}", r"(?P<stage>\d+)")
+    block = block.replace(r"\{block\}", r"(?P<block>\d+)") + r"\.(?P<rest>.+)"
+    head, staged, _ = family.block.partition("{stage}")
+    return re.compile(block), re.compile(re.escape(head) + r"(?P<stage>\d+)\..+") if staged else None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The modules of one model: a family and the depths.
+
+    Module 0 owns the stem, module K-1 the tail (final norm, pooling, head). What a stage has outside its blocks
+    (timm puts the down-sampling at the *start* of a stage) belongs to the module with the stage's first block.
+
+    Raises:
+        ConfigError: the depths do not cut the sequence of blocks into contiguous modules.
+    """
+
+    family: Family
+    depths: Depths
+
+    def __post_init__(self) -> None:
+        check_layout(self.family, self.depths)
+
+    @property
+    def modules(self) -> int:
+        """K, the number of modules."""
+        return len(self.depths)
+
+    @cached_property
+    def stage_depths(self) -> tuple[int, ...]:
+        """Number of blocks of each stage."""
+        return tuple(sum(column) for column in zip(*self.depths, strict=True))
+
+    @cached_property
+    def _starts(self) -> Depths:
+        columns = [tuple(accumulate(column, initial=0))[:-1] for column in zip(*self.depths, strict=True)]
+        return tuple(zip(*columns, strict=True))
+
+    def start(self, module: int, stage: int) -> int:
+        """Index in the stage of the module's first block there."""
+        return self._starts[module][stage]
+
+    def block_path(self, module: int, stage: int, index_in_module: int) -> str:
+        """Path of a block of a module, such as ``blocks.7``."""
+        return self.family.block_path(stage, self.start(module, stage) + index_in_module)
+
+    def blocks(self) -> Iterator[BlockRef]:
+        """All blocks, in the order in which they are executed."""
+        for module, depths in enumerate(self.depths):
+            for stage, depth in enumerate(depths):
+                for index in range(depth):
+                    path = self.block_path(module, stage, index)
+                    yield BlockRef(module, stage, self.start(module, stage) + index, index, path)
+
+    def block_of(self, name: str) -> BlockRef | None:
+        """The block that a parameter or buffer is in; None for the stem, the tail and what a stage has of its own.
+
+        Raises:
+            ArtifactError: no block of this model has that index.
+        """
+        match = _patterns(self.family)[0].fullmatch(name)
+        if match is None:
+            return None
+        stage, index = int(match.groupdict().get("stage", 0)), int(match["block"])
+        path = self.family.block_path(stage, index)
+        for module in range(self.modules if stage < self.family.stages else 0):
+            local = index - self.start(module, stage)
+            if 0 <= local < self.depths[module][stage]:
+                return BlockRef(module, stage, index, local, path)
+        raise ArtifactError(f"tensor {name!r}: this model of depths {self._shown} has no block {path}")
+
+    def owner(self, name: str) -> int:
+        """The module that a parameter or buffer belongs to.
+
+        Raises:
+            ArtifactError: a model of this family and these depths has no such tensor.
+        """
+        if block := self.block_of(name):
+            return block.module
+        stage_pattern = _patterns(self.family)[1]
+        if stage_pattern and (match := stage_pattern.fullmatch(name)) and int(match["stage"]) < self.family.stages:
+            stage = int(match["stage"])
+            return next(module for module, depths in enumerate(self.depths) if depths[stage])
+        first = name.partition(".")[0]
+        if first in self.family.stem:
+            return 0
+        if first in self.family.tail:
+            return self.modules - 1
+        raise ArtifactError(f"tensor {name!r} is not part of a {self.family.name} model")
+
+    def local(self, name: str) -> tuple[int, str]:
+        """Module and local name of a tensor: the name with the block counted from the module's start in the stage."""
+        block = self.block_of(name)
+        if block is None:
+            return self.owner(name), name
+        return block.module, self.family.block_path(block.stage, block.index_in_module) + name[len(block.path) :]
+
+    def globalise(self, module: int, local_name: str) -> str:
+        """The name in this model of a module's tensor; the inverse of `local`.
+
+        Raises:
+            ArtifactError: the module has no such tensor.
+        """
+        name = local_name
+        if match := _patterns(self.family)[0].fullmatch(local_name):
+            stage, index = int(match.groupdict().get("stage", 0)), int(match["block"])
+            if stage < self.family.stages:
+                name = f"{self.block_path(module, stage, index)}.{match['rest']}"
+        if self.owner(name) != module:
+            raise ArtifactError(f"module {module} of depths {self.depths[module]} has no tensor {local_name!r}")
+        return name
+
+    @property
+    def _shown(self) -> list[int] | list[list[int]]:
+        return [row[0] for row in self.depths] if self.family.stages == 1 else [list(row) for row in self.depths]
+
+
+def check_layout(family: Family, depths: Depths, what: str = "depths") -> None:
+    """Each module has blocks, each stage has blocks, and modules follow one another in the order of execution.
+
+    Raises:
+        ConfigError: one line that names the module or stage at fault; ``what`` names the setting.
+    """
+    last = 0
+    for module, row in enumerate(depths):
+        assert len(row) == family.stages, "depths come from normalise_depths"
+        stages = [stage for stage, depth in enumerate(row) if depth]
+        if not stages:
+            raise ConfigError(f"{what}: module {module} has no blocks; each module needs at least one")
+        if stages[0] < last:
+            raise ConfigError(
+                f"{what}: module {module} begins in stage {stages[0]}, but module {module - 1} reaches stage {last}; "
+                "modules follow one another through the stages"
+            )
+        last = stages[-1]
+    for stage, total in enumerate(map(sum, zip(*depths, strict=True))):
+        if not total:
+            raise ConfigError(f"{what}: stage {stage} has no blocks; each stage needs at least one")
+
+
+def check_depths(family: Family, target: Depths, meta: Depths) -> None:
+    """A meta model fits a target: the same modules and stages, nowhere deeper, and equal parity of each start.
+
+    A hybrid then starts every module at an index congruent to both, so no block changes what it computes when its
+    neighbours change their depth.
+
+    Raises:
+        ConfigError: one line that names the module and the stage, and says how to mend it.
+    """
+    check_layout(family, target, "target_depths")
+    check_layout(family, meta, "meta_depths")
+    if len(target) != len(meta):
+        raise ConfigError(
+            f"target_depths lists {len(target)} modules and meta_depths {len(meta)}: they must be the same"
+        )
+    for module, (deep, shallow) in enumerate(zip(target, meta, strict=True)):
+        for stage, (large, small) in enumerate(zip(deep, shallow, strict=True)):
+            where = f"module {module}" + (f", stage {stage}" if family.stages > 1 else "")
+            if bool(large) != bool(small):
+                raise ConfigError(
+                    f"{where}: target depth {large}, meta depth {small}; the meta model has blocks exactly where the "
+                    "target has"
+                )
+            if small > large:
+                raise ConfigError(f"{where}: meta depth {small} is more than the target's {large}")
+    deep_partition, shallow_partition = Partition(family, target), Partition(family, meta)
+    for block in shallow_partition.blocks():
+        starts = [p.start(block.module, block.stage) for p in (deep_partition, shallow_partition)]
+        if (starts[0] - starts[1]) % family.parity:
+            raise ConfigError(
+                f"module {block.module} begins stage {block.stage} at block {starts[0]} in the target and at block "
+                f"{starts[1]} in the meta model; every second {family.name} block shifts its windows, so both must be "
+                f"even or both odd: change a depth of module {block.module - 1} in stage {block.stage} by one"
+            )
+
+
+def default_meta(target: Depths, parity: int) -> Depths:
+    """The smallest meta depths that fit a target: one block a module and stage.
+
+    Where another module follows in the same stage, the depth is congruent to the target's modulo ``parity``, so that
+    the follower starts with the same parity: 2 for an even Swin module, 1 for an odd one.
+    """
+    return tuple(
+        tuple(
+            (depth % parity or parity) if depth and any(row[stage] for row in target[module + 1 :]) else min(depth, 1)
+            for stage, depth in enumerate(depths)
+        )
+        for module, depths in enumerate(target)
+    )
+
+
+def balanced_cut(costs: Sequence[Sequence[int]], modules: int, parity: int = 1) -> Depths:
+    """Cut the blocks into contiguous modules so that the most expensive module costs as little as possible.
+
+    Among the cuts that reach this minimum, the one with the least sum of squared costs, then the one that cuts
+    earliest: a block more in a later module is the cheaper one to incubate.
+
+    Args:
+        costs: the cost of each block, a list a stage, in any unit (`block_costs` gives FLOPs).
+        modules: K.
+        parity: a cut inside a stage comes only before an index that is a multiple of it.
+
+    Raises:
+        ConfigError: there are fewer places to cut than modules need.
+    """
+    blocks = [(stage, index) for stage, row in enumerate(costs) for index in range(len(row))]
+    total = list(accumulate((cost for row in costs for cost in row), initial=0))
+    places = [at for at, (_, index) in enumerate(blocks) if index % parity == 0] + [len(blocks)]
+    if not 1 <= modules < len(places):
+        raise ConfigError(f"plan.modules = {modules}: this model can be cut into 1 to {len(places) - 1} modules")
+
+    def cost(i: int, j: int) -> float:
+        return total[places[j]] - total[places[i]]
+
+    largest, _ = _best_cut(len(places) - 1, modules, cost, max)
+    _, cut = _best_cut(
+        len(places) - 1, modules, lambda i, j: cost(i, j) ** 2 if cost(i, j) <= largest else math.inf, operator.add
+    )
+    pieces = [Counter(stage for stage, _ in blocks[places[i] : places[j]]) for i, j in pairwise(cut)]
+    return tuple(tuple(piece[stage] for stage in range(len(costs))) for piece in pieces)
+
+
+def _best_cut(
+    end: int, pieces: int, weigh: Callable[[int, int], float], combine: Callable[[float, float], float]
+) -> tuple[float, tuple[int, ...]]:
+    """The least combined weight of cutting 0..end in so many pieces, and the places: dynamic programming."""
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0, (0,))}
+    for piece in range(1, pieces + 1):
+        best = {
+            j: min((combine(best[i][0], weigh(i, j)), (*best[i][1], j)) for i in best if i < j)
+            for j in range(piece, end + 1)
+        }
+    return best[end]

@@ -1,0 +1,98 @@
+"""Optimizer and schedule of a phase, both timm's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .config import Settings
+from .errors import ConfigError
+
+
+def scaled_lr(settings: Settings) -> float:
+    """The peak learning rate: ``lr * (batch_size / lr_base_batch)``, or its square root, or ``lr`` as it stands."""
+    ratio = settings.train.batch_size / settings.optim.lr_base_batch
+    return settings.train.lr * {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[settings.optim.lr_scaling]
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
+    """The optimizer over the trainable parameters of ``model``. Weight decay spares norms, biases and what the model
+    itself excepts (position embedding, class token).
+
+    Raises:
+        ConfigError: timm has no such optimizer, or it does not take these settings.
+    """
+    optim = settings.optim
+    extra: dict[str, Any] = {"eps": optim.eps, "betas": tuple(optim.betas)}
+    if optim.name in ("adamw", "adam"):
+        extra["fused"] = True
+    if optim.name in ("sgd", "momentum", "nesterov"):
+        extra = {}
+    if optim.name.startswith("lamb"):
+        extra["max_grad_norm"] = None  # timm's LAMB clips by itself; the trainer already does
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=optim.name,
+            lr=scaled_lr(settings),
+            weight_decay=optim.weight_decay,
+            layer_decay=optim.layer_decay,
+            **extra,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ConfigError(f"optim.name = {optim.name!r}: {str(error) or 'not an optimizer of timm'}") from None
+
+
+def make_schedule(optimizer: Optimizer, settings: Settings, total: int, steps_per_epoch: int) -> Scheduler:
+    """The learning rate as a pure function of the optimizer step; ``schedule.step_update(step)`` sets it.
+
+    Raises:
+        ConfigError: the warm-up is as long as the phase.
+    """
+    warmup = round(settings.schedule.warmup_epochs * steps_per_epoch)
+    if warmup and warmup >= total > 0:
+        raise ConfigError(f"schedule.warmup_epochs is {warmup} steps, but the phase has only {total}")
+    constant = settings.schedule.name == "constant"
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(total, 1),
+        lr_min=scaled_lr(settings) if constant else settings.schedule.min_lr,
+        warmup_t=warmup,
+        warmup_lr_init=settings.schedule.warmup_lr,
+        t_in_epochs=False,
+    )
+
+
+class Ema:
+    """A moving average of the trainable parameters, in their own dtype and place."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad} if decay else {}
+        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        if self.average:
+            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - self.decay)
+
+    def save(self) -> dict[str, Tensor]:
+        return {f"ema/{name}": value for name, value in self.average.items()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        for name, value in self.average.items():
+            value.copy_(tensors[f"ema/{name}"])
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the average and the model's own weights; again to put them back."""
+        for name, value in self.average.items():
+            own = self.parameters[name].detach().clone()
+            self.parameters[name].copy_(value)
+            value.copy_(own)

@@ -1,0 +1,97 @@
+"""The tables that commands print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def depths_text(depths: list[list[int]]) -> str:
+    """``3+1+1+1`` for one stage, ``2,2,6,0 + 0,0,2,0`` for several."""
+    if all(len(stages) == 1 for stages in depths):
+        return "+".join(str(stages[0]) for stages in depths)
+    return " + ".join(",".join(map(str, stages)) for stages in depths)
+
+
+def plan_table(plan: dict[str, Any]) -> Table:
+    columns = ["phase", "depths", "params M", "train M", "fwd GF", "train GF", "act MiB", "opt MiB", "sync MiB"]
+    table = _table(f"{plan['recipe']}: what each phase costs", [*columns, "steps", "epochs", "total PF"])
+    for row in plan["rows"]:
+        cost = row["cost"]
+        table.add_row(
+            row["title"],
+            depths_text(row["depths"]),
+            f"{cost['parameters'] / 1e6:.2f}",
+            f"{cost['trainable'] / 1e6:.2f}",
+            f"{cost['forward_flops'] / 1e9:.3g}",
+            f"{cost['training_flops'] / 1e9:.4g}",
+            f"{cost['activation_bytes'] / 2**20:.2f}",
+            f"{cost['optimizer_bytes'] / 2**20:.2f}",
+            f"{cost['allreduce_bytes'] / 2**20:.2f}",
+            str(row["steps"]),
+            f"{row['epochs']:g}",
+            f"{row['total_flops'] / 1e15:.4g}",
+        )
+    return table
+
+
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """(title, result) of what is done, in the order of the pipeline."""
+    rows = [("meta model", summary["meta"])]
+    rows += [(f"module {index} (as a hybrid)", result) for index, result in enumerate(summary["modules"])]
+    rows += [("assembled", summary["assembled"]), ("fine-tuned", summary["finetune"])]
+    rows += [("end to end", summary["end_to_end"])]
+    return [(title, result) for title, result in rows if result]
+
+
+def summary_table(name: str, summary: dict[str, Any]) -> Table:
+    table = _table(f"{name}: results", ["phase", "top-1 %", "loss", "seconds", "images", "GFLOPs"])
+    for title, result in summary_rows(summary):
+        table.add_row(
+            title,
+            f"{result['top1']:.2f}",
+            f"{result['loss']:.4f}",
+            f"{result['seconds']:.1f}",
+            f"{result['images']:,}",
+            f"{result['flops'] / 1e9:,.0f}",
+        )
+    return table
+
+
+def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    columns = ["phase", "state", "step", "done", "loss", "top-1 %", "img/s", "ETA", "attempts", "checkpoint", "error"]
+    table = _table(f"{name}: status", columns)
+    for row in rows:
+        table.add_row(
+            row["title"],
+            row["state"],
+            f"{row['step']}/{row['steps']}",
+            f"{row['percent']:.0f}%",
+            _number(row["loss"], ".4f"),
+            _number(row["top1"], ".2f"),
+            _number(row["images_per_sec"], ".0f"),
+            _duration(row["eta_seconds"]),
+            str(row["attempts"]),
+            _number(row["checkpoint"], "d"),
+            row["error"] or "",
+        )
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,130 @@
+"""Image classification: the model of a phase, its loss, its evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint.store import check_module, load_artifact, load_manifest
+from ..cluster.env import RunEnv
+from ..config import Recipe
+from ..data.mixing import mix
+from ..data.streams import Batch
+from ..errors import ArtifactError
+from ..models import Partition, assemble, extract, initialise, insert
+from ..plan import PhasePlan, Plan, phase_model
+from ..rundir import RunDir
+from ..seeds import stable_seed
+
+
+@dataclass
+class ClassificationTask:
+    """One phase of a classification experiment."""
+
+    recipe: Recipe
+    plan: Plan
+    row: PhasePlan
+    data_digest: str
+
+    def __post_init__(self) -> None:
+        self.settings = self.recipe.settings(self.row.phase)
+        self.partition = Partition(self.plan.family, self.row.depths)
+        self.target = Partition(self.plan.family, self.plan.target)
+        self.meta = Partition(self.plan.family, self.plan.meta)
+
+    def build_model(self, run: RunDir) -> tuple[nn.Module, str | None]:
+        """The row's model with the weights it starts from, frozen as the row says, and the digest of the meta model
+        it uses (None: it uses none).
+
+        Raises:
+            ArtifactError: an earlier phase has not handed on what this one needs; the message has the command.
+        """
+        torch.manual_seed(stable_seed(self.settings.train.seed, "init", self.row.key))
+        model = phase_model(self.row, self.settings, self.plan.family)
+        sources = {slot.source for slot in self.row.slots}
+        digest = None
+        if "meta" in sources:
+            meta, digest = self._meta(run)
+            for module, slot in enumerate(self.row.slots):
+                if slot.source == "meta":
+                    insert(model, self.partition, extract(meta, self.meta, module), self.meta)
+            assert self.row.module is not None
+            initialise(model, self.partition, self.row.module, meta, self.meta, self.recipe.incubate.init)
+        if "module" in sources:
+            digest = self._meta_digest(run)
+            model.load_state_dict(assemble(list(self._modules(run, digest)), model.state_dict()))
+        return model, digest
+
+    def _meta_digest(self, run: RunDir) -> str:
+        try:
+            return load_manifest(run.phase("pretrain").artifact).digest
+        except ArtifactError:
+            raise ArtifactError(
+                f"the meta model is missing in {run.path}; make it with:"
+                f" bigincubate train {run.recipe_file} --run-dir {run.path} --phase pretrain"
+            ) from None
+
+    def _meta(self, run: RunDir) -> tuple[dict[str, Tensor], str]:
+        self._meta_digest(run)
+        tensors, manifest = load_artifact(run.phase("pretrain").artifact)
+        return tensors, manifest.digest
+
+    def _modules(self, run: RunDir, meta: str) -> Iterable[dict[str, Tensor]]:
+        folders = [run.phase("incubate", module).artifact for module in range(self.plan.modules)]
+        problems = {
+            module: problem
+            for module, folder in enumerate(folders)
+            if (problem := check_module(folder, recipe=self.recipe.digest, meta=meta, data=self.data_digest))
+        }
+        if problems:
+            listed = "; ".join(f"module {module}: {problem}" for module, problem in problems.items())
+            first = next(iter(problems))
+            raise ArtifactError(
+                f"cannot assemble: {listed}. Make it with: bigincubate train {run.recipe_file}"
+                f" --run-dir {run.path} --phase incubate --module {first}"
+            )
+        return (load_artifact(folder)[0] for folder in folders)
+
+    # -------------------------------------------------------------------------------------- what is learned
+
+    def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs ``[n, 3, H, W]`` and soft targets ``[n, classes]`` of a micro-batch, mixed and smoothed."""
+        return mix(
+            batch.images,
+            batch.labels,
+            mixup=self.settings.mixup,
+            smoothing=self.settings.loss.label_smoothing,
+            num_classes=self.settings.model.num_classes,
+            seed=self.settings.train.seed,
+            step=step,
+        )
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy with soft targets, a mean over the batch, in fp32."""
+        return F.cross_entropy(model(images).float(), targets)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[Batch], env: RunEnv, precision: str = "fp32") -> dict[str, float]:
+    """Top-1 and top-5 accuracy (percent) and mean cross entropy over every sample of every rank, each once."""
+    training = model.training
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64)
+    for batch in batches:
+        batch = batch.to(env.device)
+        with torch.autocast(env.device.type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(batch.images).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = best == batch.labels[:, None]
+        loss = F.cross_entropy(logits, batch.labels, reduction="none")
+        sums = (hits[:, 0].sum(), hits.sum(), loss.double().sum(), torch.tensor(len(hits)))
+        totals += torch.stack([value.double().cpu() for value in sums])
+    model.train(training)
+    if env.world > 1:
+        torch.distributed.all_reduce(totals, group=env.control)
+    top1, top5, loss, count = totals.tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss / count, "samples": int(count)}

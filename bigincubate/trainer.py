@@ -1,0 +1,380 @@
+"""The one training loop. What differs between phases is a row of the plan, never the code here.
+
+Three layers: :func:`train` runs a phase from start to artifact, :meth:`Trainer.run` is the loop over optimizer
+steps, :meth:`Trainer.forward_backward` is what a step computes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint.lock import owned
+from .checkpoint.manager import Checkpoint, CheckpointManager
+from .checkpoint.store import Manifest, ModelSpec, save_artifact
+from .cluster.env import RunEnv
+from .cluster.preempt import StopFlag
+from .config import Recipe, Settings
+from .data.dataset import DatasetInfo
+from .data.mixing import check_micro_batches
+from .data.streams import Batch, EvalStream, TrainStream
+from .errors import BigincubateError, ConfigError, NonFiniteError, Preempted
+from .metrics import Meter, Metrics
+from .models import apply_masks, draw_masks, drop_paths, extract, rename, set_rates
+from .optim import Ema, make_optimizer, make_schedule
+from .plan import PhasePlan, Plan, PlannedRow
+from .rundir import PhaseDir, RunDir
+from .sharding import make_sharding
+from .tasks.classification import ClassificationTask, evaluate
+
+
+@dataclass
+class TrainState:
+    """All that a phase remembers besides tensors. Random streams and the data position are functions of ``step``."""
+
+    step: int = 0
+    images: int = 0
+    seconds: float = 0.0  # of training, over all attempts
+    skipped: int = 0  # steps left out because their gradient was not finite
+
+
+def train(
+    recipe: Recipe, plan: Plan, row: PhasePlan, planned: PlannedRow, run: RunDir, data: DatasetInfo, env: RunEnv
+) -> dict[str, Any]:
+    """Run one phase to its end, from its last checkpoint where there is one, and hand on its artifact.
+
+    Returns:
+        The phase's result: ``top1``, ``top5`` (percent), ``loss``, ``seconds``, ``images``, ``flops``, ``steps``.
+
+    Raises:
+        Preempted: asked to stop; a checkpoint is there.
+        NonFiniteError: more steps than allowed had a gradient that is not finite.
+        LockedError: another live process trains this phase.
+    """
+    folder = run.phase(row.phase, row.module)
+    if (result := env.broadcast(folder.result)) is not None:
+        return result
+    with owned(folder.path, env), StopFlag() as stop:
+        attempt = env.broadcast(len(folder.attempts()) + 1)
+        record = _recorder(folder, attempt, planned, enabled=env.is_main)
+        record("running")
+        try:
+            result = Trainer(recipe, plan, row, planned, run, data, env, stop).run()
+        except Preempted:
+            record("preempted")
+            raise
+        except BaseException as error:
+            record("failed", error=str(error) if isinstance(error, BigincubateError) else repr(error))
+            raise
+        if env.is_main:
+            folder.finish(result)
+            run.note("done", phase=row.key, **{key: result[key] for key in ("top1", "steps", "seconds")})
+        record("done")
+        env.barrier()
+    return result
+
+
+def _recorder(folder: PhaseDir, attempt: int, planned: PlannedRow, *, enabled: bool) -> Any:
+    import os
+    import socket
+
+    about = {"host": socket.gethostname(), "pid": os.getpid(), "steps": planned.steps}
+    about["job"] = os.environ.get("SLURM_JOB_ID")
+    return lambda state, **more: folder.record(attempt, state=state, **about, **more) if enabled else None
+
+
+class Trainer:
+    """One phase, on one rank."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        plan: Plan,
+        row: PhasePlan,
+        planned: PlannedRow,
+        run: RunDir,
+        data: DatasetInfo,
+        env: RunEnv,
+        stop: StopFlag,
+    ) -> None:
+        self.recipe, self.row, self.planned, self.run_dir, self.env, self.stop = recipe, row, planned, run, env, stop
+        self.settings: Settings = recipe.settings(row.phase)
+        self.folder = run.phase(row.phase, row.module)
+        self.total = planned.steps
+        self.data = data
+        train, augment, model = self.settings.train, self.settings.augment, self.settings.model
+        self.micro_batches = count_micro_batches(self.settings, env.world)
+
+        # one fixed order: weights, freezing, drop-path, placement, sharding, optimizer
+        self.task = ClassificationTask(recipe, plan, row, data.digest)
+        built, self.meta_digest = self.task.build_model(run)
+        drop = self.settings.drop_path
+        set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
+        self.model = built.to(env.device)
+        self.sharding = make_sharding(recipe.sharding.strategy, env)
+        self.wrapped = self.sharding.prepare(self.model, lambda m: make_optimizer(m, self.settings))
+        self.ema = Ema(self.model, self.settings.ema.decay)
+
+        self.eval_stream = EvalStream(
+            data,
+            "val",
+            augment,
+            img_size=model.img_size,
+            batch_size=min(256, max(1, train.batch_size // env.world)),
+            rank=env.rank,
+            world=env.world,
+            workers=recipe.data.workers,
+        )
+        self.stream = TrainStream(
+            data,
+            recipe.data,
+            augment,
+            img_size=model.img_size,
+            seed=train.seed,
+            batch_size=train.batch_size,
+            rank=env.rank,
+            world=env.world,
+        )
+        self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.stream.steps_per_epoch)
+        self.masked = sum(path.rate > 0 for path in drop_paths(self.model)) and len(drop_paths(self.model))
+        self.checkpoints = CheckpointManager(
+            self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep
+        )
+        self.state = TrainState()
+        self.saved = -1  # step of the newest checkpoint
+        self.skipped = torch.zeros((), device=env.device)
+
+    # ------------------------------------------------------------------------------------------ the run
+
+    def run(self) -> dict[str, Any]:
+        """From the last checkpoint to the result."""
+        if (checkpoint := self.checkpoints.latest()) is not None:
+            self.restore(checkpoint)
+        elif self.row.phase == "finetune":
+            self.finish_assembly()
+        self.metrics = Metrics(self.folder, self.state.step, enabled=self.env.is_main)
+        if self.state.step == 0:
+            self.metrics.text("recipe", f"```\n{self.recipe.toml()}\n```")
+        try:
+            self.loop()
+            return self.finish()
+        finally:
+            self.metrics.close()
+
+    def loop(self) -> None:
+        """Over the optimizer steps."""
+        log, every = self.recipe.log, self.recipe.checkpoint.every_steps
+        state = self.state
+        meter = Meter(self.planned.cost.training_flops, self.env.device)
+        batches = self.stream.batches(state.step)
+        clock = time.perf_counter()
+        while state.step < self.total:
+            if self.env.any(bool(self.stop)):
+                self.save(clock)
+                raise Preempted(f"{self.row.title}: stopped at step {state.step} of {self.total} with a checkpoint")
+            waiting = time.perf_counter()
+            batch = next(batches)
+            meter.waited += time.perf_counter() - waiting
+            if state.step == 0 and log.images:
+                augment = self.settings.augment
+                self.metrics.images(0, batch.images[: log.images], augment.mean, augment.std)
+
+            loss, norm = self.step(batch)
+            state.step += 1
+            state.images += self.settings.train.batch_size
+            meter.images += self.settings.train.batch_size
+
+            if state.step % log.every_steps == 0 or state.step == self.total:
+                self.report(loss, norm, meter)
+            if state.step == self.total:
+                break
+            if log.eval_every_epochs and state.step % (log.eval_every_epochs * self.stream.steps_per_epoch) == 0:
+                self.log_evaluation(self.evaluate())
+                meter.restart()
+            if state.step % every == 0:
+                clock = self.save(clock)
+        self.save(clock)
+
+    def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One optimizer step. Gives the loss of this rank and the norm of the gradient, both on the device."""
+        self.schedule.step_update(self.state.step)
+        loss = self.forward_backward(batch.to(self.env.device))
+        norm, skipped = self.sharding.step(self.settings.train.clip_grad)
+        self.skipped += skipped
+        self.ema.update()
+        return loss, norm
+
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """The gradient of the mean loss over the batch, micro-batch by micro-batch. Gives that mean."""
+        count = self.micro_batches
+        train = self.settings.train
+        total = torch.zeros((), device=self.env.device)
+        if self.masked:
+            masks = draw_masks(train.seed, self.state.step, self.masked, train.batch_size)
+        for index in range(count):
+            last = index == count - 1
+            micro = batch.micro(index, count)
+            images, targets = self.task.prepare(micro, self.state.step)
+            if self.masked:
+                apply_masks(self.model, masks[:, micro.positions.cpu()])
+            with self.sharding.accumulating(last):
+                with torch.autocast(self.env.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                    loss = self.task.loss(self.wrapped, images, targets) / count
+                self.sharding.backward(loss)
+            total += loss.detach()
+        return total
+
+    # ------------------------------------------------------------------------------------------ around it
+
+    def report(self, loss: Tensor, norm: Tensor, meter: Meter) -> None:
+        """Log a step; the only place, besides checkpoints, where the host waits for the device."""
+        mean = self.env.sum(loss.double()).item() / self.env.world
+        self.metrics.log(
+            self.state.step,
+            {
+                "train/loss": mean,
+                "train/lr": self.sharding.optimizer.param_groups[0]["lr"],
+                "train/grad_norm": norm.item(),
+                "train/skipped": self.skipped.item(),
+                **meter.read(),
+            },
+        )
+        self.check_finite()
+
+    def check_finite(self) -> None:
+        allowed = self.settings.train.max_nonfinite
+        if (skipped := int(self.skipped)) > allowed:
+            raise NonFiniteError(
+                f"{self.row.title}: the gradient was not finite in {skipped} of {self.state.step} steps"
+                f" (train.max_nonfinite = {allowed}); lower train.lr, or look at the data"
+            )
+
+    def save(self, clock: float) -> float:
+        """Commit a checkpoint. Gives the time, from which the next stretch of training counts."""
+        self.check_finite()
+        self.metrics.flush()
+        now = time.perf_counter()
+        self.state.seconds += now - clock
+        self.state.skipped = int(self.skipped)
+        if self.state.step != self.saved:
+            tensors = self.sharding.save()
+            if tensors:
+                tensors |= self.ema.save()
+            self.checkpoints.save(self.state.step, tensors, asdict(self.state))
+            self.saved = self.state.step
+        return now
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        self.state = TrainState(**checkpoint.state)
+        self.saved = checkpoint.step
+        self.skipped.fill_(self.state.skipped)
+        self.sharding.load(checkpoint.tensors)
+        self.ema.load(checkpoint.tensors)
+
+    def evaluate(self) -> dict[str, float]:
+        """On the whole validation split, with the weights that the phase hands on."""
+        use_ema = self.recipe.section(self.row.phase).export == "ema"
+        if use_ema:
+            self.ema.swap()
+        try:
+            return evaluate(self.model, self.eval_stream, self.env, self.settings.train.precision)
+        finally:
+            if use_ema:
+                self.ema.swap()
+
+    def log_evaluation(self, scores: dict[str, float]) -> None:
+        self.metrics.log(self.state.step, {f"val/{key}": scores[key] for key in ("top1", "top5", "loss")})
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate, hand on the artifact, give the result."""
+        scores = self.evaluate()
+        self.log_evaluation(scores)
+        module = self.row.module
+        export = self.recipe.section(self.row.phase).export
+        if export == "ema":
+            self.ema.swap()
+        tensors = self.sharding.full_state_dict()
+        if module is not None:
+            tensors = rename_to_target(tensors, self.task, module)
+        if self.env.is_main:
+            self.write_artifact(self.folder, tensors, export)
+        state = self.state
+        return {
+            **scores,
+            "seconds": round(state.seconds, 3),
+            "steps": state.step,
+            "images": state.images,
+            "flops": state.images * self.planned.cost.training_flops,
+        }
+
+    def finish_assembly(self) -> None:
+        """The assembled model as it is before fine-tuning: its score, and itself."""
+        assembled = self.run_dir.assembled
+        if self.env.broadcast(assembled.result) is not None:
+            return
+        scores = evaluate(self.model, self.eval_stream, self.env, self.settings.train.precision)
+        tensors = self.sharding.full_state_dict()
+        if self.env.is_main:
+            self.write_artifact(assembled, tensors, "raw")
+            assembled.finish({**scores, "seconds": 0.0, "steps": 0, "images": 0, "flops": 0})
+
+    def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
+        model, augment = self.settings.model, self.settings.augment
+        module = self.row.module
+        depths = self.task.row.depths if module is None else self.task.plan.target
+        save_artifact(
+            folder.artifact,
+            tensors,
+            Manifest(
+                kind="model" if module is None else "module",
+                phase=self.row.phase if folder is self.folder else "assembled",
+                module=module,
+                model=ModelSpec(
+                    name=model.name,
+                    args=model.args,
+                    depths=[list(stages) for stages in depths],
+                    num_classes=model.num_classes,
+                    img_size=model.img_size,
+                    mean=augment.mean,
+                    std=augment.std,
+                    interpolation=augment.interpolation,
+                    eval_crop=augment.eval_crop,
+                ),
+                weights=export,
+                recipe=self.recipe.digest,
+                data=self.data.digest,
+                meta=self.meta_digest,
+            ),
+        )
+
+
+def rename_to_target(tensors: dict[str, Tensor], task: ClassificationTask, module: int) -> dict[str, Tensor]:
+    """Module ``module`` out of a hybrid's tensors, under the target's block indices."""
+    return rename(extract(tensors, task.partition, module), task.partition, task.target)
+
+
+def count_micro_batches(settings: Settings, world: int) -> int:
+    """How many micro-batches a rank cuts its share of a batch into.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly.
+    """
+    train, repeats = settings.train, settings.augment.repeats
+    distinct = train.batch_size // repeats
+    if distinct % world:
+        raise ConfigError(
+            f"train.batch_size / augment.repeats = {distinct} cannot be shared by {world} ranks;"
+            f" use a multiple of {world}"
+        )
+    share = distinct // world
+    count = 1 if train.micro_batch is None else max(1, -(-share * repeats // train.micro_batch))
+    if share % count:
+        raise ConfigError(
+            f"train.micro_batch = {train.micro_batch} does not divide a rank's share of {share * repeats} evenly"
+        )
+    check_micro_batches(settings.mixup, distinct=distinct, world=world, micro_batches=count)
+    return count
