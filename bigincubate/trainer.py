@@ -20,7 +20,7 @@ from .cluster.env import RunEnv
 from .cluster.preempt import StopFlag
 from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
-from .data.mixing import check_micro_batches
+from .data.mixing import check_layout
 from .data.streams import Batch, EvalStream, TrainStream
 from .errors import BigincubateError, ConfigError, NonFiniteError, Preempted
 from .metrics import Meter, Metrics
@@ -128,6 +128,7 @@ class Trainer:
             rank=env.rank,
             world=env.world,
             workers=recipe.data.workers,
+            remote=recipe.data.remote,
         )
         self.stream = TrainStream(
             data,
@@ -376,5 +377,5 @@ def count_micro_batches(settings: Settings, world: int) -> int:
         raise ConfigError(
             f"train.micro_batch = {train.micro_batch} does not divide a rank's share of {share * repeats} evenly"
         )
-    check_micro_batches(settings.mixup, distinct=distinct, world=world, micro_batches=count)
+    check_layout(settings.mixup, batch_size=train.batch_size, repeats=repeats, world=world, micro_batches=count)
     return count

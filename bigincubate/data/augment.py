@@ -10,12 +10,14 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import RandomErasing, RandomResizedCropAndInterpolation, rand_augment_transform
-from timm.data.auto_augment import gaussian_blur_rand
+from timm.data import RandomResizedCropAndInterpolation
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode, str_to_pil_interp
 from torch import Tensor
 from torchvision import transforms
@@ -57,9 +59,9 @@ def train_transform(augment: config.Augment, img_size: int) -> Transform:
     if augment.flip:
         steps.append(transforms.RandomHorizontalFlip(augment.flip))
     if augment.rand_augment:
-        steps.append(_rand_augment(augment, img_size))
-    if augment.three_augment:
-        steps.append(three_augment())
+        steps.append(rand_augment_transform(augment.rand_augment, _colours_and_sizes(augment, img_size)))
+    if augment.three_augment:  # DeiT III (arXiv 2204.07118): one of greyscale, solarisation, Gaussian blur
+        steps.append(auto_augment_transform("3a", _colours_and_sizes(augment, img_size)))
     if augment.color_jitter:
         steps.append(transforms.ColorJitter(*[augment.color_jitter] * 3))
     steps.append(ToNormalized(augment.mean, augment.std))
@@ -91,26 +93,13 @@ class ToNormalized:
         return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
 
 
-def three_augment() -> Callable[[Image.Image], Image.Image]:
-    """3-Augment (DeiT III, arXiv 2204.07118): one of greyscale, solarisation and Gaussian blur."""
-    return transforms.RandomChoice(
-        [
-            transforms.Grayscale(3),
-            transforms.RandomSolarize(128, p=1.0),
-            transforms.Lambda(lambda image: gaussian_blur_rand(image, 1.0)),  # radius up to 2
-        ]
-    )
-
-
-def _rand_augment(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
-    return rand_augment_transform(
-        augment.rand_augment,
-        {
-            "translate_const": int(img_size * 0.45),
-            "img_mean": tuple(min(255, round(255 * x)) for x in augment.mean),
-            "interpolation": str_to_pil_interp(augment.interpolation),
-        },
-    )
+def _colours_and_sizes(augment: config.Augment, img_size: int) -> dict[str, Any]:
+    """What timm's policies want to know, as timm's own factory of transforms gives it to them."""
+    return {
+        "translate_const": int(img_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * x)) for x in augment.mean),
+        "interpolation": str_to_pil_interp(augment.interpolation),
+    }
 
 
 def _crop(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:

@@ -48,9 +48,7 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
 
         fetch_description(remote, path)
     if not (path / DESCRIPTION).exists():
-        raise EnvironmentFault(
-            f"no data in {path}: make it with `bigincubate data prepare SOURCE --out {path}`"
-        )
+        raise EnvironmentFault(f"no data in {path}: make it with `bigincubate data prepare SOURCE --out {path}`")
     described = read_json(path / DESCRIPTION)
     try:
         if described["format"] != FORMAT:
@@ -76,33 +74,35 @@ def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
     """Refuse an index that leads out of its folder, or is not the one that was written."""
     file = folder / INDEX
     index = read_json(file)
-    root = folder.resolve()
     for shard in index["shards"]:
-        name = shard["raw_data"]["basename"]
-        plain = PurePosixPath(name)
-        if plain.is_absolute() or ".." in plain.parts or not (root / name).resolve().is_relative_to(root):
-            raise EnvironmentFault(f"{file}: shard {name!r} lies outside its folder; refused")
+        raw = shard["raw_data"]
+        if not _inside(folder, raw["basename"]):
+            raise EnvironmentFault(f"{file}: shard {raw['basename']!r} lies outside its folder; refused")
         layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-        if shard["format"] != "mds" or shard["compression"] or layout != COLUMNS:
-            raise EnvironmentFault(f"{file}: shard {name!r} was not written by `bigincubate data prepare`")
-        if present and size(folder / name) != shard["raw_data"]["bytes"]:
-            found, expected = size(folder / name), shard["raw_data"]["bytes"]
-            raise EnvironmentFault(
-                f"{folder / name} is damaged: {found} bytes, expected {expected}; prepare the data again"
-            )
-    found = hashlib.sha256(file.read_bytes()).hexdigest()
-    if found != split["index"] or split["samples"] != sum(shard["samples"] for shard in index["shards"]):
+        if shard["format"] != "mds" or shard["compression"] or layout != COLUMNS or "sha256" not in raw["hashes"]:
+            raise EnvironmentFault(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data prepare`")
+        if present:
+            _check_size(folder / raw["basename"], raw["bytes"])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    if digest != split["index"] or split["samples"] != sum(shard["samples"] for shard in index["shards"]):
         raise EnvironmentFault(
-            f"{file} is damaged: SHA-256 {found}, expected {split['index']}; prepare the data again"
+            f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; prepare the data again"
         )
 
 
-def size(file: Path) -> int:
-    """Bytes of a file, 0 where there is none."""
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
+def _inside(folder: Path, name: str) -> bool:
+    """Whether ``name`` stays in the folder, symbolic links followed."""
+    plain, root = PurePosixPath(name), folder.resolve()
+    return not plain.is_absolute() and ".." not in plain.parts and (root / name).resolve().is_relative_to(root)
+
+
+def _check_size(file: Path, expected: int) -> None:
+    if not file.exists():
+        raise EnvironmentFault(f"{file} is missing; prepare the data again")
+    if file.stat().st_size != expected:
+        raise EnvironmentFault(
+            f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; prepare the data again"
+        )
 
 
 def read_json(file: Path) -> dict[str, Any]:

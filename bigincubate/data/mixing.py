@@ -84,5 +84,5 @@ def draw(
         ratio, cut = rule._params_per_batch()
         if not cut or ratio == 1.0:
             return float(ratio), None
-        box, ratio = cutmix_bbox_and_lam(shape, ratio)
-        return float(ratio), tuple(int(edge) for edge in box)
+        (top, bottom, left, right), ratio = cutmix_bbox_and_lam(shape, ratio)
+        return float(ratio), (int(top), int(bottom), int(left), int(right))

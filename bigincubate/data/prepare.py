@@ -78,9 +78,7 @@ def prepare(
         ) from None
 
 
-def _prepare(
-    source: Source, out: Path, jobs: int, lock: int, on_progress: Callable[[int, int], None]
-) -> DatasetInfo:
+def _prepare(source: Source, out: Path, jobs: int, lock: int, on_progress: Callable[[int, int], None]) -> DatasetInfo:
     identity = {"kind": source.kind, "fingerprint": source.fingerprint}
     for mark in (DESCRIPTION, UNFINISHED):
         if (out / mark).exists() and read_json(out / mark).get("source") != identity:

@@ -33,7 +33,8 @@ class Sharding(Protocol):
     def backward(self, loss: Tensor) -> None: ...
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Clip to ``max_norm`` (0: not at all) and update, or leave everything as it is where the gradient is not finite, on all ranks alike.
+        """Clip to ``max_norm`` (0: not at all) and update; or leave everything as it is where the gradient is not
+        finite, on all ranks alike.
         Gives the gradient's norm before clipping and whether the step was skipped (scalars, on the device)."""
 
     def save(self) -> dict[str, Tensor]:

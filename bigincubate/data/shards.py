@@ -1,0 +1,218 @@
+"""One split of a prepared data set as a `StreamingDataset` that trusts nothing and shares nothing.
+
+What `streaming` leaves open on a machine with several jobs, and what is done about it here:
+
+- It numbers its shared memory from zero, without a lock, so that jobs that start together collide, and it finds what
+  killed ones left. Here each data set starts at a number of its own, and what the dead left is removed (`claim`).
+- It couples all ranks. Here each rank stands alone with its workers: nothing to wait for, nothing to deadlock.
+- It reads what is on the disk as it is. Here a shard is hashed once before anything is read from it.
+- When a download fails, it hangs or ends the epoch early. Here the reader raises.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import hashlib
+import itertools
+import mmap
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+from unittest.mock import patch
+
+import numpy as np
+import torch.distributed
+from PIL import Image
+from streaming import StreamingDataset
+from streaming.base import shared
+from streaming.base.storage import CloudDownloader
+from streaming.base.util import retry
+from streaming.base.world import World
+
+from ..errors import EnvironmentFault
+from .dataset import DESCRIPTION, INDEX, SPLITS, DatasetInfo
+from .images import decode
+from .locks import locked, runtime_dir
+
+LOCAL = 3  # streaming's state of a shard that can be read
+
+
+class Shards(StreamingDataset):
+    """Samples of one split by their index, verified and decoded; iterated, in the order of one rank.
+
+    Position j of an epoch belongs to rank j mod ``world``. Neither the number of nodes nor that of workers matters.
+    """
+
+    def __init__(
+        self, info: DatasetInfo, split: str, *, remote: str | None = None, rank: int = 0, world: int = 1, **order: Any
+    ) -> None:
+        """``order`` goes to `StreamingDataset`.
+
+        Raises:
+            EnvironmentFault: the folder for locks belongs to somebody else.
+        """
+        self.claim = claim()
+        self.folder = info.path / split
+        self.source = f"{remote}/{split}" if remote else None
+        with _alone(self.claim):
+            super().__init__(local=str(info.path), split=split, **order)
+        self._parallel_rank_world = World(1, world, 1, rank)  # whose samples to iterate over, says streaming
+        # Which shards have been hashed: memory that forked workers share with each other and with later epochs.
+        self._verified = np.frombuffer(mmap.mmap(-1, self.num_shards), np.uint8)
+        self.epoch, self._done = 0, 0
+
+    def read(self, sample: int) -> tuple[Image.Image, int]:
+        """RGB image and label.
+
+        Raises:
+            EnvironmentFault: a shard that is missing or damaged, an image that cannot be decoded.
+        """
+        number, row = self.spanner[sample]
+        if not self._verified[number]:
+            self._verify(number)
+        shard = self.shards[number]
+        try:
+            item = shard[row]
+            return decode(item["image"]), item["label"]
+        except ValueError as error:
+            raise EnvironmentFault(
+                f"{self.folder.name} sample {sample} (row {row} of {self._file(number)}) is not a readable image: "
+                f"{error}"
+            ) from None
+        except OSError as error:
+            raise EnvironmentFault(f"{self._file(number)}: {error.strerror}") from None
+
+    # ---- what streaming calls
+
+    def load_state_dict(self, obj: dict[str, Any]) -> None:
+        """Begin the next iteration at ``epoch``, after ``sample_in_epoch`` samples (over all ranks).
+
+        streaming's own way leaves two open files an epoch behind.
+        """
+        self.epoch, self._done = obj["epoch"], obj["sample_in_epoch"]
+
+    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
+        return self.epoch, self._done
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Fetch and verify ahead of the reader, in a thread of streaming's, where an error would be lost."""
+        if not self._verified[shard_id]:
+            with suppress(Exception):  # the reader meets it again, and raises
+                self._verify(shard_id)
+        self._shard_states[shard_id] = LOCAL
+
+    # ---- shards
+
+    def _file(self, number: int) -> Path:
+        return self.folder / self.shards[number].raw_data.basename
+
+    def _verify(self, number: int) -> None:
+        """Have a shard here and hashed. One worker does it, the others wait."""
+        owner = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16] if self.source else self.claim
+        with locked(runtime_dir() / f"{owner}-{number % 16}.lock"):
+            if self._verified[number]:
+                return
+            file, raw = self._file(number), self.shards[number].raw_data
+            if self.source and not file.exists():
+                with download(f"{self.source}/{raw.basename}", file) as temporary:
+                    check_hash(temporary, raw.hashes["sha256"], name=f"{self.source}/{raw.basename}")
+            else:
+                check_hash(file, raw.hashes["sha256"], name=str(file))
+            self._verified[number] = 1
+
+
+def check_hash(file: Path, expected: str, *, name: str) -> None:
+    """Raises: EnvironmentFault: it cannot be read, or is not what was written."""
+    try:
+        with file.open("rb") as data:
+            found = hashlib.file_digest(data, "sha256").hexdigest()
+    except OSError as error:
+        raise EnvironmentFault(f"{name}: {error.strerror}; prepare the data again") from None
+    if found != expected:
+        raise EnvironmentFault(
+            f"{name} is damaged: SHA-256 {found}, expected {expected}; delete it and prepare or download it again"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ remote
+
+
+@contextmanager
+def download(url: str, file: Path) -> Iterator[Path]:
+    """Yields the downloaded file under another name, to look at; then it becomes ``file``."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        try:
+            retry(num_attempts=3)(lambda: CloudDownloader.direct_download(url, str(temporary)))()
+        except Exception as error:  # whatever the storage library raises
+            raise EnvironmentFault(f"cannot download {url}: {error}") from None
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fetch_description(remote: str, path: Path) -> None:
+    """Copy the description and the indexes of a prepared data set; the description comes last."""
+    for name in (*[f"{split}/{INDEX}" for split in SPLITS], DESCRIPTION):
+        with download(f"{remote}/{name}", path / name):
+            pass
+
+
+# ------------------------------------------------------------------------------------------------ shared memory
+
+
+@contextmanager
+def _alone(number: int) -> Iterator[None]:
+    """Construct as a world of one process, with shared memory named from ``number`` on."""
+    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    with (
+        patch.dict(os.environ, one),
+        patch.object(torch.distributed, "is_initialized", lambda: False),
+        patch.object(shared.prefix, "_each_prefix_int", lambda: itertools.count(number)),
+    ):
+        yield
+
+
+def claim() -> int:
+    """A number for shared memory that no other live data set of this user has on this node.
+
+    A file of that name is locked for as long as this process and its workers live. Where the lock is free, its owner
+    is dead, and what it left in shared memory is removed; streaming's own clean-up removes that of the living too.
+    """
+    folder = runtime_dir()
+    with locked(folder / "claims"):
+        for file in folder.glob("*.claim"):
+            with file.open() as other:
+                try:
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                _remove(int(file.stem))
+        number = secrets.randbelow(10**9)
+        held = (folder / f"{number}.claim").open("x")  # stays open on purpose: the lock is the claim
+        fcntl.flock(held, fcntl.LOCK_EX)
+    atexit.register(_release, number, held, os.getpid())  # before streaming registers its own: runs after them
+    return number
+
+
+def _release(number: int, held: IO[str], owner: int) -> None:
+    if os.getpid() == owner:
+        _remove(number)
+        held.close()
+
+
+def _remove(number: int) -> None:
+    """Remove the shared memory, the locks and the claim of a data set."""
+    for left in (
+        *Path("/dev/shm").glob(f"{number:06}_*"),
+        *Path(tempfile.gettempdir()).glob(f"{number:06}_*_filelock"),
+        *runtime_dir().glob(f"{number}-*.lock"),
+        runtime_dir() / f"{number}.claim",
+    ):
+        left.unlink(missing_ok=True)

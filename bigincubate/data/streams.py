@@ -1,0 +1,238 @@
+"""Shards -> batches. Which samples a batch holds, and what they look like, is a function of the optimizer step."""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, fields
+from itertools import islice
+from typing import Any
+
+import torch
+from streaming import StreamingDataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .. import config
+from ..errors import ConfigError, EnvironmentFault
+from .augment import Transform, eval_transform, seeded, train_transform
+from .dataset import DatasetInfo
+from .shards import Shards
+
+Row = tuple[Tensor, int, int]  # views [R, 3, H, W], label, id
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rank's share of a global batch, n rows."""
+
+    images: Tensor  # [n, 3, H, W] float32
+    labels: Tensor  # [n] int64
+    ids: Tensor  # [n] int64: of the samples in their split
+    positions: Tensor  # [n] int64: p in the global batch; view v of its sample j has p = j * R + v
+    local: Tensor  # [n] int64: which of the rank's samples, i; on rank r of W it is j = i * W + r
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def micro(self, index: int, count: int) -> Batch:
+        """The ``index``-th of ``count`` micro-batches: the samples i with i mod count = index, all views."""
+        if count == 1:
+            return self
+        rows = (self.local % count == index).nonzero().squeeze(1)
+        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on ``device``; from pinned memory it does not wait."""
+        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+class TrainStream:
+    """Training batches of one rank, for ever.
+
+    Epoch and position follow from the step. An epoch has floor(N / (batch_size / R)) batches: a shuffle of the N
+    samples whose tail is left out. The batches do not depend on workers, and on the world only by who gets which rows:
+    rank r gets the samples j with j mod W = r. (With several `canonical_nodes` that do not divide N, streaming repeats
+    up to that many samples at the end of its shuffle.)
+
+    Args:
+        batch_size: global, over all ranks and views. rank, world: this rank, of how many.
+
+    Raises:
+        ConfigError: too few samples for one batch, or a batch that ranks cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        data: config.Data,
+        augment: config.Augment,
+        *,
+        img_size: int,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        samples = info.samples["train"]
+        if data.train_samples not in (None, samples):
+            raise ConfigError(f"data.train_samples = {data.train_samples}, but {info.path} holds {samples}")
+        self._distinct = batch_size // augment.repeats  # samples of a global batch
+        if self._distinct % world:
+            raise ConfigError(
+                f"train.batch_size / augment.repeats = {self._distinct} cannot be shared evenly by {world} ranks"
+            )
+        self.steps_per_epoch = samples // self._distinct
+        if not self.steps_per_epoch:
+            raise ConfigError(
+                f"a batch takes {self._distinct} samples, {info.path} holds {samples}: lower train.batch_size"
+            )
+        self._rank, self._world, self._repeats = rank, world, augment.repeats
+        share = self._distinct // world
+        images = _TrainImages(
+            info,
+            train_transform(augment, img_size),
+            seed=seed,
+            repeats=augment.repeats,
+            remote=data.remote,
+            rank=rank,
+            world=world,
+            batch_size=share,
+            partition_algo="orig",
+            num_canonical_nodes=data.canonical_nodes,
+            shuffle=True,
+            shuffle_algo=data.shuffle,
+            shuffle_seed=_spread(seed),
+            shuffle_block_size=data.shuffle_block_size,
+        )
+        self._loader = StreamingDataLoader(images, **_loading(share, data.workers))
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """Batches from optimizer step ``step`` on. One iterator at a time.
+
+        Raises:
+            EnvironmentFault: a shard or an image that cannot be read.
+        """
+        while True:
+            epoch, done = divmod(step, self.steps_per_epoch)
+            self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._distinct})
+            with closing(iter(self._loader)) as loaded:
+                for rows in islice(loaded, self.steps_per_epoch - done):
+                    yield _batch(rows, rank=self._rank, world=self._world, repeats=self._repeats)
+                    step += 1
+            if step % self.steps_per_epoch:
+                raise RuntimeError(f"the loader ended before epoch {epoch} did, at step {step}")
+
+
+class EvalStream:
+    """The samples of a split, each exactly once: rank r of W gets r, r + W, … and no padding.
+
+    Args:
+        batch_size: rows this rank loads at once; the last batch may be smaller.
+    """
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        split: str,
+        augment: config.Augment,
+        *,
+        img_size: int,
+        batch_size: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        remote: str | None = None,
+    ) -> None:
+        self._rank, self._world, self._batch_size = rank, world, batch_size
+        ids = range(rank, info.samples[split], world)
+        images = _EvalImages(Shards(info, split, remote=remote), eval_transform(augment, img_size), ids)
+        self._loader: DataLoader[Row | EnvironmentFault] = DataLoader(images, **_loading(batch_size, workers))
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches in the order of ids.
+
+        Raises:
+            EnvironmentFault: a shard or an image that cannot be read.
+        """
+        for number, rows in enumerate(self._loader):
+            yield _batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
+
+
+# ------------------------------------------------------------------------------------------------ rows
+
+
+class _TrainImages(Shards):
+    def __init__(self, info: DatasetInfo, transform: Transform, *, seed: int, repeats: int, **order: Any) -> None:
+        super().__init__(info, "train", **order)
+        self.transform, self.seed, self.repeats = transform, seed, repeats
+
+    def __getitem__(self, at: Any) -> Row | EnvironmentFault:
+        try:
+            image, label = self.read(at)
+        except EnvironmentFault as fault:
+            return fault
+        views = []
+        for view in range(self.repeats):
+            with seeded(self.seed, self.epoch, at, view):
+                views.append(self.transform(image))
+        return torch.stack(views), label, at
+
+
+class _EvalImages(Dataset[Row | EnvironmentFault]):
+    def __init__(self, shards: Shards, transform: Transform, ids: range) -> None:
+        self.shards, self.transform, self.ids = shards, transform, ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, at: int) -> Row | EnvironmentFault:
+        try:
+            image, label = self.shards.read(self.ids[at])
+        except EnvironmentFault as fault:
+            return fault
+        return self.transform(image)[None], label, self.ids[at]
+
+
+def _collate(rows: list[Row | EnvironmentFault]) -> tuple[Any, ...]:
+    """Images, labels, ids. A fault travels as a value: raised in a worker, it would arrive wrapped in a traceback."""
+    for row in rows:
+        if isinstance(row, EnvironmentFault):
+            return (), row
+    views, labels, ids = zip(*rows, strict=True)
+    return torch.cat(views), torch.tensor(labels), torch.tensor(ids)
+
+
+def _batch(rows: tuple[Any, ...], *, rank: int, world: int, repeats: int = 1, first: int = 0) -> Batch:
+    if isinstance(rows[1], EnvironmentFault):
+        raise rows[1]
+    images, labels, ids = rows
+    local = torch.arange(first, first + len(ids)).repeat_interleave(repeats)
+    positions = (local * world + rank) * repeats + torch.arange(repeats).repeat(len(ids))
+    return Batch(images, labels.repeat_interleave(repeats), ids.repeat_interleave(repeats), positions, local)
+
+
+def _loading(batch_size: int, workers: int) -> dict[str, Any]:
+    return {
+        "batch_size": batch_size,
+        "num_workers": workers,
+        "collate_fn": _collate,
+        "pin_memory": torch.cuda.is_available(),
+        "generator": torch.Generator(),  # or each epoch would draw from the global one
+        "multiprocessing_context": "fork" if workers else None,  # workers share memory with us
+        "worker_init_fn": _quiet,
+    }
+
+
+def _quiet(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+
+
+def _spread(seed: int) -> int:
+    """streaming adds the epoch to its seed: neighbouring seeds must not run through the same shuffles."""
+    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")

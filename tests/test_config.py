@@ -1,0 +1,127 @@
+"""Recipes: what is refused and how it is said, the order of overrides, identity and execution."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bigincubate.config import differences, is_execution, load_recipe, shipped
+from bigincubate.errors import ConfigError
+from bigincubate.rundir import RunDir
+
+
+@pytest.mark.parametrize(
+    ("item", "says"),
+    [
+        ("train.epoch=3", "unknown key 'train.epoch'; did you mean 'epochs'?"),
+        ("incubate.train.lrr=3", "unknown key 'incubate.train.lrr'; did you mean 'lr'?"),
+        ("sharding.stratgy=ddp", "did you mean 'strategy'?"),
+        ("train.lr=abc", "train.lr: Input should be a valid number (given: 'abc')"),
+        ("train.lr=-1", "train.lr: Input should be greater than or equal to 0"),
+        ("train.batch_size=2.5", "train.batch_size: Input should be a valid integer"),
+        ("train.batch_size=true", "train.batch_size: Input should be a valid integer"),
+        ("incubate.train.batch_size=0", "incubate.train.batch_size"),
+        ("train.lr=nan", "train.lr: Input should be a finite number"),
+        ("plan.modules=3", "modules = 3, but target_depths lists 4"),
+        ("incubate.export=ema", "needs incubate.ema.decay"),
+        ("augment.repeats=3", "no multiple of augment.repeats = 3"),
+        ("data.source=imagenet", "data.source: Input should be 'digits' or 'digits-dev'"),
+        ("train=3", "train: Input should be a valid dictionary"),
+        ("train.lr", "expected KEY=VALUE"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_key_and_file(item: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("digits", [item])
+    message = str(caught.value)
+    assert says in message
+    assert "\n" not in message
+    assert "digits.toml" in message or item in message
+
+
+def test_contradictions_in_a_phase_are_found_without_running_it() -> None:
+    with pytest.raises(ConfigError, match="finetune: .*mixup pairs the halves"):
+        load_recipe("digits", ["finetune.mixup.mixup=0.8", "finetune.train.batch_size=33"])
+
+
+def test_an_unknown_recipe_gets_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'digits'"):
+        load_recipe("digit")
+    with pytest.raises(ConfigError, match="no such recipe file"):
+        load_recipe("nowhere/x.toml")
+
+
+def test_bad_toml_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text("[train\nlr = 1")
+    with pytest.raises(ConfigError, match=r"bad\.toml: not valid TOML"):
+        load_recipe(str(file))
+
+
+def test_order_is_defaults_then_recipe_then_set_and_a_phase_comes_over_the_common(smoke: Path) -> None:
+    recipe = load_recipe(str(smoke), ["train.lr=5e-3", "finetune.train.lr=1e-4"])
+    assert recipe.settings("incubate").train.lr == 5e-3
+    assert recipe.settings("finetune").train.lr == 1e-4
+    assert recipe.settings("finetune").train.batch_size == 32  # the recipe's
+    assert recipe.settings("finetune").train.precision == "fp32"  # the default
+
+
+def test_digest_ignores_execution_keys_and_nothing_else() -> None:
+    base = load_recipe("digits")
+    same = ["train.micro_batch=16", "sharding.strategy=none", "log.every_steps=3", "data.workers=2", "data.path=/x"]
+    same += ["incubate.train.micro_batch=8", "checkpoint.every_steps=7"]
+    assert load_recipe("digits", same).digest == base.digest
+    assert load_recipe("digits", ["train.seed=1"]).digest != base.digest
+    assert load_recipe("digits", ["incubate.train.lr=0.9"]).digest != base.digest
+    assert load_recipe("digits", ["data.shuffle=py1s"]).digest != base.digest
+    assert load_recipe("digits", ["model.args.embed_dim=96"]).digest != base.digest
+
+
+def test_whole_and_decimal_numbers_are_the_same_recipe() -> None:
+    one, other = (load_recipe("digits", [f"incubate.train.epochs={n}"]) for n in ("7", "7.0"))
+    assert one.digest == other.digest
+
+
+@pytest.mark.parametrize("name", sorted(shipped()))
+def test_a_written_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe.toml())
+    assert load_recipe(str(file)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("train.micro_batch", True),
+        ("finetune.train.micro_batch", True),
+        ("train.lr", False),
+        ("finetune.train.lr", False),
+        ("sharding.strategy", True),
+        ("model.args.embed_dim", False),
+        ("incubate.init", False),
+        ("description", True),
+    ],
+)
+def test_keys_are_identity_or_execution(key: str, expected: bool) -> None:
+    assert is_execution(key) is expected
+
+
+def test_a_run_directory_refuses_another_identity_and_shows_it(smoke: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    recipe = load_recipe(str(smoke))
+    run.open(recipe)
+    with pytest.raises(ConfigError, match=r"train\.lr: 0\.002 -> 0\.5"):
+        run.open(load_recipe(str(smoke), ["train.lr=0.5"]))
+    assert run.recipe() == recipe
+
+
+def test_a_run_directory_notes_changed_execution_keys(smoke: Path, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    run.open(load_recipe(str(smoke)))
+    changed = load_recipe(str(smoke), ["log.every_steps=3"])
+    run.open(changed)
+    assert '"log.every_steps: 2 -> 3"' in (run.path / "events.jsonl").read_text()
+    assert run.recipe().log.every_steps == 3
+    assert differences(run.recipe(), changed, execution_keys=True) == []
