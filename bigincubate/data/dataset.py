@@ -24,6 +24,7 @@ SPLITS = ("train", "val")
 COLUMNS = {"image": "bytes", "label": "int"}
 DESCRIPTION = "dataset.json"
 INDEX = "index.json"
+AGAIN = "delete the folder and prepare the data again"
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
         for split in SPLITS:
             _check_index(path / split, splits[split], present=remote is None)
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise EnvironmentFault(f"{path}: its description is damaged; prepare the data again") from None
+        raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None
     if digest != contents_digest(classes, splits):
-        raise EnvironmentFault(f"{path / DESCRIPTION} is damaged: its digest does not match; prepare it again")
+        raise EnvironmentFault(f"{path / DESCRIPTION} is damaged: its digest does not match; {AGAIN}")
     return DatasetInfo(path=path, classes=classes, samples=samples, digest=digest)
 
 
@@ -86,7 +87,7 @@ def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != split["index"] or split["samples"] != sum(shard["samples"] for shard in index["shards"]):
         raise EnvironmentFault(
-            f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; prepare the data again"
+            f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; {AGAIN}"
         )
 
 
@@ -98,10 +99,10 @@ def _inside(folder: Path, name: str) -> bool:
 
 def _check_size(file: Path, expected: int) -> None:
     if not file.exists():
-        raise EnvironmentFault(f"{file} is missing; prepare the data again")
+        raise EnvironmentFault(f"{file} is missing; {AGAIN}")
     if file.stat().st_size != expected:
         raise EnvironmentFault(
-            f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; prepare the data again"
+            f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; {AGAIN}"
         )
 
 
@@ -114,11 +115,11 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text())
     except OSError as error:
-        raise EnvironmentFault(f"{file}: {error.strerror}; prepare the data again") from None
+        raise EnvironmentFault(f"{file}: {error.strerror}; {AGAIN}") from None
     except ValueError:
         value = None
     if not isinstance(value, dict):
-        raise EnvironmentFault(f"{file} is damaged: not a JSON object; prepare the data again")
+        raise EnvironmentFault(f"{file} is damaged: not a JSON object; {AGAIN}")
     return value
 
 

@@ -13,12 +13,12 @@ from ..errors import EnvironmentFault
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[int]:
-    """Hold an exclusive lock on ``file``, which is created if need be. Yields its descriptor."""
+def locked(file: Path) -> Iterator[None]:
+    """Hold an exclusive lock on ``file``, which is created if need be; processes forked meanwhile hold it too."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
+        yield
     finally:
         os.close(descriptor)
 

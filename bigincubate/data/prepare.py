@@ -67,8 +67,8 @@ def prepare(
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with locked(out.with_name(f".{out.name}.lock")) as lock:
-            return _prepare(read_source(source, val_fraction), out, jobs, lock, on_progress or (lambda *_: None))
+        with locked(out.with_name(f".{out.name}.lock")):
+            return _prepare(read_source(source, val_fraction), out, jobs, on_progress or (lambda *_: None))
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         raise EnvironmentFault(f"cannot prepare {source}: {what}; mend it and run it again to go on") from None
@@ -78,7 +78,7 @@ def prepare(
         ) from None
 
 
-def _prepare(source: Source, out: Path, jobs: int, lock: int, on_progress: Callable[[int, int], None]) -> DatasetInfo:
+def _prepare(source: Source, out: Path, jobs: int, on_progress: Callable[[int, int], None]) -> DatasetInfo:
     identity = {"kind": source.kind, "fingerprint": source.fingerprint}
     for mark in (DESCRIPTION, UNFINISHED):
         if (out / mark).exists() and read_json(out / mark).get("source") != identity:
@@ -97,7 +97,7 @@ def _prepare(source: Source, out: Path, jobs: int, lock: int, on_progress: Calla
     total = sum(len(chunk.samples) for chunk in chunks)
     done = sum(len(chunk.samples) for chunk in chunks if chunk.folder.exists())
     on_progress(done, total)
-    with _write_all([chunk for chunk in chunks if not chunk.folder.exists()], jobs, lock) as written:
+    with _write_all([chunk for chunk in chunks if not chunk.folder.exists()], jobs) as written:
         for count in written:
             done += count
             on_progress(done, total)
@@ -168,7 +168,7 @@ def _image_bytes(sample: Sample) -> bytes:
 
 
 @contextmanager
-def _write_all(chunks: list[Chunk], jobs: int, lock: int) -> Iterator[Iterator[int]]:
+def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
     """Write chunks in this process, or in ``jobs`` others. Yields their sizes as they are done."""
     if jobs <= 1 or len(chunks) <= 1:
         yield map(write_chunk, chunks)
@@ -178,8 +178,8 @@ def _write_all(chunks: list[Chunk], jobs: int, lock: int) -> Iterator[Iterator[i
     pool = ProcessPoolExecutor(
         jobs,
         mp_context=multiprocessing.get_context("fork"),
-        initializer=_belong_to,
-        initargs=(os.getpid(), lock),
+        initializer=_end_with,
+        initargs=(os.getpid(),),
     )
     try:
         futures = [pool.submit(write_chunk, chunk) for chunk in chunks]
@@ -188,9 +188,8 @@ def _write_all(chunks: list[Chunk], jobs: int, lock: int) -> Iterator[Iterator[i
         pool.shutdown(cancel_futures=True)
 
 
-def _belong_to(parent: int, lock: int) -> None:
-    """End with the parent, however it ends, and do not hold its lock for it."""
-    os.close(lock)
+def _end_with(parent: int) -> None:
+    """End when the parent does, however it ends: until then this process, too, holds the lock."""
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -35,7 +35,7 @@ from streaming.base.util import retry
 from streaming.base.world import World
 
 from ..errors import EnvironmentFault
-from .dataset import DESCRIPTION, INDEX, SPLITS, DatasetInfo
+from .dataset import AGAIN, DESCRIPTION, INDEX, SPLITS, DatasetInfo
 from .images import decode
 from .locks import locked, runtime_dir
 
@@ -132,7 +132,7 @@ def check_hash(file: Path, expected: str, *, name: str) -> None:
         with file.open("rb") as data:
             found = hashlib.file_digest(data, "sha256").hexdigest()
     except OSError as error:
-        raise EnvironmentFault(f"{name}: {error.strerror}; prepare the data again") from None
+        raise EnvironmentFault(f"{name}: {error.strerror}; {AGAIN}") from None
     if found != expected:
         raise EnvironmentFault(
             f"{name} is damaged: SHA-256 {found}, expected {expected}; delete it and prepare or download it again"

@@ -1,0 +1,191 @@
+"""Augmentation: a pure function of (seed, epoch, sample, repeat), and what each policy gives."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import transforms
+
+from bigincubate.config import Augment
+from bigincubate.data.augment import eval_transform, seeded, train_transform
+from bigincubate.data.images import decode, encode
+
+POLICIES: list[dict[str, Any]] = [
+    {},
+    {"crop": "simple", "three_augment": True, "color_jitter": 0.3},
+    {"crop": "pad", "erase": 1.0},
+    {"rand_augment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "interpolation": "bilinear"},
+    {"crop": "none", "color_jitter": 0.4},
+]
+
+
+def picture(width: int = 40, height: int = 36) -> Image.Image:
+    pixels = np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def draws() -> tuple[Any, ...]:
+    return random.random(), np.random.rand(), np.random.randint(1 << 30), torch.rand(2).tolist()
+
+
+def views(policy: dict[str, Any], *key: int, count: int = 8, size: int = 32) -> Tensor:
+    transform, out = train_transform(Augment(**policy), size), []
+    for view in range(count):
+        with seeded(*key, view):
+            out.append(transform(picture()))
+    return torch.stack(out)
+
+
+# ------------------------------------------------------------------------------------------------ randomness
+
+
+def test_what_is_drawn_depends_on_the_key_alone() -> None:
+    def drawn(*key: int) -> tuple[Any, ...]:
+        with seeded(*key):
+            return draws()
+
+    first = drawn(0, 1, 2, 3)
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
+    np.random.randn()
+    assert drawn(0, 1, 2, 3) == first
+    assert drawn(*np.array([0, 1, 2, 3])) == first  # ids come as numpy integers
+    others = [drawn(*key) for key in [(1, 1, 2, 3), (0, 2, 2, 3), (0, 1, 3, 3), (0, 1, 2, 4), (0, 12, 3)]]
+    for a in [first, *others]:
+        assert sum(a[part] == b[part] for b in [first, *others] for part in range(4)) == 4  # with itself only
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_global_generators_go_on_as_if_nothing_had_happened(policy: dict[str, Any]) -> None:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = draws()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    views(policy, 0, 0, 0)
+    with pytest.raises(ZeroDivisionError), seeded(1):
+        random.random(), np.random.rand(), torch.rand(1)
+        _ = 1 / 0
+    assert draws() == expected
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_view_is_a_pure_function(policy: dict[str, Any]) -> None:
+    first = views(policy, 0, 1, 2)
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    assert torch.equal(views(policy, 0, 1, 2), first)
+    assert not torch.equal(views(policy, 0, 2, 2), first)
+    assert len({view.numpy().tobytes() for view in first}) == len(first)  # repeats differ
+    assert first.shape == (8, 3, 32, 32)
+    assert first.dtype == torch.float32
+    assert first.is_contiguous()
+
+
+# ------------------------------------------------------------------------------------------------ policies
+
+
+def normalized(image: Image.Image, augment: Augment) -> Tensor:
+    return transforms.Normalize(augment.mean, augment.std)(transforms.ToTensor()(image))
+
+
+def test_pixels_are_normalised_as_torchvision_does() -> None:
+    augment = Augment(crop="none", flip=0.0)
+    image = picture(32, 32)
+    assert torch.allclose(train_transform(augment, 32)(image), normalized(image, augment), atol=1e-6)
+
+
+def test_pad_crops_the_bordered_image() -> None:
+    augment = Augment(crop="pad", pad=2, flip=0.0)
+    image = picture(32, 32)
+    windows = normalized(ImageOps.expand(image, 2), augment).unfold(1, 32, 1).unfold(2, 32, 1)
+    places = set()
+    for view in range(40):
+        with seeded(view):
+            crop = train_transform(augment, 32)(image)
+        found = (windows.permute(1, 2, 0, 3, 4) - crop).abs().amax((2, 3, 4)).lt(1e-5).nonzero().tolist()
+        assert len(found) == 1
+        places.add(tuple(found[0]))
+    assert len(places) > 15  # of 25
+
+
+def test_simple_reflects_at_the_border() -> None:
+    augment = Augment(crop="simple", flip=0.0)
+    white = Image.new("RGB", (32, 32), (255, 255, 255))
+    for view in range(10):
+        with seeded(view):
+            assert train_transform(augment, 32)(white).std((1, 2)).max() < 1e-5  # a black border would show
+
+
+def test_three_augment_is_one_of_grey_solarised_blurred() -> None:
+    augment = Augment(crop="none", flip=0.0, three_augment=True, mean=[0.0] * 3, std=[1.0] * 3)
+    image = picture(32, 32)
+    plain = normalized(image, augment)
+    solarised = normalized(ImageOps.solarize(image, 128), augment)
+    kinds = []
+    for view in range(60):
+        with seeded(view):
+            seen = train_transform(augment, 32)(image)
+        grey = torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
+        blurred = seen.std() < 0.97 * plain.std()
+        kinds.append("grey" if grey else "solarised" if torch.allclose(seen, solarised, atol=1e-6) else blurred)
+    assert set(kinds) <= {"grey", "solarised", True, False}
+    assert all(10 <= sum(kind == wanted for kind in kinds) for wanted in ("grey", "solarised", True))
+
+
+def test_erasing_fills_a_box_with_noise() -> None:
+    augment = Augment(crop="none", flip=0.0, erase=1.0)
+    plain = train_transform(Augment(crop="none", flip=0.0), 32)(picture(32, 32))
+    with seeded(1):
+        erased = train_transform(augment, 32)(picture(32, 32))
+    changed = (erased != plain).any(0).nonzero()
+    (top, left), (bottom, right) = changed.amin(0), changed.amax(0) + 1
+    assert 0 < len(changed) == (bottom - top) * (right - left) < 32 * 32
+
+
+def test_flip_mirrors_half_of_the_views() -> None:
+    image = picture(32, 32)
+    plain = train_transform(Augment(crop="none", flip=0.0), 32)(image)
+    seen = [torch.equal(view, plain) for view in views_of(image, Augment(crop="none"), 60)]
+    mirrored = [torch.equal(view, plain.flip(2)) for view in views_of(image, Augment(crop="none"), 60)]
+    assert [not s for s in seen] == mirrored
+    assert 15 < sum(mirrored) < 45
+
+
+def views_of(image: Image.Image, augment: Augment, count: int) -> list[Tensor]:
+    transform, out = train_transform(augment, 32), []
+    for view in range(count):
+        with seeded(view):
+            out.append(transform(image))
+    return out
+
+
+def test_evaluation_takes_the_middle() -> None:
+    augment = Augment(eval_crop=0.5)
+    image = picture(96, 64)
+    assert torch.allclose(eval_transform(augment, 32)(image), normalized(image.crop((32, 16, 64, 48)), augment), atol=1e-6)
+    assert eval_transform(Augment(), 32)(picture(17, 90)).shape == (3, 32, 32)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "P", "1", "CMYK"])
+def test_every_kind_of_file_becomes_rgb(mode: str) -> None:
+    import io
+
+    out = io.BytesIO()
+    picture().convert(mode).save(out, "TIFF")
+    assert decode(out.getvalue()).mode == "RGB"
+
+
+def test_png_keeps_every_pixel() -> None:
+    assert decode(encode(picture())).tobytes() == picture().tobytes()
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", encode(picture())[:200]])
+def test_what_is_not_an_image_is_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError, match="."):
+        decode(data)
