@@ -131,7 +131,7 @@ def train(
             directory.open(loaded)
             data = ensure_data(loaded, directory, say)
             cut, rows = ensure_plan(loaded, directory, data)
-        row = cut.row(phase, number)  # type: ignore[arg-type]
+        row = cut.row(phase, number)
         from .trainer import train as train_phase
 
         result = train_phase(loaded, cut, row, find_row(rows, row.phase, number), directory, data, env)

@@ -41,7 +41,8 @@ def execution(default: Any, **constraints: Any) -> Any:
 class Section(BaseModel):
     """A table of the recipe: strict types, unknown keys refused, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    # defaults are validated too, so that 0 and 0.0 are one recipe however it was read
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class Model(Section):
@@ -103,7 +104,7 @@ class Optim(Section):
 
     name: str = "adamw"
     weight_decay: NonNegative = 0.05
-    betas: list[Unit] = Field([0.9, 0.999], min_length=2, max_length=2)
+    betas: list[Unit] = Field([0.9, 0.999], min_length=2, max_length=3)
     eps: NonNegative = 1e-8
     layer_decay: float | None = Field(None, gt=0, le=1)
     lr_scaling: Literal["none", "linear", "sqrt"] = "none"

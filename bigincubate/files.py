@@ -39,12 +39,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any | None:
-    """The value, or None where the file is missing or not JSON."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object, or None where the file is missing or holds no JSON object."""
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
+    return value if isinstance(value, dict) else None
 
 
 def append_line(path: Path, value: Any) -> None:

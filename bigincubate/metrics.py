@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,18 @@ class Metrics:
     """One writer a phase, on rank 0; the other ranks' is silent.
 
     Args:
-        step: the optimizer step that training goes on from. What an earlier attempt logged beyond it is dropped, so
+        first: the first optimizer step that will be logged. What an earlier attempt logged from it on is dropped, so
             that no step appears twice.
     """
 
-    def __init__(self, folder: PhaseDir, step: int, *, enabled: bool) -> None:
+    def __init__(self, folder: PhaseDir, first: int, *, enabled: bool) -> None:
         self.file = folder.metrics
         self.writer = None
         if enabled:
-            _cut(self.file, step)
-            self.writer = SummaryWriter(str(folder.path / "tb"), purge_step=step + 1 if step else None)
+            _cut(self.file, first)
+            if first == 0:
+                shutil.rmtree(folder.path / "tb", ignore_errors=True)
+            self.writer = SummaryWriter(str(folder.path / "tb"), purge_step=first)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Numbers of an optimizer step. Tags: ``train/loss``, ``train/lr``, ``train/grad_norm``, ``val/top1``, …"""
@@ -61,9 +64,9 @@ class Metrics:
             self.writer.close()
 
 
-def _cut(file: Path, step: int) -> None:
+def _cut(file: Path, first: int) -> None:
     rows = read_metrics(file)
-    kept = [row for row in rows if row["step"] <= step]
+    kept = [row for row in rows if row["step"] < first]
     if len(kept) < len(rows) or (file.exists() and not file.read_bytes().endswith(b"\n")):
         write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import Lamb, OptimInfo, create_optimizer_v2, get_optimizer_info
+from timm.optim.kron import Kron
 from timm.scheduler import CosineLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -29,14 +31,15 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
         ConfigError: timm has no such optimizer, or it does not take these settings.
     """
     optim = settings.optim
-    extra: dict[str, Any] = {"eps": optim.eps, "betas": tuple(optim.betas)}
-    if optim.name in ("adamw", "adam"):
-        extra["fused"] = True
-    if optim.name in ("sgd", "momentum", "nesterov"):
-        extra = {}
-    if optim.name.startswith("lamb"):
-        extra["max_grad_norm"] = None  # timm's LAMB clips by itself; the trainer already does
+    extra: dict[str, Any] = {"eps": optim.eps, "betas": tuple(optim.betas)}  # timm leaves out what does not apply
     try:
+        info = get_optimizer_info(optim.name)
+        if reason := _unsupported(info, len(optim.betas)):
+            raise ValueError(reason)
+        if optim.name in ("adamw", "adam"):
+            extra["fused"] = True
+        if info.opt_class is Lamb:
+            extra["max_grad_norm"] = None  # timm's LAMB clips by itself; the trainer already does
         return create_optimizer_v2(
             model,
             opt=optim.name,
@@ -47,6 +50,17 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"optim.name = {optim.name!r}: {str(error) or 'not an optimizer of timm'}") from None
+
+
+def _unsupported(info: OptimInfo, betas: int) -> str | None:
+    """Why an optimizer of timm cannot be used; None if it can."""
+    if info.second_order:
+        return "it needs second derivatives, which are not computed"
+    if info.opt_class is Kron:
+        return "it draws random numbers, which would not survive a resume"
+    if info.has_betas and info.num_betas != betas:
+        return f"it takes {info.num_betas} betas, optim.betas has {betas}"
+    return None
 
 
 def make_schedule(optimizer: Optimizer, settings: Settings, total: int, steps_per_epoch: int) -> Scheduler:
@@ -85,7 +99,7 @@ class Ema:
     def save(self) -> dict[str, Tensor]:
         return {f"ema/{name}": value for name, value in self.average.items()}
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         for name, value in self.average.items():
             value.copy_(tensors[f"ema/{name}"])
 

@@ -54,7 +54,7 @@ class PhaseDir:
     @property
     def result(self) -> dict[str, Any] | None:
         """What the phase ended with; None while it has not."""
-        return read_json(self.path / "DONE")
+        return read_json(self.path / "DONE") or None
 
     def finish(self, result: dict[str, Any]) -> None:
         write_json(self.path / "DONE", result)

@@ -7,7 +7,7 @@ steps, :meth:`Trainer.forward_backward` is what a step computes.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ class TrainState:
     images: int = 0
     seconds: float = 0.0  # of training, over all attempts
     skipped: int = 0  # steps left out because their gradient was not finite
+    last: dict[str, float] = field(default_factory=dict)  # measured in the last step, logged with the final evaluation
 
 
 def train(
@@ -59,7 +60,7 @@ def train(
     if (result := env.broadcast(folder.result)) is not None:
         return result
     with owned(folder.path, env), StopFlag() as stop:
-        attempt = env.broadcast(len(folder.attempts()) + 1)
+        attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))
         record = _recorder(folder, attempt, planned, enabled=env.is_main)
         record("running")
         try:
@@ -157,7 +158,9 @@ class Trainer:
             self.restore(checkpoint)
         elif self.row.phase == "finetune":
             self.finish_assembly()
-        self.metrics = Metrics(self.folder, self.state.step, enabled=self.env.is_main)
+        # the last step is logged after its checkpoint, together with the evaluation
+        done = 0 < self.state.step < self.total
+        self.metrics = Metrics(self.folder, self.state.step + done, enabled=self.env.is_main)
         if self.state.step == 0:
             self.metrics.text("recipe", f"```\n{self.recipe.toml()}\n```")
         try:
@@ -189,13 +192,18 @@ class Trainer:
             state.images += self.settings.train.batch_size
             meter.images += self.settings.train.batch_size
 
+            values: dict[str, float] = {}
             if state.step % log.every_steps == 0 or state.step == self.total:
-                self.report(loss, norm, meter)
+                values = self.measure(loss, norm, meter)
             if state.step == self.total:
+                state.last = values
                 break
             if log.eval_every_epochs and state.step % (log.eval_every_epochs * self.stream.steps_per_epoch) == 0:
-                self.log_evaluation(self.evaluate())
+                values |= scored(self.evaluate())
                 meter.restart()
+            if values:
+                self.metrics.log(state.step, values)
+                self.check_finite()
             if state.step % every == 0:
                 clock = self.save(clock)
         self.save(clock)
@@ -231,20 +239,16 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ around it
 
-    def report(self, loss: Tensor, norm: Tensor, meter: Meter) -> None:
-        """Log a step; the only place, besides checkpoints, where the host waits for the device."""
-        mean = self.env.sum(loss.double()).item() / self.env.world
-        self.metrics.log(
-            self.state.step,
-            {
-                "train/loss": mean,
-                "train/lr": self.sharding.optimizer.param_groups[0]["lr"],
-                "train/grad_norm": norm.item(),
-                "train/skipped": self.skipped.item(),
-                **meter.read(),
-            },
-        )
-        self.check_finite()
+    def measure(self, loss: Tensor, norm: Tensor, meter: Meter) -> dict[str, float]:
+        """What is logged of a step; the only place, besides checkpoints, where the host waits for the device."""
+        group = self.sharding.optimizer.param_groups[0]
+        return {
+            "train/loss": self.env.sum(loss.double()).item() / self.env.world,
+            "train/lr": group["lr"] / group.get("lr_scale", 1.0),  # before layer decay
+            "train/grad_norm": norm.item(),
+            "train/skipped": self.skipped.item(),
+            **meter.read(),
+        }
 
     def check_finite(self) -> None:
         allowed = self.settings.train.max_nonfinite
@@ -287,13 +291,10 @@ class Trainer:
             if use_ema:
                 self.ema.swap()
 
-    def log_evaluation(self, scores: dict[str, float]) -> None:
-        self.metrics.log(self.state.step, {f"val/{key}": scores[key] for key in ("top1", "top5", "loss")})
-
     def finish(self) -> dict[str, Any]:
         """Evaluate, hand on the artifact, give the result."""
         scores = self.evaluate()
-        self.log_evaluation(scores)
+        self.metrics.log(self.state.step, self.state.last | scored(scores))
         module = self.row.module
         export = self.recipe.section(self.row.phase).export
         if export == "ema":
@@ -351,6 +352,11 @@ class Trainer:
                 meta=self.meta_digest,
             ),
         )
+
+
+def scored(scores: dict[str, float]) -> dict[str, float]:
+    """An evaluation under the tags that it is logged with."""
+    return {f"val/{key}": scores[key] for key in ("top1", "top5", "loss")}
 
 
 def rename_to_target(tensors: dict[str, Tensor], task: ClassificationTask, module: int) -> dict[str, Tensor]:

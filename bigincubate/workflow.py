@@ -43,7 +43,7 @@ def ensure_data(recipe: Recipe, run: RunDir, report: Report = lambda text: None)
 
         report(f"preparing {recipe.data.source} in {path}")
         prepare(recipe.data.source, path)
-    data = open_dataset(path)
+    data = open_dataset(path, recipe.data.remote)
     if (found := len(data.classes)) != recipe.model.num_classes:
         raise ConfigError(f"{path} has {found} classes, but model.num_classes = {recipe.model.num_classes}")
     return data

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,3 +83,99 @@ def bigincubate() -> Command:
         return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, **options)  # type: ignore[call-overload,no-any-return]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def fast(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smoke recipe with its data in place, for many runs in one session."""
+    file = tmp_path_factory.mktemp("recipe") / "smoke.toml"
+    file.write_text(SMOKE.replace('source = "digits-dev"', f'path = "{digits}"'))
+    return file
+
+
+class Lab:
+    """A run directory whose phases are trained in this process, by the trainer itself."""
+
+    def __init__(self, recipe: Path, folder: Path, *sets: str) -> None:
+        from bigincubate.config import load_recipe
+        from bigincubate.rundir import RunDir
+        from bigincubate.workflow import ensure_data, ensure_plan
+
+        self.recipe = load_recipe(str(recipe), sets)
+        self.run = RunDir(folder)
+        self.run.open(self.recipe)
+        self.data = ensure_data(self.recipe, self.run)
+        self.plan, self.rows = ensure_plan(self.recipe, self.run, self.data)
+
+    def arguments(self, phase: str, module: int | None = None) -> tuple[Any, ...]:
+        """What `train` takes; a `Trainer` takes a stop flag more."""
+        from bigincubate.cluster.env import RunEnv
+        from bigincubate.workflow import find_row
+
+        row = self.plan.row(phase, module)  # type: ignore[arg-type]
+        planned = find_row(self.rows, row.phase, module)
+        return self.recipe, self.plan, row, planned, self.run, self.data, RunEnv.detect()
+
+    def train(self, phase: str, module: int | None = None) -> dict[str, Any]:
+        from bigincubate.trainer import train
+
+        return train(*self.arguments(phase, module))
+
+    def trainer(self, phase: str, module: int | None = None) -> Any:
+        from bigincubate.cluster.preempt import StopFlag
+        from bigincubate.trainer import Trainer
+
+        return Trainer(*self.arguments(phase, module), StopFlag())
+
+    def weights(self, phase: str, module: int | None = None) -> dict[str, Any]:
+        from bigincubate.checkpoint.store import load_artifact
+
+        return load_artifact(self.run.phase(phase, module).artifact)[0]  # type: ignore[arg-type]
+
+    def log(self, phase: str, module: int | None = None) -> list[dict[str, Any]]:
+        from bigincubate.metrics import read_metrics
+
+        return read_metrics(self.run.phase(phase, module).metrics)  # type: ignore[arg-type]
+
+    def events(self, phase: str, module: int | None = None) -> Any:
+        """What TensorBoard sees of a phase."""
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        folder = self.run.phase(phase, module).path / "tb"  # type: ignore[arg-type]
+        return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
+
+    def copy(self, folder: Path) -> Lab:
+        """The run as it is now, in another directory."""
+        shutil.copytree(self.run.path, folder)
+        other = copy.copy(self)
+        other.run = type(self.run)(folder)
+        return other
+
+    def command(self, phase: str, module: int | None = None, *more: object) -> list[object]:
+        """The words of the command line that trains a phase here."""
+        words = ["train", self.run.recipe_file, "--run-dir", self.run.path, "--phase", phase]
+        return [*words, *(["--module", module] if module is not None else []), *more]
+
+
+@pytest.fixture(scope="session")
+def counted() -> Iterator[None]:
+    """Counting what a phase costs takes a second: once for each shape of model is enough here."""
+    from bigincubate import plan
+
+    count, known = plan.count_cost, {}
+
+    def cost(row: Any, settings: Any, family: Any) -> Any:
+        key = (row, settings.model.model_dump_json(), settings.optim.name, family)
+        if key not in known:
+            known[key] = count(row, settings, family)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "count_cost", cost)
+        yield
+
+
+@pytest.fixture(scope="session")
+def lab(counted: None, fast: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lab]:
+    """``lab("train.lr=1", …)``: the smoke recipe with these settings, in a new run directory, or in ``folder``."""
+    return lambda *sets, folder=None: Lab(fast, folder or tmp_path_factory.mktemp("lab") / "run", *sets)

@@ -67,8 +67,7 @@ def test_the_global_generators_go_on_as_if_nothing_had_happened(policy: dict[str
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     views(policy, 0, 0, 0)
     with pytest.raises(ZeroDivisionError), seeded(1):
-        random.random(), np.random.rand(), torch.rand(1)
-        _ = 1 / 0
+        _ = draws()[0] / 0
     assert draws() == expected
 
 
@@ -129,10 +128,10 @@ def test_three_augment_is_one_of_grey_solarised_blurred() -> None:
         with seeded(view):
             seen = train_transform(augment, 32)(image)
         grey = torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
-        blurred = seen.std() < 0.97 * plain.std()
+        blurred = bool(seen.std() < 0.97 * plain.std())
         kinds.append("grey" if grey else "solarised" if torch.allclose(seen, solarised, atol=1e-6) else blurred)
     assert set(kinds) <= {"grey", "solarised", True, False}
-    assert all(10 <= sum(kind == wanted for kind in kinds) for wanted in ("grey", "solarised", True))
+    assert all(sum(kind == wanted for kind in kinds) >= 10 for wanted in ("grey", "solarised", True))
 
 
 def test_erasing_fills_a_box_with_noise() -> None:
@@ -165,7 +164,9 @@ def views_of(image: Image.Image, augment: Augment, count: int) -> list[Tensor]:
 def test_evaluation_takes_the_middle() -> None:
     augment = Augment(eval_crop=0.5)
     image = picture(96, 64)
-    assert torch.allclose(eval_transform(augment, 32)(image), normalized(image.crop((32, 16, 64, 48)), augment), atol=1e-6)
+    assert torch.allclose(
+        eval_transform(augment, 32)(image), normalized(image.crop((32, 16, 64, 48)), augment), atol=1e-6
+    )
     assert eval_transform(Augment(), 32)(picture(17, 90)).shape == (3, 32, 32)
 
 
@@ -187,5 +188,5 @@ def test_png_keeps_every_pixel() -> None:
 
 @pytest.mark.parametrize("data", [b"", b"no image", encode(picture())[:200]])
 def test_what_is_not_an_image_is_a_value_error(data: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         decode(data)

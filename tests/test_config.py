@@ -89,6 +89,7 @@ def test_a_written_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> Non
     file = tmp_path / "recipe.toml"
     file.write_text(recipe.toml())
     assert load_recipe(str(file)) == recipe
+    assert load_recipe(str(file)).digest == recipe.digest
 
 
 @pytest.mark.parametrize(

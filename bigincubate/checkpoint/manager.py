@@ -19,17 +19,17 @@ import json
 import re
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..cluster.env import RunEnv, stderr
 from ..errors import ArtifactError, DamagedError, EnvironmentFault
 from ..files import fsync_dir, fsync_file, sha256, write_text
+from .pieces import Piece, PieceReader, pack
 
 STEP = re.compile(r"step-(\d{8,})")
 MARKER = "COMMITTED"
@@ -37,10 +37,10 @@ MARKER = "COMMITTED"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds for one rank."""
+    """A verified checkpoint: the tensors of all ranks, read as they are asked for, and the state."""
 
     step: int
-    tensors: dict[str, Tensor]
+    tensors: PieceReader
     state: dict[str, Any]
 
 
@@ -57,14 +57,16 @@ class CheckpointManager:
         self.folder, self.env, self.digest, self.keep = folder, env, digest, keep
         if env.is_main:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".saving-*"):  # of an attempt that died in the middle
-                shutil.rmtree(leftover)
+            committed = {self._at(step) for step in self.steps()}
+            for left in (*folder.glob(".saving-*"), *folder.glob("step-*")):
+                if left not in committed:  # an attempt died while it wrote or removed this
+                    shutil.rmtree(left)
         env.barrier()
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Commit a checkpoint of ``step``: this rank's ``tensors`` (may be empty), and ``state`` from rank 0.
+    def save(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
+        """Commit a checkpoint of ``step``: what this rank holds (it may be nothing), and ``state`` from rank 0.
 
         Raises:
             EnvironmentFault: some rank could not write; no checkpoint was changed.
@@ -77,7 +79,7 @@ class CheckpointManager:
             aside.mkdir(exist_ok=True)
             if tensors:
                 name = f"rank-{self.env.rank:05d}.safetensors"
-                files[name] = _write(aside / name, save({key: _plain(value) for key, value in tensors.items()}))
+                files[name] = _write(aside / name, pack(tensors))
             if self.env.is_main:
                 files["state.json"] = _write(aside / "state.json", json.dumps(state, indent=1).encode())
         except OSError as error:
@@ -101,7 +103,7 @@ class CheckpointManager:
                 aside.rename(final)
                 fsync_dir(self.folder)
                 write_text(final / MARKER, hashlib.sha256(text.encode()).hexdigest())
-                self._prune()
+                self._prune(step)
             except OSError as error:
                 problems = [f"{error.filename or final}: {error.strerror}"]
         problems = self.env.broadcast(problems)
@@ -110,8 +112,10 @@ class CheckpointManager:
                 shutil.rmtree(aside, ignore_errors=True)
             raise EnvironmentFault(f"checkpoint of step {step} not written: {problems[0]}; earlier ones are intact")
 
-    def _prune(self) -> None:
-        for step in self.steps()[: -self.keep]:
+    def _prune(self, newest: int) -> None:
+        """Keep the newest; those beyond ``newest`` were damaged, or training would have gone on from there."""
+        kept = [step for step in self.steps() if step <= newest][-self.keep :]
+        for step in set(self.steps()).difference(kept):
             # the marker goes first: half a directory must not look committed
             (self._at(step) / MARKER).unlink()
             shutil.rmtree(self._at(step))
@@ -140,10 +144,8 @@ class CheckpointManager:
         manifest = _read(folder / "manifest.json")
         if manifest["recipe"] != self.digest:
             raise ArtifactError(f"{folder} was made by another recipe; use another --run-dir, or remove it")
-        names = [name for name in manifest["files"] if name.endswith(".safetensors")]
-        own = f"rank-{self.env.rank:05d}.safetensors"
-        name = own if own in names else names[0]  # replicated state is in rank 0's file
-        return Checkpoint(step, load_file(folder / name), _read(folder / "state.json"))
+        files = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
+        return Checkpoint(step, PieceReader(files), _read(folder / "state.json"))
 
     def _choose(self) -> int | str | None:
         damaged = []
@@ -187,7 +189,3 @@ def _write(path: Path, data: bytes) -> dict[str, Any]:
     path.write_bytes(data)
     fsync_file(path)
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    return tensor.detach().to(torch.device("cpu")).contiguous()

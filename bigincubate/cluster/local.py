@@ -63,18 +63,23 @@ class LocalRunner:
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while waiting or self.running:
-                ready = [job for job in waiting if done.issuperset(job.needs)] if not self.stopping else []
-                for job in ready[: self.jobs - len(self.running)]:
+                for job in self.ready(waiting, done)[: self.jobs - len(self.running)]:
                     waiting.remove(job)
-                    self.start(job, min(self.jobs, len(ready) + len(self.running)))
-                if not self.running:
+                    try:
+                        # cores are shared by what may run beside, not by what does: a resume computes the same bits
+                        self.start(job, beside=min(self.jobs, sum(other.needs == job.needs for other in graph)))
+                    except OSError as error:
+                        failed[job.key] = Exit.ENVIRONMENT
+                        reason = f"{error.filename}: {error.strerror}"
+                        self.reporter.failed(job, Exit.ENVIRONMENT, reason, self.log(job))
+                if not self.running and not self.ready(waiting, done):
                     break  # what waits needs something that failed, or we were asked to stop
                 for job, code in self.finished(graph):
                     if code == 0:
                         done.add(job.key)
                         self.reporter.done(job, self.folder(job).result or {})
-                    elif code == Exit.PREEMPTED:
-                        self.stopping = True
+                    elif code == Exit.PREEMPTED or (self.stopping and code == -signal.SIGTERM):
+                        self.stopping = True  # the second: before it had begun
                     elif code == Exit.LOCKED and self.patience:
                         self.patience -= 1
                         time.sleep(1)
@@ -92,6 +97,9 @@ class LocalRunner:
         if failed:
             return Exit(next(iter(failed.values()))) if next(iter(failed.values())) in set(Exit) else Exit.ENVIRONMENT
         return Exit.PREEMPTED if self.stopping else Exit.DONE
+
+    def ready(self, waiting: list[Job], done: set[str]) -> list[Job]:
+        return [job for job in waiting if done.issuperset(job.needs)] if not self.stopping else []
 
     def start(self, job: Job, beside: int) -> None:
         log = self.log(job)

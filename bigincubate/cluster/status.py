@@ -20,7 +20,7 @@ def run_status(run: RunDir) -> list[dict[str, Any]]:
         ArtifactError: not a run directory, or nothing has been planned in it yet.
     """
     plan = read_json(run.path / "plan.json")
-    if plan is None:
+    if plan is None or "rows" not in plan:
         run.recipe()
         raise ArtifactError(f"nothing has run in {run.path} yet")
     rows = []

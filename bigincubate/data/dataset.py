@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ..errors import EnvironmentFault
@@ -86,24 +86,20 @@ def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
             _check_size(folder / raw["basename"], raw["bytes"])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != split["index"] or split["samples"] != sum(shard["samples"] for shard in index["shards"]):
-        raise EnvironmentFault(
-            f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; {AGAIN}"
-        )
+        raise EnvironmentFault(f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; {AGAIN}")
 
 
 def _inside(folder: Path, name: str) -> bool:
     """Whether ``name`` stays in the folder, symbolic links followed."""
-    plain, root = PurePosixPath(name), folder.resolve()
-    return not plain.is_absolute() and ".." not in plain.parts and (root / name).resolve().is_relative_to(root)
+    root = folder.resolve()
+    return (root / name).resolve().is_relative_to(root)
 
 
 def _check_size(file: Path, expected: int) -> None:
     if not file.exists():
         raise EnvironmentFault(f"{file} is missing; {AGAIN}")
     if file.stat().st_size != expected:
-        raise EnvironmentFault(
-            f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; {AGAIN}"
-        )
+        raise EnvironmentFault(f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; {AGAIN}")
 
 
 def read_json(file: Path) -> dict[str, Any]:

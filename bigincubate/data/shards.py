@@ -19,6 +19,7 @@ import mmap
 import os
 import secrets
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -113,11 +114,11 @@ class Shards(StreamingDataset):
 
     def _verify(self, number: int) -> None:
         """Have a shard here and hashed. One worker does it, the others wait."""
-        owner = hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16] if self.source else self.claim
-        with locked(runtime_dir() / f"{owner}-{number % 16}.lock"):
+        file, raw = self._file(number), self.shards[number].raw_data
+        stripe = zlib.crc32(os.fsencode(file.resolve())) % 16  # a cache belongs to all jobs of this node
+        with locked(runtime_dir() / (f"cache-{stripe}.lock" if self.source else f"{self.claim}-{stripe}.lock")):
             if self._verified[number]:
                 return
-            file, raw = self._file(number), self.shards[number].raw_data
             if self.source and not file.exists():
                 with download(f"{self.source}/{raw.basename}", file) as temporary:
                     check_hash(temporary, raw.hashes["sha256"], name=f"{self.source}/{raw.basename}")

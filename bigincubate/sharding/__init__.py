@@ -6,7 +6,7 @@ because some strategies own both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -40,7 +40,7 @@ class Sharding(Protocol):
     def save(self) -> dict[str, Tensor]:
         """This rank's share of weights and optimizer state, for a resume checkpoint. Empty: others hold it."""
 
-    def load(self, tensors: dict[str, Tensor]) -> None: ...
+    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Every parameter and persistent buffer, whole, in fp32, on the CPU of rank 0."""

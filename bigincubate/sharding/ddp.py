@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..cluster.env import RunEnv
+
+NUMBER = "number/"  # before the path of what is not a tensor
 
 
 class Replicated:
@@ -30,7 +32,7 @@ class Replicated:
         if self.env.world == 1:
             return model
         ids = [self.env.device.index] if self.env.device.type == "cuda" else None
-        self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
         return self.ddp
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
@@ -60,27 +62,39 @@ class Replicated:
         tensors = {f"model/{name}": parameter.detach() for name, parameter in self.named.items()}
         for name, parameter in self.named.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"optim/{key}/{name}"] = torch.as_tensor(value)
+                tensors |= _packed(f"optim/{key}/{name}", value)
         for index, group in enumerate(self.optimizer.param_groups):
             if "step" in group:  # timm's LAMB counts by group
-                tensors[f"group/{index}/step"] = torch.as_tensor(group["step"])
+                tensors |= _packed(f"group/step/{index}", group["step"])
         return tensors
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        state = self.optimizer.state
-        with torch.no_grad():
-            for key, value in tensors.items():
-                kind, first, rest = key.split("/", 2) if key.count("/") > 1 else (*key.split("/", 1), "")
-                if kind == "model":
-                    self.named[first].copy_(value)
-                elif kind == "optim":
-                    parameter = self.named[rest]
-                    on_host = first == "step" and not self.optimizer.defaults.get("fused")
-                    state[parameter][first] = value.clone() if on_host else value.to(parameter.device, copy=True)
-                elif kind == "group":
-                    group = self.optimizer.param_groups[int(first)]
-                    old = group.get("step")
-                    group["step"] = value.clone() if old is None or isinstance(old, Tensor) else value.item()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        fused = self.optimizer.defaults.get("fused")
+        for path, value in tensors.items():
+            kind, _, rest = path.removeprefix(NUMBER).partition("/")
+            key, _, name = rest.partition("/")
+            if kind == "model":
+                with torch.no_grad():
+                    self.named[rest].copy_(value)
+            elif kind == "optim":
+                parameter = self.named[name]
+                on_host = key == "step" and not fused
+                own = value.clone() if on_host else value.to(parameter.device, copy=True)
+                self.optimizer.state[parameter][key] = _unpacked(path, own)
+            elif kind == "group":
+                self.optimizer.param_groups[int(name)][key] = _unpacked(path, value.clone())
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+
+
+def _packed(path: str, value: Any) -> dict[str, Tensor]:
+    """What an optimizer keeps, as a tensor. Some keep numbers of Python, and would compute otherwise with tensors: a
+    number travels as 64 bits and comes back as one."""
+    if isinstance(value, Tensor):
+        return {path: value}
+    return {NUMBER + path: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)}
+
+
+def _unpacked(path: str, value: Tensor) -> Any:
+    return value.item() if path.startswith(NUMBER) else value

@@ -1,0 +1,129 @@
+"""The command line in real processes that start in no time: forked from one that has everything imported.
+
+They are killed, signalled and looked at like any others. What they do is ``bigincubate.cli.main()``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["bigincubate.cli", "bigincubate.trainer", "bigincubate.workflow", "bigincubate.export"])
+Before = Callable[[], None]
+
+
+class Command:
+    """A running command. ``before`` is called in the process first, to spoil something on purpose."""
+
+    def __init__(self, *arguments: object, before: Before | None = None, env: dict[str, str] | None = None) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="forked-"))
+        words = [str(argument) for argument in arguments]
+        self.process = SERVER.Process(target=_main, args=(words, self.folder, before, env or {}))
+        self.process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def out(self) -> str:
+        return (self.folder / "out").read_text()
+
+    @property
+    def err(self) -> str:
+        return (self.folder / "err").read_text()
+
+    @property
+    def running(self) -> bool:
+        return self.process.exitcode is None
+
+    def wait(self, timeout: float = 120) -> int:
+        """The exit code; minus the signal's number where one ended the process."""
+        self.process.join(timeout)
+        code = self.process.exitcode
+        if code is None:
+            self.process.kill()
+            raise TimeoutError(f"still running after {timeout} s: {self.err}")
+        return code
+
+    def send(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> int:
+        """``kill -9``, wherever it is."""
+        self.process.kill()
+        return self.wait()
+
+    def until(self, happened: Callable[[], object], pause: float = 0.001) -> bool:
+        """Wait for something to happen while the command runs; whether it did."""
+        while self.running:
+            if happened():
+                return True
+            time.sleep(pause)
+        return bool(happened())
+
+
+def run(*arguments: object, before: Before | None = None, env: dict[str, str] | None = None) -> Command:
+    """A command, to its end."""
+    command = Command(*arguments, before=before, env=env)
+    command.wait()
+    return command
+
+
+def _main(words: list[str], folder: Path, before: Before | None, env: dict[str, str]) -> None:
+    os.environ.update(env)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["bigincubate", *words]
+    from bigincubate.cli import main
+
+    try:
+        if before is not None:
+            before()
+        main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        atexit._run_exitfuncs()  # processes of multiprocessing leave without
+
+
+# ------------------------------------------------------------------------------------------------ what to spoil
+
+
+def die_at_write(moment: int) -> None:
+    """``kill -9`` before the ``moment``-th call that makes something last: an fsync, a rename, a removal."""
+    import shutil
+
+    calls = 0
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, original: Callable[..., Any] = original, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        setattr(owner, name, call)
+
+
+def die_before(module: str, name: str) -> None:
+    """``kill -9`` when this function or method is called, such as ``("bigincubate.rundir", "PhaseDir.finish")``."""
+    owner: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, last, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))

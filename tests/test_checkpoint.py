@@ -1,0 +1,286 @@
+"""Checkpoints: committed or not there, verified before they are read, in numeric order, never half removed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigincubate.checkpoint import store
+from bigincubate.checkpoint.manager import CheckpointManager, verify
+from bigincubate.checkpoint.store import Manifest, ModelSpec, check_module, load_artifact, save_artifact
+from bigincubate.cluster.env import RunEnv
+from bigincubate.errors import ArtifactError, DamagedError, EnvironmentFault
+
+
+def manager(folder: Path, keep: int = 2, digest: str = "d" * 64) -> CheckpointManager:
+    return CheckpointManager(folder / "checkpoints", RunEnv(), digest=digest, keep=keep)
+
+
+def tensors(step: int) -> dict[str, Tensor]:
+    return {"model/w": torch.full((3, 2), float(step)), "optim/step/w": torch.tensor(step)}
+
+
+def saved(folder: Path, *steps: int, keep: int = 2) -> CheckpointManager:
+    checkpoints = manager(folder, keep)
+    for step in steps:
+        checkpoints.save(step, tensors(step), {"step": step})
+    return checkpoints
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+    saved(tmp_path, 7)
+    checkpoint = manager(tmp_path).latest()
+    assert checkpoint is not None
+    assert (checkpoint.step, checkpoint.state) == (7, {"step": 7})
+    assert checkpoint.tensors.keys() == tensors(7).keys()
+    assert all(torch.equal(checkpoint.tensors[key], value) for key, value in tensors(7).items())
+
+
+def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+    assert manager(tmp_path).latest() is None
+
+
+def test_the_newest_is_so_by_number_not_by_name(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 99_999_998, 99_999_999, 100_000_000)
+    assert checkpoints.steps() == [99_999_999, 100_000_000]  # and the oldest went
+    newest = manager(tmp_path).latest()
+    assert newest is not None
+    assert newest.step == 100_000_000
+
+
+def test_only_the_newest_stay(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1, 2, 3, 4, 5, keep=3)
+    assert checkpoints.steps() == [3, 4, 5]
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == [f"step-{step:08d}" for step in (3, 4, 5)]
+
+
+@pytest.mark.parametrize("name", ["rank-00000.safetensors", "state.json", "manifest.json", "COMMITTED"])
+def test_a_flipped_bit_anywhere_is_named_and_the_one_before_is_used(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = saved(tmp_path, 4, 8)
+    flip_a_bit(checkpoints.folder / "step-00000008" / name)
+    newest = manager(tmp_path).latest()
+    assert newest is not None
+    assert newest.step == 4
+    said = capsys.readouterr().err
+    assert "step-00000008" in said
+    assert ("manifest.json" if name == "COMMITTED" else name) in said
+    assert "expected" in said
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: (folder / "rank-00000.safetensors").unlink(),
+        lambda folder: (folder / "rank-00000.safetensors").write_bytes(b""),
+        lambda folder: (folder / "COMMITTED").write_bytes(b"\xff\xfe"),
+        lambda folder: (folder / "COMMITTED").write_text(""),
+        lambda folder: (folder / "manifest.json").unlink(),
+    ],
+    ids=["missing tensors", "empty tensors", "marker not text", "empty marker", "no manifest"],
+)
+def test_other_damage_is_seen_too(spoil: Callable[[Path], Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path, 4).folder / "step-00000004"
+    assert verify(folder) is None
+    spoil(folder)
+    assert "step-00000004" in str(verify(folder))
+
+
+def test_every_one_damaged_is_an_error_of_its_own(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 4, 8)
+    for step in checkpoints.steps():
+        flip_a_bit(checkpoints.folder / f"step-{step:08d}" / "rank-00000.safetensors")
+    with pytest.raises(DamagedError, match=r"every checkpoint in .* is damaged") as caught:
+        manager(tmp_path).latest()
+    assert caught.value.code == 6
+
+
+def test_a_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 4, 8)
+    (checkpoints.folder / "step-00000008" / "COMMITTED").unlink()
+    (checkpoints.folder / ".saving-00000012-abc").mkdir()
+    again = manager(tmp_path)
+    newest = again.latest()
+    assert newest is not None
+    assert newest.step == 4
+    assert [path.name for path in again.folder.iterdir()] == ["step-00000004"]
+
+
+def test_another_recipes_checkpoint_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path, 4)
+    with pytest.raises(ArtifactError, match="another recipe"):
+        manager(tmp_path, digest="e" * 64).latest()
+
+
+def test_damaged_ones_never_displace_a_sound_one(tmp_path: Path) -> None:
+    """Training went back to step 4: what it saves from there counts, not the damaged ones beyond."""
+    saved(tmp_path, 4, 8, 12, keep=3)
+    for step in (8, 12):
+        flip_a_bit(tmp_path / "checkpoints" / f"step-{step:08d}" / "rank-00000.safetensors")
+    checkpoints = manager(tmp_path, keep=2)
+    checkpoints.save(5, tensors(5), {"step": 5})
+    assert checkpoints.steps() == [4, 5]
+    newest = manager(tmp_path).latest()
+    assert newest is not None
+    assert newest.step == 5
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 4, 8)
+    flip_a_bit(checkpoints.folder / "step-00000008" / "state.json")
+    checkpoints.save(8, tensors(8), {"step": 8})
+    assert verify(checkpoints.folder / "step-00000008") is None
+
+
+def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = saved(tmp_path, 4)
+
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(EnvironmentFault, match=r"step 8 not written: .*No space left.*earlier ones are intact"):
+        checkpoints.save(8, tensors(8), {"step": 8})
+    monkeypatch.undo()
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000004"]
+    assert verify(checkpoints.folder / "step-00000004") is None
+
+
+class Died(BaseException):
+    """Stands for ``kill -9``: nothing that waits for it cleans up."""
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> list[str]:
+    """Die before the ``moment``-th call that changes the disk. Gives the calls."""
+    calls: list[str] = []
+
+    def dying(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            if len(calls) == moment:
+                raise Died
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "write_bytes"), (Path, "rename"), (Path, "unlink")):
+        dying(owner, name)
+    dying(shutil, "rmtree")
+    return calls
+
+
+def test_death_at_every_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
+    """Before each single call that changes the disk, until a save gets through."""
+    moments = 0
+    while True:
+        moments += 1
+        folder = tmp_path / str(moments)
+        checkpoints = saved(folder, 4, 8)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = fail_at(patch, moments)
+            try:
+                checkpoints.save(12, tensors(12), {"step": 12})
+                break
+            except Died:
+                pass
+        newest = manager(folder).latest()
+        assert newest is not None
+        assert newest.step in (8, 12), calls
+        assert torch.equal(newest.tensors["model/w"], tensors(newest.step)["model/w"])
+        again = manager(folder)
+        again.save(13, tensors(13), {"step": 13})
+        assert len(again.steps()) == 2
+        assert len(list(again.folder.iterdir())) == 2, calls  # no litter
+    assert moments > 10
+    assert {"fsync", "replace", "rename", "unlink", "rmtree"} <= set(calls)
+
+
+# ------------------------------------------------------------------------------------------------ artifacts
+
+SPEC = ModelSpec(
+    name="vit_tiny_patch16_224",
+    args={},
+    depths=[[1], [1]],
+    num_classes=10,
+    img_size=8,
+    mean=[0.5] * 3,
+    std=[0.5] * 3,
+    interpolation="bicubic",
+    eval_crop=1.0,
+)
+MANIFEST = Manifest(
+    kind="module", phase="incubate", module=0, model=SPEC, weights="raw", recipe="r" * 64, data="d" * 64, meta="m" * 64
+)
+
+
+def test_an_artifact_comes_back_with_its_manifest(tmp_path: Path) -> None:
+    written = save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
+    read, manifest = load_artifact(tmp_path / "artifact")
+    assert manifest == written
+    assert len(manifest.digest) == 64
+    assert all(torch.equal(read[key], value) for key, value in tensors(1).items())
+
+
+def test_a_damaged_artifact_is_named(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
+    flip_a_bit(tmp_path / "artifact" / store.WEIGHTS)
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors: SHA-256 .* expected .*damaged"):
+        load_artifact(tmp_path / "artifact")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"kind": "cake"}', "\x00"])
+def test_a_manifest_that_is_none_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
+    (tmp_path / "artifact" / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError) as caught:
+        load_artifact(tmp_path / "artifact")
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_artifact_or_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no artifact in"):
+        load_artifact(tmp_path / "nowhere")
+    save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
+    (tmp_path / "artifact" / store.WEIGHTS).unlink()
+    with pytest.raises(ArtifactError, match=r"weights\.safetensors"):
+        load_artifact(tmp_path / "artifact")
+
+
+def test_a_module_of_another_lineage_is_stale(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
+    own = {"recipe": "r" * 64, "meta": "m" * 64, "data": "d" * 64}
+    assert check_module(tmp_path / "artifact", **own) is None
+    for key, word in (("recipe", "recipe"), ("meta", "meta model"), ("data", "data")):
+        problem = check_module(tmp_path / "artifact", **{**own, key: "x" * 64})
+        assert f"another {word}" in str(problem)
+
+
+def test_a_new_artifact_replaces_the_old_one_whole(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "artifact", {"old": torch.zeros(1)}, MANIFEST)
+    save_artifact(tmp_path / "artifact", {"new": torch.ones(1)}, MANIFEST)
+    assert load_artifact(tmp_path / "artifact")[0].keys() == {"new"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact"]
+
+
+def test_a_manifest_reads_as_plain_json(tmp_path: Path) -> None:
+    save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
+    plain = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
+    assert (plain["kind"], plain["module"], plain["weights"]) == ("module", 0, "raw")

@@ -1,0 +1,354 @@
+"""Optimizers and schedules: who decays, who trains, what the learning rate is, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from timm.optim import list_optimizers
+from torch import Tensor, nn
+
+from bigincubate.cluster.env import RunEnv
+from bigincubate.config import Optim, Schedule, Settings, Train
+from bigincubate.errors import ConfigError
+from bigincubate.models import Partition, build, family_of, freeze
+from bigincubate.optim import Ema, make_optimizer, make_schedule, scaled_lr
+from bigincubate.sharding.ddp import Replicated
+
+EMBEDDINGS = {"pos_embed", "cls_token", "reg_token", "dist_token"}
+
+
+def settings(lr: float = 1e-3, batch_size: int = 256, **optim: Any) -> Settings:
+    schedule = optim.pop("schedule", {})
+    return Settings(
+        train=Train(lr=lr, batch_size=batch_size), optim=Optim(**optim), schedule=Schedule.model_validate(schedule)
+    )
+
+
+def vit(name: str = "vit_tiny_patch16_224", module: int | None = None, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    args = {"patch_size": 2, "embed_dim": 12, "num_heads": 3, "init_values": 0.1}
+    depths = ((1,), (1,))
+    model = build(name, depths, num_classes=4, img_size=8, args=args)
+    freeze(model, Partition(family_of(name), depths), module)
+    return model
+
+
+def by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Parameter name -> its group."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter]: group for group in optimizer.param_groups for parameter in group["params"]}
+
+
+def gradients(model: nn.Module, scale: float = 1.0, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = scale * torch.randn(parameter.shape, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------ who decays
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "sgd"])
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_norms_biases_position_and_class_tokens_do_not_decay(
+    name: str, optimizer: str, layer_decay: float | None
+) -> None:
+    model = vit(name)
+    groups = by_name(model, make_optimizer(model, settings(name=optimizer, weight_decay=0.3, layer_decay=layer_decay)))
+    assert groups.keys() == dict(model.named_parameters()).keys()
+    spared = set()
+    for parameter, group in groups.items():
+        flat = model.get_parameter(parameter).dim() <= 1
+        embedding = parameter in EMBEDDINGS
+        assert group["weight_decay"] == (0.0 if flat or embedding else 0.3), parameter
+        spared |= {parameter} if embedding else set()
+    assert {"pos_embed", "cls_token"} <= spared
+    assert ("dist_token" in spared) == ("distilled" in name)
+
+
+def test_decay_moves_what_decays_and_nothing_else() -> None:
+    model = vit()
+    optimizer = make_optimizer(model, settings(lr=0.1, weight_decay=0.5))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        shrunk = before[name] * (1 - 0.1 * 0.5)
+        decays = parameter.dim() > 1 and name not in EMBEDDINGS
+        assert torch.allclose(parameter, shrunk if decays else before[name]), name
+
+
+@pytest.mark.parametrize("module", [0, 1])
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_only_trainable_parameters_are_in_the_optimizer(module: int, layer_decay: float | None) -> None:
+    model = vit(module=module)
+    groups = by_name(model, make_optimizer(model, settings(layer_decay=layer_decay)))
+    assert groups.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert 0 < len(groups) < len(list(model.parameters()))
+
+
+# ------------------------------------------------------------------------------------------------ learning rates
+
+
+def test_layer_decay_scales_the_rate_by_depth() -> None:
+    model = vit()
+    config = settings(lr=0.1, layer_decay=0.5)
+    optimizer = make_optimizer(model, config)
+    make_schedule(optimizer, config, total=10, steps_per_epoch=5).step_update(0)
+    rates = {name: group["lr"] for name, group in by_name(model, optimizer).items()}
+    assert rates["head.weight"] == pytest.approx(0.1)
+    assert rates["blocks.1.attn.qkv.weight"] == pytest.approx(0.05)
+    assert rates["blocks.0.attn.qkv.weight"] == pytest.approx(0.025)
+    assert rates["patch_embed.proj.weight"] == pytest.approx(0.0125)
+    assert rates["pos_embed"] == pytest.approx(0.0125)
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)])
+def test_the_rate_scales_with_the_batch(scaling: str, factor: float) -> None:
+    config = settings(lr=5e-4, batch_size=2048, lr_scaling=scaling, lr_base_batch=512)
+    assert scaled_lr(config) == pytest.approx(5e-4 * factor)
+    optimizer = make_optimizer(vit(), config)
+    make_schedule(optimizer, config, total=100, steps_per_epoch=10).step_update(0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4 * factor] * 2)
+
+
+def rate(step: int, *, total: int = 100, steps_per_epoch: int = 10, **schedule: Any) -> float:
+    config = settings(lr=0.1, schedule=schedule)
+    optimizer = make_optimizer(nn.Linear(2, 2), config)
+    make_schedule(optimizer, config, total, steps_per_epoch).step_update(step)
+    rates = {group["lr"] for group in optimizer.param_groups}
+    assert len(rates) == 1
+    return rates.pop()
+
+
+def test_warm_up_is_a_line_and_then_comes_a_cosine() -> None:
+    options: dict[str, Any] = {"warmup_epochs": 2, "warmup_lr": 1e-4, "min_lr": 1e-3}
+    for step in range(20):
+        assert rate(step, **options) == pytest.approx(1e-4 + (0.1 - 1e-4) * step / 20), step
+    for step in range(20, 100):
+        cosine = 1e-3 + 0.5 * (0.1 - 1e-3) * (1 + math.cos(math.pi * step / 100))
+        assert rate(step, **options) == pytest.approx(cosine), step
+
+
+def test_without_warm_up_it_starts_at_the_peak_and_ends_near_the_least() -> None:
+    assert rate(0) == pytest.approx(0.1)
+    assert rate(50, min_lr=0.0) == pytest.approx(0.05)
+    assert rate(99, min_lr=1e-3) == pytest.approx(1e-3, rel=0.05)
+
+
+def test_a_constant_schedule_is_constant_after_its_warm_up() -> None:
+    options: dict[str, Any] = {"name": "constant", "warmup_epochs": 1, "warmup_lr": 0.0}
+    assert rate(5, **options) == pytest.approx(0.05)
+    assert [rate(step, **options) for step in range(10, 100, 10)] == pytest.approx([0.1] * 9)
+
+
+def test_the_rate_is_a_function_of_the_step_alone() -> None:
+    config = settings(lr=0.1, schedule={"warmup_epochs": 1})
+    optimizer = make_optimizer(nn.Linear(2, 2), config)
+    schedule = make_schedule(optimizer, config, 100, 10)
+
+    def at(step: int) -> float:
+        schedule.step_update(step)
+        return float(optimizer.param_groups[0]["lr"])
+
+    forwards = [at(step) for step in range(100)]
+    assert [at(step) for step in reversed(range(100))] == forwards[::-1]
+    assert [at(step) for step in (57, 3, 57)] == [forwards[57], forwards[3], forwards[57]]
+    assert len(set(forwards)) > 90
+
+
+@pytest.mark.parametrize("warmup_epochs", [10, 11])
+def test_a_warm_up_as_long_as_the_phase_is_refused(warmup_epochs: int) -> None:
+    with pytest.raises(ConfigError, match=rf"warmup_epochs is {warmup_epochs}0 steps, but the phase has only 100"):
+        rate(0, warmup_epochs=warmup_epochs)
+
+
+def test_no_steps_need_no_warm_up() -> None:
+    assert rate(0, total=0, warmup_epochs=3) > 0
+
+
+# ------------------------------------------------------------------------------------------------ timm's optimizers
+
+
+@pytest.mark.parametrize("name", ["lamb", "lambc", "lambw", "clamb"])
+def test_lamb_does_not_clip_by_itself(name: str) -> None:
+    """LAMB is invariant to the scale of all gradients of a run, so it is the ratio of two steps that shows clipping."""
+
+    def weights(clip: float | None) -> list[Tensor]:
+        model = vit()
+        optimizer = make_optimizer(model, settings(lr=0.01, name=name))
+        for seed, scale in enumerate((1000.0, 1.0)):
+            gradients(model, scale, seed)
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+        return [parameter.detach() for parameter in model.parameters()]
+
+    free, clipped = weights(None), weights(1.0)
+    assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(free, clipped, strict=True))
+    reference = vit()
+    from timm.optim import create_optimizer_v2
+
+    optimizer = create_optimizer_v2(
+        reference, name, lr=0.01, weight_decay=0.05, eps=1e-8, betas=(0.9, 0.999), max_grad_norm=None
+    )
+    for seed, scale in enumerate((1000.0, 1.0)):
+        gradients(reference, scale, seed)
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(free, reference.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("adamx", "adamx not found"),
+        ("adahessian", "second derivatives"),
+        ("kron", "random numbers"),
+        ("adan", "takes 3 betas, optim.betas has 2"),
+        ("", "optim.name = ''"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused_in_one_line(name: str, says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_optimizer(vit(), settings(name=name))
+    assert says in str(caught.value)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def usable() -> list[str]:
+    names = list_optimizers(exclude_filters=["bnb*", "fused*", "kron*", "adahessian", "*muon"])
+    return [name for name in names if not name.startswith("c") or name == "cadamw"]  # "cautious" forms of the others
+
+
+@pytest.mark.parametrize("name", usable())
+def test_what_an_optimizer_remembers_survives_a_checkpoint(name: str) -> None:
+    """Three steps, then two more; or the two more from what was saved: the same bits."""
+    betas = [0.9, 0.99, 0.999] if "adan" in name else [0.9, 0.999]
+
+    def prepared() -> tuple[nn.Module, Replicated]:
+        model, sharding = vit(), Replicated(RunEnv())
+        sharding.prepare(model, lambda m: make_optimizer(m, settings(name=name, betas=betas)))
+        return model, sharding
+
+    def train(model: nn.Module, sharding: Replicated, steps: range) -> None:
+        for step in steps:
+            gradients(model, seed=step)
+            sharding.step(1.0)
+
+    model, sharding = prepared()
+    train(model, sharding, range(3))
+    kept = {key: torch.as_tensor(value).clone() for key, value in sharding.save().items()}
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    other, resumed = prepared()
+    resumed.load(kept)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), start, strict=True))
+    for each in ((model, sharding), (other, resumed)):
+        train(*each, range(3, 5))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), start, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------ a step
+
+
+def prepared(name: str = "adamw", **optim: Any) -> tuple[nn.Module, Replicated]:
+    model, sharding = vit(), Replicated(RunEnv())
+    sharding.prepare(model, lambda m: make_optimizer(m, settings(name=name, **optim)))
+    return model, sharding
+
+
+def test_clipping_scales_the_whole_gradient() -> None:
+    """Plain SGD moves a parameter by lr times its gradient."""
+    model, sharding = prepared("momentum", weight_decay=0.0, lr=1.0)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    gradients(model, scale=3.0)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
+    norm, skipped = sharding.step(0.5)
+    moved = before - nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert norm.item() == pytest.approx(gradient.norm().item(), rel=1e-5)  # as it was before clipping
+    assert not skipped
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
+    assert torch.allclose(moved / moved.norm(), gradient / gradient.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1e6])
+def test_a_small_gradient_or_no_limit_is_left_alone(max_norm: float) -> None:
+    model, sharding = prepared("momentum", weight_decay=0.0, lr=1.0)
+    before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
+    gradients(model, scale=3.0)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone()
+    sharding.step(max_norm)
+    moved = before - nn.utils.parameters_to_vector(model.parameters()).detach()
+    assert torch.allclose(moved, gradient, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", "adam", "lion"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float, first: bool) -> None:
+    model, sharding = prepared(name)
+    if not first:
+        gradients(model)
+        _, skipped = sharding.step(1.0)
+        assert not skipped
+    before = {key: torch.as_tensor(value).clone() for key, value in sharding.save().items()}
+    gradients(model)
+    next(model.parameters()).grad.view(-1)[3] = poison  # type: ignore[union-attr]
+    norm, skipped = sharding.step(1.0)
+    assert skipped
+    assert not torch.isfinite(norm)
+    after = sharding.save()
+    for key, value in before.items():
+        assert torch.equal(value, torch.as_tensor(after[key])), key
+    assert all(not torch.as_tensor(after[key]).any() for key in after.keys() - before.keys())  # state that began empty
+    gradients(model)
+    _, skipped = sharding.step(1.0)  # and it goes on
+    assert not skipped
+    assert not torch.equal(before["model/pos_embed"], sharding.save()["model/pos_embed"])
+
+
+# ------------------------------------------------------------------------------------------------ averages
+
+
+def test_the_average_follows_its_formula() -> None:
+    model = vit(module=1)
+    ema = Ema(model, 0.9)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert ema.average.keys() == set(trainable)
+    expected = {name: parameter.detach().clone().double() for name, parameter in model.named_parameters()}
+    for step in range(3):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(step + 1)
+        ema.update()
+        for name in trainable:
+            expected[name] = 0.9 * expected[name] + 0.1 * model.get_parameter(name).double()
+    for name in trainable:
+        assert torch.allclose(ema.average[name].double(), expected[name], atol=1e-5)
+
+
+def test_swapping_twice_puts_everything_back() -> None:
+    model = vit()
+    ema = Ema(model, 0.5)
+    with torch.no_grad():
+        model.get_parameter("head.bias").add_(1)
+    ema.update()
+    own = model.get_parameter("head.bias").detach().clone()
+    ema.swap()
+    assert torch.equal(model.get_parameter("head.bias"), own - 0.5)
+    ema.swap()
+    assert torch.equal(model.get_parameter("head.bias"), own)
+
+
+def test_no_decay_is_no_average() -> None:
+    ema = Ema(vit(), 0.0)
+    ema.update()
+    assert ema.average == {}
+    assert ema.save() == {}

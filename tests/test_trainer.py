@@ -1,0 +1,353 @@
+"""The training loop: what a step computes, what is frozen, what is handed on, what is logged."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bigincubate.checkpoint.store import load_manifest
+from bigincubate.data.streams import Batch
+from bigincubate.errors import ConfigError, NonFiniteError
+
+LOUD = ["mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "loss.label_smoothing=0.1"]
+Labs = Callable[..., Any]
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def losses(lab: Any, phase: str = "pretrain", module: int | None = None) -> list[float]:
+    return [row["train/loss"] for row in lab.log(phase, module) if "train/loss" in row]
+
+
+@pytest.fixture(scope="module")
+def trained(lab: Labs) -> Any:
+    """Meta model and module 1, with every source of randomness on, each step logged."""
+    done = lab(*LOUD, "log.every_steps=1", "log.eval_every_epochs=0", "incubate.drop_path.rates=hybrid")
+    done.train("pretrain")
+    done.train("incubate", 1)
+    return done
+
+
+# ------------------------------------------------------------------------------------------------ a step
+
+
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_micro_batches_make_one_batch(lab: Labs, count: int, repeats: int) -> None:
+    """The same losses and weights, with augmentation, mixing and stochastic depth."""
+    sets = [*LOUD, "log.every_steps=1", f"augment.repeats={repeats}", "mixup.prob=1.0", "augment.erase=0.3"]
+    sets += ["optim.name=sgd", "train.lr=0.05"]  # plain: AdamW divides rounding errors by small numbers
+    whole, parts = lab(*sets), lab(*sets, f"train.micro_batch={32 // count}")
+    assert parts.trainer("pretrain").micro_batches == count
+    whole.train("pretrain")
+    parts.train("pretrain")
+    assert len(losses(whole)) == 12
+    assert losses(parts) == pytest.approx(losses(whole), abs=1e-5)
+    assert losses(parts) != losses(whole)  # it did compute otherwise
+    for name, tensor in whole.weights("pretrain").items():
+        torch.testing.assert_close(parts.weights("pretrain")[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused(lab: Labs) -> None:
+    with pytest.raises(ConfigError, match=r"train\.micro_batch = 12 does not divide"):
+        lab("train.micro_batch=12").trainer("pretrain")
+    with pytest.raises(ConfigError, match="mixup pairs samples inside a micro-batch"):
+        lab("train.micro_batch=1").trainer("pretrain")
+
+
+def test_repeats_show_each_sample_so_often_and_count_as_images(lab: Labs) -> None:
+    repeated = lab("augment.repeats=4", "mixup.mixup=0.0")
+    trainer = repeated.trainer("pretrain")
+    batch = next(trainer.stream.batches(0))
+    assert len(batch) == 32
+    assert len(set(batch.ids.tolist())) == 8
+    assert trainer.stream.steps_per_epoch == repeated.data.samples["train"] // 8
+    assert len({image.numpy().tobytes() for image in batch.images}) > 8  # views differ
+    assert repeated.train("pretrain")["images"] == 12 * 32
+
+
+def test_clipping_clips(lab: Labs) -> None:
+    """SGD without momentum's help: the first step moves by at most lr times the norm."""
+    sets = ["optim.name=momentum", "optim.weight_decay=0.0", "train.lr=1.0", "train.max_steps=1", "log.every_steps=1"]
+    free, clipped = (lab(*sets, f"train.clip_grad={limit}") for limit in (0.0, 0.01))
+    moved = []
+    for each in (free, clipped):
+        start = {name: tensor.clone() for name, tensor in each.trainer("pretrain").model.state_dict().items()}
+        each.train("pretrain")
+        end = each.weights("pretrain")
+        moved.append(math.sqrt(sum((end[name] - start[name]).square().sum().item() for name in start)))
+        assert each.log("pretrain")[0]["train/grad_norm"] == pytest.approx(moved[0], rel=1e-3)  # before clipping
+    assert moved[0] > 0.05
+    assert moved[1] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_label_smoothing_reaches_the_loss(lab: Labs) -> None:
+    smooth, sharp = lab("loss.label_smoothing=0.5", "mixup.mixup=0.0"), lab("mixup.mixup=0.0")
+    trainers = [each.trainer("pretrain") for each in (smooth, sharp)]
+    batch = next(trainers[0].stream.batches(0))
+    targets = [trainer.task.prepare(batch, 0)[1] for trainer in trainers]
+    one_hot = torch.nn.functional.one_hot(batch.labels, 10).float()
+    torch.testing.assert_close(targets[0], one_hot * 0.5 + 0.05)
+    torch.testing.assert_close(targets[1], one_hot)
+    logits = torch.randn(32, 10, generator=torch.Generator().manual_seed(0))
+    expected = -(targets[0] * logits.log_softmax(1)).sum(1).mean()
+    loss = trainers[0].task.loss(lambda images: logits, batch.images, targets[0])
+    torch.testing.assert_close(loss, expected)
+
+
+def test_bfloat16_runs_and_keeps_weights_in_full_precision(lab: Labs) -> None:
+    half, full = lab("train.precision=bf16", "log.every_steps=1"), lab("log.every_steps=1")
+    result = half.train("pretrain")
+    full.train("pretrain")
+    assert math.isfinite(result["loss"])
+    assert {tensor.dtype for tensor in half.weights("pretrain").values()} == {torch.float32}
+    assert losses(half) == pytest.approx(losses(full), abs=0.05)
+    assert losses(half) != losses(full)
+
+
+def test_no_steps_hand_on_the_initialisation(lab: Labs) -> None:
+    none = lab("train.max_steps=0", "incubate.init=grow", "incubate.ema.decay=0.9", "incubate.export=ema")
+    result = none.train("pretrain")
+    assert (result["steps"], result["images"], result["flops"]) == (0, 0, 0)
+    assert same(none.weights("pretrain"), none.trainer("pretrain").model.state_dict())
+    for module in (0, 1):
+        hybrid = none.train("incubate", module)
+        assert hybrid["loss"] == pytest.approx(result["loss"], abs=1e-5)  # grown: it still is the meta model
+    none.train("finetune")
+    assert len(none.log("pretrain")) == 1
+
+
+# ------------------------------------------------------------------------------------------------ frozen, averaged
+
+
+@pytest.mark.parametrize("module", [0, 1])
+def test_frozen_tensors_keep_their_bits_and_only_the_module_is_handed_on(trained: Any, lab: Labs, module: int) -> None:
+    fresh = lab(*LOUD, "incubate.optim.weight_decay=0.5", "incubate.train.lr=0.05")
+    fresh.train("pretrain")
+    trainer = fresh.trainer("incubate", module)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainable = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    with trainer.stop:
+        trainer.run()
+    after = trainer.model.state_dict()
+    assert trainable == {name for name in before if not torch.equal(before[name], after[name])}
+    assert 0 < len(trainable) < len(before)
+    # the hybrid's blocks are 2 + 1 or 1 + 2, the target's 2 + 2
+    handed = fresh.weights("incubate", module)
+    offset = 0 if module == 0 else 1
+    renamed = {
+        f"blocks.{int(name.split('.')[1]) + offset}.{name.split('.', 2)[2]}" if name.startswith("blocks.") else name
+        for name in trainable
+    }
+    assert handed.keys() == renamed
+    assert {name.split(".")[1] for name in handed if name.startswith("blocks.")} == (
+        {"0", "1"} if module == 0 else {"2", "3"}
+    )
+    assert ("head.weight" in handed) == (module == 1)
+    assert ("patch_embed.proj.weight" in handed) == (module == 0)
+    assert torch.equal(handed[f"blocks.{2 * module + 1}.mlp.fc1.weight"], after[f"blocks.{module + 1}.mlp.fc1.weight"])
+    assert not any(tensor.grad is not None for name, tensor in trainer.model.named_parameters() if name not in trainable)
+
+
+def test_the_average_is_handed_on_where_asked_and_says_so(lab: Labs) -> None:
+    raw, ema = lab("ema.decay=0.9"), lab("ema.decay=0.9", 'pretrain.export="ema"')
+    for each in (raw, ema):
+        each.train("pretrain")
+    trainer = raw.trainer("pretrain")
+    trainer.restore(trainer.checkpoints.latest())
+    assert same(raw.weights("pretrain"), trainer.model.state_dict())
+    assert same(ema.weights("pretrain"), trainer.ema.average)
+    assert not same(raw.weights("pretrain"), ema.weights("pretrain"))
+    for each, name in ((raw, "raw"), (ema, "ema")):
+        assert load_manifest(each.run.phase("pretrain").artifact).weights == name
+    # and the phase's result is that of what it hands on
+    shown = ema.run.phase("pretrain").result
+    checker = ema.trainer("pretrain")
+    checker.model.load_state_dict(ema.weights("pretrain"))
+    from bigincubate.cluster.env import RunEnv
+    from bigincubate.tasks.classification import evaluate
+
+    assert evaluate(checker.model, checker.eval_stream, RunEnv())["loss"] == pytest.approx(shown["loss"], abs=1e-9)
+
+
+def test_evaluating_the_average_does_not_disturb_training(lab: Labs) -> None:
+    """With evaluations in between or not: the same weights in the end."""
+    sets = ["ema.decay=0.9", 'pretrain.export="ema"', "train.batch_size=288", "train.max_steps=9", "drop_path.rate=0.3"]
+    often, never = lab(*sets, "log.eval_every_epochs=1"), lab(*sets)
+    often.train("pretrain")
+    never.train("pretrain")
+    assert sum("val/top1" in row for row in often.log("pretrain")) == 3
+    assert same(often.weights("pretrain"), never.weights("pretrain"))
+
+
+# ------------------------------------------------------------------------------------------------ not finite
+
+
+def poisoned(trainer: Any, steps: set[int]) -> None:
+    """Make the images of these steps not numbers."""
+    original = trainer.stream.batches
+
+    def batches(step: int) -> Any:
+        for batch in original(step):
+            if step in steps:
+                images = batch.images.clone()
+                images[0, 0, 0, 0] = float("nan")
+                batch = Batch(images, batch.labels, batch.ids, batch.positions, batch.local)
+            yield batch
+            step += 1
+
+    trainer.stream.batches = batches
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_poisoned_step_is_skipped(lab: Labs, optimizer: str) -> None:
+    skipping = lab(f"optim.name={optimizer}", "log.every_steps=1", "train.max_steps=6", "ema.decay=0.5")
+    trainer = skipping.trainer("pretrain")
+    poisoned(trainer, {3})
+    seen = []
+    update = trainer.step
+
+    def step(batch: Batch) -> Any:
+        before = {key: torch.as_tensor(value).clone() for key, value in trainer.sharding.save().items()}
+        out = update(batch)
+        after = trainer.sharding.save()
+        seen.append(all(torch.equal(value, torch.as_tensor(after[key])) for key, value in before.items()))
+        return out
+
+    trainer.step = step
+    with trainer.stop:
+        result = trainer.run()
+    assert seen == [False, False, False, True, False, False]
+    assert math.isfinite(result["loss"])
+    assert trainer.state.skipped == 1
+    assert [row["train/skipped"] for row in skipping.log("pretrain")] == [0, 0, 0, 1, 1, 1]
+
+
+def test_too_many_end_with_an_error_that_says_what_to_do(lab: Labs) -> None:
+    failing = lab("train.max_nonfinite=1", "log.every_steps=1")
+    trainer = failing.trainer("pretrain")
+    poisoned(trainer, {1, 4})
+    with trainer.stop, pytest.raises(NonFiniteError, match=r"not finite in 2 of 5 steps \(train.max_nonfinite = 1\)"):
+        trainer.run()
+    assert NonFiniteError.code == 5
+    # the checkpoint of step 4 was sound and stays
+    assert trainer.checkpoints.steps() == [4]
+
+
+def test_no_checkpoint_holds_more_skipped_steps_than_allowed(lab: Labs) -> None:
+    """Nothing is logged before the checkpoint is due, and still it is not written."""
+    failing = lab("train.max_nonfinite=0", "log.every_steps=1000")
+    trainer = failing.trainer("pretrain")
+    poisoned(trainer, {1})
+    with trainer.stop, pytest.raises(NonFiniteError):
+        trainer.run()
+    assert trainer.checkpoints.steps() == []
+
+
+def test_a_learning_rate_out_of_this_world_ends_in_exit_5(lab: Labs) -> None:
+    exploding = lab("train.lr=1e30", "train.max_nonfinite=2", "train.clip_grad=0.0", "log.every_steps=1")
+    with pytest.raises(NonFiniteError):
+        exploding.train("pretrain")
+    attempt = json.loads((exploding.run.phase("pretrain").path / "attempts" / "1.json").read_text())
+    assert attempt["state"] == "failed"
+    assert "not finite" in attempt["error"]
+    assert exploding.run.phase("pretrain").result is None
+
+
+# ------------------------------------------------------------------------------------------------ what is logged
+
+
+def test_the_loss_that_is_logged_is_the_mean_over_the_batch(trained: Any) -> None:
+    """Computed again by hand for the first step: plain cross entropy with the soft targets of the whole batch."""
+    trainer = trained.trainer("pretrain")
+    batch = next(trainer.stream.batches(0))
+    images, targets = trainer.task.prepare(batch, 0)
+    from bigincubate.models import apply_masks, draw_masks, drop_paths
+
+    apply_masks(trainer.model, draw_masks(0, 0, len(drop_paths(trainer.model)), 32)[:, batch.positions])
+    each = -(targets * trainer.model.train()(images).log_softmax(1)).sum(1)
+    assert trained.log("pretrain")[0]["train/loss"] == pytest.approx(each.mean().item(), abs=1e-6)
+
+
+SCALARS = {
+    *("train/loss", "train/lr", "train/grad_norm", "val/top1", "val/top5", "val/loss"),
+    *("perf/images_per_sec", "perf/data_wait", "memory/peak_gib"),
+}
+
+
+def test_tensorboard_has_every_tag_and_the_same_numbers_as_the_file(trained: Any) -> None:
+    reader = trained.events("pretrain")
+    tags = reader.Tags()
+    assert set(tags["scalars"]) >= SCALARS
+    rows = trained.log("pretrain")
+    for tag in tags["scalars"]:
+        shown = [(event.step, event.value) for event in reader.Scalars(tag)]
+        kept = [(row["step"], row[tag]) for row in rows if tag in row]
+        assert [step for step, _ in shown] == [step for step, _ in kept], tag
+        assert [value for _, value in shown] == pytest.approx([value for _, value in kept], rel=1e-6), tag
+    assert [event.step for event in reader.Scalars("train/loss")] == list(range(1, 13))
+    assert [event.step for event in reader.Scalars("val/top1")] == [12]
+
+
+def test_a_logged_step_is_one_object(trained: Any) -> None:
+    for phase, module in (("pretrain", None), ("incubate", 1)):
+        steps = [row["step"] for row in trained.log(phase, module)]
+        assert steps == sorted(set(steps))
+
+
+def test_tensorboard_has_the_settings_and_inputs(trained: Any) -> None:
+    reader = trained.events("incubate", 1)
+    (text,) = reader.Tensors("recipe/text_summary")
+    shown = text.tensor_proto.string_val[0].decode()
+    assert "label_smoothing = 0.1" in shown
+    assert "embed_dim = 24" in shown
+    assert reader.Tags()["images"] == ["inputs"]
+    (grid,) = reader.Images("inputs")
+    assert grid.step == 0
+    assert grid.width * grid.height >= 8 * 64 * 64  # eight of them, enlarged to be seen
+
+
+def test_the_logged_rate_is_the_schedules(trained: Any, lab: Labs) -> None:
+    rates = [row["train/lr"] for row in trained.log("pretrain")]
+    expected = [1e-6 + 0.5 * (2e-3 - 1e-6) * (1 + math.cos(math.pi * step / 12)) for step in range(12)]
+    assert rates == pytest.approx(expected)
+    layered = lab("optim.layer_decay=0.5", "log.every_steps=1", "train.max_steps=2")
+    layered.train("pretrain")
+    assert layered.log("pretrain")[0]["train/lr"] == pytest.approx(2e-3)  # not that of the lowest layer
+
+
+def test_a_result_has_what_the_summary_shows(trained: Any) -> None:
+    result = trained.run.phase("pretrain").result
+    assert result.keys() >= {"top1", "top5", "loss", "seconds", "images", "flops", "steps"}
+    assert (result["steps"], result["images"]) == (12, 384)
+    flops = next(row for row in trained.rows if row.key == "pretrain").cost.training_flops
+    assert result["flops"] == 384 * flops
+    assert result["samples"] == trained.data.samples["val"]
+    summary = trained.run.summary()
+    assert summary["meta"] == result
+    assert json.loads((trained.run.path / "summary.json").read_text()) == summary
+
+
+def test_same_seed_same_bits_other_seed_other_bits(trained: Any, lab: Labs) -> None:
+    sets = [*LOUD, "incubate.drop_path.rates=hybrid"]
+    again, other = lab(*sets), lab(*sets, "train.seed=1")
+    for each in (again, other):
+        each.train("pretrain")
+        each.train("incubate", 1)
+    assert same(again.weights("pretrain"), trained.weights("pretrain"))
+    assert same(again.weights("incubate", 1), trained.weights("incubate", 1))
+    assert not same(other.weights("pretrain"), trained.weights("pretrain"))
+
+
+def test_workers_change_nothing(trained: Any, lab: Labs) -> None:
+    worked = lab(*LOUD, "data.workers=2")
+    worked.train("pretrain")
+    assert same(worked.weights("pretrain"), trained.weights("pretrain"))
