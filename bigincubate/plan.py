@@ -155,6 +155,20 @@ class Cost:
     allreduce_bytes: int  # a step, fp32 gradients
 
 
+def _convolution_backward_flops(
+    grad_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, out_shape: Any, **_: Any
+) -> int:
+    """Each gradient of a convolution costs what its forward does: 2 · outputs · (inputs a group) · kernel."""
+    output_mask = rest[-1]
+    forward = 2 * math.prod(grad_shape) * math.prod(w_shape[1:])
+    return forward * (bool(output_mask[0]) + bool(output_mask[1]))
+
+
+# torch's counter takes the weight gradient of a grouped convolution for that of an ungrouped one: for ConvNeXt's
+# depthwise convolutions, as many times too much as there are channels
+CORRECTIONS = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+
+
 def phase_model(row: PhasePlan, settings: Settings, family: Family, *, device: str = "cpu") -> nn.Module:
     """The row's model, freshly initialised, frozen as the row says."""
     spec = settings.model
@@ -171,7 +185,7 @@ def count_cost(row: PhasePlan, settings: Settings, family: Family) -> Cost:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size, channels = settings.model.img_size, settings.model.args.get("in_chans", 3)
     image = (1, channels, size, size)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CORRECTIONS) as counter:
         loss = model(torch.empty(image, device="meta")).sum()
         forward = counter.get_total_flops()
         loss.backward()

@@ -6,6 +6,8 @@ steps, :meth:`Trainer.forward_backward` is what a step computes.
 
 from __future__ import annotations
 
+import os
+import socket
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -80,9 +82,6 @@ def train(
 
 
 def _recorder(folder: PhaseDir, attempt: int, planned: PlannedRow, *, enabled: bool) -> Any:
-    import os
-    import socket
-
     about = {"host": socket.gethostname(), "pid": os.getpid(), "steps": planned.steps}
     about["job"] = os.environ.get("SLURM_JOB_ID")
     return lambda state, **more: folder.record(attempt, state=state, **about, **more) if enabled else None
@@ -211,7 +210,7 @@ class Trainer:
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step. Gives the loss of this rank and the norm of the gradient, both on the device."""
         self.schedule.step_update(self.state.step)
-        loss = self.forward_backward(batch.to(self.env.device))
+        loss = self.forward_backward(batch)
         norm, skipped = self.sharding.step(self.settings.train.clip_grad)
         self.skipped += skipped
         self.ema.update()
@@ -227,9 +226,9 @@ class Trainer:
         for index in range(count):
             last = index == count - 1
             micro = batch.micro(index, count)
-            images, targets = self.task.prepare(micro, self.state.step)
-            if self.masked:
-                apply_masks(self.model, masks[:, micro.positions.cpu()])
+            if self.masked:  # cut out on the host: it knows the positions, the device need not be asked
+                apply_masks(self.model, masks[:, micro.positions])
+            images, targets = self.task.prepare(micro.to(self.env.device), self.state.step)
             with self.sharding.accumulating(last):
                 with torch.autocast(self.env.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                     loss = self.task.loss(self.wrapped, images, targets) / count

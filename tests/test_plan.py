@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigincubate.config import load_recipe, shipped
 from bigincubate.errors import ConfigError
-from bigincubate.plan import Plan, cost_plan, count_cost, make_plan, phase_model
+from bigincubate.plan import cost_plan, count_cost, make_plan, phase_model
 
 # GFLOPs an image of end to end, the meta model, and modules 0 to 3 when nothing is wasted
 TABLE = {
@@ -16,11 +18,6 @@ TABLE = {
     "imagenet-vit-l": (369.0, 62.0, 123.9, 118.3, 113.0, 107.8),
     "imagenet-vit-h": (1003.4, 126.1, 315.1, 303.9, 293.2, 282.4),
 }
-
-
-def planned(name: str, *sets: str) -> tuple[object, Plan]:
-    recipe = load_recipe(name, sets)
-    return recipe, make_plan(recipe)
 
 
 @pytest.mark.parametrize("name", sorted(TABLE))
@@ -136,5 +133,18 @@ def test_balanced_cut_takes_the_models_own_depth() -> None:
 def test_a_cut_that_cannot_be_is_refused(sets: list[str], says: str) -> None:
     recipe = load_recipe("imagenet-vit-b", sets)
     with pytest.raises(ConfigError, match=says):
-        plan = make_plan(recipe)
-        phase_model(plan.row("pretrain"), recipe.settings("pretrain"), plan.family, device="meta")
+        make_plan(recipe)
+
+
+def test_gradients_of_a_depthwise_convolution_cost_what_its_forward_does(tmp_path: Path) -> None:
+    file = tmp_path / "convnext.toml"
+    file.write_text('[model]\nname = "convnext_atto"\nimg_size = 64\n[plan]\nmodules = 2\n')
+    recipe = load_recipe(str(file))
+    plan = make_plan(recipe)
+    row = plan.row("finetune")
+    cost = count_cost(row, recipe.settings("finetune"), plan.family)
+    model = phase_model(row, recipe.settings("finetune"), plan.family)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.stem(torch.randn(1, 3, 64, 64))
+    # every product has two gradients of its own price, save that the image gets none
+    assert cost.training_flops == pytest.approx(3 * cost.forward_flops - counter.get_total_flops(), rel=0.01)

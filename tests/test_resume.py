@@ -58,7 +58,7 @@ def check_same(other: Any, reference: Reference, phase: str, module: int | None)
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
     results = [each.run.phase(phase, module).result for each in (lab, other)]
-    assert results[0].pop("seconds") != results[1].pop("seconds")
+    assert [result.pop("seconds") > 0 for result in results] == [True, True]
     assert results[0] == results[1]
     hashes = []
     for each in (lab, other):

@@ -1,0 +1,122 @@
+"""What the ranks of a test do: commands one after another, each as under torchrun, and what they ended with.
+
+    torchrun … ranks.py JOBS.json
+
+A job is ``{"words": [...]}`` for the command line, with what to spoil on which rank; results go to ``JOBS.rank.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from bigincubate import trainer
+from bigincubate.cli import main
+
+RANK = int(os.environ["RANK"])
+
+
+def count_bytes(patch: pytest.MonkeyPatch) -> list[int]:
+    """The size of every bucket of gradients that travels."""
+    sizes: list[int] = []
+    original = DistributedDataParallel.__init__
+
+    def hook(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        buffer = bucket.buffer()
+        sizes.append(buffer.numel() * buffer.element_size())
+        work = dist.all_reduce(buffer.div_(dist.get_world_size()), async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
+
+    def init(self: DistributedDataParallel, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options)
+        hook.__annotations__.clear()  # torch compares them with classes, not with their names
+        self.register_comm_hook(None, hook)
+
+    patch.setattr(DistributedDataParallel, "__init__", init)
+    return sizes
+
+
+def spoil(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> None:
+    step = trainer.Trainer.step
+
+    def spoiled(self: trainer.Trainer, batch: Any) -> Any:
+        if self.state.step == job.get("signal_at"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if self.state.step in job.get("poison", []):
+            batch.images[0, 0, 0, 0] = float("nan")
+        return step(self, batch)
+
+    patch.setattr(trainer.Trainer, "step", spoiled)
+
+
+def command(job: dict[str, Any]) -> dict[str, Any]:
+    sys.argv = ["bigincubate", *job["words"]]
+    outcome: dict[str, Any] = {}
+    digests: list[dict[str, str]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = count_bytes(patch)
+        if RANK == job.get("spoiled_rank"):
+            spoil(patch, job)
+        finish = trainer.Trainer.finish
+
+        def watched(self: trainer.Trainer) -> Any:
+            digests.append({name: hashlib.sha256(p.numpy().tobytes()).hexdigest() for name, p in self.model.state_dict().items()})
+            return finish(self)
+
+        patch.setattr(trainer.Trainer, "finish", watched)
+        stderr = Path(f"{sys.argv[0]}.{RANK}.err")
+        with stderr.open("w") as file, contextlib.redirect_stderr(file):
+            try:
+                main()
+            except SystemExit as end:
+                outcome["code"] = end.code
+        outcome["err"] = stderr.read_text()
+        stderr.unlink()
+    return {**outcome, "bytes": sum(sizes), "weights": digests[0] if digests else None}
+
+
+def evaluate(job: dict[str, Any]) -> dict[str, Any]:
+    """Scores of an artifact on the first ``samples`` of the validation split."""
+    from bigincubate.cluster.env import RunEnv
+    from bigincubate.config import Augment
+    from bigincubate.data.dataset import open_dataset
+    from bigincubate.data.streams import EvalStream
+    from bigincubate.export import load_model
+    from bigincubate.tasks import classification
+
+    env = RunEnv.detect()
+    model, spec = load_model(Path(job["evaluate"]))
+    info = open_dataset(job["data"])
+    info = dataclasses.replace(info, samples={**info.samples, "val": job["samples"]})
+    augment = Augment(mean=spec.mean, std=spec.std, eval_crop=spec.eval_crop)
+    stream = EvalStream(
+        info, "val", augment, img_size=spec.img_size, batch_size=32, rank=env.rank, world=env.world
+    )
+    scores = classification.evaluate(model, stream, env)
+    env.close()
+    return scores
+
+
+def run_all(file: Path) -> None:
+    jobs = json.loads(file.read_text())
+    dist.init_process_group("gloo")  # once: a second group would find the addresses of the first in the store
+    dist.init_process_group = lambda *_, **__: None
+    dist.destroy_process_group = lambda *_, **__: None
+    outcomes = [evaluate(job) if "evaluate" in job else command(job) for job in jobs]
+    file.with_suffix(f".{RANK}.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    run_all(Path(sys.argv[1]))

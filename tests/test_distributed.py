@@ -1,0 +1,218 @@
+"""Two real ranks over gloo against one process: the same numbers, the same exits, and nothing that need not travel."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+Labs = Callable[..., Any]
+RANKS = Path(__file__).with_name("ranks.py")
+LOUD = ["mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "loss.label_smoothing=0.1", "augment.erase=0.3"]
+LOUD += ["log.every_steps=1", "ema.decay=0.9", "augment.repeats=2"]
+PHASES = [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]
+
+
+def torchrun(*words: object) -> list[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = ["--master-addr", "127.0.0.1", "--local-addr", "127.0.0.1", "--master-port", str(port)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", *address]
+    return [*command, *map(str, words)]
+
+
+def environment() -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    clean.pop("LOCAL_WORLD_SIZE", None)
+    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RANKS.parent.parent)}
+
+
+def words(lab: Any, phase: str, module: int | None = None, *more: str) -> dict[str, Any]:
+    return {"words": [str(word) for word in lab.command(phase, module, *more)]}
+
+
+class Ranks:
+    """Everything that two ranks are asked to do in this file, done in one launch."""
+
+    def __init__(self, lab: Labs, digits: Path, folder: Path) -> None:
+        self.single = lab(*LOUD)
+        for phase, module in PHASES:
+            self.single.train(phase, module)
+        self.double, self.stopped, self.poisoned, self.locked, self.odd = (lab(*LOUD) for _ in range(5))
+        micro = ["--set", "train.micro_batch=8"]
+        jobs: dict[str, dict[str, Any]] = {}
+        for phase, module in PHASES:
+            jobs[f"{phase} {module}"] = words(self.double, phase, module, *micro)
+        artifact = str(self.single.run.phase("finetune").artifact)
+        for samples in (287, 1):
+            jobs[f"evaluate {samples}"] = {"evaluate": artifact, "data": str(digits), "samples": samples}
+        jobs["stopped"] = {**words(self.stopped, "pretrain"), "spoiled_rank": 1, "signal_at": 6}
+        jobs["poisoned"] = {
+            **words(self.poisoned, "pretrain", None, "--set", "checkpoint.every_steps=1"),
+            "spoiled_rank": 1,
+            "poison": list(range(12)),
+        }
+        owner = self.locked.run.phase("pretrain").path / "OWNER"
+        owner.parent.mkdir()
+        from bigincubate.checkpoint.lock import start_time
+
+        owner.write_text(json.dumps({"host": socket.gethostname(), "pid": 1, "started": start_time(1), "job": None}))
+        jobs["locked"] = words(self.locked, "pretrain")
+        jobs["no data"] = words(self.odd, "pretrain", None, "--set", "data.path=/nowhere")
+        jobs["no modules"] = words(self.odd, "finetune", None, "--set", f"data.path={digits}")
+        jobs["odd"] = words(self.odd, "pretrain", None, "--set", "train.micro_batch=3")
+        file = folder / "jobs.json"
+        file.write_text(json.dumps(list(jobs.values())))
+        ended = subprocess.run(
+            torchrun(RANKS, file), env=environment(), capture_output=True, text=True, timeout=600, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        outcomes = [json.loads((folder / f"jobs.{rank}.json").read_text()) for rank in (0, 1)]
+        self.outcomes = {name: [each[index] for each in outcomes] for index, name in enumerate(jobs)}
+
+    def codes(self, name: str) -> list[int]:
+        return [outcome["code"] for outcome in self.outcomes[name]]
+
+
+@pytest.fixture(scope="module")
+def ranks(lab: Labs, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(lab, digits, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize(("phase", "module"), PHASES)
+def test_losses_are_those_of_one_process(ranks: Ranks, phase: str, module: int | None) -> None:
+    """With augmentation, repeats, mixing, stochastic depth; the ranks accumulate over two micro-batches besides."""
+    assert ranks.codes(f"{phase} {module}") == [0, 0]
+    single, double = ranks.single.log(phase, module), ranks.double.log(phase, module)
+    assert [row["step"] for row in double] == list(range(1, 13))
+    for key in ("train/loss", "train/lr", "train/grad_norm"):
+        assert [row[key] for row in double] == pytest.approx([row[key] for row in single], abs=1e-5), key
+    assert double != single
+    for key in ("top1", "top5"):
+        assert ranks.double.run.phase(phase, module).result[key] == ranks.single.run.phase(phase, module).result[key]
+    found = ranks.double.weights(phase, module)
+    for name, tensor in ranks.single.weights(phase, module).items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("phase", "module"), PHASES)
+def test_ranks_hold_the_same_bits(ranks: Ranks, phase: str, module: int | None) -> None:
+    weights = [outcome["weights"] for outcome in ranks.outcomes[f"{phase} {module}"]]
+    assert weights[0] == weights[1]
+    assert weights[0]
+
+
+@pytest.mark.parametrize("module", [0, 1])
+def test_frozen_tensors_are_the_meta_models(ranks: Ranks, module: int) -> None:
+    meta = ranks.double.weights("pretrain")
+    trainer = ranks.double.trainer("incubate", module)
+    frozen = [name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad]
+    hashes = ranks.outcomes[f"incubate {module}"][1]["weights"]
+    before = trainer.model.state_dict()
+    assert len(frozen) > 10
+    for name in frozen:
+        assert any(torch.equal(before[name], tensor) for tensor in meta.values() if tensor.shape == before[name].shape)
+        assert hashes[name] == digest(before[name]), name
+
+
+@pytest.mark.parametrize(("phase", "module"), PHASES)
+def test_only_gradients_that_train_travel_and_once_a_step(ranks: Ranks, phase: str, module: int | None) -> None:
+    key = phase if module is None else f"{phase}/{module}"
+    planned = next(row for row in ranks.double.rows if row.key == key)
+    assert planned.cost.allreduce_bytes == 4 * planned.cost.trainable
+    for outcome in ranks.outcomes[f"{phase} {module}"]:
+        assert outcome["bytes"] == 12 * planned.cost.allreduce_bytes
+
+
+@pytest.mark.parametrize("samples", [287, 1])
+def test_evaluation_counts_each_sample_once(ranks: Ranks, digits: Path, samples: int) -> None:
+    """For a number that two ranks cannot share evenly, and one of which a rank gets nothing."""
+    import dataclasses
+
+    from bigincubate.cluster.env import RunEnv
+    from bigincubate.tasks.classification import evaluate
+
+    trainer = ranks.single.trainer("finetune")
+    trainer.model.load_state_dict(ranks.single.weights("finetune"))
+    stream = type(trainer.eval_stream)(
+        dataclasses.replace(trainer.data, samples={**trainer.data.samples, "val": samples}),
+        "val",
+        trainer.settings.augment,
+        img_size=8,
+        batch_size=samples,
+    )
+    alone = evaluate(trainer.model, stream, RunEnv())
+    for scores in ranks.outcomes[f"evaluate {samples}"]:
+        assert scores["samples"] == samples
+        assert (scores["top1"], scores["top5"]) == (alone["top1"], alone["top5"])
+        assert scores["loss"] == pytest.approx(alone["loss"], abs=1e-6)
+
+
+def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(ranks: Ranks) -> None:
+    assert ranks.codes("stopped") == [75, 75]
+    folder = ranks.stopped.run.phase("pretrain")
+    assert [attempt["state"] for attempt in folder.attempts()] == ["preempted"]
+    assert (folder.checkpoints / "step-00000007" / "COMMITTED").exists()
+    manifest = json.loads((folder.checkpoints / "step-00000007" / "manifest.json").read_text())
+    assert manifest["world"] == 2
+
+
+def test_one_process_goes_on_where_two_ranks_stopped(ranks: Ranks) -> None:
+    folder = ranks.stopped.run.phase("pretrain")
+    if folder.result is None:
+        ranks.stopped.train("pretrain")
+    assert len(folder.attempts()) == 2
+    rows = ranks.stopped.log("pretrain")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    single = ranks.single.log("pretrain")
+    assert [row["train/loss"] for row in rows] == pytest.approx([row["train/loss"] for row in single], abs=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_alike(ranks: Ranks) -> None:
+    assert ranks.codes("poisoned") == [5, 5]
+    folder = ranks.poisoned.run.phase("pretrain")
+    assert folder.attempts()[-1]["state"] == "failed"
+    assert "not finite in 11 of 11 steps" in folder.attempts()[-1]["error"]
+
+
+@pytest.mark.parametrize(("name", "code"), [("locked", 7), ("no data", 3), ("no modules", 4), ("odd", 2)])
+def test_errors_reach_every_rank_and_none_waits(ranks: Ranks, name: str, code: int) -> None:
+    assert ranks.codes(name) == [code, code]
+    for outcome in ranks.outcomes[name]:
+        assert outcome["err"].startswith("bigincubate: ")
+        assert outcome["err"].count("\n") == 1
+
+
+def test_under_torchrun_a_stop_is_recorded_and_nothing_is_left_locked(lab: Labs) -> None:
+    """torchrun changes exit codes: what happened is in ``attempts``."""
+    long = lab("train.max_steps=400", "log.every_steps=1", "schedule.name=constant")
+    folder = long.run.phase("pretrain")
+    words = torchrun("-m", "bigincubate", *long.command("pretrain"))
+    with subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True) as launched:
+        while len(long.log("pretrain")) < 3:
+            assert launched.poll() is None, launched.stderr.read()  # type: ignore[union-attr]
+        os.kill(folder.attempts()[0]["pid"], signal.SIGTERM)  # rank 0 alone
+        _, err = launched.communicate(timeout=120)
+    assert launched.returncode != 0
+    assert "Traceback" not in err.partition("ChildFailedError")[0].partition("Traceback")[0]
+    assert err.count("with a checkpoint") == 2
+    assert [attempt["state"] for attempt in folder.attempts()] == ["preempted"]
+    assert not (folder.path / "OWNER").exists()
+    stopped = max(row["step"] for row in long.log("pretrain"))
+    assert (folder.checkpoints / f"step-{stopped:08d}" / "COMMITTED").exists()
+
+
+def digest(tensor: torch.Tensor) -> str:
+    import hashlib
+
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()

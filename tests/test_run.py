@@ -1,0 +1,324 @@
+"""`bigincubate run`: everything on this machine, interrupted in every way, and done in the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import Command, run
+from rich.console import Console
+
+from bigincubate.cluster import local
+from bigincubate.cluster.local import LocalRunner, job_graph
+from bigincubate.cluster.progress import Reporter
+from bigincubate.errors import Exit
+from bigincubate.rundir import RunDir
+
+Labs = Callable[..., Any]
+
+
+def words(lab: Any, *more: object) -> list[object]:
+    return ["run", lab.run.recipe_file, "--run-dir", lab.run.path, "--jobs", 2, *more]
+
+
+def same_weights(one: Any, other: Any, phase: str, module: int | None = None) -> bool:
+    a, b = one.weights(phase, module), other.weights(phase, module)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ------------------------------------------------------------------------------------------------ from scratch
+
+
+class FromScratch:
+    """The whole pipeline as a user starts it, its output in a pipe and its input closed; then once more."""
+
+    def __init__(self, recipe: Path, folder: Path) -> None:
+        self.run = RunDir(folder / "run")
+        program = [sys.executable, "-m", "bigincubate"]
+        self.words = ["run", str(recipe), "--run-dir", str(self.run.path), "--jobs", "2", "--baseline"]
+        closed = ["bash", "-c", '"$@" <&-', "bash", *program, *self.words]
+        self.first = subprocess.run(closed, capture_output=True, text=True, timeout=600, check=False)
+        self.second = run(*self.words)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> FromScratch:
+    from conftest import SMOKE
+
+    folder = tmp_path_factory.mktemp("scratch")
+    recipe = folder / "smoke.toml"
+    recipe.write_text(SMOKE)
+    return FromScratch(recipe, folder)
+
+
+def test_everything_is_made_from_nothing(scratch: FromScratch) -> None:
+    assert scratch.first.returncode == 0, scratch.first.stderr
+    assert scratch.first.stderr == ""
+    folder = scratch.run.path
+    for part in ("meta", "modules/00", "modules/01", "finetune", "end_to_end"):
+        assert (folder / part / "DONE").exists(), part
+        assert (folder / part / "artifact" / "weights.safetensors").exists(), part
+        assert (folder / part / "logs" / "train.log").exists(), part
+        assert list((folder / part / "tb").glob("events*")), part
+        assert not (folder / part / "OWNER").exists(), part
+    assert (folder / "assembled" / "artifact" / "weights.safetensors").exists()
+    assert {file.name for file in (folder / "export").iterdir()} == {"model.safetensors", "config.json"}
+    assert json.loads((folder / "plan.json").read_text())["recipe"] == "smoke"
+    assert (folder / "data" / "dataset.json").exists()
+
+
+def test_the_summary_has_every_phase(scratch: FromScratch) -> None:
+    summary = json.loads((scratch.run.path / "summary.json").read_text())
+    assert len(summary["modules"]) == 2
+    results = [summary[key] for key in ("meta", "assembled", "finetune", "end_to_end")] + summary["modules"]
+    for result in results:
+        assert result.keys() >= {"top1", "top5", "loss", "seconds", "images", "flops"}
+        assert 0 <= result["top1"] <= result["top5"] <= 100
+    # the baseline has the floating point operations of the whole incubation, but for less than a step
+    incubation = sum(result["flops"] for result in results if result is not summary["end_to_end"])
+    one_step = summary["end_to_end"]["flops"] / summary["end_to_end"]["steps"]
+    assert incubation - one_step < summary["end_to_end"]["flops"] <= incubation
+
+
+def test_a_pipe_gets_plain_lines_and_a_table(scratch: FromScratch) -> None:
+    out = scratch.first.stdout
+    assert "\x1b" not in out
+    assert "\r" not in out
+    lines = [line.rstrip() for line in out.splitlines()]
+    for title in ("meta model", "module 0", "module 1", "fine-tuning", "end to end"):
+        assert f"{title}: started" in lines
+        assert any(re.fullmatch(rf"{title}: step \d+ of \d+, loss [\d.]+  \d+ img/s", line) for line in lines), title
+        assert any(re.fullmatch(rf"{title}: done, top-1 [\d.]+%", line) for line in lines), title
+    assert "module 0 (as a hybrid)" in out
+    for title in ("meta model", "assembled", "fine-tuned", "end to end"):
+        assert any(line.startswith(f"{title} ") for line in lines), title
+    assert f"bigincubate evaluate {scratch.run.path} --data {scratch.run.path / 'data'}" in out
+
+
+def test_the_next_command_it_names_works(scratch: FromScratch) -> None:
+    command = scratch.first.stdout.rpartition("next:")[2].split()
+    assert command[0] == "bigincubate"
+    scores = run(*command[1:], "--json")
+    assert scores.wait() == 0
+    expected = json.loads((scratch.run.path / "summary.json").read_text())["finetune"]
+    found = json.loads(scores.out)
+    assert found["top1"] == expected["top1"]
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+
+
+def test_run_again_it_is_done(scratch: FromScratch) -> None:
+    assert scratch.second.wait() == 0
+    assert "is done already" in scratch.second.out
+    assert "started" not in scratch.second.out
+    assert "fine-tuned" in scratch.second.out
+    assert [len(scratch.run.phase("incubate", module).attempts()) for module in (0, 1)] == [1, 1]
+
+
+def test_an_export_that_was_cut_off_is_made_again(scratch: FromScratch) -> None:
+    (scratch.run.path / "export" / "model.safetensors").unlink()
+    again = run(*scratch.words)
+    assert again.wait() == 0, again.err
+    assert (scratch.run.path / "export" / "model.safetensors").exists()
+
+
+# ------------------------------------------------------------------------------------------------ interrupted
+
+
+class Launched:
+    """The launcher in a process group of its own, as a shell starts it."""
+
+    def __init__(self, lab: Any, *more: object) -> None:
+        self.lab = lab
+        self.command = Command(*words(lab, *more), before=os.setpgrp)
+
+    def until_step(self, step: int, *places: tuple[str, int | None]) -> None:
+        def reached() -> bool:
+            return all(any(row["step"] >= step for row in self.lab.log(*place)) for place in places)
+
+        assert self.command.until(reached, pause=0.01), self.command.out + self.command.err
+
+    def interrupt(self) -> int:
+        """Ctrl-C: the terminal signals the whole group."""
+        os.killpg(self.command.pid, signal.SIGINT)
+        return self.command.wait()
+
+
+@pytest.fixture(scope="module")
+def plain(lab: Labs) -> Any:
+    """What nothing happened to."""
+    done = lab("train.max_steps=150", "log.every_steps=2", "checkpoint.every_steps=20", "incubate.optim.name=lamb")
+    for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
+        done.train(phase, module)
+    return done
+
+
+def after_the_meta_model(plain: Any, folder: Path) -> Any:
+    other = plain.copy(folder)
+    import shutil
+
+    for part in ("modules", "finetune", "assembled", "summary.json"):
+        path = folder / part
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return other
+
+
+def test_ctrl_c_then_kill_9_then_the_same_command_finishes_with_the_same_bits(plain: Any, tmp_path: Path) -> None:
+    other = after_the_meta_model(plain, tmp_path / "run")
+    modules = [("incubate", 0), ("incubate", 1)]
+
+    launched = Launched(other)
+    launched.until_step(10, *modules)
+    assert launched.interrupt() == 75
+    assert "stopping: each running phase writes a checkpoint first" in launched.command.out
+    assert f"bigincubate run {other.run.recipe_file} --run-dir {other.run.path} --jobs 2" in launched.command.out
+    assert "failed" not in launched.command.out
+    for place in modules:
+        assert [attempt["state"] for attempt in other.run.phase(*place).attempts()] == ["preempted"]
+        steps = [row["step"] for row in other.log(*place)]
+        assert 10 <= steps[-1] < 150
+
+    launched = Launched(other)
+    children = []
+
+    def both_run() -> bool:
+        children[:] = [attempts[-1]["pid"] for place in modules if (attempts := other.run.phase(*place).attempts())]
+        return all(len(other.run.phase(*place).attempts()) == 2 for place in modules)
+
+    assert launched.command.until(both_run, pause=0.01), launched.command.out
+    launched.command.kill()
+
+    last = Command(*words(other))
+    assert last.wait(240) == 0, last.out + last.err
+    for place in [*modules, ("finetune", None)]:
+        assert same_weights(plain, other, *place), place
+        assert [row["step"] for row in other.log(*place)] == list(range(2, 151, 2))
+    for pid in children:  # no orphan
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_ctrl_c_before_the_phases_have_begun_is_no_failure(plain: Any, tmp_path: Path) -> None:
+    other = after_the_meta_model(plain, tmp_path / "run")
+    launched = Launched(other)
+    assert launched.command.until(lambda: launched.command.out.count("started") == 2, pause=0.01)
+    time.sleep(0.3)
+    assert launched.interrupt() == 75
+    assert "failed" not in launched.command.out
+    assert launched.command.err == ""
+
+
+# ------------------------------------------------------------------------------------------------ failing
+
+
+def test_a_failing_module_does_not_stop_the_others(plain: Any, tmp_path: Path) -> None:
+    other = after_the_meta_model(plain, tmp_path / "run")
+    import shutil
+
+    shutil.copytree(plain.run.path / "modules" / "01", other.run.path / "modules" / "01")
+    (other.run.path / "modules" / "01" / "DONE").unlink()
+    for file in (other.run.path / "modules" / "01" / "checkpoints").glob("step-*/state.json"):
+        file.write_text("{}")
+    failed = run(*words(other))
+    assert failed.wait() == 6
+    log = other.run.path / "modules" / "01" / "logs" / "train.log"
+    assert "module 1: failed (exit 6): bigincubate: every checkpoint" in failed.out
+    assert f"log: {log}" in failed.out
+    assert "every checkpoint" in log.read_text()
+    assert same_weights(plain, other, "incubate", 0)
+    assert "fine-tuning" not in failed.out
+    assert failed.err.startswith("bigincubate: ")
+    assert failed.err.count("\n") == 1
+
+
+def test_a_module_whose_folder_cannot_be_made_does_not_stop_the_others(plain: Any, tmp_path: Path) -> None:
+    other = after_the_meta_model(plain, tmp_path / "run")
+    (other.run.path / "modules").mkdir()
+    (other.run.path / "modules" / "00").write_text("in the way")
+    failed = run("run", other.run.recipe_file, "--run-dir", other.run.path, "--jobs", 1)
+    assert failed.wait() == 3
+    assert f"module 0: failed (exit 3): {other.run.path / 'modules' / '00'}" in failed.out
+    assert same_weights(plain, other, "incubate", 1)
+
+
+# ------------------------------------------------------------------------------------------------ the graph
+
+
+def test_the_graph_is_meta_model_then_modules_then_fine_tuning(plain: Any) -> None:
+    graph = {job.key: job for job in job_graph(plain.rows, baseline=True)}
+    assert list(graph) == ["pretrain", "incubate/0", "incubate/1", "finetune", "end_to_end"]
+    assert graph["pretrain"].needs == graph["end_to_end"].needs == ()
+    assert graph["incubate/1"].needs == ("pretrain",)
+    assert graph["finetune"].needs == ("incubate/0", "incubate/1")
+    assert "end_to_end" not in {job.key for job in job_graph(plain.rows, baseline=False)}
+
+
+class Started:
+    """Stands for a process: what it was given, and an exit code at once."""
+
+    def __init__(self, command: list[str], env: dict[str, str], **_: Any) -> None:
+        self.command, self.env = command, env
+        everything.append(self)
+
+    def poll(self) -> int:
+        return int(codes.get(self.module, 0))
+
+    @property
+    def module(self) -> str:
+        return self.command[self.command.index("--module") + 1] if "--module" in self.command else "-"
+
+
+everything: list[Started] = []
+codes: dict[str, int] = {}
+
+
+def executed(lab: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, **ends: int) -> Exit:
+    everything.clear()
+    codes.clear()
+    codes.update({key.removeprefix("m"): code for key, code in ends.items()})
+    monkeypatch.setattr(local.subprocess, "Popen", Started)
+    with Reporter(Console(quiet=True)) as reporter:
+        return LocalRunner(lab.run, jobs, reporter, patience=0).execute(job_graph(lab.rows, baseline=False))
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected", "started"),
+    [
+        ({}, Exit.DONE, 4),
+        ({"m0": 5}, Exit.NON_FINITE, 3),
+        ({"m0": 1}, Exit.ENVIRONMENT, 3),
+        ({"m1": -9}, Exit.ENVIRONMENT, 3),
+        ({"m0": 7}, Exit.LOCKED, 3),
+        ({"m1": 75}, Exit.PREEMPTED, 3),
+    ],
+)
+def test_the_exit_code_is_that_of_the_first_that_failed(
+    lab: Labs, monkeypatch: pytest.MonkeyPatch, ends: dict[str, int], expected: Exit, started: int
+) -> None:
+    assert executed(lab(), monkeypatch, **ends) is expected
+    assert len(everything) == started
+
+
+def test_a_resumed_phase_computes_with_as_many_threads(lab: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their number may change the last bit of a sum: it follows from the graph, not from what happens to run."""
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    resumed = lab()
+    executed(resumed, monkeypatch)
+    whole = {process.module: process.env["OMP_NUM_THREADS"] for process in everything}
+    assert whole == {"-": "8", "0": "4", "1": "4"}
+    (resumed.run.path / "modules" / "00").mkdir(parents=True, exist_ok=True)
+    resumed.run.phase("pretrain").finish({"top1": 1.0})
+    resumed.run.phase("incubate", 0).finish({"top1": 1.0})
+    executed(resumed, monkeypatch)
+    rest = {process.module: process.env["OMP_NUM_THREADS"] for process in everything}
+    assert rest["1"] == whole["1"]
