@@ -88,8 +88,9 @@ def run(
     summary = directory.summary()
     if code is Exit.PREEMPTED:
         say(f"stopped; nothing is lost. Go on with the same command:\n  {command_line()}")
-    if code is not Exit.DONE:
         raise typer.Exit(code)
+    if code is not Exit.DONE:
+        fail("not everything is done, for the reasons above; the same command goes on with what is missing", code)
     from .export import export as export_model
 
     snippet = export_model(run_dir, run_dir / "export") if not (run_dir / "export").exists() else None
@@ -332,6 +333,8 @@ def main() -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         raise SystemExit(0) from None
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), Exit.ENVIRONMENT)
     except Exception as error:
         # usage errors of the argument parser, wherever this version of typer keeps their class
         if not hasattr(error, "format_message"):

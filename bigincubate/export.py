@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+from pydantic import ValidationError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from .checkpoint.store import ModelSpec, load_artifact
@@ -15,6 +18,7 @@ from .models import Partition, build, family_of
 from .rundir import RunDir
 
 SPEC = "bigincubate"  # our part of an exported config.json
+FILES = ("model.safetensors", "config.json")  # of an exported folder; the last one comes last
 
 
 def best_artifact(run: RunDir) -> Path:
@@ -62,10 +66,21 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
     from safetensors.torch import load_file
 
     config = read_json(path / "config.json")
-    if not config or SPEC not in config:
-        raise ArtifactError(f"{path / 'config.json'} was not written by `bigincubate export`")
-    spec = ModelSpec.model_validate(config[SPEC])
-    return _with_weights(spec, load_file(path / "model.safetensors")), spec
+    try:
+        spec = ModelSpec.model_validate((config or {})[SPEC])
+    except (KeyError, ValidationError):
+        raise ArtifactError(f"{path / 'config.json'} was not written by `bigincubate export`") from None
+    file = path / "model.safetensors"
+    try:
+        return _with_weights(spec, load_file(file)), spec
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{file} does not hold the model of its config.json: {reason}") from None
+
+
+def whole(folder: Path) -> bool:
+    """Whether an exported folder is complete."""
+    return (folder / FILES[-1]).exists()
 
 
 def export(source: Path, out: Path) -> str:
@@ -77,7 +92,8 @@ def export(source: Path, out: Path) -> str:
     """
     from timm.models import save_for_hf
 
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "config.json").exists())):
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or ({file.name for file in out.iterdir()} - set(FILES) and not whole(out))):
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
     model, spec = load_model(source)
     size = [3, spec.img_size, spec.img_size]
@@ -91,10 +107,16 @@ def export(source: Path, out: Path) -> str:
         "crop_pct": spec.eval_crop,
     }
     arguments = timm_arguments(spec)
-    save_for_hf(model, str(out), model_args=arguments, safe_serialization=True)
-    config = json.loads((out / "config.json").read_text())
+    aside = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    save_for_hf(model, str(aside), model_args=arguments, safe_serialization=True)
+    config = json.loads((aside / "config.json").read_text())
     config[SPEC] = spec.model_dump()
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    out.mkdir(exist_ok=True)
+    for name in FILES:
+        (aside / name).replace(out / name)
+    aside.rmdir()
     shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     overlay = f"dict(file={str(out / 'model.safetensors')!r}, num_classes={spec.num_classes})"
     return f"timm.create_model({spec.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {shown})"

@@ -80,7 +80,8 @@ def bigincubate() -> Command:
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "bigincubate", *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}  # type: ignore[dict-item]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, **options)  # type: ignore[call-overload,no-any-return]
+        options = {"timeout": 600, **options}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, **options)  # type: ignore[call-overload,no-any-return]
 
     return run
 

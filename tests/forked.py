@@ -27,6 +27,8 @@ class Command:
 
     def __init__(self, *arguments: object, before: Before | None = None, env: dict[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="forked-"))
+        for name in ("out", "err"):
+            (self.folder / name).touch()
         words = [str(argument) for argument in arguments]
         self.process = SERVER.Process(target=_main, args=(words, self.folder, before, env or {}))
         self.process.start()
@@ -84,7 +86,7 @@ def run(*arguments: object, before: Before | None = None, env: dict[str, str] | 
 def _main(words: list[str], folder: Path, before: Before | None, env: dict[str, str]) -> None:
     os.environ.update(env)
     for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_CREAT | os.O_WRONLY), number)
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["bigincubate", *words]
     from bigincubate.cli import main

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,7 +75,7 @@ def test_class_folders_are_split_by_class_and_kept_byte_by_byte(tree: Path, tmp_
     files = {(file.read_bytes(), info.classes.index(file.parent.name)) for file in tree.rglob("*.png")}
     assert files == {*stored["train"], *stored["val"]}
     labels = [label for _, label in stored["train"]]
-    assert sum(a != b for a, b in zip(labels, labels[1:], strict=False)) > 50  # not class by class
+    assert sum(a != b for a, b in pairwise(labels)) > 50  # not class by class
 
 
 def test_a_validation_folder_is_used_as_it_is(tmp_path: Path) -> None:

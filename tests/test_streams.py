@@ -138,11 +138,20 @@ def test_one_stream_can_be_sent_back_and_forth(info: DatasetInfo, whole: list[Ba
         assert same(take(source, 3, step), whole[step : step + 3])
 
 
-def test_a_seed_has_shuffles_and_views_of_its_own(info: DatasetInfo, whole: list[Batch]) -> None:
+def test_views_change_from_epoch_to_epoch(whole: list[Batch]) -> None:
+    first, second = (torch.cat([batch.ids for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2))
+    images = [torch.cat([batch.images for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2)]
+    both = [(a, int((second == sample).nonzero())) for a, sample in enumerate(first[:100]) if sample in second]
+    assert len(both) > 90
+    assert not any(torch.equal(images[0][a], images[1][b]) for a, b in both)
+
+
+def test_a_seed_has_shuffles_of_its_own(digits: Path) -> None:
     """Not those of its neighbour an epoch later, which is what adding the epoch to the seed would give."""
-    other = take(stream(info, seed=1), 3)
-    for begin in (0, EPOCH):
-        assert not any(torch.equal(a.ids, b.ids) for a, b in zip(other, whole[begin:], strict=False))
+    info = open_dataset(digits)
+    assert len(list((digits / "train").rglob("*.mds"))) == 1  # the order of the shards would hide it
+    later = take(stream(info, augment=Augment(crop="none")), 1, step=info.samples["train"] // BATCH)
+    assert not torch.equal(take(stream(info, augment=Augment(crop="none"), seed=1), 1)[0].ids, later[0].ids)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -347,7 +356,9 @@ def _construct(info: DatasetInfo, start: Any, tell: Any) -> None:
     start.wait()
     source = stream(info)
     start.wait()  # all are alive at once
-    tell.put((source._loader.dataset.claim, take(source, 1)[0].ids.tolist()))
+    claim = source._loader.dataset.claim
+    segments = [file for file in left_by(claim) if file.parent == Path("/dev/shm")]
+    tell.put((claim, take(source, 1)[0].ids.tolist(), len(segments)))
 
 
 def test_jobs_that_start_together_do_not_meet(info: DatasetInfo, whole: list[Batch]) -> None:
@@ -360,8 +371,9 @@ def test_jobs_that_start_together_do_not_meet(info: DatasetInfo, whole: list[Bat
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert len({claim for claim, _ in told}) == jobs
-    assert all(ids == whole[0].ids.tolist() for _, ids in told)
+    assert len({claim for claim, _, _ in told}) == jobs
+    assert all(ids == whole[0].ids.tolist() for _, ids, _ in told)
+    assert all(segments >= 5 for _, _, segments in told)  # each in a name space of its own
 
 
 def _only_rank_1_loads(info: DatasetInfo, rank: int, meet: str, tell: Any) -> None:
