@@ -73,15 +73,17 @@ def run(
     loaded = load_recipe(recipe, sets or ())
     from .cluster.local import LocalRunner, job_graph
     from .cluster.progress import Reporter
+    from .export import export as export_model
+    from .export import whole
     from .rundir import RunDir
     from .workflow import ensure_data, ensure_plan
 
-    directory = RunDir(run_dir)
+    directory, exported = RunDir(run_dir), run_dir / "export"
     directory.open(loaded)
     data = ensure_data(loaded, directory, say)
     _, rows = ensure_plan(loaded, directory, data)
     graph = job_graph(rows, baseline=baseline)
-    if all(directory.phase(job.phase, job.module).result for job in graph) and (run_dir / "export").exists():
+    if all(directory.phase(job.phase, job.module).result for job in graph) and whole(exported):
         say(f"{run_dir} is done already")
     with Reporter(console()) as reporter:
         code = LocalRunner(directory, jobs, reporter).execute(graph)
@@ -91,13 +93,11 @@ def run(
         raise typer.Exit(code)
     if code is not Exit.DONE:
         fail("not everything is done, for the reasons above; the same command goes on with what is missing", code)
-    from .export import export as export_model
-
-    snippet = export_model(run_dir, run_dir / "export") if not (run_dir / "export").exists() else None
+    snippet = None if whole(exported) else export_model(run_dir, exported)
     from .tables import summary_table
 
     console().print(summary_table(loaded.name, summary))
-    say(f"\nmodel:   {run_dir / 'export'}" + (f"\n         {snippet}" if snippet else ""))
+    say(f"\nmodel:   {exported}" + (f"\n         {snippet}" if snippet else ""))
     say(f"curves:  tensorboard --logdir {run_dir}")
     say(f"next:    bigincubate evaluate {run_dir} --data {data.path}")
 
@@ -330,9 +330,6 @@ def main() -> NoReturn:
         fail(str(error), error.code)
     except KeyboardInterrupt:
         fail("interrupted; nothing that was committed is lost, the same command goes on", Exit.PREEMPTED)
-    except BrokenPipeError:
-        sys.stderr.close()
-        raise SystemExit(0) from None
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), Exit.ENVIRONMENT)
     except Exception as error:

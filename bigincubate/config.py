@@ -226,7 +226,7 @@ class EndToEnd(PhaseSection):
 
 
 class Sharding(Section):
-    strategy: Literal["none", "ddp"] = execution("ddp")
+    strategy: Literal["none", "ddp", "fsdp2", "oss"] = execution("ddp")
 
 
 class Log(Section):

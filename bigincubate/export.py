@@ -14,7 +14,7 @@ from .checkpoint.store import ModelSpec, load_artifact
 from .config import Phase
 from .errors import ArtifactError, ConfigError
 from .files import read_json
-from .models import Partition, build, family_of
+from .models import Partition, build, default_depths, family_of
 from .rundir import RunDir
 
 SPEC = "bigincubate"  # our part of an exported config.json
@@ -118,8 +118,21 @@ def export(source: Path, out: Path) -> str:
         (aside / name).replace(out / name)
     aside.rmdir()
     shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    if depth := _cut(spec):  # timm has no argument for it
+        return (
+            f"model = timm.create_model({spec.name!r}, {shown}); model.blocks = model.blocks[:{depth}];"
+            f" model.load_state_dict(safetensors.torch.load_file({str(out / FILES[0])!r}))"
+        )
     overlay = f"dict(file={str(out / 'model.safetensors')!r}, num_classes={spec.num_classes})"
     return f"timm.create_model({spec.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {shown})"
+
+
+def _cut(spec: ModelSpec) -> int | None:
+    """The number of blocks of a model that timm builds deeper, whatever it is asked for; None for others."""
+    if family_of(spec.name).depth_argument:
+        return None
+    depth = sum(stages[0] for stages in spec.depths)
+    return depth if (depth,) != default_depths(spec.name, spec.args) else None
 
 
 def timm_arguments(spec: ModelSpec) -> dict[str, object]:

@@ -13,6 +13,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .checkpoint.pieces import Piece, PieceReader
 from .config import Settings
 from .errors import ConfigError
 
@@ -84,29 +85,35 @@ def make_schedule(optimizer: Optimizer, settings: Settings, total: int, steps_pe
 
 
 class Ema:
-    """A moving average of the trainable parameters, in their own dtype and place."""
+    """A moving average of the trainable parameters, of what this rank has of them, in their own dtype and place."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, shards: Mapping[str, Piece], decay: float) -> None:
         self.decay = decay
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad} if decay else {}
-        self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.shards = dict(shards) if decay else {}
+        self.average = {name: piece.tensor.clone() for name, piece in self.shards.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         if self.average:
-            torch._foreach_lerp_(list(self.average.values()), list(self.parameters.values()), 1 - self.decay)
+            own = [piece.tensor for piece in self.shards.values()]
+            torch._foreach_lerp_(list(self.average.values()), own, 1 - self.decay)
 
-    def save(self) -> dict[str, Tensor]:
-        return {f"ema/{name}": value for name, value in self.average.items()}
+    def save(self) -> dict[str, Piece]:
+        return {
+            f"ema/{name}": Piece(value, self.shards[name].offset, self.shards[name].shape)
+            for name, value in self.average.items()
+        }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        assert isinstance(tensors, PieceReader)
         for name, value in self.average.items():
-            value.copy_(tensors[f"ema/{name}"])
+            part = tensors.part(f"ema/{name}", self.shards[name].offset, value.numel())
+            value.copy_(part.view(value.shape))
 
     @torch.no_grad()
     def swap(self) -> None:
         """Exchange the average and the model's own weights; again to put them back."""
         for name, value in self.average.items():
-            own = self.parameters[name].detach().clone()
-            self.parameters[name].copy_(value)
+            own = self.shards[name].tensor.clone()
+            self.shards[name].tensor.copy_(value)
             value.copy_(own)

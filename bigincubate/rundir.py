@@ -62,7 +62,7 @@ class PhaseDir:
     def attempts(self) -> list[dict[str, Any]]:
         """Every attempt at this phase, oldest first."""
         files = sorted((self.path / "attempts").glob("*.json"), key=lambda file: int(file.stem))
-        return [attempt for file in files if (attempt := read_json(file)) is not None]
+        return [attempt for file in files if (attempt := read_json(file))]
 
     def record(self, number: int, **fields: Any) -> None:
         write_json(self.path / "attempts" / f"{number}.json", {"attempt": number, "time": time.time(), **fields})

@@ -116,8 +116,9 @@ class Trainer:
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
         self.sharding = make_sharding(recipe.sharding.strategy, env)
-        self.wrapped = self.sharding.prepare(self.model, lambda m: make_optimizer(m, self.settings))
-        self.ema = Ema(self.model, self.settings.ema.decay)
+        units = [block.path for block in self.task.partition.blocks()]
+        self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
+        self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
 
         self.eval_stream = EvalStream(
             data,
@@ -266,8 +267,8 @@ class Trainer:
         self.state.skipped = int(self.skipped)
         if self.state.step != self.saved:
             tensors = self.sharding.save()
-            if tensors:
-                tensors |= self.ema.save()
+            # a rank averages what it trains, and writes the average of what it writes
+            tensors |= {key: value for key, value in self.ema.save().items() if f"model/{key[4:]}" in tensors}
             self.checkpoints.save(self.state.step, tensors, asdict(self.state))
             self.saved = self.state.step
         return now
@@ -285,10 +286,14 @@ class Trainer:
         if use_ema:
             self.ema.swap()
         try:
-            return evaluate(self.model, self.eval_stream, self.env, self.settings.train.precision)
+            return self.score()
         finally:
             if use_ema:
                 self.ema.swap()
+
+    def score(self) -> dict[str, float]:
+        precision, together = self.settings.train.precision, self.sharding.gathers
+        return evaluate(self.model, self.eval_stream, self.env, precision, together=together)
 
     def finish(self) -> dict[str, Any]:
         """Evaluate, hand on the artifact, give the result."""
@@ -317,7 +322,7 @@ class Trainer:
         assembled = self.run_dir.assembled
         if self.env.broadcast(assembled.result) is not None:
             return
-        scores = evaluate(self.model, self.eval_stream, self.env, self.settings.train.precision)
+        scores = self.score()
         tensors = self.sharding.full_state_dict()
         if self.env.is_main:
             self.write_artifact(assembled, tensors, "raw")

@@ -57,7 +57,7 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
     """
     plan = make_plan(recipe)
     file = run.path / "plan.json"
-    stored = read_json(file)
+    stored = read_json(file) or None
     if stored is not None and stored["data"] != data.digest:
         raise ConfigError(
             f"{data.path} is not the data that {run.path} was made with ({data.digest[:12]}…, was"

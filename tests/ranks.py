@@ -67,12 +67,13 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
     digests: list[dict[str, str]] = []
     with pytest.MonkeyPatch.context() as patch:
         sizes = count_bytes(patch)
-        if RANK == job.get("spoiled_rank"):
+        if job.get("spoiled_rank") == RANK:
             spoil(patch, job)
         finish = trainer.Trainer.finish
 
         def watched(self: trainer.Trainer) -> Any:
-            digests.append({name: hashlib.sha256(p.numpy().tobytes()).hexdigest() for name, p in self.model.state_dict().items()})
+            held = {name: getattr(p, "to_local", lambda p=p: p)() for name, p in self.model.state_dict().items()}
+            digests.append({name: hashlib.sha256(p.numpy().tobytes()).hexdigest() for name, p in held.items()})
             return finish(self)
 
         patch.setattr(trainer.Trainer, "finish", watched)
@@ -101,9 +102,7 @@ def evaluate(job: dict[str, Any]) -> dict[str, Any]:
     info = open_dataset(job["data"])
     info = dataclasses.replace(info, samples={**info.samples, "val": job["samples"]})
     augment = Augment(mean=spec.mean, std=spec.std, eval_crop=spec.eval_crop)
-    stream = EvalStream(
-        info, "val", augment, img_size=spec.img_size, batch_size=32, rank=env.rank, world=env.world
-    )
+    stream = EvalStream(info, "val", augment, img_size=spec.img_size, batch_size=32, rank=env.rank, world=env.world)
     scores = classification.evaluate(model, stream, env)
     env.close()
     return scores

@@ -91,16 +91,22 @@ def reached(lab: Any, step: int, phase: str, module: int | None = None) -> Calla
 def kill_at_random(other: Any, phase: str, module: int | None, seed: int, kills: int) -> int:
     """Kill often and anywhere: every other time inside a save, where it lasts. Gives how many it survived."""
     moments = random.Random(seed)
+    folder = other.run.phase(phase, module)
     survived = 0
+
+    def saves(wanted: int) -> Callable[[], bool]:
+        seen: set[Path] = set()
+        return lambda: seen.update(folder.checkpoints.glob(".saving-*")) or len(seen) >= wanted
+
+    def begun(attempts: int) -> Callable[[], bool]:
+        return lambda: len(folder.attempts()) > attempts
+
     for number in range(kills):
+        before = len(folder.attempts())
         command = Command(*other.command(phase, module))
-        folder = other.run.phase(phase, module)
-        command.until(lambda before=len(folder.attempts()): len(folder.attempts()) > before)
+        command.until(begun(before))
         if number % 2:
-            wanted = moments.randrange(1, 3)
-            seen: set[Path] = set()
-            saving = lambda: seen.update(folder.checkpoints.glob(".saving-*")) or len(seen) >= wanted  # noqa: E731, B023
-            command.until(saving, pause=0)
+            command.until(saves(moments.randrange(1, 3)), pause=0)
         else:
             time.sleep(moments.uniform(0, 1.5))
         if command.kill() == 0:
@@ -187,7 +193,9 @@ def test_kill_9_before_the_first_checkpoint_logs_no_step_twice(reference: Refere
 # ------------------------------------------------------------------------------------------------ signals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2], ids=lambda n: n.name
+)
 def test_a_signal_means_checkpoint_and_exit_75(reference: Reference, number: signal.Signals) -> None:
     phase, module = PHASES[number % 3]
     other = reference.fresh(phase, number.name)

@@ -154,7 +154,9 @@ def test_frozen_tensors_keep_their_bits_and_only_the_module_is_handed_on(trained
     assert ("head.weight" in handed) == (module == 1)
     assert ("patch_embed.proj.weight" in handed) == (module == 0)
     assert torch.equal(handed[f"blocks.{2 * module + 1}.mlp.fc1.weight"], after[f"blocks.{module + 1}.mlp.fc1.weight"])
-    assert not any(tensor.grad is not None for name, tensor in trainer.model.named_parameters() if name not in trainable)
+    assert not any(
+        tensor.grad is not None for name, tensor in trainer.model.named_parameters() if name not in trainable
+    )
 
 
 def test_the_average_is_handed_on_where_asked_and_says_so(lab: Labs) -> None:

@@ -32,6 +32,11 @@ class Piece:
     shape: tuple[int, ...]
 
 
+def whole(tensor: Tensor) -> Piece:
+    """A piece that is all of its tensor."""
+    return Piece(tensor.detach(), 0, tuple(tensor.shape))
+
+
 def pack(pieces: Mapping[str, Tensor | Piece]) -> bytes:
     """A rank's pieces as one safetensors file. A plain tensor is a whole one."""
     layout = {

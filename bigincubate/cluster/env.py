@@ -46,7 +46,7 @@ class RunEnv:
         else:
             names = []
         defaults = [0, 1, 0, 1]
-        values = [int(env.get(name, default)) for name, default in zip(names, defaults, strict=False)]
+        values = [_number(name, default) for name, default in zip(names, defaults, strict=False)]
         rank, world, local_rank, local_world = values or defaults
         if not 0 <= rank < world:
             raise ConfigError(f"{names[0]}={rank} is outside {names[1]}={world}")
@@ -121,10 +121,17 @@ class RunEnv:
 
 def array_index() -> int:
     """The module of this Slurm array task."""
-    try:
-        return int(os.environ["SLURM_ARRAY_TASK_ID"])
-    except KeyError:
-        raise ConfigError("--module auto needs SLURM_ARRAY_TASK_ID (a Slurm array task); else give a number") from None
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        raise ConfigError("--module auto needs SLURM_ARRAY_TASK_ID (a Slurm array task); else give a number")
+    return _number("SLURM_ARRAY_TASK_ID", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """An environment variable that counts something."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {text!r}, not a number")
+    return int(text)
 
 
 def stderr(text: str) -> None:

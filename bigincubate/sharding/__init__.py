@@ -6,7 +6,7 @@ because some strategies own both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
+    from ..checkpoint.pieces import Piece
     from ..cluster.env import RunEnv
 
 
@@ -23,9 +24,13 @@ class Sharding(Protocol):
     """One strategy, on one rank."""
 
     optimizer: Optimizer
+    gathers: bool  # the forward needs all ranks at once: each must call it as often as the others
 
-    def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> nn.Module:
-        """Spread ``model`` (already frozen as it will stay); gives the module to call."""
+    def prepare(
+        self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
+    ) -> nn.Module:
+        """Spread ``model`` (already frozen as it will stay) by ``units``, the paths of its blocks; gives the module to
+        call."""
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Around the forward and backward of a micro-batch: gradients travel in the last one only."""
@@ -37,13 +42,18 @@ class Sharding(Protocol):
         finite, on all ranks alike.
         Gives the gradient's norm before clipping and whether the step was skipped (scalars, on the device)."""
 
-    def save(self) -> dict[str, Tensor]:
-        """This rank's share of weights and optimizer state, for a resume checkpoint. Empty: others hold it."""
+    def shards(self) -> dict[str, Piece]:
+        """The trainable parameters, or what this rank has of them, by name: the very tensors, not copies."""
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def save(self) -> dict[str, Tensor | Piece]:
+        """This rank's share of weights and optimizer state, for a resume checkpoint; nothing is gathered. Empty: others
+        hold it. Keys as in :mod:`.state`."""
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what any strategy saved, at any world size."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Every parameter and persistent buffer, whole, in fp32, on the CPU of rank 0."""
+        """Every parameter and persistent buffer, whole, in fp32, on the CPU. On all ranks together."""
 
 
 def make_sharding(strategy: str, env: RunEnv) -> Sharding:
@@ -51,8 +61,16 @@ def make_sharding(strategy: str, env: RunEnv) -> Sharding:
     Raises:
         ConfigError: the strategy does not fit the world size.
     """
-    from .ddp import Replicated
-
     if strategy == "none" and env.world > 1:
         raise ConfigError(f'sharding.strategy = "none" with {env.world} ranks; use "ddp"')
-    return Replicated(env)
+    if strategy in ("none", "ddp") or env.world == 1:  # one process holds everything, whatever it is called
+        from .ddp import Replicated
+
+        return Replicated(env)
+    if strategy == "fsdp2":
+        from .fsdp2 import FullyShard
+
+        return FullyShard(env)
+    from .oss import OptimizerStateSharding
+
+    return OptimizerStateSharding(env)

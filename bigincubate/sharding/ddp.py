@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,21 +11,24 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ..checkpoint.pieces import Piece, whole
 from ..cluster.env import RunEnv
-
-NUMBER = "number/"  # before the path of what is not a tensor
+from .state import load_optimizer, save_optimizer
 
 
 class Replicated:
     """The model is frozen before it is wrapped, so that only trainable gradients are bucketed and travel."""
 
     optimizer: Optimizer
+    gathers = False
 
     def __init__(self, env: RunEnv) -> None:
         self.env = env
         self.ddp: DistributedDataParallel | None = None
 
-    def prepare(self, model: nn.Module, make_optimizer: Callable[[nn.Module], Optimizer]) -> nn.Module:
+    def prepare(
+        self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
+    ) -> nn.Module:
         self.model = model
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = make_optimizer(model)
@@ -56,45 +59,22 @@ class Replicated:
         self.optimizer.zero_grad(set_to_none=self.ddp is None)
         return norm, skip
 
-    def save(self) -> dict[str, Tensor]:
+    def shards(self) -> dict[str, Piece]:
+        return {name: whole(parameter) for name, parameter in self.named.items()}
+
+    def save(self) -> dict[str, Tensor | Piece]:
         if not self.env.is_main:
             return {}
-        tensors = {f"model/{name}": parameter.detach() for name, parameter in self.named.items()}
-        for name, parameter in self.named.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors |= _packed(f"optim/{key}/{name}", value)
-        for index, group in enumerate(self.optimizer.param_groups):
-            if "step" in group:  # timm's LAMB counts by group
-                tensors |= _packed(f"group/step/{index}", group["step"])
-        return tensors
+        tensors: dict[str, Tensor | Piece] = {f"model/{name}": p.detach() for name, p in self.named.items()}
+        return tensors | save_optimizer(self.optimizer, self.named, lambda _, value: value)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        fused = self.optimizer.defaults.get("fused")
-        for path, value in tensors.items():
-            kind, _, rest = path.removeprefix(NUMBER).partition("/")
-            key, _, name = rest.partition("/")
-            if kind == "model":
-                with torch.no_grad():
-                    self.named[rest].copy_(value)
-            elif kind == "optim":
-                parameter = self.named[name]
-                on_host = key == "step" and not fused
-                own = value.clone() if on_host else value.to(parameter.device, copy=True)
-                self.optimizer.state[parameter][key] = _unpacked(path, own)
-            elif kind == "group":
-                self.optimizer.param_groups[int(name)][key] = _unpacked(path, value.clone())
+        with torch.no_grad():
+            for name, parameter in self.named.items():
+                parameter.copy_(tensors[f"model/{name}"])
+        load_optimizer(
+            self.optimizer, self.named, tensors, lambda parameter, key: tensors[key].to(parameter.device, copy=True)
+        )
 
     def full_state_dict(self) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
-
-
-def _packed(path: str, value: Any) -> dict[str, Tensor]:
-    """What an optimizer keeps, as a tensor. Some keep numbers of Python, and would compute otherwise with tensors: a
-    number travels as 64 bits and comes back as one."""
-    if isinstance(value, Tensor):
-        return {path: value}
-    return {NUMBER + path: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)}
-
-
-def _unpacked(path: str, value: Tensor) -> Any:
-    return value.item() if path.startswith(NUMBER) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from ..checkpoint.store import check_module, load_artifact, load_manifest
 from ..cluster.env import RunEnv
 from ..config import Recipe
 from ..data.mixing import mix
-from ..data.streams import Batch
+from ..data.streams import Batch, EvalStream
 from ..errors import ArtifactError
 from ..models import Partition, assemble, extract, initialise, insert
 from ..plan import PhasePlan, Plan, phase_model
@@ -109,8 +109,19 @@ class ClassificationTask:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Iterable[Batch], env: RunEnv, precision: str = "fp32") -> dict[str, float]:
-    """Top-1 and top-5 accuracy (percent) and mean cross entropy over every sample of every rank, each once."""
+def evaluate(
+    model: nn.Module,
+    batches: EvalStream | Sequence[Batch],
+    env: RunEnv,
+    precision: str = "fp32",
+    *,
+    together: bool = False,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy (percent) and mean cross entropy over every sample of every rank, each once.
+
+    Args:
+        together: the model needs all ranks in each forward; one that has fewer batches goes along with its last.
+    """
     training = model.training
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64)
@@ -123,6 +134,9 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], env: RunEnv, precision:
         loss = F.cross_entropy(logits, batch.labels, reduction="none")
         sums = (hits[:, 0].sum(), hits.sum(), loss.double().sum(), torch.tensor(len(hits)))
         totals += torch.stack([value.double().cpu() for value in sums])
+    if together:
+        for _ in range(max(env.gather(len(batches))) - len(batches)):
+            model(batch.images)
     model.train(training)
     if env.world > 1:
         torch.distributed.all_reduce(totals, group=env.control)
