@@ -85,7 +85,10 @@ def test_a_validation_folder_is_used_as_it_is(tmp_path: Path) -> None:
     assert prepare(str(tmp_path / "tree"), tmp_path / "out").samples == {"train": 15, "val": 4}
 
 
-def test_digits_hold_out_the_last_fifth_of_each_digit(tmp_path: Path) -> None:
+FIRST_HELD_OUT = [552, 1722, 536, 1667]  # the split must be the same with any version of any library
+
+
+def test_digits_hold_out_a_fixed_fifth_of_each_digit(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
     info = prepare("digits", tmp_path / "digits")
@@ -93,9 +96,12 @@ def test_digits_hold_out_the_last_fifth_of_each_digit(tmp_path: Path) -> None:
     source = read_source("digits", 0.2)
     target = load_digits().target
     for digit in range(10):
-        rows = np.flatnonzero(target == digit)
-        kept = [int(s.name) for s in source.splits["train"] if s.label == digit]
-        assert kept == rows[: len(kept)].tolist()
+        rows = {int(row) for row in np.flatnonzero(target == digit)}
+        kept, held = ([int(s.name) for s in source.splits[split] if s.label == digit] for split in ("train", "val"))
+        assert {*kept, *held} == rows
+        assert len(kept) + len(held) == len(rows)
+        assert len(held) == pytest.approx(len(rows) / 5, abs=1)
+    assert [int(sample.name) for sample in source.splits["val"][:4]] == FIRST_HELD_OUT
     stored = {(np.asarray(Image.open(io.BytesIO(png))).tobytes(), n) for png, n in samples(tmp_path / "digits", "val")}
     assert stored == {(sample.image.tobytes(), sample.label) for sample in source.splits["val"]}
     first = source.splits["val"][0]
