@@ -1,6 +1,6 @@
 """How parameters, gradients and optimizer state are spread over the ranks.
 
-A strategy has six verbs, and the trainer never asks which one it has. Clipping and accumulation are among them,
+A strategy has a few verbs, and the trainer never asks which one it has. Clipping and accumulation are among them,
 because some strategies own both.
 """
 
