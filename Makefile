@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
 JOBS ?= 2
+TEST_JOBS ?= 2
 
 .PHONY: demo test test-full lint format clean
 
@@ -13,7 +14,7 @@ demo: $(VENV)/.installed
 	$(BIN)/bigincubate run digits --run-dir $(RUN) --jobs $(JOBS)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest -m "not full" -n $(TEST_JOBS)
 
 test-full: $(VENV)/.installed-dev
 	BIGINCUBATE_CIFAR100="$(DATA)" $(BIN)/python -m pytest -m full

@@ -443,3 +443,11 @@ def test_status_at_every_stage(lab: Labs, call: Called) -> None:
     row = {row["phase"]: row for row in json.loads(call("status", quick.run.path, "--json")[1])}["pretrain"]
     assert (row["state"], row["step"], row["percent"], row["error"]) == ("done", 2, 100.0, None)
     assert row["top1"] == quick.run.phase("pretrain").result["top1"]
+
+
+def test_watching_ends_with_ctrl_c(done: Any) -> None:
+    watching = Command("status", done.run.path, "--watch")
+    assert watching.until(lambda: "fine-tuning" in watching.out, pause=0.05)
+    watching.send(signal.SIGINT)
+    assert watching.wait() == 0
+    assert watching.err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -252,6 +253,27 @@ def test_a_module_whose_folder_cannot_be_made_does_not_stop_the_others(plain: An
     assert failed.wait() == 3
     assert f"module 0: failed (exit 3): {other.run.path / 'modules' / '00'}" in failed.out
     assert same_weights(plain, other, "incubate", 1)
+
+
+# ------------------------------------------------------------------------------------------------ what is shown
+
+
+def test_a_terminal_gets_a_live_bar_for_each_phase(plain: Any) -> None:
+    screen = io.StringIO()
+    graph = job_graph(plain.rows, baseline=False)[:2]
+    with Reporter(Console(file=screen, force_terminal=True, width=160)) as reporter:
+        for job in graph:
+            reporter.started(job)
+        folders = [(job, plain.run.phase(job.phase, job.module)) for job in graph]
+        reporter.update(folders)
+        reporter.done(graph[0], {"top1": 97.25})
+        reporter.failed(graph[1], 5, "bigincubate: not finite", Path("train.log"))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "meta model" in shown
+    assert "150/150 steps" in shown
+    assert re.search(r"module 0 .*loss \d\.\d{3}  \d+ img/s", shown)
+    assert "top-1 97.2%" in shown
+    assert "module 0: failed (exit 5): bigincubate: not finite\n  log: train.log" in shown.replace("\r", "")
 
 
 # ------------------------------------------------------------------------------------------------ the graph

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bigincubate.checkpoint.store import load_manifest
 from bigincubate.data.streams import Batch
-from bigincubate.errors import ConfigError, NonFiniteError
+from bigincubate.errors import ConfigError, NonFiniteError, Preempted
 
 LOUD = ["mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "loss.label_smoothing=0.1"]
 Labs = Callable[..., Any]
@@ -252,6 +253,26 @@ def test_no_checkpoint_holds_more_skipped_steps_than_allowed(lab: Labs) -> None:
     with trainer.stop, pytest.raises(NonFiniteError):
         trainer.run()
     assert trainer.checkpoints.steps() == []
+
+
+def test_the_count_of_skipped_steps_survives_a_resume(lab: Labs) -> None:
+    failing = lab("train.max_nonfinite=1", "log.every_steps=1")
+    trainer = failing.trainer("pretrain")
+    poisoned(trainer, {1})
+    step = trainer.step
+
+    def stopping(batch: Batch) -> Any:
+        if trainer.state.step == 4:
+            trainer.stop.signal = signal.SIGTERM
+        return step(batch)
+
+    trainer.step = stopping
+    with pytest.raises(Preempted, match="stopped at step 5 of 12"):
+        trainer.run()
+    resumed = failing.trainer("pretrain")
+    poisoned(resumed, {7})
+    with pytest.raises(NonFiniteError, match="in 2 of 8 steps"):
+        resumed.run()
 
 
 def test_a_learning_rate_out_of_this_world_ends_in_exit_5(lab: Labs) -> None:

@@ -110,6 +110,8 @@ class LocalRunner:
         environment = dict(os.environ, PYTHONUNBUFFERED="1", **{PARENT: str(os.getpid())})
         # the cores are shared out, so that processes do not fight over them
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // beside)))
+        # threads that spin while they wait make a step several times as long as soon as anything else runs
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         with log.open("ab") as output:
             # a session of its own: Ctrl-C reaches us alone, and we pass it on once
             self.running[job.key] = subprocess.Popen(

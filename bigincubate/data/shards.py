@@ -189,11 +189,9 @@ def claim() -> int:
     folder = runtime_dir()
     with locked(folder / "claims"):
         for file in folder.glob("*.claim"):
-            with file.open() as other:
-                try:
-                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
+            # BlockingIOError: its owner lives; FileNotFoundError: it went by itself just now
+            with suppress(BlockingIOError, FileNotFoundError), file.open() as other:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(int(file.stem))
         number = secrets.randbelow(10**9)
         held = (folder / f"{number}.claim").open("x")  # stays open on purpose: the lock is the claim
