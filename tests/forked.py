@@ -67,9 +67,10 @@ class Command:
         self.process.kill()
         return self.wait()
 
-    def until(self, happened: Callable[[], object], pause: float = 0.001) -> bool:
+    def until(self, happened: Callable[[], object], pause: float = 0.001, timeout: float = 300) -> bool:
         """Wait for something to happen while the command runs; whether it did."""
-        while self.running:
+        end = time.monotonic() + timeout
+        while self.running and time.monotonic() < end:
             if happened():
                 return True
             time.sleep(pause)

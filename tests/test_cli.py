@@ -445,9 +445,15 @@ def test_status_at_every_stage(lab: Labs, call: Called) -> None:
     assert row["top1"] == quick.run.phase("pretrain").result["top1"]
 
 
-def test_watching_ends_with_ctrl_c(done: Any) -> None:
-    watching = Command("status", done.run.path, "--watch")
-    assert watching.until(lambda: "fine-tuning" in watching.out, pause=0.05)
-    watching.send(signal.SIGINT)
-    assert watching.wait() == 0
-    assert watching.err == ""
+def test_watching_ends_with_ctrl_c(done: Any, call: Called, monkeypatch: pytest.MonkeyPatch) -> None:
+    naps = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("bigincubate.cli.time.sleep", sleep)
+    code, out, err = call("status", done.run.path, "--watch")
+    assert (code, err, naps) == (0, "", [2, 2, 2])
+    assert "fine-tuning" in out
