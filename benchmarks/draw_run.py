@@ -1,6 +1,6 @@
 """Draw a finished run as one picture: the pipeline with its scores, and the training curves below it.
 
-    python benchmarks/draw_run.py RUN_DIR --out docs/pipeline.svg
+python benchmarks/draw_run.py RUN_DIR --out docs/pipeline.svg
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ COLOURS = ["#d1495b", "#edae49", "#2a9d8f", "#457b9d", "#8e6c8a", "#6a994e", "#b
 INK, SOFT, META, FINE = "#22223b", "#8d99ae", "#4a4e69", "#1d7874"
 
 
-def text(x: float, y: float, words: str, size: int = 13, fill: str = INK, anchor: str = "middle", bold: str = "") -> str:
+def text(
+    x: float, y: float, words: str, size: int = 13, fill: str = INK, anchor: str = "middle", bold: str = ""
+) -> str:
     weight = ' font-weight="600"' if bold else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"{weight}>{words}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" fill="{fill}" text-anchor="{anchor}"{weight}>{words}</text>'
+    )
 
 
 def box(x: float, y: float, w: float, h: float, fill: str, opacity: float = 1.0) -> str:
@@ -105,7 +109,16 @@ def draw(run: Path) -> str:
         for folder, colour in lines:
             path = curve(curves[folder], x, top, width, height, low, high)
             parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        parts.append(text(x + width, top + height + 16, f"step {max(p[-1][0] for p in [curves[f] for f, _ in lines]):,}", 11, SOFT, "end"))
+        parts.append(
+            text(
+                x + width,
+                top + height + 16,
+                f"step {max(p[-1][0] for p in [curves[f] for f, _ in lines]):,}",
+                11,
+                SOFT,
+                "end",
+            )
+        )
         parts.append(text(x + 4, top + 12, f"{high:.2g}", 10, SOFT, "start"))
         parts.append(text(x + 4, top + height - 4, f"{low:.2g}", 10, SOFT, "start"))
     parts.append(text(40, HEIGHT - 10, "log scale; scores are top-1 on held-out images", 11, SOFT, "start"))

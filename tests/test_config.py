@@ -41,7 +41,7 @@ def test_a_wrong_value_is_one_line_that_names_key_and_file(item: str, says: str)
 
 
 def test_contradictions_in_a_phase_are_found_without_running_it() -> None:
-    with pytest.raises(ConfigError, match="finetune: .*mixup pairs the halves"):
+    with pytest.raises(ConfigError, match=r"finetune: .*mixup pairs the halves"):
         load_recipe("digits", ["finetune.mixup.mixup=0.8", "finetune.train.batch_size=33"])
 
 

@@ -181,6 +181,24 @@ def test_the_average_is_handed_on_where_asked_and_says_so(lab: Labs) -> None:
     assert evaluate(checker.model, checker.eval_stream, RunEnv())["loss"] == pytest.approx(shown["loss"], abs=1e-9)
 
 
+def test_the_average_is_that_of_the_weights_after_each_step(lab: Labs) -> None:
+    averaged = lab("ema.decay=0.9", 'pretrain.export="ema"', "train.max_steps=6")
+    trainer = averaged.trainer("pretrain")
+    expected = {name: tensor.double().clone() for name, tensor in trainer.model.state_dict().items()}
+    step = trainer.step
+
+    def followed(batch: Batch) -> Any:
+        out = step(batch)
+        for name, tensor in trainer.model.state_dict().items():
+            expected[name].mul_(0.9).add_(tensor.double(), alpha=0.1)
+        return out
+
+    trainer.step = followed
+    trainer.run()
+    for name, tensor in averaged.weights("pretrain").items():
+        torch.testing.assert_close(tensor.double(), expected[name], atol=1e-6, rtol=1e-5)
+
+
 def test_evaluating_the_average_does_not_disturb_training(lab: Labs) -> None:
     """With evaluations in between or not: the same weights in the end."""
     sets = ["ema.decay=0.9", 'pretrain.export="ema"', "train.batch_size=288", "train.max_steps=9", "drop_path.rate=0.3"]
