@@ -10,6 +10,7 @@ import torch
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
+from bigincubate.checkpoint.pieces import Piece, whole
 from bigincubate.cluster.env import RunEnv
 from bigincubate.config import Optim, Schedule, Settings, Train
 from bigincubate.errors import ConfigError
@@ -234,7 +235,7 @@ def test_what_an_optimizer_remembers_survives_a_checkpoint(name: str) -> None:
 
     def prepared() -> tuple[nn.Module, Replicated]:
         model, sharding = vit(), Replicated(RunEnv())
-        sharding.prepare(model, lambda m: make_optimizer(m, settings(name=name, betas=betas)))
+        sharding.prepare(model, [], lambda m: make_optimizer(m, settings(name=name, betas=betas)))
         return model, sharding
 
     def train(model: nn.Module, sharding: Replicated, steps: range) -> None:
@@ -260,7 +261,7 @@ def test_what_an_optimizer_remembers_survives_a_checkpoint(name: str) -> None:
 
 def prepared(name: str = "adamw", **optim: Any) -> tuple[nn.Module, Replicated]:
     model, sharding = vit(), Replicated(RunEnv())
-    sharding.prepare(model, lambda m: make_optimizer(m, settings(name=name, **optim)))
+    sharding.prepare(model, [], lambda m: make_optimizer(m, settings(name=name, **optim)))
     return model, sharding
 
 
@@ -317,9 +318,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float,
 # ------------------------------------------------------------------------------------------------ averages
 
 
+def shards(model: nn.Module) -> dict[str, Piece]:
+    return {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def test_the_average_follows_its_formula() -> None:
     model = vit(module=1)
-    ema = Ema(model, 0.9)
+    ema = Ema(shards(model), 0.9)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert ema.average.keys() == set(trainable)
     expected = {name: parameter.detach().clone().double() for name, parameter in model.named_parameters()}
@@ -336,7 +341,7 @@ def test_the_average_follows_its_formula() -> None:
 
 def test_swapping_twice_puts_everything_back() -> None:
     model = vit()
-    ema = Ema(model, 0.5)
+    ema = Ema(shards(model), 0.5)
     with torch.no_grad():
         model.get_parameter("head.bias").add_(1)
     ema.update()
@@ -348,7 +353,7 @@ def test_swapping_twice_puts_everything_back() -> None:
 
 
 def test_no_decay_is_no_average() -> None:
-    ema = Ema(vit(), 0.0)
+    ema = Ema(shards(vit()), 0.0)
     ema.update()
     assert ema.average == {}
     assert ema.save() == {}
