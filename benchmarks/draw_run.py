@@ -88,7 +88,7 @@ def draw(run: Path) -> str:
         depths = [target[j] if j == k else meta[j] for j in range(count)]
         parts.append(stack(300, y, depths, [colours[j] if j == k else META for j in range(count)], 160))
         parts.append(text(470, y + 18, score(summary["modules"][k]), 13, colours[k], "start", "b"))
-    parts.append(text(385, 44 + count * 34 + 12, "grey is frozen; no module sees another", 11, SOFT))
+    parts.append(text(385, 44 + count * 34 + 12, "dark blocks are frozen; no module sees another", 11, SOFT))
     parts += [stack(570, 92, target, colours, 160), text(650, 138, score(summary["assembled"]), 15, bold="b")]
     parts.append(text(650, 158, f"{sum(target)} blocks, not trained together", 11, SOFT))
     parts += [stack(775, 92, target, [FINE] * count, 160)]
