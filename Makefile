@@ -10,8 +10,9 @@ TEST_JOBS ?= 2
 
 .PHONY: demo test test-full lint format clean
 
+# one thread a process, whatever the machine: the layout that the README's numbers come from
 demo: $(VENV)/.installed
-	$(BIN)/bigincubate run digits --run-dir $(RUN) --jobs $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/bigincubate run digits --run-dir $(RUN) --jobs $(JOBS)
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -m "not full" -n $(TEST_JOBS)
