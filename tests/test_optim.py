@@ -11,7 +11,6 @@ from timm.optim import list_optimizers
 from torch import Tensor, nn
 
 from bigincubate.checkpoint.pieces import Piece, whole
-from bigincubate.checkpoint.pieces import Piece, whole
 from bigincubate.cluster.env import RunEnv
 from bigincubate.config import Optim, Schedule, Settings, Train
 from bigincubate.errors import ConfigError
@@ -317,10 +316,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float,
 
 
 # ------------------------------------------------------------------------------------------------ averages
-
-
-def shards(model: nn.Module) -> dict[str, Piece]:
-    return {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def shards(model: nn.Module) -> dict[str, Piece]:
