@@ -176,7 +176,7 @@ def _import(env: RunEnv) -> Any:
             import deepspeed
     except ImportError as error:
         raise EnvironmentFault(
-            f'sharding.strategy = "zero…" needs DeepSpeed ({error}): pip install \'bigincubate[deepspeed]\''
+            f"sharding.strategy = \"zero…\" needs DeepSpeed ({error}): pip install 'bigincubate[deepspeed]'"
         ) from None
     logger.setLevel(logging.CRITICAL)
     # an all-reduce through shared memory for inference, which would be compiled here, by all ranks at once
@@ -205,7 +205,8 @@ def _cut_groups(zero: Any, rank: int) -> Iterator[Cut]:
     for index, flat in enumerate(zero.single_partition_of_fp32_groups):
         low = rank * zero.partition_size[index]
         high = low + zero.partition_size[index]
-        for parameter, at in zip(zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True):
+        laid = zip(zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True)
+        for parameter, at in laid:
             first, last = max(low, at), min(high, at + parameter.numel())
             yield parameter, first - at, last - first, flat, first - low
 
