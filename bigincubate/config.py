@@ -226,7 +226,8 @@ class EndToEnd(PhaseSection):
 
 
 class Sharding(Section):
-    strategy: Literal["none", "ddp", "fsdp2", "oss"] = execution("ddp")
+    strategy: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "oss"] = execution("ddp")
+    deepspeed_config: str | None = execution(None)  # a DeepSpeed file for zero1 … zero3; None: the one that is shipped
 
 
 class Log(Section):

@@ -115,7 +115,7 @@ class Trainer:
         drop = self.settings.drop_path
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
-        self.sharding = make_sharding(recipe.sharding.strategy, env)
+        self.sharding = make_sharding(recipe.sharding, train, env, self.micro_batches)
         units = [block.path for block in self.task.partition.blocks()]
         self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
         self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
@@ -284,12 +284,17 @@ class Trainer:
         """On the whole validation split, with the weights that the phase hands on."""
         use_ema = self.recipe.section(self.row.phase).export == "ema"
         if use_ema:
-            self.ema.swap()
+            self.swap_average()
         try:
             return self.score()
         finally:
             if use_ema:
-                self.ema.swap()
+                self.swap_average()
+
+    def swap_average(self) -> None:
+        """Exchange the moving average and the weights that the model computes with; again to put them back."""
+        self.ema.swap()
+        self.sharding.publish()
 
     def score(self) -> dict[str, float]:
         precision, together = self.settings.train.precision, self.sharding.gathers
@@ -302,7 +307,7 @@ class Trainer:
         module = self.row.module
         export = self.recipe.section(self.row.phase).export
         if export == "ema":
-            self.ema.swap()
+            self.swap_average()
         tensors = self.sharding.full_state_dict()
         if module is not None:
             tensors = rename_to_target(tensors, self.task, module)

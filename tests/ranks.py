@@ -72,7 +72,7 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
         finish = trainer.Trainer.finish
 
         def watched(self: trainer.Trainer) -> Any:
-            held = {name: getattr(p, "to_local", lambda p=p: p)() for name, p in self.model.state_dict().items()}
+            held = self.sharding.full_state_dict()
             digests.append({name: hashlib.sha256(p.numpy().tobytes()).hexdigest() for name, p in held.items()})
             return finish(self)
 

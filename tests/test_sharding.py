@@ -13,7 +13,7 @@ import pytest
 import torch
 from test_distributed import LOUD, RANKS, digest, environment, torchrun, words
 
-from bigincubate.config import load_recipe
+from bigincubate.config import Sharding, Train, load_recipe
 from bigincubate.errors import ConfigError
 
 Labs = Callable[..., Any]
@@ -136,6 +136,6 @@ def test_none_is_for_one_process() -> None:
     from bigincubate.sharding import make_sharding
 
     with pytest.raises(ConfigError, match='"none" with 2 ranks'):
-        make_sharding("none", RunEnv(world=2))
-    with pytest.raises(ConfigError, match="Input should be 'none', 'ddp', 'fsdp2' or 'oss'"):
+        make_sharding(Sharding(strategy="none"), Train(), RunEnv(world=2))
+    with pytest.raises(ConfigError, match="Input should be 'none', 'ddp'"):
         load_recipe("digits", ["sharding.strategy=fsdp1"])

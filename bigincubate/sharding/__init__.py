@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
+    from .. import config
     from ..checkpoint.pieces import Piece
     from ..cluster.env import RunEnv
 
@@ -45,6 +46,9 @@ class Sharding(Protocol):
     def shards(self) -> dict[str, Piece]:
         """The trainable parameters, or what this rank has of them, by name: the very tensors, not copies."""
 
+    def publish(self) -> None:
+        """After the tensors of :meth:`shards` were written to: the model computes with what they are now."""
+
     def save(self) -> dict[str, Tensor | Piece]:
         """This rank's share of weights and optimizer state, for a resume checkpoint; nothing is gathered. Empty: others
         hold it. Keys as in :mod:`.state`."""
@@ -56,13 +60,21 @@ class Sharding(Protocol):
         """Every parameter and persistent buffer, whole, in fp32, on the CPU. On all ranks together."""
 
 
-def make_sharding(strategy: str, env: RunEnv) -> Sharding:
+def make_sharding(sharding: config.Sharding, train: config.Train, env: RunEnv, micro_batches: int = 1) -> Sharding:
     """
+    Args:
+        micro_batches: how many of them make a rank's share of a batch.
+
     Raises:
-        ConfigError: the strategy does not fit the world size.
+        ConfigError: the strategy does not fit the world size, or its own configuration not the recipe.
     """
+    strategy = sharding.strategy
     if strategy == "none" and env.world > 1:
         raise ConfigError(f'sharding.strategy = "none" with {env.world} ranks; use "ddp"')
+    if strategy.startswith("zero"):
+        from .zero_config import deepspeed_config
+
+        settings = deepspeed_config(sharding, train, world=env.world, micro_batches=micro_batches)
     if strategy in ("none", "ddp") or env.world == 1:  # one process holds everything, whatever it is called
         from .ddp import Replicated
 
@@ -71,6 +83,10 @@ def make_sharding(strategy: str, env: RunEnv) -> Sharding:
         from .fsdp2 import FullyShard
 
         return FullyShard(env)
-    from .oss import OptimizerStateSharding
+    if strategy == "oss":
+        from .oss import OptimizerStateSharding
 
-    return OptimizerStateSharding(env)
+        return OptimizerStateSharding(env)
+    from .zero import Zero
+
+    return Zero(env, settings)

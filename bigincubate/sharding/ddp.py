@@ -62,6 +62,9 @@ class Replicated:
     def shards(self) -> dict[str, Piece]:
         return {name: whole(parameter) for name, parameter in self.named.items()}
 
+    def publish(self) -> None:
+        """Nothing: the shards are what the model computes with."""
+
     def save(self) -> dict[str, Tensor | Piece]:
         if not self.env.is_main:
             return {}

@@ -72,6 +72,9 @@ class FullyShard:
     def shards(self) -> dict[str, Piece]:
         return {name: _rows(parameter, parameter) for name, parameter in self.named.items()}
 
+    def publish(self) -> None:
+        """Nothing: the shards are what the model computes with."""
+
     def save(self) -> dict[str, Tensor | Piece]:
         tensors: dict[str, Tensor | Piece] = {f"model/{name}": piece for name, piece in self.shards().items()}
         return tensors | save_optimizer(self.optimizer, self.named, _rows, counters=self.env.is_main)

@@ -75,6 +75,9 @@ class OptimizerStateSharding:
     def shards(self) -> dict[str, Piece]:
         return {name: whole(parameter) for name, parameter in self.named.items()}
 
+    def publish(self) -> None:
+        """Nothing: the shards are what the model computes with."""
+
     def save(self) -> dict[str, Tensor | Piece]:
         tensors: dict[str, Tensor | Piece] = {f"model/{name}": p.detach() for name, p in self.mine.items()}
         state = save_optimizer(self.oss.optim, self.mine, lambda _, value: value)

@@ -33,10 +33,10 @@ def save_optimizer(
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 tensors[f"optim/{key}/{name}"] = share(parameter, value)
             elif counters:
-                tensors |= _packed(f"optim/{key}/{name}", value)
+                tensors |= packed(f"optim/{key}/{name}", value)
     for index, group in enumerate(optimizer.param_groups):
         if "step" in group and counters:
-            tensors |= _packed(f"group/step/{index}", group["step"])
+            tensors |= packed(f"group/step/{index}", group["step"])
     return tensors
 
 
@@ -63,7 +63,8 @@ def load_optimizer(
             optimizer.param_groups[int(name)]["step"] = value.item() if number else value.clone()
 
 
-def _packed(path: str, value: Any) -> dict[str, Tensor]:
+def packed(path: str, value: Any) -> dict[str, Tensor]:
+    """A count or another small value under its key: tensors as they are, numbers of Python as 64 bits."""
     if isinstance(value, Tensor):
-        return {path: value}
+        return {path: value.clone()}  # one count may stand for many parameters; in a file each has its own
     return {NUMBER + path: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)}

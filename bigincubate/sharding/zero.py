@@ -1,0 +1,222 @@
+"""DeepSpeed's ZeRO: optimizer state (1), gradients too (2), parameters too (3) are cut over the ranks.
+
+DeepSpeed lays the parameters of a group end to end and gives each rank a flat slice of them (stages 1 and 2), or cuts
+each parameter and lays the cuts end to end (stage 3). What a rank updates is fp32; :class:`Share` says which part of
+which parameter lies where, and that is all that checkpoints and moving averages need.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.optim import Lamb, Lion
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from ..checkpoint.pieces import Piece, PieceReader
+from ..cluster.env import RunEnv
+from ..errors import ConfigError, EnvironmentFault
+from .flat_lamb import FlatLamb
+from .state import NUMBER, packed
+
+ELEMENTWISE = (Adam, AdamW, SGD, RMSprop, Lion)  # an element's update depends on that element alone
+
+
+@dataclass(frozen=True)
+class Share:
+    """Elements ``offset`` … ``offset + length`` of a parameter, at ``start`` in a flat fp32 tensor of this rank."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+    flat: Tensor
+    start: int
+
+    def of(self, flat: Tensor) -> Piece:
+        """The same part of ``flat``, which is laid out as the parameters are. A view."""
+        return Piece(flat.detach().narrow(0, self.start, self.length), self.offset, self.shape)
+
+
+class Zero:
+    """Stage 1, 2 or 3, by ``config`` (see :mod:`.zero_config`)."""
+
+    optimizer: Optimizer
+
+    def __init__(self, env: RunEnv, config: dict[str, Any]) -> None:
+        self.env, self.config = env, config
+        self.stage: int = config["zero_optimization"]["stage"]
+        self.gathers = self.stage == 3
+        self.open = ExitStack()  # while gradients add up on this rank
+
+    def prepare(
+        self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
+    ) -> nn.Module:
+        """
+        Raises:
+            ConfigError: the optimizer needs whole tensors.
+            EnvironmentFault: DeepSpeed is not installed.
+        """
+        self.deepspeed = _import(self.env)
+        self.model = model
+        self.optimizer = _client(make_optimizer(model))
+        trainable = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        shapes = {name: tuple(parameter.shape) for parameter, name in trainable.items()}
+        self.engine, self.zero, _, _ = self.deepspeed.initialize(
+            model=model, optimizer=self.optimizer, config=self.config, dist_init_required=False
+        )
+        parts = _cut_each(self.zero, self.env.rank) if self.stage == 3 else _cut_groups(self.zero, self.env.rank)
+        self.parts = [
+            Share(trainable[parameter], shapes[trainable[parameter]], offset, length, flat, start)
+            for parameter, offset, length, flat, start in parts
+            if length > 0
+        ]
+        wrapped: nn.Module = self.engine
+        return wrapped
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        if not last and not self.engine.inside_no_sync_ctxt:
+            self.open.enter_context(self.engine.coalesce_grad_reduction())
+        yield
+        if last:
+            self.open.close()  # now they travel; a single micro-batch's already did, during its backward
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
+        assert max_norm == self.engine.gradient_clipping()
+        # the norm is the same on every rank; where it is not finite, DeepSpeed drops the gradient and does no more
+        self.engine.step()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.env.device, dtype=torch.float32)
+        return norm, torch.tensor(self.zero.overflow, device=self.env.device)
+
+    def shards(self) -> dict[str, Piece]:
+        return {share.name: share.of(share.flat) for share in self.parts}
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        self.zero._partition_all_parameters()
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if kept := self.zero.persistent_parameters:
+            kept[0].all_gather(kept)
+
+    def save(self) -> dict[str, Tensor | Piece]:
+        tensors: dict[str, Tensor | Piece] = {}
+        for share in self.parts:
+            tensors[f"model/{share.name}"] = share.of(share.flat)
+            for key, value in self.optimizer.state.get(share.flat, {}).items():
+                path = f"optim/{key}/{share.name}"
+                if isinstance(value, Tensor) and value.shape == share.flat.shape:
+                    tensors[path] = share.of(value)
+                elif share.offset == 0:  # a count: written by the rank that has the parameter's beginning
+                    tensors |= packed(path, value)
+        for index, group in enumerate(self.optimizer.param_groups):
+            if "step" in group and self.env.is_main:
+                tensors |= packed(f"group/step/{group.get('origin', index)}", group["step"])
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        assert isinstance(tensors, PieceReader)
+        for share in self.parts:
+            share.of(share.flat).tensor.copy_(tensors.part(f"model/{share.name}", share.offset, share.length))
+        by_name = {share.name: share for share in self.parts}
+        for path, shape in tensors.shapes.items():
+            kind, _, rest = path.removeprefix(NUMBER).partition("/")
+            key, _, name = rest.partition("/")
+            if kind == "optim" and name in by_name:
+                share = by_name[name]
+                state = self.optimizer.state[share.flat]
+                if path.startswith(NUMBER):
+                    state[key] = tensors[path].item()
+                elif key == "step" or shape != share.shape:
+                    fused = self.optimizer.defaults.get("fused")
+                    state[key] = tensors[path].to(share.flat.device if fused else "cpu", copy=True)
+                else:
+                    flat = state.setdefault(key, torch.zeros_like(share.flat))
+                    share.of(flat).tensor.copy_(tensors.part(path, share.offset, share.length))
+            elif kind == "group":
+                for index, group in enumerate(self.optimizer.param_groups):
+                    if group.get("origin", index) == int(name):
+                        number = path.startswith(NUMBER)
+                        group["step"] = tensors[path].item() if number else tensors[path].clone()
+        self.publish()
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        if self.stage < 3:
+            return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+        parameters = dict(self.model.named_parameters())
+        whole = {}
+        for name, value in self.model.state_dict().items():
+            # one after the other: a rank never has all of them but on the CPU
+            with self.deepspeed.zero.GatheredParameters([parameters[name]] if name in parameters else []):
+                whole[name] = parameters.get(name, value).detach().cpu().clone()
+        return whole
+
+
+def _import(env: RunEnv) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", env.device.type)
+    logger = logging.getLogger("DeepSpeed")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import deepspeed
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"sharding.strategy = \"zero…\" needs DeepSpeed ({error}): pip install 'bigincubate[deepspeed]'"
+        ) from None
+    logger.setLevel(logging.CRITICAL)
+    # an all-reduce through shared memory for inference, which would be compiled here, by all ranks at once
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _client(plain: Optimizer) -> Optimizer:
+    """The optimizer that DeepSpeed runs on flat slices."""
+    cautious = any(group.get("caution") for group in plain.param_groups)
+    if type(plain) is Lamb and not cautious:
+        return FlatLamb.of(plain)
+    if type(plain) not in ELEMENTWISE or cautious:
+        raise ConfigError(
+            f"optim.name: {type(plain).__name__}{' with caution' if cautious else ''} looks at whole tensors, of which"
+            ' ZeRO leaves a rank slices; use adamw, adam, sgd, rmsprop, lion or lamb, or sharding.strategy = "fsdp2"'
+        )
+    return plain
+
+
+Cut = tuple[nn.Parameter, int, int, Tensor, int]  # parameter, offset, length, flat tensor, start in it
+
+
+def _cut_groups(zero: Any, rank: int) -> Iterator[Cut]:
+    """Stages 1 and 2: this rank's slice of each group's parameters, laid end to end."""
+    for index, flat in enumerate(zero.single_partition_of_fp32_groups):
+        low = rank * zero.partition_size[index]
+        high = low + zero.partition_size[index]
+        laid = zip(zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True)
+        for parameter, at in laid:
+            first, last = max(low, at), min(high, at + parameter.numel())
+            yield parameter, first - at, last - first, flat, first - low
+
+
+def _cut_each(zero: Any, rank: int) -> Iterator[Cut]:
+    """Stage 3: this rank's part of each parameter, laid end to end."""
+    for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+        start = 0
+        for parameter in group:
+            size = parameter.partition_numel()
+            offset = rank * size
+            yield parameter, offset, min(size, parameter.ds_numel - offset), flat, start
+            start += size

@@ -1,0 +1,302 @@
+"""DeepSpeed's ZeRO on two real ranks against one process: the same losses, every rank a share, and files refused that
+contradict the recipe."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_distributed import LOUD, RANKS, digest, environment, torchrun, words
+
+from bigincubate.cluster.env import RunEnv
+from bigincubate.config import Sharding, Train, load_recipe
+from bigincubate.errors import ConfigError
+from bigincubate.sharding import make_sharding
+from bigincubate.sharding.zero_config import deepspeed_config, shipped
+
+pytest.importorskip("deepspeed")
+
+Labs = Callable[..., Any]
+STRATEGIES = ["zero1", "zero2", "zero3"]
+OPTIMIZERS = {"adamw": [], "lamb": ["optim.name=lamb", "train.lr=1e-2"]}
+PHASES = [("pretrain", None), ("incubate", 1), ("finetune", None)]
+CASES = [(strategy, optimizer) for strategy in STRATEGIES for optimizer in OPTIMIZERS]
+AVERAGED = [*LOUD, 'pretrain.export="ema"', "log.eval_every_epochs=1", "train.batch_size=64", "train.max_steps=40"]
+
+
+def using(strategy: str, file: Path | None = None) -> list[str]:
+    sets = ["--set", f"sharding.strategy={strategy}", "--set", "train.micro_batch=8"]
+    return [*sets, *(["--set", f"sharding.deepspeed_config={file}"] if file else [])]
+
+
+class Spread:
+    """All that two ranks do in this file, in one launch."""
+
+    def __init__(self, lab: Labs, folder: Path) -> None:
+        # in a model as small as this one, stage 3 would keep every parameter whole
+        cut = json.loads(shipped("zero3").read_text())
+        cut["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        cut["gradient_clipping"] = "auto"
+        every = folder / "every.json"
+        every.write_text(json.dumps(cut))
+        contrary = folder / "contrary.json"
+        contrary.write_text('{"gradient_clipping": 0.5}')
+
+        self.single = {name: lab(*LOUD, *sets) for name, sets in OPTIMIZERS.items()}
+        for one in self.single.values():
+            for phase, module in PHASES:
+                if phase == "finetune":
+                    one.train("incubate", 0)
+                one.train(phase, module)
+        self.averaged = lab(*AVERAGED)
+        self.averaged.train("pretrain")
+        jobs: dict[Any, dict[str, Any]] = {}
+        self.double = {(strategy, name): lab(*LOUD, *OPTIMIZERS[name]) for strategy, name in CASES}
+        for (strategy, name), double in self.double.items():
+            file = every if strategy == "zero3" and name == "lamb" else None
+            for phase, module in [*PHASES[:2], ("incubate", 0), PHASES[2]]:
+                jobs[strategy, name, phase, module] = words(double, phase, module, *using(strategy, file))
+        self.handed = {strategy: lab(*LOUD, *OPTIMIZERS["lamb"]) for strategy in STRATEGIES}
+        for strategy, double in self.handed.items():
+            for turn, (which, at) in enumerate([("ddp", 3), (strategy, 4), (strategy, 7), ("fsdp2", None)]):
+                jobs["handed", strategy, turn] = {
+                    **words(double, "pretrain", None, *using(which)),
+                    "spoiled_rank": 0,
+                    "signal_at": at,
+                }
+        self.means = {strategy: lab(*AVERAGED) for strategy in STRATEGIES}
+        for strategy, double in self.means.items():
+            jobs["averaged", strategy] = words(double, "pretrain", None, *using(strategy))
+        poison = {"spoiled_rank": 1, "poison": [5]}
+        self.poisoned = {strategy: lab(*LOUD) for strategy in ["ddp", *STRATEGIES]}
+        for strategy, double in self.poisoned.items():
+            jobs["poisoned", strategy] = {**words(double, "pretrain", None, *using(strategy)), **poison}
+        self.odd = lab(*LOUD)
+        jobs["contrary"] = words(self.odd, "pretrain", None, *using("zero2", contrary))
+        jobs["whole"] = words(lab(*LOUD, "optim.name=lars"), "pretrain", None, *using("zero1"))
+        file = folder / "jobs.json"
+        file.write_text(json.dumps(list(jobs.values())))
+        ended = subprocess.run(
+            torchrun(RANKS, file), env=environment(), capture_output=True, text=True, timeout=900, check=False
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        self.said = ended.stdout + ended.stderr
+        outcomes = [json.loads((folder / f"jobs.{rank}.json").read_text()) for rank in (0, 1)]
+        self.outcomes = {name: [each[index] for each in outcomes] for index, name in enumerate(jobs)}
+
+    def codes(self, *name: Any) -> list[int]:
+        return [outcome["code"] for outcome in self.outcomes[name if len(name) > 1 else name[0]]]
+
+
+@pytest.fixture(scope="module")
+def spread(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Spread:
+    return Spread(lab, tmp_path_factory.mktemp("zero"))
+
+
+@pytest.mark.parametrize(("phase", "module"), PHASES)
+@pytest.mark.parametrize(("strategy", "optimizer"), CASES)
+def test_losses_and_norms_are_those_of_one_process(
+    spread: Spread, strategy: str, optimizer: str, phase: str, module: int | None
+) -> None:
+    """With augmentation, repeats, mixing, stochastic depth, clipping and two micro-batches a step."""
+    outcomes = spread.outcomes[strategy, optimizer, phase, module]
+    assert [outcome["code"] for outcome in outcomes] == [0, 0], outcomes
+    single, double = spread.single[optimizer], spread.double[strategy, optimizer]
+    expected, found = single.log(phase, module), double.log(phase, module)
+    assert len(found) == 12
+    for key in ("train/loss", "train/lr", "train/grad_norm"):
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-5), key
+    weights = double.weights(phase, module)
+    for name, tensor in single.weights(phase, module).items():
+        torch.testing.assert_close(weights[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_frozen_tensors_keep_their_bits_on_every_rank(spread: Spread, strategy: str, optimizer: str) -> None:
+    double = spread.double[strategy, optimizer]
+    trainer = double.trainer("incubate", 1)
+    frozen = [name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad]
+    before = trainer.model.state_dict()
+    assert len(frozen) > 10
+    for outcome in spread.outcomes[strategy, optimizer, "incubate", 1]:
+        assert {name: outcome["weights"][name] for name in frozen} == {name: digest(before[name]) for name in frozen}
+
+
+@pytest.mark.parametrize(("strategy", "optimizer"), CASES)
+def test_each_rank_writes_its_share_and_no_more(spread: Spread, strategy: str, optimizer: str) -> None:
+    sizes = [
+        sorted(file.stat().st_size for file in folder.glob("rank-*.safetensors"))
+        for one in (spread.double[strategy, optimizer], spread.single[optimizer])
+        for folder in [one.run.phase("finetune").checkpoints / "step-00000012"]
+    ]
+    assert len(sizes[0]) == 2
+    assert sum(sizes[0]) == pytest.approx(sum(sizes[1]), rel=0.2)  # names and offsets weigh something in a small model
+    assert sizes[0][1] < 0.65 * sum(sizes[1])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ddp_hands_over_to_zero_and_zero_to_fsdp2(spread: Spread, strategy: str) -> None:
+    """LAMB, whose trust ratios need whole parameters, with its counts and a moving average."""
+    assert [spread.codes("handed", strategy, turn) for turn in range(4)] == [[75, 75]] * 3 + [[0, 0]]
+    found, expected = spread.handed[strategy].log("pretrain"), spread.single["lamb"].log("pretrain")
+    assert [row["step"] for row in found] == list(range(1, 13))
+    for key in ("train/loss", "train/grad_norm"):
+        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-5), key
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_average_is_evaluated_and_handed_on_and_training_goes_on_without_it(spread: Spread, strategy: str) -> None:
+    assert spread.codes("averaged", strategy) == [0, 0]
+    single, double = spread.averaged, spread.means[strategy]
+    expected, found = single.log("pretrain"), double.log("pretrain")
+    assert len([row for row in found if "val/loss" in row]) > 1
+    for row, other in zip(found, expected, strict=True):
+        for key in other.keys() & {"val/loss", "train/loss"}:
+            assert row[key] == pytest.approx(other[key], rel=1e-4), (key, row["step"])
+    weights = double.weights("pretrain")
+    for name, tensor in single.weights("pretrain").items():
+        torch.testing.assert_close(weights[name], tensor, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(spread: Spread, strategy: str) -> None:
+    assert spread.codes("poisoned", strategy) == [0, 0]
+    expected, found = (spread.poisoned[name].log("pretrain") for name in ("ddp", strategy))
+    assert [row["train/skipped"] for row in found] == [0.0] * 5 + [1.0] * 7
+    for row, other in zip(found, expected, strict=True):
+        if row["step"] != 6:
+            assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5), row["step"]
+
+
+@pytest.mark.parametrize(
+    ("name", "word"), [("contrary", "gradient_clipping = 0.5"), ("whole", "Lars looks at whole tensors")]
+)
+def test_what_cannot_be_right_is_one_line_on_every_rank(spread: Spread, name: str, word: str) -> None:
+    assert spread.codes(name) == [2, 2]
+    for outcome in spread.outcomes[name]:
+        assert outcome["err"].startswith("bigincubate: ")
+        assert outcome["err"].count("\n") == 1
+        assert word in outcome["err"]
+
+
+def test_deepspeed_says_nothing_and_compiles_nothing(spread: Spread) -> None:
+    assert "deepspeed" not in spread.said.lower()
+    for name, outcomes in spread.outcomes.items():
+        if "poisoned" not in name:
+            assert all(outcome["err"].count("\n") <= 1 for outcome in outcomes), name
+
+
+REFUSED = {
+    "train_batch_size": (64, "train.batch_size"),
+    "train_micro_batch_size_per_gpu": (4, "train.micro_batch"),
+    "gradient_accumulation_steps": (1, "train.micro_batch"),
+    "gradient_clipping": (0.0, "train.clip_grad"),
+    "zero_optimization": ({"stage": 1}, "sharding.strategy"),
+    "torch_autocast": ({"enabled": True}, "train.precision"),
+    "bf16": ({"enabled": True}, "frozen parameters into bf16"),
+    "fp16": ({"enabled": True}, "frozen parameters into fp16"),
+    "optimizer": ({"type": "Adam"}, "the recipe's [optim]"),
+    "scheduler": ({"type": "WarmupLR"}, "the recipe's [schedule]"),
+}
+
+
+def configured(file: Path, **train: Any) -> dict[str, Any]:
+    sharding = Sharding(strategy="zero2", deepspeed_config=str(file))
+    return deepspeed_config(sharding, Train(batch_size=32, **train), world=2, micro_batches=2)
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_file_that_contradicts_the_recipe_is_refused(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "mine.json"
+    value, word = REFUSED[key]
+    file.write_text(json.dumps({key: value}))
+    with pytest.raises(ConfigError) as refusal:
+        configured(file)
+    text = str(refusal.value)
+    assert text.startswith(f"{file}: {key}")
+    assert word in text
+    assert "\n" not in text
+
+
+def test_a_file_may_say_what_the_recipe_says(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    agreeing = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2}
+    agreeing |= {"gradient_clipping": "auto", "bf16": {"enabled": False}, "zero_optimization": {"stage": 2, "a": 1}}
+    file.write_text(json.dumps(agreeing))
+    assert configured(file)["zero_optimization"] == {"stage": 2, "a": 1}
+    assert configured(file, clip_grad=0.0)["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("{", "not valid JSON"), ("[]", "is an object"), ('{"bf16": 1}', "bf16 must be an object")]
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, word: str) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=word):
+        configured(file)
+    with pytest.raises(ConfigError, match=r"none\.json: No such file.*sharding\.deepspeed_config"):
+        configured(tmp_path / "none.json")
+
+
+def test_one_process_is_told_of_a_contradiction_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"gradient_clipping": 3}')
+    with pytest.raises(ConfigError, match="gradient_clipping"):
+        make_sharding(Sharding(strategy="zero1", deepspeed_config=str(file)), Train(), RunEnv())
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop", "lion"])
+def test_optimizers_that_are_let_through_treat_elements_alone(name: str) -> None:
+    """One tensor or two halves of it laid into one slice with another: the same bits."""
+    from timm.optim import create_optimizer_v2
+
+    torch.manual_seed(0)
+    start, gradients = torch.randn(12), torch.randn(4, 12)
+    whole, halves = [torch.nn.Parameter(start.clone())], [torch.nn.Parameter(part.clone()) for part in start.split(6)]
+    from bigincubate.sharding.zero import _client
+
+    for parameters in (whole, halves):
+        optimizer = _client(create_optimizer_v2(parameters, opt=name, lr=0.1, weight_decay=0.1))
+        for gradient in gradients:
+            for parameter, part in zip(parameters, gradient.split(12 // len(parameters)), strict=True):
+                parameter.grad = part.clone()
+            optimizer.step()
+    assert torch.equal(whole[0], torch.cat([half.detach() for half in halves]))
+
+
+@pytest.mark.parametrize("name", ["lars", "adafactor", "clamb", "cadamw", "muon"])
+def test_optimizers_that_need_whole_tensors_are_refused(name: str) -> None:
+    from timm.optim import create_optimizer_v2
+
+    from bigincubate.sharding.zero import _client
+
+    with pytest.raises(ConfigError, match="whole tensors"):
+        _client(create_optimizer_v2(torch.nn.Linear(3, 3), opt=name, lr=0.1))
+
+
+def test_without_deepspeed_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigincubate.errors import EnvironmentFault
+    from bigincubate.sharding.zero import _import
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(EnvironmentFault, match=r"pip install 'bigincubate\[deepspeed\]'"):
+        _import(RunEnv())
+
+
+def test_deepspeed_is_imported_only_where_it_is_chosen(lab: Labs) -> None:
+    code = "import sys, bigincubate.trainer, bigincubate.sharding.zero; print('deepspeed' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == "False"
+
+
+def test_the_recipe_knows_the_strategies() -> None:
+    for strategy in STRATEGIES:
+        assert load_recipe("digits", [f"sharding.strategy={strategy}"]).sharding.strategy == strategy
