@@ -97,6 +97,7 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped before exit 5
     micro_batch: Count | None = execution(None)  # samples a rank runs at once; None: its whole share
+    compile: bool = execution(False)  # each block with torch.compile
 
 
 class Optim(Section):
@@ -176,6 +177,24 @@ class Ema(Section):
     decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average
 
 
+class Fsdp2(Section):
+    """Choices of ``strategy = "fsdp2"``."""
+
+    replicas: Count = execution(1)  # cut over world / replicas ranks, the same on every replica (one a node, say)
+    reshard_after_forward: bool = execution(True)  # false: gathered weights stay until the backward
+    shard_frozen: bool = execution(False)  # true: frozen weights are cut too, and gathered in every forward
+    cpu_offload: bool = execution(False)  # weights, gradients and optimizer state rest in host memory
+
+
+class Sharding(Section):
+    """How a phase is spread over ranks. Choices of a strategy that is not chosen mean nothing."""
+
+    strategy: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "oss"] = execution("ddp")
+    fsdp2: Fsdp2 = Fsdp2()
+    deepspeed_config: str | None = execution(None)  # zero1 to zero3: a DeepSpeed file, or a shipped one's name
+    activation_checkpointing: Literal["none", "every", "selective"] = execution("none")
+
+
 class Settings(Section):
     """All that one phase computes with."""
 
@@ -188,6 +207,7 @@ class Settings(Section):
     drop_path: DropPathSection = DropPathSection()
     loss: Loss = Loss()
     ema: Ema = Ema()
+    sharding: Sharding = Sharding()
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -212,6 +232,7 @@ class PhaseSection(Section):
     drop_path: dict[str, Any] = Field(default_factory=dict)
     loss: dict[str, Any] = Field(default_factory=dict)
     ema: dict[str, Any] = Field(default_factory=dict)
+    sharding: dict[str, Any] = Field(default_factory=dict)
     export: Literal["raw", "ema"] = "raw"  # which weights the phase hands on
 
 
@@ -223,11 +244,6 @@ class EndToEnd(PhaseSection):
     """``equal_flops`` gives the baseline the training FLOPs of the whole incubation; ``epochs`` its own length."""
 
     budget: Literal["equal_flops", "epochs"] = "equal_flops"
-
-
-class Sharding(Section):
-    strategy: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "oss"] = execution("ddp")
-    deepspeed_config: str | None = execution(None)  # a DeepSpeed file for zero1 … zero3; None: the one that is shipped
 
 
 class Log(Section):
@@ -252,7 +268,6 @@ class Recipe(Settings):
     incubate: Incubate = Incubate()
     finetune: PhaseSection = PhaseSection()
     end_to_end: EndToEnd = EndToEnd()
-    sharding: Sharding = Sharding()
     log: Log = Log()
     checkpoint: Checkpoint = Checkpoint()
 

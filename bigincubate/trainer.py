@@ -26,7 +26,7 @@ from .data.mixing import check_layout
 from .data.streams import Batch, EvalStream, TrainStream
 from .errors import BigincubateError, ConfigError, NonFiniteError, Preempted
 from .metrics import Meter, Metrics
-from .models import apply_masks, draw_masks, drop_paths, extract, rename, set_rates
+from .models import apply_masks, checkpoint_activations, draw_masks, drop_paths, extract, rename, set_rates
 from .optim import Ema, make_optimizer, make_schedule
 from .plan import PhasePlan, Plan, PlannedRow
 from .rundir import PhaseDir, RunDir
@@ -109,14 +109,18 @@ class Trainer:
         train, augment, model = self.settings.train, self.settings.augment, self.settings.model
         self.micro_batches = count_micro_batches(self.settings, env.world)
 
-        # one fixed order: weights, freezing, drop-path, placement, sharding, optimizer
+        # one fixed order: weights, freezing, drop-path, placement, recomputation, compilation, sharding, optimizer
         self.task = ClassificationTask(recipe, plan, row, data.digest)
         built, self.meta_digest = self.task.build_model(run)
         drop = self.settings.drop_path
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
-        self.sharding = make_sharding(recipe.sharding, train, env, self.micro_batches)
         units = [block.path for block in self.task.partition.blocks()]
+        checkpoint_activations(self.model, units, self.settings.sharding.activation_checkpointing)
+        if train.compile:
+            for unit in units:
+                self.model.get_submodule(unit).compile()
+        self.sharding = make_sharding(self.settings, env, self.micro_batches)
         self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
         self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
 

@@ -145,9 +145,18 @@ class Lab:
         folder = self.run.phase(phase, module).path / "tb"  # type: ignore[arg-type]
         return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
 
-    def copy(self, folder: Path) -> Lab:
-        """The run as it is now, in another directory."""
-        shutil.copytree(self.run.path, folder)
+    def copy(self, folder: Path, phases: list[str] | None = None) -> Lab:
+        """The run as it is now, in another directory; of its phases only those in these folders, if given."""
+        trained = {"meta", "modules", "finetune", "assembled"}
+        shutil.copytree(
+            self.run.path,
+            folder,
+            ignore=lambda path, names: (
+                trained.difference(phases).intersection(names)
+                if phases is not None and Path(path) == self.run.path
+                else set()
+            ),
+        )
         other = copy.copy(self)
         other.run = type(self.run)(folder)
         return other

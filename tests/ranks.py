@@ -67,6 +67,8 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
     digests: list[dict[str, str]] = []
     with pytest.MonkeyPatch.context() as patch:
         sizes = count_bytes(patch)
+        functional = torch.nn.functional
+        patch.setattr(functional, "linear", functional.linear)  # ZeRO-3 puts its own there, for good
         if job.get("spoiled_rank") == RANK:
             spoil(patch, job)
         finish = trainer.Trainer.finish

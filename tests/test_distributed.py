@@ -22,12 +22,12 @@ LOUD += ["log.every_steps=1", "ema.decay=0.9", "augment.repeats=2"]
 PHASES = [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]
 
 
-def torchrun(*words: object) -> list[str]:
+def torchrun(*words: object, world: int = 2) -> list[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = ["--master-addr", "127.0.0.1", "--local-addr", "127.0.0.1", "--master-port", str(port)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2", *address]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(world), *address]
     return [*command, *map(str, words)]
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_distributed import LOUD, RANKS, digest, environment, torchrun, words
+from parity import launch
+from test_distributed import LOUD, environment, words
 
 from bigincubate.cluster.env import RunEnv
-from bigincubate.config import Sharding, Train, load_recipe
+from bigincubate.config import Settings, Sharding, Train, load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.sharding import make_sharding
 from bigincubate.sharding.zero_config import deepspeed_config, shipped
@@ -24,14 +25,11 @@ pytest.importorskip("deepspeed")
 
 Labs = Callable[..., Any]
 STRATEGIES = ["zero1", "zero2", "zero3"]
-OPTIMIZERS = {"adamw": [], "lamb": ["optim.name=lamb", "train.lr=1e-2"]}
-PHASES = [("pretrain", None), ("incubate", 1), ("finetune", None)]
-CASES = [(strategy, optimizer) for strategy in STRATEGIES for optimizer in OPTIMIZERS]
-AVERAGED = [*LOUD, 'pretrain.export="ema"', "log.eval_every_epochs=1", "train.batch_size=64", "train.max_steps=40"]
+AVERAGED = [*LOUD, 'pretrain.export="ema"', "log.eval_every_epochs=1", "train.batch_size=128", "train.max_steps=20"]
 
 
-def using(strategy: str, file: Path | None = None) -> list[str]:
-    sets = ["--set", f"sharding.strategy={strategy}", "--set", "train.micro_batch=8"]
+def using(strategy: str, file: Path | None = None, micro_batch: int = 8) -> list[str]:
+    sets = ["--set", f"sharding.strategy={strategy}", "--set", f"train.micro_batch={micro_batch}"]
     return [*sets, *(["--set", f"sharding.deepspeed_config={file}"] if file else [])]
 
 
@@ -47,48 +45,22 @@ class Spread:
         every.write_text(json.dumps(cut))
         contrary = folder / "contrary.json"
         contrary.write_text('{"gradient_clipping": 0.5}')
+        files = {"zero3": every}
 
-        self.single = {name: lab(*LOUD, *sets) for name, sets in OPTIMIZERS.items()}
-        for one in self.single.values():
-            for phase, module in PHASES:
-                if phase == "finetune":
-                    one.train("incubate", 0)
-                one.train(phase, module)
         self.averaged = lab(*AVERAGED)
         self.averaged.train("pretrain")
-        jobs: dict[Any, dict[str, Any]] = {}
-        self.double = {(strategy, name): lab(*LOUD, *OPTIMIZERS[name]) for strategy, name in CASES}
-        for (strategy, name), double in self.double.items():
-            file = every if strategy == "zero3" and name == "lamb" else None
-            for phase, module in [*PHASES[:2], ("incubate", 0), PHASES[2]]:
-                jobs[strategy, name, phase, module] = words(double, phase, module, *using(strategy, file))
-        self.handed = {strategy: lab(*LOUD, *OPTIMIZERS["lamb"]) for strategy in STRATEGIES}
-        for strategy, double in self.handed.items():
-            for turn, (which, at) in enumerate([("ddp", 3), (strategy, 4), (strategy, 7), ("fsdp2", None)]):
-                jobs["handed", strategy, turn] = {
-                    **words(double, "pretrain", None, *using(which)),
-                    "spoiled_rank": 0,
-                    "signal_at": at,
-                }
         self.means = {strategy: lab(*AVERAGED) for strategy in STRATEGIES}
+        self.poisoned = {strategy: lab(*LOUD, "train.max_steps=4") for strategy in ["ddp", *STRATEGIES]}
+        jobs: dict[Any, dict[str, Any]] = {}
         for strategy, double in self.means.items():
-            jobs["averaged", strategy] = words(double, "pretrain", None, *using(strategy))
-        poison = {"spoiled_rank": 1, "poison": [5]}
-        self.poisoned = {strategy: lab(*LOUD) for strategy in ["ddp", *STRATEGIES]}
+            jobs["averaged", strategy] = words(double, "pretrain", None, *using(strategy, files.get(strategy), 32))
+        poison = {"spoiled_rank": 1, "poison": [2]}
         for strategy, double in self.poisoned.items():
             jobs["poisoned", strategy] = {**words(double, "pretrain", None, *using(strategy)), **poison}
-        self.odd = lab(*LOUD)
-        jobs["contrary"] = words(self.odd, "pretrain", None, *using("zero2", contrary))
+        jobs["contrary"] = words(lab(*LOUD), "pretrain", None, *using("zero2", contrary))
         jobs["whole"] = words(lab(*LOUD, "optim.name=lars"), "pretrain", None, *using("zero1"))
-        file = folder / "jobs.json"
-        file.write_text(json.dumps(list(jobs.values())))
-        ended = subprocess.run(
-            torchrun(RANKS, file), env=environment(), capture_output=True, text=True, timeout=900, check=False
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        self.said = ended.stdout + ended.stderr
-        outcomes = [json.loads((folder / f"jobs.{rank}.json").read_text()) for rank in (0, 1)]
-        self.outcomes = {name: [each[index] for each in outcomes] for index, name in enumerate(jobs)}
+        jobs["compiled"] = words(lab(*LOUD), "pretrain", None, *using("zero3"), "--set", "train.compile=true")
+        self.outcomes = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
 
     def codes(self, *name: Any) -> list[int]:
         return [outcome["code"] for outcome in self.outcomes[name if len(name) > 1 else name[0]]]
@@ -97,58 +69,6 @@ class Spread:
 @pytest.fixture(scope="module")
 def spread(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Spread:
     return Spread(lab, tmp_path_factory.mktemp("zero"))
-
-
-@pytest.mark.parametrize(("phase", "module"), PHASES)
-@pytest.mark.parametrize(("strategy", "optimizer"), CASES)
-def test_losses_and_norms_are_those_of_one_process(
-    spread: Spread, strategy: str, optimizer: str, phase: str, module: int | None
-) -> None:
-    """With augmentation, repeats, mixing, stochastic depth, clipping and two micro-batches a step."""
-    outcomes = spread.outcomes[strategy, optimizer, phase, module]
-    assert [outcome["code"] for outcome in outcomes] == [0, 0], outcomes
-    single, double = spread.single[optimizer], spread.double[strategy, optimizer]
-    expected, found = single.log(phase, module), double.log(phase, module)
-    assert len(found) == 12
-    for key in ("train/loss", "train/lr", "train/grad_norm"):
-        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-5), key
-    weights = double.weights(phase, module)
-    for name, tensor in single.weights(phase, module).items():
-        torch.testing.assert_close(weights[name], tensor, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_frozen_tensors_keep_their_bits_on_every_rank(spread: Spread, strategy: str, optimizer: str) -> None:
-    double = spread.double[strategy, optimizer]
-    trainer = double.trainer("incubate", 1)
-    frozen = [name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad]
-    before = trainer.model.state_dict()
-    assert len(frozen) > 10
-    for outcome in spread.outcomes[strategy, optimizer, "incubate", 1]:
-        assert {name: outcome["weights"][name] for name in frozen} == {name: digest(before[name]) for name in frozen}
-
-
-@pytest.mark.parametrize(("strategy", "optimizer"), CASES)
-def test_each_rank_writes_its_share_and_no_more(spread: Spread, strategy: str, optimizer: str) -> None:
-    sizes = [
-        sorted(file.stat().st_size for file in folder.glob("rank-*.safetensors"))
-        for one in (spread.double[strategy, optimizer], spread.single[optimizer])
-        for folder in [one.run.phase("finetune").checkpoints / "step-00000012"]
-    ]
-    assert len(sizes[0]) == 2
-    assert sum(sizes[0]) == pytest.approx(sum(sizes[1]), rel=0.2)  # names and offsets weigh something in a small model
-    assert sizes[0][1] < 0.65 * sum(sizes[1])
-
-
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_ddp_hands_over_to_zero_and_zero_to_fsdp2(spread: Spread, strategy: str) -> None:
-    """LAMB, whose trust ratios need whole parameters, with its counts and a moving average."""
-    assert [spread.codes("handed", strategy, turn) for turn in range(4)] == [[75, 75]] * 3 + [[0, 0]]
-    found, expected = spread.handed[strategy].log("pretrain"), spread.single["lamb"].log("pretrain")
-    assert [row["step"] for row in found] == list(range(1, 13))
-    for key in ("train/loss", "train/grad_norm"):
-        assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-5), key
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -169,14 +89,19 @@ def test_the_average_is_evaluated_and_handed_on_and_training_goes_on_without_it(
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(spread: Spread, strategy: str) -> None:
     assert spread.codes("poisoned", strategy) == [0, 0]
     expected, found = (spread.poisoned[name].log("pretrain") for name in ("ddp", strategy))
-    assert [row["train/skipped"] for row in found] == [0.0] * 5 + [1.0] * 7
+    assert [row["train/skipped"] for row in found] == [0.0] * 2 + [1.0] * 2
     for row, other in zip(found, expected, strict=True):
-        if row["step"] != 6:
+        if row["step"] != 3:
             assert row["train/loss"] == pytest.approx(other["train/loss"], rel=1e-5), row["step"]
 
 
 @pytest.mark.parametrize(
-    ("name", "word"), [("contrary", "gradient_clipping = 0.5"), ("whole", "Lars looks at whole tensors")]
+    ("name", "word"),
+    [
+        ("contrary", "gradient_clipping = 0.5"),
+        ("whole", "Lars looks at whole tensors"),
+        ("compiled", "fails or hangs with train.compile"),
+    ],
 )
 def test_what_cannot_be_right_is_one_line_on_every_rank(spread: Spread, name: str, word: str) -> None:
     assert spread.codes(name) == [2, 2]
@@ -186,8 +111,7 @@ def test_what_cannot_be_right_is_one_line_on_every_rank(spread: Spread, name: st
         assert word in outcome["err"]
 
 
-def test_deepspeed_says_nothing_and_compiles_nothing(spread: Spread) -> None:
-    assert "deepspeed" not in spread.said.lower()
+def test_deepspeed_says_nothing(spread: Spread) -> None:
     for name, outcomes in spread.outcomes.items():
         if "poisoned" not in name:
             assert all(outcome["err"].count("\n") <= 1 for outcome in outcomes), name
@@ -209,7 +133,8 @@ REFUSED = {
 
 def configured(file: Path, **train: Any) -> dict[str, Any]:
     sharding = Sharding(strategy="zero2", deepspeed_config=str(file))
-    return deepspeed_config(sharding, Train(batch_size=32, **train), world=2, micro_batches=2)
+    settings = Settings(sharding=sharding, train=Train(batch_size=32, **train))
+    return deepspeed_config(settings, world=2, micro_batches=2)
 
 
 @pytest.mark.parametrize("key", REFUSED)
@@ -250,7 +175,7 @@ def test_one_process_is_told_of_a_contradiction_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text('{"gradient_clipping": 3}')
     with pytest.raises(ConfigError, match="gradient_clipping"):
-        make_sharding(Sharding(strategy="zero1", deepspeed_config=str(file)), Train(), RunEnv())
+        make_sharding(Settings(sharding=Sharding(strategy="zero1", deepspeed_config=str(file))), RunEnv())
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop", "lion"])

@@ -1,6 +1,7 @@
 """Models: which timm families are supported, how they are cut into modules, and how tensors move between depths."""
 
 from .build import block_costs, build, default_depths
+from .checkpointing import checkpoint_activations
 from .drop_path import DropPath, apply_masks, draw_masks, drop_paths, set_rates
 from .families import FAMILIES, Family, family_of
 from .partition import (
@@ -28,6 +29,7 @@ __all__ = [
     "block_costs",
     "build",
     "check_depths",
+    "checkpoint_activations",
     "default_depths",
     "default_meta",
     "draw_masks",

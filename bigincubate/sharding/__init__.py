@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from .. import config
     from ..checkpoint.pieces import Piece
     from ..cluster.env import RunEnv
+    from ..config import Settings
 
 
 class Sharding(Protocol):
@@ -60,7 +60,7 @@ class Sharding(Protocol):
         """Every parameter and persistent buffer, whole, in fp32, on the CPU. On all ranks together."""
 
 
-def make_sharding(sharding: config.Sharding, train: config.Train, env: RunEnv, micro_batches: int = 1) -> Sharding:
+def make_sharding(settings: Settings, env: RunEnv, micro_batches: int = 1) -> Sharding:
     """
     Args:
         micro_batches: how many of them make a rank's share of a batch.
@@ -68,25 +68,29 @@ def make_sharding(sharding: config.Sharding, train: config.Train, env: RunEnv, m
     Raises:
         ConfigError: the strategy does not fit the world size, or its own configuration not the recipe.
     """
-    strategy = sharding.strategy
-    if strategy == "none" and env.world > 1:
+    chosen = settings.sharding
+    if chosen.strategy == "none" and env.world > 1:
         raise ConfigError(f'sharding.strategy = "none" with {env.world} ranks; use "ddp"')
-    if strategy.startswith("zero"):
+    if chosen.strategy == "zero3" and settings.train.compile:
+        raise ConfigError(
+            'sharding.strategy = "zero3" fails or hangs with train.compile; use "fsdp2", or do not compile'
+        )
+    if chosen.strategy.startswith("zero"):
         from .zero_config import deepspeed_config
 
-        settings = deepspeed_config(sharding, train, world=env.world, micro_batches=micro_batches)
-    if strategy in ("none", "ddp") or env.world == 1:  # one process holds everything, whatever it is called
+        config = deepspeed_config(settings, world=env.world, micro_batches=micro_batches)
+    if chosen.strategy in ("none", "ddp") or env.world == 1:  # one process holds everything, whatever it is called
         from .ddp import Replicated
 
-        return Replicated(env)
-    if strategy == "fsdp2":
+        return Replicated(env, micro_batches)
+    if chosen.strategy == "fsdp2":
         from .fsdp2 import FullyShard
 
-        return FullyShard(env)
-    if strategy == "oss":
+        return FullyShard(env, chosen.fsdp2, settings.train.precision)
+    if chosen.strategy == "oss":
         from .oss import OptimizerStateSharding
 
         return OptimizerStateSharding(env)
     from .zero import Zero
 
-    return Zero(env, settings)
+    return Zero(env, config)

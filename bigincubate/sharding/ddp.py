@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,8 +23,8 @@ class Replicated:
     optimizer: Optimizer
     gathers = False
 
-    def __init__(self, env: RunEnv) -> None:
-        self.env = env
+    def __init__(self, env: RunEnv, micro_batches: int = 1) -> None:
+        self.env, self.micro_batches = env, micro_batches
         self.ddp: DistributedDataParallel | None = None
 
     def prepare(
@@ -35,7 +36,17 @@ class Replicated:
         if self.env.world == 1:
             return model
         ids = [self.env.device.index] if self.env.device.type == "cuda" else None
-        self.ddp = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # broadcast_buffers is renamed in 2.15, and not there in 2.11
+            self.ddp = DistributedDataParallel(
+                model,
+                device_ids=ids,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                static_graph=self.micro_batches == 1,  # its first step cannot be under no_sync
+            )
         return self.ddp
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:

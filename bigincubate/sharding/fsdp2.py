@@ -1,46 +1,75 @@
 """FSDP2: each rank holds rows of every trainable tensor, of its gradient and of its optimizer state.
 
-Blocks with trainable parameters are units of their own. Frozen parameters stay whole on every rank: to shard them would
-mean to gather them in every forward, for nothing that training changes.
+Blocks with trainable parameters are units of their own. Frozen parameters stay whole on every rank, unless they are to
+be cut too (``shard_frozen``): then they are gathered in every forward, for nothing that training changes.
+
+With ``replicas`` the ranks form a mesh, replicate x shard: rows are cut within a replica, and gradients are averaged
+over the replicas besides.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..checkpoint.pieces import Piece, PieceReader
 from ..cluster.env import RunEnv
+from ..config import Fsdp2
+from ..errors import ConfigError
 from .state import load_optimizer, save_optimizer
 
 
 class FullyShard:
-    """``fully_shard``, a block at a time, over all ranks."""
+    """``fully_shard``, a block at a time.
+
+    In bf16 weights are gathered as bf16 and gradients reduced in fp32; what a rank holds and updates is fp32. The
+    residual stream stays as autocast has it: what enters a block is not cast.
+    """
 
     optimizer: Optimizer
     gathers = True
 
-    def __init__(self, env: RunEnv) -> None:
-        self.env = env
+    def __init__(self, env: RunEnv, choices: Fsdp2, precision: str) -> None:
+        """
+        Raises:
+            ConfigError: the ranks cannot be divided into the replicas.
+        """
+        self.env, self.choices = env, choices
+        if env.world % choices.replicas:
+            raise ConfigError(f"sharding.fsdp2.replicas = {choices.replicas} does not divide {env.world} ranks")
+        self.policy = MixedPrecisionPolicy()
+        if precision == "bf16":
+            self.policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
     ) -> nn.Module:
-        mesh = init_device_mesh(self.env.device.type, (self.env.world,))
-        frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
-        for path in units:
-            block = model.get_submodule(path)
-            if any(parameter.requires_grad for parameter in block.parameters()):
-                fully_shard(block, mesh=mesh)
-        wrapped = fully_shard(model, mesh=mesh, ignored_params=frozen)
+        shape = (self.choices.replicas, self.env.world // self.choices.replicas)
+        mesh = init_device_mesh(self.env.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        self.first_replica = mesh.get_local_rank("replicate") == 0
+        options: dict[str, Any] = {
+            "mesh": mesh if shape[0] > 1 else mesh["shard"],
+            "reshard_after_forward": self.choices.reshard_after_forward,
+            "mp_policy": self.policy,
+        }
+        if self.choices.cpu_offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.env.device.type == "cuda")
+        cut = {parameter for parameter in model.parameters() if parameter.requires_grad or self.choices.shard_frozen}
+        candidates = [model.get_submodule(path) for path in units]
+        blocks = [fully_shard(block, **options) for block in candidates if not cut.isdisjoint(block.parameters())]
+        for block, following in itertools.pairwise(blocks):
+            block.set_modules_to_forward_prefetch([following])
+        wrapped = fully_shard(model, **options, ignored_params=set(model.parameters()) - cut)
         assert isinstance(wrapped, FSDPModule)
         self.model, self.wrapped = model, wrapped
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -52,7 +81,7 @@ class FullyShard:
         self.wrapped.set_requires_gradient_sync(last)
         self.wrapped.set_is_last_backward(last)
         # nothing changes between micro-batches: what is gathered stays until the last
-        self.wrapped.set_reshard_after_forward(last)
+        self.wrapped.set_reshard_after_forward(last and self.choices.reshard_after_forward)
         self.wrapped.set_reshard_after_backward(last)
         yield
 
@@ -62,7 +91,7 @@ class FullyShard:
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
         norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), max_norm or float("inf"), foreach=True)
         if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+            norm = norm.full_tensor().to(self.env.device)
         skip = ~torch.isfinite(norm)
         if not bool(skip):  # the norm is the same on every rank: all step, or none
             self.optimizer.step()
@@ -76,6 +105,8 @@ class FullyShard:
         """Nothing: the shards are what the model computes with."""
 
     def save(self) -> dict[str, Tensor | Piece]:
+        if not self.first_replica:
+            return {}
         tensors: dict[str, Tensor | Piece] = {f"model/{name}": piece for name, piece in self.shards().items()}
         return tensors | save_optimizer(self.optimizer, self.named, _rows, counters=self.env.is_main)
 
@@ -108,5 +139,6 @@ def _rows(parameter: Tensor, value: Tensor) -> Piece:
     assert isinstance(parameter, DTensor)
     assert isinstance(value, DTensor)
     mesh, height = parameter.device_mesh, parameter.shape[0]
-    start = min(mesh.get_local_rank() * -(-height // mesh.size()), height)
+    dim = mesh.ndim - 1  # before it, if anything: replicas
+    start = min(mesh.get_local_rank(dim) * -(-height // mesh.size(dim)), height)
     return Piece(value.to_local().detach(), start * math.prod(parameter.shape[1:]), tuple(parameter.shape))

@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..config import Sharding, Train
+from ..config import Settings
 from ..errors import ConfigError
 
 # What cannot be right here, or is not proven: the one value that a file may give.
@@ -24,8 +24,8 @@ FIXED = {
     "communication_data_type": ("fp32", "gradients travel in fp32"),
     "data_types.grad_accum_dtype": ("fp32", "gradients add up in fp32"),
     "managed_gradient_accumulation": (True, "the trainer accumulates"),
-    "zero_optimization.offload_optimizer.device": ("none", "offloading is not supported"),
-    "zero_optimization.offload_param.device": ("none", "offloading is not supported"),
+    "zero_optimization.offload_optimizer.nvme_path": (None, "what is offloaded rests in host memory"),
+    "zero_optimization.offload_param.nvme_path": (None, "what is offloaded rests in host memory"),
     "zero_optimization.zero_hpz_partition_size": (1, "shares are cut over all ranks"),
     "zero_optimization.mics_shard_size": (-1, "shares are cut over all ranks"),
     "zero_optimization.zero_quantized_weights": (False, "weights travel whole"),
@@ -35,7 +35,7 @@ FIXED = {
 }
 
 
-def deepspeed_config(sharding: Sharding, train: Train, *, world: int, micro_batches: int) -> dict[str, Any]:
+def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> dict[str, Any]:
     """What ``deepspeed.initialize`` takes.
 
     To DeepSpeed a step is one micro-batch, whose backward comes in parts: told of the accumulation it would reduce
@@ -44,7 +44,9 @@ def deepspeed_config(sharding: Sharding, train: Train, *, world: int, micro_batc
     Raises:
         ConfigError: naming file and key, where the file contradicts the recipe, or cannot be read.
     """
-    file = Path(sharding.deepspeed_config or str(shipped(sharding.strategy)))
+    sharding, train = settings.sharding, settings.train
+    given = sharding.deepspeed_config or sharding.strategy
+    file = known if (known := shipped(given)).exists() else Path(given)
     config = _read(file)
     share = train.batch_size // world
     recipes = {
@@ -82,7 +84,7 @@ def deepspeed_config(sharding: Sharding, train: Train, *, world: int, micro_batc
 
 
 def shipped(strategy: str) -> Path:
-    """The file that comes with the package."""
+    """The file of that name that comes with the package: ``zero1`` … ``zero3``, ``zero3_offload``."""
     return Path(str(resources.files("bigincubate") / "ds_configs" / f"{strategy}.json"))
 
 
