@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adascale import AdaScale
 from .checkpoint.lock import owned
 from .checkpoint.manager import Checkpoint, CheckpointManager
 from .checkpoint.store import Manifest, ModelSpec, save_artifact
@@ -42,6 +43,7 @@ class TrainState:
     images: int = 0
     seconds: float = 0.0  # of training, over all attempts
     skipped: int = 0  # steps left out because their gradient was not finite
+    adascale: dict[str, float] = field(default_factory=dict)  # its moving averages
     last: dict[str, float] = field(default_factory=dict)  # measured in the last step, logged with the final evaluation
 
 
@@ -116,6 +118,9 @@ class Trainer:
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
         self.sharding = make_sharding(recipe.sharding, train, env, self.micro_batches)
+        self.adascale: AdaScale | None = None
+        if self.settings.optim.lr_scaling == "adascale":
+            self.adascale = AdaScale(self.model, self.settings, self.sharding, env, self.micro_batches)
         units = [block.path for block in self.task.partition.blocks()]
         self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
         self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
@@ -247,6 +252,7 @@ class Trainer:
             "train/lr": group["lr"] / group.get("lr_scale", 1.0),  # before layer decay
             "train/grad_norm": norm.item(),
             "train/skipped": self.skipped.item(),
+            **({"train/gain": self.adascale.gain} if self.adascale else {}),
             **meter.read(),
         }
 
@@ -265,6 +271,8 @@ class Trainer:
         now = time.perf_counter()
         self.state.seconds += now - clock
         self.state.skipped = int(self.skipped)
+        if self.adascale:
+            self.state.adascale = self.adascale.state()
         if self.state.step != self.saved:
             tensors = self.sharding.save()
             # a rank averages what it trains, and writes the average of what it writes
@@ -277,6 +285,8 @@ class Trainer:
         self.state = TrainState(**checkpoint.state)
         self.saved = checkpoint.step
         self.skipped.fill_(self.state.skipped)
+        if self.adascale:
+            self.adascale.load(self.state.adascale)
         self.sharding.load(checkpoint.tensors)
         self.ema.load(checkpoint.tensors)
 

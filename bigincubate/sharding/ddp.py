@@ -25,6 +25,7 @@ class Replicated:
     def __init__(self, env: RunEnv) -> None:
         self.env = env
         self.ddp: DistributedDataParallel | None = None
+        self.ahead: Callable[[Tensor], None] | None = None
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
@@ -48,6 +49,8 @@ class Replicated:
         parameters = list(self.named.values())
         limit = max_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        if self.ahead:
+            self.ahead(norm)
         skip = ~torch.isfinite(norm)
         if self.optimizer.defaults.get("fused"):
             # a fused optimizer looks at the flag on the device: no step waits for the host
@@ -58,6 +61,9 @@ class Replicated:
         # DDP's gradients are views of its buckets: zeroed in place they stay so
         self.optimizer.zero_grad(set_to_none=self.ddp is None)
         return norm, skip
+
+    def before_update(self, call: Callable[[Tensor], None]) -> None:
+        self.ahead = call
 
     def shards(self) -> dict[str, Piece]:
         return {name: whole(parameter) for name, parameter in self.named.items()}
