@@ -108,8 +108,8 @@ class Optim(Section):
     betas: list[Unit] = Field([0.9, 0.999], min_length=2, max_length=3)
     eps: NonNegative = 1e-8
     layer_decay: float | None = Field(None, gt=0, le=1)
-    lr_scaling: Literal["none", "linear", "sqrt"] = "none"
-    lr_base_batch: Count = 512
+    lr_scaling: Literal["none", "linear", "sqrt", "adascale"] = "none"
+    lr_base_batch: Count = 512  # train.lr is for this batch; under adascale for a micro-batch of one rank instead
 
 
 class Schedule(Section):

@@ -19,9 +19,10 @@ from .errors import ConfigError
 
 
 def scaled_lr(settings: Settings) -> float:
-    """The peak learning rate: ``lr * (batch_size / lr_base_batch)``, or its square root, or ``lr`` as it stands."""
+    """The peak learning rate: ``lr * (batch_size / lr_base_batch)``, or its square root, or ``lr`` as it stands, which
+    :mod:`.adascale` then multiplies step by step."""
     ratio = settings.train.batch_size / settings.optim.lr_base_batch
-    return settings.train.lr * {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[settings.optim.lr_scaling]
+    return settings.train.lr * {"linear": ratio, "sqrt": ratio**0.5}.get(settings.optim.lr_scaling, 1.0)
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:

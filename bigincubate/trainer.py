@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adascale import AdaScale
 from .checkpoint.lock import owned
 from .checkpoint.manager import Checkpoint, CheckpointManager
 from .checkpoint.store import Manifest, ModelSpec, save_artifact
@@ -42,6 +43,7 @@ class TrainState:
     images: int = 0
     seconds: float = 0.0  # of training, over all attempts
     skipped: int = 0  # steps left out because their gradient was not finite
+    adascale: dict[str, float] = field(default_factory=dict)  # its moving averages
     last: dict[str, float] = field(default_factory=dict)  # measured in the last step, logged with the final evaluation
 
 
@@ -115,6 +117,9 @@ class Trainer:
         drop = self.settings.drop_path
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
+        self.adascale: AdaScale | None = None
+        if self.settings.optim.lr_scaling == "adascale":
+            self.adascale = AdaScale(self.model, self.settings, self.sharding, env, self.micro_batches)
         units = [block.path for block in self.task.partition.blocks()]
         checkpoint_activations(self.model, units, self.settings.sharding.activation_checkpointing)
         if train.compile:
@@ -251,6 +256,7 @@ class Trainer:
             "train/lr": group["lr"] / group.get("lr_scale", 1.0),  # before layer decay
             "train/grad_norm": norm.item(),
             "train/skipped": self.skipped.item(),
+            **({"train/gain": self.adascale.gain} if self.adascale else {}),
             **meter.read(),
         }
 
@@ -269,6 +275,8 @@ class Trainer:
         now = time.perf_counter()
         self.state.seconds += now - clock
         self.state.skipped = int(self.skipped)
+        if self.adascale:
+            self.state.adascale = self.adascale.state()
         if self.state.step != self.saved:
             tensors = self.sharding.save()
             # a rank averages what it trains, and writes the average of what it writes
@@ -281,6 +289,8 @@ class Trainer:
         self.state = TrainState(**checkpoint.state)
         self.saved = checkpoint.step
         self.skipped.fill_(self.state.skipped)
+        if self.adascale:
+            self.adascale.load(self.state.adascale)
         self.sharding.load(checkpoint.tensors)
         self.ema.load(checkpoint.tensors)
 

@@ -43,6 +43,14 @@ class Sharding(Protocol):
         finite, on all ranks alike.
         Gives the gradient's norm before clipping and whether the step was skipped (scalars, on the device)."""
 
+    def before_update(self, call: Callable[[Tensor], None]) -> None:
+        """From now on call this ahead of every update, on all ranks, with the norm of the gradient before clipping
+        (scalar): it may change learning rates.
+
+        Raises:
+            ConfigError: a backward gives a rank no whole gradients of its own samples.
+        """
+
     def shards(self) -> dict[str, Piece]:
         """The trainable parameters, or what this rank has of them, by name: the very tensors, not copies."""
 

@@ -26,6 +26,7 @@ class Replicated:
     def __init__(self, env: RunEnv, micro_batches: int = 1) -> None:
         self.env, self.micro_batches = env, micro_batches
         self.ddp: DistributedDataParallel | None = None
+        self.ahead: Callable[[Tensor], None] | None = None
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
@@ -59,6 +60,8 @@ class Replicated:
         parameters = list(self.named.values())
         limit = max_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        if self.ahead:
+            self.ahead(norm)
         skip = ~torch.isfinite(norm)
         if self.optimizer.defaults.get("fused"):
             # a fused optimizer looks at the flag on the device: no step waits for the host
@@ -69,6 +72,9 @@ class Replicated:
         # DDP's gradients are views of its buckets: zeroed in place they stay so
         self.optimizer.zero_grad(set_to_none=self.ddp is None)
         return norm, skip
+
+    def before_update(self, call: Callable[[Tensor], None]) -> None:
+        self.ahead = call
 
     def shards(self) -> dict[str, Piece]:
         return {name: whole(parameter) for name, parameter in self.named.items()}

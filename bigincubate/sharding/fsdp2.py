@@ -98,6 +98,12 @@ class FullyShard:
         self.optimizer.zero_grad()
         return norm, skip
 
+    def before_update(self, call: Callable[[Tensor], None]) -> None:
+        raise ConfigError(
+            'optim.lr_scaling = "adascale" looks at whole gradients of each rank\'s own samples, which'
+            ' sharding.strategy = "fsdp2" does not show; use "ddp" or "oss"'
+        )
+
     def shards(self) -> dict[str, Piece]:
         return {name: _rows(parameter, parameter) for name, parameter in self.named.items()}
 

@@ -25,6 +25,7 @@ class OptimizerStateSharding:
 
     def __init__(self, env: RunEnv) -> None:
         self.env = env
+        self.ahead: Callable[[Tensor], None] | None = None
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
@@ -63,6 +64,8 @@ class OptimizerStateSharding:
         if grads:
             square += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) ** 2
         norm = self.env.sum(square).sqrt()
+        if self.ahead:
+            self.ahead(norm)
         skip = ~torch.isfinite(norm)
         if not bool(skip):
             if max_norm:
@@ -71,6 +74,9 @@ class OptimizerStateSharding:
         # fairscale reduces into the gradients it knows: zeroed in place, never dropped
         self.optimizer.zero_grad(set_to_none=False)
         return norm, skip
+
+    def before_update(self, call: Callable[[Tensor], None]) -> None:
+        self.ahead = call
 
     def shards(self) -> dict[str, Piece]:
         return {name: whole(parameter) for name, parameter in self.named.items()}

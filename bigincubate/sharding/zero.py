@@ -99,6 +99,12 @@ class Zero:
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.env.device, dtype=torch.float32)
         return norm, torch.tensor(self.zero.overflow, device=self.env.device)
 
+    def before_update(self, call: Callable[[Tensor], None]) -> None:
+        raise ConfigError(
+            'optim.lr_scaling = "adascale" sets learning rates between gradients and update, which'
+            f' sharding.strategy = "zero{self.stage}" does in one; use "ddp" or "oss"'
+        )
+
     def shards(self) -> dict[str, Piece]:
         return {share.name: share.of(share.flat) for share in self.parts}
 
