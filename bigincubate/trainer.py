@@ -117,15 +117,15 @@ class Trainer:
         drop = self.settings.drop_path
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
-        self.adascale: AdaScale | None = None
-        if self.settings.optim.lr_scaling == "adascale":
-            self.adascale = AdaScale(self.model, self.settings, self.sharding, env, self.micro_batches)
         units = [block.path for block in self.task.partition.blocks()]
         checkpoint_activations(self.model, units, self.settings.sharding.activation_checkpointing)
         if train.compile:
             for unit in units:
                 self.model.get_submodule(unit).compile()
         self.sharding = make_sharding(self.settings, env, self.micro_batches)
+        self.adascale: AdaScale | None = None
+        if self.settings.optim.lr_scaling == "adascale":
+            self.adascale = AdaScale(self.model, self.settings, self.sharding, env, self.micro_batches)
         self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
         self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
 
