@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import __version__
-from .errors import BigincubateError, ConfigError, Exit
+from .errors import ArtifactError, BigincubateError, ConfigError, DamagedError, Exit
 
 app = typer.Typer(
     name="bigincubate",
@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(help="Look at resume checkpoints, verify them, rewrite them.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a .toml file.")]
 RunDirOption = Annotated[Path, typer.Option("--run-dir", help="The run's directory; made where it is missing.")]
@@ -32,6 +34,9 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
+CheckpointsArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A run directory, a phase's directory, or a checkpoint.")
+]
 
 
 @app.command()
@@ -64,6 +69,7 @@ def run(
     recipe: RecipeArgument,
     run_dir: RunDirOption,
     jobs: Annotated[int, typer.Option(min=1, help="Phases that run at the same time.")] = os.cpu_count() or 1,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks that train each phase together.")] = 1,
     sets: SetOption = None,
     baseline: Annotated[bool, typer.Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
 ) -> None:
@@ -86,7 +92,7 @@ def run(
     if all(directory.phase(job.phase, job.module).result for job in graph) and whole(exported):
         say(f"{run_dir} is done already")
     with Reporter(console()) as reporter:
-        code = LocalRunner(directory, jobs, reporter).execute(graph)
+        code = LocalRunner(directory, jobs, reporter, nproc).execute(graph)
     summary = directory.summary()
     if code is Exit.PREEMPTED:
         say(f"stopped; nothing is lost. Go on with the same command:\n  {command_line()}")
@@ -258,6 +264,47 @@ def data_prepare(
         )
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
     say(f"{out}: {counts} images of {len(info.classes)} classes; use it with --set data.path={out}")
+
+
+@checkpoint_app.command("list")
+def checkpoint_list(folder: CheckpointsArgument, as_json: JsonOption = False) -> None:
+    """Every checkpoint: step, ranks, bytes, when; whether it was committed, and whether its hashes are right."""
+    from .checkpoint.offline import survey
+    from .tables import checkpoint_table
+
+    rows = survey(folder)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        console().print(checkpoint_table(str(folder), rows))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(folder: CheckpointsArgument) -> None:
+    """Hash every file of every committed checkpoint; exit code 6 where one is damaged."""
+    from .checkpoint.offline import survey
+
+    rows = [row for row in survey(folder) if row["committed"]]
+    if not rows:
+        raise ArtifactError(f"no checkpoint in {folder} was ever committed")
+    for row in rows:
+        if row["problem"] is None:
+            say(f"sound  {row['path']}")
+    if damaged := [row["problem"] for row in rows if row["problem"] is not None]:
+        raise DamagedError(f"{len(damaged)} of {len(rows)} damaged: {'; '.join(damaged)}")
+
+
+@checkpoint_app.command("convert")
+def checkpoint_convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A committed checkpoint.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Files to spread it over; 1: whole tensors in one file.")] = 1,
+) -> None:
+    """Rewrite a checkpoint as the files of so many ranks. Resuming does not need it: any phase takes up any layout."""
+    from .checkpoint.offline import convert
+
+    convert(checkpoint, out, ranks=ranks)
+    say(f"{out}: the checkpoint of {checkpoint} as {ranks} file{'s' if ranks > 1 else ''} of tensors")
 
 
 @app.command()

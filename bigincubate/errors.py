@@ -52,7 +52,7 @@ class NonFiniteError(BigincubateError):
 
 
 class DamagedError(BigincubateError):
-    """Every checkpoint of a phase fails its verification."""
+    """Every checkpoint of a phase fails its verification, or one that was asked for by name."""
 
     code = Exit.DAMAGED
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from rich.table import Table
@@ -82,6 +83,21 @@ def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
             str(row["attempts"]),
             _number(row["checkpoint"], "d"),
             row["error"] or "",
+        )
+    return table
+
+
+def checkpoint_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    table = _table(f"{name}: checkpoints", ["checkpoint", "step", "ranks", "bytes", "committed", "verified", "when"])
+    for row in rows:
+        table.add_row(
+            row["path"],
+            str(row["step"]),
+            str(row["ranks"]),
+            f"{row['bytes']:,}",
+            "yes" if row["committed"] else "no",
+            "-" if not row["committed"] else "damaged" if row["problem"] else "yes",
+            f"{datetime.fromtimestamp(row['time']):%Y-%m-%d %H:%M:%S}",
         )
     return table
 

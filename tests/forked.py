@@ -6,13 +6,17 @@ They are killed, signalled and looked at like any others. What they do is ``bigi
 from __future__ import annotations
 
 import atexit
+import ctypes
 import importlib
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ from typing import Any
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["bigincubate.cli", "bigincubate.trainer", "bigincubate.workflow", "bigincubate.export"])
 Before = Callable[[], None]
+CLONE_NEWUTS, CLONE_NEWUSER = 0x04000000, 0x10000000  # linux/sched.h
 
 
 class Command:
@@ -100,6 +105,65 @@ def _main(words: list[str], folder: Path, before: Before | None, env: dict[str, 
         sys.stdout.flush()
         sys.stderr.flush()
         atexit._run_exitfuncs()  # processes of multiprocessing leave without
+
+
+# ------------------------------------------------------------------------------------------------ a launcher's ranks
+
+
+def fork_ranks() -> None:
+    """From here on this process, a launcher, forks the ranks of its phases; they are spared the imports."""
+    from bigincubate.cluster import ranks
+
+    ranks.subprocess = types.SimpleNamespace(Popen=ForkedRank, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
+
+
+class ForkedRank:
+    """Stands for ``subprocess.Popen`` of our own command line: a process as real, without a new interpreter."""
+
+    def __init__(self, command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> None:
+        fork = multiprocessing.get_context("fork")
+        self.process = fork.Process(target=_rank, args=(command[3:], env, stdout.fileno()))
+        self.process.start()
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.process.exitcode is None:
+            os.kill(self.process.pid or 0, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _rank(words: list[str], env: dict[str, str], output: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's own handlers were inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.setsid()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = ["bigincubate", *words]
+    from bigincubate.cli import main
+
+    try:
+        main()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        atexit._run_exitfuncs()
+
+
+def without_a_name() -> None:
+    """This process and its children find themselves on a machine whose name nobody knows; or OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(CLONE_NEWUTS) and libc.unshare(CLONE_NEWUSER | CLONE_NEWUTS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    socket.sethostname("nobody-knows-me.invalid")
 
 
 # ------------------------------------------------------------------------------------------------ what to spoil

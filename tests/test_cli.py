@@ -86,6 +86,7 @@ def place(tmp_path: Path, fast: Path, digits: Path, done: Any) -> Place:
 
 
 PLAIN = "[model]\nname = 'vit_tiny_patch16_224'\n[plan]\ntarget_depths = [2]\nmeta_depths = [1]\n"
+META = "meta/checkpoints/step-00000002"
 Wrong = Callable[[Place], list[object]]
 WRONG: dict[str, tuple[int, str, Wrong]] = {
     # ------------------------------------------------------------------------ 2: usage and configuration
@@ -94,6 +95,7 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
     "missing option": (2, "--run-dir", lambda p: ["run", "digits"]),
     "missing argument": (2, "RECIPE", lambda p: ["plan"]),
     "no jobs": (2, "jobs", lambda p: ["run", p.fast, "--run-dir", p.new, "--jobs", 0]),
+    "no ranks": (2, "nproc", lambda p: ["run", p.fast, "--run-dir", p.new, "--nproc", 0]),
     "jobs is a word": (2, "jobs", lambda p: ["run", p.fast, "--run-dir", p.new, "--jobs", "all"]),
     "unknown recipe": (2, "did you mean 'digits'", lambda p: ["plan", "digit"]),
     "no recipe file": (2, "no such recipe file", lambda p: ["plan", p.folder / "x.toml"]),
@@ -151,6 +153,8 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
     ),
     "export onto a file": (2, "--out", lambda p: ["export", p.run, "--out", p.file]),
     "export onto something": (2, "--out", lambda p: ["export", p.run, "--out", p.folder]),
+    "convert onto something": (2, "exists", lambda p: ["checkpoint", "convert", p.run / META, p.empty]),
+    "convert for no ranks": (2, "ranks", lambda p: ["checkpoint", "convert", p.run / META, p.new, "--ranks", 0]),
     "a fraction of two": (
         2,
         "val-fraction",
@@ -234,6 +238,30 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
     "status of an empty folder": (4, "not a run directory", lambda p: ["status", p.empty, "--json"]),
     "status without a plan": (4, "nothing has run", lambda p: ["status", p.without("plan.json")]),
     "status of a damaged plan": (4, "nothing has run", lambda p: ["status", p.spoiled("plan.json", "{}")]),
+    "checkpoints of nothing": (4, "no such directory", lambda p: ["checkpoint", "list", p.folder / "nowhere"]),
+    "checkpoints of an empty folder": (4, "no checkpoints in", lambda p: ["checkpoint", "list", p.empty]),
+    "verify what was not committed": (
+        4,
+        "ever committed",
+        lambda p: ["checkpoint", "verify", p.without(f"{META}/COMMITTED") / META],
+    ),
+    "convert what was not committed": (
+        4,
+        "not a committed checkpoint",
+        lambda p: ["checkpoint", "convert", p.without(f"{META}/COMMITTED") / META, p.new],
+    ),
+    "convert a run": (4, "not a committed checkpoint", lambda p: ["checkpoint", "convert", p.run, p.new]),
+    # ------------------------------------------------------------------------ 6: checkpoints
+    "verify a damaged checkpoint": (
+        6,
+        "state.json: 1 bytes, expected",
+        lambda p: ["checkpoint", "verify", p.spoiled(f"{META}/state.json", "x")],
+    ),
+    "convert a damaged checkpoint": (
+        6,
+        "state.json: 1 bytes, expected",
+        lambda p: ["checkpoint", "convert", p.spoiled(f"{META}/state.json", "x") / META, p.new],
+    ),
 }
 
 
@@ -310,7 +338,7 @@ def test_damaged_notes_of_a_run_are_made_again(text: str, place: Place, call: Ca
 def test_help_and_version(call: Called) -> None:
     code, out, err = call("--help")
     assert (code, err) == (0, "")
-    for command in ("plan", "run", "train", "evaluate", "status", "export", "data", "recipes", "doctor"):
+    for command in ("plan", "run", "train", "evaluate", "status", "export", "data", "checkpoint", "recipes", "doctor"):
         assert command in out
     assert call("--version")[:2] == (0, f"bigincubate {__version__}\n")
     assert call("train", "-h")[0] == 0

@@ -18,10 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Command, die_before, run
+from forked import Command, die_before, fork_ranks, run
 from rich.console import Console
 
-from bigincubate.cluster import local
+from bigincubate.cluster import ranks
 from bigincubate.cluster.local import LocalRunner, job_graph
 from bigincubate.cluster.progress import Reporter
 from bigincubate.errors import Exit
@@ -143,12 +143,18 @@ def test_an_export_that_was_cut_off_is_made_again(scratch: FromScratch) -> None:
 # ------------------------------------------------------------------------------------------------ interrupted
 
 
-class Launched:
-    """The launcher in a process group of its own, as a shell starts it."""
+def shell() -> None:
+    """A shell gives a command its own process group; the phases of this one are spared the imports."""
+    os.setpgrp()
+    fork_ranks()
 
-    def __init__(self, lab: Any, *more: object) -> None:
+
+class Launched:
+    """The launcher as a shell starts it."""
+
+    def __init__(self, lab: Any, before: Callable[[], None] = shell) -> None:
         self.lab = lab
-        self.command = Command(*words(lab, *more), before=os.setpgrp)
+        self.command = Command(*words(lab), before=before)
 
     def until_step(self, step: int, *places: tuple[str, int | None]) -> None:
         def reached() -> bool:
@@ -204,7 +210,7 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes_with_the_same_bits(pl
     assert launched.command.until(both_run, pause=0.01), launched.command.out
     launched.command.kill()
 
-    last = Command(*words(other))
+    last = Command(*words(other), before=fork_ranks)
     assert last.wait(240) == 0, last.out + last.err
     for place in [*modules, ("finetune", None)]:
         assert same_weights(plain, other, *place), place
@@ -216,7 +222,7 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes_with_the_same_bits(pl
 
 def test_ctrl_c_before_the_phases_have_begun_is_no_failure(plain: Any, tmp_path: Path) -> None:
     other = after_the_meta_model(plain, tmp_path / "run")
-    launched = Launched(other)
+    launched = Launched(other, before=os.setpgrp)  # phases that import first
     assert launched.command.until(lambda: launched.command.out.count("started") == 2, pause=0.01)
     time.sleep(0.3)
     assert launched.interrupt() == 75
@@ -233,7 +239,7 @@ def test_a_failing_module_does_not_stop_the_others(plain: Any, tmp_path: Path) -
     (other.run.path / "modules" / "01" / "DONE").unlink()
     for file in (other.run.path / "modules" / "01" / "checkpoints").glob("step-*/state.json"):
         file.write_text("{}")
-    failed = run(*words(other))
+    failed = run(*words(other), before=fork_ranks)
     assert failed.wait() == 6
     log = other.run.path / "modules" / "01" / "logs" / "train.log"
     assert "module 1: failed (exit 6): bigincubate: every checkpoint" in failed.out
@@ -249,7 +255,7 @@ def test_a_module_whose_folder_cannot_be_made_does_not_stop_the_others(plain: An
     other = after_the_meta_model(plain, tmp_path / "run")
     (other.run.path / "modules").mkdir()
     (other.run.path / "modules" / "00").write_text("in the way")
-    failed = run("run", other.run.recipe_file, "--run-dir", other.run.path, "--jobs", 1)
+    failed = run("run", other.run.recipe_file, "--run-dir", other.run.path, "--jobs", 1, before=fork_ranks)
     assert failed.wait() == 3
     assert f"module 0: failed (exit 3): {other.run.path / 'modules' / '00'}" in failed.out
     assert same_weights(plain, other, "incubate", 1)
@@ -312,13 +318,13 @@ everything: list[Started] = []
 codes: dict[str, int] = {}
 
 
-def executed(lab: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, **ends: int) -> Exit:
+def executed(lab: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, nproc: int = 1, **ends: int) -> Exit:
     everything.clear()
     codes.clear()
     codes.update({key.removeprefix("m"): code for key, code in ends.items()})
-    monkeypatch.setattr(local.subprocess, "Popen", Started)
+    monkeypatch.setattr(ranks.subprocess, "Popen", Started)
     with Reporter(Console(quiet=True)) as reporter:
-        return LocalRunner(lab.run, jobs, reporter, patience=0).execute(job_graph(lab.rows, baseline=False))
+        return LocalRunner(lab.run, jobs, reporter, nproc, patience=0).execute(job_graph(lab.rows, baseline=False))
 
 
 @pytest.mark.parametrize(
@@ -352,3 +358,11 @@ def test_a_resumed_phase_computes_with_as_many_threads(lab: Labs, monkeypatch: p
     executed(resumed, monkeypatch)
     rest = {process.module: process.env["OMP_NUM_THREADS"] for process in everything}
     assert rest == {"1": "4", "-": "8"}
+
+
+def test_the_ranks_of_a_phase_share_its_threads(lab: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    executed(lab(), monkeypatch, nproc=3)
+    threads = [(process.module, process.env["OMP_NUM_THREADS"]) for process in everything]
+    assert threads == [("-", "2")] * 3 + [("0", "1")] * 3 + [("1", "1")] * 3 + [("-", "2")] * 3

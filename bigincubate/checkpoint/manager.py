@@ -79,30 +79,19 @@ class CheckpointManager:
             aside.mkdir(exist_ok=True)
             if tensors:
                 name = f"rank-{self.env.rank:05d}.safetensors"
-                files[name] = _write(aside / name, pack(tensors))
+                files[name] = write_file(aside / name, pack(tensors))
             if self.env.is_main:
-                files["state.json"] = _write(aside / "state.json", json.dumps(state, indent=1).encode())
+                files["state.json"] = write_file(aside / "state.json", json.dumps(state, indent=1).encode())
         except OSError as error:
             problem = f"{error.filename or aside}: {error.strerror}"
         reports = self.env.gather((files, problem))
         problems = [text for _, text in reports if text]
         if not problems and self.env.is_main:
             try:
-                manifest = {
-                    "format": 1,
-                    "step": step,
-                    "recipe": self.digest,
-                    "world": self.env.world,
-                    "files": {name: entry for report, _ in reports for name, entry in sorted(report.items())},
-                }
-                text = json.dumps(manifest, indent=1)
-                _write(aside / "manifest.json", text.encode())
-                fsync_dir(aside)
                 if final.exists():  # of an attempt that died before its marker
                     shutil.rmtree(final)
-                aside.rename(final)
-                fsync_dir(self.folder)
-                write_text(final / MARKER, hashlib.sha256(text.encode()).hexdigest())
+                entries = {name: entry for report, _ in reports for name, entry in sorted(report.items())}
+                commit(aside, final, step=step, digest=self.digest, world=self.env.world, files=entries)
                 self._prune(step)
             except OSError as error:
                 problems = [f"{error.filename or final}: {error.strerror}"]
@@ -162,6 +151,21 @@ class CheckpointManager:
         return self.folder / f"step-{step:08d}"
 
 
+def commit(aside: Path, final: Path, *, step: int, digest: str, world: int, files: dict[str, dict[str, Any]]) -> None:
+    """Make the files in ``aside`` the checkpoint ``final``, which must not be there: manifest, rename, marker.
+
+    Args:
+        files: size and SHA-256 of each, as :func:`write_file` gave them.
+    """
+    manifest = {"format": 1, "step": step, "recipe": digest, "world": world, "files": files}
+    text = json.dumps(manifest, indent=1)
+    write_file(aside / "manifest.json", text.encode())
+    fsync_dir(aside)
+    aside.rename(final)
+    fsync_dir(final.parent)
+    write_text(final / MARKER, hashlib.sha256(text.encode()).hexdigest())
+
+
 def verify(folder: Path) -> str | None:
     """What is wrong with a committed checkpoint directory, naming file, expected and found; None if nothing is."""
     try:
@@ -185,7 +189,8 @@ def _read(path: Path) -> dict[str, Any]:
     return value
 
 
-def _write(path: Path, data: bytes) -> dict[str, Any]:
+def write_file(path: Path, data: bytes) -> dict[str, Any]:
+    """Write and fsync. Gives what a manifest says of the file."""
     path.write_bytes(data)
     fsync_file(path)
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

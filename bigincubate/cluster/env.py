@@ -36,7 +36,7 @@ class RunEnv:
         """Join the process group the environment describes.
 
         Raises:
-            ConfigError: the variables contradict each other.
+            ConfigError: the variables contradict each other, or there are more ranks than GPUs on this machine.
         """
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
@@ -52,6 +52,11 @@ class RunEnv:
             raise ConfigError(f"{names[0]}={rank} is outside {names[1]}={world}")
         self = cls(rank, world, local_rank, local_world)
         if torch.cuda.is_available():
+            if (needed := max(local_world, local_rank + 1)) > (gpus := torch.cuda.device_count()):
+                raise ConfigError(
+                    f"{needed} ranks on this machine, which shows {gpus} GPU{'s' if gpus > 1 else ''}; start at most"
+                    f" {gpus}, or train on the CPU with CUDA_VISIBLE_DEVICES= in the environment"
+                )
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         # streaming and torch both read these

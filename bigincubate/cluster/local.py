@@ -1,10 +1,9 @@
-"""A whole run on this machine: each phase is a process of its own, at most ``jobs`` at a time."""
+"""A whole run on this machine: each phase has its own processes, one a rank; at most ``jobs`` phases at a time."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,8 +15,8 @@ from ..config import Phase
 from ..errors import Exit
 from ..plan import PlannedRow
 from ..rundir import PhaseDir, RunDir
-from .orphan import PARENT
 from .progress import Reporter
+from .ranks import Ranks
 
 
 @dataclass
@@ -51,7 +50,8 @@ class LocalRunner:
     run: RunDir
     jobs: int
     reporter: Reporter
-    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    nproc: int = 1  # ranks of each phase
+    running: dict[str, Ranks] = field(default_factory=dict)
     stopping: bool = False
     patience: int = 20  # times that a phase may find its directory owned: by the ghost of a run that was killed
 
@@ -71,10 +71,10 @@ class LocalRunner:
                     except OSError as error:
                         failed[job.key] = Exit.ENVIRONMENT
                         reason = f"{error.filename}: {error.strerror}"
-                        self.reporter.failed(job, Exit.ENVIRONMENT, reason, self.log(job))
+                        self.reporter.failed(job, Exit.ENVIRONMENT, reason, self.log(job, 0))
                 if not self.running and not self.ready(waiting, done):
                     break  # what waits needs something that failed, or we were asked to stop
-                for job, code in self.finished(graph):
+                for job, ranks, code in self.finished(graph):
                     if code == 0:
                         done.add(job.key)
                         self.reporter.done(job, self.folder(job).result or {})
@@ -86,14 +86,14 @@ class LocalRunner:
                         waiting.append(job)
                     else:
                         failed[job.key] = code
-                        self.reporter.failed(job, code, last_line(self.log(job)), self.log(job))
+                        self.reporter.failed(job, code, ranks.reason, ranks.log)
                 self.reporter.update([(job, self.folder(job)) for job in graph if job.key in self.running])
                 time.sleep(0.2)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            for process in self.running.values():  # only after an error of our own
-                process.terminate()
+            for ranks in self.running.values():  # only after an error of our own
+                ranks.stop()
         if failed:
             return Exit(next(iter(failed.values()))) if next(iter(failed.values())) in set(Exit) else Exit.ENVIRONMENT
         return Exit.PREEMPTED if self.stopping else Exit.DONE
@@ -102,44 +102,37 @@ class LocalRunner:
         return [job for job in waiting if done.issuperset(job.needs)] if not self.stopping else []
 
     def start(self, job: Job, beside: int) -> None:
-        log = self.log(job)
-        log.parent.mkdir(parents=True, exist_ok=True)
+        logs = [self.log(job, rank) for rank in range(self.nproc)]
+        logs[0].parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "bigincubate", "train", str(self.run.recipe_file)]
         command += ["--run-dir", str(self.run.path), "--phase", job.phase]
         command += ["--module", str(job.module)] if job.module is not None else []
-        environment = dict(os.environ, PYTHONUNBUFFERED="1", **{PARENT: str(os.getpid())})
+        environment = dict(os.environ, PYTHONUNBUFFERED="1")
         # the cores are shared out, so that processes do not fight over them
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // beside)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (beside * self.nproc))))
         # threads that spin while they wait make a step several times as long as soon as anything else runs
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        with log.open("ab") as output:
-            # a session of its own: Ctrl-C reaches us alone, and we pass it on once
-            self.running[job.key] = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
+        self.running[job.key] = Ranks(command, environment, logs)
+        if self.stopping:  # asked to while they were started
+            self.running[job.key].stop()
         self.reporter.started(job)
 
-    def finished(self, graph: list[Job]) -> Iterator[tuple[Job, int]]:
+    def finished(self, graph: list[Job]) -> Iterator[tuple[Job, Ranks, int]]:
         for job in graph:
-            process = self.running.get(job.key)
-            if process is not None and (code := process.poll()) is not None:
+            ranks = self.running.get(job.key)
+            if ranks is not None and (code := ranks.poll()) is not None:
                 del self.running[job.key]
-                yield job, code
+                yield job, ranks, code
 
     def folder(self, job: Job) -> PhaseDir:
         return self.run.phase(job.phase, job.module)
 
-    def log(self, job: Job) -> Path:
-        return self.folder(job).path / "logs" / "train.log"
+    def log(self, job: Job, rank: int) -> Path:
+        return self.folder(job).path / "logs" / (f"train.{rank}.log" if rank else "train.log")
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         if not self.stopping:
             self.stopping = True
             self.reporter.say("stopping: each running phase writes a checkpoint first")
-            for process in self.running.values():
-                process.send_signal(signal.SIGTERM)
-
-
-def last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-    return lines[-1] if lines else "no output"
+            for ranks in self.running.values():
+                ranks.stop()

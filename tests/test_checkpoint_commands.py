@@ -1,0 +1,241 @@
+"""`bigincubate checkpoint list|verify|convert`: what lies there is told as it is, and rewritten with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import run
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bigincubate.checkpoint.manager import CheckpointManager, commit, verify, write_file
+from bigincubate.checkpoint.offline import convert, survey
+from bigincubate.checkpoint.pieces import Piece, PieceReader, pack
+from bigincubate.cluster.env import RunEnv
+
+Labs = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def trained(lab: Labs) -> Any:
+    """A meta model and a module, twelve steps each, saved at 8 and 12."""
+    made = lab("optim.name=lamb")
+    made.train("pretrain")
+    made.train("incubate", 1)
+    return made
+
+
+@pytest.fixture
+def mine(trained: Any, tmp_path: Path) -> Any:
+    return trained.copy(tmp_path / "run")
+
+
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def step(lab: Any, number: int, part: str = "meta") -> Path:
+    return lab.run.path / part / "checkpoints" / f"step-{number:08d}"  # type: ignore[no-any-return]
+
+
+# ------------------------------------------------------------------------------------------------ list
+
+
+def test_a_runs_checkpoints_are_listed_with_their_state(mine: Any) -> None:
+    flip_a_bit(step(mine, 8) / "rank-00000.safetensors")
+    (step(mine, 12, "modules/01") / "COMMITTED").unlink()
+    (mine.run.path / "meta" / "checkpoints" / ".saving-00000016-abc").mkdir()
+    listed = run("checkpoint", "list", mine.run.path, "--json")
+    assert (listed.wait(), listed.err) == (0, "")
+    rows = json.loads(listed.out)
+    found = [(Path(row["path"]).parts[-3], row["step"], row["committed"], row["problem"] is None) for row in rows]
+    assert found == [
+        ("meta", 8, True, False),
+        ("meta", 12, True, True),
+        ("meta", 16, False, False),
+        ("01", 8, True, True),
+        ("01", 12, False, False),
+    ]
+    for row in rows:
+        files = list(Path(row["path"]).iterdir())
+        assert row["bytes"] == sum(file.stat().st_size for file in files)
+        assert row["ranks"] == (1 if files else 0)
+        assert row["time"] == pytest.approx(Path(row["path"]).stat().st_mtime)
+    table = run("checkpoint", "list", mine.run.path)
+    assert (table.wait(), table.err) == (0, "")
+    lines = {line.split()[0]: line.split()[1:] for line in table.out.splitlines() if "step-" in line}
+    assert [lines[str(step(mine, number))][0] for number in (8, 12)] == ["8", "12"]
+    assert [lines[str(step(mine, number))][3:5] for number in (8, 12)] == [["yes", "damaged"], ["yes", "yes"]]
+    assert lines[str(step(mine, 12, "modules/01"))][3:5] == ["no", "-"]
+
+
+def test_a_phase_its_checkpoints_and_one_of_them_are_listed_too(mine: Any) -> None:
+    def steps(folder: Path) -> list[int]:
+        return [row["step"] for row in survey(folder)]
+
+    phase = mine.run.path / "modules" / "01"
+    assert steps(phase) == steps(phase / "checkpoints") == [8, 12]
+    assert steps(phase / "checkpoints" / "step-00000012") == [12]
+
+
+def test_steps_are_in_numeric_order(tmp_path: Path) -> None:
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", RunEnv(), digest="d")
+    for number in (100_000_000, 99_999_999):
+        checkpoints.save(number, {"w": torch.ones(2)}, {})
+        (checkpoints.folder / f"step-{number:08d}").rename(tmp_path / f"step-{number:08d}")
+    assert [row["step"] for row in survey(tmp_path)] == [99_999_999, 100_000_000]
+
+
+# ------------------------------------------------------------------------------------------------ verify
+
+
+def test_all_sound(mine: Any) -> None:
+    verified = run("checkpoint", "verify", mine.run.path)
+    assert (verified.wait(), verified.err) == (0, "")
+    phases = ("meta", "modules/01")
+    assert verified.out.splitlines() == [
+        f"sound  {step(mine, number, phase)}" for phase in phases for number in (8, 12)
+    ]
+
+
+def test_each_damaged_one_is_named_in_one_line(mine: Any) -> None:
+    flip_a_bit(step(mine, 8) / "rank-00000.safetensors")
+    flip_a_bit(step(mine, 12) / "state.json")
+    verified = run("checkpoint", "verify", mine.run.path)
+    assert verified.wait() == 6
+    assert verified.err.startswith("bigincubate: 2 of 4 damaged: ")
+    assert verified.err.count("\n") == 1
+    for file in (step(mine, 8) / "rank-00000.safetensors", step(mine, 12) / "state.json"):
+        expected = json.loads((file.parent / "manifest.json").read_text())["files"][file.name]["sha256"]
+        found = verified.err.partition(f"{file}: SHA-256 ")[2]
+        assert f"expected {expected[:12]}" in found
+        assert not found.startswith(expected[:12])
+    assert verified.out.count("sound") == 2
+    assert run("checkpoint", "verify", step(mine, 12, "modules/01")).wait() == 0
+
+
+# ------------------------------------------------------------------------------------------------ convert
+
+LOGICAL: dict[str, Tensor] = {
+    "model/matrix": torch.randn(7, 3),
+    "model/vector": torch.randn(5).bfloat16(),
+    "optim/step/matrix": torch.tensor(4.0),
+    "number/group/step/0": torch.tensor(2**53 + 1),
+    "model/four": torch.randn(2, 2, 1, 3).half(),
+}
+
+
+def spread(folder: Path, world: int) -> Path:
+    """A checkpoint of ``world`` ranks, each with rows of the matrix; rank 0 with the rest, which all repeat."""
+    aside = folder / "aside"
+    aside.mkdir(parents=True)
+    files = {}
+    for rank in range(world):
+        rows = LOGICAL["model/matrix"].tensor_split(world)
+        piece = Piece(rows[rank], 3 * sum(len(part) for part in rows[:rank]), (7, 3))
+        rest = {key: value for key, value in LOGICAL.items() if rank == 0 or key == "model/vector"}
+        name = f"rank-{rank:05d}.safetensors"
+        files[name] = write_file(aside / name, pack({**rest, "model/matrix": piece}))
+    files["state.json"] = write_file(aside / "state.json", b'{"step": 4}')
+    commit(aside, folder / "step-00000004", step=4, digest="d", world=world, files=files)
+    return folder / "step-00000004"
+
+
+def tensors_of(folder: Path) -> PieceReader:
+    return PieceReader(sorted(folder.glob("*.safetensors")))
+
+
+def same(found: Any, expected: Any) -> bool:
+    return found.keys() == expected.keys() and all(
+        found[key].dtype == value.dtype and found[key].shape == value.shape and torch.equal(found[key], value)
+        for key, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 30])
+def test_every_tensor_keeps_its_bits_dtype_and_shape(world: int, ranks: int, tmp_path: Path) -> None:
+    source, out = spread(tmp_path, world), tmp_path / "deep" / "converted"
+    convert(source, out, ranks=ranks)
+    assert verify(out) is None
+    assert same(dict(tensors_of(out)), LOGICAL)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["step"], manifest["recipe"], manifest["world"]) == (4, "d", ranks)
+    assert (out / "state.json").read_bytes() == (source / "state.json").read_bytes()
+    assert [path.name for path in out.parent.iterdir()] == ["converted"]
+    sizes = [
+        tensor.numel() for file in sorted(out.glob("rank*")) for key, tensor in load_file(file).items() if "ma" in key
+    ]
+    assert sum(sizes) == 21 + 1  # no element twice
+    assert max(sizes) == -(-21 // ranks)
+    assert verify(source) is None
+
+
+def test_one_file_needs_safetensors_alone(tmp_path: Path) -> None:
+    convert(spread(tmp_path, 3), tmp_path / "out")
+    assert sorted(file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".safetensors") == [
+        "rank-00000.safetensors"
+    ]
+    assert same(load_file(tmp_path / "out" / "rank-00000.safetensors"), LOGICAL)
+
+
+def test_a_phase_resumes_with_the_same_bits_from_what_was_converted(mine: Any, trained: Any, tmp_path: Path) -> None:
+    folder = mine.run.phase("incubate", 1)
+    for path in (folder.artifact, step(mine, 12, "modules/01")):
+        shutil.rmtree(path)
+    (folder.path / "DONE").unlink()
+    original = step(mine, 8, "modules/01")
+    converted = run("checkpoint", "convert", original, tmp_path / "three", "--ranks", 3)
+    assert converted.wait() == 0, converted.err
+    assert converted.out == f"{tmp_path / 'three'}: the checkpoint of {original} as 3 files of tensors\n"
+    shutil.rmtree(original)
+    (tmp_path / "three").rename(original)
+    mine.train("incubate", 1)
+    assert [row["step"] for row in mine.log("incubate", 1)] == [2, 4, 6, 8, 10, 12]
+    assert len(folder.attempts()) == 2
+    assert same(mine.weights("incubate", 1), trained.weights("incubate", 1))
+    assert same(dict(tensors_of(step(mine, 12, "modules/01"))), dict(tensors_of(step(trained, 12, "modules/01"))))
+
+
+def test_nothing_is_unpickled_and_no_rank_is_asked(tmp_path: Path) -> None:
+    source = spread(tmp_path, 3)
+    for words in (["list", tmp_path], ["verify", source], ["convert", source, tmp_path / "out"]):
+        ended = run("checkpoint", *words, before=no_pickles)
+        assert ended.wait() == 0, ended.err
+
+
+def no_pickles() -> None:
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    for owner, names in ((pickle, ("load", "loads", "Unpickler")), (torch, ("load",))):
+        for name in names:
+            setattr(owner, name, die)
+    torch.distributed.init_process_group = die
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = spread(tmp_path, 3)
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name == "state.json":
+            raise OSError(28, "No space left on device", str(path))
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert verify(source) is None
