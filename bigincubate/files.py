@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +59,24 @@ def append_line(path: Path, value: Any) -> None:
         os.close(handle)
 
 
+def write_hashed(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
+    """Write bytes-like ``chunks`` one after the other, hashing them on the way, and fsync.
+
+    Returns:
+        What a manifest says of the file: ``size`` (bytes) and ``sha256``.
+    """
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for chunk in chunks:
+            digest.update(chunk)
+            size += file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
 def fsync_dir(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def fsync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

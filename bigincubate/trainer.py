@@ -186,8 +186,12 @@ class Trainer:
         batches = self.stream.batches(state.step)
         clock = time.perf_counter()
         while state.step < self.total:
-            if self.env.any(bool(self.stop)):
+            stop, failed = self.env.any(bool(self.stop), self.checkpoints.failed)
+            if failed:
+                self.checkpoints.wait()
+            if stop:
                 self.save(clock)
+                self.checkpoints.wait()
                 raise Preempted(f"{self.row.title}: stopped at step {state.step} of {self.total} with a checkpoint")
             waiting = time.perf_counter()
             batch = next(batches)
@@ -211,7 +215,7 @@ class Trainer:
                 values |= scored(self.evaluate())
                 meter.restart()
             if values:
-                self.metrics.log(state.step, values)
+                self.metrics.log(state.step, values | self.checkpoints.figures())
                 self.check_finite()
             if state.step % every == 0:
                 clock = self.save(clock)
@@ -269,7 +273,7 @@ class Trainer:
             )
 
     def save(self, clock: float) -> float:
-        """Commit a checkpoint. Gives the time, from which the next stretch of training counts."""
+        """Begin a checkpoint. Gives the time, from which the next stretch of training counts."""
         self.check_finite()
         self.metrics.flush()
         now = time.perf_counter()
@@ -281,7 +285,7 @@ class Trainer:
             tensors = self.sharding.save()
             # a rank averages what it trains, and writes the average of what it writes
             tensors |= {key: value for key, value in self.ema.save().items() if f"model/{key[4:]}" in tensors}
-            self.checkpoints.save(self.state.step, tensors, asdict(self.state))
+            self.checkpoints.start(self.state.step, tensors, asdict(self.state))
             self.saved = self.state.step
         return now
 
@@ -317,7 +321,8 @@ class Trainer:
     def finish(self) -> dict[str, Any]:
         """Evaluate, hand on the artifact, give the result."""
         scores = self.evaluate()
-        self.metrics.log(self.state.step, self.state.last | scored(scores))
+        self.checkpoints.wait()
+        self.metrics.log(self.state.step, self.state.last | scored(scores) | self.checkpoints.figures())
         module = self.row.module
         export = self.recipe.section(self.row.phase).export
         if export == "ema":

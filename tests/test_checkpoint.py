@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from bigincubate.checkpoint import store
 from bigincubate.checkpoint.manager import CheckpointManager, verify
+from bigincubate.checkpoint.pieces import PieceReader, snapshot, write_pieces
 from bigincubate.checkpoint.store import Manifest, ModelSpec, check_module, load_artifact, save_artifact
 from bigincubate.cluster.env import RunEnv
 from bigincubate.errors import ArtifactError, DamagedError, EnvironmentFault
@@ -150,15 +153,56 @@ def test_a_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> No
 def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = saved(tmp_path, 4)
 
-    def full(path: Path, data: bytes) -> int:
+    def full(path: Path, *_: Any) -> Any:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(EnvironmentFault, match=r"step 8 not written: .*No space left.*earlier ones are intact"):
         checkpoints.save(8, tensors(8), {"step": 8})
     monkeypatch.undo()
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000004"]
     assert verify(checkpoints.folder / "step-00000004") is None
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was saved is what the tensors were, although they change meanwhile; a second save waits for the first."""
+    checkpoints, disk = manager(tmp_path), threading.Event()
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (disk.wait(), fsync(handle))[1])
+    weights = torch.zeros(3)
+    checkpoints.start(1, {"model/w": weights}, {"step": 1})
+    weights += 1
+    assert checkpoints.steps() == []
+    assert not checkpoints.failed
+    threading.Timer(0.2, disk.set).start()
+    checkpoints.start(2, {"model/w": weights}, {"step": 2})
+    assert checkpoints.steps()[0] == 1
+    assert checkpoints.figures()["checkpoint/blocked_ms"] > 100  # the disk was slow
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 2]
+    for step in (1, 2):
+        reader = PieceReader([checkpoints.folder / f"step-{step:08d}" / "rank-00000.safetensors"])
+        assert torch.equal(reader["model/w"], torch.full((3,), float(step - 1)))
+
+
+def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    written = {
+        "b": torch.tensor(True),
+        "half": torch.randn(3, 5).bfloat16(),
+        "none": torch.empty(0, 4),
+        "number": torch.tensor(2**40),
+        "w": torch.randn(2, 3).t(),
+    }
+    entry = write_pieces(tmp_path / "file", snapshot(written))
+    data = (tmp_path / "file").read_bytes()
+    assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    found = load_file(tmp_path / "file")
+    assert found.keys() == written.keys()
+    for name, tensor in written.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
 
 
 class Died(BaseException):
@@ -180,7 +224,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> list[str]:
 
         monkeypatch.setattr(owner, name, call)
 
-    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "write_bytes"), (Path, "rename"), (Path, "unlink")):
+    for owner, name in ((os, "fsync"), (os, "replace"), (Path, "open"), (Path, "rename"), (Path, "unlink")):
         dying(owner, name)
     dying(shutil, "rmtree")
     return calls

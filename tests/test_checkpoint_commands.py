@@ -17,10 +17,11 @@ from forked import run
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bigincubate.checkpoint.manager import CheckpointManager, commit, verify, write_file
+from bigincubate.checkpoint.manager import CheckpointManager, commit, verify
 from bigincubate.checkpoint.offline import convert, survey
-from bigincubate.checkpoint.pieces import Piece, PieceReader, pack
+from bigincubate.checkpoint.pieces import Piece, PieceReader, snapshot, write_pieces
 from bigincubate.cluster.env import RunEnv
+from bigincubate.files import write_hashed
 
 Labs = Callable[..., Any]
 
@@ -146,8 +147,8 @@ def spread(folder: Path, world: int) -> Path:
         piece = Piece(rows[rank], 3 * sum(len(part) for part in rows[:rank]), (7, 3))
         rest = {key: value for key, value in LOGICAL.items() if rank == 0 or key == "model/vector"}
         name = f"rank-{rank:05d}.safetensors"
-        files[name] = write_file(aside / name, pack({**rest, "model/matrix": piece}))
-    files["state.json"] = write_file(aside / "state.json", b'{"step": 4}')
+        files[name] = write_pieces(aside / name, snapshot({**rest, "model/matrix": piece}))
+    files["state.json"] = write_hashed(aside / "state.json", [b'{"step": 4}'])
     commit(aside, folder / "step-00000004", step=4, digest="d", world=world, files=files)
     return folder / "step-00000004"
 
@@ -227,14 +228,14 @@ def no_pickles() -> None:
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = spread(tmp_path, 3)
-    write = Path.write_bytes
+    opened = Path.open
 
-    def full(path: Path, data: bytes) -> int:
-        if path.name == "state.json":
+    def full(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        if path.name == "state.json" and "w" in mode:
             raise OSError(28, "No space left on device", str(path))
-        return write(path, data)
+        return opened(path, mode, *rest, **options)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="No space left"):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]

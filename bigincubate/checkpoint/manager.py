@@ -1,5 +1,8 @@
 """Resume checkpoints: written aside, hashed, committed last, verified before they are read.
 
+Training waits for the copy to the host alone; a thread of each rank writes. One save is under way at a time: where the
+disk is slower than the training, the next save waits for it.
+
 ::
 
     checkpoints/step-00000500/
@@ -18,6 +21,8 @@ import hashlib
 import json
 import re
 import shutil
+import threading
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,8 +33,8 @@ from torch import Tensor
 
 from ..cluster.env import RunEnv, stderr
 from ..errors import ArtifactError, DamagedError, EnvironmentFault
-from ..files import fsync_dir, fsync_file, sha256, write_text
-from .pieces import Piece, PieceReader, pack
+from ..files import fsync_dir, sha256, write_hashed, write_text
+from .pieces import Piece, PieceReader, snapshot, write_pieces
 
 STEP = re.compile(r"step-(\d{8,})")
 MARKER = "COMMITTED"
@@ -55,6 +60,10 @@ class CheckpointManager:
 
     def __init__(self, folder: Path, env: RunEnv, *, digest: str, keep: int = 2) -> None:
         self.folder, self.env, self.digest, self.keep = folder, env, digest, keep
+        self._apart = env.apart()  # saves talk beside the training
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+        self._figures: dict[str, float] = {}
         if env.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             committed = {self._at(step) for step in self.steps()}
@@ -65,41 +74,87 @@ class CheckpointManager:
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def save(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
-        """Commit a checkpoint of ``step``: what this rank holds (it may be nothing), and ``state`` from rank 0.
+    def start(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
+        """Begin a checkpoint of ``step``: what this rank holds (it may be nothing), and ``state`` from rank 0. Copied
+        to the host before this returns, written and committed while training goes on. On all ranks together.
 
         Raises:
-            EnvironmentFault: some rank could not write; no checkpoint was changed.
+            EnvironmentFault: the save before, which is awaited first, failed.
         """
+        began = time.perf_counter()
+        self.wait()
+        pieces, text = snapshot(tensors), json.dumps(state, indent=1)
+        self._thread = threading.Thread(target=self._run, args=(step, pieces, text), daemon=True)
+        self._thread.start()
+        self._figures["checkpoint/blocked_ms"] = 1e3 * (time.perf_counter() - began)
+
+    def wait(self) -> None:
+        """Until the last save is committed. On all ranks together.
+
+        Raises:
+            EnvironmentFault: some rank could not write; earlier checkpoints are as they were.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise problem
+
+    def save(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
+        """:meth:`start` and :meth:`wait`."""
+        self.start(step, tensors, state)
+        self.wait()
+
+    @property
+    def failed(self) -> bool:
+        """Whether :meth:`wait` would raise. A rank may know before the others do."""
+        return self._problem is not None
+
+    def figures(self) -> dict[str, float]:
+        """Of saves since the last call: how long training was blocked, this rank's bytes a second."""
+        figures, self._figures = self._figures, {}
+        return figures
+
+    def _run(self, step: int, pieces: dict[str, Piece], state: str) -> None:
+        try:
+            self._save(step, pieces, state)
+        except BaseException as error:  # for the thread that waits
+            self._problem = error
+
+    def _save(self, step: int, pieces: dict[str, Piece], state: str) -> None:
+        began, env = time.perf_counter(), self._apart
         final = self.folder / f"step-{step:08d}"
-        aside = self.folder / self.env.broadcast(f".saving-{step:08d}-{uuid.uuid4().hex[:8]}")
+        aside = self.folder / env.broadcast(f".saving-{step:08d}-{uuid.uuid4().hex[:8]}")
         files: dict[str, dict[str, Any]] = {}
         problem = ""
         try:
             aside.mkdir(exist_ok=True)
-            if tensors:
-                name = f"rank-{self.env.rank:05d}.safetensors"
-                files[name] = write_file(aside / name, pack(tensors))
-            if self.env.is_main:
-                files["state.json"] = write_file(aside / "state.json", json.dumps(state, indent=1).encode())
+            if pieces:
+                name = f"rank-{env.rank:05d}.safetensors"
+                files[name] = write_pieces(aside / name, pieces)
+            if env.is_main:
+                files["state.json"] = write_hashed(aside / "state.json", [state.encode()])
         except OSError as error:
             problem = f"{error.filename or aside}: {error.strerror}"
-        reports = self.env.gather((files, problem))
+        reports = env.gather((files, problem))
         problems = [text for _, text in reports if text]
-        if not problems and self.env.is_main:
+        if not problems and env.is_main:
             try:
                 if final.exists():  # of an attempt that died before its marker
                     shutil.rmtree(final)
                 entries = {name: entry for report, _ in reports for name, entry in sorted(report.items())}
-                commit(aside, final, step=step, digest=self.digest, world=self.env.world, files=entries)
+                commit(aside, final, step=step, digest=self.digest, world=env.world, files=entries)
                 self._prune(step)
             except OSError as error:
                 problems = [f"{error.filename or final}: {error.strerror}"]
-        problems = self.env.broadcast(problems)
+        problems = env.broadcast(problems)
         if problems:
-            if self.env.is_main:
+            if env.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
             raise EnvironmentFault(f"checkpoint of step {step} not written: {problems[0]}; earlier ones are intact")
+        if written := sum(entry["size"] for entry in files.values()):
+            self._figures["checkpoint/mib_per_sec"] = written / 2**20 / (time.perf_counter() - began)
 
     def _prune(self, newest: int) -> None:
         """Keep the newest; those beyond ``newest`` were damaged, or training would have gone on from there."""
@@ -155,11 +210,11 @@ def commit(aside: Path, final: Path, *, step: int, digest: str, world: int, file
     """Make the files in ``aside`` the checkpoint ``final``, which must not be there: manifest, rename, marker.
 
     Args:
-        files: size and SHA-256 of each, as :func:`write_file` gave them.
+        files: size and SHA-256 of each.
     """
     manifest = {"format": 1, "step": step, "recipe": digest, "world": world, "files": files}
     text = json.dumps(manifest, indent=1)
-    write_file(aside / "manifest.json", text.encode())
+    write_hashed(aside / "manifest.json", [text.encode()])
     fsync_dir(aside)
     aside.rename(final)
     fsync_dir(final.parent)
@@ -187,10 +242,3 @@ def verify(folder: Path) -> str | None:
 def _read(path: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(path.read_text())
     return value
-
-
-def write_file(path: Path, data: bytes) -> dict[str, Any]:
-    """Write and fsync. Gives what a manifest says of the file."""
-    path.write_bytes(data)
-    fsync_file(path)
-    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, ConfigError, DamagedError
-from ..files import read_json
-from .manager import MARKER, commit, verify, write_file
-from .pieces import Piece, PieceReader, pack
+from ..files import read_json, write_hashed
+from .manager import MARKER, commit, verify
+from .pieces import Piece, PieceReader, write_pieces
 
 NAME = re.compile(r"(?:step|\.saving)-(\d{8,}).*")
 PLACES = ("*", "checkpoints/*", "*/checkpoints/*", "modules/*/checkpoints/*")  # as seen from a phase's folder, a run's
@@ -87,8 +87,8 @@ def convert(source: Path, out: Path, *, ranks: int = 1) -> None:
         for rank in range(ranks):
             if pieces := share(tensors, rank, ranks):
                 name = f"rank-{rank:05d}.safetensors"
-                files[name] = write_file(aside / name, pack(pieces))
-        files["state.json"] = write_file(aside / "state.json", (source / "state.json").read_bytes())
+                files[name] = write_pieces(aside / name, pieces)
+        files["state.json"] = write_hashed(aside / "state.json", [(source / "state.json").read_bytes()])
         commit(aside, out, step=manifest["step"], digest=manifest["recipe"], world=ranks, files=files)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

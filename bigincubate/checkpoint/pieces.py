@@ -12,14 +12,27 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import ArtifactError
+from ..files import write_hashed
 
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 LAYOUT = "layout"  # in a file's header: {key: [offset, whole shape]}, for pieces that are not whole
 
 
@@ -37,20 +50,33 @@ def whole(tensor: Tensor) -> Piece:
     return Piece(tensor.detach(), 0, tuple(tensor.shape))
 
 
-def pack(pieces: Mapping[str, Tensor | Piece]) -> bytes:
-    """A rank's pieces as one safetensors file. A plain tensor is a whole one."""
-    layout = {
-        key: [piece.offset, list(piece.shape)]
-        for key, piece in pieces.items()
-        if isinstance(piece, Piece) and tuple(piece.tensor.shape) != tuple(piece.shape)
-    }
-    tensors = {}
-    for key, piece in pieces.items():
-        tensor = piece.tensor if isinstance(piece, Piece) else piece
-        tensors[key] = tensor.detach().to("cpu").contiguous()
-        if key in layout:
-            tensors[key] = tensors[key].flatten()
-    return save(tensors, metadata={LAYOUT: json.dumps(layout)})
+def snapshot(pieces: Mapping[str, Tensor | Piece]) -> dict[str, Piece]:
+    """Copies on the host: what happens to the tensors afterwards does not reach them."""
+    copies = {}
+    for key, value in pieces.items():
+        piece = value if isinstance(value, Piece) else whole(value)
+        tensor = piece.tensor.detach()
+        copies[key] = Piece(tensor.to("cpu", copy=True).contiguous(), piece.offset, tuple(piece.shape))
+    return copies
+
+
+def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
+    """A rank's pieces on the host as one safetensors file, written and hashed without another copy in memory (which the
+    library's own writer makes). Gives what a manifest says of the file."""
+    layout, header, tensors, at = {}, {}, [], 0
+    # wide types first: each tensor then begins at a multiple of its element's size
+    for key, piece in sorted(pieces.items(), key=lambda item: (-item[1].tensor.element_size(), item[0])):
+        tensor = piece.tensor.contiguous()
+        if tuple(tensor.shape) != tuple(piece.shape):
+            layout[key] = [piece.offset, list(piece.shape)]
+            tensor = tensor.flatten()
+        size = tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        tensors.append(tensor.reshape(-1).view(torch.uint8).numpy())
+        at += size
+    text = json.dumps({"__metadata__": {LAYOUT: json.dumps(layout)}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    return write_hashed(path, [len(text).to_bytes(8, "little"), text, *tensors])
 
 
 class PieceReader(Mapping[str, Tensor]):

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..files import fsync_dir, fsync_file, read_json, sha256, write_json
+from ..files import fsync_dir, read_json, sha256, write_json
+from .pieces import whole, write_pieces
 
 WEIGHTS = "weights.safetensors"
 
@@ -57,9 +58,8 @@ def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) 
     """Write an artifact whole or not at all, in place of any older one. Returns the manifest with its digest."""
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     aside.mkdir(parents=True)
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, aside / WEIGHTS)
-    fsync_file(aside / WEIGHTS)
-    manifest = manifest.model_copy(update={"digest": sha256(aside / WEIGHTS)})
+    entry = write_pieces(aside / WEIGHTS, {key: whole(value.cpu()) for key, value in tensors.items()})
+    manifest = manifest.model_copy(update={"digest": entry["sha256"]})
     write_json(aside / "manifest.json", manifest.model_dump())
     if folder.exists():
         shutil.rmtree(folder)

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -68,13 +68,17 @@ class RunEnv:
             self.control = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
         return self
 
-    def any(self, flag: bool) -> bool:
-        """Whether any rank says yes."""
+    def apart(self) -> RunEnv:
+        """The same ranks, with a channel of their own for another thread to talk on. On all ranks together."""
+        return self if self.world == 1 else replace(self, control=dist.new_group(backend="gloo"))
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Of each flag, whether any rank says yes."""
         if self.world == 1:
-            return flag
-        vote = torch.tensor(int(flag))
-        dist.all_reduce(vote, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(vote)
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(bool(vote) for vote in votes)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value (numbers, strings, lists, dictionaries)."""
