@@ -156,9 +156,7 @@ def test_where_one_cannot_be_started_none_stays(tmp_path: Path) -> None:
     (tmp_path / "1.log").mkdir()
     with pytest.raises(IsADirectoryError):
         told(tmp_path, "waits", "waits")
-    assert not [
-        pid for pid, _ in children(os.getpid()) if AS_TOLD.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    assert not [pid for pid in children(os.getpid()) if AS_TOLD.encode() in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
