@@ -45,7 +45,7 @@ def deepspeed_config(sharding: Sharding, train: Train, *, world: int, micro_batc
         ConfigError: naming file and key, where the file contradicts the recipe, or cannot be read.
     """
     file = Path(sharding.deepspeed_config or str(shipped(sharding.strategy)))
-    config = _read(file)
+    config = read(file)
     share = train.batch_size // world
     recipes = {
         "train_batch_size": (train.batch_size, "train.batch_size"),
@@ -86,7 +86,7 @@ def shipped(strategy: str) -> Path:
     return Path(str(resources.files("bigincubate") / "ds_configs" / f"{strategy}.json"))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
