@@ -69,11 +69,12 @@ def plan(
         return
     from .tables import plan_table, sharding_tables
 
-    console().print(plan_table(counted), *sharding_tables(counted), sep="\n\n")
+    for table in (plan_table(counted), *sharding_tables(counted)):
+        console().print(table, "")
     own, baseline = counted["incubation_flops"], counted["end_to_end_flops"]
     ratio = f"{own / baseline:.3f} times" if baseline else "no"
     say(
-        f"\nincubation: {own / 1e15:.4g} PFLOPs in all, {100 * counted['finetune_share']:.1f}% of them fine-tuning;"
+        f"incubation: {own / 1e15:.4g} PFLOPs in all, {100 * counted['finetune_share']:.1f}% of them fine-tuning;"
         f" {ratio} end-to-end training's {baseline / 1e15:.4g}"
     )
 

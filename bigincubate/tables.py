@@ -46,9 +46,10 @@ def plan_table(plan: dict[str, Any]) -> Table:
 def sharding_tables(plan: dict[str, Any]) -> list[Table]:
     """What a rank holds, and what travels in a step. Modules that differ in nothing share a line."""
     names = list(dict.fromkeys(each["strategy"] for row in plan["rows"] for each in row["sharding"]))
-    holds = _table(
-        "MiB a rank holds, and `act MiB` for each image of a micro-batch", ["phase", "ranks", "images", *names]
+    title = (
+        "MiB that a rank holds, DeepSpeed's fixed buckets included; besides, `act MiB` for each image of a micro-batch"
     )
+    holds = _table(title, ["phase", "ranks", "images", *names])
     sends = _table("MiB that travel in a step (whole tensors in collectives)", ["phase", "ranks", *names])
     lines: dict[tuple[str, int], tuple[list[str], list[str]]] = {}
     for row in plan["rows"]:

@@ -151,3 +151,24 @@ def test_zero_leaves_out_what_it_refuses_and_one_process_is_alike_under_all(lab:
     assert found[0].sent == 0
     with pytest.raises(ConfigError, match="--world 3"):
         footprints(recipe, plan, rows, [3])
+
+
+def test_modules_that_are_alike_share_a_line_and_refused_strategies_have_none() -> None:
+    from bigincubate.tables import sharding_tables
+
+    def row(title: str, total: int, *names: str) -> dict[str, Any]:
+        each = {"world": 2, "images": 8, "activations": 2**20, "total": total * 2**20, "sent": 2**20}
+        return {"title": title, "sharding": [{**each, "strategy": name} for name in names]}
+
+    rows = [row("meta model", 3, "ddp"), row("module 0", 5, "ddp", "zero1"), row("module 1", 5, "ddp", "zero1")]
+    held, sent = ([list(column.cells) for column in table.columns] for table in sharding_tables({"rows": rows}))
+    assert held == [["meta model", "module 0, 1"], ["2", "2"], ["8", "8"], ["2.0", "4.0"], ["-", "4.0"]]
+    assert sent[-2:] == [["1.0", "1.0"], ["-", "1.0"]]
+
+
+@pytest.mark.parametrize("world", ["two", "0", "1,,2", "-1"])
+def test_ranks_are_numbers(world: str) -> None:
+    from bigincubate.cli import plan
+
+    with pytest.raises(ConfigError, match="--world"):
+        plan("digits", world=world)
