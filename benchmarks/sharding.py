@@ -145,6 +145,11 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
         sharding.step(settings.train.clip_grad)
         ema.update()
 
+    if asked.phase == "finetune":  # which begins with a score of the assembled model
+        with torch.no_grad():
+            model.eval()(images)
+        model.train()
+    step()
     step()
     with Collectives() as collectives:
         step()

@@ -29,7 +29,8 @@ class Footprint:
     """Bytes on the rank that has the most of them; all of them together are never there at one moment.
 
     ``gradients``: when the last backward is over, or, with several micro-batches, whole, while they add up.
-    ``buckets``: in which DeepSpeed collects gradients to send them, of a fixed size (``reduce_bucket_size``).
+    ``buckets``: in which DeepSpeed collects gradients to send them, of a fixed size (``reduce_bucket_size``), and the
+    copy of one that it scatters.
     ``gathered``: whole weights beside the shares, while a forward or backward passes through them.
     ``activations``: kept for the backward of a micro-batch.
     """
@@ -143,7 +144,7 @@ def _footprint(
         "optimizer": most(strategy.state, own, state),
         "masters": most(strategy.masters, own, fp32),
         "average": most(strategy.average, own, fp32) if settings.ema.decay else 0,
-        "buckets": FP32 * strategy.buckets,
+        "buckets": FP32 * (strategy.buckets + min(strategy.copied, sum(whole(own, world, 0)))),
         "gathered": FP32 * strategy.gathered(every, tensors.units, world),
         "activations": planned.cost.activation_bytes * (share // micro_batches),
     }

@@ -115,7 +115,8 @@ def test_nothing_is_held_that_was_not_planned(ranks: Ranks, strategy: str, phase
 
 
 def test_a_bucket_of_zero_is_there_all_the_time_in_stage_3(ranks: Ranks) -> None:
-    assert ranks.planned["zero3", "pretrain"].buckets == 4 * BUCKET
+    planned = ranks.planned["zero3", "pretrain"]
+    assert 4 * BUCKET <= planned.buckets <= 4 * BUCKET + planned.weights + planned.gathered
     for outcome in ranks.found["zero3", "pretrain"]:
         assert 4 * BUCKET in outcome["held"]["rest"]
 

@@ -128,6 +128,7 @@ class Strategy:
     average: Share = whole
     gathered: Gathered = lambda tensors, units, world: 0
     buckets: int = 0  # elements, of fixed size
+    copied: int = 0  # elements at most: gradients copied once more to be sent
     travels: tuple[Travel, ...] = ()
 
 
@@ -201,6 +202,7 @@ def strategies(config: dict[str, Any], phase: str, micro_batches: int) -> dict[s
             average=even,
             gathered=lambda tensors, units, world: sum(size for size in whole(tensors, 1, 0) if size > limit),
             buckets=bucket,
+            copied=bucket,
             travels=(
                 Travel("all_gather", large, of="all", times=2 if again else 1, each="micro_batch"),
                 Travel("all_gather", small, of="all"),
