@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -40,26 +42,44 @@ CheckpointsArgument = Annotated[
 
 
 @app.command()
-def plan(recipe: RecipeArgument, sets: SetOption = None, as_json: JsonOption = False) -> None:
-    """What each phase and module costs: depths, parameters, FLOPs, memory, communication. Needs no data."""
+def plan(
+    recipe: RecipeArgument,
+    sets: SetOption = None,
+    world: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Numbers of ranks to plan for [default: 1, 2 and 8].")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What each phase and module costs: depths, parameters, FLOPs, memory, communication. Needs no data.
+
+    Memory and communication are those of a rank, under each sharding strategy."""
     from .config import load_recipe
 
     loaded = load_recipe(recipe, sets or ())
+    if world is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", world):
+        raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
+    from .footprint import footprints, shareable
     from .plan import cost_plan, make_plan, plan_json
     from .workflow import expected_samples
 
+    worlds = [int(ranks) for ranks in world.split(",")] if world else [n for n in (1, 2, 8) if shareable(loaded, n)]
     cut = make_plan(loaded)
-    counted = plan_json(loaded, cut, cost_plan(loaded, cut, expected_samples(loaded)))
+    rows = cost_plan(loaded, cut, expected_samples(loaded))
+    counted = plan_json(loaded, cut, rows)
+    spread = footprints(loaded, cut, rows, worlds)
+    for row in counted["rows"]:
+        row["sharding"] = [asdict(each) for each in spread[row["key"]]]
     if as_json:
         print(json.dumps(counted, indent=1))
         return
-    from .tables import plan_table
+    from .tables import plan_table, sharding_tables
 
-    console().print(plan_table(counted))
+    for table in (plan_table(counted), *sharding_tables(counted)):
+        console().print(table, "")
     own, baseline = counted["incubation_flops"], counted["end_to_end_flops"]
     ratio = f"{own / baseline:.3f} times" if baseline else "no"
     say(
-        f"\nincubation: {own / 1e15:.4g} PFLOPs in all, {100 * counted['finetune_share']:.1f}% of them fine-tuning;"
+        f"incubation: {own / 1e15:.4g} PFLOPs in all, {100 * counted['finetune_share']:.1f}% of them fine-tuning;"
         f" {ratio} end-to-end training's {baseline / 1e15:.4g}"
     )
 

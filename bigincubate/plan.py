@@ -42,6 +42,7 @@ from .models import (
     normalise_depths,
 )
 from .models.families import Family
+from .optim import trained
 
 Source = Literal["fresh", "meta", "module"]
 
@@ -189,14 +190,15 @@ def count_cost(row: PhasePlan, settings: Settings, family: Family) -> Cost:
         loss = model(torch.empty(image, device="meta")).sum()
         forward = counter.get_total_flops()
         loss.backward()
-    states = {"sgd": 0, "momentum": 1, "nesterov": 1, "lion": 1}.get(settings.optim.name, 2)
+    kept = trained(model, settings)
+    state = sum(tensor.each * math.prod(tensor.shape) + tensor.beside for tensor in kept)
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=trainable,
         forward_flops=forward,
         training_flops=counter.get_total_flops(),
         activation_bytes=saved_bytes(model, image),
-        optimizer_bytes=4 * trainable * (1 + states),
+        optimizer_bytes=4 * trainable + state,
         allreduce_bytes=4 * trainable,
     )
 

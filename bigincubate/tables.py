@@ -44,6 +44,50 @@ def plan_table(plan: dict[str, Any]) -> Table:
     return table
 
 
+def sharding_tables(plan: dict[str, Any]) -> list[Table]:
+    """What a rank holds, and what travels in a step. Modules that differ in nothing share a line."""
+    names = list(dict.fromkeys(each["strategy"] for row in plan["rows"] for each in row["sharding"]))
+    title = (
+        "MiB that a rank holds, DeepSpeed's fixed buckets included; besides, `act MiB` for each image of a micro-batch"
+    )
+    holds = _table(title, ["phase", "ranks", "images", *names])
+    sends = _table("MiB that travel in a step (whole tensors in collectives)", ["phase", "ranks", *names])
+    lines: dict[tuple[str, int], tuple[list[str], list[str]]] = {}
+    for row in plan["rows"]:
+        for world in dict.fromkeys(each["world"] for each in row["sharding"]):
+            found = {each["strategy"]: each for each in row["sharding"] if each["world"] == world}
+            one = next(iter(found.values()))
+            held = [_mib(found[name]["total"] - one["activations"]) if name in found else "-" for name in names]
+            sent = [_mib(found[name]["sent"]) if name in found else "-" for name in names]
+            lines[row["title"], world] = ([str(one["images"]), *held], sent)
+    for table, side in ((holds, 0), (sends, 1)):
+        for titles, world, cells in _merged({key: value[side] for key, value in lines.items()}):
+            if side == 0 or world > 1:
+                table.add_row(titles, str(world), *cells)
+    return [holds, sends]
+
+
+def _merged(lines: dict[tuple[str, int], list[str]]) -> list[tuple[str, int, list[str]]]:
+    """Phases one after another that are alike for every world become one: ``module 1, 2``."""
+    titles = list(dict.fromkeys(title for title, _ in lines))
+    worlds = list(dict.fromkeys(world for _, world in lines))
+    groups: list[list[str]] = []
+    for title in titles:
+        if groups and all(lines[title, world] == lines[groups[-1][0], world] for world in worlds):
+            groups[-1].append(title)
+        else:
+            groups.append([title])
+    return [
+        (", ".join([group[0], *(title.removeprefix("module ") for title in group[1:])]), world, lines[group[0], world])
+        for group in groups
+        for world in worlds
+    ]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f}"
+
+
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(title, result) of what is done, in the order of the pipeline."""
     rows = [("meta model", summary["meta"])]

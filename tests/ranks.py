@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bigincubate import trainer
 from bigincubate.cli import main
+from bigincubate.measure import Collectives, alive, held
 
 RANK = int(os.environ["RANK"])
 
@@ -61,6 +63,49 @@ def spoil(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> None:
     patch.setattr(trainer.Trainer, "step", spoiled)
 
 
+def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
+    """What this rank holds and sends in optimizer step ``at``: when the last micro-batch begins and when the backward
+    is over. ``rest`` lists what nobody is known to hold."""
+    init, step = trainer.Trainer.__init__, trainer.Trainer.step
+
+    def measured(self: trainer.Trainer) -> dict[str, Any]:
+        pieces = [piece.tensor for piece in self.ema.shards.values()]
+        parts = held(self.model, self.sharding.optimizer, pieces, self.ema.average.values())
+        known = {address for part in parts.values() for address in part}
+        rest = {address: size for address, size in alive(self.env.device).items() if address not in known}
+        sizes = {name: sum(part.values()) for name, part in parts.items()}
+        return sizes | {"rest": [size for size in rest.values() if size > 1024]}
+
+    def started(self: trainer.Trainer, *arguments: Any) -> None:
+        gc.collect()
+        gc.freeze()  # what was there before is not looked at
+        init(self, *arguments)
+
+    def watched(self: trainer.Trainer, batch: Any) -> Any:
+        if self.state.step != at:
+            return step(self, batch)
+        accumulating, update = self.sharding.accumulating, self.sharding.step
+
+        def last(is_last: bool) -> Any:
+            if is_last:
+                found["summed"] = measured(self)
+            return accumulating(is_last)
+
+        def over(max_norm: float) -> Any:
+            found["held"] = measured(self)
+            return update(max_norm)
+
+        with pytest.MonkeyPatch.context() as inner, Collectives() as collectives:
+            inner.setattr(self.sharding, "accumulating", last)
+            inner.setattr(self.sharding, "step", over)
+            ended = step(self, batch)
+        found["sent"] = dict(collectives.bytes)
+        return ended
+
+    patch.setattr(trainer.Trainer, "__init__", started)
+    patch.setattr(trainer.Trainer, "step", watched)
+
+
 def command(job: dict[str, Any]) -> dict[str, Any]:
     sys.argv = ["bigincubate", *job["words"]]
     outcome: dict[str, Any] = {}
@@ -71,6 +116,8 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
         patch.setattr(functional, "linear", functional.linear)  # ZeRO-3 puts its own there, for good
         if job.get("spoiled_rank") == RANK:
             spoil(patch, job)
+        if "watch" in job:
+            watch(patch, job["watch"], outcome)
         finish = trainer.Trainer.finish
 
         def watched(self: trainer.Trainer) -> Any:

@@ -186,10 +186,10 @@ def test_optimizers_that_are_let_through_treat_elements_alone(name: str) -> None
     torch.manual_seed(0)
     start, gradients = torch.randn(12), torch.randn(4, 12)
     whole, halves = [torch.nn.Parameter(start.clone())], [torch.nn.Parameter(part.clone()) for part in start.split(6)]
-    from bigincubate.sharding.zero import _client
+    from bigincubate.sharding.zero import client
 
     for parameters in (whole, halves):
-        optimizer = _client(create_optimizer_v2(parameters, opt=name, lr=0.1, weight_decay=0.1))
+        optimizer = client(create_optimizer_v2(parameters, opt=name, lr=0.1, weight_decay=0.1))
         for gradient in gradients:
             for parameter, part in zip(parameters, gradient.split(12 // len(parameters)), strict=True):
                 parameter.grad = part.clone()
@@ -201,10 +201,10 @@ def test_optimizers_that_are_let_through_treat_elements_alone(name: str) -> None
 def test_optimizers_that_need_whole_tensors_are_refused(name: str) -> None:
     from timm.optim import create_optimizer_v2
 
-    from bigincubate.sharding.zero import _client
+    from bigincubate.sharding.zero import client
 
     with pytest.raises(ConfigError, match="whole tensors"):
-        _client(create_optimizer_v2(torch.nn.Linear(3, 3), opt=name, lr=0.1))
+        client(create_optimizer_v2(torch.nn.Linear(3, 3), opt=name, lr=0.1))
 
 
 def test_without_deepspeed_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

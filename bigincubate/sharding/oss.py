@@ -45,6 +45,9 @@ class OptimizerStateSharding:
         self.optimizer = self.oss = OSS(plain.param_groups, optim=type(plain), **defaults)
         self.mine = {name: p for name, p in self.named.items() if self._owner(p) == self.env.rank}
         self.wrapped = ShardedDataParallel(model, self.oss)
+        # it moves the parameters into new buffers, which else would be in the first forward: after an average was made
+        # of the tensors that they were in before
+        self.wrapped.refresh_trainable()
         return self.wrapped
 
     def _owner(self, parameter: Tensor) -> int:

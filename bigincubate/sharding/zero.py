@@ -66,7 +66,7 @@ class Zero:
         """
         self.deepspeed = _import(self.env)
         self.model = model
-        self.optimizer = _client(make_optimizer(model))
+        self.optimizer = client(make_optimizer(model))
         trainable = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         shapes = {name: tuple(parameter.shape) for parameter, name in trainable.items()}
         self.engine, self.zero, _, _ = self.deepspeed.initialize(
@@ -190,7 +190,7 @@ def _import(env: RunEnv) -> Any:
     return deepspeed
 
 
-def _client(plain: Optimizer) -> Optimizer:
+def client(plain: Optimizer) -> Optimizer:
     """The optimizer that DeepSpeed runs on flat slices."""
     cautious = any(group.get("caution") for group in plain.param_groups)
     if type(plain) is Lamb and not cautious:

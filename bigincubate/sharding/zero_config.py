@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..config import Settings
+from ..config import Settings, Sharding
 from ..errors import ConfigError
 
 # What cannot be right here, or is not proven: the one value that a file may give.
@@ -45,9 +45,8 @@ def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> d
         ConfigError: naming file and key, where the file contradicts the recipe, or cannot be read.
     """
     sharding, train = settings.sharding, settings.train
-    given = sharding.deepspeed_config or sharding.strategy
-    file = known if (known := shipped(given)).exists() else Path(given)
-    config = _read(file)
+    file = config_file(sharding)
+    config = read(file)
     share = train.batch_size // world
     recipes = {
         "train_batch_size": (train.batch_size, "train.batch_size"),
@@ -83,12 +82,18 @@ def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> d
     }
 
 
+def config_file(sharding: Sharding) -> Path:
+    """``sharding.deepspeed_config``: a shipped name or a path; the strategy's own where nothing is said."""
+    given = sharding.deepspeed_config or sharding.strategy
+    return known if (known := shipped(given)).exists() else Path(given)
+
+
 def shipped(strategy: str) -> Path:
     """The file of that name that comes with the package: ``zero1`` … ``zero3``, ``zero3_offload``."""
     return Path(str(resources.files("bigincubate") / "ds_configs" / f"{strategy}.json"))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
