@@ -183,6 +183,7 @@ class Fsdp2(Section):
     replicas: Count = execution(1)  # cut over world / replicas ranks, the same on every replica (one a node, say)
     reshard_after_forward: bool = execution(True)  # false: gathered weights stay until the backward
     shard_frozen: bool = execution(False)  # true: frozen weights are cut too, and gathered in every forward
+    gather_bf16: bool = execution(False)  # true, with train.precision = "bf16": what is gathered is bf16
     cpu_offload: bool = execution(False)  # weights, gradients and optimizer state rest in host memory
 
 

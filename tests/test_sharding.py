@@ -21,9 +21,14 @@ pytest.importorskip("fairscale")
 Labs = Callable[..., Any]
 STRATEGIES = ["ddp", "fsdp2", "oss", "zero1", "zero2", "zero3"]
 PHASES = ["pretrain", "incubate", "finetune"]
-# fp32: another order of the same additions. bf16, whose 8 bits carry 4e-3: products of other shapes round elsewhere,
-# and fsdp2 gathers weights as bf16, those of norms too; measured 1e-4 in losses, 2e-3 in norms.
+# fp32: another order of the same additions. bf16, whose 8 bits carry 4e-3: products of other shapes round elsewhere.
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
+
+
+def tolerance(case: Case) -> float:
+    """Weights gathered as bf16: those of norms too, and what flows between blocks."""
+    return TOLERANCE[case.precision] * (4 if "sharding.fsdp2.gather_bf16=true" in case.more else 1)
+
 
 CHECKPOINTING = "sharding.activation_checkpointing"
 THINNED = [
@@ -38,15 +43,23 @@ THINNED = [
     Case("ddp", more=(f"{CHECKPOINTING}=every",)),
     Case("fsdp2", more=("sharding.fsdp2.shard_frozen=true", f"{CHECKPOINTING}=selective")),
     Case("fsdp2", more=("sharding.fsdp2.reshard_after_forward=false", "sharding.fsdp2.cpu_offload=true")),
+    Case("fsdp2", "incubate", "lamb", "bf16", more=("sharding.fsdp2.gather_bf16=true",)),
     Case("zero3", more=("sharding.deepspeed_config=zero3_offload", f"{CHECKPOINTING}=every")),
 ]
-FULL = [
-    Case(strategy, phase, optimizer, precision)
-    for strategy, phase, optimizer, precision in itertools.product(STRATEGIES, PHASES, OPTIMIZERS, TOLERANCE)
-] + [
-    Case(strategy, phase, more=(f"{CHECKPOINTING}={how}",))
-    for strategy, phase, how in itertools.product(STRATEGIES, PHASES, ("every", "selective"))
-]
+FULL = (
+    [
+        Case(strategy, phase, optimizer, precision)
+        for strategy, phase, optimizer, precision in itertools.product(STRATEGIES, PHASES, OPTIMIZERS, TOLERANCE)
+    ]
+    + [
+        Case(strategy, phase, more=(f"{CHECKPOINTING}={how}",))
+        for strategy, phase, how in itertools.product(STRATEGIES, PHASES, ("every", "selective"))
+    ]
+    + [
+        Case("fsdp2", phase, optimizer, "bf16", more=("sharding.fsdp2.gather_bf16=true",))
+        for phase, optimizer in itertools.product(PHASES, OPTIMIZERS)
+    ]
+)
 FOUR = [
     Case("fsdp2", "pretrain", "lamb", more=("sharding.fsdp2.replicas=2",)),
     Case("fsdp2", "incubate", more=("sharding.fsdp2.replicas=2", "sharding.fsdp2.shard_frozen=true")),
@@ -75,13 +88,13 @@ def four(lab: Labs, parity: Parity, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize("case", THINNED, ids=str)
 def test_losses_and_norms_are_those_of_one_process(parity: Parity, case: Case) -> None:
     """With augmentation, repeats, mixing, stochastic depth, clipping and four micro-batches a step."""
-    parity.check(case, TOLERANCE[case.precision])
+    parity.check(case, tolerance(case))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", FULL, ids=str)
 def test_twenty_steps_of_everything(full: Parity, case: Case) -> None:
-    full.check(case, TOLERANCE[case.precision])
+    full.check(case, tolerance(case))
 
 
 @pytest.mark.parametrize("case", FOUR, ids=str)

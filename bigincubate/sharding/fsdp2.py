@@ -32,8 +32,9 @@ from .state import load_optimizer, save_optimizer
 class FullyShard:
     """``fully_shard``, a block at a time.
 
-    In bf16 weights are gathered as bf16 and gradients reduced in fp32; what a rank holds and updates is fp32. The
-    residual stream stays as autocast has it: what enters a block is not cast.
+    In bf16 autocast does what it does elsewhere, to weights gathered in fp32. With ``gather_bf16`` they are gathered as
+    bf16, at half the bytes, gradients still reduced in fp32; then what enters a block is bf16 too, and norms compute in
+    it. What a rank holds and updates is fp32 in any case.
     """
 
     optimizer: Optimizer
@@ -48,8 +49,8 @@ class FullyShard:
         if env.world % choices.replicas:
             raise ConfigError(f"sharding.fsdp2.replicas = {choices.replicas} does not divide {env.world} ranks")
         self.policy = MixedPrecisionPolicy()
-        if precision == "bf16":
-            self.policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if choices.gather_bf16 and precision == "bf16":
+            self.policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
