@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/bigincubate run digits --run-dir $(RUN) --jobs $(JOBS)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -m "not full" -n $(TEST_JOBS)
+	$(BIN)/python -m pytest -m "not full" -n $(TEST_JOBS) --dist loadfile
 
 test-full: $(VENV)/.installed-dev
 	BIGINCUBATE_CIFAR100="$(DATA)" $(BIN)/python -m pytest -m full

@@ -152,6 +152,27 @@ def test_every_strategy_goes_on_from_the_checkpoint_of_another(
         assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=1e-5), key
 
 
+@pytest.mark.full
+def test_four_ranks_hand_over_to_two_and_two_to_one(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Each strategy starts, the one after it goes on with half the ranks, and one process ends."""
+    single = lab(*LOUD, *OPTIMIZERS["lamb"])
+    single.train("pretrain")
+    runs = {strategy: lab(*LOUD, *OPTIMIZERS["lamb"]) for strategy in STRATEGIES}
+    for world, turn in ((4, 0), (2, 1)):
+        jobs = []
+        for index, handed in enumerate(runs.values()):
+            chosen = f"sharding.strategy={STRATEGIES[(index + turn) % len(STRATEGIES)]}"
+            words = handed.command("pretrain", None, "--set", chosen)
+            jobs.append({"words": [str(word) for word in words], "spoiled_rank": 0, "signal_at": 4 * turn + 3})
+        outcomes = launch(tmp_path_factory.mktemp(str(world)), jobs, world)
+        assert [[outcome["code"] for outcome in each] for each in outcomes] == [[75] * world] * len(runs), outcomes
+    for handed in runs.values():
+        handed.train("pretrain")
+        found, expected = handed.log("pretrain"), single.log("pretrain")
+        assert [row["step"] for row in found] == list(range(1, 13))
+        assert [row["train/loss"] for row in found] == pytest.approx([r["train/loss"] for r in expected], rel=1e-5)
+
+
 def test_modules_of_different_strategies_assemble(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Four modules, four strategies, one meta model; then fine-tuning under a fifth."""
     sets = ["plan.target_depths=[2, 2, 2, 2]", "plan.meta_depths=[1, 1, 1, 1]", "train.max_steps=3"]
