@@ -83,6 +83,11 @@ def make_sharding(settings: Settings, env: RunEnv, micro_batches: int = 1) -> Sh
         raise ConfigError(
             'sharding.strategy = "zero3" fails or hangs with train.compile; use "fsdp2", or do not compile'
         )
+    if chosen.strategy == "zero3" and chosen.activation_checkpointing == "selective":
+        # weights are gathered inside of what is computed twice, differently each time
+        raise ConfigError(
+            'sharding.strategy = "zero3" fails with activation_checkpointing = "selective"; use "every", or "fsdp2"'
+        )
     if chosen.strategy.startswith("zero"):
         from .zero_config import deepspeed_config
 
