@@ -202,7 +202,7 @@ def test_what_cannot_be_right_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"zero3.*train\.compile"):
         make_sharding(Settings(sharding=Sharding(strategy="zero3"), train=Train(compile=True)), RunEnv(world=2))
     half = Settings(sharding=Sharding(strategy="zero3", activation_checkpointing="selective"))
-    with pytest.raises(ConfigError, match="zero3.*selective"):
+    with pytest.raises(ConfigError, match=r"zero3.*selective"):
         make_sharding(half, RunEnv(world=2))
     with pytest.raises(ConfigError, match="Input should be 'none', 'ddp'"):
         load_recipe("digits", ["sharding.strategy=fsdp1"])
