@@ -16,6 +16,7 @@
         artifact/                     what the phase hands on: weights.safetensors, manifest.json
         metrics.jsonl  tb/  logs/
         attempts/1.json               running, preempted, failed or done
+        owners/1.json                 whose the folder is; the last one counts
         DONE                          the result; last thing written
 """
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .adascale import AdaScale
-from .checkpoint.lock import owned
+from .checkpoint.lock import Claim, owned
 from .checkpoint.manager import Checkpoint, CheckpointManager
 from .checkpoint.store import Manifest, ModelSpec, save_artifact
 from .cluster.env import RunEnv
@@ -58,25 +58,28 @@ def train(
     Raises:
         Preempted: asked to stop; a checkpoint is there.
         NonFiniteError: more steps than allowed had a gradient that is not finite.
-        LockedError: another live process trains this phase.
+        LockedError: another live process trains this phase, or has taken it over.
     """
     folder = run.phase(row.phase, row.module)
     if (result := env.broadcast(folder.result)) is not None:
         return result
-    with owned(folder.path, env), StopFlag() as stop:
+    with owned(folder.path, env) as claim, StopFlag() as stop:
         attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))
         record = _recorder(folder, attempt, planned, enabled=env.is_main)
         record("running")
         try:
-            result = Trainer(recipe, plan, row, planned, run, data, env, stop).run()
+            result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim).run()
         except Preempted:
             record("preempted")
             raise
         except BaseException as error:
             record("failed", error=str(error) if isinstance(error, BigincubateError) else repr(error))
             raise
+        with env.first():
+            if env.is_main:
+                claim.check()
+                folder.finish(result)
         if env.is_main:
-            folder.finish(result)
             run.note("done", phase=row.key, **{key: result[key] for key in ("top1", "steps", "seconds")})
         record("done")
         env.barrier()
@@ -102,8 +105,10 @@ class Trainer:
         data: DatasetInfo,
         env: RunEnv,
         stop: StopFlag,
+        claim: Claim | None = None,
     ) -> None:
         self.recipe, self.row, self.planned, self.run_dir, self.env, self.stop = recipe, row, planned, run, env, stop
+        self.claim = claim or Claim()
         self.settings: Settings = recipe.settings(row.phase)
         self.folder = run.phase(row.phase, row.module)
         self.total = planned.steps
@@ -153,7 +158,7 @@ class Trainer:
         self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.stream.steps_per_epoch)
         self.masked = sum(path.rate > 0 for path in drop_paths(self.model)) and len(drop_paths(self.model))
         self.checkpoints = CheckpointManager(
-            self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep
+            self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep, claim=self.claim
         )
         self.state = TrainState()
         self.saved = -1  # step of the newest checkpoint
@@ -186,9 +191,10 @@ class Trainer:
         batches = self.stream.batches(state.step)
         clock = time.perf_counter()
         while state.step < self.total:
-            stop, failed = self.env.any(bool(self.stop), self.checkpoints.failed)
-            if failed:
+            stop, failed, lost = self.env.any(bool(self.stop), self.checkpoints.failed, self.claim.lost)
+            if failed or lost:
                 self.checkpoints.wait()
+                self.check_claim()
             if stop:
                 self.save(clock)
                 self.checkpoints.wait()
@@ -215,7 +221,7 @@ class Trainer:
                 values |= scored(self.evaluate())
                 meter.restart()
             if values:
-                self.metrics.log(state.step, values | self.checkpoints.figures())
+                self.log(values)
                 self.check_finite()
             if state.step % every == 0:
                 clock = self.save(clock)
@@ -263,6 +269,21 @@ class Trainer:
             **({"train/gain": self.adascale.gain} if self.adascale else {}),
             **meter.read(),
         }
+
+    def log(self, values: dict[str, float]) -> None:
+        """Numbers of this step, unless the log is somebody else's by now."""
+        if self.claim.held():
+            self.metrics.log(self.state.step, values | self.checkpoints.figures())
+
+    def check_claim(self) -> None:
+        """On all ranks together.
+
+        Raises:
+            LockedError: this phase was taken over.
+        """
+        with self.env.first():
+            if self.env.is_main:
+                self.claim.check()
 
     def check_finite(self) -> None:
         allowed = self.settings.train.max_nonfinite
@@ -322,7 +343,7 @@ class Trainer:
         """Evaluate, hand on the artifact, give the result."""
         scores = self.evaluate()
         self.checkpoints.wait()
-        self.metrics.log(self.state.step, self.state.last | scored(scores) | self.checkpoints.figures())
+        self.log(self.state.last | scored(scores))
         module = self.row.module
         export = self.recipe.section(self.row.phase).export
         if export == "ema":
@@ -330,8 +351,9 @@ class Trainer:
         tensors = self.sharding.full_state_dict()
         if module is not None:
             tensors = rename_to_target(tensors, self.task, module)
-        if self.env.is_main:
-            self.write_artifact(self.folder, tensors, export)
+        with self.env.first():
+            if self.env.is_main:
+                self.write_artifact(self.folder, tensors, export)
         state = self.state
         return {
             **scores,
@@ -348,9 +370,10 @@ class Trainer:
             return
         scores = self.score()
         tensors = self.sharding.full_state_dict()
-        if self.env.is_main:
-            self.write_artifact(assembled, tensors, "raw")
-            assembled.finish({**scores, "seconds": 0.0, "steps": 0, "images": 0, "flops": 0})
+        with self.env.first():
+            if self.env.is_main:
+                self.write_artifact(assembled, tensors, "raw")
+                assembled.finish({**scores, "seconds": 0.0, "steps": 0, "images": 0, "flops": 0})
 
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
         model, augment = self.settings.model, self.settings.augment
@@ -379,6 +402,7 @@ class Trainer:
                 data=self.data.digest,
                 meta=self.meta_digest,
             ),
+            self.claim,
         )
 
 

@@ -62,11 +62,11 @@ class Ranks:
             "spoiled_rank": 1,
             "poison": list(range(12)),
         }
-        owner = self.locked.run.phase("pretrain").path / "OWNER"
-        owner.parent.mkdir()
-        from bigincubate.checkpoint.lock import start_time
+        owner = self.locked.run.phase("pretrain").path / "owners" / "1.json"
+        owner.parent.mkdir(parents=True)
+        from bigincubate.checkpoint.lock import describe
 
-        owner.write_text(json.dumps({"host": socket.gethostname(), "pid": 1, "started": start_time(1), "job": None}))
+        owner.write_text(json.dumps(describe(1)))
         jobs["locked"] = words(self.locked, "pretrain")
         jobs["no data"] = words(self.odd, "pretrain", None, "--set", "data.path=/nowhere")
         jobs["no modules"] = words(self.odd, "finetune", None, "--set", f"data.path={digits}")
@@ -207,7 +207,7 @@ def test_under_torchrun_a_stop_is_recorded_and_nothing_is_left_locked(lab: Labs)
     assert "Traceback" not in err.partition("ChildFailedError")[0].partition("Traceback")[0]
     assert err.count("with a checkpoint") == 2
     assert [attempt["state"] for attempt in folder.attempts()] == ["preempted"]
-    assert not (folder.path / "OWNER").exists()
+    assert (folder.path / "owners" / "1.json").read_text() == ""
     stopped = max(row["step"] for row in long.log("pretrain"))
     assert (folder.checkpoints / f"step-{stopped:08d}" / "COMMITTED").exists()
 
