@@ -21,6 +21,7 @@ from .checkpoint.manager import Checkpoint, CheckpointManager
 from .checkpoint.store import Manifest, ModelSpec, save_artifact
 from .cluster.env import RunEnv
 from .cluster.preempt import StopFlag
+from .cluster.watchdog import watched
 from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
 from .data.mixing import check_layout
@@ -65,10 +66,20 @@ def train(
         return result
     with owned(folder.path, env) as claim, StopFlag() as stop:
         attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))
-        record = _recorder(folder, attempt, planned, enabled=env.is_main)
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        main = {**env.broadcast(about), "steps": planned.steps}
+
+        def note(state: str, **more: Any) -> None:
+            folder.record(attempt, state=state, **main, **more)
+
+        def record(state: str, **more: Any) -> None:
+            if env.is_main:
+                note(state, **more)
+
         record("running")
         try:
-            result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim).run()
+            with watched(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
+                result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim).run()
         except Preempted:
             record("preempted")
             raise
@@ -84,12 +95,6 @@ def train(
         record("done")
         env.barrier()
     return result
-
-
-def _recorder(folder: PhaseDir, attempt: int, planned: PlannedRow, *, enabled: bool) -> Any:
-    about = {"host": socket.gethostname(), "pid": os.getpid(), "steps": planned.steps}
-    about["job"] = os.environ.get("SLURM_JOB_ID")
-    return lambda state, **more: folder.record(attempt, state=state, **about, **more) if enabled else None
 
 
 class Trainer:
