@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from .adascale import AdaScale
 from .checkpoint.lock import Claim, owned
 from .checkpoint.manager import Checkpoint, CheckpointManager
 from .checkpoint.store import Manifest, ModelSpec, save_artifact
-from .cluster.env import RunEnv
+from .cluster.env import RunEnv, stderr
 from .cluster.preempt import StopFlag
 from .cluster.watchdog import watched
 from .config import Recipe, Settings
@@ -58,7 +60,7 @@ def train(
 
     Raises:
         Preempted: asked to stop; a checkpoint is there.
-        NonFiniteError: more steps than allowed had a gradient that is not finite.
+        NonFiniteError: more steps than allowed had a gradient that is not finite, again after a rollback.
         LockedError: another live process trains this phase, or has taken it over.
     """
     folder = run.phase(row.phase, row.module)
@@ -167,6 +169,7 @@ class Trainer:
         )
         self.state = TrainState()
         self.saved = -1  # step of the newest checkpoint
+        self.rollback: dict[str, Any] | None = None
         self.skipped = torch.zeros((), device=env.device)
 
     # ------------------------------------------------------------------------------------------ the run
@@ -177,23 +180,54 @@ class Trainer:
             self.restore(checkpoint)
         elif self.row.phase == "finetune":
             self.finish_assembly()
-        # the last step is logged after its checkpoint, together with the evaluation
-        done = 0 < self.state.step < self.total
-        self.metrics = Metrics(self.folder, self.state.step + done, enabled=self.env.is_main)
+        self.metrics = self.open_metrics()
         if self.state.step == 0:
             self.metrics.text("recipe", f"```\n{self.recipe.toml()}\n```")
         try:
-            self.loop()
+            try:
+                self.train()
+            except NonFiniteError as error:
+                self.roll_back(error)
+                self.train()
             return self.finish()
         finally:
             self.metrics.close()
 
-    def loop(self) -> None:
+    def open_metrics(self) -> Metrics:
+        # the last step is logged after its checkpoint, together with the evaluation
+        done = 0 < self.state.step < self.total
+        return Metrics(self.folder, self.state.step + done, enabled=self.env.is_main)
+
+    def roll_back(self, error: NonFiniteError) -> None:
+        """Go back to the last sound checkpoint, once in a phase, and count skipped steps anew. What cannot be undone by
+        that (data, settings) comes again; a passing fault does not.
+
+        Raises:
+            NonFiniteError: ``error``, where there is no checkpoint, or this was done before, by any attempt.
+        """
+        self.checkpoints.wait()
+        checkpoint = None if self.rollback else self.checkpoints.latest()
+        if checkpoint is None:
+            raise error
+        self.check_claim()
+        if self.env.is_main:  # before anything else, so that nobody goes back twice, whenever this process is killed
+            self.folder.note_rollback(checkpoint.step, at=self.state.step)
+            self.run_dir.note("rolled_back", phase=self.row.key, step=self.state.step, to=checkpoint.step)
+            stderr(f"{error}; once more from the checkpoint of step {checkpoint.step}")
+        self.metrics.close()
+        self.restore(checkpoint)
+        self.metrics = self.open_metrics()
+
+    def train(self) -> None:
+        """To the last step."""
+        with closing(self.stream.batches(self.state.step)) as batches:
+            self.loop(batches)
+
+    def loop(self, batches: Iterator[Batch]) -> None:
         """Over the optimizer steps."""
         log, every = self.recipe.log, self.recipe.checkpoint.every_steps
         state = self.state
         meter = Meter(self.planned.cost.training_flops, self.env.device)
-        batches = self.stream.batches(state.step)
         clock = time.perf_counter()
         while state.step < self.total:
             stop, failed, lost = self.env.any(bool(self.stop), self.checkpoints.failed, self.claim.lost)
@@ -293,8 +327,10 @@ class Trainer:
     def check_finite(self) -> None:
         allowed = self.settings.train.max_nonfinite
         if (skipped := int(self.skipped)) > allowed:
+            since = self.rollback["to"] if self.rollback else 0
+            after = f" since the rollback to step {since}" if since else ""
             raise NonFiniteError(
-                f"{self.row.title}: the gradient was not finite in {skipped} of {self.state.step} steps"
+                f"{self.row.title}: the gradient was not finite in {skipped} of {self.state.step - since} steps{after}"
                 f" (train.max_nonfinite = {allowed}); lower train.lr, or look at the data"
             )
 
@@ -318,6 +354,9 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         self.state = TrainState(**checkpoint.state)
         self.saved = checkpoint.step
+        self.rollback = self.env.broadcast(self.folder.rollback)
+        if self.rollback and self.rollback["to"] == checkpoint.step:
+            self.state.skipped = 0
         self.skipped.fill_(self.state.skipped)
         if self.adascale:
             self.adascale.load(self.state.adascale)
