@@ -95,7 +95,7 @@ class Train(Section):
     seed: int = Field(0, ge=0)
     clip_grad: NonNegative = 1.0  # global L2 norm; 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
-    max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped before exit 5
+    max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped: more, and it goes back once, then exit 5
     micro_batch: Count | None = execution(None)  # samples a rank runs at once; None: its whole share
     compile: bool = execution(False)  # each block with torch.compile
 

@@ -32,8 +32,9 @@ from typing import Any
 from torch import Tensor
 
 from ..cluster.env import RunEnv, stderr
-from ..errors import ArtifactError, DamagedError, EnvironmentFault
-from ..files import fsync_dir, sha256, write_hashed, write_text
+from ..errors import ArtifactError, BigincubateError, DamagedError, EnvironmentFault, LockedError
+from ..files import fsync_dir, sha256, write_hashed
+from .lock import Claim
 from .pieces import Piece, PieceReader, snapshot, write_pieces
 
 STEP = re.compile(r"step-(\d{8,})")
@@ -56,21 +57,27 @@ class CheckpointManager:
         folder: ``…/checkpoints``.
         digest: the recipe's digest; a checkpoint of another recipe is refused.
         keep: how many committed checkpoints stay (at least 2).
+        claim: to the phase directory; without it nothing is committed or removed.
+
+    Raises:
+        LockedError: the claim is lost.
     """
 
-    def __init__(self, folder: Path, env: RunEnv, *, digest: str, keep: int = 2) -> None:
+    def __init__(self, folder: Path, env: RunEnv, *, digest: str, keep: int = 2, claim: Claim | None = None) -> None:
         self.folder, self.env, self.digest, self.keep = folder, env, digest, keep
+        self.claim = claim or Claim()
         self._apart = env.apart()  # saves talk beside the training
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
         self._figures: dict[str, float] = {}
-        if env.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            committed = {self._at(step) for step in self.steps()}
-            for left in (*folder.glob(".saving-*"), *folder.glob("step-*")):
-                if left not in committed:  # an attempt died while it wrote or removed this
-                    shutil.rmtree(left)
-        env.barrier()
+        with env.first():
+            if env.is_main:
+                self.claim.check()
+                folder.mkdir(parents=True, exist_ok=True)
+                committed = {self._at(step) for step in self.steps()}
+                for left in (*folder.glob(".saving-*"), *folder.glob("step-*")):
+                    if left not in committed:  # an attempt died while it wrote or removed this
+                        shutil.rmtree(left)
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -93,6 +100,7 @@ class CheckpointManager:
 
         Raises:
             EnvironmentFault: some rank could not write; earlier checkpoints are as they were.
+            LockedError: the claim is lost; nothing was committed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -138,21 +146,28 @@ class CheckpointManager:
         except OSError as error:
             problem = f"{error.filename or aside}: {error.strerror}"
         reports = env.gather((files, problem))
-        problems = [text for _, text in reports if text]
-        if not problems and env.is_main:
+        problem = next((text for _, text in reports if text), "")
+        refusal: BigincubateError | None = None
+        if env.is_main:
             try:
-                if final.exists():  # of an attempt that died before its marker
-                    shutil.rmtree(final)
-                entries = {name: entry for report, _ in reports for name, entry in sorted(report.items())}
-                commit(aside, final, step=step, digest=self.digest, world=env.world, files=entries)
-                self._prune(step)
+                self.claim.check()  # first: its heir may have removed what we wrote
+                if not problem:
+                    if final.exists():  # damaged, and passed over
+                        shutil.rmtree(final)
+                    entries = {name: entry for report, _ in reports for name, entry in sorted(report.items())}
+                    commit(aside, final, step=step, digest=self.digest, world=env.world, files=entries)
+                    self._prune(step)
             except OSError as error:
-                problems = [f"{error.filename or final}: {error.strerror}"]
-        problems = env.broadcast(problems)
-        if problems:
+                problem = f"{error.filename or final}: {error.strerror}"
+            except LockedError as error:
+                refusal = error
+            if problem and refusal is None:
+                refusal = EnvironmentFault(f"checkpoint of step {step} not written: {problem}; earlier ones are intact")
+        refusal = env.broadcast(refusal)
+        if refusal is not None:
             if env.is_main:
                 shutil.rmtree(aside, ignore_errors=True)
-            raise EnvironmentFault(f"checkpoint of step {step} not written: {problems[0]}; earlier ones are intact")
+            raise refusal
         if written := sum(entry["size"] for entry in files.values()):
             self._figures["checkpoint/mib_per_sec"] = written / 2**20 / (time.perf_counter() - began)
 
@@ -160,6 +175,7 @@ class CheckpointManager:
         """Keep the newest; those beyond ``newest`` were damaged, or training would have gone on from there."""
         kept = [step for step in self.steps() if step <= newest][-self.keep :]
         for step in set(self.steps()).difference(kept):
+            self.claim.check()
             # the marker goes first: half a directory must not look committed
             (self._at(step) / MARKER).unlink()
             shutil.rmtree(self._at(step))
@@ -207,7 +223,8 @@ class CheckpointManager:
 
 
 def commit(aside: Path, final: Path, *, step: int, digest: str, world: int, files: dict[str, dict[str, Any]]) -> None:
-    """Make the files in ``aside`` the checkpoint ``final``, which must not be there: manifest, rename, marker.
+    """Make the files in ``aside`` the checkpoint ``final``, which must not be there: manifest, rename, marker. Where
+    an heir has taken ``aside`` or ``final`` away meanwhile, the renames fail, and touch nothing of its own.
 
     Args:
         files: size and SHA-256 of each.
@@ -215,10 +232,13 @@ def commit(aside: Path, final: Path, *, step: int, digest: str, world: int, file
     manifest = {"format": 1, "step": step, "recipe": digest, "world": world, "files": files}
     text = json.dumps(manifest, indent=1)
     write_hashed(aside / "manifest.json", [text.encode()])
+    marker = f"{aside.name}.marker"
+    write_hashed(aside / marker, [hashlib.sha256(text.encode()).hexdigest().encode()])
     fsync_dir(aside)
     aside.rename(final)
     fsync_dir(final.parent)
-    write_text(final / MARKER, hashlib.sha256(text.encode()).hexdigest())
+    (final / marker).rename(final / MARKER)
+    fsync_dir(final)
 
 
 def verify(folder: Path) -> str | None:

@@ -16,8 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, LockedError
 from ..files import fsync_dir, read_json, sha256, write_json
+from .lock import Claim
 from .pieces import whole, write_pieces
 
 WEIGHTS = "weights.safetensors"
@@ -54,13 +55,22 @@ class Manifest(BaseModel):
     digest: str = ""  # of weights.safetensors
 
 
-def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) -> Manifest:
-    """Write an artifact whole or not at all, in place of any older one. Returns the manifest with its digest."""
+def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, claim: Claim | None = None) -> Manifest:
+    """Write an artifact whole or not at all, in place of any older one. Returns the manifest with its digest.
+
+    Raises:
+        LockedError: the claim is lost; the older one is as it was.
+    """
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     aside.mkdir(parents=True)
     entry = write_pieces(aside / WEIGHTS, {key: whole(value.cpu()) for key, value in tensors.items()})
     manifest = manifest.model_copy(update={"digest": entry["sha256"]})
     write_json(aside / "manifest.json", manifest.model_dump())
+    try:
+        (claim or Claim()).check()
+    except LockedError:
+        shutil.rmtree(aside)
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     aside.rename(folder)
