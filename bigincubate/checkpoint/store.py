@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..files import fsync_dir, read_json, sha256, write_json
+from ..files import fsync_dir, make_folder, plain_size, read_json, sha256, write_json
 from .pieces import whole, write_pieces
 
 WEIGHTS = "weights.safetensors"
@@ -55,17 +55,33 @@ class Manifest(BaseModel):
 
 
 def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) -> Manifest:
-    """Write an artifact whole or not at all, in place of any older one. Returns the manifest with its digest."""
+    """Write an artifact whole or not at all, in place of any older one, which is there until the new one is. Returns
+    the manifest with its digest."""
+    make_folder(folder.parent)
+    for left in folder.parent.glob(f".{folder.name}-*"):  # by an attempt that died
+        shutil.rmtree(left)
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    aside.mkdir(parents=True)
+    aside.mkdir()
     entry = write_pieces(aside / WEIGHTS, {key: whole(value.cpu()) for key, value in tensors.items()})
     manifest = manifest.model_copy(update={"digest": entry["sha256"]})
     write_json(aside / "manifest.json", manifest.model_dump())
     if folder.exists():
-        shutil.rmtree(folder)
+        shutil.rmtree(_older(folder), ignore_errors=True)
+        folder.rename(_older(folder))
     aside.rename(folder)
     fsync_dir(folder.parent)
+    shutil.rmtree(_older(folder), ignore_errors=True)
     return manifest
+
+
+def _older(folder: Path) -> Path:
+    """Where the artifact that is being replaced waits, between two renames, for the new one."""
+    return folder.with_name(f".{folder.name}.older")
+
+
+def _place(folder: Path) -> Path:
+    """Where the artifact is: it was left aside if a save died between its renames."""
+    return folder if folder.exists() or not _older(folder).exists() else _older(folder)
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -73,13 +89,14 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: there is no artifact, or its manifest is not one.
     """
-    raw = read_json(folder / "manifest.json")
+    file = _place(folder) / "manifest.json"
+    raw = read_json(file)
     if raw is None:
         raise ArtifactError(f"no artifact in {folder}")
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        raise ArtifactError(f"{folder / 'manifest.json'}: {error.errors()[0]['msg']}") from None
+        raise ArtifactError(f"{file}: {error.errors()[0]['msg']}") from None
 
 
 def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
@@ -88,8 +105,9 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
         ArtifactError: missing, or not what its manifest says (file, expected and found hash in the message).
     """
     manifest = load_manifest(folder)
-    file = folder / WEIGHTS
+    file = _place(folder) / WEIGHTS
     try:
+        plain_size(file)
         found = sha256(file)
         if found != manifest.digest:
             raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…: damaged")

@@ -58,7 +58,7 @@ class Shards(StreamingDataset):
             EnvironmentFault: the folder for locks belongs to somebody else.
         """
         self.claim = claim()
-        self.folder = info.path / split
+        self.folder, self.classes = info.path / split, len(info.classes)
         self.source = f"{remote}/{split}" if remote else None
         with _alone(self.claim):
             super().__init__(local=str(info.path), split=split, **order)
@@ -79,6 +79,8 @@ class Shards(StreamingDataset):
         shard = self.shards[number]
         try:
             item = shard[row]
+            if not 0 <= item["label"] < self.classes:
+                raise ValueError(f"label {item['label']} of {self.classes} classes")
             return decode(item["image"]), item["label"]
         except ValueError as error:
             raise EnvironmentFault(
