@@ -266,12 +266,7 @@ def verify(folder: Path) -> str | None:
     try:
         if folder.is_symlink():
             return f"{folder} is a symbolic link; refused"
-        if (size := plain_size(folder / MARKER)) != 64:
-            return f"{folder / MARKER}: {size} bytes, expected 64"
-        expected, text = (folder / MARKER).read_bytes().decode(errors="replace"), read_small(file)
-        if (found := hashlib.sha256(text).hexdigest()) != expected:
-            return f"{file}: SHA-256 {found[:12]}…, expected {expected[:12]!r}…"
-        manifest = Manifest.model_validate_json(text)
+        manifest = Manifest.model_validate_json(sealed(folder))
         if (match := STEP.fullmatch(folder.name)) and int(match[1]) != manifest.step:
             return f"{file}: it is of step {manifest.step}, expected {int(match[1])}"
         for name, entry in manifest.files.items():
@@ -290,6 +285,22 @@ def verify(folder: Path) -> str | None:
     except ArtifactError as error:
         return str(error)
     return None
+
+
+def sealed(folder: Path) -> bytes:
+    """``manifest.json`` as it was committed.
+
+    Raises:
+        OSError: it or the marker is missing, or no plain file.
+        ArtifactError: it is not what the marker was written for.
+    """
+    file, marker = folder / "manifest.json", folder / MARKER
+    if (size := plain_size(marker)) != 64:
+        raise ArtifactError(f"{marker}: {size} bytes, expected 64")
+    text, expected = read_small(file), marker.read_bytes().decode(errors="replace")
+    if (found := hashlib.sha256(text).hexdigest()) != expected:
+        raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {expected[:12]!r}…")
+    return text
 
 
 def explain(error: OSError, path: Path) -> str:

@@ -1,11 +1,14 @@
 """Artifacts: what a phase hands on, as safetensors under timm's own names, with a manifest of where it came from.
 
 A module holds the parameters of its own blocks under the **target's** block indices, so that modules join by key
-union whatever trained them. Folder: ``weights.safetensors``, then ``manifest.json``, which is written last.
+union whatever trained them. Folder: ``weights.safetensors``, ``manifest.json``, and the SHA-256 of the latter in
+``COMMITTED``, which is written last.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import uuid
 from pathlib import Path
@@ -17,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..files import fsync_dir, make_folder, plain_size, read_json, sha256, write_json
+from ..files import fsync_dir, make_folder, plain_size, sha256, write_hashed, write_text
+from .manager import MARKER, sealed
 from .pieces import whole, write_pieces
 
 WEIGHTS = "weights.safetensors"
@@ -64,7 +68,9 @@ def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) 
     aside.mkdir()
     entry = write_pieces(aside / WEIGHTS, {key: whole(value.cpu()) for key, value in tensors.items()})
     manifest = manifest.model_copy(update={"digest": entry["sha256"]})
-    write_json(aside / "manifest.json", manifest.model_dump())
+    text = json.dumps(manifest.model_dump(), indent=1) + "\n"
+    write_hashed(aside / "manifest.json", [text.encode()])
+    write_text(aside / MARKER, hashlib.sha256(text.encode()).hexdigest())
     if folder.exists():
         shutil.rmtree(_older(folder), ignore_errors=True)
         folder.rename(_older(folder))
@@ -89,14 +95,15 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: there is no artifact, or its manifest is not one.
     """
-    file = _place(folder) / "manifest.json"
-    raw = read_json(file)
-    if raw is None:
-        raise ArtifactError(f"no artifact in {folder}")
+    place = _place(folder)
     try:
-        return Manifest.model_validate(raw)
+        return Manifest.model_validate_json(sealed(place))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"no artifact in {folder}: {error.filename} is missing") from None
+    except OSError as error:
+        raise ArtifactError(f"{error.filename}: {error.strerror}") from None
     except ValidationError as error:
-        raise ArtifactError(f"{file}: {error.errors()[0]['msg']}") from None
+        raise ArtifactError(f"{place / 'manifest.json'}: {error.errors()[0]['msg']}") from None
 
 
 def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
