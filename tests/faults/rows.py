@@ -43,7 +43,7 @@ ROWS = (
     Row(
         "crash",
         "power cut at every moment of a save",
-        "Five saves in a row (with what they prune), three artifacts in one place and two results are recorded call by"
+        "Four saves in a row (with what they prune), three artifacts in one place and two results are recorded call by"
         " call: mkdir, create, write, fsync, rename, link, unlink, rmdir. After each call the disk is cut off: what was"
         " not fsynced is lost, empty, zeros or half there, and each name that was not fsynced is there or not, in every"
         " combination (beyond 1,024 combinations: none, all, each alone, all but each, and 200 at random).",
@@ -59,8 +59,8 @@ ROWS = (
         "1,000 flipped bits, 200 truncations, 200 zeroed pages, each anywhere in any file of a checkpoint of two ranks"
         " or of an artifact; every file missing; every pair of files swapped, between checkpoints and artifacts too.",
         "found before a tensor is read; the checkpoint before is used",
-        full=1600,
-        few=1600,
+        full=1536,
+        few=1536,
         total=("flipped bits", "truncations", "zeroed pages", "missing files", "swapped files"),
     ),
     Row(

@@ -21,7 +21,7 @@ from bigincubate.errors import ArtifactError, DamagedError
 from bigincubate.files import read_json, write_json
 
 Found = Callable[[Path], Any]
-STEPS = (4, 8, 12, 16, 20)
+STEPS = (4, 8, 12, 16)
 
 
 def checkpoints(root: Path, mark: Callable[[Any], None]) -> None:
