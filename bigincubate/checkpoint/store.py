@@ -12,9 +12,9 @@ import json
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -33,7 +33,7 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     args: dict[str, Any]
-    depths: list[list[int]]  # per module, per stage
+    depths: list[list[Annotated[int, Field(ge=0, le=10_000)]]]  # per module, per stage
     num_classes: int
     img_size: int
     mean: list[float]

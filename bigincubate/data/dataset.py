@@ -101,7 +101,7 @@ def _inside(folder: Path, name: str) -> bool:
 
 
 def _check_size(file: Path, expected: int) -> None:
-    if not file.exists():
+    if not file.is_file():
         raise EnvironmentFault(f"{file} is missing; {AGAIN}")
     if file.stat().st_size != expected:
         raise EnvironmentFault(f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; {AGAIN}")

@@ -69,8 +69,8 @@ ROWS = (
         "Checkpoints, artifacts, exported models, data sets and recipes that were made to harm, with right hashes.",
         "no code runs, no process starts, nothing outside the folder is opened; one line, with the exit code of its"
         " kind",
-        full=61,
-        few=61,
+        full=91,
+        few=91,
     ),
     Row(
         "history",
