@@ -97,8 +97,10 @@ class PieceReader(Mapping[str, Tensor]):
             try:
                 handle = self._open[file] = safe_open(file, framework="pt")
                 layout = Layout.validate_json((handle.metadata() or {}).get(LAYOUT, "{}"))
-            except (SafetensorError, ValidationError) as error:
-                raise ArtifactError(f"{file} holds no tensors of a rank: {str(error).splitlines()[0]}") from None
+            except SafetensorError as error:
+                raise ArtifactError(f"{file} holds no tensors: {str(error).splitlines()[0]}") from None
+            except ValidationError as error:
+                raise ArtifactError(f"{file}: not the layout of pieces: {error.errors()[0]['msg']}") from None
             for key in handle.keys():  # noqa: SIM118  # not a dictionary
                 own = tuple(handle.get_slice(key).get_shape())
                 length = math.prod(own)

@@ -174,7 +174,9 @@ class Disk:
         if dice:
             subsets: Any = [{index for index in range(count) if dice.random() < 0.5}]
         elif count <= 10:
-            subsets = [set(chosen) for size in range(count + 1) for chosen in itertools.combinations(range(count), size)]
+            subsets = [
+                set(chosen) for size in range(count + 1) for chosen in itertools.combinations(range(count), size)
+            ]
         else:
             own, every = random.Random(count), set(range(count))
             subsets = [set(), every, *({one} for one in every), *(every - {one} for one in every)]

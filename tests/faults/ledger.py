@@ -79,7 +79,7 @@ class Ledger:
 
     def check(self) -> None:
         failed = [f"trial {line['trial']}: {line['failure']}" for line in self.lines.values() if line["failure"]]
-        assert not failed, f"{len(failed)} of {len(self.lines)} failed; the first: {failed[0]}"
+        assert not failed, "\n".join([f"{len(failed)} of {len(self.lines)} failed", *failed[:20]])
         assert self.lines
 
 

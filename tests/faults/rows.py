@@ -36,7 +36,7 @@ ROWS = (
         "weights, optimizer state, log and result bit-identical to the run that nothing happened to; at most one"
         " interval lost, and what was trained while the save that died was under way",
         full=200,
-        few=4,
+        few=2,
         most=("steps lost",),
         total=("killed inside a save", "cold", "pretrain", "incubate", "finetune", "launchers", "ranks", "processes"),
     ),
@@ -99,7 +99,7 @@ ROWS = (
         " command again.",
         "exit 75, no step lost, bit-identical in the end",
         full=50,
-        few=2,
+        few=1,
         total=("stopped", "done before"),
     ),
     Row(
