@@ -174,9 +174,8 @@ class Disk:
         if dice:
             subsets: Any = [{index for index in range(count) if dice.random() < 0.5}]
         elif count <= 10:
-            subsets = [
-                set(chosen) for size in range(count + 1) for chosen in itertools.combinations(range(count), size)
-            ]
+            bits = itertools.product((False, True), repeat=count)
+            subsets = [set(itertools.compress(range(count), chosen)) for chosen in bits]
         else:
             own, every = random.Random(count), set(range(count))
             subsets = [set(), every, *({one} for one in every), *(every - {one} for one in every)]

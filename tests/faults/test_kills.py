@@ -96,9 +96,7 @@ def trainers(folder: Any) -> list[int]:
     for log in sorted((folder.path / "logs").glob("train*.log")):
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                if (process / "fd" / "1").resolve() == log.resolve() and (process / "stat").read_text().split()[
-                    2
-                ] != "Z":
+                if (process / "fd" / "1").resolve() == log.resolve():
                     found[log.name] = int(process.name)
             except OSError:
                 continue
