@@ -13,7 +13,7 @@
       assembled/            the modules joined, before fine-tuning
       finetune/  end_to_end/
         checkpoints/step-00000500/    resume checkpoints
-        artifact/                     what the phase hands on: weights.safetensors, manifest.json
+        artifact/                     what the phase hands on: weights.safetensors, manifest.json, COMMITTED
         metrics.jsonl  tb/  logs/
         attempts/1.json               running, preempted, failed or done
         owners/1.json                 whose the folder is; the last one counts

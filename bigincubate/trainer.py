@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from .adascale import AdaScale
@@ -28,7 +29,7 @@ from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
 from .data.mixing import check_layout
 from .data.streams import Batch, EvalStream, TrainStream
-from .errors import BigincubateError, ConfigError, NonFiniteError, Preempted
+from .errors import ArtifactError, BigincubateError, ConfigError, NonFiniteError, Preempted
 from .metrics import Meter, Metrics
 from .models import apply_masks, checkpoint_activations, draw_masks, drop_paths, extract, rename, set_rates
 from .optim import Ema, make_optimizer, make_schedule
@@ -352,16 +353,22 @@ class Trainer:
         return now
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        self.state = TrainState(**checkpoint.state)
-        self.saved = checkpoint.step
-        self.rollback = self.env.broadcast(self.folder.rollback)
-        if self.rollback and self.rollback["to"] == checkpoint.step:
-            self.state.skipped = 0
-        self.skipped.fill_(self.state.skipped)
-        if self.adascale:
-            self.adascale.load(self.state.adascale)
-        self.sharding.load(checkpoint.tensors)
-        self.ema.load(checkpoint.tensors)
+        try:
+            self.state = TypeAdapter(TrainState).validate_python(checkpoint.state)
+            self.saved = checkpoint.step
+            self.rollback = self.env.broadcast(self.folder.rollback)
+            if self.rollback and self.rollback["to"] == checkpoint.step:
+                self.state.skipped = 0
+            self.skipped.fill_(self.state.skipped)
+            if self.adascale:
+                self.adascale.load(self.state.adascale)
+            self.sharding.load(checkpoint.tensors)
+            self.ema.load(checkpoint.tensors)
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:  # it has the right hashes, and is not ours
+            reason = " ".join(str(error).split())
+            raise ArtifactError(
+                f"the checkpoint of step {checkpoint.step} in {self.folder.checkpoints} does not fit: {reason}"
+            ) from error
 
     def evaluate(self) -> dict[str, float]:
         """On the whole validation split, with the weights that the phase hands on."""

@@ -17,6 +17,7 @@ unpickled: tensors are safetensors, the rest is JSON.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -27,18 +28,49 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..cluster.env import RunEnv, stderr
 from ..errors import ArtifactError, BigincubateError, DamagedError, EnvironmentFault, LockedError
-from ..files import fsync_dir, sha256, write_hashed
+from ..files import (
+    fsync_dir,
+    make_folder,
+    plain_size,
+    read_json,
+    read_small,
+    sha256,
+    write_hashed,
+)
 from .lock import Claim
 from .pieces import Piece, PieceReader, snapshot, write_pieces
 
 STEP = re.compile(r"step-(\d{8,})")
 MARKER = "COMMITTED"
+STATE = "state.json"
+FileName = Annotated[str, Field(pattern=r"^(rank-[0-9]{5,}\.safetensors|state\.json)$")]  # never a path
+
+
+class File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    size: int = Field(ge=0)  # bytes
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """``manifest.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    format: Literal[1]
+    step: int = Field(ge=0)
+    recipe: str  # digest of its identity keys
+    world: int = Field(ge=1)
+    files: dict[FileName, File]
+
+    def tensors(self, folder: Path) -> list[Path]:
+        return [folder / name for name in self.files if name != STATE]
 
 
 @dataclass(frozen=True)
@@ -73,7 +105,7 @@ class CheckpointManager:
         with env.first():
             if env.is_main:
                 self.claim.check()
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 committed = {self._at(step) for step in self.steps()}
                 for left in (*folder.glob(".saving-*"), *folder.glob("step-*")):
                     if left not in committed:  # an attempt died while it wrote or removed this
@@ -142,9 +174,9 @@ class CheckpointManager:
                 name = f"rank-{env.rank:05d}.safetensors"
                 files[name] = write_pieces(aside / name, pieces)
             if env.is_main:
-                files["state.json"] = write_hashed(aside / "state.json", [state.encode()])
+                files[STATE] = write_hashed(aside / STATE, [state.encode()])
         except OSError as error:
-            problem = f"{error.filename or aside}: {error.strerror}"
+            problem = explain(error, aside)
         reports = env.gather((files, problem))
         problem = next((text for _, text in reports if text), "")
         refusal: BigincubateError | None = None
@@ -158,7 +190,7 @@ class CheckpointManager:
                     commit(aside, final, step=step, digest=self.digest, world=env.world, files=entries)
                     self._prune(step)
             except OSError as error:
-                problem = f"{error.filename or final}: {error.strerror}"
+                problem = explain(error, final)
             except LockedError as error:
                 refusal = error
             if problem and refusal is None:
@@ -176,6 +208,9 @@ class CheckpointManager:
         kept = [step for step in self.steps() if step <= newest][-self.keep :]
         for step in set(self.steps()).difference(kept):
             self.claim.check()
+            if self._at(step).is_symlink():  # what it leads to is not ours
+                self._at(step).unlink()
+                continue
             # the marker goes first: half a directory must not look committed
             (self._at(step) / MARKER).unlink()
             shutil.rmtree(self._at(step))
@@ -185,7 +220,8 @@ class CheckpointManager:
     def steps(self) -> list[int]:
         """The committed steps, in numeric order."""
         matches = (STEP.fullmatch(marker.parent.name) for marker in self.folder.glob(f"step-*/{MARKER}"))
-        return sorted(int(match[1]) for match in matches if match)
+        numbers = {int(match[1]) for match in matches if match}
+        return sorted(step for step in numbers if (self._at(step) / MARKER).exists())  # of one number, one spelling
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; None where there never was one. A damaged one is named on stderr
@@ -201,11 +237,10 @@ class CheckpointManager:
         if step is None:
             return None
         folder = self._at(step)
-        manifest = _read(folder / "manifest.json")
-        if manifest["recipe"] != self.digest:
+        manifest = Manifest.model_validate_json(read_small(folder / "manifest.json"))
+        if manifest.recipe != self.digest:
             raise ArtifactError(f"{folder} was made by another recipe; use another --run-dir, or remove it")
-        files = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
-        return Checkpoint(step, PieceReader(files), _read(folder / "state.json"))
+        return Checkpoint(step, PieceReader(manifest.tensors(folder)), read_json(folder / STATE) or {})
 
     def _choose(self) -> int | str | None:
         damaged = []
@@ -242,23 +277,55 @@ def commit(aside: Path, final: Path, *, step: int, digest: str, world: int, file
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a committed checkpoint directory, naming file, expected and found; None if nothing is."""
+    """What is wrong with a committed checkpoint directory, naming file, expected and found; None if nothing is.
+
+    Nothing outside the directory is opened, nothing that has no hash is read, and tensors are not loaded.
+    """
+    file = folder / "manifest.json"
     try:
-        expected, found = (folder / MARKER).read_text().strip(), sha256(folder / "manifest.json")
-        if expected != found:
-            return f"{folder / 'manifest.json'}: SHA-256 {found[:12]}…, expected {expected[:12]}…"
-        for name, entry in json.loads((folder / "manifest.json").read_text())["files"].items():
-            if (size := (folder / name).stat().st_size) != entry["size"]:
-                return f"{folder / name}: {size} bytes, expected {entry['size']}"
-            if (found := sha256(folder / name)) != entry["sha256"]:
-                return f"{folder / name}: SHA-256 {found[:12]}…, expected {entry['sha256'][:12]}…"
+        if folder.is_symlink():
+            return f"{folder} is a symbolic link; refused"
+        manifest = Manifest.model_validate_json(sealed(folder))
+        if (match := STEP.fullmatch(folder.name)) and int(match[1]) != manifest.step:
+            return f"{file}: it is of step {manifest.step}, expected {int(match[1])}"
+        for name, entry in manifest.files.items():
+            if (size := plain_size(folder / name)) != entry.size:
+                return f"{folder / name}: {size} bytes, expected {entry.size}"
+            if (found := sha256(folder / name)) != entry.sha256:
+                return f"{folder / name}: SHA-256 {found[:12]}…, expected {entry.sha256[:12]}…"
+        state = read_json(folder / STATE)
+        if state is None or state.get("step", manifest.step) != manifest.step:
+            return f"{folder / STATE}: not the state of step {manifest.step}"
+        PieceReader(manifest.tensors(folder))
     except OSError as error:
-        return f"{error.filename}: {error.strerror}"
-    except UnicodeDecodeError:
-        return f"{folder / MARKER}: not text"
+        return explain(error, folder)
+    except ValidationError as error:
+        return f"{file}: not a manifest: {error.errors()[0]['msg']}"
+    except ArtifactError as error:
+        return str(error)
     return None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(path.read_text())
-    return value
+def sealed(folder: Path) -> bytes:
+    """``manifest.json`` as it was committed.
+
+    Raises:
+        OSError: it or the marker is missing, or no plain file.
+        ArtifactError: it is not what the marker was written for.
+    """
+    file, marker = folder / "manifest.json", folder / MARKER
+    if (size := plain_size(marker)) != 64:
+        raise ArtifactError(f"{marker}: {size} bytes, expected 64")
+    text, expected = read_small(file), marker.read_bytes().decode(errors="replace")
+    if (found := hashlib.sha256(text).hexdigest()) != expected:
+        raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {expected[:12]!r}…")
+    return text
+
+
+def explain(error: OSError, path: Path) -> str:
+    """The file, or ``path`` where the error names none, and what happened; of a full disk, what is left of it."""
+    text = f"{error.filename or path}: {error.strerror or error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return text
+    place = next(place for place in (path, *path.parents) if place.exists())
+    return f"{text} ({shutil.disk_usage(place).free} bytes free)"
