@@ -193,6 +193,7 @@ class Trainer:
             return self.finish()
         finally:
             self.metrics.close()
+            self.checkpoints.close()
 
     def open_metrics(self) -> Metrics:
         # the last step is logged after its checkpoint, together with the evaluation

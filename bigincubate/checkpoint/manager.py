@@ -146,6 +146,11 @@ class CheckpointManager:
         self.start(step, tensors, state)
         self.wait()
 
+    def close(self) -> None:
+        """Nothing more is saved. A save that is under way, after an error elsewhere, is left to itself."""
+        if self._thread is None or not self._thread.is_alive():
+            self._apart.close_apart()
+
     @property
     def failed(self) -> bool:
         """Whether :meth:`wait` would raise. A rank may know before the others do."""
