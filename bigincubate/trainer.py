@@ -29,7 +29,7 @@ from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
 from .data.mixing import check_layout
 from .data.streams import Batch, EvalStream, TrainStream
-from .errors import ArtifactError, BigincubateError, ConfigError, NonFiniteError, Preempted
+from .errors import ArtifactError, BigincubateError, ConfigError, EnvironmentFault, NonFiniteError, Preempted
 from .metrics import Meter, Metrics
 from .models import apply_masks, checkpoint_activations, draw_masks, drop_paths, extract, rename, set_rates
 from .optim import Ema, make_optimizer, make_schedule
@@ -82,7 +82,11 @@ def train(
         record("running")
         try:
             with watched(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
-                result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim).run()
+                try:
+                    result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim).run()
+                except (OSError, EnvironmentFault):
+                    claim.check()  # an heir may have taken away what was missed
+                    raise
         except Preempted:
             record("preempted")
             raise

@@ -200,6 +200,10 @@ class CheckpointManager:
                 refusal = error
             if problem and refusal is None:
                 refusal = EnvironmentFault(f"checkpoint of step {step} not written: {problem}; earlier ones are intact")
+                try:
+                    self.claim.check()  # once more: an heir may have taken away what was being written
+                except LockedError as error:
+                    refusal = error
         refusal = env.broadcast(refusal)
         if refusal is not None:
             if env.is_main:

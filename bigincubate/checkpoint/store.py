@@ -108,7 +108,7 @@ def load_manifest(folder: Path) -> Manifest:
     place = _place(folder)
     try:
         return Manifest.model_validate_json(sealed(place))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"no artifact in {folder}: {error.filename} is missing") from None
     except OSError as error:
         raise ArtifactError(f"{error.filename}: {error.strerror}") from None
