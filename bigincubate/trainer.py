@@ -1,13 +1,12 @@
 """The one training loop. What differs between phases is a row of the plan, never the code here.
 
-Three layers: :func:`train` runs a phase from start to artifact, :meth:`Trainer.run` is the loop over optimizer
-steps, :meth:`Trainer.forward_backward` is what a step computes.
+Three layers: :meth:`Trainer.run` takes a phase from its last checkpoint to its artifact, :meth:`Trainer.loop` goes over
+the optimizer steps, :meth:`Trainer.forward_backward` is what a step computes. Whose a phase is, and how an attempt at
+it ends, is in :mod:`bigincubate.attempt`.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,17 +18,16 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from .adascale import AdaScale
-from .checkpoint.lock import Claim, owned
+from .checkpoint.lock import Claim
 from .checkpoint.manager import Checkpoint, CheckpointManager
 from .checkpoint.store import Manifest, ModelSpec, save_artifact
 from .cluster.env import RunEnv, stderr
 from .cluster.preempt import StopFlag
-from .cluster.watchdog import watched
 from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
-from .data.mixing import check_layout
+from .data.mixing import count_micro_batches
 from .data.streams import Batch, EvalStream, TrainStream
-from .errors import ArtifactError, BigincubateError, ConfigError, EnvironmentFault, NonFiniteError, Preempted
+from .errors import ArtifactError, NonFiniteError, Preempted
 from .metrics import Meter, Metrics
 from .models import apply_masks, checkpoint_activations, draw_masks, drop_paths, extract, rename, set_rates
 from .optim import Ema, make_optimizer, make_schedule
@@ -49,59 +47,6 @@ class TrainState:
     skipped: int = 0  # steps left out because their gradient was not finite
     adascale: dict[str, float] = field(default_factory=dict)  # its moving averages
     last: dict[str, float] = field(default_factory=dict)  # measured in the last step, logged with the final evaluation
-
-
-def train(
-    recipe: Recipe, plan: Plan, row: PhasePlan, planned: PlannedRow, run: RunDir, data: DatasetInfo, env: RunEnv
-) -> dict[str, Any]:
-    """Run one phase to its end, from its last checkpoint where there is one, and hand on its artifact.
-
-    Returns:
-        The phase's result: ``top1``, ``top5`` (percent), ``loss``, ``seconds``, ``images``, ``flops``, ``steps``.
-
-    Raises:
-        Preempted: asked to stop; a checkpoint is there.
-        NonFiniteError: more steps than allowed had a gradient that is not finite, again after a rollback.
-        LockedError: another live process trains this phase, or has taken it over.
-    """
-    folder = run.phase(row.phase, row.module)
-    if (result := env.broadcast(folder.result)) is not None:
-        return result
-    with owned(folder.path, env) as claim, StopFlag() as stop:
-        attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))
-        about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        main = {**env.broadcast(about), "steps": planned.steps}
-
-        def note(state: str, **more: Any) -> None:
-            folder.record(attempt, state=state, **main, **more)
-
-        def record(state: str, **more: Any) -> None:
-            if env.is_main:
-                note(state, **more)
-
-        record("running")
-        try:
-            with watched(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
-                try:
-                    result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim).run()
-                except (OSError, EnvironmentFault):
-                    claim.check()  # an heir may have taken away what was missed
-                    raise
-        except Preempted:
-            record("preempted")
-            raise
-        except BaseException as error:
-            record("failed", error=str(error) if isinstance(error, BigincubateError) else repr(error))
-            raise
-        with env.first():
-            if env.is_main:
-                claim.check()
-                folder.finish(result)
-        if env.is_main:
-            run.note("done", phase=row.key, **{key: result[key] for key in ("top1", "steps", "seconds")})
-        record("done")
-        env.barrier()
-    return result
 
 
 class Trainer:
@@ -358,10 +303,10 @@ class Trainer:
         return now
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        self.saved = checkpoint.step
+        self.rollback = self.env.broadcast(self.folder.rollback)
         try:
             self.state = TypeAdapter(TrainState).validate_python(checkpoint.state)
-            self.saved = checkpoint.step
-            self.rollback = self.env.broadcast(self.folder.rollback)
             if self.rollback and self.rollback["to"] == checkpoint.step:
                 self.state.skipped = 0
             self.skipped.fill_(self.state.skipped)
@@ -470,26 +415,3 @@ def scored(scores: dict[str, float]) -> dict[str, float]:
 def rename_to_target(tensors: dict[str, Tensor], task: ClassificationTask, module: int) -> dict[str, Tensor]:
     """Module ``module`` out of a hybrid's tensors, under the target's block indices."""
     return rename(extract(tensors, task.partition, module), task.partition, task.target)
-
-
-def count_micro_batches(settings: Settings, world: int) -> int:
-    """How many micro-batches a rank cuts its share of a batch into.
-
-    Raises:
-        ConfigError: the batch cannot be shared out evenly.
-    """
-    train, repeats = settings.train, settings.augment.repeats
-    distinct = train.batch_size // repeats
-    if distinct % world:
-        raise ConfigError(
-            f"train.batch_size / augment.repeats = {distinct} cannot be shared by {world} ranks;"
-            f" use a multiple of {world}"
-        )
-    share = distinct // world
-    count = 1 if train.micro_batch is None else max(1, -(-share * repeats // train.micro_batch))
-    if share % count:
-        raise ConfigError(
-            f"train.micro_batch = {train.micro_batch} does not divide a rank's share of {share * repeats} evenly"
-        )
-    check_layout(settings.mixup, batch_size=train.batch_size, repeats=repeats, world=world, micro_batches=count)
-    return count

@@ -119,7 +119,7 @@ class Lab:
         return self.recipe, self.plan, row, planned, self.run, self.data, RunEnv.detect()
 
     def train(self, phase: str, module: int | None = None) -> dict[str, Any]:
-        from bigincubate.trainer import train
+        from bigincubate.attempt import train
 
         return train(*self.arguments(phase, module))
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["bigincubate.cli", "bigincubate.trainer", "bigincubate.workflow", "bigincubate.export"])
+SERVER.set_forkserver_preload(["bigincubate.cli", "bigincubate.attempt", "bigincubate.workflow", "bigincubate.export"])
 Before = Callable[[], None]
 CLONE_NEWUTS, CLONE_NEWUSER = 0x04000000, 0x10000000  # linux/sched.h
 

@@ -98,7 +98,8 @@ def test_sharding_knows_neither_tasks_nor_models() -> None:
         ("checkpoint", {"trainer", "models", "tasks", "data", "sharding"}),
         ("optim", {"models", "trainer", "sharding", "data"}),
         ("cluster", {"trainer", "models", "data", "tasks", "sharding"}),
-        ("trainer", {"cli", "export"}),
+        ("trainer", {"cli", "export", "attempt"}),
+        ("attempt", {"cli", "export", "models", "sharding", "tasks"}),
     ],
 )
 def test_a_room_does_not_import_those_above_it(owner: str, forbidden: set[str]) -> None:

@@ -132,7 +132,7 @@ def train(
             data = ensure_data(loaded, directory, say)
             cut, rows = ensure_plan(loaded, directory, data)
         row = cut.row(phase, number)
-        from ..trainer import train as train_phase
+        from ..attempt import train as train_phase
 
         result = train_phase(loaded, cut, row, find_row(rows, row.phase, number), directory, data, env)
         if env.is_main:

@@ -38,6 +38,29 @@ def check_layout(
         )
 
 
+def count_micro_batches(settings: config.Settings, world: int) -> int:
+    """How many micro-batches a rank cuts its share of a batch into.
+
+    Raises:
+        ConfigError: the batch cannot be shared out evenly.
+    """
+    train, repeats = settings.train, settings.augment.repeats
+    distinct = train.batch_size // repeats
+    if distinct % world:
+        raise ConfigError(
+            f"train.batch_size / augment.repeats = {distinct} cannot be shared by {world} ranks;"
+            f" use a multiple of {world}"
+        )
+    share = distinct // world
+    count = 1 if train.micro_batch is None else max(1, -(-share * repeats // train.micro_batch))
+    if share % count:
+        raise ConfigError(
+            f"train.micro_batch = {train.micro_batch} does not divide a rank's share of {share * repeats} evenly"
+        )
+    check_layout(settings.mixup, batch_size=train.batch_size, repeats=repeats, world=world, micro_batches=count)
+    return count
+
+
 def mix(
     images: Tensor,
     labels: Tensor,
