@@ -20,6 +20,7 @@ from torch import Tensor
 from .adascale import AdaScale
 from .checkpoint.lock import Claim
 from .checkpoint.manager import Checkpoint, CheckpointManager
+from .checkpoint.pieces import Piece
 from .checkpoint.store import Manifest, ModelSpec, save_artifact
 from .cluster.env import RunEnv, stderr
 from .cluster.preempt import StopFlag
@@ -295,12 +296,15 @@ class Trainer:
         if self.adascale:
             self.state.adascale = self.adascale.state()
         if self.state.step != self.saved:
-            tensors = self.sharding.save()
-            # a rank averages what it trains, and writes the average of what it writes
-            tensors |= {key: value for key, value in self.ema.save().items() if f"model/{key[4:]}" in tensors}
-            self.checkpoints.start(self.state.step, tensors, asdict(self.state))
+            self.checkpoints.start(self.state.step, self.pieces(), asdict(self.state))
             self.saved = self.state.step
         return now
+
+    def pieces(self) -> dict[str, Tensor | Piece]:
+        """This rank's part of a checkpoint."""
+        pieces = self.sharding.save()
+        # a rank averages what it trains, and writes the average of what it writes
+        return pieces | {key: value for key, value in self.ema.save().items() if f"model/{key[4:]}" in pieces}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         self.saved = checkpoint.step

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bigincubate import trainer
+from bigincubate.checkpoint.manager import CheckpointManager
 from bigincubate.cli import main
 from bigincubate.measure import Collectives, alive, held
 
@@ -107,6 +108,19 @@ def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
     patch.setattr(trainer.Trainer, "step", watched)
 
 
+def write_again(patch: pytest.MonkeyPatch, folder: str) -> None:
+    """What a phase took up from a checkpoint, as a checkpoint in ``folder``."""
+    restore = trainer.Trainer.restore
+
+    def restored(self: trainer.Trainer, checkpoint: Any) -> None:
+        restore(self, checkpoint)
+        saves = CheckpointManager(Path(folder), self.env, digest=self.recipe.digest)
+        saves.save(checkpoint.step, self.pieces(), dataclasses.asdict(self.state))
+        saves.close()
+
+    patch.setattr(trainer.Trainer, "restore", restored)
+
+
 def command(job: dict[str, Any]) -> dict[str, Any]:
     sys.argv = ["bigincubate", *job["words"]]
     outcome: dict[str, Any] = {}
@@ -119,6 +133,8 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
             spoil(patch, job)
         if "watch" in job:
             watch(patch, job["watch"], outcome)
+        if "write_again" in job:
+            write_again(patch, job["write_again"])
         finish = trainer.Trainer.finish
 
         def watched(self: trainer.Trainer) -> Any:

@@ -1,4 +1,4 @@
-"""`bigincubate checkpoint list|verify|convert`: what lies there is told as it is, and rewritten with the same bits."""
+"""`bigincubate checkpoint list|verify|convert|prune`: told as it is, rewritten with the same bits."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from forked import run
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bigincubate.checkpoint.lock import owned
 from bigincubate.checkpoint.manager import CheckpointManager, commit, verify
 from bigincubate.checkpoint.offline import convert, survey
 from bigincubate.checkpoint.pieces import Piece, PieceReader, snapshot, write_pieces
@@ -240,3 +241,49 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
     assert verify(source) is None
+
+
+# ------------------------------------------------------------------------------------------------ prune
+
+
+def test_old_damaged_and_unfinished_ones_go_and_sound_ones_stay(tmp_path: Path) -> None:
+    folder = tmp_path / "meta" / "checkpoints"
+    checkpoints = CheckpointManager(folder, RunEnv(), digest="d", keep=9)
+    for number in (4, 8, 12, 16, 20):
+        checkpoints.save(number, LOGICAL, {"step": number})
+    flip_a_bit(folder / "step-00000020" / "rank-00000.safetensors")
+    (folder / ".saving-00000024-abc").mkdir()
+    pruned = run("checkpoint", "prune", tmp_path, "--keep", 2)
+    assert (pruned.wait(), pruned.err) == (0, "")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000012", "step-00000016"]
+    assert sorted(line.split()[-1] for line in pruned.out.splitlines()) == sorted(
+        str(folder / name) for name in ("step-00000004", "step-00000008", "step-00000020", ".saving-00000024-abc")
+    )
+    assert run("checkpoint", "prune", tmp_path).out == "nothing to remove\n"
+    assert same(dict(tensors_of(folder / "step-00000016")), LOGICAL)
+
+
+def test_where_all_are_damaged_none_is_removed(mine: Any) -> None:
+    for number in (8, 12):
+        flip_a_bit(step(mine, number) / "state.json")
+    pruned = run("checkpoint", "prune", mine.run.path, "--keep", 1)
+    assert pruned.wait() == 6
+    assert pruned.err == (
+        f"bigincubate: every checkpoint is damaged in {mine.run.path / 'meta' / 'checkpoints'};"
+        " they were left as they are\n"
+    )
+    assert [row["step"] for row in survey(mine.run.path)] == [8, 12, 12]  # of the module, the newest
+
+
+def test_what_somebody_trains_is_left_alone(mine: Any) -> None:
+    with owned(mine.run.path / "meta", RunEnv()):
+        pruned = run("checkpoint", "prune", mine.run.path, "--keep", 1)
+        assert pruned.wait() == 7
+        assert f"process {os.getpid()} on" in pruned.err
+    assert [row["step"] for row in survey(mine.run.path / "meta")] == [8, 12]
+
+
+def test_one_checkpoint_is_not_pruned(mine: Any) -> None:
+    pruned = run("checkpoint", "prune", step(mine, 8))
+    assert (pruned.wait(), step(mine, 8).exists()) == (2, True)
+    assert "give a run directory" in pruned.err

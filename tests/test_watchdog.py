@@ -65,17 +65,22 @@ def test_of_two_ranks_of_a_launcher_one_is_stopped(lab: Labs) -> None:
     assert attempt["error"].startswith(named)
 
 
+def as_under_srun(lab: Any, before: Callable[[], None] | None = None) -> list[Command]:
+    """Two ranks without a launcher; rank 0 hosts their store."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    where["GLOO_SOCKET_IFNAME"] = "lo"
+    return [
+        Command(*lab.command("pretrain"), before=before, env={**where, "RANK": str(rank), "LOCAL_RANK": "0"})
+        for rank in (0, 1)
+    ]
+
+
 def test_the_rank_that_hosts_the_store_is_stopped(lab: Labs) -> None:
     """As under srun, where rank 0 does."""
     long = lab(*LONG)
     folder = long.run.phase("pretrain")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    where["GLOO_SOCKET_IFNAME"] = "lo"
-    ranks = [
-        Command(*long.command("pretrain"), before=impatient, env={**where, "RANK": str(rank), "LOCAL_RANK": "0"})
-        for rank in (0, 1)
-    ]
+    ranks = as_under_srun(long, impatient)
     try:
         assert ranks[0].until(lambda: len(long.log("pretrain")) > 3), ranks[0].err
         ranks[0].send(signal.SIGSTOP)

@@ -170,18 +170,36 @@ def _name(owner: dict[str, Any]) -> str:
     return f"process {owner['pid']} on {owner['host']}" + (f", job {owner['job']}" if owner["job"] else "")
 
 
-def _alive(owner: dict[str, Any], path: Path) -> bool:
-    """Whether the owner may still write. What the queue and this host cannot tell, its heartbeat does."""
+def owner(folder: Path) -> str | None:
+    """Who owns ``folder``, without waiting: one of unknown fate counts until it was silent for a lease."""
+    owners = folder / "owners"
+    if not owners.is_dir():
+        return None
+    path = owners / f"{_newest(owners)}.json"
+    found = read_json(path)
+    return _name(found) if found and _known(found, path) is not False else None
+
+
+def _known(owner: dict[str, Any], path: Path) -> bool | None:
+    """Whether the owner may still write, as this host, the queue and its silence so far tell; None: they do not."""
     me = describe(os.getpid())
     same = {key for key in me if owner[key] == me[key] and me[key] is not None}
     if {"cluster", "job"} <= same and owner["restarts"] < me["restarts"]:
         return False  # our own ghost: Slurm ended it before it started us
     if {"host", "space"} <= same and owner["started"] is not None:
         return start_time(owner["pid"]) == owner["started"]
-    began, first = time.monotonic(), _touched(path)
-    silent = _now(path.parent) - first
+    silent = _now(path.parent) - _touched(path)
     if silent > LEASE or ("cluster" in same and owner["job"] and _ended(owner["job"])):
         return False
+    return None
+
+
+def _alive(owner: dict[str, Any], path: Path) -> bool:
+    """Whether the owner may still write. What nothing else can tell, its heartbeat does."""
+    began, first = time.monotonic(), _touched(path)
+    silent = _now(path.parent) - first
+    if (known := _known(owner, path)) is not None:
+        return known
     waiting = False
     while (waited := time.monotonic() - began) + silent <= LEASE:
         if _touched(path) != first:
@@ -201,10 +219,13 @@ def _touched(path: Path) -> float:
 
 
 def _now(folder: Path) -> float:
-    """The time by the clock that stamps files here, which may be another machine's."""
-    with tempfile.TemporaryFile(dir=folder) as file:
-        os.utime(file.fileno())
-        return os.fstat(file.fileno()).st_mtime
+    """The time by the clock that stamps files here, which may be another machine's; our own where we may not write."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.utime(file.fileno())
+            return os.fstat(file.fileno()).st_mtime
+    except PermissionError:
+        return time.time()
 
 
 def _ended(job: str) -> bool:

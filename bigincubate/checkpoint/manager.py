@@ -217,12 +217,7 @@ class CheckpointManager:
         kept = [step for step in self.steps() if step <= newest][-self.keep :]
         for step in set(self.steps()).difference(kept):
             self.claim.check()
-            if self._at(step).is_symlink():  # what it leads to is not ours
-                self._at(step).unlink()
-                continue
-            # the marker goes first: half a directory must not look committed
-            (self._at(step) / MARKER).unlink()
-            shutil.rmtree(self._at(step))
+            remove(self._at(step))
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -283,6 +278,15 @@ def commit(aside: Path, final: Path, *, step: int, digest: str, world: int, file
     fsync_dir(final.parent)
     (final / marker).rename(final / MARKER)
     fsync_dir(final)
+
+
+def remove(folder: Path) -> None:
+    """A checkpoint, or what was to become one."""
+    if folder.is_symlink():  # what it leads to is not ours
+        folder.unlink()
+        return
+    (folder / MARKER).unlink(missing_ok=True)  # first: half a directory must not look committed
+    shutil.rmtree(folder)
 
 
 def verify(folder: Path) -> str | None:

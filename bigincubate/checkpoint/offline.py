@@ -9,9 +9,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from ..cluster.env import RunEnv
 from ..errors import ArtifactError, ConfigError, DamagedError
 from ..files import read_json, read_small, write_hashed
-from .manager import MARKER, STATE, Manifest, commit, verify
+from .lock import owned
+from .manager import MARKER, STATE, Manifest, commit, remove, verify
 from .pieces import Piece, PieceReader, write_pieces
 
 NAME = re.compile(r"(?:step|\.saving)-(\d{8,}).*")
@@ -59,6 +61,35 @@ def _look(folder: Path) -> dict[str, Any] | None:
         }
     except FileNotFoundError:
         return None
+
+
+def prune(path: Path, *, keep: int) -> list[Path]:
+    """Remove all but the newest ``keep`` sound checkpoints of each phase in a run directory, or of one phase; damaged
+    ones and what was never finished too, unless nothing else is there. Gives what was removed.
+
+    Raises:
+        ArtifactError: there is no checkpoint.
+        LockedError: somebody trains the phase.
+        DamagedError: every checkpoint of a phase is damaged; they stay, other phases are pruned.
+    """
+    places = [Path(row["path"]) for row in survey(path)]
+    if path in places:
+        raise ConfigError(f"{path} is one checkpoint; give a run directory or a phase's directory")
+    removed, hopeless = [], []
+    for folder in dict.fromkeys(place.parent for place in places):
+        with owned(folder.parent, RunEnv()) as claim:
+            rows = {Path(row["path"]): row for row in survey(folder.parent)}
+            sound = [place for place, row in rows.items() if row["problem"] is None]
+            if not sound and any(row["committed"] for row in rows.values()):
+                hopeless.append(str(folder))
+                continue
+            for place in rows.keys() - set(sound[-keep:]):
+                claim.check()
+                remove(place)
+                removed.append(place)
+    if hopeless:
+        raise DamagedError(f"every checkpoint is damaged in {', '.join(hopeless)}; they were left as they are")
+    return sorted(removed)
 
 
 def convert(source: Path, out: Path, *, ranks: int = 1) -> None:

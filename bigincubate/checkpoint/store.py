@@ -116,8 +116,9 @@ def load_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{place / 'manifest.json'}: {error.errors()[0]['msg']}") from None
 
 
-def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
-    """
+def verify_artifact(folder: Path) -> Manifest:
+    """The manifest of an artifact, whose weights are hashed and not loaded.
+
     Raises:
         ArtifactError: missing, or not what its manifest says (file, expected and found hash in the message).
     """
@@ -126,8 +127,20 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
     try:
         plain_size(file)
         found = sha256(file)
-        if found != manifest.digest:
-            raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…: damaged")
+    except OSError as error:
+        raise ArtifactError(f"{file}: {error.strerror}") from None
+    if found != manifest.digest:
+        raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…: damaged")
+    return manifest
+
+
+def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
+    """
+    Raises:
+        ArtifactError: as :func:`verify_artifact`.
+    """
+    manifest, file = verify_artifact(folder), _place(folder) / WEIGHTS
+    try:
         return load_file(file), manifest
     except OSError as error:
         raise ArtifactError(f"{file}: {error.strerror}") from None
@@ -138,14 +151,18 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
 def check_module(folder: Path, *, recipe: str, meta: str, data: str) -> str | None:
     """Why the module in ``folder`` cannot join the assembly; None if it can."""
     try:
-        manifest = load_manifest(folder)
+        return check_origin(load_manifest(folder), recipe=recipe, meta=meta, data=data)
     except ArtifactError as error:
         return str(error)
+
+
+def check_origin(manifest: Manifest, *, recipe: str, meta: str | None, data: str) -> str | None:
+    """What else than this an artifact grew from; None if nothing."""
     for name, wanted, found in (
         ("recipe", recipe, manifest.recipe),
         ("meta model", meta, manifest.meta),
         ("data", data, manifest.data),
     ):
         if wanted != found:
-            return f"stale: it grew from another {name} ({str(found)[:12]}…, this run's is {wanted[:12]}…)"
+            return f"stale: it grew from another {name} ({str(found)[:12]}…, this run's is {str(wanted)[:12]}…)"
     return None

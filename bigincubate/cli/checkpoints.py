@@ -51,3 +51,18 @@ def checkpoint_convert(
 
     convert(checkpoint, out, ranks=ranks)
     say(f"{out}: the checkpoint of {checkpoint} as {ranks} file{'s' if ranks > 1 else ''} of tensors")
+
+
+@checkpoint_app.command("prune")
+def checkpoint_prune(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or a phase's.")],
+    keep: Annotated[int, typer.Option(min=1, help="The newest sound ones to keep of each phase.")] = 2,
+) -> None:
+    """Remove old checkpoints, damaged ones, and what was never finished. Not of a phase that somebody trains."""
+    from ..checkpoint.offline import prune
+
+    removed = prune(folder, keep=keep)
+    for path in removed:
+        say(f"removed  {path}")
+    if not removed:
+        say("nothing to remove")

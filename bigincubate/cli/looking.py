@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import Exit
-from .app import JsonOption, RunArgument, app, console, say
+from .app import JsonOption, RunArgument, app, console, fail, say
 
 
 @app.command()
@@ -43,6 +44,25 @@ def status(
                 live.update(table(), refresh=True)
         except KeyboardInterrupt:
             pass
+
+
+@app.command()
+def verify(run_dir: RunArgument, as_json: JsonOption = False) -> None:
+    """Hash everything in a run: what is good, damaged, stale or in progress. Exit code 6 where something is damaged,
+    4 where something is stale."""
+    from ..rundir import RunDir
+    from ..verify import Verdict, verify_run
+
+    found = []
+    for each in verify_run(RunDir(run_dir)):
+        found.append(each)
+        if not as_json:
+            say(f"{each.verdict:<14}{each.part:<12}{each.path}" + (f": {each.why}" if each.why else ""))
+    if as_json:
+        print(json.dumps([{**asdict(each), "path": str(each.path)} for each in found], indent=1))
+    for verdict, code in ((Verdict.DAMAGED, Exit.DAMAGED), (Verdict.STALE, Exit.ARTIFACT)):
+        if count := sum(each.verdict is verdict for each in found):
+            fail(f"{count} of {len(found)} {verdict}, as listed; what is good is not touched by that", code)
 
 
 @app.command()

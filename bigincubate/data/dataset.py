@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import EnvironmentFault
-from ..files import read_small
+from ..files import read_small, sha256
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -64,6 +65,15 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
     if digest != contents_digest(classes, splits):
         raise EnvironmentFault(f"{path / DESCRIPTION} is damaged: its digest does not match; {AGAIN}")
     return DatasetInfo(path=path, classes=classes, samples=samples, digest=digest)
+
+
+def damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
+    """Shards that do not hash to what the index says, and why. Those that were not fetched yet are left out."""
+    for split in SPLITS:
+        for shard in read_json(info.path / split / INDEX)["shards"]:
+            file, expected = info.path / split / shard["raw_data"]["basename"], shard["raw_data"]["hashes"]["sha256"]
+            if file.exists() and (found := sha256(file)) != expected:
+                yield file, f"SHA-256 {found[:12]}…, expected {expected[:12]}…"
 
 
 def contents_digest(classes: list[str], splits: dict[str, dict[str, Any]]) -> str:
