@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_distributed import RANKS, environment, torchrun, words
+from launching import launch, words
 
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
@@ -52,14 +51,7 @@ class Ranks:
                 row = next(row for row in base.rows if (row.phase, row.module) == (phase, module))
                 every = footprints(recipe, base.plan, [row], [2])[row.key]
                 self.planned[strategy, phase] = next(each for each in every if each.strategy == strategy)
-        file = folder / "jobs.json"
-        file.write_text(json.dumps(list(jobs.values())))
-        ended = subprocess.run(
-            torchrun(RANKS, file), env=environment(), capture_output=True, text=True, timeout=900, check=False
-        )
-        assert ended.returncode == 0, ended.stderr
-        outcomes = [json.loads((folder / f"jobs.{rank}.json").read_text()) for rank in (0, 1)]
-        self.found = {name: [each[index] for each in outcomes] for index, name in enumerate(jobs)}
+        self.found = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
 
     def most(self, strategy: str, phase: str, moment: str, part: str) -> int:
         """On the rank that has the most."""

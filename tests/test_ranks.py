@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from forked import Command, fork_ranks, without_a_name
-from test_distributed import LOUD, PHASES
+from launching import LOUD, PHASES
 
 from bigincubate.checkpoint.lock import start_time
 from bigincubate.checkpoint.manager import verify
