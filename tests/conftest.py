@@ -202,7 +202,7 @@ def ledger(request: pytest.FixtureRequest) -> object:
 
     made = Ledger(request.node.get_closest_marker("row").args[0])
     if not FULL and not made.row.few:
-        pytest.skip("done by `make test-faults` alone")
+        pytest.skip("done by `make test-faults` alone: it takes minutes")
     return made
 
 

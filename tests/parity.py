@@ -6,21 +6,18 @@ phase, and launches the ranks once for all.
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_distributed import LOUD, RANKS, environment, torchrun
+from launching import LOUD, PHASES, launch, words
 
 Labs = Callable[..., Any]
 OPTIMIZERS = {"adamw": [], "lamb": ["optim.name=lamb", "train.lr=1e-2"]}
 EARLIER = {"pretrain": [], "incubate": ["meta"], "finetune": ["meta", "modules"]}
 MICRO = ["train.micro_batch=4"]
-AT_ONCE = 25
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Parity:
         for kind in dict.fromkeys((case.optimizer, case.precision) for case in self.cases):
             if kind not in self.single:
                 one = self.single[kind] = lab(*LOUD, *OPTIMIZERS[kind[0]], f"train.precision={kind[1]}", *sets)
-                for phase, module in [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]:
+                for phase, module in PHASES:
                     one.train(phase, module)
         self.spread = {}
         jobs = []
@@ -68,7 +65,7 @@ class Parity:
             double = self.spread[case] = reference.copy(folder / str(index), EARLIER[case.phase])
             given = [f"sharding.strategy={case.strategy}", *MICRO, *case.more]
             more = [word for item in given for word in ("--set", item)]
-            jobs.append({"words": [str(word) for word in double.command(case.phase, case.module, *more)]})
+            jobs.append(words(double, case.phase, case.module, *more))
         self.outcomes = dict(zip(self.cases, launch(folder, jobs, world), strict=True))
 
     def check(self, case: Case, rel: float) -> None:
@@ -83,24 +80,3 @@ class Parity:
             assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=rel), key
         scores = [one.run.phase(case.phase, case.module).result for one in (single, spread)]
         assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=10 * rel)
-
-
-def launch(folder: Path, jobs: list[dict[str, Any]], world: int = 2) -> list[list[dict[str, Any]]]:
-    """What each job ended with on each rank. Jobs run one after the other in one launch of the ranks; many of them in
-    several, because the groups of gloo that each one makes keep their threads."""
-    found: list[list[dict[str, Any]]] = []
-    for start in range(0, len(jobs), AT_ONCE):
-        file = folder / f"jobs-{start}.json"
-        file.write_text(json.dumps(jobs[start : start + AT_ONCE]))
-        ended = subprocess.run(
-            torchrun(RANKS, file, world=world),
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=1500,
-            check=False,
-        )
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        outcomes = [json.loads(file.with_suffix(f".{rank}.json").read_text()) for rank in range(world)]
-        found += [list(each) for each in zip(*outcomes, strict=True)]
-    return found

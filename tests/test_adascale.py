@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_distributed import LOUD, RANKS, environment, torchrun, words
+from launching import LOUD, launch, words
 from torch import Tensor, nn
 
 from bigincubate import trainer as trainer_module
@@ -139,14 +137,7 @@ class Spread:
         refused = lab(*SETS)
         for strategy in ("fsdp2", "zero2"):
             jobs[strategy] = words(refused, "pretrain", None, "--set", f"sharding.strategy={strategy}")
-        file = folder / "jobs.json"
-        file.write_text(json.dumps(list(jobs.values())))
-        ended = subprocess.run(
-            torchrun(RANKS, file), env=environment(), capture_output=True, text=True, timeout=600, check=False
-        )
-        assert ended.returncode == 0, ended.stderr
-        outcomes = [json.loads((folder / f"jobs.{rank}.json").read_text()) for rank in (0, 1)]
-        self.outcomes = {name: [each[index] for each in outcomes] for index, name in enumerate(jobs)}
+        self.outcomes = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
 
     def codes(self, *name: str) -> list[int]:
         return [outcome["code"] for outcome in self.outcomes[name if len(name) > 1 else name[0]]]

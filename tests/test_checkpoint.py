@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from parts import MANIFEST
 from torch import Tensor
 
 from bigincubate.checkpoint import store
 from bigincubate.checkpoint.manager import CheckpointManager, verify
 from bigincubate.checkpoint.pieces import PieceReader, snapshot, write_pieces
-from bigincubate.checkpoint.store import Manifest, ModelSpec, check_module, load_artifact, save_artifact
+from bigincubate.checkpoint.store import check_module, load_artifact, save_artifact
 from bigincubate.cluster.env import RunEnv
 from bigincubate.errors import ArtifactError, DamagedError, EnvironmentFault
 
@@ -249,6 +250,7 @@ def test_death_at_every_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path: Pat
         assert newest.step in (8, 12), calls
         assert torch.equal(newest.tensors["model/w"], tensors(newest.step)["model/w"])
         again = manager(folder)
+        assert len(again.steps()) >= 2, calls  # none goes before its successor is committed
         again.save(13, tensors(13), {"step": 13})
         assert len(again.steps()) == 2
         assert len(list(again.folder.iterdir())) == 2, calls  # no litter
@@ -258,20 +260,7 @@ def test_death_at_every_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path: Pat
 
 # ------------------------------------------------------------------------------------------------ artifacts
 
-SPEC = ModelSpec(
-    name="vit_tiny_patch16_224",
-    args={},
-    depths=[[1], [1]],
-    num_classes=10,
-    img_size=8,
-    mean=[0.5] * 3,
-    std=[0.5] * 3,
-    interpolation="bicubic",
-    eval_crop=1.0,
-)
-MANIFEST = Manifest(
-    kind="module", phase="incubate", module=0, model=SPEC, weights="raw", recipe="r" * 64, data="d" * 64, meta="m" * 64
-)
+MODULE = MANIFEST.model_copy(update={"kind": "module", "phase": "incubate", "module": 0, "meta": "m" * 64})
 
 
 def test_an_artifact_comes_back_with_its_manifest(tmp_path: Path) -> None:
@@ -309,7 +298,7 @@ def test_a_missing_artifact_or_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_module_of_another_lineage_is_stale(tmp_path: Path) -> None:
-    save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
+    save_artifact(tmp_path / "artifact", tensors(1), MODULE)
     own = {"recipe": "r" * 64, "meta": "m" * 64, "data": "d" * 64}
     assert check_module(tmp_path / "artifact", **own) is None
     for key, word in (("recipe", "recipe"), ("meta", "meta model"), ("data", "data")):
@@ -325,6 +314,6 @@ def test_a_new_artifact_replaces_the_old_one_whole(tmp_path: Path) -> None:
 
 
 def test_a_manifest_reads_as_plain_json(tmp_path: Path) -> None:
-    save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
+    save_artifact(tmp_path / "artifact", tensors(1), MODULE)
     plain = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
     assert (plain["kind"], plain["module"], plain["weights"]) == ("module", 0, "raw")

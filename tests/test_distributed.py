@@ -5,40 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import LOUD, PHASES, digest, environment, launch, torchrun, words
 
 Labs = Callable[..., Any]
-RANKS = Path(__file__).with_name("ranks.py")
-LOUD = ["mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "loss.label_smoothing=0.1", "augment.erase=0.3"]
-LOUD += ["log.every_steps=1", "ema.decay=0.9", "augment.repeats=2"]
-PHASES = [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]
-
-
-def torchrun(*words: object, world: int = 2) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = ["--master-addr", "127.0.0.1", "--local-addr", "127.0.0.1", "--master-port", str(port)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(world), *address]
-    return [*command, *map(str, words)]
-
-
-def environment() -> dict[str, str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    clean.pop("LOCAL_WORLD_SIZE", None)
-    return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RANKS.parent.parent)}
-
-
-def words(lab: Any, phase: str, module: int | None = None, *more: str) -> dict[str, Any]:
-    return {"words": [str(word) for word in lab.command(phase, module, *more)]}
 
 
 class Ranks:
@@ -72,14 +48,7 @@ class Ranks:
         jobs["no data"] = words(self.odd, "pretrain", None, "--set", "data.path=/nowhere")
         jobs["no modules"] = words(self.odd, "finetune", None, "--set", f"data.path={digits}")
         jobs["odd"] = words(self.odd, "pretrain", None, "--set", "train.micro_batch=3")
-        file = folder / "jobs.json"
-        file.write_text(json.dumps(list(jobs.values())))
-        ended = subprocess.run(
-            torchrun(RANKS, file), env=environment(), capture_output=True, text=True, timeout=600, check=False
-        )
-        assert ended.returncode == 0, ended.stderr
-        outcomes = [json.loads((folder / f"jobs.{rank}.json").read_text()) for rank in (0, 1)]
-        self.outcomes = {name: [each[index] for each in outcomes] for index, name in enumerate(jobs)}
+        self.outcomes = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
 
     def codes(self, name: str) -> list[int]:
         return [outcome["code"] for outcome in self.outcomes[name]]
@@ -212,9 +181,3 @@ def test_under_torchrun_a_stop_is_recorded_and_nothing_is_left_locked(lab: Labs)
     assert (folder.path / "owners" / "1.json").read_text() == ""
     stopped = max(row["step"] for row in long.log("pretrain"))
     assert (folder.checkpoints / f"step-{stopped:08d}" / "COMMITTED").exists()
-
-
-def digest(tensor: torch.Tensor) -> str:
-    import hashlib
-
-    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_distributed import RANKS, environment, torchrun, words
+from launching import launch, words
 
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
@@ -28,6 +27,7 @@ CASES = [(strategy, phase) for strategy in NAMES for phase, _, _ in PHASES]
 SHORT = ["train.max_steps=2", "log.images=0"]
 BUCKET = 500_000  # elements
 IMAGES = 24 * 1024  # bytes: a batch as it came and as it was mixed
+FSDP2 = "sharding.strategy=fsdp2"
 
 
 class Ranks:
@@ -52,14 +52,14 @@ class Ranks:
                 row = next(row for row in base.rows if (row.phase, row.module) == (phase, module))
                 every = footprints(recipe, base.plan, [row], [2])[row.key]
                 self.planned[strategy, phase] = next(each for each in every if each.strategy == strategy)
-        file = folder / "jobs.json"
-        file.write_text(json.dumps(list(jobs.values())))
-        ended = subprocess.run(
-            torchrun(RANKS, file), env=environment(), capture_output=True, text=True, timeout=900, check=False
-        )
-        assert ended.returncode == 0, ended.stderr
-        outcomes = [json.loads((folder / f"jobs.{rank}.json").read_text()) for rank in (0, 1)]
-        self.found = {name: [each[index] for each in outcomes] for index, name in enumerate(jobs)}
+        for option in ("shard_frozen=true", "reshard_after_forward=false"):
+            more = ["--set", FSDP2, "--set", "train.micro_batch=8", "--set", f"sharding.fsdp2.{option}"]
+            run = base.copy(folder / option, ["meta"])
+            jobs[option, "incubate"] = {**words(run, "incubate", 1, *more), "watch": 1}
+        for option in ("gather_bf16=false", "gather_bf16=true"):
+            run = lab(*SHORT, FSDP2, "train.precision=bf16", f"sharding.fsdp2.{option}")
+            jobs[option, "pretrain"] = {**words(run, "pretrain"), "watch": 1}
+        self.found = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
 
     def most(self, strategy: str, phase: str, moment: str, part: str) -> int:
         """On the rank that has the most."""
@@ -119,6 +119,29 @@ def test_a_bucket_of_zero_is_there_all_the_time_in_stage_3(ranks: Ranks) -> None
     assert 4 * BUCKET <= planned.buckets <= 4 * BUCKET + planned.weights + planned.gathered
     for outcome in ranks.found["zero3", "pretrain"]:
         assert 4 * BUCKET in outcome["held"]["rest"]
+
+
+def test_shard_frozen_cuts_what_is_frozen_and_gathers_it(ranks: Ranks) -> None:
+    for cut, whole in zip(ranks.found["shard_frozen=true", "incubate"], ranks.found["fsdp2", "incubate"], strict=True):
+        trained = whole["sent"]["reduce_scatter"] // 2  # bytes here, of two ranks
+        frozen = whole["held"]["weights"] - trained
+        assert frozen > trained
+        assert cut["held"]["weights"] == pytest.approx(trained + frozen / 2, rel=0.03)  # rows are padded
+        assert cut["sent"]["all_gather"] > whole["sent"]["all_gather"] + frozen
+        assert cut["sent"]["reduce_scatter"] == whole["sent"]["reduce_scatter"]
+
+
+def test_without_reshard_after_forward_the_backward_gathers_nothing(ranks: Ranks) -> None:
+    kept, given_up = ranks.found["reshard_after_forward=false", "incubate"], ranks.found["fsdp2", "incubate"]
+    for one, other in zip(kept, given_up, strict=True):
+        assert one["sent"] == {**other["sent"], "all_gather": other["sent"]["all_gather"] // 2}
+
+
+def test_gather_bf16_halves_what_is_gathered_and_nothing_else(ranks: Ranks) -> None:
+    half, same = ranks.found["gather_bf16=true", "pretrain"], ranks.found["gather_bf16=false", "pretrain"]
+    for one, other, fp32 in zip(half, same, ranks.found["fsdp2", "pretrain"], strict=True):
+        assert other["sent"] == fp32["sent"]
+        assert one["sent"] == {**fp32["sent"], "all_gather": fp32["sent"]["all_gather"] // 2}
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "adafactor", "lion", "sgd", "adamp", "adagrad"])

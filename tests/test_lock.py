@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from forked import Command, run
-from test_checkpoint import MANIFEST
+from parts import MANIFEST
 
 from bigincubate.checkpoint import lock
 from bigincubate.checkpoint.lock import owned, start_time

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from parity import OPTIMIZERS, Case, Parity, launch
-from test_distributed import LOUD, digest
+from launching import LOUD, digest, launch, words
+from parity import OPTIMIZERS, Case, Parity
 
 from bigincubate.config import Fsdp2, Settings, Sharding, Train, load_recipe
 from bigincubate.errors import ConfigError
@@ -138,12 +138,10 @@ def test_every_strategy_goes_on_from_the_checkpoint_of_another(
     handed = lab(*LOUD, *OPTIMIZERS["lamb"])
     jobs = []
     for turn, strategy in enumerate(CHAIN):
-        words = handed.command(
-            "pretrain", None, "--set", f"sharding.strategy={strategy}", "--set", "train.micro_batch=8"
-        )
+        using = ["--set", f"sharding.strategy={strategy}", "--set", "train.micro_batch=8"]
         # it stops after step 1, 3, 5, …; the last runs to the end
         stop = {"spoiled_rank": 0, "signal_at": 2 * turn} if turn < len(CHAIN) - 1 else {}
-        jobs.append({"words": [str(word) for word in words], **stop})
+        jobs.append({**words(handed, "pretrain", None, *using), **stop})
     outcomes = launch(tmp_path_factory.mktemp("chain"), jobs)
     assert [[outcome["code"] for outcome in each] for each in outcomes] == [[75, 75]] * 6 + [[0, 0]]
     assert all(outcome["err"].count("\n") <= 1 for each in outcomes for outcome in each), outcomes
@@ -163,8 +161,8 @@ def test_four_ranks_hand_over_to_two_and_two_to_one(lab: Labs, tmp_path_factory:
         jobs = []
         for index, handed in enumerate(runs.values()):
             chosen = f"sharding.strategy={STRATEGIES[(index + turn) % len(STRATEGIES)]}"
-            words = handed.command("pretrain", None, "--set", chosen)
-            jobs.append({"words": [str(word) for word in words], "spoiled_rank": 0, "signal_at": 4 * turn + 3})
+            stop = {"spoiled_rank": 0, "signal_at": 4 * turn + 3}
+            jobs.append({**words(handed, "pretrain", None, "--set", chosen), **stop})
         outcomes = launch(tmp_path_factory.mktemp(str(world)), jobs, world)
         assert [[outcome["code"] for outcome in each] for each in outcomes] == [[75] * world] * len(runs), outcomes
     for handed in runs.values():
@@ -183,7 +181,7 @@ def test_modules_of_different_strategies_assemble(lab: Labs, tmp_path_factory: p
     jobs = []
     for (phase, module), strategy in zip(phases, strategies, strict=True):
         single.train(phase, module)
-        jobs.append({"words": list(map(str, mixed.command(phase, module, "--set", f"sharding.strategy={strategy}")))})
+        jobs.append(words(mixed, phase, module, "--set", f"sharding.strategy={strategy}"))
     for outcomes in launch(tmp_path_factory.mktemp("mixed"), jobs):
         assert [outcome["code"] for outcome in outcomes] == [0, 0], outcomes
     for name, tensor in single.weights("finetune").items():

@@ -56,7 +56,13 @@ def test_of_two_ranks_of_a_launcher_one_is_stopped(lab: Labs) -> None:
     main = folder.attempts()[0]["pid"]
     (other,) = [pid for pid in children(launcher.pid) if pid != main]
     os.kill(other, signal.SIGSTOP)
-    assert launcher.wait(60) == 3, launcher.out
+    try:
+        assert launcher.wait(60) == 3, launcher.out
+    except (AssertionError, TimeoutError):
+        for pid in (main, other):
+            if start_time(pid) is not None:  # nobody else would end it
+                os.kill(pid, signal.SIGKILL)
+        raise
     named = f"rank 1 (process {other} on {socket.gethostname()}) gave no sign of life for 2 s"
     assert f"meta model: failed (exit 3): rank 0: bigincubate: {named}" in launcher.out
     assert [start_time(pid) for pid in (main, other)] == [None, None]

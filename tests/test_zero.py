@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from parity import launch
-from test_distributed import LOUD, environment, words
+from launching import LOUD, environment, launch, words
 
 from bigincubate.cluster.env import RunEnv
 from bigincubate.config import Settings, Sharding, Train, load_recipe
