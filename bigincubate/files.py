@@ -9,6 +9,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,16 +96,17 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def write_hashed(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
-    """Write bytes-like ``chunks`` one after the other, hashing them on the way, and fsync.
+    """Write bytes-like ``chunks`` one after the other, each hashed by another thread meanwhile, and fsync.
 
     Returns:
         What a manifest says of the file: ``size`` (bytes) and ``sha256``.
     """
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
         for chunk in chunks:
-            digest.update(chunk)
+            hashed = beside.submit(digest.update, chunk)
             size += file.write(chunk)
+            hashed.result()
         file.flush()
         os.fsync(file.fileno())
     return {"size": size, "sha256": digest.hexdigest()}

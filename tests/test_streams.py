@@ -421,6 +421,15 @@ def run(info: DatasetInfo, then: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+def test_a_number_that_is_taken_is_left_to_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another data set; or by a signal, which made open() begin again after the file was there."""
+    taken = shards.claim()
+    numbers = iter([taken, taken, taken + 1])
+    monkeypatch.setattr("bigincubate.data.shards.secrets.randbelow", lambda bound: next(numbers))
+    assert shards.claim() == taken + 1
+    assert left_by(taken)
+
+
 def left_by(claim: int) -> list[Path]:
     places = (Path("/dev/shm"), runtime_dir(), runtime_dir().parent)
     return [file for place in places for file in (*place.glob(f"{claim:06}[_-]*"), *place.glob(f"{claim}.claim"))]

@@ -203,8 +203,12 @@ def claim() -> int:
             with suppress(BlockingIOError, FileNotFoundError), file.open() as other:
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove(int(file.stem))
-        number = secrets.randbelow(10**9)
-        held = (folder / f"{number}.claim").open("x")  # stays open on purpose: the lock is the claim
+        while True:
+            number = secrets.randbelow(10**9)
+            # a signal in the middle of making it: some systems make the file, and Python's second try finds it there
+            with suppress(FileExistsError):
+                held = (folder / f"{number}.claim").open("x")  # stays open on purpose: the lock is the claim
+                break
         fcntl.flock(held, fcntl.LOCK_EX)
     atexit.register(_release, number, held, os.getpid())  # before streaming registers its own: runs after them
     return number

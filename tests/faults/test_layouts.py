@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from launching import LOUD, launch
 from ledger import Ledger
-from parity import launch
-from test_distributed import LOUD
 from test_sharding import STRATEGIES
 
 from bigincubate.checkpoint.pieces import PieceReader
