@@ -49,6 +49,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What :func:`append_line` wrote; a last line that was cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
 def append_line(path: Path, value: Any) -> None:
     """Append one JSON object as a line, in one write, so that processes do not mix their lines."""
     path.parent.mkdir(parents=True, exist_ok=True)

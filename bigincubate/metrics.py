@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from .files import append_line, write_text
+from .files import append_line, read_lines, write_text
 from .rundir import PhaseDir
 
 
@@ -72,15 +72,8 @@ def _cut(file: Path, first: int) -> None:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The logged rows; a last line that was cut off by a crash is left out."""
-    rows = []
-    if file.exists():
-        for line in file.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
+    """The logged rows."""
+    return read_lines(file)
 
 
 class Meter:
