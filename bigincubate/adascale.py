@@ -108,7 +108,7 @@ class AdaScale:
         """
         if (before := state["contributions"]) != self.contributions:
             raise ConfigError(
-                f'optim.lr_scaling = "adascale": a step had {before} gradients (ranks x micro-batches), and now'
+                f'optim.lr_scaling = "adascale": a step had {int(before)} gradients (ranks x micro-batches), and now'
                 f" {self.contributions}; go on with the same number, by another train.micro_batch"
             )
         self.noise, self.signal = state["noise"], state["signal"]

@@ -31,6 +31,7 @@ Unit = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 StageDepths = list[int] | list[list[int]]
+LARGEST, DEEPEST = 2**20, 20  # of a recipe: bytes, tables within tables
 
 
 def execution(default: Any, **constraints: Any) -> Any:
@@ -95,7 +96,7 @@ class Train(Section):
     seed: int = Field(0, ge=0)
     clip_grad: NonNegative = 1.0  # global L2 norm; 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
-    max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped before exit 5
+    max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped: more, and it goes back once, then exit 5
     micro_batch: Count | None = execution(None)  # samples a rank runs at once; None: its whole share
     compile: bool = execution(False)  # each block with torch.compile
 
@@ -426,11 +427,15 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
     """
     file = _find(name_or_path)
     try:
+        if file.stat().st_size > LARGEST:
+            raise ConfigError(f"{file}: larger than any recipe ({LARGEST} bytes)")
         raw = tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # of Python's own limits besides those of TOML
+        raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
+    if _depth(raw) > DEEPEST:
+        raise ConfigError(f"{file}: tables or lists nested more than {DEEPEST} deep")
     where = str(file)
     if sets:
         where += " with --set"
@@ -450,6 +455,19 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
         if own.export == "ema" and not settings.ema.decay:
             raise ConfigError(f'{where}: {phase}.export = "ema" needs {phase}.ema.decay (or ema.decay) above 0')
     return recipe
+
+
+def _depth(value: Any) -> int:
+    """How deep tables and lists are nested. Without recursion: that is what it protects from."""
+    depth, level = 0, [value]
+    while level := [
+        inner
+        for each in level
+        if isinstance(each, dict | list)
+        for inner in (each.values() if isinstance(each, dict) else each)
+    ]:
+        depth += 1
+    return depth
 
 
 def _find(name_or_path: str) -> Path:

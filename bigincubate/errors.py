@@ -34,7 +34,7 @@ class ConfigError(BigincubateError):
 
 
 class EnvironmentFault(BigincubateError):
-    """Data that is missing or damaged, or a machine that lacks something."""
+    """Data that is missing or damaged, a machine that lacks something, or a rank that stands still."""
 
     code = Exit.ENVIRONMENT
 

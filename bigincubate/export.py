@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .checkpoint.store import ModelSpec, load_artifact
 from .config import Phase
 from .errors import ArtifactError, ConfigError
-from .files import read_json
+from .files import plain_size, read_json
 from .models import Partition, build, default_depths, family_of
 from .rundir import RunDir
 
@@ -52,12 +52,22 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
     tensors, manifest = load_artifact(path)
     if manifest.kind != "model":
         raise ArtifactError(f"{path} is module {manifest.module}, a part of a model; give a run or a whole model")
-    return _with_weights(manifest.model, tensors), manifest.model
+    return _with_weights(manifest.model, tensors, path), manifest.model
 
 
-def _with_weights(spec: ModelSpec, tensors: dict[str, Tensor]) -> nn.Module:
+def _with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> nn.Module:
     depths = tuple(tuple(stages) for stages in spec.depths)
-    model = build(spec.name, depths, num_classes=spec.num_classes, img_size=spec.img_size, args=spec.args)
+
+    def built(device: str) -> nn.Module:
+        return build(
+            spec.name, depths, num_classes=spec.num_classes, img_size=spec.img_size, args=spec.args, device=device
+        )
+
+    # shapes alone first: a specification that is no match for its weights costs no memory
+    wanted = {name: tensor.shape for name, tensor in built("meta").state_dict().items()}
+    if odd := sorted(wanted.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}):
+        raise ArtifactError(f"{source} does not hold the model of its description: tensor {odd[0][0]!r} differs")
+    model = built("cpu")
     model.load_state_dict(tensors)
     return model
 
@@ -72,8 +82,9 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
         raise ArtifactError(f"{path / 'config.json'} was not written by `bigincubate export`") from None
     file = path / "model.safetensors"
     try:
-        return _with_weights(spec, load_file(file)), spec
-    except (OSError, SafetensorError, RuntimeError) as error:
+        plain_size(file)
+        return _with_weights(spec, load_file(file), file), spec
+    except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{file} does not hold the model of its config.json: {reason}") from None
 

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+SMALL = 2**26  # bytes; no file that is read into memory whole has a reason to be larger
+
+
+def make_folder(folder: Path) -> None:
+    """A folder, and those above it that are missing; their names are on the disk when this returns."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        fsync_dir(made.parent)
+
+
+def plain_size(path: Path) -> int:
+    """Bytes of a plain file.
+
+    Raises:
+        OSError: missing; a symbolic link, which may lead anywhere; a pipe or a device, which may never end.
+    """
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "not a plain file (a link, a folder, a pipe, a device); refused", str(path))
+    return status.st_size
+
+
+def read_small(path: Path) -> bytes:
+    """What is in a plain file of at most ``SMALL`` bytes.
+
+    Raises:
+        OSError: as :func:`plain_size`; or it is larger.
+    """
+    if (size := plain_size(path)) > SMALL:
+        raise OSError(errno.EFBIG, f"{size} bytes, expected at most {SMALL}", str(path))
+    return path.read_bytes()
+
 
 def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
     """Put ``text`` at ``path`` atomically (temporary file, fsync, rename). With ``exclusive`` an existing file is
     left alone. Returns whether ``path`` now holds ``text``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w") as file:
@@ -43,8 +78,8 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object, or None where the file is missing or holds no JSON object."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = json.loads(read_small(path))
+    except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

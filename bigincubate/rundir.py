@@ -13,9 +13,11 @@
       assembled/            the modules joined, before fine-tuning
       finetune/  end_to_end/
         checkpoints/step-00000500/    resume checkpoints
-        artifact/                     what the phase hands on: weights.safetensors, manifest.json
+        artifact/                     what the phase hands on: weights.safetensors, manifest.json, COMMITTED
         metrics.jsonl  tb/  logs/
         attempts/1.json               running, preempted, failed or done
+        owners/1.json                 whose the folder is; the last one counts
+        rollback.json                 where training went back to after too many gradients that were not finite
         DONE                          the result; last thing written
 """
 
@@ -58,6 +60,14 @@ class PhaseDir:
 
     def finish(self, result: dict[str, Any]) -> None:
         write_json(self.path / "DONE", result)
+
+    @property
+    def rollback(self) -> dict[str, Any] | None:
+        """The one return to a checkpoint (step ``to``) after too many gradients that were not finite; None without."""
+        return read_json(self.path / "rollback.json")
+
+    def note_rollback(self, to: int, **fields: Any) -> None:
+        write_json(self.path / "rollback.json", {"to": to, **fields})
 
     def attempts(self) -> list[dict[str, Any]]:
         """Every attempt at this phase, oldest first."""

@@ -9,23 +9,27 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from .adascale import AdaScale
-from .checkpoint.lock import owned
+from .checkpoint.lock import Claim, owned
 from .checkpoint.manager import Checkpoint, CheckpointManager
 from .checkpoint.store import Manifest, ModelSpec, save_artifact
-from .cluster.env import RunEnv
+from .cluster.env import RunEnv, stderr
 from .cluster.preempt import StopFlag
+from .cluster.watchdog import watched
 from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
 from .data.mixing import check_layout
 from .data.streams import Batch, EvalStream, TrainStream
-from .errors import BigincubateError, ConfigError, NonFiniteError, Preempted
+from .errors import ArtifactError, BigincubateError, ConfigError, EnvironmentFault, NonFiniteError, Preempted
 from .metrics import Meter, Metrics
 from .models import apply_masks, checkpoint_activations, draw_masks, drop_paths, extract, rename, set_rates
 from .optim import Ema, make_optimizer, make_schedule
@@ -57,36 +61,47 @@ def train(
 
     Raises:
         Preempted: asked to stop; a checkpoint is there.
-        NonFiniteError: more steps than allowed had a gradient that is not finite.
-        LockedError: another live process trains this phase.
+        NonFiniteError: more steps than allowed had a gradient that is not finite, again after a rollback.
+        LockedError: another live process trains this phase, or has taken it over.
     """
     folder = run.phase(row.phase, row.module)
     if (result := env.broadcast(folder.result)) is not None:
         return result
-    with owned(folder.path, env), StopFlag() as stop:
+    with owned(folder.path, env) as claim, StopFlag() as stop:
         attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))
-        record = _recorder(folder, attempt, planned, enabled=env.is_main)
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        main = {**env.broadcast(about), "steps": planned.steps}
+
+        def note(state: str, **more: Any) -> None:
+            folder.record(attempt, state=state, **main, **more)
+
+        def record(state: str, **more: Any) -> None:
+            if env.is_main:
+                note(state, **more)
+
         record("running")
         try:
-            result = Trainer(recipe, plan, row, planned, run, data, env, stop).run()
+            with watched(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
+                try:
+                    result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim).run()
+                except (OSError, EnvironmentFault):
+                    claim.check()  # an heir may have taken away what was missed
+                    raise
         except Preempted:
             record("preempted")
             raise
         except BaseException as error:
             record("failed", error=str(error) if isinstance(error, BigincubateError) else repr(error))
             raise
+        with env.first():
+            if env.is_main:
+                claim.check()
+                folder.finish(result)
         if env.is_main:
-            folder.finish(result)
             run.note("done", phase=row.key, **{key: result[key] for key in ("top1", "steps", "seconds")})
         record("done")
         env.barrier()
     return result
-
-
-def _recorder(folder: PhaseDir, attempt: int, planned: PlannedRow, *, enabled: bool) -> Any:
-    about = {"host": socket.gethostname(), "pid": os.getpid(), "steps": planned.steps}
-    about["job"] = os.environ.get("SLURM_JOB_ID")
-    return lambda state, **more: folder.record(attempt, state=state, **about, **more) if enabled else None
 
 
 class Trainer:
@@ -102,8 +117,10 @@ class Trainer:
         data: DatasetInfo,
         env: RunEnv,
         stop: StopFlag,
+        claim: Claim | None = None,
     ) -> None:
         self.recipe, self.row, self.planned, self.run_dir, self.env, self.stop = recipe, row, planned, run, env, stop
+        self.claim = claim or Claim()
         self.settings: Settings = recipe.settings(row.phase)
         self.folder = run.phase(row.phase, row.module)
         self.total = planned.steps
@@ -153,10 +170,11 @@ class Trainer:
         self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.stream.steps_per_epoch)
         self.masked = sum(path.rate > 0 for path in drop_paths(self.model)) and len(drop_paths(self.model))
         self.checkpoints = CheckpointManager(
-            self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep
+            self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep, claim=self.claim
         )
         self.state = TrainState()
         self.saved = -1  # step of the newest checkpoint
+        self.rollback: dict[str, Any] | None = None
         self.skipped = torch.zeros((), device=env.device)
 
     # ------------------------------------------------------------------------------------------ the run
@@ -167,28 +185,61 @@ class Trainer:
             self.restore(checkpoint)
         elif self.row.phase == "finetune":
             self.finish_assembly()
-        # the last step is logged after its checkpoint, together with the evaluation
-        done = 0 < self.state.step < self.total
-        self.metrics = Metrics(self.folder, self.state.step + done, enabled=self.env.is_main)
+        self.metrics = self.open_metrics()
         if self.state.step == 0:
             self.metrics.text("recipe", f"```\n{self.recipe.toml()}\n```")
         try:
-            self.loop()
+            try:
+                self.train()
+            except NonFiniteError as error:
+                self.roll_back(error)
+                self.train()
             return self.finish()
         finally:
             self.metrics.close()
+            self.checkpoints.close()
 
-    def loop(self) -> None:
+    def open_metrics(self) -> Metrics:
+        # the last step is logged after its checkpoint, together with the evaluation
+        done = 0 < self.state.step < self.total
+        return Metrics(self.folder, self.state.step + done, enabled=self.env.is_main)
+
+    def roll_back(self, error: NonFiniteError) -> None:
+        """Go back to the last sound checkpoint, once in a phase, and count skipped steps anew. What cannot be undone by
+        that (data, settings) comes again; a passing fault does not.
+
+        Raises:
+            NonFiniteError: ``error``, where there is no checkpoint, or this was done before, by any attempt.
+        """
+        self.checkpoints.wait()
+        checkpoint = None if self.rollback else self.checkpoints.latest()
+        if checkpoint is None:
+            raise error
+        self.check_claim()
+        if self.env.is_main:  # before anything else, so that nobody goes back twice, whenever this process is killed
+            self.folder.note_rollback(checkpoint.step, at=self.state.step)
+            self.run_dir.note("rolled_back", phase=self.row.key, step=self.state.step, to=checkpoint.step)
+            stderr(f"{error}; once more from the checkpoint of step {checkpoint.step}")
+        self.metrics.close()
+        self.restore(checkpoint)
+        self.metrics = self.open_metrics()
+
+    def train(self) -> None:
+        """To the last step."""
+        with closing(self.stream.batches(self.state.step)) as batches:
+            self.loop(batches)
+
+    def loop(self, batches: Iterator[Batch]) -> None:
         """Over the optimizer steps."""
         log, every = self.recipe.log, self.recipe.checkpoint.every_steps
         state = self.state
         meter = Meter(self.planned.cost.training_flops, self.env.device)
-        batches = self.stream.batches(state.step)
         clock = time.perf_counter()
         while state.step < self.total:
-            stop, failed = self.env.any(bool(self.stop), self.checkpoints.failed)
-            if failed:
+            stop, failed, lost = self.env.any(bool(self.stop), self.checkpoints.failed, self.claim.lost)
+            if failed or lost:
                 self.checkpoints.wait()
+                self.check_claim()
             if stop:
                 self.save(clock)
                 self.checkpoints.wait()
@@ -215,7 +266,7 @@ class Trainer:
                 values |= scored(self.evaluate())
                 meter.restart()
             if values:
-                self.metrics.log(state.step, values | self.checkpoints.figures())
+                self.log(values)
                 self.check_finite()
             if state.step % every == 0:
                 clock = self.save(clock)
@@ -264,11 +315,28 @@ class Trainer:
             **meter.read(),
         }
 
+    def log(self, values: dict[str, float]) -> None:
+        """Numbers of this step, unless the log is somebody else's by now."""
+        if self.claim.held():
+            self.metrics.log(self.state.step, values | self.checkpoints.figures())
+
+    def check_claim(self) -> None:
+        """On all ranks together.
+
+        Raises:
+            LockedError: this phase was taken over.
+        """
+        with self.env.first():
+            if self.env.is_main:
+                self.claim.check()
+
     def check_finite(self) -> None:
         allowed = self.settings.train.max_nonfinite
         if (skipped := int(self.skipped)) > allowed:
+            since = self.rollback["to"] if self.rollback else 0
+            after = f" since the rollback to step {since}" if since else ""
             raise NonFiniteError(
-                f"{self.row.title}: the gradient was not finite in {skipped} of {self.state.step} steps"
+                f"{self.row.title}: the gradient was not finite in {skipped} of {self.state.step - since} steps{after}"
                 f" (train.max_nonfinite = {allowed}); lower train.lr, or look at the data"
             )
 
@@ -290,13 +358,22 @@ class Trainer:
         return now
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        self.state = TrainState(**checkpoint.state)
-        self.saved = checkpoint.step
-        self.skipped.fill_(self.state.skipped)
-        if self.adascale:
-            self.adascale.load(self.state.adascale)
-        self.sharding.load(checkpoint.tensors)
-        self.ema.load(checkpoint.tensors)
+        try:
+            self.state = TypeAdapter(TrainState).validate_python(checkpoint.state)
+            self.saved = checkpoint.step
+            self.rollback = self.env.broadcast(self.folder.rollback)
+            if self.rollback and self.rollback["to"] == checkpoint.step:
+                self.state.skipped = 0
+            self.skipped.fill_(self.state.skipped)
+            if self.adascale:
+                self.adascale.load(self.state.adascale)
+            self.sharding.load(checkpoint.tensors)
+            self.ema.load(checkpoint.tensors)
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:  # it has the right hashes, and is not ours
+            reason = " ".join(str(error).split())
+            raise ArtifactError(
+                f"the checkpoint of step {checkpoint.step} in {self.folder.checkpoints} does not fit: {reason}"
+            ) from error
 
     def evaluate(self) -> dict[str, float]:
         """On the whole validation split, with the weights that the phase hands on."""
@@ -322,7 +399,7 @@ class Trainer:
         """Evaluate, hand on the artifact, give the result."""
         scores = self.evaluate()
         self.checkpoints.wait()
-        self.metrics.log(self.state.step, self.state.last | scored(scores) | self.checkpoints.figures())
+        self.log(self.state.last | scored(scores))
         module = self.row.module
         export = self.recipe.section(self.row.phase).export
         if export == "ema":
@@ -330,8 +407,9 @@ class Trainer:
         tensors = self.sharding.full_state_dict()
         if module is not None:
             tensors = rename_to_target(tensors, self.task, module)
-        if self.env.is_main:
-            self.write_artifact(self.folder, tensors, export)
+        with self.env.first():
+            if self.env.is_main:
+                self.write_artifact(self.folder, tensors, export)
         state = self.state
         return {
             **scores,
@@ -348,9 +426,10 @@ class Trainer:
             return
         scores = self.score()
         tensors = self.sharding.full_state_dict()
-        if self.env.is_main:
-            self.write_artifact(assembled, tensors, "raw")
-            assembled.finish({**scores, "seconds": 0.0, "steps": 0, "images": 0, "flops": 0})
+        with self.env.first():
+            if self.env.is_main:
+                self.write_artifact(assembled, tensors, "raw")
+                assembled.finish({**scores, "seconds": 0.0, "steps": 0, "images": 0, "flops": 0})
 
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
         model, augment = self.settings.model, self.settings.augment
@@ -379,6 +458,7 @@ class Trainer:
                 data=self.data.digest,
                 meta=self.meta_digest,
             ),
+            self.claim,
         )
 
 

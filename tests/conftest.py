@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
 
 SMOKE = """
 name = "smoke"
@@ -189,3 +190,24 @@ def counted() -> Iterator[None]:
 def lab(counted: None, fast: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lab]:
     """``lab("train.lr=1", …)``: the smoke recipe with these settings, in a new run directory, or in ``folder``."""
     return lambda *sets, folder=None: Lab(fast, folder or tmp_path_factory.mktemp("lab") / "run", *sets)
+
+
+# ------------------------------------------------------------------------------------------------ faults/
+
+
+@pytest.fixture
+def ledger(request: pytest.FixtureRequest) -> object:
+    """The trials of the row that the test's ``row`` mark names."""
+    from ledger import FULL, Ledger
+
+    made = Ledger(request.node.get_closest_marker("row").args[0])
+    if not FULL and not made.row.few:
+        pytest.skip("done by `make test-faults` alone")
+    return made
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    from ledger import FULL, publish
+
+    if FULL and not session.config.getoption("collectonly"):
+        publish()

@@ -125,6 +125,10 @@ class ForkedRank:
         self.process = fork.Process(target=_rank, args=(command[3:], env, stdout.fileno()))
         self.process.start()
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid or 0
+
     def poll(self) -> int | None:
         return self.process.exitcode
 

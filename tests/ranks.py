@@ -28,6 +28,7 @@ from bigincubate.cli import main
 from bigincubate.measure import Collectives, alive, held
 
 RANK = int(os.environ["RANK"])
+FILE = Path(sys.argv[1])
 
 
 def count_bytes(patch: pytest.MonkeyPatch) -> list[int]:
@@ -126,7 +127,7 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
             return finish(self)
 
         patch.setattr(trainer.Trainer, "finish", watched)
-        stderr = Path(f"{sys.argv[0]}.{RANK}.err")
+        stderr = FILE.with_suffix(f".{RANK}.err")
         with stderr.open("w") as file, contextlib.redirect_stderr(file):
             try:
                 main()
@@ -157,14 +158,16 @@ def evaluate(job: dict[str, Any]) -> dict[str, Any]:
     return scores
 
 
-def run_all(file: Path) -> None:
+def run_all() -> None:
+    file = FILE
     jobs = json.loads(file.read_text())
     dist.init_process_group("gloo")  # once: a second group would find the addresses of the first in the store
     dist.init_process_group = lambda *_, **__: None
-    dist.destroy_process_group = lambda *_, **__: None
+    destroy = dist.destroy_process_group
+    dist.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
     outcomes = [evaluate(job) if "evaluate" in job else command(job) for job in jobs]
     file.with_suffix(f".{RANK}.json").write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":
-    run_all(Path(sys.argv[1]))
+    run_all()

@@ -324,7 +324,7 @@ def test_the_command_that_an_error_names_mends_it(place: Place, call: Called) ->
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x00\xff"])
 def test_damaged_notes_of_a_run_are_made_again(text: str, place: Place, call: Called) -> None:
     expected = json.loads((place.run / "meta" / "DONE").read_text())
-    for name in ("meta/DONE", "plan.json", "meta/attempts/1.json", "meta/OWNER", "summary.json"):
+    for name in ("meta/DONE", "plan.json", "meta/attempts/1.json", "meta/owners/1.json", "summary.json"):
         place.spoiled(name, text)
     code, _, err = call(*place.train(place.run, "pretrain"))
     assert (code, err) == (0, "")
@@ -481,7 +481,7 @@ def test_watching_ends_with_ctrl_c(done: Any, call: Called, monkeypatch: pytest.
         if len(naps) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("bigincubate.cli.time.sleep", sleep)
+    monkeypatch.setattr("bigincubate.cli.looking.time.sleep", sleep)
     code, out, err = call("status", done.run.path, "--watch")
     assert (code, err, naps) == (0, "", [2, 2, 2])
     assert "fine-tuning" in out

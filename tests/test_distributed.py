@@ -48,7 +48,8 @@ class Ranks:
         self.single = lab(*LOUD)
         for phase, module in PHASES:
             self.single.train(phase, module)
-        self.double, self.stopped, self.poisoned, self.locked, self.odd = (lab(*LOUD) for _ in range(5))
+        self.double, self.stopped, self.locked, self.odd = (lab(*LOUD) for _ in range(4))
+        self.poisoned = lab(*LOUD, "train.max_nonfinite=2")
         micro = ["--set", "train.micro_batch=8"]
         jobs: dict[str, dict[str, Any]] = {}
         for phase, module in PHASES:
@@ -58,15 +59,15 @@ class Ranks:
             jobs[f"evaluate {samples}"] = {"evaluate": artifact, "data": str(digits), "samples": samples}
         jobs["stopped"] = {**words(self.stopped, "pretrain"), "spoiled_rank": 1, "signal_at": 6}
         jobs["poisoned"] = {
-            **words(self.poisoned, "pretrain", None, "--set", "checkpoint.every_steps=1"),
+            **words(self.poisoned, "pretrain", None, "--set", "checkpoint.every_steps=8"),
             "spoiled_rank": 1,
-            "poison": list(range(12)),
+            "poison": [2, 3, 8, 9, 10],
         }
-        owner = self.locked.run.phase("pretrain").path / "OWNER"
-        owner.parent.mkdir()
-        from bigincubate.checkpoint.lock import start_time
+        owner = self.locked.run.phase("pretrain").path / "owners" / "1.json"
+        owner.parent.mkdir(parents=True)
+        from bigincubate.checkpoint.lock import describe
 
-        owner.write_text(json.dumps({"host": socket.gethostname(), "pid": 1, "started": start_time(1), "job": None}))
+        owner.write_text(json.dumps(describe(1)))
         jobs["locked"] = words(self.locked, "pretrain")
         jobs["no data"] = words(self.odd, "pretrain", None, "--set", "data.path=/nowhere")
         jobs["no modules"] = words(self.odd, "finetune", None, "--set", f"data.path={digits}")
@@ -182,7 +183,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_alike(ranks: Ranks
     assert ranks.codes("poisoned") == [5, 5]
     folder = ranks.poisoned.run.phase("pretrain")
     assert folder.attempts()[-1]["state"] == "failed"
-    assert "not finite in 11 of 11 steps" in folder.attempts()[-1]["error"]
+    assert "not finite in 3 of 3 steps since the rollback to step 8" in folder.attempts()[-1]["error"]
+    assert json.loads((folder.path / "rollback.json").read_text()) == {"to": 8, "at": 9}
 
 
 @pytest.mark.parametrize(("name", "code"), [("locked", 7), ("no data", 3), ("no modules", 4), ("odd", 2)])
@@ -207,7 +209,7 @@ def test_under_torchrun_a_stop_is_recorded_and_nothing_is_left_locked(lab: Labs)
     assert "Traceback" not in err.partition("ChildFailedError")[0].partition("Traceback")[0]
     assert err.count("with a checkpoint") == 2
     assert [attempt["state"] for attempt in folder.attempts()] == ["preempted"]
-    assert not (folder.path / "OWNER").exists()
+    assert (folder.path / "owners" / "1.json").read_text() == ""
     stopped = max(row["step"] for row in long.log("pretrain"))
     assert (folder.checkpoints / f"step-{stopped:08d}" / "COMMITTED").exists()
 

@@ -169,7 +169,7 @@ def test_modules_that_are_alike_share_a_line_and_refused_strategies_have_none() 
 
 @pytest.mark.parametrize("world", ["two", "0", "1,,2", "-1"])
 def test_ranks_are_numbers(world: str) -> None:
-    from bigincubate.cli import plan
+    from bigincubate.cli.training import plan
 
     with pytest.raises(ConfigError, match="--world"):
         plan("digits", world=world)

@@ -4,51 +4,66 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from forked import Command, run
+from test_checkpoint import MANIFEST
 
 from bigincubate.checkpoint import lock
 from bigincubate.checkpoint.lock import owned, start_time
+from bigincubate.checkpoint.manager import CheckpointManager, verify
+from bigincubate.checkpoint.store import load_artifact, save_artifact
 from bigincubate.cluster.env import RunEnv
-from bigincubate.errors import LockedError
+from bigincubate.errors import EnvironmentFault, LockedError
 
 HERE = socket.gethostname()
 
 
-def owner(folder: Path, **fields: Any) -> Path:
+def owner(folder: Path, number: int = 1, **fields: Any) -> Path:
     """Somebody else's claim on ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "OWNER"
-    file.write_text(json.dumps({"host": HERE, "pid": 1, "started": start_time(1), "job": None, **fields}))
+    file = folder / "owners" / f"{number}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**lock.describe(1), **fields}))
     return file
 
 
+def owner_of(folder: Path) -> tuple[int, dict[str, Any]]:
+    """The claim that counts."""
+    file = max((folder / "owners").glob("[0-9]*.json"), key=lambda file: int(file.stem))
+    return int(file.stem), json.loads(file.read_text() or "{}")
+
+
 def test_an_owner_is_named_while_it_lives_and_gone_afterwards(tmp_path: Path) -> None:
-    with owned(tmp_path / "phase", RunEnv()):
-        mine = json.loads((tmp_path / "phase" / "OWNER").read_text())
-        assert (mine["host"], mine["pid"]) == (HERE, os.getpid())
+    with owned(tmp_path / "phase", RunEnv()) as claim:
+        number, mine = owner_of(tmp_path / "phase")
+        assert (number, mine["host"], mine["pid"]) == (claim.generation, HERE, os.getpid()) == (1, HERE, os.getpid())
         with (
             pytest.raises(LockedError, match=f"belongs to process {os.getpid()} on {HERE}"),
             owned(tmp_path / "phase", RunEnv()),
         ):
             pass
-        assert (tmp_path / "phase" / "OWNER").exists()  # the refused one took nothing away
-    assert not (tmp_path / "phase" / "OWNER").exists()
+        assert owner_of(tmp_path / "phase") == (number, mine)  # the refused one took nothing away
+    assert owner_of(tmp_path / "phase") == (1, {})
     assert LockedError.code == 7
 
 
-def test_it_is_given_back_after_an_error(tmp_path: Path) -> None:
+def test_it_is_given_back_after_an_error_and_its_number_never_used_again(tmp_path: Path) -> None:
     with pytest.raises(KeyError), owned(tmp_path, RunEnv()):
         raise KeyError
-    with owned(tmp_path, RunEnv()):
-        pass
+    with owned(tmp_path, RunEnv()) as claim:
+        assert claim.generation == 2
 
 
 def test_a_live_process_here_is_respected_however_long_it_was_silent(tmp_path: Path) -> None:
@@ -62,7 +77,7 @@ def test_a_dead_process_here_is_replaced_at_once(tmp_path: Path) -> None:
     gone.wait()
     owner(tmp_path, pid=gone.pid, started="1")
     with owned(tmp_path, RunEnv()):
-        assert json.loads((tmp_path / "OWNER").read_text())["pid"] == os.getpid()
+        assert owner_of(tmp_path)[1]["pid"] == os.getpid()
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_the_owner(tmp_path: Path) -> None:
@@ -83,34 +98,226 @@ def test_a_zombie_is_dead(tmp_path: Path) -> None:
     child.wait()
 
 
-def test_an_owner_on_another_host_has_a_lease(tmp_path: Path) -> None:
-    file = owner(tmp_path, host="elsewhere", pid=5, started="3")
-    with pytest.raises(LockedError, match="process 5 on elsewhere"), owned(tmp_path, RunEnv()):
-        pass
-    past = time.time() - lock.LEASE - 1
+# ------------------------------------------------------------------------------------------------ other hosts
+
+ELSEWHERE = {"host": "elsewhere", "pid": 5, "started": "3"}
+
+
+@contextmanager
+def beating(file: Path) -> Iterator[None]:
+    """Its owner lives, somewhere."""
+    over = threading.Event()
+    thread = threading.Thread(target=lambda: [os.utime(file) for _ in iter(lambda: over.wait(0.05), True)])
+    thread.start()
+    yield
+    over.set()
+    thread.join()
+
+
+def silent(file: Path, seconds: float) -> Path:
+    past = time.time() - seconds
     os.utime(file, (past, past))
-    with owned(tmp_path, RunEnv()):
+    return file
+
+
+@pytest.mark.parametrize("fields", [{"host": "elsewhere"}, {"space": "a container"}, {"started": None}])
+def test_a_live_owner_of_which_only_its_heartbeat_is_known_is_respected(fields: Any, tmp_path: Path) -> None:
+    """On another host, in another pid namespace of this one, or where processes cannot be told apart."""
+    with (
+        beating(owner(tmp_path, **{**ELSEWHERE, "host": HERE, **fields})),
+        pytest.raises(LockedError, match=f"process 5 on {fields.get('host', HERE)};"),
+        owned(tmp_path, RunEnv()),
+    ):
+        pass
+
+
+def test_a_silent_one_is_replaced_after_its_lease_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent(owner(tmp_path, **ELSEWHERE), lock.LEASE + 1)
+    with owned(tmp_path, RunEnv()) as claim:
+        assert claim.generation == 2
+    monkeypatch.setattr(lock, "LEASE", 1.0)
+    file = owner(tmp_path, 3, **ELSEWHERE)
+    with owned(tmp_path, RunEnv()) as claim:
+        assert time.time() - file.stat().st_mtime > 1.0
+        assert claim.generation == 4
+    assert lock.HEARTBEAT * 2 <= 10  # a live one is heard within ten seconds
+
+
+def test_the_lease_runs_by_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1e12)
+    with beating(owner(tmp_path, **ELSEWHERE)), pytest.raises(LockedError), owned(tmp_path, RunEnv()):
         pass
 
 
 def test_a_live_owner_renews_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
     with owned(tmp_path, RunEnv()):
-        file = tmp_path / "OWNER"
+        file = tmp_path / "owners" / "1.json"
         os.utime(file, (0, 0))
         for _ in range(3000):
             if file.stat().st_mtime:
                 break
             time.sleep(0.01)
         assert time.time() - file.stat().st_mtime < lock.LEASE
-    assert lock.LEASE > 3 * 10.0  # a beat or two may be lost
+    assert lock.LEASE > 3 * 5.0  # a beat or two may be lost
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}"])
 def test_a_damaged_claim_is_nobodys(text: str, tmp_path: Path) -> None:
-    (tmp_path / "OWNER").write_text(text)
+    owner(tmp_path).write_text(text)
     with owned(tmp_path, RunEnv()):
         pass
+
+
+def test_of_many_that_claim_at_once_one_gets_it(tmp_path: Path) -> None:
+    """Each is as of another host: nothing but the claim keeps them apart."""
+    owner(tmp_path, pid=2**22 + 1, started="1")
+    start = threading.Barrier(8)
+
+    def claim(_: int) -> Any:
+        start.wait()
+        return lock._take(tmp_path)
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(claim, range(8)))
+    claims = [outcome for outcome in outcomes if isinstance(outcome, lock.Claim)]
+    assert [claim.generation for claim in claims] == [2]
+    assert sum("belongs to process" in str(outcome) for outcome in outcomes) == 7
+
+
+# ------------------------------------------------------------------------------------------------ Slurm
+
+
+@pytest.fixture
+def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """``job(SLURM_JOB_ID="7", answer="RUNNING")``: this process is of that job, and the queue says that of any."""
+
+    def become(answer: str | None = None, error: str = "", **env: str) -> None:
+        for name in [name for name in os.environ if name.startswith("SLURM_")]:
+            monkeypatch.delenv(name)
+        for name, value in {"SLURM_CLUSTER_NAME": "here", **env}.items():
+            monkeypatch.setenv(name, value)
+        tools = tmp_path / "bin"
+        tools.mkdir(exist_ok=True)
+        if answer is not None:
+            script = f"#!/bin/sh\necho $@ >>{tools}/asked\necho '{error}' >&2\necho '{answer}'\n"
+            (tools / "squeue").write_text(script)
+            (tools / "squeue").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tools}:/bin" if answer is not None else str(tools))
+
+    return become
+
+
+def test_a_requeued_job_takes_over_from_its_own_ghost_at_once(job: Callable[..., None], tmp_path: Path) -> None:
+    job(SLURM_JOB_ID="41", SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="2", SLURM_RESTART_COUNT="1")
+    ghost = {**ELSEWHERE, "cluster": "here", "job": "41_2", "restarts": 0}
+    for number, place in ((1, {}), (3, {"host": HERE, "pid": 1, "started": start_time(1)})):
+        with beating(owner(tmp_path, number, **{**ghost, **place})), owned(tmp_path, RunEnv()) as claim:
+            mine = owner_of(tmp_path)[1]
+            assert (mine["job"], mine["restarts"]) == ("41_2", 1)
+            assert claim.generation == number + 1
+    # another task, another cluster, a later restart: no ghosts of ours
+    for number, other in ((5, {"job": "41_3"}), (6, {"cluster": "there"}), (7, {"restarts": 1}), (8, {"restarts": 2})):
+        with (
+            beating(owner(tmp_path, number, **{**ghost, **other})),
+            pytest.raises(LockedError, match=rf"on elsewhere, job {other.get('job', '41_2')};"),
+            owned(tmp_path, RunEnv()),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "ended"),
+    [
+        ("NODE_FAIL", "", True),
+        ("PENDING", "", True),
+        ("", "slurm_load_jobs error: Invalid job id specified", True),
+        ("RUNNING", "", False),
+        ("COMPLETING", "", False),
+        ("", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)", False),
+        (None, "", False),
+    ],
+)
+def test_a_job_that_the_queue_calls_ended_is_replaced_at_once(
+    answer: str | None, error: str, ended: bool, job: Callable[..., None], tmp_path: Path
+) -> None:
+    job(answer, error, SLURM_JOB_ID="50")
+    file = owner(tmp_path, **ELSEWHERE, cluster="here", job="41_2")
+    if ended:
+        with owned(tmp_path, RunEnv()) as claim:
+            assert claim.generation == 2
+        assert (tmp_path / "bin" / "asked").read_text().split()[-2:] == ["--jobs", "41_2"]
+        return
+    with beating(file), pytest.raises(LockedError, match="job 41_2"), owned(tmp_path, RunEnv()):
+        pass
+
+
+def test_a_queue_that_does_not_answer_is_not_waited_for(
+    job: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lock.QUEUE + lock.HEARTBEAT <= 10
+    monkeypatch.setattr(lock, "QUEUE", 0.2)
+    job("RUNNING", SLURM_JOB_ID="50")
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
+    with (
+        beating(owner(tmp_path, **ELSEWHERE, cluster="here", job="41_2")),
+        pytest.raises(LockedError),
+        owned(tmp_path, RunEnv()),
+    ):
+        pass
+
+
+# ------------------------------------------------------------------------------------------------ superseded
+
+
+def test_an_owner_that_was_superseded_commits_and_prunes_nothing(tmp_path: Path) -> None:
+    with owned(tmp_path, RunEnv()) as claim:
+        checkpoints = CheckpointManager(tmp_path / "checkpoints", RunEnv(), digest="d", claim=claim)
+        for step in (1, 2):
+            checkpoints.save(step, {"w": torch.ones(2)}, {})
+        owner(tmp_path, 2, **ELSEWHERE)
+        for step in (2, 3):
+            with pytest.raises(LockedError, match=f"{tmp_path} was taken over by process 5 on elsewhere while"):
+                checkpoints.save(step, {"w": torch.zeros(2)}, {})
+        with pytest.raises(LockedError):
+            checkpoints._prune(1)
+        with pytest.raises(LockedError):
+            CheckpointManager(tmp_path / "checkpoints", RunEnv(), digest="d", claim=claim)
+        assert [folder.name for folder in (tmp_path / "checkpoints").iterdir() if not verify(folder)] == [
+            folder.name for folder in (tmp_path / "checkpoints").iterdir()
+        ]
+        assert checkpoints.steps() == [1, 2]
+        save_artifact(tmp_path / "artifact", {"w": torch.ones(2)}, MANIFEST)
+        with pytest.raises(LockedError):
+            save_artifact(tmp_path / "artifact", {"w": torch.zeros(2)}, MANIFEST, claim)
+        assert load_artifact(tmp_path / "artifact")[0]["w"].tolist() == [1, 1]
+    assert owner_of(tmp_path)[1]["host"] == "elsewhere"  # whose it stays
+
+
+@pytest.mark.parametrize("moment", ["aside", "final"])
+def test_one_superseded_in_the_midst_of_a_commit_leaves_its_heirs_checkpoint_alone(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held between two of its renames, until the heir has committed the same step."""
+    first, heir = (CheckpointManager(tmp_path, RunEnv(), digest="d") for _ in range(2))
+    rename = Path.rename
+
+    def held(self: Path, target: Path) -> Path:
+        if self.is_dir() == (moment == "aside"):
+            monkeypatch.setattr(Path, "rename", rename)
+            heir = CheckpointManager(tmp_path, RunEnv(), digest="d")
+            heir.save(4, {"w": torch.ones(2)}, {})
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", held)
+    with pytest.raises(EnvironmentFault, match="No such file"):
+        first.save(4, {"w": torch.zeros(2)}, {})
+    checkpoint = heir.latest()
+    assert checkpoint is not None
+    assert checkpoint.tensors["w"].tolist() == [1, 1]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-00000004"]
 
 
 # ------------------------------------------------------------------------------------------------ real processes
@@ -136,11 +343,11 @@ def test_two_at_once_on_one_phase(lab: Callable[..., Any]) -> None:
     folder = shared.run.phase("pretrain")
     assert proceeding.until(lambda: list(folder.checkpoints.glob("step-*/COMMITTED")))
     proceeding.kill()
-    assert (folder.path / "OWNER").exists()
+    assert owner_of(folder.path)[1]["pid"] == proceeding.pid
     assert len(folder.attempts()) == 1  # the refused one was no attempt
     heir = Command(*shared.command("pretrain"))
     assert heir.until(lambda: len(folder.attempts()) == 2)
-    assert json.loads((folder.path / "OWNER").read_text())["pid"] == heir.pid
+    assert owner_of(folder.path)[1]["pid"] == heir.pid
     heir.kill()
 
 
@@ -154,4 +361,39 @@ def test_modules_do_not_lock_each_other(lab: Callable[..., Any]) -> None:
 def test_the_lock_is_free_after_a_phase(lab: Callable[..., Any]) -> None:
     shared = lab("train.max_steps=1")
     assert run(*shared.command("pretrain")).wait() == 0
-    assert not (shared.run.phase("pretrain").path / "OWNER").exists()
+    assert owner_of(shared.run.phase("pretrain").path) == (1, {})
+
+
+def as_of(host: str, lease: float) -> None:
+    """This process runs on another host, and takes others for dead after a shorter time."""
+    socket.gethostname = lambda: host
+    lock.LEASE, lock.HEARTBEAT = lease, lease / 4
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_stopped_owner_that_was_superseded_wakes_up_and_changes_nothing(lab: Callable[..., Any]) -> None:
+    shared = lab("train.max_steps=60", "checkpoint.every_steps=4", "log.every_steps=1", "schedule.name=constant")
+    folder = shared.run.phase("pretrain")
+    first = Command(*shared.command("pretrain"), before=partial(as_of, "elsewhere", 1.0))
+    assert first.until(lambda: list(folder.checkpoints.glob("step-*/COMMITTED")))
+    first.send(signal.SIGSTOP)
+    try:
+        heir = Command(*shared.command("pretrain"), before=partial(as_of, HERE, 1.0))
+        assert heir.wait() == 0, heir.err
+        before = contents(shared.run.path)
+    finally:
+        first.send(signal.SIGCONT)
+    assert first.wait() == 7
+    assert f"{folder.path} was taken over by" in first.err
+    assert first.err.count("\n") == 1
+    after = contents(shared.run.path)
+    assert json.loads(after.pop("meta/attempts/1.json"))["state"] == "failed"  # its own
+    before.pop("meta/attempts/1.json")
+    for files in (before, after):  # events it had not yet written when it was stopped: a file of its own
+        del files["meta/tb/" + min(Path(name).name for name in files if name.startswith("meta/tb/"))]
+        files.pop("meta/owners/1.json")  # left
+    assert after == before
+    assert [row["step"] for row in shared.log("pretrain")] == list(range(1, 61))

@@ -73,7 +73,7 @@ def test_everything_is_made_from_nothing(scratch: FromScratch) -> None:
         assert (folder / part / "artifact" / "weights.safetensors").exists(), part
         assert (folder / part / "logs" / "train.log").exists(), part
         assert list((folder / part / "tb").glob("events*")), part
-        assert not (folder / part / "OWNER").exists(), part
+        assert (folder / part / "owners" / "1.json").read_text() == "", part
     assert (folder / "assembled" / "artifact" / "weights.safetensors").exists()
     assert {file.name for file in (folder / "export").iterdir()} == {"model.safetensors", "config.json"}
     assert json.loads((folder / "plan.json").read_text())["recipe"] == "smoke"

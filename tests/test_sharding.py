@@ -105,7 +105,7 @@ def test_four_ranks(four: Parity, case: Case) -> None:
 
 @pytest.mark.parametrize("case", [case for case in THINNED if case.phase == "incubate"], ids=str)
 def test_frozen_tensors_keep_their_bits_on_every_rank(parity: Parity, case: Case) -> None:
-    trainer = parity.single["adamw", "fp32"].trainer("incubate", 1)
+    trainer = parity.single[case.optimizer, case.precision].trainer("incubate", 1)
     frozen = [name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad]
     before = trainer.model.state_dict()
     assert len(frozen) > 10

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, ConfigError, DamagedError
-from ..files import read_json, write_hashed
-from .manager import MARKER, commit, verify
+from ..files import read_json, read_small, write_hashed
+from .manager import MARKER, STATE, Manifest, commit, verify
 from .pieces import Piece, PieceReader, write_pieces
 
 NAME = re.compile(r"(?:step|\.saving)-(\d{8,}).*")
@@ -78,8 +78,8 @@ def convert(source: Path, out: Path, *, ranks: int = 1) -> None:
         raise DamagedError(problem)
     if out.exists():
         raise ConfigError(f"{out} exists; choose another place, or remove it first")
-    manifest = read_json(source / "manifest.json") or {}
-    tensors = PieceReader(source / name for name in manifest["files"] if name.endswith(".safetensors"))
+    manifest = Manifest.model_validate_json(read_small(source / "manifest.json"))
+    tensors = PieceReader(manifest.tensors(source))
     aside = out.with_name(f".saving-{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         aside.mkdir(parents=True)
@@ -88,8 +88,8 @@ def convert(source: Path, out: Path, *, ranks: int = 1) -> None:
             if pieces := share(tensors, rank, ranks):
                 name = f"rank-{rank:05d}.safetensors"
                 files[name] = write_pieces(aside / name, pieces)
-        files["state.json"] = write_hashed(aside / "state.json", [(source / "state.json").read_bytes()])
-        commit(aside, out, step=manifest["step"], digest=manifest["recipe"], world=ranks, files=files)
+        files[STATE] = write_hashed(aside / STATE, [read_small(source / STATE)])
+        commit(aside, out, step=manifest.step, digest=manifest.recipe, world=ranks, files=files)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

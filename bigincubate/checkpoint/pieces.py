@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import safe_open
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ArtifactError
@@ -34,6 +35,8 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 LAYOUT = "layout"  # in a file's header: {key: [offset, whole shape]}, for pieces that are not whole
+Count = Annotated[int, Field(ge=0)]
+Layout = TypeAdapter(dict[str, tuple[Count, tuple[Count, ...]]])
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class PieceReader(Mapping[str, Tensor]):
     """The logical tensors in the files of all ranks, whole or in part. Nothing is loaded before it is asked for.
 
     Raises:
-        ArtifactError: on a tensor that no rank wrote, or not all of it.
+        ArtifactError: a file that holds no pieces; on access, a tensor that no rank wrote, or not all of it.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -91,12 +94,19 @@ class PieceReader(Mapping[str, Tensor]):
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._open = {}
         for file in files:
-            handle = self._open[file] = safe_open(file, framework="pt")
-            layout = json.loads((handle.metadata() or {}).get(LAYOUT, "{}"))
+            try:
+                handle = self._open[file] = safe_open(file, framework="pt")
+                layout = Layout.validate_json((handle.metadata() or {}).get(LAYOUT, "{}"))
+            except SafetensorError as error:
+                raise ArtifactError(f"{file} holds no tensors: {str(error).splitlines()[0]}") from None
+            except ValidationError as error:
+                raise ArtifactError(f"{file}: not the layout of pieces: {error.errors()[0]['msg']}") from None
             for key in handle.keys():  # noqa: SIM118  # not a dictionary
-                length = math.prod(handle.get_slice(key).get_shape())
-                offset, shape = layout.get(key, (0, handle.get_slice(key).get_shape()))
-                self.shapes[key] = tuple(shape)
+                own = tuple(handle.get_slice(key).get_shape())
+                length = math.prod(own)
+                offset, shape = layout.get(key, (0, own))
+                if offset + length > math.prod(shape) or self.shapes.setdefault(key, shape) != shape:
+                    raise ArtifactError(f"{file}: tensor {key!r} does not fit its shape {list(shape)}")
                 self._parts.setdefault(key, []).append((offset, length, file))
 
     def __iter__(self) -> Iterator[str]:

@@ -1,23 +1,28 @@
 """Artifacts: what a phase hands on, as safetensors under timm's own names, with a manifest of where it came from.
 
 A module holds the parameters of its own blocks under the **target's** block indices, so that modules join by key
-union whatever trained them. Folder: ``weights.safetensors``, then ``manifest.json``, which is written last.
+union whatever trained them. Folder: ``weights.safetensors``, ``manifest.json``, and the SHA-256 of the latter in
+``COMMITTED``, which is written last.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..errors import ArtifactError
-from ..files import fsync_dir, read_json, sha256, write_json
+from ..errors import ArtifactError, LockedError
+from ..files import fsync_dir, make_folder, plain_size, sha256, write_hashed, write_text
+from .lock import Claim
+from .manager import MARKER, sealed
 from .pieces import whole, write_pieces
 
 WEIGHTS = "weights.safetensors"
@@ -29,7 +34,7 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     args: dict[str, Any]
-    depths: list[list[int]]  # per module, per stage
+    depths: list[list[Annotated[int, Field(ge=0, le=10_000)]]]  # per module, per stage
     num_classes: int
     img_size: int
     mean: list[float]
@@ -54,18 +59,45 @@ class Manifest(BaseModel):
     digest: str = ""  # of weights.safetensors
 
 
-def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) -> Manifest:
-    """Write an artifact whole or not at all, in place of any older one. Returns the manifest with its digest."""
+def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, claim: Claim | None = None) -> Manifest:
+    """Write an artifact whole or not at all, in place of any older one, which is there until the new one is. Returns
+    the manifest with its digest.
+
+    Raises:
+        LockedError: the claim is lost; the older one is as it was.
+    """
+    make_folder(folder.parent)
+    for left in folder.parent.glob(f".{folder.name}-*"):  # by an attempt that died
+        shutil.rmtree(left)
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    aside.mkdir(parents=True)
+    aside.mkdir()
     entry = write_pieces(aside / WEIGHTS, {key: whole(value.cpu()) for key, value in tensors.items()})
     manifest = manifest.model_copy(update={"digest": entry["sha256"]})
-    write_json(aside / "manifest.json", manifest.model_dump())
+    text = json.dumps(manifest.model_dump(), indent=1) + "\n"
+    write_hashed(aside / "manifest.json", [text.encode()])
+    write_text(aside / MARKER, hashlib.sha256(text.encode()).hexdigest())
+    try:
+        (claim or Claim()).check()
+    except LockedError:
+        shutil.rmtree(aside)
+        raise
     if folder.exists():
-        shutil.rmtree(folder)
+        shutil.rmtree(_older(folder), ignore_errors=True)
+        folder.rename(_older(folder))
     aside.rename(folder)
     fsync_dir(folder.parent)
+    shutil.rmtree(_older(folder), ignore_errors=True)
     return manifest
+
+
+def _older(folder: Path) -> Path:
+    """Where the artifact that is being replaced waits, between two renames, for the new one."""
+    return folder.with_name(f".{folder.name}.older")
+
+
+def _place(folder: Path) -> Path:
+    """Where the artifact is: it was left aside if a save died between its renames."""
+    return folder if folder.exists() or not _older(folder).exists() else _older(folder)
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -73,13 +105,15 @@ def load_manifest(folder: Path) -> Manifest:
     Raises:
         ArtifactError: there is no artifact, or its manifest is not one.
     """
-    raw = read_json(folder / "manifest.json")
-    if raw is None:
-        raise ArtifactError(f"no artifact in {folder}")
+    place = _place(folder)
     try:
-        return Manifest.model_validate(raw)
+        return Manifest.model_validate_json(sealed(place))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ArtifactError(f"no artifact in {folder}: {error.filename} is missing") from None
+    except OSError as error:
+        raise ArtifactError(f"{error.filename}: {error.strerror}") from None
     except ValidationError as error:
-        raise ArtifactError(f"{folder / 'manifest.json'}: {error.errors()[0]['msg']}") from None
+        raise ArtifactError(f"{place / 'manifest.json'}: {error.errors()[0]['msg']}") from None
 
 
 def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
@@ -88,8 +122,9 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
         ArtifactError: missing, or not what its manifest says (file, expected and found hash in the message).
     """
     manifest = load_manifest(folder)
-    file = folder / WEIGHTS
+    file = _place(folder) / WEIGHTS
     try:
+        plain_size(file)
         found = sha256(file)
         if found != manifest.digest:
             raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…: damaged")

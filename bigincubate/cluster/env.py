@@ -72,6 +72,11 @@ class RunEnv:
         """The same ranks, with a channel of their own for another thread to talk on. On all ranks together."""
         return self if self.world == 1 else replace(self, control=dist.new_group(backend="gloo"))
 
+    def close_apart(self) -> None:
+        """Give back the channel of :meth:`apart`, whose threads would stay."""
+        if self.world > 1:
+            dist.destroy_process_group(self.control)
+
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Of each flag, whether any rank says yes."""
         if self.world == 1:

@@ -79,11 +79,13 @@ class Ranks:
                 self.left[rank] = code
         if len(self.left) == len(self.processes):
             return self.left[self.cause]
-        if self.left and (over := time.monotonic() - self.since - FOLLOW) > 0:
+        if self.left:
+            over = time.monotonic() - self.since - FOLLOW
             for rank in set(range(len(self.processes))).difference(self.left):
-                if over > GRACE:
+                if over > GRACE or suspended(self.processes[rank].pid):  # it cannot follow
+                    self.ended.add(rank)
                     self.processes[rank].kill()
-                elif rank not in self.ended:
+                elif over > 0 and rank not in self.ended:
                     self.ended.add(rank)
                     self.processes[rank].terminate()
         return None
@@ -132,6 +134,14 @@ def rendezvous() -> tuple[Any, dict[str, str]]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "GLOO_SOCKET_IFNAME": loopback,  # else gloo asks for the address of this machine's name
     }
+
+
+def suspended(pid: int) -> bool:
+    """Whether a process of this host was stopped (SIGSTOP)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except OSError:
+        return False
 
 
 def last_line(log: Path) -> str:

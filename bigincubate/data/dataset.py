@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EnvironmentFault
+from ..files import read_small
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -58,7 +59,7 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
         samples = {split: splits[split]["samples"] for split in SPLITS}
         for split in SPLITS:
             _check_index(path / split, splits[split], present=remote is None)
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
         raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None
     if digest != contents_digest(classes, splits):
         raise EnvironmentFault(f"{path / DESCRIPTION} is damaged: its digest does not match; {AGAIN}")
@@ -80,8 +81,12 @@ def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
         if not _inside(folder, raw["basename"]):
             raise EnvironmentFault(f"{file}: shard {raw['basename']!r} lies outside its folder; refused")
         layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-        if shard["format"] != "mds" or shard["compression"] or layout != COLUMNS or "sha256" not in raw["hashes"]:
+        foreign = shard["format"] != "mds" or shard["compression"] or shard["zip_data"]
+        if foreign or layout != COLUMNS or "sha256" not in raw["hashes"]:
             raise EnvironmentFault(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data prepare`")
+        # a sample takes 4 bytes of its shard at least: numbers that promise more are made up
+        if not 0 <= int(shard["samples"]) <= int(raw["bytes"]) // 4:
+            raise EnvironmentFault(f"{file}: shard {raw['basename']!r} cannot hold {shard['samples']} samples; {AGAIN}")
         if present:
             _check_size(folder / raw["basename"], raw["bytes"])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -96,7 +101,7 @@ def _inside(folder: Path, name: str) -> bool:
 
 
 def _check_size(file: Path, expected: int) -> None:
-    if not file.exists():
+    if not file.is_file():
         raise EnvironmentFault(f"{file} is missing; {AGAIN}")
     if file.stat().st_size != expected:
         raise EnvironmentFault(f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; {AGAIN}")
@@ -109,10 +114,10 @@ def read_json(file: Path) -> dict[str, Any]:
         EnvironmentFault: missing, unreadable, or not a JSON object.
     """
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(read_small(file))
     except OSError as error:
         raise EnvironmentFault(f"{file}: {error.strerror}; {AGAIN}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise EnvironmentFault(f"{file} is damaged: not a JSON object; {AGAIN}")

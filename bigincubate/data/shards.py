@@ -58,7 +58,7 @@ class Shards(StreamingDataset):
             EnvironmentFault: the folder for locks belongs to somebody else.
         """
         self.claim = claim()
-        self.folder = info.path / split
+        self.folder, self.classes = info.path / split, len(info.classes)
         self.source = f"{remote}/{split}" if remote else None
         with _alone(self.claim):
             super().__init__(local=str(info.path), split=split, **order)
@@ -79,8 +79,10 @@ class Shards(StreamingDataset):
         shard = self.shards[number]
         try:
             item = shard[row]
+            if not 0 <= item["label"] < self.classes:
+                raise ValueError(f"label {item['label']} of {self.classes} classes")
             return decode(item["image"]), item["label"]
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             raise EnvironmentFault(
                 f"{self.folder.name} sample {sample} (row {row} of {self._file(number)}) is not a readable image: "
                 f"{error}"
@@ -124,7 +126,15 @@ class Shards(StreamingDataset):
                     check_hash(temporary, raw.hashes["sha256"], name=f"{self.source}/{raw.basename}")
             else:
                 check_hash(file, raw.hashes["sha256"], name=str(file))
+            check_offsets(file, self.shards[number].samples)
             self._verified[number] = 1
+
+
+def check_offsets(file: Path, samples: int) -> None:
+    """Refuse a shard whose samples would lie outside it, or one in another."""
+    begins = np.fromfile(file, np.uint32, samples + 2)[1:].astype(np.int64)
+    if len(begins) <= samples or begins[-1] != file.stat().st_size or (np.diff(begins) < 0).any():
+        raise EnvironmentFault(f"{file} is no shard of {samples} samples; {AGAIN}")
 
 
 def check_hash(file: Path, expected: str, *, name: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -109,7 +109,7 @@ class TrainStream:
         )
         self._loader = StreamingDataLoader(images, **_loading(share, data.workers))
 
-    def batches(self, step: int) -> Iterator[Batch]:
+    def batches(self, step: int) -> Generator[Batch, None, None]:
         """Batches from optimizer step ``step`` on. One iterator at a time.
 
         Raises:

@@ -1,0 +1,28 @@
+"""The command line. Commands are thin: they read their arguments, and import what they need when they run."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from ..errors import BigincubateError, Exit
+
+from . import training, cluster, looking, models, checkpoints  # isort: skip  # noqa: F401  they add their commands, in this order
+from .app import app, fail
+
+
+def main() -> NoReturn:
+    """Run, and end with a documented exit code. What a user can cause is one line, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except BigincubateError as error:
+        fail(str(error), error.code)
+    except KeyboardInterrupt:
+        fail("interrupted; nothing that was committed is lost, the same command goes on", Exit.PREEMPTED)
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), Exit.ENVIRONMENT)
+    except Exception as error:
+        # usage errors of the argument parser, wherever this version of typer keeps their class
+        if not hasattr(error, "format_message"):
+            raise
+        fail(f"{error.format_message()} (see --help)", Exit.USAGE)
+    raise SystemExit(code or 0)

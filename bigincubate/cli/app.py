@@ -1,0 +1,70 @@
+"""What the commands share: the application, options, and how they speak."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from .. import __version__
+
+app = typer.Typer(
+    name="bigincubate",
+    help="Train a large model in pieces: grow its modules apart, join them, fine-tune (Deep Incubation).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Prepare data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(help="Look at resume checkpoints, verify them, rewrite them.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a .toml file.")]
+RunDirOption = Annotated[Path, typer.Option("--run-dir", help="The run's directory; made where it is missing.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.lr=1e-3")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
+CheckpointsArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A run directory, a phase's directory, or a checkpoint.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        say(f"bigincubate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def console() -> Any:
+    from rich.console import Console
+
+    # a pipe has no width: tables must not be folded to a terminal's
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def command_line() -> str:
+    import shlex
+
+    return shlex.join(["bigincubate", *sys.argv[1:]])
+
+
+def fail(message: str, code: int) -> NoReturn:
+    print(f"bigincubate: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)

@@ -1,0 +1,98 @@
+"""Commands on finished models, and on the data that they are made of."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from .app import JsonOption, app, console, data_app, say
+
+
+@data_app.command("prepare")
+def data_prepare(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="An image tree, a CIFAR archive, or digits.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    val_fraction: Annotated[
+        float, typer.Option(min=0.0, max=0.9, help="Of each class, where the tree has no validation part.")
+    ] = 0.2,
+) -> None:
+    """Write images as hashed MDS shards that training streams. Killed and run again, it goes on."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..data.prepare import prepare
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(), disable=not console().is_terminal) as progress:
+        bar = progress.add_task("preparing", total=None)
+        info = prepare(
+            source,
+            out,
+            jobs=jobs,
+            val_fraction=val_fraction,
+            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
+    say(f"{out}: {counts} images of {len(info.classes)} classes; use it with --set data.path={out}")
+
+
+@app.command()
+def evaluate(
+    source: Annotated[Path, typer.Argument(metavar="DIR_OR_ARTIFACT", help="A run, an artifact or an export.")],
+    data: Annotated[Path, typer.Option("--data", help="Prepared data; its validation split is used.")],
+    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    as_json: JsonOption = False,
+) -> None:
+    """Top-1, top-5 and loss of a finished model on a validation split."""
+    from ..cluster.env import RunEnv
+    from ..config import Augment
+    from ..data.dataset import open_dataset
+    from ..data.streams import EvalStream
+    from ..export import load_model
+    from ..tasks.classification import evaluate as score
+
+    model, spec = load_model(source)
+    info = open_dataset(data)
+    if len(info.classes) != spec.num_classes:
+        raise ConfigError(f"{data} has {len(info.classes)} classes, the model {spec.num_classes}")
+    env = RunEnv.detect()
+    augment = Augment(mean=spec.mean, std=spec.std, interpolation=spec.interpolation, eval_crop=spec.eval_crop)
+    stream = EvalStream(
+        info,
+        "val",
+        augment,
+        img_size=spec.img_size,
+        batch_size=batch_size,
+        rank=env.rank,
+        world=env.world,
+        workers=0,
+    )
+    try:
+        scores = score(model.to(env.device), stream, env)
+    finally:
+        env.close()
+    if not env.is_main:
+        return
+    if as_json:
+        print(json.dumps(scores, indent=1))
+    else:
+        say(
+            f"top-1 {scores['top1']:.2f}%  top-5 {scores['top5']:.2f}%  loss {scores['loss']:.4f}"
+            f"  on {scores['samples']} images of {data}"
+        )
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A run, a phase's directory or an artifact.")],
+    out: Annotated[Path, typer.Option(help="Where to write model.safetensors and config.json.")],
+) -> None:
+    """Write a finished model as a folder that timm loads."""
+    from ..export import export as export_model
+
+    say(f"written to {out}; in Python:\n  {export_model(source, out)}")

@@ -1,0 +1,141 @@
+"""Commands that train, and those that say beforehand what that costs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError, Exit
+from .app import JsonOption, RecipeArgument, RunDirOption, SetOption, app, command_line, console, fail, say
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    sets: SetOption = None,
+    world: Annotated[
+        str | None, typer.Option(metavar="N,N,…", help="Numbers of ranks to plan for [default: 1, 2 and 8].")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What each phase and module costs: depths, parameters, FLOPs, memory, communication. Needs no data.
+
+    Memory and communication are those of a rank, under each sharding strategy."""
+    from ..config import load_recipe
+
+    loaded = load_recipe(recipe, sets or ())
+    if world is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", world):
+        raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
+    from ..footprint import footprints, shareable
+    from ..plan import cost_plan, make_plan, plan_json
+    from ..workflow import expected_samples
+
+    worlds = [int(ranks) for ranks in world.split(",")] if world else [n for n in (1, 2, 8) if shareable(loaded, n)]
+    cut = make_plan(loaded)
+    rows = cost_plan(loaded, cut, expected_samples(loaded))
+    counted = plan_json(loaded, cut, rows)
+    spread = footprints(loaded, cut, rows, worlds)
+    for row in counted["rows"]:
+        row["sharding"] = [asdict(each) for each in spread[row["key"]]]
+    if as_json:
+        print(json.dumps(counted, indent=1))
+        return
+    from ..tables import plan_table, sharding_tables
+
+    for table in (plan_table(counted), *sharding_tables(counted)):
+        console().print(table, "")
+    own, baseline = counted["incubation_flops"], counted["end_to_end_flops"]
+    ratio = f"{own / baseline:.3f} times" if baseline else "no"
+    say(
+        f"incubation: {own / 1e15:.4g} PFLOPs in all, {100 * counted['finetune_share']:.1f}% of them fine-tuning;"
+        f" {ratio} end-to-end training's {baseline / 1e15:.4g}"
+    )
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    run_dir: RunDirOption,
+    jobs: Annotated[int, typer.Option(min=1, help="Phases that run at the same time.")] = os.cpu_count() or 1,
+    nproc: Annotated[int, typer.Option(min=1, help="Ranks that train each phase together.")] = 1,
+    sets: SetOption = None,
+    baseline: Annotated[bool, typer.Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
+) -> None:
+    """Everything, on this machine: meta model, modules, assembly, fine-tuning, export. Run again, it goes on."""
+    from ..config import load_recipe
+
+    loaded = load_recipe(recipe, sets or ())
+    from ..cluster.local import LocalRunner, job_graph
+    from ..cluster.progress import Reporter
+    from ..export import export as export_model
+    from ..export import whole
+    from ..rundir import RunDir
+    from ..workflow import ensure_data, ensure_plan
+
+    directory, exported = RunDir(run_dir), run_dir / "export"
+    directory.open(loaded)
+    data = ensure_data(loaded, directory, say)
+    _, rows = ensure_plan(loaded, directory, data)
+    graph = job_graph(rows, baseline=baseline)
+    if all(directory.phase(job.phase, job.module).result for job in graph) and whole(exported):
+        say(f"{run_dir} is done already")
+    with Reporter(console()) as reporter:
+        code = LocalRunner(directory, jobs, reporter, nproc).execute(graph)
+    summary = directory.summary()
+    if code is Exit.PREEMPTED:
+        say(f"stopped; nothing is lost. Go on with the same command:\n  {command_line()}")
+        raise typer.Exit(code)
+    if code is not Exit.DONE:
+        fail("not everything is done, for the reasons above; the same command goes on with what is missing", code)
+    snippet = None if whole(exported) else export_model(run_dir, exported)
+    from ..tables import summary_table
+
+    console().print(summary_table(loaded.name, summary))
+    say(f"\nmodel:   {exported}" + (f"\n         {snippet}" if snippet else ""))
+    say(f"curves:  tensorboard --logdir {run_dir}")
+    say(f"next:    bigincubate evaluate {run_dir} --data {data.path}")
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    run_dir: RunDirOption,
+    phase: Annotated[str, typer.Option(help="pretrain, incubate, finetune or end_to_end.")],
+    module: Annotated[str | None, typer.Option(help="Which module to incubate; auto: the Slurm array index.")] = None,
+    sets: SetOption = None,
+) -> None:
+    """One phase, in this process, or as a rank under torchrun or srun. Run again, it goes on."""
+    from ..config import PHASES, load_recipe
+
+    if phase not in PHASES:
+        raise ConfigError(f"--phase {phase}: there are {', '.join(PHASES)}")
+    loaded = load_recipe(recipe, sets or ())
+    from ..cluster.env import RunEnv, array_index
+    from ..cluster.orphan import die_with_parent
+    from ..rundir import RunDir
+    from ..workflow import ensure_data, ensure_plan, find_row
+
+    die_with_parent()
+    if module is not None and module != "auto" and not module.isdigit():
+        raise ConfigError(f"--module {module}: expected a number, or auto")
+    number = array_index() if module == "auto" else None if module is None else int(module)
+    env = RunEnv.detect()
+    try:
+        directory = RunDir(run_dir)
+        with env.first():
+            directory.open(loaded)
+            data = ensure_data(loaded, directory, say)
+            cut, rows = ensure_plan(loaded, directory, data)
+        row = cut.row(phase, number)
+        from ..trainer import train as train_phase
+
+        result = train_phase(loaded, cut, row, find_row(rows, row.phase, number), directory, data, env)
+        if env.is_main:
+            say(f"{row.title}: done, top-1 {result['top1']:.2f}%, loss {result['loss']:.4f}")
+    finally:
+        env.close()

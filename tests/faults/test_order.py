@@ -1,0 +1,39 @@
+"""The order of the data: cut anywhere, by any number of ranks and workers, it goes on as if it had not been."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from ledger import Ledger
+from test_streams import EPOCH, data, info, same, stream, take, whole
+
+fixtures = (data, info, whole)
+EDGES = (0, EPOCH - 1, EPOCH, EPOCH + 1)
+CUTS = (*EDGES, *random.Random(0).sample(range(2, 2 * EPOCH), 20))
+CASES = tuple(itertools.product(CUTS, (1, 2, 4), (0, 2)))
+
+
+@pytest.mark.faults
+@pytest.mark.row("order")
+def test_order(ledger: Ledger, info: Any, whole: Any) -> None:
+    assert ledger.row.full == len(CASES)
+    for trial in ledger.trials():
+        with ledger.keep(trial):
+            trial.note(batches=check(info, whole, *CASES[trial.number]))
+    ledger.check()
+
+
+def check(info: Any, whole: Any, cut: int, world: int, workers: int) -> int:
+    count = min(5, len(whole) - cut)
+    ranks = [take(stream(info, workers, rank=rank, world=world), count, cut) for rank in range(world)]
+    if world == 1:
+        assert same(ranks[0], whole[cut : cut + count])
+    for shares, expected in zip(zip(*ranks, strict=True), whole[cut : cut + count], strict=True):
+        for rank, share in enumerate(shares):
+            for name in ("ids", "labels", "images", "positions"):
+                assert torch.equal(getattr(share, name), getattr(expected, name)[rank::world]), (name, rank)
+    return count * world

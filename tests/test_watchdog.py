@@ -1,0 +1,93 @@
+"""A rank that is stopped: found and named by the others, and none hangs; one that is merely busy is left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from forked import Command, fork_ranks
+from test_ranks import children, wait_for
+
+from bigincubate.checkpoint.lock import start_time
+from bigincubate.cluster import watchdog
+
+Labs = Callable[..., Any]
+LONG = ["train.max_steps=100000", "log.every_steps=1", "schedule.name=constant"]
+
+
+def impatient() -> None:
+    """What takes 18 seconds takes two; and one step of rank 1 takes longer than that."""
+    watchdog.POLL, watchdog.PATIENCE = 0.1, 20
+    from bigincubate.trainer import Trainer
+
+    step = Trainer.step
+
+    def busy(self: Trainer, batch: Any) -> Any:
+        if self.state.step == 2 and self.env.rank == 1:
+            time.sleep(2.5)  # as a kernel would, without the interpreter's lock
+        return step(self, batch)
+
+    Trainer.step = busy  # type: ignore[method-assign]
+
+
+def impatient_launcher() -> None:
+    fork_ranks()
+    impatient()
+
+
+def test_of_two_ranks_of_a_launcher_one_is_stopped(lab: Labs) -> None:
+    long = lab(*LONG)
+    folder = long.run.phase("pretrain")
+    words = ["run", long.run.recipe_file, "--run-dir", long.run.path, "--jobs", 1, "--nproc", 2]
+    launcher = Command(*words, before=impatient_launcher)
+    assert launcher.until(lambda: len(long.log("pretrain")) > 3), launcher.out
+
+    # suspended with Ctrl-Z, the launcher and its store do not answer: the ranks go on
+    launcher.send(signal.SIGSTOP)
+    time.sleep(2.5)
+    before = len(long.log("pretrain"))
+    wait_for(lambda: len(long.log("pretrain")) > before)
+    launcher.send(signal.SIGCONT)
+
+    main = folder.attempts()[0]["pid"]
+    (other,) = [pid for pid in children(launcher.pid) if pid != main]
+    os.kill(other, signal.SIGSTOP)
+    assert launcher.wait(60) == 3, launcher.out
+    named = f"rank 1 (process {other} on {socket.gethostname()}) gave no sign of life for 2 s"
+    assert f"meta model: failed (exit 3): rank 0: bigincubate: {named}" in launcher.out
+    assert [start_time(pid) for pid in (main, other)] == [None, None]
+    (attempt,) = folder.attempts()
+    assert (attempt["state"], attempt["pid"]) == ("failed", main)
+    assert attempt["error"].startswith(named)
+
+
+def test_the_rank_that_hosts_the_store_is_stopped(lab: Labs) -> None:
+    """As under srun, where rank 0 does."""
+    long = lab(*LONG)
+    folder = long.run.phase("pretrain")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    where["GLOO_SOCKET_IFNAME"] = "lo"
+    ranks = [
+        Command(*long.command("pretrain"), before=impatient, env={**where, "RANK": str(rank), "LOCAL_RANK": "0"})
+        for rank in (0, 1)
+    ]
+    try:
+        assert ranks[0].until(lambda: len(long.log("pretrain")) > 3), ranks[0].err
+        ranks[0].send(signal.SIGSTOP)
+        assert ranks[1].wait(60) == 3, ranks[1].err
+        named = f"rank 0 (process {ranks[0].pid} on {socket.gethostname()}) gave no sign of life for 2 s"
+        assert f"bigincubate: {named}" in ranks[1].err
+        (attempt,) = folder.attempts()
+        assert (attempt["state"], attempt["pid"]) == ("failed", ranks[0].pid)
+        assert attempt["error"].startswith(named)
+    finally:
+        assert ranks[0].kill() == -signal.SIGKILL
+
+
+def test_a_silent_rank_is_found_within_half_a_minute() -> None:
+    assert (watchdog.PATIENCE + 1) * watchdog.POLL + 2.5 * watchdog.POLL <= 30
