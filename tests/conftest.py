@@ -192,6 +192,23 @@ def lab(counted: None, fast: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return lambda *sets, folder=None: Lab(fast, folder or tmp_path_factory.mktemp("lab") / "run", *sets)
 
 
+# ------------------------------------------------------------------------------------------------ Slurm
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[object]:
+    from cluster import start
+
+    yield from start()
+
+
+@pytest.fixture
+def slurm(cluster: Any) -> Iterator[Any]:
+    """A real Slurm; every test leaves its queue empty."""
+    yield cluster
+    cluster.wait_empty()
+
+
 # ------------------------------------------------------------------------------------------------ faults/
 
 

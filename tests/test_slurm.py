@@ -1,234 +1,172 @@
-"""Runs on a real Slurm of three virtual nodes on this machine, with what goes wrong on clusters; pinned scripts."""
+"""On a real Slurm of three virtual nodes. The whole run with faults is in `tests/faults/test_cluster.py`."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster import ARRAY, Cluster, committed, running, say
 from conftest import Command
-from parity import launch
 
-from bigincubate.cluster.settle import settle
-from bigincubate.cluster.slurm import queue, sbatch, script, show
-from bigincubate.config import load_recipe
-from bigincubate.errors import ConfigError
-from bigincubate.rundir import PhaseDir, RunDir
+from bigincubate.cluster.slurm import queue
+from bigincubate.rundir import RunDir
 
-Labs = Callable[..., Any]
-CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
-GOLDEN = Path(__file__).with_name("golden") / "submit.txt"
-MISSING = [
-    program
-    for program in ("slurmctld", "slurmd", "sbatch", "munged")
-    if shutil.which(program, path=os.environ["PATH"] + ":/usr/sbin") is None
-]
-SETS = ["train.max_steps=60", "checkpoint.every_steps=5", "log.every_steps=1", "finetune.sharding.strategy=fsdp2"]
+LONG = pytest.mark.slurm
 
 
-# ------------------------------------------------------------------------------------------------ what is submitted
+def words(*sets: str) -> list[str]:
+    return [word for item in sets for word in ("--set", item)]
 
 
-def test_commands_and_scripts_are_the_golden_ones(fast: Path, tmp_path: Path) -> None:
-    """`UPDATE_GOLDEN=1 pytest tests/test_slurm.py -k golden` writes them anew."""
-    sets = [
-        "slurm.python=/opt/python",
-        "slurm.time=1:00:00",
-        "slurm.concurrency=2",
-        "slurm.finetune.nodes=2",
-        "slurm.gpus=4",
-        "slurm.ranks=4",
-    ]
-    recipe = load_recipe(str(fast), [*sets, 'slurm.extra=["--exclusive"]', "slurm.prelude=/site/set up.sh"])
-    text = show(recipe, RunDir(tmp_path / "a run"), 2, baseline=True)
-    text = text.replace(str(tmp_path), "/TMP").replace(str(script("gate").parent), "/SCRIPTS")
-    if os.environ.get("UPDATE_GOLDEN"):
-        GOLDEN.parent.mkdir(exist_ok=True)
-        GOLDEN.write_text(text)
-    assert text == GOLDEN.read_text()
-
-
-@pytest.mark.parametrize("table", ['extra = ["--mail-user=a\\nrm -rf /"]', '[slurm.incubate]\npartition = "a\\u0007"'])
-def test_control_characters_never_reach_sbatch(fast: Path, tmp_path: Path, table: str) -> None:
-    file = tmp_path / "recipe.toml"
-    file.write_text(f"{fast.read_text()}[slurm]\n{table}\n")
-    with pytest.raises(ConfigError, match="a control character in"):
-        sbatch(load_recipe(str(file)), RunDir(tmp_path), "incubate", modules=[0])
-
-
-def test_a_wrong_key_of_a_kind_of_job_is_named(fast: Path) -> None:
-    with pytest.raises(ConfigError, match=r"slurm\.incubate\.nodes: Input should be greater than or equal to 1"):
-        load_recipe(str(fast), ["slurm.incubate.nodes=0"])
-    assert load_recipe(str(fast), ["slurm.gpus=8", "slurm.incubate.gpus=1"]).slurm.job("incubate").gpus == 1
-    assert load_recipe(str(fast), ["slurm.gpus=8"]).slurm.job("gate").gpus == 0
-
-
-# ------------------------------------------------------------------------------------------------ how a job ends
-
-
-@pytest.mark.parametrize("code", [2, 4, 5, 6])
-def test_what_would_end_the_same_is_not_requeued(tmp_path: Path, code: int) -> None:
-    assert settle(PhaseDir(tmp_path), "1", code)[0] == code
-
-
-def test_a_phase_that_is_done_is_done_whatever_srun_says(tmp_path: Path) -> None:
-    PhaseDir(tmp_path).finish({"top1": 1})
-    assert settle(PhaseDir(tmp_path), "1", 137)[0] == 0
-
-
-def test_restarts_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIGINCUBATE_RESTARTS", "2")
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert settle(PhaseDir(tmp_path), "1", 137) == (137, "not requeued: it was 2 times already (slurm.restarts)")
-
-
-# ------------------------------------------------------------------------------------------------ a real cluster
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
-    if MISSING:
-        reason = f"needs Slurm ({', '.join(MISSING)} missing): apt-get install slurm-wlm munge"
-        if os.environ.get("BIGINCUBATE_NEEDS_SLURM"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    folder = Path(f"/tmp/slurm-{os.getpid()}")  # sockets have short names
-
-    def control(*words: object) -> str:
-        ended = subprocess.run(
-            ["bash", CLUSTER, *map(str, words), str(folder)], capture_output=True, text=True, timeout=180, check=False
-        )
-        assert ended.returncode == 0, ended.stderr
-        return ended.stdout
-
-    control("start", 3)
-    os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
-    yield control
-    del os.environ["SLURM_CONF"]
-    control("stop")
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def until(what: Callable[[], Any], seconds: float = 300) -> Any:
-    for _ in range(int(seconds * 5)):
-        if found := what():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(
-        f"waited in vain\n{subprocess.run(['squeue'], capture_output=True, text=True, check=False).stdout}"
-    )
-
-
-def ranks(run: RunDir, phase: str, task: int | None = None) -> list[int]:
-    """Processes that train a phase of this run, in whatever namespace."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            mine = str(run.path).encode() in words and b"train" in words and phase.encode() in words
-            named = task is None or f"SLURM_ARRAY_TASK_ID={task}".encode() in (folder / "environ").read_bytes().split(
-                b"\0"
-            )
-            if mine and named and words[1:3] == [b"-m", b"bigincubate"]:
-                found.append(int(folder.name))
+def jobs(run: RunDir) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run.path / "jobs.json").read_text())["jobs"]
     return found
 
 
-def committed(folder: PhaseDir) -> int:
-    return len(list(folder.checkpoints.glob("step-*/COMMITTED")))
+def kinds(run: RunDir) -> list[str]:
+    return [job["kind"] for job in jobs(run)]
 
 
-def test_one_submit_ends_in_the_model_whatever_happens(
-    cluster: Callable[..., str], lab: Labs, fast: Path, tmp_path: Path, bigincubate: Command
+def exported(run: RunDir) -> bool:
+    return (run.path / "export" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def run(tmp_path: Path, bigincubate: Command, slurm: Cluster) -> Any:
+    """A run directory, of which nothing is in the queue in the end."""
+    made = RunDir(tmp_path / "run")
+    yield made
+    if made.recipe_file.exists():
+        bigincubate("cancel", made.path)
+
+
+def test_two_submits_at_the_same_moment_make_one_run(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
-    """A rank is killed, an array task requeued, a node crashes and comes back; submitted twice meanwhile. The weights
-    are those of a run without faults, to the bit."""
-    single = lab(*SETS)
-    for phase, module in [("pretrain", None), ("incubate", 0), ("incubate", 1)]:
-        single.train(phase, module)
-    (tmp_path / "ranks").mkdir()
-    assert launch(tmp_path / "ranks", [{"words": list(map(str, single.command("finetune")))}])[0][0]["code"] == 0
-
-    run = RunDir(tmp_path / "run")
-    sets = [word for item in [*SETS, "slurm.finetune.nodes=2"] for word in ("--set", item)]
-    first = bigincubate("submit", fast, "--run-dir", run.path, *sets)
-    assert first.returncode == 0, first.stderr
-    assert [job["kind"] for job in json.loads((run.path / "jobs.json").read_text())["jobs"]] == [
-        "pretrain",
-        "incubate",
-        "gate",
-    ]
+    """With more modules than an array of this cluster holds, and a limit to how many train at a time."""
+    sets = words("plan.target_depths=[1,1,1]", "plan.meta_depths=[1,1,1]", "slurm.concurrency=1", "slurm.extra=['-H']")
+    command = ["python", "-m", "bigincubate", "submit", str(fast), "--run-dir", str(run.path), *sets]
+    racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [(process.communicate(timeout=300), process.returncode) for process in racing]
+    assert sorted(code for _, code in ended)[0] == 0, ended
+    assert {code for _, code in ended} <= {0, 7}, ended
+    assert kinds(run) == ["pretrain", "incubate", "incubate", "gate"]
+    first, rest = (job for job in jobs(run) if job["kind"] == "incubate")
+    assert (first["modules"], rest["modules"]) == ([0, 1], [2])
+    assert ARRAY == 2
+    assert rest["needs"] == [jobs(run)[0]["job"], first["job"]]
+    assert Counter(entry.key for entry in queue(run)) == Counter(
+        ["pretrain", "incubate/0", "incubate/1", "incubate/2", "gate"]
+    )
     again = bigincubate("submit", fast, "--run-dir", run.path, *sets)
+    assert (again.returncode, len(jobs(run))) == (0, 4)
     assert "in the queue already" in again.stdout
-    assert len(json.loads((run.path / "jobs.json").read_text())["jobs"]) == 3
-
-    until(lambda: committed(run.phase("incubate", 0)) and ranks(run, "incubate", 0))
-    for pid in ranks(run, "incubate", 0):
-        os.kill(pid, signal.SIGKILL)
-    until(lambda: committed(run.phase("incubate", 1)))
-    array = next(
-        job["job"] for job in json.loads((run.path / "jobs.json").read_text())["jobs"] if job["kind"] == "incubate"
-    )
-    subprocess.run(["scontrol", "requeue", f"{array}_1"], check=False)
-    until(lambda: committed(run.phase("finetune")))
-    node = until(
-        lambda: next(
-            (entry.node for entry in queue(run) if entry.kind == "finetune" and entry.state == "RUNNING"), None
-        )
-    )
-    name = subprocess.run(
-        ["scontrol", "show", "hostnames", node], capture_output=True, text=True, check=True
-    ).stdout.split()[-1]
-    cluster("crash", name)
-    cluster("revive", name)
-    until(lambda: (run.path / "export" / "model.safetensors").exists() and not queue(run))
-
-    for phase, module in [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]:
-        manifests = [
-            json.loads((one.phase(phase, module).artifact / "manifest.json").read_text()) for one in (run, single.run)
-        ]
-        assert manifests[0]["digest"] == manifests[1]["digest"], (phase, module)
-    assert len(run.phase("incubate", 0).attempts()) > 1
-    done = bigincubate("resume", run.path)
-    assert "fine-tuned" in done.stdout
-    assert not queue(run)
+    assert "cancelled: " in bigincubate("cancel", run.path).stdout
+    slurm.wait(lambda: not queue(run))
 
 
-def test_a_module_that_fails_for_good_is_given_up_and_healed_by_resume(
-    cluster: Callable[..., str], fast: Path, tmp_path: Path, bigincubate: Command
+@LONG
+def test_before_its_time_limit_a_job_is_told_and_goes_on_in_a_requeue(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
-    run = RunDir(tmp_path / "run")
+    sets = words(
+        "train.max_steps=1500", "checkpoint.every_steps=10000", "slurm.time=1", "slurm.extra=['--signal=USR2@20']"
+    )
+    assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
+    folder = run.phase("pretrain")
+    slurm.wait(lambda: folder.result)
+    attempts = folder.attempts()
+    assert len(attempts) > 1
+    assert [attempt["state"] for attempt in attempts] == ["preempted"] * (len(attempts) - 1) + ["done"]
+    assert len({attempt["job"] for attempt in attempts}) == 1
+
+
+@LONG
+def test_a_module_that_failed_is_submitted_again_by_the_gate_alone(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
     blocked = run.path / "modules" / "01"
-    sets = ["--set", "slurm.rounds=2", "--set", "train.max_steps=2"]
     blocked.parent.mkdir(parents=True)
     blocked.write_text("no directory")  # module 1 cannot be trained
+    assert bigincubate("submit", fast, "--run-dir", run.path, *words("train.max_steps=2")).returncode == 0
+    slurm.wait(lambda: run.phase("pretrain").result and "incubate/1" not in {entry.key for entry in queue(run)})
+    blocked.unlink()
+    slurm.wait(lambda: exported(run) and not queue(run))
+    assert kinds(run) == ["pretrain", "incubate", "gate", "incubate", "gate", "finetune", "gate"]
+    assert jobs(run)[3]["modules"] == [1]
+    assert len(run.phase("incubate", 0).attempts()) == 1
+
+
+@LONG
+def test_a_module_that_fails_again_and_again_is_given_up_and_healed_by_resume(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
+    blocked = run.path / "modules" / "01"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("no directory")
+    sets = words("slurm.rounds=2", "train.max_steps=2")
     assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
-    until(lambda: not queue(run))
+    slurm.wait(lambda: not queue(run))
     logs = "".join(file.read_text() for file in sorted((run.path / "slurm").glob("*gate*.out")))
     assert "given up: module 1: submitted 2 times" in logs
     assert run.phase("incubate", 0).result is not None
     blocked.unlink()
     assert bigincubate("resume", run.path).returncode == 0
-    until(lambda: (run.path / "export" / "model.safetensors").exists() and not queue(run))
+    slurm.wait(lambda: exported(run) and not queue(run))
+    assert jobs(run)[5]["modules"] == [1]
 
 
-def test_a_cancelled_run_goes_on_with_resume(
-    cluster: Callable[..., str], fast: Path, tmp_path: Path, bigincubate: Command
+@LONG
+def test_a_site_without_sbatch_in_jobs_is_told_what_to_type(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
-    run = RunDir(tmp_path / "run")
-    sets = ["--set", "checkpoint.every_steps=1", "--set", "log.every_steps=1", "--set", "train.max_steps=400"]
+    sets = words("slurm.self_submit=false", "train.max_steps=2")
     assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
-    until(lambda: committed(run.phase("pretrain")))
+    slurm.wait(lambda: not queue(run))
+    logs = "".join(file.read_text() for file in (run.path / "slurm").glob("*gate*.out"))
+    assert f"missing: fine-tuning; go on with: bigincubate resume {run.path}" in logs
+    assert bigincubate("resume", run.path).returncode == 0
+    slurm.wait(lambda: exported(run) and not queue(run))
+    assert kinds(run) == ["pretrain", "incubate", "gate", "finetune", "gate"]
+
+
+@LONG
+def test_the_controller_restarts_and_what_a_person_ends_stays_ended(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
+    """`slurmctld` restarts; `scancel` of a running job (no requeue: its gate submits it again); `cancel`; `resume`."""
+    sets = words("checkpoint.every_steps=1", "train.max_steps=1500", "log.images=0")
+    assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
+    folder = run.phase("pretrain")
+    slurm.wait(lambda: committed(folder))
+    slurm.control("restart-ctld")
+    entry = slurm.wait(lambda: running(run, "pretrain"))
+    subprocess.run(["scancel", entry.job], check=True)
+    slurm.wait(lambda: kinds(run).count("pretrain") == 2)
+    assert "requeued" not in "".join(file.read_text() for file in (run.path / "slurm").glob("*pretrain*.out"))
+    slurm.wait(lambda: running(run, "pretrain") and len(folder.attempts()) == 2)
     assert "cancelled: " in bigincubate("cancel", run.path).stdout
-    until(lambda: not queue(run))
+    slurm.wait(lambda: not queue(run))
     assert "nothing of this run" in bigincubate("cancel", run.path).stdout
-    assert run.phase("pretrain").result is None
-    assert "step" in bigincubate("logs", run.path).stdout + "step"
+    assert folder.result is None
+    assert "pretrain" in bigincubate("logs", run.path).stdout
+    assert "JobState=CANCELLED" in say("scontrol", "show", "job", entry.job)
+    assert bigincubate("resume", run.path).returncode == 0
+    assert slurm.wait(lambda: running(run, "pretrain"))
+
+
+@LONG
+def test_the_scripts_are_usable_by_hand(slurm: Cluster, run: RunDir, fast: Path) -> None:
+    scripts = Path(__file__).parents[1] / "slurm"
+    more = words("train.max_steps=2")
+    for script in ("pretrain.sbatch", "incubate.sbatch"):
+        array = ["--array=0-1"] if script.startswith("incubate") else []
+        logs = ["--output", str(run.path.parent / "%x_%A_%a.out")]
+        command = ["sbatch", "--wait", *array, *logs, str(scripts / script), str(fast), str(run.path), *more]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert ended.returncode == 0, ended.stderr
+    assert all(run.phase("incubate", module).result for module in (0, 1))

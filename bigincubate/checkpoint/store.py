@@ -116,8 +116,9 @@ def load_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{place / 'manifest.json'}: {error.errors()[0]['msg']}") from None
 
 
-def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
-    """
+def verify_artifact(folder: Path) -> Manifest:
+    """Its manifest, once its weights have the hash that is written there.
+
     Raises:
         ArtifactError: missing, or not what its manifest says (file, expected and found hash in the message).
     """
@@ -126,8 +127,21 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
     try:
         plain_size(file)
         found = sha256(file)
-        if found != manifest.digest:
-            raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…: damaged")
+    except OSError as error:
+        raise ArtifactError(f"{file}: {error.strerror}") from None
+    if found != manifest.digest:
+        raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…: damaged")
+    return manifest
+
+
+def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
+    """
+    Raises:
+        ArtifactError: as :func:`verify_artifact`.
+    """
+    manifest = verify_artifact(folder)
+    file = _place(folder) / WEIGHTS
+    try:
         return load_file(file), manifest
     except OSError as error:
         raise ArtifactError(f"{file}: {error.strerror}") from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, EnvironmentFault
 from .app import RecipeArgument, RunArgument, RunDirOption, SetOption, app, console, say
 
 
@@ -31,10 +32,14 @@ def submit(
 
     directory = RunDir(run_dir)
     if dry_run:
-        from ..cluster.slurm import show
+        from ..cluster.sbatch import show
+        from ..cluster.slurm import DEFAULT_ARRAY, array_size
         from ..plan import make_plan
 
-        say(show(loaded, directory, make_plan(loaded).modules, baseline=baseline))
+        size = DEFAULT_ARRAY
+        with contextlib.suppress(EnvironmentFault):  # no Slurm here
+            size = array_size()
+        say(show(loaded, directory, make_plan(loaded).modules, baseline=baseline, size=size))
         return
     directory.open(loaded)
     ensure_plan(loaded, directory, ensure_data(loaded, directory, say))
@@ -56,8 +61,8 @@ def resume(
 
 def proceed(directory: Any, gate: str | None = None) -> None:
     """Submit what is missing; where nothing is, export."""
+    from ..cluster.advance import advance
     from ..cluster.local import job_graph
-    from ..cluster.slurm import advance
     from ..export import export as export_model
     from ..export import whole
     from ..files import read_lines
@@ -85,18 +90,16 @@ def settle(
     phase: Annotated[str, typer.Option()],
     job: Annotated[str, typer.Option()],
     code: Annotated[int, typer.Option()],
-    module: Annotated[str | None, typer.Option()] = None,
+    module: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """The end of a Slurm job: done, requeued, or failed for good."""
     from typing import cast
 
-    from ..cluster.env import array_index
     from ..cluster.settle import settle as end
     from ..config import Phase
     from ..rundir import RunDir
 
-    number = array_index() if module == "auto" else None if module is None else int(module)
-    code, why = end(RunDir(run_dir).phase(cast("Phase", phase), number), job, code)
+    code, why = end(RunDir(run_dir).phase(cast("Phase", phase), module), job, code)
     say(f"job {job}: {why}")
     raise typer.Exit(code)
 
@@ -121,13 +124,13 @@ def logs(
     follow: Annotated[bool, typer.Option(help="Go on printing, until Ctrl-C.")] = False,
 ) -> None:
     """The ends of a run's logs, of Slurm jobs and of local processes."""
-    import contextlib
     import subprocess
 
+    from ..cluster.slurm import job_logs
+    from ..rundir import RunDir
+
     pattern = f"modules/{module:02d}/logs/*.log" if module is not None else "**/logs/*.log"
-    files = sorted(run_dir.glob(pattern)) + sorted(
-        (run_dir / "slurm").glob(f"*_{'*' if module is None else module}.out")
-    )
+    files = sorted(run_dir.glob(pattern)) + job_logs(RunDir(run_dir), module)
     if not files:
         raise ArtifactError(f"no logs in {run_dir} yet")
     with contextlib.suppress(KeyboardInterrupt):

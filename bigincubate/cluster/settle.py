@@ -6,14 +6,18 @@ The ranks' exit code says little (torch and Slurm change it, a killed rank has n
 from __future__ import annotations
 
 import os
-import subprocess
+import signal
+import time
 
-from ..errors import Exit
+from ..errors import EnvironmentFault, Exit
 from ..files import append_line, read_lines
 from ..rundir import PhaseDir
+from .slurm import job_state, requeue
 
 FINAL = (Exit.USAGE, Exit.ARTIFACT, Exit.NON_FINITE, Exit.DAMAGED)  # the same again would end the same
 STANDSTILL = 3  # requeues in a row from one and the same checkpoint
+LIMITS = (("BIGINCUBATE_RESTARTS", "20"), ("SLURM_RESTART_COUNT", "0"))
+KILLED = 128  # added by shells and srun to the number of the signal that ended a rank
 
 
 def settle(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
@@ -28,18 +32,35 @@ def settle(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
     if folder.result is not None:
         return Exit.DONE, "done"
     if code in FINAL:
-        return code, "failed; the same again would end the same"
-    allowed, restarts = (
-        int(os.environ.get("BIGINCUBATE_RESTARTS", "20")),
-        int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-    )
+        return code, f"{ended_with(code)}; the same again would end the same"
+    failed = code or Exit.ENVIRONMENT
+    try:
+        state = job_state(job)
+    except EnvironmentFault as error:
+        return failed, f"{ended_with(code)}; not requeued: {error}"
+    if state != "RUNNING":  # scancel, a crashed node, the time limit: who did that has decided what comes next
+        return failed, f"{ended_with(code)}; Slurm has ended this job: {state}"
+    allowed, restarts = (int(os.environ.get(name, default)) for name, default in LIMITS)
     if restarts >= allowed:
-        return code or Exit.ENVIRONMENT, f"not requeued: it was {restarts} times already (slurm.restarts)"
+        return failed, f"{ended_with(code)}; not requeued: it was {restarts} times already (slurm.restarts)"
     steps = sorted(int(marker.parent.name[5:]) for marker in folder.checkpoints.glob("step-*/COMMITTED"))
-    file = folder.path / "requeues.jsonl"
-    append_line(file, {"job": job, "code": code, "checkpoint": steps[-1] if steps else None})
-    last = read_lines(file)[-STANDSTILL - 1 :]
-    if len(last) > STANDSTILL and len({row["checkpoint"] for row in last}) == 1:
-        return code or Exit.ENVIRONMENT, f"not requeued: no progress in {STANDSTILL} restarts"
-    subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
-    return code or Exit.PREEMPTED, "requeued"
+    file, checkpoint = folder.path / "requeues.jsonl", steps[-1] if steps else None
+    before = [row["checkpoint"] for row in read_lines(file) if row["job"] == job]
+    if len(before) >= STANDSTILL and set(before[-STANDSTILL:]) == {checkpoint}:
+        return failed, f"{ended_with(code)}; not requeued: no progress in {STANDSTILL} restarts"
+    reason = ended_with(code)
+    append_line(file, {"time": time.time(), "job": job, "code": code, "checkpoint": checkpoint, "reason": reason})
+    try:
+        requeue(job)
+    except EnvironmentFault as error:
+        return failed, f"{reason}; not requeued: {error}"
+    return failed, f"{reason}; requeued"
+
+
+def ended_with(code: int) -> str:
+    """What an exit code of srun says."""
+    if code == Exit.PREEMPTED:
+        return "stopped with a checkpoint"
+    if code > KILLED and code - KILLED in {number.value for number in signal.Signals}:
+        return f"a rank was ended by {signal.Signals(code - KILLED).name}"
+    return f"exit code {code}"
