@@ -61,6 +61,8 @@ class Data(Section):
     source: Literal["digits", "digits-dev"] | None = None  # embedded data, prepared where it is missing
     path: str | None = execution(None)  # a prepared folder; None: RUN_DIR/data, for embedded data only
     remote: str | None = execution(None)  # streamed from here into `path` (any URL that streaming reads)
+    stage: str | None = execution(None)  # copied there by the jobs that read it: a disk of the node, "$TMPDIR"
+    stage_gib: NonNegative | None = execution(None)  # larger data is not staged; None: what is free
     workers: int = execution(0, ge=0)
     train_samples: Count | None = None  # expected size: checked against the data, and enough for `plan`
     canonical_nodes: Count = 1

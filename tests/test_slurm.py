@@ -62,6 +62,10 @@ def test_two_submits_at_the_same_moment_make_one_run(
     assert Counter(entry.key for entry in queue(run)) == Counter(
         ["pretrain", "incubate/0", "incubate/1", "incubate/2", "gate"]
     )
+    rows = json.loads(bigincubate("status", run.path, "--json").stdout)
+    assert rows[0]["queue"] == "PENDING (JobHeldUser)"
+    assert [row["state"] for row in rows] == ["queued"] * 4 + ["waiting"]
+    assert "PENDING (Dependency)" in bigincubate("status", run.path).stdout
     again = bigincubate("submit", fast, "--run-dir", run.path, *sets)
     assert (again.returncode, len(jobs(run))) == (0, 4)
     assert "in the queue already" in again.stdout
@@ -74,7 +78,7 @@ def test_before_its_time_limit_a_job_is_told_and_goes_on_in_a_requeue(
     slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
     sets = words(
-        "train.max_steps=1500", "checkpoint.every_steps=10000", "slurm.time=1", "slurm.extra=['--signal=USR2@20']"
+        "train.max_steps=1500", "checkpoint.every_steps=10000", "slurm.time=0:01:00", "slurm.extra=['--signal=USR2@20']"
     )
     assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
     folder = run.phase("pretrain")
@@ -149,6 +153,8 @@ def test_the_controller_restarts_and_what_a_person_ends_stays_ended(
     slurm.wait(lambda: kinds(run).count("pretrain") == 2)
     assert "requeued" not in "".join(file.read_text() for file in (run.path / "slurm").glob("*pretrain*.out"))
     slurm.wait(lambda: running(run, "pretrain") and len(folder.attempts()) == 2)
+    row = json.loads(bigincubate("status", run.path, "--json").stdout)[0]
+    assert (row["queue"], row["node"], row["restarts"]) == ("RUNNING", running(run, "pretrain").node, 1)
     assert "cancelled: " in bigincubate("cancel", run.path).stdout
     slurm.wait(lambda: not queue(run))
     assert "nothing of this run" in bigincubate("cancel", run.path).stdout

@@ -9,11 +9,13 @@ import pytest
 from conftest import Command
 
 from bigincubate.cluster import settle as ending
+from bigincubate.cluster import status
 from bigincubate.cluster.sbatch import arrays, sbatch, script, show
 from bigincubate.cluster.settle import settle
-from bigincubate.cluster.slurm import job_logs, job_name
+from bigincubate.cluster.slurm import Queued, job_logs, job_name
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
+from bigincubate.files import append_line, write_json
 from bigincubate.rundir import PhaseDir, RunDir
 
 GOLDEN = Path(__file__).with_name("golden") / "submit.txt"
@@ -148,3 +150,47 @@ def test_a_dry_run_shows_everything_and_makes_nothing(fast: Path, tmp_path: Path
     refused = bigincubate("submit", fast, "--run-dir", tmp_path / "run", "--dry-run", "--partition", "gpu\nrm -rf x")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------------------ status
+
+
+def test_a_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path / "run")
+    rows = [("pretrain", None), ("incubate/0", 0), ("incubate/1", 1), ("finetune", None)]
+    write_json(
+        run.path / "plan.json",
+        {
+            "rows": [
+                {"key": key, "phase": key.split("/")[0], "module": module, "title": key, "steps": 10, "batch_size": 8}
+                for key, module in rows
+            ]
+        },
+    )
+    running = {"state": "running", "host": "n1", "pid": 1, "job": "5"}
+    run.phase("pretrain").record(1, **running)
+    run.phase("incubate", 0).record(1, **running)
+    run.phase("incubate", 0).record(2, **running)
+    append_line(run.phase("incubate", 0).path / "requeues.jsonl", {"reason": "a rank was ended by SIGKILL"})
+    queued = [
+        Queued("5", "incubate", 0, "RUNNING", "n2", "None"),
+        Queued("5", "incubate", 1, "PENDING", "", "Resources"),
+    ]
+
+    def shown() -> dict[str, list[object]]:
+        keys = ("state", "job", "queue", "node", "restarts", "error")
+        return {row["phase"]: [row[key] for key in keys] for row in status.run_status(run)}
+
+    monkeypatch.setattr(status, "queue", lambda run: queued)
+    alone = shown()
+    assert alone["incubate/0"] == ["running", None, None, "n1", 1, "a rank was ended by SIGKILL"]
+    write_json(run.path / "jobs.json", {})
+    assert shown() == {
+        "pretrain": ["died", None, None, "n1", 0, None],
+        "incubate/0": ["running", "5", "RUNNING", "n2", 1, "a rank was ended by SIGKILL"],
+        "incubate/1": ["queued", "5", "PENDING (Resources)", None, 0, None],
+        "finetune": ["waiting", None, None, None, 0, None],
+    }
+    monkeypatch.undo()
+    monkeypatch.setenv("PATH", "")  # no Slurm here
+    assert shown() == alone

@@ -132,9 +132,11 @@ def train(
             data = ensure_data(loaded, directory, say)
             cut, rows = ensure_plan(loaded, directory, data)
         row = cut.row(phase, number)
+        from ..data.stage import staged
         from ..trainer import train as train_phase
 
-        result = train_phase(loaded, cut, row, find_row(rows, row.phase, number), directory, data, env)
+        with staged(loaded, data) as (here, copy):
+            result = train_phase(here, cut, row, find_row(rows, row.phase, number), directory, copy, env)
         if env.is_main:
             say(f"{row.title}: done, top-1 {result['top1']:.2f}%, loss {result['loss']:.4f}")
     finally:
