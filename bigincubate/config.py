@@ -284,6 +284,7 @@ class Slurm(SlurmJob):
     prelude: str | None = execution(None)  # a file that jobs source first: modules, conda, proxies
     python: str | None = execution(None)  # None: the interpreter that submits
     container: str | None = execution(None)  # put before python: "apptainer exec --nv image.sif"
+    umask: str | None = execution(None, pattern="^0?[0-7]{3}$")  # "007": a run that a group shares
     self_submit: bool = execution(True)  # whether jobs may call sbatch; false: the gate says what to type
     rounds: Count = execution(3)  # times that a phase is submitted before a person must look
     restarts: int = execution(20, ge=0)  # times that a job requeues itself

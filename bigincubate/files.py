@@ -6,8 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,9 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
     """Put ``text`` at ``path`` atomically (temporary file, fsync, rename). With ``exclusive`` an existing file is
     left alone. Returns whether ``path`` now holds ``text``."""
     make_folder(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
+    # not mkstemp: what others may read and write is for the umask to say
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)

@@ -139,11 +139,12 @@ class Lab:
 
         return read_metrics(self.run.phase(phase, module).metrics)  # type: ignore[arg-type]
 
-    def events(self, phase: str, module: int | None = None) -> Any:
+    def events(self, phase: str, module: int | None = None, *, fleet: bool = False) -> Any:
         """What TensorBoard sees of a phase."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        folder = self.run.phase(phase, module).path / "tb"  # type: ignore[arg-type]
+        folder = self.run.phase(phase, module).path  # type: ignore[arg-type]
+        folder = self.run.path / "fleet" / folder.relative_to(self.run.path) if fleet else folder / "tb"
         return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
 
     def copy(self, folder: Path, phases: list[str] | None = None) -> Lab:

@@ -41,6 +41,7 @@ def submit(
             size = array_size()
         say(show(loaded, directory, make_plan(loaded).modules, baseline=baseline, size=size))
         return
+    share(loaded)
     directory.open(loaded)
     ensure_plan(loaded, directory, ensure_data(loaded, directory, say))
     if baseline:
@@ -69,6 +70,7 @@ def proceed(directory: Any, gate: str | None = None) -> None:
     from ..workflow import ensure_data, ensure_plan
 
     loaded = directory.recipe()
+    share(loaded)
     data = ensure_data(loaded, directory)
     _, rows = ensure_plan(loaded, directory, data)
     baseline = any(row["event"] == "baseline" for row in read_lines(directory.path / "events.jsonl"))
@@ -82,6 +84,12 @@ def proceed(directory: Any, gate: str | None = None) -> None:
 
     console().print(summary_table(loaded.name, directory.summary()))
     say(f"model:   {exported}")
+
+
+def share(recipe: Any) -> None:
+    """What others may do with this run's files. Slurm hands the umask on to the jobs."""
+    if recipe.slurm.umask is not None:
+        os.umask(int(recipe.slurm.umask, 8))
 
 
 @app.command(hidden=True)

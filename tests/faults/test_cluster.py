@@ -20,7 +20,7 @@ from bigincubate.rundir import RunDir
 
 SETS = [
     *("train.max_steps=80", "checkpoint.every_steps=5", "log.every_steps=1", "finetune.sharding.strategy=fsdp2"),
-    *("slurm.finetune.nodes=2", "log.images=0"),
+    *("slurm.finetune.nodes=2", "slurm.umask=027", "log.images=0"),
 ]
 PHASES: list[tuple[str, int | None]] = [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]
 Fault = Callable[["Struck"], bool]
@@ -140,5 +140,6 @@ def check(run: RunDir, calm: RunDir) -> None:
         assert digests[0] == digests[1], (phase, module)
         scores = [{**(folder.result or {}), "seconds": 0} for folder in folders]
         assert scores[0] == scores[1], (phase, module)
+        assert (folders[0].path / "DONE").stat().st_mode & 0o777 == 0o640, (phase, module)
     kinds = [job["kind"] for job in json.loads((run.path / "jobs.json").read_text())["jobs"]]
     assert kinds == ["pretrain", "incubate", "gate", "finetune", "gate"]
