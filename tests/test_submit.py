@@ -9,10 +9,10 @@ import pytest
 from conftest import Command
 
 from bigincubate.cluster import settle as ending
-from bigincubate.cluster import status
+from bigincubate.cluster import slurm, status
 from bigincubate.cluster.sbatch import arrays, sbatch, script, show
 from bigincubate.cluster.settle import settle
-from bigincubate.cluster.slurm import Queued, job_logs, job_name
+from bigincubate.cluster.slurm import Queued, comment, job_logs, job_name
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.files import append_line, write_json
@@ -153,6 +153,23 @@ def test_a_dry_run_shows_everything_and_makes_nothing(fast: Path, tmp_path: Path
 
 
 # ------------------------------------------------------------------------------------------------ status
+
+
+def test_the_queue_is_read_past_the_jobs_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, theirs = (comment(RunDir(tmp_path / name)) for name in ("run", "other"))
+    lines = [
+        f"5|7|RUNNING|bigincubate-incubate+1000|n2|None|{mine}",
+        f"5|8|COMPLETING|bigincubate-incubate+1000|n2|None|{mine}",
+        f"6|N/A|PENDING|bigincubate-gate||Dependency|{mine}",
+        f"7|N/A|PENDING|bigincubate-gate||Dependency|{theirs}",
+        "8|N/A|PENDING|a|b||Priority|a comment",
+        "of two lines",
+    ]
+    monkeypatch.setattr(slurm, "call", lambda *words: "\n".join(lines))
+    assert slurm.queue(RunDir(tmp_path / "run")) == [
+        Queued("5", "incubate", 1007, "RUNNING", "n2", "None"),
+        Queued("6", "gate", None, "PENDING", "", "Dependency"),
+    ]
 
 
 def test_a_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

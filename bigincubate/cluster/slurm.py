@@ -73,7 +73,10 @@ def queue(run: RunDir) -> list[Queued]:
     """
     found = []
     for line in call("squeue", "--noheader", "--array", "--format=%F|%K|%T|%j|%N|%r|%k").splitlines():
-        job, index, state, name, node, reason, whose = line.split("|", 6)
+        fields = line.split("|", 6)
+        if len(fields) < 7:
+            continue  # somebody else's, whose comment has several lines
+        job, index, state, name, node, reason, whose = fields
         if whose == comment(run) and name.startswith(NAME) and state not in ENDED:
             kind, _, offset = name.removeprefix(NAME).partition("+")
             module = int(offset or 0) + int(index) if kind == "incubate" else None
