@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def test_two_submits_at_the_same_moment_make_one_run(
 ) -> None:
     """With more modules than an array of this cluster holds, and a limit to how many train at a time."""
     sets = words("plan.target_depths=[1,1,1]", "plan.meta_depths=[1,1,1]", "slurm.concurrency=1", "slurm.extra=['-H']")
-    command = ["python", "-m", "bigincubate", "submit", str(fast), "--run-dir", str(run.path), *sets]
+    command = [sys.executable, "-m", "bigincubate", "submit", str(fast), "--run-dir", str(run.path), *sets]
     racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ended = [(process.communicate(timeout=300), process.returncode) for process in racing]
     assert sorted(code for _, code in ended)[0] == 0, ended
@@ -65,7 +66,7 @@ def test_two_submits_at_the_same_moment_make_one_run(
     rows = json.loads(bigincubate("status", run.path, "--json").stdout)
     assert rows[0]["queue"] == "PENDING (JobHeldUser)"
     assert [row["state"] for row in rows] == ["queued"] * 4 + ["waiting"]
-    assert "PENDING (Dependency)" in bigincubate("status", run.path).stdout
+    assert "PENDING (JobHeldUser)" in bigincubate("status", run.path).stdout
     again = bigincubate("submit", fast, "--run-dir", run.path, *sets)
     assert (again.returncode, len(jobs(run))) == (0, 4)
     assert "in the queue already" in again.stdout
