@@ -1,6 +1,7 @@
 # make demo      install, then run the whole pipeline on real images
 # make test      install with the test extras, then run the tests (what CI runs)
 # make test-full longer proofs; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
+# make test-slurm runs on a real Slurm on this machine, 20 of them with faults (docs/reliability.md); cut short, it goes on
 # make test-faults every fault in full, which writes docs/reliability.md; cut short, it goes on. MINUTES: at most, a row
 PYTHON ?= python3
 VENV := .venv
@@ -10,20 +11,24 @@ JOBS ?= 2
 TEST_JOBS ?= 2
 MINUTES ?= 60
 
-.PHONY: demo test test-full test-faults lint format clean
+.PHONY: demo test test-full test-slurm test-faults lint format clean
 
 # one thread a process, whatever the machine: the layout that the README's numbers come from
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/bigincubate run digits --run-dir $(RUN) --jobs $(JOBS)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -m "not full and not faults" -n $(TEST_JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not full and not faults and not slurm" -n $(TEST_JOBS) --dist loadfile
 
 test-full: $(VENV)/.installed-dev
 	BIGINCUBATE_CIFAR100="$(DATA)" $(BIN)/python -m pytest -m full
 
 test-faults: $(VENV)/.installed-dev
 	FAULTS=full FAULTS_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/faults
+
+test-slurm: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slurm
+	FAULTS=full FAULTS_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/faults/test_cluster.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

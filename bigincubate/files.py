@@ -6,8 +6,8 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,7 +51,9 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
     """Put ``text`` at ``path`` atomically (temporary file, fsync, rename). With ``exclusive`` an existing file is
     left alone. Returns whether ``path`` now holds ``text``."""
     make_folder(path.parent)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
+    # not mkstemp: what others may read and write is for the umask to say
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "w") as file:
             file.write(text)
@@ -83,6 +85,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """What :func:`append_line` wrote; a last line that was cut off by a crash is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
 
 
 def append_line(path: Path, value: Any) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from .files import append_line, write_text
+from .files import append_line, read_lines, write_text
 from .rundir import PhaseDir
+
+FLEET = {"fleet/loss": "train/loss", "fleet/images_per_sec": "perf/images_per_sec"}
 
 
 class Metrics:
@@ -22,16 +24,21 @@ class Metrics:
     Args:
         first: the first optimizer step that will be logged. What an earlier attempt logged from it on is dropped, so
             that no step appears twice.
+        fleet: a folder of this phase's own, beside those of all others: how far it is, under tags that they share.
+        total: optimizer steps of the phase.
     """
 
-    def __init__(self, folder: PhaseDir, first: int, *, enabled: bool) -> None:
-        self.file = folder.metrics
-        self.writer = None
+    def __init__(
+        self, folder: PhaseDir, first: int, *, enabled: bool, fleet: Path | None = None, total: int = 0
+    ) -> None:
+        self.file, self.total = folder.metrics, max(1, total)
+        self.writer: SummaryWriter | None = None
+        self.fleet: SummaryWriter | None = None
         if enabled:
             _cut(self.file, first)
-            if first == 0:
-                shutil.rmtree(folder.path / "tb", ignore_errors=True)
-            self.writer = SummaryWriter(str(folder.path / "tb"), purge_step=first)
+            self.writer = _writer(folder.path / "tb", first)
+            self.restarts = max(0, len(folder.attempts()) - 1)
+            self.fleet = _writer(fleet, first) if fleet else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Numbers of an optimizer step. Tags: ``train/loss``, ``train/lr``, ``train/grad_norm``, ``val/top1``, …"""
@@ -40,6 +47,11 @@ class Metrics:
         append_line(self.file, {"step": step, **values})
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
+        if self.fleet is not None:
+            known = {name: values[tag] for name, tag in FLEET.items() if tag in values}
+            known |= {"fleet/percent": 100 * step / self.total, "fleet/restarts": self.restarts}
+            for tag, value in known.items():
+                self.fleet.add_scalar(tag, value, step)
 
     def images(self, step: int, images: Tensor, mean: list[float], std: list[float]) -> None:
         """Show inputs ``[n, 3, H, W]`` as the model sees them, normalisation undone."""
@@ -56,12 +68,18 @@ class Metrics:
 
     def flush(self) -> None:
         """Before a checkpoint: what it covers must not be lost with the process."""
-        if self.writer is not None:
-            self.writer.flush()
+        for writer in filter(None, (self.writer, self.fleet)):
+            writer.flush()
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        for writer in filter(None, (self.writer, self.fleet)):
+            writer.close()
+
+
+def _writer(folder: Path, first: int) -> SummaryWriter:
+    if first == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return SummaryWriter(str(folder), purge_step=first)
 
 
 def _cut(file: Path, first: int) -> None:
@@ -72,15 +90,8 @@ def _cut(file: Path, first: int) -> None:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The logged rows; a last line that was cut off by a crash is left out."""
-    rows = []
-    if file.exists():
-        for line in file.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-    return rows
+    """The logged rows."""
+    return read_lines(file)
 
 
 class Meter:

@@ -18,7 +18,10 @@
         attempts/1.json               running, preempted, failed or done
         owners/1.json                 whose the folder is; the last one counts
         rollback.json                 where training went back to after too many gradients that were not finite
+        requeues.jsonl                of a Slurm job: why, and from which checkpoint it goes on
         DONE                          the result; last thing written
+      fleet/                how far each phase is, for TensorBoard: the same tags for all
+      slurm/  jobs.json     logs of jobs and their ranks; what was submitted, and how often
 """
 
 from __future__ import annotations

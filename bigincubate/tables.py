@@ -112,19 +112,22 @@ def summary_table(name: str, summary: dict[str, Any]) -> Table:
 
 
 def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
-    columns = ["phase", "state", "step", "done", "loss", "top-1 %", "img/s", "ETA", "attempts", "checkpoint", "error"]
-    table = _table(f"{name}: status", columns)
+    submitted = any(row["job"] for row in rows)
+    columns = ["step", "done", "loss", "top-1 %", "img/s", "ETA", "restarts", "checkpoint", "error"]
+    queued = ["job", "in Slurm", "node"] if submitted else []
+    table = _table(f"{name}: status", ["phase", "state", *queued, *columns])
     for row in rows:
         table.add_row(
             row["title"],
             row["state"],
+            *([row[key] or "-" for key in ("job", "queue", "node")] if submitted else []),
             f"{row['step']}/{row['steps']}",
             f"{row['percent']:.0f}%",
             _number(row["loss"], ".4f"),
             _number(row["top1"], ".2f"),
             _number(row["images_per_sec"], ".0f"),
             _duration(row["eta_seconds"]),
-            str(row["attempts"]),
+            str(row["restarts"]),
             _number(row["checkpoint"], "d"),
             row["error"] or "",
         )

@@ -148,7 +148,8 @@ class Trainer:
     def open_metrics(self) -> Metrics:
         # the last step is logged after its checkpoint, together with the evaluation
         done = 0 < self.state.step < self.total
-        return Metrics(self.folder, self.state.step + done, enabled=self.env.is_main)
+        fleet = self.run_dir.path / "fleet" / self.folder.path.relative_to(self.run_dir.path)
+        return Metrics(self.folder, self.state.step + done, enabled=self.env.is_main, fleet=fleet, total=self.total)
 
     def roll_back(self, error: NonFiniteError) -> None:
         """Go back to the last sound checkpoint, once in a phase, and count skipped steps anew. What cannot be undone by

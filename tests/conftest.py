@@ -139,11 +139,12 @@ class Lab:
 
         return read_metrics(self.run.phase(phase, module).metrics)  # type: ignore[arg-type]
 
-    def events(self, phase: str, module: int | None = None) -> Any:
+    def events(self, phase: str, module: int | None = None, *, fleet: bool = False) -> Any:
         """What TensorBoard sees of a phase."""
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        folder = self.run.phase(phase, module).path / "tb"  # type: ignore[arg-type]
+        folder = self.run.phase(phase, module).path  # type: ignore[arg-type]
+        folder = self.run.path / "fleet" / folder.relative_to(self.run.path) if fleet else folder / "tb"
         return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
 
     def copy(self, folder: Path, phases: list[str] | None = None) -> Lab:
@@ -190,6 +191,23 @@ def counted() -> Iterator[None]:
 def lab(counted: None, fast: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lab]:
     """``lab("train.lr=1", …)``: the smoke recipe with these settings, in a new run directory, or in ``folder``."""
     return lambda *sets, folder=None: Lab(fast, folder or tmp_path_factory.mktemp("lab") / "run", *sets)
+
+
+# ------------------------------------------------------------------------------------------------ Slurm
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[object]:
+    from cluster import start
+
+    yield from start()
+
+
+@pytest.fixture
+def slurm(cluster: Any) -> Iterator[Any]:
+    """A real Slurm; every test leaves its queue empty."""
+    yield cluster
+    cluster.wait_empty()
 
 
 # ------------------------------------------------------------------------------------------------ faults/

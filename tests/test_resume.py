@@ -73,6 +73,9 @@ def check_same(other: Any, reference: Reference, phase: str, module: int | None)
     for tag in ("train/loss", "train/lr", "perf/images_per_sec"):
         assert [event.step for event in shown.Scalars(tag)] == list(range(1, STEPS + 1)), tag
     assert [event.step for event in shown.Scalars("val/top1")] == [STEPS]
+    assert [event.step for event in other.events(phase, module, fleet=True).Scalars("fleet/percent")] == [
+        event.step for event in shown.Scalars("train/loss")
+    ]
     assert len(shown.Images("inputs")) == 1
     assert len(shown.Tensors("recipe/text_summary")) == 1
 

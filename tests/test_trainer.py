@@ -405,6 +405,19 @@ def test_tensorboard_has_every_tag_and_the_same_numbers_as_the_file(trained: Any
     assert [event.step for event in reader.Scalars("val/top1")] == [12]
 
 
+def test_the_fleet_shows_all_phases_under_the_same_tags(trained: Any) -> None:
+    for phase, module in (("pretrain", None), ("incubate", 1)):
+        shown, own = trained.events(phase, module, fleet=True), trained.events(phase, module)
+        for tag, of in (("fleet/loss", "train/loss"), ("fleet/images_per_sec", "perf/images_per_sec")):
+            pairs = [
+                [(event.step, event.value) for event in events] for events in (shown.Scalars(tag), own.Scalars(of))
+            ]
+            assert pairs[0] == pairs[1], tag
+        percents = [event.value for event in shown.Scalars("fleet/percent")]
+        assert (len(percents), percents[0], percents[-1]) == (12, pytest.approx(100 / 12), 100)
+        assert {event.value for event in shown.Scalars("fleet/restarts")} == {0}
+
+
 def test_a_logged_step_is_one_object(trained: Any) -> None:
     for phase, module in (("pretrain", None), ("incubate", 1)):
         steps = [row["step"] for row in trained.log(phase, module)]

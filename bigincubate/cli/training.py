@@ -133,8 +133,10 @@ def train(
             cut, rows = ensure_plan(loaded, directory, data)
         row = cut.row(phase, number)
         from ..attempt import train as train_phase
+        from ..data.stage import staged
 
-        result = train_phase(loaded, cut, row, find_row(rows, row.phase, number), directory, data, env)
+        with staged(loaded, data) as (here, copy):
+            result = train_phase(here, cut, row, find_row(rows, row.phase, number), directory, copy, env)
         if env.is_main:
             say(f"{row.title}: done, top-1 {result['top1']:.2f}%, loss {result['loss']:.4f}")
     finally:

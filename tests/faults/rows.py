@@ -105,6 +105,19 @@ ROWS = (
         total=("stopped", "done before"),
     ),
     Row(
+        "slurm",
+        "a whole run on a Slurm cluster of three nodes",
+        "One `submit`. Until the exported model is there: a node crashes and comes back (at once, or after Slurm has"
+        " noticed), an array task is requeued, a rank is killed, every other time a gate too, each in a phase drawn at"
+        " random, after its first checkpoint.",
+        "weights and results of every phase bit-identical to a run without faults, five jobs in all, no dependency that"
+        " cannot be fulfilled, an empty queue",
+        full=20,
+        few=1,
+        total=("faults", "attempts", "crashes", "requeues", "kills", "gates killed"),
+        most=("seconds",),
+    ),
+    Row(
         "order",
         "data order",
         "20 seeded cut points and the edges of epochs, with 1, 2 and 4 ranks, 0 and 2 workers.",

@@ -1,0 +1,145 @@
+"""One `submit` on a cluster where a node crashes, an array task is requeued and ranks are killed: the same bits."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster, committed, kill, nodes, processes, ranks, running
+from conftest import Command
+from ledger import Ledger, Trial
+from parity import launch
+
+from bigincubate.errors import EnvironmentFault
+from bigincubate.rundir import RunDir
+
+SETS = [
+    *("train.max_steps=80", "checkpoint.every_steps=5", "log.every_steps=1", "finetune.sharding.strategy=fsdp2"),
+    *("slurm.finetune.nodes=2", "slurm.umask=027", "log.images=0"),
+]
+PHASES: list[tuple[str, int | None]] = [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]
+Fault = Callable[["Struck"], bool]
+
+
+@pytest.fixture(scope="module")
+def calm(lab: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """The run to which nothing happens, with the same layout: fine-tuning on two ranks, the rest on one."""
+    one = lab(*SETS)
+    for phase, module in PHASES[:-1]:
+        one.train(phase, module)
+    outcomes = launch(tmp_path_factory.mktemp("ranks"), [{"words": [str(word) for word in one.command("finetune")]}])
+    assert [outcome["code"] for outcome in outcomes[0]] == [0, 0]
+    run: RunDir = one.run
+    return run
+
+
+class Struck:
+    """A run on the cluster, and the faults that are still to come to it."""
+
+    def __init__(self, cluster: Cluster, run: RunDir, trial: Trial) -> None:
+        self.cluster, self.run, self.trial = cluster, run, trial
+        draw = trial.random
+        phases = [f"{phase}/{module}" if phase == "incubate" else phase for phase, module in PHASES]
+        self.faults: list[tuple[str, Fault, str]] = [
+            ("crashes", crash, draw.choice(phases)),
+            ("requeues", requeue, draw.choice(phases[1:3])),
+            ("kills", kill_rank, draw.choice(phases)),
+        ]
+        if trial.number % 2:
+            self.faults.append(("gates killed", kill_gate, "gate"))
+        self.done = dict.fromkeys((name for name, *_ in self.faults), 0)
+
+    def look(self) -> bool:
+        """Strike where something is ripe. Gives whether the run has ended."""
+        for fault in list(self.faults):
+            name, strike, key = fault
+            self.key = key
+            try:
+                if strike(self):
+                    self.faults.remove(fault)
+                    self.done[name] += 1
+            except EnvironmentFault:  # Slurm is busy
+                continue
+        return (self.run.path / "export" / "model.safetensors").exists()
+
+    def ripe(self) -> bool:
+        phase, _, module = self.key.partition("/")
+        folder = self.run.phase(phase, int(module) if module else None)  # type: ignore[arg-type]
+        return folder.result is None and committed(folder) > 0
+
+
+def crash(struck: Struck) -> bool:
+    entry = struck.ripe() and running(struck.run, struck.key)
+    if not entry or not (names := nodes(entry)):
+        return False
+    node = struck.trial.random.choice(names)
+    struck.cluster.control("crash", node)
+    if struck.trial.random.random() < 0.5:  # Slurm learns of it before the node is back
+        struck.cluster.wait(lambda: struck.cluster.down(node))
+    struck.cluster.control("revive", node)
+    return True
+
+
+def requeue(struck: Struck) -> bool:
+    entry = struck.ripe() and running(struck.run, struck.key)
+    if not entry:
+        return False
+    return subprocess.run(["scontrol", "requeue", f"{entry.job}_{entry.module}"], check=False).returncode == 0
+
+
+def kill_rank(struck: Struck) -> bool:
+    phase, _, module = struck.key.partition("/")
+    pids = struck.ripe() and ranks(struck.run, phase, int(module) if module else None)
+    if not pids:
+        return False
+    kill(struck.trial.random.choice(pids))
+    return True
+
+
+def kill_gate(struck: Struck) -> bool:
+    pids = processes(struck.run, "resume", "--gate")
+    for pid in pids:
+        kill(pid)
+    return bool(pids)
+
+
+@pytest.mark.row("slurm")
+def test_one_submit_ends_in_the_model_whatever_happens(
+    slurm: Cluster, calm: RunDir, fast: Path, tmp_path: Path, bigincubate: Command, ledger: Ledger
+) -> None:
+    for trial in ledger.trials():
+        with ledger.keep(trial):
+            began, run = time.monotonic(), RunDir(tmp_path / str(trial.number))
+            sets = [word for item in SETS for word in ("--set", item)]
+            submitted = bigincubate("submit", fast, "--run-dir", run.path, *sets)
+            assert submitted.returncode == 0, submitted.stderr
+            struck = Struck(slurm, run, trial)
+            try:
+                slurm.wait(struck.look)
+                slurm.wait_empty()
+            finally:
+                bigincubate("cancel", run.path)
+            check(run, calm)
+            attempts = sum(len(run.phase(phase, module).attempts()) for phase, module in PHASES)  # type: ignore[arg-type]
+            hits = {name.replace(" ", "_"): count for name, count in struck.done.items()}
+            assert sum(hits.values()) >= 2, f"the run was over before it was struck: {hits}"
+            seconds = round(time.monotonic() - began)
+            trial.note(faults=sum(hits.values()), attempts=attempts, seconds=seconds, **hits)
+    ledger.check()
+
+
+def check(run: RunDir, calm: RunDir) -> None:
+    for phase, module in PHASES:
+        folders = [one.phase(phase, module) for one in (run, calm)]  # type: ignore[arg-type]
+        digests = [json.loads((folder.artifact / "manifest.json").read_text())["digest"] for folder in folders]
+        assert digests[0] == digests[1], (phase, module)
+        scores = [{**(folder.result or {}), "seconds": 0} for folder in folders]
+        assert scores[0] == scores[1], (phase, module)
+        assert (folders[0].path / "DONE").stat().st_mode & 0o777 == 0o640, (phase, module)
+    kinds = [job["kind"] for job in json.loads((run.path / "jobs.json").read_text())["jobs"]]
+    assert kinds == ["pretrain", "incubate", "gate", "finetune", "gate"]

@@ -1,0 +1,179 @@
+"""On a real Slurm of three virtual nodes. The whole run with faults is in `tests/faults/test_cluster.py`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import ARRAY, Cluster, committed, running, say
+from conftest import Command
+
+from bigincubate.cluster.slurm import queue
+from bigincubate.rundir import RunDir
+
+LONG = pytest.mark.slurm
+
+
+def words(*sets: str) -> list[str]:
+    return [word for item in sets for word in ("--set", item)]
+
+
+def jobs(run: RunDir) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((run.path / "jobs.json").read_text())["jobs"]
+    return found
+
+
+def kinds(run: RunDir) -> list[str]:
+    return [job["kind"] for job in jobs(run)]
+
+
+def exported(run: RunDir) -> bool:
+    return (run.path / "export" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def run(tmp_path: Path, bigincubate: Command, slurm: Cluster) -> Any:
+    """A run directory, of which nothing is in the queue in the end."""
+    made = RunDir(tmp_path / "run")
+    yield made
+    if made.recipe_file.exists():
+        bigincubate("cancel", made.path)
+
+
+def test_two_submits_at_the_same_moment_make_one_run(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
+    """With more modules than an array of this cluster holds, and a limit to how many train at a time."""
+    sets = words("plan.target_depths=[1,1,1]", "plan.meta_depths=[1,1,1]", "slurm.concurrency=1", "slurm.extra=['-H']")
+    command = [sys.executable, "-m", "bigincubate", "submit", str(fast), "--run-dir", str(run.path), *sets]
+    racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [(process.communicate(timeout=300), process.returncode) for process in racing]
+    assert sorted(code for _, code in ended)[0] == 0, ended
+    assert {code for _, code in ended} <= {0, 7}, ended
+    assert kinds(run) == ["pretrain", "incubate", "incubate", "gate"]
+    first, rest = (job for job in jobs(run) if job["kind"] == "incubate")
+    assert (first["modules"], rest["modules"]) == ([0, 1], [2])
+    assert ARRAY == 2
+    assert rest["needs"] == [jobs(run)[0]["job"], first["job"]]
+    assert Counter(entry.key for entry in queue(run)) == Counter(
+        ["pretrain", "incubate/0", "incubate/1", "incubate/2", "gate"]
+    )
+    rows = json.loads(bigincubate("status", run.path, "--json").stdout)
+    assert rows[0]["queue"] == "PENDING (JobHeldUser)"
+    assert [row["state"] for row in rows] == ["queued"] * 4 + ["waiting"]
+    assert "PENDING (JobHeldUser)" in bigincubate("status", run.path).stdout
+    again = bigincubate("submit", fast, "--run-dir", run.path, *sets)
+    assert (again.returncode, len(jobs(run))) == (0, 4)
+    assert "in the queue already" in again.stdout
+    assert "cancelled: " in bigincubate("cancel", run.path).stdout
+    slurm.wait(lambda: not queue(run))
+
+
+@LONG
+def test_before_its_time_limit_a_job_is_told_and_goes_on_in_a_requeue(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
+    sets = words(
+        "train.max_steps=1500", "checkpoint.every_steps=10000", "slurm.time=0:01:00", "slurm.extra=['--signal=USR2@20']"
+    )
+    assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
+    folder = run.phase("pretrain")
+    slurm.wait(lambda: folder.result)
+    attempts = folder.attempts()
+    assert len(attempts) > 1
+    assert [attempt["state"] for attempt in attempts] == ["preempted"] * (len(attempts) - 1) + ["done"]
+    assert len({attempt["job"] for attempt in attempts}) == 1
+
+
+@LONG
+def test_a_module_that_failed_is_submitted_again_by_the_gate_alone(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
+    blocked = run.path / "modules" / "01"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("no directory")  # module 1 cannot be trained
+    assert bigincubate("submit", fast, "--run-dir", run.path, *words("train.max_steps=2")).returncode == 0
+    slurm.wait(lambda: run.phase("pretrain").result and "incubate/1" not in {entry.key for entry in queue(run)})
+    blocked.unlink()
+    slurm.wait(lambda: exported(run) and not queue(run))
+    assert kinds(run) == ["pretrain", "incubate", "gate", "incubate", "gate", "finetune", "gate"]
+    assert jobs(run)[3]["modules"] == [1]
+    assert len(run.phase("incubate", 0).attempts()) == 1
+
+
+@LONG
+def test_a_module_that_fails_again_and_again_is_given_up_and_healed_by_resume(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
+    blocked = run.path / "modules" / "01"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("no directory")
+    sets = words("slurm.rounds=2", "train.max_steps=2")
+    assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
+    slurm.wait(lambda: not queue(run))
+    logs = "".join(file.read_text() for file in sorted((run.path / "slurm").glob("*gate*.out")))
+    assert "given up: module 1: submitted 2 times" in logs
+    assert run.phase("incubate", 0).result is not None
+    blocked.unlink()
+    assert bigincubate("resume", run.path).returncode == 0
+    slurm.wait(lambda: exported(run) and not queue(run))
+    assert jobs(run)[5]["modules"] == [1]
+
+
+@LONG
+def test_a_site_without_sbatch_in_jobs_is_told_what_to_type(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
+    sets = words("slurm.self_submit=false", "train.max_steps=2")
+    assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
+    slurm.wait(lambda: not queue(run))
+    logs = "".join(file.read_text() for file in (run.path / "slurm").glob("*gate*.out"))
+    assert f"missing: fine-tuning; go on with: bigincubate resume {run.path}" in logs
+    assert bigincubate("resume", run.path).returncode == 0
+    slurm.wait(lambda: exported(run) and not queue(run))
+    assert kinds(run) == ["pretrain", "incubate", "gate", "finetune", "gate"]
+
+
+@LONG
+def test_the_controller_restarts_and_what_a_person_ends_stays_ended(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
+    """`slurmctld` restarts; `scancel` of a running job (no requeue: its gate submits it again); `cancel`; `resume`."""
+    sets = words("checkpoint.every_steps=1", "train.max_steps=1500", "log.images=0")
+    assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
+    folder = run.phase("pretrain")
+    slurm.wait(lambda: committed(folder))
+    slurm.control("restart-ctld")
+    entry = slurm.wait(lambda: running(run, "pretrain"))
+    subprocess.run(["scancel", entry.job], check=True)
+    slurm.wait(lambda: kinds(run).count("pretrain") == 2)
+    assert "requeued" not in "".join(file.read_text() for file in (run.path / "slurm").glob("*pretrain*.out"))
+    slurm.wait(lambda: running(run, "pretrain") and len(folder.attempts()) == 2)
+    row = json.loads(bigincubate("status", run.path, "--json").stdout)[0]
+    assert (row["queue"], row["node"], row["restarts"]) == ("RUNNING", running(run, "pretrain").node, 1)
+    assert "cancelled: " in bigincubate("cancel", run.path).stdout
+    slurm.wait(lambda: not queue(run))
+    assert "nothing of this run" in bigincubate("cancel", run.path).stdout
+    assert folder.result is None
+    assert "pretrain" in bigincubate("logs", run.path).stdout
+    assert "JobState=CANCELLED" in say("scontrol", "show", "job", entry.job)
+    assert bigincubate("resume", run.path).returncode == 0
+    assert slurm.wait(lambda: running(run, "pretrain"))
+
+
+@LONG
+def test_the_scripts_are_usable_by_hand(slurm: Cluster, run: RunDir, fast: Path) -> None:
+    scripts = Path(__file__).parents[1] / "slurm"
+    more = words("train.max_steps=2")
+    for script in ("pretrain.sbatch", "incubate.sbatch"):
+        array = ["--array=0-1"] if script.startswith("incubate") else []
+        logs = ["--output", str(run.path.parent / "%x_%A_%a.out")]
+        command = ["sbatch", "--wait", *array, *logs, str(scripts / script), str(fast), str(run.path), *more]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        assert ended.returncode == 0, ended.stderr
+    assert all(run.phase("incubate", module).result for module in (0, 1))
