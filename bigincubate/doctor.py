@@ -19,7 +19,7 @@ PACKAGES = {
     "deepspeed": (False, "ZeRO sharding: pip install 'bigincubate[deepspeed]'"),
     "fairscale": (False, "optimizer-state sharding: pip install 'bigincubate[fairscale]'"),
 }
-PROGRAMS = {"sbatch": "submit to Slurm", "g++": "build DeepSpeed's operators and compiled kernels"}
+PROGRAMS = {"sbatch": "submit to Slurm", "g++": "train.compile: torch wants it on every node, warm caches or not"}
 
 
 def examine() -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ SETS = [
     *("train.max_steps=80", "checkpoint.every_steps=5", "log.every_steps=1", "finetune.sharding.strategy=fsdp2"),
     *("slurm.finetune.nodes=2", "slurm.umask=027", "log.images=0"),
 ]
-PHASES: list[tuple[str, int | None]] = [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]
+Phases = list[tuple[str, int | None]]
+PHASES: Phases = [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]
 Fault = Callable[["Struck"], bool]
 
 
@@ -41,13 +42,13 @@ def calm(lab: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> R
 class Struck:
     """A run on the cluster, and the faults that are still to come to it."""
 
-    def __init__(self, cluster: Cluster, run: RunDir, trial: Trial) -> None:
+    def __init__(self, cluster: Cluster, run: RunDir, trial: Trial, known: Phases = PHASES) -> None:
         self.cluster, self.run, self.trial = cluster, run, trial
         draw = trial.random
-        phases = [f"{phase}/{module}" if phase == "incubate" else phase for phase, module in PHASES]
+        phases = [f"{phase}/{module}" if phase == "incubate" else phase for phase, module in known]
         self.faults: list[tuple[str, Fault, str]] = [
             ("crashes", crash, draw.choice(phases)),
-            ("requeues", requeue, draw.choice(phases[1:3])),
+            ("requeues", requeue, draw.choice(phases[1:-1])),
             ("kills", kill_rank, draw.choice(phases)),
         ]
         if trial.number % 2:
@@ -134,12 +135,38 @@ def test_one_submit_ends_in_the_model_whatever_happens(
 
 
 def check(run: RunDir, calm: RunDir) -> None:
+    same(run, calm, PHASES)
     for phase, module in PHASES:
+        assert (run.phase(phase, module).path / "DONE").stat().st_mode & 0o777 == 0o640, (phase, module)  # type: ignore[arg-type]
+    kinds = [job["kind"] for job in json.loads((run.path / "jobs.json").read_text())["jobs"]]
+    assert kinds == ["pretrain", "incubate", "gate", "finetune", "gate"]
+
+
+def same(run: RunDir, calm: RunDir, phases: Phases) -> None:
+    for phase, module in phases:
         folders = [one.phase(phase, module) for one in (run, calm)]  # type: ignore[arg-type]
         digests = [json.loads((folder.artifact / "manifest.json").read_text())["digest"] for folder in folders]
         assert digests[0] == digests[1], (phase, module)
         scores = [{**(folder.result or {}), "seconds": 0} for folder in folders]
         assert scores[0] == scores[1], (phase, module)
-        assert (folders[0].path / "DONE").stat().st_mode & 0o777 == 0o640, (phase, module)
-    kinds = [job["kind"] for job in json.loads((run.path / "jobs.json").read_text())["jobs"]]
-    assert kinds == ["pretrain", "incubate", "gate", "finetune", "gate"]
+
+
+@pytest.mark.slurm
+def test_digits_in_full(slurm: Cluster, tmp_path: Path, bigincubate: Command) -> None:
+    """The README's recipe as it is, with `submit` alone and with `run`: a crashed node, a requeued task and a killed
+    rank make no difference."""
+    phases: Phases = [("pretrain", None), *(("incubate", module) for module in range(4)), ("finetune", None)]
+    calm, run = RunDir(tmp_path / "calm"), RunDir(tmp_path / "struck")
+    assert bigincubate("submit", "digits", "--run-dir", run.path).returncode == 0
+    struck = Struck(slurm, run, Trial("digits", 0, 0), phases)
+    try:
+        slurm.wait(struck.look, 3600)
+        slurm.wait_empty()
+    finally:
+        bigincubate("cancel", run.path)
+    assert struck.done == {"crashes": 1, "requeues": 1, "kills": 1}
+    assert bigincubate("run", "digits", "--run-dir", calm.path, "--jobs", 2, timeout=3600).returncode == 0
+    same(run, calm, phases)
+    summary = bigincubate("verify", run.path)
+    assert summary.returncode == 0, summary.stdout
+    print(json.dumps({phase: run.phase(phase).result for phase in ("pretrain", "finetune")}))  # type: ignore[arg-type]
