@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, committed, kill, nodes, processes, ranks, running
+from cluster import ARRAY, Cluster, committed, kill, nodes, processes, ranks, running
 from conftest import Command
 from ledger import Ledger, Trial
 from parity import launch
@@ -90,7 +90,9 @@ def requeue(struck: Struck) -> bool:
     entry = struck.ripe() and running(struck.run, struck.key)
     if not entry:
         return False
-    return subprocess.run(["scontrol", "requeue", f"{entry.job}_{entry.module}"], check=False).returncode == 0
+    assert entry.module is not None
+    task = f"{entry.job}_{entry.module % ARRAY}"  # of an array that was split
+    return subprocess.run(["scontrol", "requeue", task], check=False).returncode == 0
 
 
 def kill_rank(struck: Struck) -> bool:
