@@ -129,7 +129,7 @@ ROWS = (
     Row(
         "cost",
         "the price of integrity",
-        "Four saves of 256 MiB with and without hashing, with and without fsync; the quickest of each.",
+        "Saves of 256 MiB with and without hashing, with and without fsync, twelve of each, in turn; medians.",
         "both together at most 10 % of a save",
         full=1,
         short="without fsync a save ends in memory, where a power cut takes it: what it costs is the disk's own time;"
