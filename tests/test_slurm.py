@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -174,6 +175,7 @@ def test_the_scripts_are_usable_by_hand(slurm: Cluster, run: RunDir, fast: Path)
         array = ["--array=0-1"] if script.startswith("incubate") else []
         logs = ["--output", str(run.path.parent / "%x_%A_%a.out")]
         command = ["sbatch", "--wait", *array, *logs, str(scripts / script), str(fast), str(run.path), *more]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+        environment = {**os.environ, "PYTHON": sys.executable}
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert ended.returncode == 0, ended.stderr
     assert all(run.phase("incubate", module).result for module in (0, 1))
