@@ -1,0 +1,134 @@
+"""From a TOML file and ``--set`` values to a recipe, or to one line that names the key and the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ..errors import ConfigError
+from .recipe import Recipe, merge
+from .sections import PHASES, Settings
+
+LARGEST, DEEPEST = 2**20, 20  # of a recipe: bytes, tables within tables
+
+
+def shipped() -> dict[str, Path]:
+    """Name -> file of the recipes that come with the package."""
+    folder = Path(str(resources.files("bigincubate") / "recipes"))
+    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+
+
+def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe by name, or a file by path, and lay ``--set`` values over it.
+
+    Raises:
+        ConfigError: naming the file and the key, with the nearest right name for an unknown one.
+    """
+    file = _find(name_or_path)
+    try:
+        if file.stat().st_size > LARGEST:
+            raise ConfigError(f"{file}: larger than any recipe ({LARGEST} bytes)")
+        raw = tomllib.loads(file.read_text())
+    except (ValueError, RecursionError) as error:  # of Python's own limits besides those of TOML
+        raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    if _depth(raw) > DEEPEST:
+        raise ConfigError(f"{file}: tables or lists nested more than {DEEPEST} deep")
+    where = str(file)
+    if sets:
+        where += " with --set"
+        for item in sets:
+            raw = merge(raw, _parse_set(item))
+    raw.setdefault("name", file.stem)
+    recipe: Recipe = _validate(Recipe, raw, "", where)
+    for phase in PHASES:
+        own = recipe.section(phase)
+        merged = {}
+        for key in Settings.model_fields:
+            common, over = getattr(recipe, key), getattr(own, key)
+            merged[key] = _validate(type(common), merge(common.model_dump(), over), f"{phase}.{key}", where)
+            # as validated, so that 26 and 26.0 are the same recipe
+            over.update({name: getattr(merged[key], name) for name in over if name != "args"})
+        settings: Settings = _validate(Settings, merged, phase, where)
+        if own.export == "ema" and not settings.ema.decay:
+            raise ConfigError(f'{where}: {phase}.export = "ema" needs {phase}.ema.decay (or ema.decay) above 0')
+    return recipe
+
+
+def _depth(value: Any) -> int:
+    """How deep tables and lists are nested. Without recursion: that is what it protects from."""
+    depth, level = 0, [value]
+    while level := [
+        inner
+        for each in level
+        if isinstance(each, dict | list)
+        for inner in (each.values() if isinstance(each, dict) else each)
+    ]:
+        depth += 1
+    return depth
+
+
+def _find(name_or_path: str) -> Path:
+    known = shipped()
+    if name_or_path in known:
+        return known[name_or_path]
+    path = Path(name_or_path)
+    if path.suffix == ".toml" and path.is_file():
+        return path
+    if path.suffix == ".toml":
+        raise ConfigError(f"{path}: no such recipe file")
+    near = difflib.get_close_matches(name_or_path, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    raise ConfigError(f"no recipe {name_or_path!r}; {hint} (a path must end in .toml)")
+
+
+def _parse_set(item: str) -> dict[str, Any]:
+    key, equals, text = item.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
+        raise ConfigError(f"--set {item}: expected KEY=VALUE, such as --set train.lr=1e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _validate(section: type[Any], raw: Any, prefix: str, where: str) -> Any:
+    try:
+        return section.model_validate(raw)
+    except ValidationError as error:
+        problems = error.errors()
+        first = problems[0]
+        # pydantic adds the branch of a union to the path; only names of the recipe help the reader
+        names = [str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))]
+        key = ".".join([prefix, *names] if prefix else names)
+        if first["type"] == "extra_forbidden":
+            message = f"unknown key {key!r}{_nearest(section, names)}"
+        elif first["type"] == "missing":
+            message = f"the table [{key}] is missing"
+        else:
+            text = first["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(first["input"], dict | BaseModel) else f" (given: {first['input']!r})"
+            message = f"{key}: {text}{given}" if key else text
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{where}: {message}{more}") from None
+
+
+def _nearest(section: type[BaseModel], names: list[str]) -> str:
+    for part in names[:-1]:
+        annotation = section.model_fields[part].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    near = difflib.get_close_matches(names[-1], section.model_fields, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(section.model_fields)}"

@@ -1,0 +1,123 @@
+"""A recipe in full: what each phase computes with, which keys are identity, and how two recipes differ."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from .jobs import Slurm
+from .sections import (
+    PHASES,
+    Checkpoint,
+    Data,
+    EndToEnd,
+    Incubate,
+    Log,
+    Phase,
+    PhaseSection,
+    Plan,
+    Settings,
+    execution,
+)
+
+
+class Recipe(Settings):
+    """One experiment. :meth:`settings` gives what a phase computes with."""
+
+    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = execution("")
+    data: Data = Data()
+    plan: Plan
+    pretrain: PhaseSection = PhaseSection()
+    incubate: Incubate = Incubate()
+    finetune: PhaseSection = PhaseSection()
+    end_to_end: EndToEnd = EndToEnd()
+    log: Log = Log()
+    checkpoint: Checkpoint = Checkpoint()
+    slurm: Slurm = Slurm()
+
+    def section(self, phase: Phase) -> PhaseSection:
+        section: PhaseSection = getattr(self, phase)
+        return section
+
+    def settings(self, phase: Phase) -> Settings:
+        """The common sections with the phase's own over them."""
+        own = self.section(phase)
+        return Settings(
+            **{
+                key: type(getattr(self, key)).model_validate(merge(getattr(self, key).model_dump(), getattr(own, key)))
+                for key in Settings.model_fields
+            }
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The identity keys, flat: ``{"train.lr": 0.001, "incubate.train.epochs": 26, …}``."""
+        return {key: value for key, value in self.flat().items() if not is_execution(key)}
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the identity keys (hexadecimal)."""
+        text = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def flat(self) -> dict[str, Any]:
+        """Every key that is set, dotted."""
+        return dict(_flatten(self.model_dump(exclude_none=True)))
+
+    def toml(self) -> str:
+        """The resolved recipe, defaults included."""
+        import tomli_w
+
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``, table by table. Neither is changed."""
+    out = copy.deepcopy(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merge(out[key], value) if both else copy.deepcopy(value)
+    return out
+
+
+def is_execution(key: str) -> bool:
+    """Whether a dotted key says only where or how to compute."""
+    first, *rest = key.split(".")
+    if first in PHASES and rest and rest[0] in Settings.model_fields:
+        first, *rest = rest  # a phase's own section follows the common one
+    section: type[BaseModel] = Recipe
+    for part in (first, *rest):
+        field = section.model_fields.get(part)
+        if field is None:
+            return False
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution"):
+            return True
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            return False
+        section = field.annotation
+    return False
+
+
+def differences(old: Recipe, new: Recipe, *, execution_keys: bool = False) -> list[str]:
+    """One line a key whose value differs: ``train.lr: 0.001 -> 0.002``."""
+    before, after = old.flat(), new.flat()
+    return [
+        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if is_execution(key) == execution_keys and before.get(key) != after.get(key)
+    ]

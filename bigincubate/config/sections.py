@@ -1,0 +1,242 @@
+"""The tables of a recipe: what a phase computes with, and what is the same for all phases."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Phase = Literal["pretrain", "incubate", "finetune", "end_to_end"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+StageDepths = list[int] | list[list[int]]
+
+
+def execution(default: Any, **constraints: Any) -> Any:
+    """A field that says where or how to compute, never what."""
+    return Field(default, json_schema_extra={"execution": True}, **constraints)
+
+
+class Section(BaseModel):
+    """A table of the recipe: strict types, unknown keys refused, immutable."""
+
+    # defaults are validated too, so that 0 and 0.0 are one recipe however it was read
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Model(Section):
+    """Which timm model, and the arguments of its constructor."""
+
+    name: str = "vit_base_patch16_224"
+    args: dict[str, Any] = Field(default_factory=dict)
+    img_size: Count = 224
+    num_classes: Count = 1000
+
+
+class Data(Section):
+    """Where the samples are, and the order they come in."""
+
+    source: Literal["digits", "digits-dev"] | None = None  # embedded data, prepared where it is missing
+    path: str | None = execution(None)  # a prepared folder; None: RUN_DIR/data, for embedded data only
+    remote: str | None = execution(None)  # streamed from here into `path` (any URL that streaming reads)
+    stage: str | None = execution(None)  # copied there by the jobs that read it: a disk of the node, "$TMPDIR"
+    stage_gib: NonNegative | None = execution(None)  # larger data is not staged; None: what is free
+    workers: int = execution(0, ge=0)
+    train_samples: Count | None = None  # expected size: checked against the data, and enough for `plan`
+    canonical_nodes: Count = 1
+    shuffle: Literal["py1e", "py1s", "py1br", "py2s"] = "py1e"
+    shuffle_block_size: Count = 1 << 18
+
+
+class Plan(Section):
+    """How the target is cut. Depths: a number a module, or a list over stages a module."""
+
+    modules: Count | None = None
+    target_depths: StageDepths | None = None
+    meta_depths: StageDepths | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        if self.target_depths is None and self.meta_depths is not None:
+            raise ValueError("meta_depths needs target_depths beside it")
+        if self.modules and self.target_depths and self.modules != len(self.target_depths):
+            raise ValueError(f"modules = {self.modules}, but target_depths lists {len(self.target_depths)}")
+        if not self.modules and not self.target_depths:
+            raise ValueError("give target_depths, or modules for a balanced cut")
+        return self
+
+
+class Train(Section):
+    """Length, batch and precision of a phase."""
+
+    lr: NonNegative = 1e-3
+    epochs: NonNegative = 100
+    max_steps: int | None = Field(None, ge=0)  # cuts `epochs` short; the schedule spans what is left
+    batch_size: Count = 256  # global: over all ranks and micro-batches
+    seed: int = Field(0, ge=0)
+    clip_grad: NonNegative = 1.0  # global L2 norm; 0: no clipping
+    precision: Literal["fp32", "bf16"] = "fp32"
+    max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped: more, and it goes back once, then exit 5
+    micro_batch: Count | None = execution(None)  # samples a rank runs at once; None: its whole share
+    compile: bool = execution(False)  # each block with torch.compile
+
+
+class Optim(Section):
+    """Any optimizer that timm can make."""
+
+    name: str = "adamw"
+    weight_decay: NonNegative = 0.05
+    betas: list[Unit] = Field([0.9, 0.999], min_length=2, max_length=3)
+    eps: NonNegative = 1e-8
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    lr_scaling: Literal["none", "linear", "sqrt", "adascale"] = "none"
+    lr_base_batch: Count = 512  # train.lr is for this batch; under adascale for a micro-batch of one rank instead
+
+
+class Schedule(Section):
+    """The learning rate over the steps of a phase."""
+
+    name: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: NonNegative = 0
+    warmup_lr: NonNegative = 1e-6
+    min_lr: NonNegative = 1e-6
+
+
+class Augment(Section):
+    """What happens to a training image. Names are timm's and the DeiT papers'."""
+
+    crop: Literal["random_resized", "simple", "pad", "none"] = "random_resized"
+    crop_scale: list[Unit] = Field([0.08, 1.0], min_length=2, max_length=2)
+    pad: int = Field(4, ge=0)  # pixels on each side, for crop = "simple" and "pad"
+    flip: Unit = 0.5
+    color_jitter: NonNegative = 0.0
+    rand_augment: str | None = None  # e.g. "rand-m9-mstd0.5-inc1"
+    three_augment: bool = False
+    erase: Unit = 0.0
+    repeats: Count = 1  # repeated augmentation: this many views of each sample in a batch
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
+    std: list[float] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
+    eval_crop: float = Field(0.875, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_policy(self) -> Augment:
+        if self.rand_augment and self.three_augment:
+            raise ValueError("rand_augment and three_augment exclude each other")
+        return self
+
+
+class Mixup(Section):
+    """Mixup and CutMix, drawn once for the whole global batch."""
+
+    mixup: NonNegative = 0.0  # alpha of the Beta distribution; 0: off
+    cutmix: NonNegative = 0.0
+    prob: Unit = 1.0
+    switch_prob: Unit = 0.5
+
+    @property
+    def active(self) -> bool:
+        return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
+
+
+class DropPathSection(Section):
+    """Stochastic depth: the last block's rate, and which ramp leads there.
+
+    ``target``: each block has the rate that it will have in the target model, meta blocks none.
+    ``hybrid``: a ramp over the hybrid's own depth, frozen blocks included (the reference implementation's).
+    """
+
+    rate: float = Field(0.0, ge=0, lt=1)
+    rates: Literal["target", "hybrid"] = "target"
+
+
+class Loss(Section):
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class Ema(Section):
+    decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average
+
+
+class Fsdp2(Section):
+    """Choices of ``strategy = "fsdp2"``."""
+
+    replicas: Count = execution(1)  # cut over world / replicas ranks, the same on every replica (one a node, say)
+    reshard_after_forward: bool = execution(True)  # false: gathered weights stay until the backward
+    shard_frozen: bool = execution(False)  # true: frozen weights are cut too, and gathered in every forward
+    gather_bf16: bool = execution(False)  # true, with train.precision = "bf16": what is gathered is bf16
+    cpu_offload: bool = execution(False)  # weights, gradients and optimizer state rest in host memory
+
+
+class Sharding(Section):
+    """How a phase is spread over ranks. Choices of a strategy that is not chosen mean nothing."""
+
+    strategy: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "oss"] = execution("ddp")
+    fsdp2: Fsdp2 = Fsdp2()
+    deepspeed_config: str | None = execution(None)  # zero1 to zero3: a DeepSpeed file, or a shipped one's name
+    activation_checkpointing: Literal["none", "every", "selective"] = execution("none")
+
+
+class Settings(Section):
+    """All that one phase computes with."""
+
+    model: Model = Model()
+    train: Train = Train()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    augment: Augment = Augment()
+    mixup: Mixup = Mixup()
+    drop_path: DropPathSection = DropPathSection()
+    loss: Loss = Loss()
+    ema: Ema = Ema()
+    sharding: Sharding = Sharding()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.train.batch_size % self.augment.repeats:
+            raise ValueError(
+                f"train.batch_size = {self.train.batch_size} is no multiple of augment.repeats = {self.augment.repeats}"
+            )
+        if self.mixup.active and (self.train.batch_size // self.augment.repeats) % 2:
+            raise ValueError("mixup pairs the halves of a batch: train.batch_size / augment.repeats must be even")
+        return self
+
+
+class PhaseSection(Section):
+    """A phase's own settings, sparse: what is not given comes from the common sections."""
+
+    model: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    optim: dict[str, Any] = Field(default_factory=dict)
+    schedule: dict[str, Any] = Field(default_factory=dict)
+    augment: dict[str, Any] = Field(default_factory=dict)
+    mixup: dict[str, Any] = Field(default_factory=dict)
+    drop_path: dict[str, Any] = Field(default_factory=dict)
+    loss: dict[str, Any] = Field(default_factory=dict)
+    ema: dict[str, Any] = Field(default_factory=dict)
+    sharding: dict[str, Any] = Field(default_factory=dict)
+    export: Literal["raw", "ema"] = "raw"  # which weights the phase hands on
+
+
+class Incubate(PhaseSection):
+    init: Literal["fresh", "boundary", "grow"] = "fresh"
+
+
+class EndToEnd(PhaseSection):
+    """``equal_flops`` gives the baseline the training FLOPs of the whole incubation; ``epochs`` its own length."""
+
+    budget: Literal["equal_flops", "epochs"] = "equal_flops"
+
+
+class Log(Section):
+    every_steps: Count = execution(50)
+    eval_every_epochs: int = execution(0, ge=0)  # 0: at the end of the phase only
+    images: int = execution(8, ge=0)  # augmented inputs shown in TensorBoard
+
+
+class Checkpoint(Section):
+    every_steps: Count = execution(500)
+    keep: int = execution(2, ge=2)
