@@ -40,6 +40,7 @@ from .models import (
     family_of,
     freeze,
     normalise_depths,
+    skip_unused,
 )
 from .models.families import Family
 from .optim import trained
@@ -176,7 +177,10 @@ def phase_model(row: PhasePlan, settings: Settings, family: Family, *, device: s
     model = build(
         spec.name, row.depths, num_classes=spec.num_classes, img_size=spec.img_size, args=spec.args, device=device
     )
-    freeze(model, Partition(family, row.depths), row.module)
+    partition = Partition(family, row.depths)
+    freeze(model, partition, row.module)
+    if settings.train.skip_unused:
+        skip_unused(model, partition)
     return model
 
 

@@ -30,7 +30,16 @@ from .data.mixing import count_micro_batches
 from .data.streams import Batch, EvalStream, TrainStream
 from .errors import ArtifactError, NonFiniteError, Preempted
 from .metrics import Meter, Metrics
-from .models import apply_masks, checkpoint_activations, draw_masks, drop_paths, extract, rename, set_rates
+from .models import (
+    apply_masks,
+    checkpoint_activations,
+    choose_attention,
+    draw_masks,
+    drop_paths,
+    extract,
+    rename,
+    set_rates,
+)
 from .optim import Ema, make_optimizer, make_schedule
 from .plan import PhasePlan, Plan, PlannedRow
 from .rundir import PhaseDir, RunDir
@@ -80,6 +89,7 @@ class Trainer:
         drop = self.settings.drop_path
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
+        choose_attention(self.model, env.device, train.precision)
         units = [block.path for block in self.task.partition.blocks()]
         checkpoint_activations(self.model, units, self.settings.sharding.activation_checkpointing)
         if train.compile:

@@ -82,6 +82,7 @@ class Train(Section):
     max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped: more, and it goes back once, then exit 5
     micro_batch: Count | None = execution(None)  # samples a rank runs at once; None: its whole share
     compile: bool = execution(False)  # each block with torch.compile
+    skip_unused: bool = execution(False)  # what drop-path drops and tokens that nobody reads are not computed
 
 
 class Optim(Section):

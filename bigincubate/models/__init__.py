@@ -1,5 +1,6 @@
 """Models: which timm families are supported, how they are cut into modules, and how tensors move between depths."""
 
+from .attention import choose_attention
 from .build import block_costs, build, default_depths
 from .checkpointing import checkpoint_activations
 from .drop_path import DropPath, apply_masks, draw_masks, drop_paths, set_rates
@@ -14,6 +15,7 @@ from .partition import (
     hybrid_depths,
     normalise_depths,
 )
+from .skipping import skip_unused
 from .surgery import assemble, extract, freeze, initialise, insert, rename
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "build",
     "check_depths",
     "checkpoint_activations",
+    "choose_attention",
     "default_depths",
     "default_meta",
     "draw_masks",
@@ -43,4 +46,5 @@ __all__ = [
     "normalise_depths",
     "rename",
     "set_rates",
+    "skip_unused",
 ]

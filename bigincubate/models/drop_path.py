@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .partition import Depths, Partition
 
+FEWEST = 2  # samples that a branch is computed for, dropped ones among them (scale 0): compilers take 0 and 1 apart
+
 
 class DropPath(nn.Module):
     """Drops the residual branch of whole samples.
@@ -27,15 +29,19 @@ class DropPath(nn.Module):
         scale: what each sample's branch is multiplied with, 0 or 1 / (1 - rate), float32 ``[batch]``; None: nothing is
             dropped. `apply_masks` sets it before each forward. ``forward`` reads nothing but this tensor, so compiled
             blocks of different rates share one graph.
+        skips: whether the block computes its branch for the samples that are kept alone (:mod:`.skipping`).
+        kept: those samples, int64 ``[kept]``; ``scale`` is then theirs, ``[kept]``. None: the branch is computed whole.
     """
 
     rate: float
     scale: Tensor | None
+    kept: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
         self.rate = 0.0
-        self.scale = None
+        self.skips = False
+        self.scale = self.kept = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, ...]`` to the same shape and dtype."""
@@ -101,7 +107,7 @@ def set_rates(
         }
     for path, block_rate in rates.items():
         for drop_path in drop_paths(model.get_submodule(path)):
-            drop_path.rate, drop_path.scale = block_rate, None
+            drop_path.rate, drop_path.scale, drop_path.kept = block_rate, None, None
 
 
 def _timm_rates(partition: Partition, rate: float) -> dict[str, float]:
@@ -126,6 +132,18 @@ def apply_masks(model: nn.Module, uniform: Tensor) -> None:
     modules = drop_paths(model)
     keep = 1 - torch.tensor([module.rate for module in modules]).unsqueeze(1)
     device = next(model.parameters()).device
-    scales = ((uniform < keep) / keep).to(device, non_blocking=True)
-    for module, scale in zip(modules, scales, strict=True):
-        module.scale = scale if module.rate > 0 else None
+    alive = uniform < keep
+    scales, order = alive / keep, None
+    if any(module.skips for module in modules):  # on the host, so that the device need not be asked how many
+        order = alive.byte().argsort(dim=1, descending=True, stable=True)
+        counts = alive.sum(1).clamp(min=min(FEWEST, alive.shape[1])).tolist()
+        packed, order = scales.gather(1, order).to(device, non_blocking=True), order.to(device, non_blocking=True)
+    scales = scales.to(device, non_blocking=True)
+    for index, module in enumerate(modules):
+        module.scale = module.kept = None
+        if module.rate > 0 and module.skips and order is not None:
+            module.scale, module.kept = packed[index, : counts[index]], order[index, : counts[index]]
+            for tensor in (module.scale, module.kept):  # one compiled graph for any number
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        elif module.rate > 0:
+            module.scale = scales[index]

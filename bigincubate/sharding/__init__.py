@@ -83,6 +83,10 @@ def make_sharding(settings: Settings, env: RunEnv, micro_batches: int = 1) -> Sh
         raise ConfigError(
             'sharding.strategy = "zero3" fails or hangs with train.compile; use "fsdp2", or do not compile'
         )
+    if (
+        chosen.strategy == "zero3" and settings.train.skip_unused
+    ):  # it gathers a layer's weights in that layer's forward
+        raise ConfigError('sharding.strategy = "zero3" does not go with train.skip_unused; use "fsdp2", or do not skip')
     if chosen.strategy == "zero3" and chosen.activation_checkpointing == "selective":
         # weights are gathered inside of what is computed twice, differently each time
         raise ConfigError(

@@ -1,0 +1,139 @@
+"""Two training steps against each other, fairly: each in a process of its own, in turns, on the same images.
+
+A *contestant* is built in its own process by `contestant(name, settings)` of the benchmark's file and gives two
+functions: `step()`, one optimizer step, and `forward()`, which gives the loss with its graph. What each repeat
+took is printed as a ratio, so a machine that slows down slows both; the bytes that autograd keeps are exact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Contestant:
+    step: Callable[[], Any]
+    forward: Callable[[], Any]
+    parameters: list[Any]
+
+
+def serve(contestant: Contestant) -> None:
+    """In the contestant's process: a line with a number of steps on the input, a line with the seconds of each on the
+    output; ``saved`` for the bytes that a forward keeps for its backward, parameters not counted."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    out = sys.stdout
+    sys.stdout = sys.stderr  # whatever a contestant prints
+
+    def timed() -> float:
+        start = time.perf_counter()
+        contestant.step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        found: Any = saved_bytes(contestant) if asked == "saved" else [timed() for _ in range(asked)]
+        print(json.dumps(found), file=out, flush=True)
+
+
+def saved_bytes(contestant: Contestant) -> int:
+    import torch
+
+    own = {parameter.untyped_storage().data_ptr() for parameter in contestant.parameters}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = contestant.forward()
+    total = sum(storage.nbytes() for address, storage in held.items() if address not in own)
+    del loss
+    return total
+
+
+class Worker:
+    """A contestant's process, seen from the benchmark."""
+
+    def __init__(self, file: str, name: str, settings: dict[str, Any]) -> None:
+        command = [sys.executable, file, "--worker", name, json.dumps(settings)]
+        self.name = name
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, what: int | str) -> Any:
+        assert self.process.stdin
+        assert self.process.stdout
+        if self.process.poll() is None:
+            self.process.stdin.write(json.dumps(what) + "\n")
+            self.process.stdin.flush()
+        if not (line := self.process.stdout.readline()):
+            raise SystemExit(f"{self.name} failed: see above")
+        return json.loads(line)
+
+    def close(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self.process.communicate()
+
+
+def duel(file: str, names: list[str], settings: dict[str, Any], *, repeats: int, steps: int) -> dict[str, Any]:
+    """The last name is the opponent that the others are compared with. Each repeat: `steps` steps of each, in turns.
+
+    Returns:
+        Per name: ``seconds`` (median step), ``speed`` (median over repeats of the opponent's time over its own, with
+        ``least`` and ``most``) and ``saved`` (bytes).
+    """
+    workers = [Worker(file, name, settings) for name in names]
+    try:
+        for worker in workers:
+            worker.ask(1)  # warm-up: lazily made state, compilation
+        saved = {worker.name: worker.ask("saved") for worker in workers}
+        times: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(repeats):
+            for worker in workers:
+                times[worker.name].append(statistics.median(worker.ask(steps)))
+    finally:
+        for worker in workers:
+            worker.close()
+    opponent = times[names[-1]]
+    found = {}
+    for name in names:
+        speed = sorted(theirs / own for theirs, own in zip(opponent, times[name], strict=True))
+        found[name] = {
+            "seconds": statistics.median(times[name]),
+            "speed": statistics.median(speed),
+            "least": speed[0],
+            "most": speed[-1],
+            "saved": saved[name],
+        }
+    return found
+
+
+def table_row(label: str, found: dict[str, Any], opponent: str) -> list[str]:
+    """A Markdown row for each contestant but the opponent."""
+    theirs = found[opponent]
+    return [
+        f"| {label} | {name} | {own['seconds']:.2f} | {theirs['seconds']:.2f} | **{own['speed']:.2f}** "
+        f"| {own['least']:.2f} to {own['most']:.2f} | {own['saved'] / 2**20:,.0f} | {theirs['saved'] / 2**20:,.0f} "
+        f"| {theirs['saved'] / own['saved']:.2f} |"
+        for name, own in found.items()
+        if name != opponent
+    ]
+
+
+HEADER = (
+    "| what | ours | s a step | theirs | times as fast | least to most | saved MiB | theirs | times less |\n"
+    "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"
+)

@@ -1,0 +1,9 @@
+"""Operators of this package's own: an eager reference, a Triton body for GPUs, an autograd formula.
+
+Each is a ``torch.library.triton_op``, so ``torch.compile`` sees inside and fuses around it. On a CPU the
+reference runs. None has been measured on a GPU yet: what uses one is a recipe's choice, not a default.
+"""
+
+from .branch import add_branch
+
+__all__ = ["add_branch"]

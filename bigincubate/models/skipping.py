@@ -1,0 +1,110 @@
+"""What nobody reads is not computed: branches of samples that stochastic depth drops, and in the last block of a model
+that classifies by its class token, all tokens but that one.
+
+Both give what the plain forward gives, to rounding. The last block's keys and values still come from all tokens; its
+queries, projection and MLP serve the class token alone: five sixths of its matrix products are not needed.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import Attention, LayerScale
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from ..errors import ConfigError
+from ..kernels import add_branch
+from .drop_path import DropPath, drop_paths
+from .partition import Partition
+
+
+def skip_unused(model: nn.Module, partition: Partition) -> None:
+    """Make the blocks of a `build` skip what nobody reads. Names of parameters stay as they are.
+
+    Raises:
+        ConfigError: blocks of this model have a form that is not known here.
+    """
+    paths = [block.path for block in partition.blocks()]
+    for path in paths:
+        block = model.get_submodule(path)
+        forward = FORWARDS.get(type(block))
+        if forward is None:
+            raise ConfigError(
+                f"train.skip_unused: not for blocks of {type(block).__name__}; "
+                "ViT, DeiT, DeiT III and Swin can, so set it to false"
+            )
+        block.forward = types.MethodType(forward, block)
+    for drop_path in drop_paths(model):
+        drop_path.skips = True
+    if paths and reads_class_token(model):
+        last: Any = model.get_submodule(paths[-1])
+        if type(last.attn) is Attention and last.attn.gate is None:
+            last.forward = types.MethodType(class_token_block, last)
+
+
+def reads_class_token(model: nn.Module) -> bool:
+    """Whether all that comes after the last block is a function of its first token."""
+    return (
+        type(model) is VisionTransformer
+        and model.global_pool == "token"
+        and model.attn_pool is None
+        and model.cls_token is not None
+    )
+
+
+def residual(
+    x: Tensor, onto: Tensor, drop_path: nn.Module, scale: nn.Module, branch: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """``onto + drop_path(scale(branch(x)))``, where the branch is computed for the samples that are kept alone."""
+    if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.kept is None:
+        return onto + drop_path(scale(branch(x)))
+    assert drop_path.scale is not None
+    gamma = scale.gamma if isinstance(scale, LayerScale) else None
+    return add_branch(onto, branch(x.index_select(0, drop_path.kept)), drop_path.kept, drop_path.scale, gamma)
+
+
+# ------------------------------------------------------------------------------------------------ timm's blocks
+
+
+def vit_block(self: Any, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+    """`timm.models.vision_transformer.Block`."""
+    x = residual(x, x, self.drop_path1, self.ls1, lambda rows: self.attn(self.norm1(rows)))
+    return residual(x, x, self.drop_path2, self.ls2, lambda rows: self.mlp(self.norm2(rows)))
+
+
+def class_token_block(self: Any, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+    """The same of which only the first token is read: ``[batch, tokens, channels]`` to ``[batch, 1, channels]``."""
+    first = residual(x, x[:, :1], self.drop_path1, self.ls1, lambda rows: first_query(self.attn, self.norm1(rows)))
+    return residual(first, first, self.drop_path2, self.ls2, lambda rows: self.mlp(self.norm2(rows)))
+
+
+def first_query(attn: Attention, x: Tensor) -> Tensor:
+    """`timm.layers.Attention` for the query of the first token: ``[batch, tokens, channels]`` to ``[batch, 1, …]``."""
+    batch, tokens, _ = x.shape
+    query, rest = attn.qkv.weight.split([attn.attn_dim, 2 * attn.attn_dim])
+    query_bias, rest_bias = (
+        (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([attn.attn_dim, 2 * attn.attn_dim])
+    )
+    q = F.linear(x[:, :1], query, query_bias).view(batch, 1, attn.num_heads, attn.head_dim).transpose(1, 2)
+    k, v = F.linear(x, rest, rest_bias).view(batch, tokens, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if attn.fused_attn:
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
+    else:
+        out = attn.attn_drop((q * attn.scale @ k.transpose(-2, -1)).softmax(-1)) @ v
+    return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).reshape(batch, 1, attn.attn_dim))))
+
+
+def swin_block(self: Any, x: Tensor) -> Tensor:
+    """`timm.models.swin_transformer.SwinTransformerBlock`, ``[batch, height, width, channels]``."""
+    shape, whole = x.shape, nn.Identity()
+    x = residual(x, x, self.drop_path1, whole, lambda rows: self._attn(self.norm1(rows))).flatten(1, 2)
+    return residual(x, x, self.drop_path2, whole, lambda rows: self.mlp(self.norm2(rows))).view(shape)
+
+
+FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {Block: vit_block, SwinTransformerBlock: swin_block}

@@ -1,0 +1,174 @@
+"""What is not computed because nobody reads it: the results are those of computing it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
+
+from bigincubate.config import load_recipe
+from bigincubate.errors import ConfigError
+from bigincubate.models import (
+    Partition,
+    apply_masks,
+    build,
+    draw_masks,
+    drop_paths,
+    family_of,
+    freeze,
+    set_rates,
+    skip_unused,
+)
+from bigincubate.plan import count_cost, make_plan
+
+VIT = {"embed_dim": 48, "num_heads": 3, "patch_size": 8}
+MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
+    "vit": ("vit_tiny_patch16_224", VIT, 32),
+    "layer scale": ("vit_tiny_patch16_224", {**VIT, "init_values": 0.1}, 32),
+    "query norm": ("vit_tiny_patch16_224", {**VIT, "qk_norm": True, "qkv_bias": False}, 32),
+    "mean of tokens": ("vit_tiny_patch16_224", {**VIT, "global_pool": "avg"}, 32),
+    "distilled": ("deit_tiny_distilled_patch16_224", VIT, 32),
+    "deit3": ("deit3_small_patch16_224", VIT, 32),
+    "swin": ("swin_tiny_patch4_window7_224", {"embed_dim": 12, "num_heads": (1, 2, 2, 4), "window_size": 4}, 64),
+}
+BATCH = 12
+
+
+def made(kind: str, rate: float = 0.6) -> tuple[nn.Module, Partition, Tensor]:
+    name, args, size = MODELS[kind]
+    family = family_of(name)
+    depths = ((4,),) if family.stages == 1 else ((2, 2, 2, 2),)
+    torch.manual_seed(0)
+    model = build(name, depths, num_classes=7, img_size=size, args=args).train()
+    partition = Partition(family, depths)
+    set_rates(model, partition, "target", rate, depths, None)
+    return model, partition, torch.randn(BATCH, 3, size, size)
+
+
+def masks(model: nn.Module, step: int = 0) -> Tensor:
+    return draw_masks(0, step, len(drop_paths(model)), BATCH)
+
+
+def gradients(model: nn.Module, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    model.zero_grad()
+    output = model(images)
+    output.square().sum().backward()
+    yield "output", output.detach()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        yield name, parameter.grad.clone()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_outputs_and_gradients_are_those_of_computing_everything(kind: str) -> None:
+    model, partition, images = made(kind)
+    apply_masks(model, masks(model))
+    plain = dict(gradients(model, images))
+    skip_unused(model, partition)
+    apply_masks(model, masks(model))
+    assert any(path.kept is not None and len(path.kept) < BATCH // 2 for path in drop_paths(model))
+    largest = max(tensor.abs().max().item() for tensor in plain.values())
+    for name, found in gradients(model, images):
+        torch.testing.assert_close(found, plain[name], rtol=1e-4, atol=1e-6 * largest, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["layer scale", "swin"])
+def test_an_evaluation_drops_nothing(kind: str) -> None:
+    model, partition, images = made(kind)
+    plain = model.eval()(images)
+    skip_unused(model, partition)
+    apply_masks(model, masks(model))
+    torch.testing.assert_close(model(images), plain)
+
+
+def test_where_everything_is_dropped_gradients_are_zeros_and_not_missing() -> None:
+    model, partition, images = made("layer scale")
+    skip_unused(model, partition)
+    apply_masks(model, torch.ones(len(drop_paths(model)), BATCH))
+    grads = dict(gradients(model, images))
+    assert not grads["blocks.3.mlp.fc1.weight"].any()
+    assert grads["blocks.0.mlp.fc1.weight"].any()  # its rate is 0
+
+
+def test_dropped_branches_cost_no_flops() -> None:
+    model, partition, images = made("mean of tokens", rate=0.5)
+    skip_unused(model, partition)
+    uniform = torch.ones(len(drop_paths(model)), BATCH)
+    uniform[:, : BATCH // 3] = 0.0
+
+    def flops(uniform: Tensor) -> int:
+        apply_masks(model, uniform)
+        with FlopCounterMode(display=False) as counter:
+            model(images).sum().backward()
+        blocks = counter.get_flop_counts()["VisionTransformer.blocks.3"]
+        return sum(blocks.values())
+
+    assert flops(uniform) == flops(torch.zeros_like(uniform)) / 3
+
+
+def test_the_last_block_of_a_vit_serves_the_class_token_alone() -> None:
+    """Of its products with weights, keys and values, 2 of 12 d² a token, are for all tokens; queries, projection and
+    MLP, the other 10, for one. Attention has one query instead of T."""
+    recipe = load_recipe("imagenet-vit-b", ["train.skip_unused=false"])
+    skipping = load_recipe("imagenet-vit-b", ["train.skip_unused=true"])
+    plan = make_plan(recipe)
+    d, t = 768, 197
+    block = 2 * t * 12 * d * d + 4 * t * t * d
+    last = 2 * t * 2 * d * d + 2 * 10 * d * d + 4 * t * d
+    for row, passes in [(plan.row("incubate", 0), 2), (plan.row("incubate", 3), 3), (plan.row("end_to_end"), 3)]:
+        whole, less = (count_cost(row, one.settings(row.phase), plan.family) for one in (recipe, skipping))
+        assert whole.forward_flops - less.forward_flops == pytest.approx(block - last, rel=1e-3)
+        # activation gradients cost what the forward does, and weight gradients too, where there are any; attention's
+        # products have two gradients each in either case
+        attention = 4 * t * t * d - 4 * t * d
+        saved = passes * (block - last) + (3 - passes) * attention
+        assert whole.training_flops - less.training_flops == pytest.approx(saved, rel=1e-3), row.key
+
+
+def test_saved_activations_of_the_first_module_are_far_fewer() -> None:
+    recipe = load_recipe("imagenet-vit-b", ["train.skip_unused=true"])
+    plan = make_plan(recipe)
+    row = plan.row("incubate", 0)
+    cost = count_cost(row, recipe.settings("incubate"), plan.family)
+    # the reference keeps 543 MiB for a batch of eight (benchmarks/vs_reference.py)
+    assert 543 * 2**20 / 8 / cost.activation_bytes > 1.45
+
+
+@pytest.mark.parametrize(("module", "graphs"), [(None, 3), (0, 4), (1, 5), (3, 5)])
+def test_one_family_of_compiled_graphs_whatever_the_depth_and_what_is_dropped(module: int | None, graphs: int) -> None:
+    """A graph each for: the first block, whose rate is 0; blocks with a rate; the last one; those before the module,
+    which need no gradient, and those after it. As many samples are kept as may be, the graph is the same."""
+    for depth in (3, 6):
+        target = ((depth,),) * 4
+        depths = target if module is None else tuple((depth if k == module else 1,) for k in range(4))
+        family = family_of("vit_tiny_patch16_224")
+        torch.manual_seed(0)
+        model = build("vit_tiny_patch16_224", depths, num_classes=7, img_size=16, args={**VIT, "init_values": 0.1})
+        partition = Partition(family, depths)
+        set_rates(model, partition, "hybrid", 0.5, target, module)
+        freeze(model, partition, module)
+        skip_unused(model, partition)
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        for block in partition.blocks():
+            model.get_submodule(block.path).compile(backend=counter, fullgraph=True)
+        found = []
+        for step in range(4):
+            apply_masks(model.train(), masks(model, step))
+            model(torch.randn(BATCH, 3, 16, 16)).square().sum().backward()
+            found.append(counter.frame_count)
+        assert found[0] == found[-1] <= graphs
+        used = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+        assert sum(target.startswith("bigincubate.add_branch") for target in used) >= 4  # two branches a block
+
+
+def test_a_model_whose_blocks_are_not_known_is_refused() -> None:
+    recipe = load_recipe("cifar100-mini", ["train.skip_unused=true"])
+    plan = make_plan(recipe)
+    with pytest.raises(ConfigError, match=r"train\.skip_unused: not for blocks of ConvNeXtBlock; .* set it to false"):
+        count_cost(plan.row("pretrain"), recipe.settings("pretrain"), plan.family)
