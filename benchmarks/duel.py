@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -71,7 +72,10 @@ class Worker:
     def __init__(self, file: str, name: str, settings: dict[str, Any]) -> None:
         command = [sys.executable, file, "--worker", name, json.dumps(settings)]
         self.name = name
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # threads of who is waiting must not spin beside who is timed
+        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def ask(self, what: int | str) -> Any:
         assert self.process.stdin
@@ -89,7 +93,8 @@ class Worker:
 
 
 def duel(file: str, names: list[str], settings: dict[str, Any], *, repeats: int, steps: int) -> dict[str, Any]:
-    """The last name is the opponent that the others are compared with. Each repeat: `steps` steps of each, in turns.
+    """The last name is the opponent that the others are compared with. Each repeat: `steps` steps of each, in turns,
+    beginning with another one each time.
 
     Returns:
         Per name: ``seconds`` (median step), ``speed`` (median over repeats of the opponent's time over its own, with
@@ -101,8 +106,10 @@ def duel(file: str, names: list[str], settings: dict[str, Any], *, repeats: int,
             worker.ask(1)  # warm-up: lazily made state, compilation
         saved = {worker.name: worker.ask("saved") for worker in workers}
         times: dict[str, list[float]] = {name: [] for name in names}
-        for _ in range(repeats):
-            for worker in workers:
+        for repeat in range(repeats):
+            first = repeat % len(workers)
+            for worker in workers[first:] + workers[:first]:
+                worker.ask(1)  # what a pause costs is nobody's step
                 times[worker.name].append(statistics.median(worker.ask(steps)))
     finally:
         for worker in workers:

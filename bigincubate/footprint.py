@@ -105,13 +105,17 @@ def footprints(
 
 def shareable(recipe: Recipe, world: int) -> bool:
     """Whether every phase's batch can be shared by ``world`` ranks."""
-    every = [recipe.settings(phase) for phase in PHASES]
-    return all(settings.train.batch_size // settings.augment.repeats % world == 0 for settings in every)
+    return all(shares_out(recipe.settings(phase), world) for phase in PHASES)
+
+
+def shares_out(settings: Settings, world: int) -> bool:
+    """Whether a phase's batch can be shared by ``world`` ranks."""
+    return settings.train.batch_size // settings.augment.repeats % world == 0
 
 
 def _footprint(name: str, settings: Settings, planned: PlannedRow, tensors: Tensors, world: int) -> Footprint:
     train = settings.train
-    if train.batch_size // settings.augment.repeats % world:
+    if not shares_out(settings, world):
         raise ConfigError(f"--world {world}: a batch of {train.batch_size} cannot be shared by so many ranks")
     share = train.batch_size // world
     micro_batches = -(-share // (train.micro_batch or share))

@@ -88,6 +88,18 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
+def cluster_table(cluster: dict[str, Any]) -> Table:
+    title = f"on {cluster['gpus']:,} GPUs: training alone, scaling taken as linear"
+    table = _table(title, ["phase", "GPUs", "hours", "GPU-hours"])
+    for each in cluster["phases"]:
+        hours = each["seconds"] / 3600
+        table.add_row(each["title"], f"{each['gpus']:,}", f"{hours:,.3f}", f"{each['gpus'] * hours:,.2f}")
+    table.add_section()
+    used = cluster["gpu_seconds"] / 3600
+    table.add_row("incubation, first step to last", "", f"{cluster['seconds'] / 3600:,.3f}", f"{used:,.2f}")
+    return table
+
+
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """(title, result) of what is done, in the order of the pipeline."""
     rows = [("meta model", summary["meta"])]

@@ -21,6 +21,13 @@ def plan(
     world: Annotated[
         str | None, typer.Option(metavar="N,N,…", help="Numbers of ranks to plan for [default: 1, 2 and 8].")
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="nodes=N,gpus=N,tflops=X",
+            help="How long it takes there, at X TFLOP/s a GPU; or with rates=RUN at what the phases of a run achieved.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """What each phase and module costs: depths, parameters, FLOPs, memory, communication. Needs no data.
@@ -31,7 +38,7 @@ def plan(
     loaded = load_recipe(recipe, sets or ())
     if world is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", world):
         raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
-    from ..footprint import footprints, shareable
+    from ..footprint import footprints, shareable, shares_out
     from ..plan import cost_plan, make_plan, plan_json
     from ..workflow import expected_samples
 
@@ -42,10 +49,21 @@ def plan(
     spread = footprints(loaded, cut, rows, worlds)
     for row in counted["rows"]:
         row["sharding"] = [asdict(each) for each in spread[row["key"]]]
+    if cluster is not None:
+        from ..estimate import critical_path, estimate, read_cluster
+
+        there = read_cluster(cluster)
+        estimates = estimate(rows, there, lambda row, ranks: shares_out(loaded.settings(row.phase), ranks))
+        counted["cluster"] = {
+            "gpus": there.gpus,
+            "phases": [asdict(each) for each in estimates],
+            "seconds": critical_path(estimates, there.gpus),
+            "gpu_seconds": sum(each.gpu_seconds for each in estimates if each.key != "end_to_end"),
+        }
     if as_json:
         print(json.dumps(counted, indent=1))
         return
-    from ..tables import plan_table, sharding_tables
+    from ..tables import cluster_table, plan_table, sharding_tables
 
     for table in (plan_table(counted), *sharding_tables(counted)):
         console().print(table, "")
@@ -55,6 +73,8 @@ def plan(
         f"incubation: {own / 1e15:.4g} PFLOPs in all, {100 * counted['finetune_share']:.1f}% of them fine-tuning;"
         f" {ratio} end-to-end training's {baseline / 1e15:.4g}"
     )
+    if cluster is not None:
+        console().print("", cluster_table(counted["cluster"]))
 
 
 @app.command()

@@ -1,0 +1,98 @@
+"""Stochastic depth that skips work against stochastic depth that multiplies by zero, at growing rates, in turns.
+
+    python benchmarks/drop_path.py [--model vit_base_patch16_224] [--blocks 2] [--batch 16] [--repeats 5] [--out FILE]
+
+Every block has the same rate. Forwards and backwards through the blocks alone; masks of another step each time, the
+same for both. The last column is what the dropped branches' FLOPs alone would give. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
+
+import torch
+
+from bigincubate.models import (
+    Partition,
+    apply_masks,
+    build,
+    choose_attention,
+    draw_masks,
+    drop_paths,
+    family_of,
+    set_rates,
+    skip_unused,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_base_patch16_224")
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.3, 0.5, 0.7])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=None)
+    asked = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    family, depths = family_of(asked.model), ((asked.blocks,),)
+    partition = Partition(family, depths)
+
+    def made(precision: str, *, skip: bool) -> torch.nn.Module:
+        torch.manual_seed(0)
+        # the mean of the tokens is read, so that nothing but drop-path differs
+        model = build(asked.model, depths, num_classes=10, img_size=224, args={"global_pool": "avg"}).to(device).train()
+        choose_attention(model, device, precision)
+        set_rates(model, partition, "target", 0.5, depths, None)
+        if skip:
+            skip_unused(model, partition)
+        if asked.compile:
+            for block in partition.blocks():
+                model.get_submodule(block.path).compile()
+        return model
+
+    rows = []
+    print("| precision | rate | all computed, s | skipped, s | times as fast | least to most | by FLOPs alone |")
+    print("| --- | ---: | ---: | ---: | ---: | --- | ---: |")
+    for precision in asked.precisions:
+        both = {skip: made(precision, skip=skip) for skip in (False, True)}
+        tokens = torch.randn(asked.batch, 197, both[False].embed_dim, device=device)
+        for rate in asked.rates:
+            times: dict[bool, list[float]] = {False: [], True: []}
+            for step in range(asked.repeats + 1):
+                for skip, model in both.items():
+                    for path in drop_paths(model):
+                        path.rate = rate
+                    apply_masks(model, draw_masks(0, step, len(drop_paths(model)), asked.batch))
+                    x = tokens.clone().requires_grad_()
+                    start = time.perf_counter()
+                    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                        out = model.blocks(x)
+                    out.float().sum().backward()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    times[skip].append(time.perf_counter() - start)
+            speed = sorted(all_ / less for all_, less in zip(times[False][1:], times[True][1:], strict=True))
+            row = {"precision": precision, "rate": rate, "speed": statistics.median(speed)}
+            row |= {"all": statistics.median(times[False][1:]), "skipped": statistics.median(times[True][1:])}
+            rows.append(row)
+            print(
+                f"| {precision} | {rate} | {row['all']:.2f} | {row['skipped']:.2f} | **{row['speed']:.2f}** "
+                f"| {speed[0]:.2f} to {speed[-1]:.2f} | {1 / (1 - rate):.2f} |",
+                flush=True,
+            )
+    if asked.out:
+        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
