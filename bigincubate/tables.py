@@ -90,13 +90,13 @@ def _mib(size: int) -> str:
 
 def cluster_table(cluster: dict[str, Any]) -> Table:
     title = f"on {cluster['gpus']:,} GPUs: training alone, scaling taken as linear"
-    table = _table(title, ["phase", "GPUs", "hours", "GPU-hours"])
+    table = _table(title, ["phase", "GPUs", "h:mm:ss", "GPU-hours"])
     for each in cluster["phases"]:
-        hours = each["seconds"] / 3600
-        table.add_row(each["title"], f"{each['gpus']:,}", f"{hours:,.3f}", f"{each['gpus'] * hours:,.2f}")
+        used = each["gpus"] * each["seconds"] / 3600
+        table.add_row(each["title"], f"{each['gpus']:,}", _duration(each["seconds"]), f"{used:,.2f}")
     table.add_section()
     used = cluster["gpu_seconds"] / 3600
-    table.add_row("incubation, first step to last", "", f"{cluster['seconds'] / 3600:,.3f}", f"{used:,.2f}")
+    table.add_row("incubation, first step to last", "", _duration(cluster["seconds"]), f"{used:,.2f}")
     return table
 
 
