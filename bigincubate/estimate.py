@@ -95,16 +95,22 @@ def estimate(rows: Sequence[PlannedRow], cluster: Cluster, fits: Callable[[Plann
         fits: whether a row's batch can be cut over that many ranks.
     """
 
-    def on(row: PlannedRow, gpus: int) -> Estimate:
-        usable = next(n for n in range(gpus, 0, -1) if n == 1 or fits(row, n))
-        return Estimate(row.key, row.title, usable, row.total_flops / cluster.rates(row) / usable)
+    def seconds(row: PlannedRow, gpus: int) -> float:
+        return row.total_flops / cluster.rates(row) / gpus
 
-    modules = [row for row in rows if row.phase == "incubate"]
-    shares = {row.key: 1 for row in modules}
-    for _ in range(cluster.gpus - len(modules)):  # each further GPU goes to the module that would take longest
-        slowest = max(modules, key=lambda row: row.total_flops / cluster.rates(row) / shares[row.key])
-        shares[slowest.key] += 1
-    return [on(row, shares.get(row.key, cluster.gpus)) for row in rows]
+    def usable(row: PlannedRow) -> list[int]:
+        return [n for n in range(1, cluster.gpus + 1) if n == 1 or fits(row, n)]
+
+    modules = {row.key: row for row in rows if row.phase == "incubate"}
+    shares, steps = dict.fromkeys(modules, 1), {key: usable(row) for key, row in modules.items()}
+    while True:  # the next GPUs go to the module that would take longest, until they no longer suffice for it
+        slowest = max(modules, key=lambda key: seconds(modules[key], shares[key]))
+        larger = [n for n in steps[slowest] if n > shares[slowest]]
+        if not larger or sum(shares.values()) - shares[slowest] + larger[0] > cluster.gpus:
+            break
+        shares[slowest] = larger[0]
+    on = {row.key: shares.get(row.key) or usable(row)[-1] for row in rows}
+    return [Estimate(row.key, row.title, on[row.key], seconds(row, on[row.key])) for row in rows]
 
 
 def critical_path(estimates: Sequence[Estimate], gpus: int) -> float:
