@@ -190,3 +190,13 @@ def test_png_keeps_every_pixel() -> None:
 def test_what_is_not_an_image_is_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode(data)
+
+
+def test_posterising_to_no_bits_is_black_and_not_an_error() -> None:
+    """RandAugment of magnitude 9 with noise reaches magnitude 10 for one image in a thousand."""
+    transform: Any = train_transform(Augment(rand_augment="rand-m10-inc1"), 32)
+    (posterize,) = (op for op in transform.transforms[2].ops if op.name == "PosterizeIncreasing")
+    posterize.prob = 1.0
+    assert not np.array(posterize(picture())).any()
+    posterize.magnitude = 9
+    assert np.array(posterize(picture())).any()

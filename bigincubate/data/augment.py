@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import RandomResizedCropAndInterpolation
+from timm.data import RandomResizedCropAndInterpolation, auto_augment
 from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import str_to_interp_mode, str_to_pil_interp
@@ -59,7 +59,11 @@ def train_transform(augment: config.Augment, img_size: int) -> Transform:
     if augment.flip:
         steps.append(transforms.RandomHorizontalFlip(augment.flip))
     if augment.rand_augment:
-        steps.append(rand_augment_transform(augment.rand_augment, _colours_and_sizes(augment, img_size)))
+        policy = rand_augment_transform(augment.rand_augment, _colours_and_sizes(augment, img_size))
+        for operation in policy.ops:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+        steps.append(policy)
     if augment.three_augment:  # DeiT III (arXiv 2204.07118): one of greyscale, solarisation, Gaussian blur
         steps.append(auto_augment_transform("3a", _colours_and_sizes(augment, img_size)))
     if augment.color_jitter:
@@ -91,6 +95,11 @@ class ToNormalized:
     def __call__(self, image: Image.Image) -> Tensor:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's. At full magnitude it keeps no bit, for which old versions of Pillow gave black, and new ones an error."""
+    return auto_augment.posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
 def _colours_and_sizes(augment: config.Augment, img_size: int) -> dict[str, Any]:
