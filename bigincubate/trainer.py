@@ -27,6 +27,7 @@ from .cluster.preempt import StopFlag
 from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
 from .data.mixing import count_micro_batches
+from .data.parts import check_view
 from .data.streams import Batch, EvalStream, TrainStream
 from .errors import ArtifactError, NonFiniteError, Preempted
 from .metrics import Meter, Metrics
@@ -41,7 +42,7 @@ from .models import (
     set_rates,
 )
 from .optim import Ema, make_optimizer, make_schedule
-from .plan import PhasePlan, Plan, PlannedRow
+from .plan import PhasePlan, Plan, PlannedRow, phase_steps
 from .rundir import PhaseDir, RunDir
 from .sharding import make_sharding
 from .tasks.classification import ClassificationTask, evaluate
@@ -74,6 +75,7 @@ class Trainer:
         stop: StopFlag,
         claim: Claim | None = None,
     ) -> None:
+        check_view(recipe, data, row.module)
         self.recipe, self.row, self.planned, self.run_dir, self.env, self.stop = recipe, row, planned, run, env, stop
         self.claim = claim or Claim()
         self.settings: Settings = recipe.settings(row.phase)
@@ -84,7 +86,7 @@ class Trainer:
         self.micro_batches = count_micro_batches(self.settings, env.world)
 
         # one fixed order: weights, freezing, drop-path, placement, recomputation, compilation, sharding, optimizer
-        self.task = ClassificationTask(recipe, plan, row, data.digest)
+        self.task = ClassificationTask(recipe, plan, row, data)
         built, self.meta_digest = self.task.build_model(run)
         drop = self.settings.drop_path
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
@@ -123,7 +125,8 @@ class Trainer:
             rank=env.rank,
             world=env.world,
         )
-        self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.stream.steps_per_epoch)
+        _, self.per_epoch = phase_steps(self.settings, data.epoch)
+        self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.per_epoch)
         self.masked = sum(path.rate > 0 for path in drop_paths(self.model)) and len(drop_paths(self.model))
         self.checkpoints = CheckpointManager(
             self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep, claim=self.claim
@@ -219,7 +222,7 @@ class Trainer:
             if state.step == self.total:
                 state.last = values
                 break
-            if log.eval_every_epochs and state.step % (log.eval_every_epochs * self.stream.steps_per_epoch) == 0:
+            if log.eval_every_epochs and state.step % (log.eval_every_epochs * self.per_epoch) == 0:
                 values |= scored(self.evaluate())
                 meter.restart()
             if values:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .config import Phase, Recipe
-from .data.dataset import DatasetInfo, open_dataset
+from .data.dataset import DatasetInfo, describe_dataset, open_dataset
+from .data.parts import cut_by_class, seen_by
 from .errors import ConfigError, EnvironmentFault
 from .files import read_json, write_json
 from .plan import Cost, Plan, PlannedRow, cost_plan, make_plan, plan_json
@@ -31,19 +33,27 @@ def data_path(recipe: Recipe, run: RunDir) -> Path:
     return run.path / "data"
 
 
-def ensure_data(recipe: Recipe, run: RunDir, report: Report = lambda text: None) -> DatasetInfo:
+def ensure_data(
+    recipe: Recipe, run: RunDir, report: Report = lambda text: None, module: int | None = None
+) -> DatasetInfo:
     """The run's data; embedded data that is missing is prepared, by whoever comes first.
+
+    Args:
+        module: for this module alone, which in a decentralised recipe needs no more of the whole than its description.
 
     Raises:
         EnvironmentFault: there is none, or it is not what the recipe expects.
     """
-    path = data_path(recipe, run)
+    path, modules = data_path(recipe, run), recipe.plan.number
     if recipe.data.source is not None and not (path / "dataset.json").exists():
         from .data.prepare import prepare
 
         report(f"preparing {recipe.data.source} in {path}")
-        prepare(recipe.data.source, path)
-    data = open_dataset(path, recipe.data.remote)
+        cut = partial(cut_by_class, parts=modules) if recipe.data.decentralised else None
+        prepare(recipe.data.source, path, cut=cut)
+    apart = recipe.data.decentralised and module is not None
+    data = (describe_dataset if apart else open_dataset)(path, recipe.data.remote)
+    seen_by(recipe, data, modules - 1)  # the last module has a part
     if (found := len(data.classes)) != recipe.model.num_classes:
         raise ConfigError(f"{path} has {found} classes, but model.num_classes = {recipe.model.num_classes}")
     return data
@@ -65,7 +75,8 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
         )
     if stored is None:
         rows = cost_plan(recipe, plan, data.samples["train"])
-        write_json(file, {**plan_json(recipe, plan, rows), "data": data.digest})
+        parts = list(data.parts) if recipe.data.decentralised else []
+        write_json(file, {**plan_json(recipe, plan, rows), "data": data.digest, "parts": parts})
         return plan, rows
     return plan, [planned_row(row) for row in stored["rows"]]
 

@@ -112,11 +112,13 @@ class Lab:
     def arguments(self, phase: str, module: int | None = None) -> tuple[Any, ...]:
         """What `train` takes; a `Trainer` takes a stop flag more."""
         from bigincubate.cluster.env import RunEnv
+        from bigincubate.data.parts import open_for
         from bigincubate.workflow import find_row
 
         row = self.plan.row(phase, module)  # type: ignore[arg-type]
         planned = find_row(self.rows, row.phase, module)
-        return self.recipe, self.plan, row, planned, self.run, self.data, RunEnv.detect()
+        recipe, data = open_for(self.recipe, self.data, module)
+        return recipe, self.plan, row, planned, self.run, data, RunEnv.detect()
 
     def train(self, phase: str, module: int | None = None) -> dict[str, Any]:
         from bigincubate.attempt import train

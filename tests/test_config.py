@@ -26,7 +26,7 @@ from bigincubate.rundir import RunDir
         ("plan.modules=3", "modules = 3, but target_depths lists 4"),
         ("incubate.export=ema", "needs incubate.ema.decay"),
         ("augment.repeats=3", "no multiple of augment.repeats = 3"),
-        ("data.source=imagenet", "data.source: Input should be 'digits' or 'digits-dev'"),
+        ("data.source=imagenet", "data.source: Input should be 'digits', 'digits-dev' or 'made-up'"),
         ("train=3", "train: Input should be a valid dictionary"),
         ("train.lr", "expected KEY=VALUE"),
     ],

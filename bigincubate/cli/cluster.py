@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -64,6 +65,7 @@ def proceed(directory: Any, gate: str | None = None) -> None:
     """Submit what is missing; where nothing is, export."""
     from ..cluster.advance import advance
     from ..cluster.local import job_graph
+    from ..data.parts import seen_by
     from ..export import export as export_model
     from ..export import whole
     from ..files import read_lines
@@ -74,7 +76,8 @@ def proceed(directory: Any, gate: str | None = None) -> None:
     data = ensure_data(loaded, directory)
     _, rows = ensure_plan(loaded, directory, data)
     baseline = any(row["event"] == "baseline" for row in read_lines(directory.path / "events.jsonl"))
-    if not advance(loaded, job_graph(rows, baseline=baseline), directory, data=data.digest, gate=gate, say=say):
+    seen = partial(seen_by, loaded, data)
+    if not advance(loaded, job_graph(rows, baseline=baseline), directory, data=seen, gate=gate, say=say):
         say(f"watch:   bigincubate status {directory.path} --watch")
         return
     exported = directory.path / "export"

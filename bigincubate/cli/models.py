@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -15,18 +16,34 @@ from .app import JsonOption, app, console, data_app, say
 
 @data_app.command("prepare")
 def data_prepare(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="An image tree, a CIFAR archive, or digits.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="An image tree, a CIFAR archive, digits, or made-up.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     val_fraction: Annotated[
         float, typer.Option(min=0.0, max=0.9, help="Of each class, where the tree has no validation part.")
     ] = 0.2,
+    parts: Annotated[
+        int | None, typer.Option(min=1, help="Also cut the training images into so many parts: data.decentralised.")
+    ] = None,
+    balanced: Annotated[str, typer.Option(help="How --parts cuts: class (evenly) or hash (of the name).")] = "class",
+    by: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Cut as a file says: CSV sample,part, or JSON lines.")
+    ] = None,
 ) -> None:
     """Write images as hashed MDS shards that training streams. Killed and run again, it goes on."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from ..data.parts import Cut, cut_by_class, cut_by_file, cut_by_hash
     from ..data.prepare import prepare
 
+    ways = {"class": cut_by_class, "hash": cut_by_hash}
+    if balanced not in ways:
+        raise ConfigError(f"--balanced {balanced}: there are class and hash")
+    if by is not None and parts is not None:
+        raise ConfigError("--by FILE says which parts there are: leave out --parts")
+    cut: Cut | None = partial(cut_by_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(), disable=not console().is_terminal) as progress:
         bar = progress.add_task("preparing", total=None)
@@ -35,9 +52,11 @@ def data_prepare(
             out,
             jobs=jobs,
             val_fraction=val_fraction,
+            cut=cut,
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
+    counts += f", {len(info.parts)} parts" if info.parts else ""
     say(f"{out}: {counts} images of {len(info.classes)} classes; use it with --set data.path={out}")
 
 

@@ -85,11 +85,15 @@ def run(
     nproc: Annotated[int, typer.Option(min=1, help="Ranks that train each phase together.")] = 1,
     sets: SetOption = None,
     baseline: Annotated[bool, typer.Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
+    small: Annotated[
+        bool, typer.Option("--smoke", help="The recipe made small, on made-up data: two minutes.")
+    ] = False,
 ) -> None:
     """Everything, on this machine: meta model, modules, assembly, fine-tuning, export. Run again, it goes on."""
     from ..config import load_recipe
+    from ..smoke import smoke
 
-    loaded = load_recipe(recipe, sets or ())
+    loaded = load_recipe(recipe, sets or (), smoke if small else None)
     from ..cluster.local import LocalRunner, job_graph
     from ..cluster.progress import Reporter
     from ..export import export as export_model
@@ -137,6 +141,7 @@ def train(
     loaded = load_recipe(recipe, sets or ())
     from ..cluster.env import RunEnv, array_index
     from ..cluster.orphan import die_with_parent
+    from ..data.parts import open_for
     from ..rundir import RunDir
     from ..workflow import ensure_data, ensure_plan, find_row
 
@@ -149,9 +154,10 @@ def train(
         directory = RunDir(run_dir)
         with env.first():
             directory.open(loaded)
-            data = ensure_data(loaded, directory, say)
+            data = ensure_data(loaded, directory, say, number)
             cut, rows = ensure_plan(loaded, directory, data)
-        row = cut.row(phase, number)
+            row = cut.row(phase, number)
+            loaded, data = open_for(loaded, data, number)
         from ..attempt import train as train_phase
         from ..data.stage import staged
 

@@ -28,15 +28,16 @@ from .sbatch import arrays, environment, sbatch
 from .slurm import array_size, call, clean_environment, queue
 
 Say = Callable[[str], None]
+Digest = Callable[[int | None], str]
 
 
 def advance(
-    recipe: Recipe, graph: Sequence[Job], run: RunDir, *, data: str, gate: str | None = None, say: Say = print
+    recipe: Recipe, graph: Sequence[Job], run: RunDir, *, data: Digest, gate: str | None = None, say: Say = print
 ) -> bool:
     """Submit what is missing and not in the queue, and a gate after it. Gives whether everything is done.
 
     Args:
-        data: the data set's digest.
+        data: the digest of the data that a module sees.
         gate: the id of the job that calls, where a gate does; a person's call forgets how often phases were submitted.
 
     Raises:
@@ -117,7 +118,7 @@ def book(run: RunDir) -> dict[str, Any]:
     return {"jobs": [], "rounds": {}, **(read_json(run.path / "jobs.json") or {})}
 
 
-def _good(job: Job, recipe: Recipe, run: RunDir, data: str) -> bool:
+def _good(job: Job, recipe: Recipe, run: RunDir, data: Digest) -> bool:
     """Whether a phase is done and what it hands on is sound. What is not is forgotten, to be made again."""
     folder = run.phase(job.phase, job.module)
     if folder.result is None:
@@ -127,7 +128,7 @@ def _good(job: Job, recipe: Recipe, run: RunDir, data: str) -> bool:
         verify_artifact(folder.artifact)
         if job.phase == "incubate":
             meta = load_manifest(run.phase("pretrain").artifact).digest
-            problem = check_module(folder.artifact, recipe=recipe.digest, meta=meta, data=data)
+            problem = check_module(folder.artifact, recipe=recipe.digest, meta=meta, data=data(job.module))
     except ArtifactError as error:
         problem = str(error)
     if problem:

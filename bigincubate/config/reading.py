@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .recipe import Recipe, merge
 from .sections import PHASES, Settings
 
 LARGEST, DEEPEST = 2**20, 20  # of a recipe: bytes, tables within tables
+Overlay = Callable[[Recipe], dict[str, Any]]
 
 
 def shipped() -> dict[str, Path]:
@@ -25,23 +26,19 @@ def shipped() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
 
-def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | None = None) -> Recipe:
     """Read a shipped recipe by name, or a file by path, and lay ``--set`` values over it.
+
+    Args:
+        overlay: from the recipe as it is, tables to lay between it and ``sets``.
 
     Raises:
         ConfigError: naming the file and the key, with the nearest right name for an unknown one.
     """
     file = _find(name_or_path)
-    try:
-        if file.stat().st_size > LARGEST:
-            raise ConfigError(f"{file}: larger than any recipe ({LARGEST} bytes)")
-        raw = tomllib.loads(file.read_text())
-    except (ValueError, RecursionError) as error:  # of Python's own limits besides those of TOML
-        raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
-    if _depth(raw) > DEEPEST:
-        raise ConfigError(f"{file}: tables or lists nested more than {DEEPEST} deep")
+    raw = _read(file)
+    if overlay is not None:
+        raw = merge(raw, overlay(load_recipe(name_or_path, sets)))
     where = str(file)
     if sets:
         where += " with --set"
@@ -61,6 +58,33 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = ()) -> Recipe:
         if own.export == "ema" and not settings.ema.decay:
             raise ConfigError(f'{where}: {phase}.export = "ema" needs {phase}.ema.decay (or ema.decay) above 0')
     return recipe
+
+
+def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The tables of a file, laid over those of the shipped recipe that it names as its ``base``."""
+    try:
+        if file.stat().st_size > LARGEST:
+            raise ConfigError(f"{file}: larger than any recipe ({LARGEST} bytes)")
+        raw = tomllib.loads(file.read_text())
+    except (ValueError, RecursionError) as error:  # of Python's own limits besides those of TOML
+        raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror}") from None
+    if _depth(raw) > DEEPEST:
+        raise ConfigError(f"{file}: tables or lists nested more than {DEEPEST} deep")
+    if (name := raw.pop("base", None)) is None:
+        return raw
+    if not isinstance(name, str) or name not in shipped():
+        raise ConfigError(f"{file}: base = {name!r}: no shipped recipe; there are {', '.join(shipped())}")
+    chain = (*above, file)
+    if shipped()[name] in chain:
+        raise ConfigError(f"{file}: base = {name!r} comes back to itself, through {' and '.join(map(str, chain))}")
+    base = _read(shipped()[name], chain)
+    base.pop("name", None)
+    model = raw.get("model")
+    if isinstance(model, dict) and "name" in model and isinstance(base.get("model"), dict):
+        base["model"].pop("args", None)  # arguments belong to the model they were given for
+    return merge(base, raw)
 
 
 def _depth(value: Any) -> int:

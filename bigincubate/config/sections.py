@@ -39,13 +39,14 @@ class Model(Section):
 class Data(Section):
     """Where the samples are, and the order they come in."""
 
-    source: Literal["digits", "digits-dev"] | None = None  # embedded data, prepared where it is missing
+    source: Literal["digits", "digits-dev", "made-up"] | None = None  # embedded data, prepared where it is missing
     path: str | None = execution(None)  # a prepared folder; None: RUN_DIR/data, for embedded data only
     remote: str | None = execution(None)  # streamed from here into `path` (any URL that streaming reads)
     stage: str | None = execution(None)  # copied there by the jobs that read it: a disk of the node, "$TMPDIR"
     stage_gib: NonNegative | None = execution(None)  # larger data is not staged; None: what is free
     workers: int = execution(0, ge=0)
     train_samples: Count | None = None  # expected size: checked against the data, and enough for `plan`
+    decentralised: bool = False  # module k trains on part k alone, for as many steps as on the whole
     canonical_nodes: Count = 1
     shuffle: Literal["py1e", "py1s", "py1br", "py2s"] = "py1e"
     shuffle_block_size: Count = 1 << 18
@@ -57,6 +58,11 @@ class Plan(Section):
     modules: Count | None = None
     target_depths: StageDepths | None = None
     meta_depths: StageDepths | None = None
+
+    @property
+    def number(self) -> int:
+        """K, how many modules there are."""
+        return self.modules or len(self.target_depths or ())
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
@@ -155,7 +161,8 @@ class DropPathSection(Section):
 
 
 class Loss(Section):
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    bce: bool = False  # DeiT III's: each class for itself, yes or no; false: cross entropy over all classes
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target that is spread evenly over all classes
 
 
 class Ema(Section):

@@ -4,6 +4,7 @@
     DIR/train/index.json              every shard with its size and SHA-256
     DIR/train/00000/shard.00000.mds   samples: `image` (the bytes of an image file), `label` (an integer)
     DIR/val/...
+    DIR/parts/00/...                  where it was cut: a part of the training samples, a data set as this one
 
 `dataset.json` holds the SHA-256 of both indexes, and an index those of its shards: one digest pins every byte.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,27 @@ SPLITS = ("train", "val")
 COLUMNS = {"image": "bytes", "label": "int"}
 DESCRIPTION = "dataset.json"
 INDEX = "index.json"
+CUT = ("parts", "part", "of")  # keys of a description: a whole has the digests of its parts, a part its number
 AGAIN = "delete the folder and prepare the data again"
+BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)  # of JSON that is not ours
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a prepared folder holds. ``digest`` (SHA-256, hexadecimal) pins classes, images, labels and order."""
+    """What a prepared folder holds. ``digest`` (SHA-256, hexadecimal) pins classes, images, labels, order and parts."""
 
     path: Path
     classes: list[str]
     samples: dict[str, int]
     digest: str
+    parts: Sequence[str] = ()  # digests of the parts that the training samples were cut into
+    part: int | None = None  # which part of another data set this one is
+    of: int | None = None  # training samples of that other one
+
+    @property
+    def epoch(self) -> int:
+        """Training samples that an epoch's length is counted with: a part's epochs are as long as the whole's."""
+        return self.of or self.samples["train"]
 
 
 def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
@@ -47,9 +58,33 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
     """
     path = Path(path)
     if remote and not (path / DESCRIPTION).exists():
-        from .shards import fetch_description
+        from .shards import fetch
 
-        fetch_description(remote, path)
+        fetch(remote, path, [*[f"{split}/{INDEX}" for split in SPLITS], DESCRIPTION])
+    info, splits = _described(path)
+    try:
+        for split in SPLITS:
+            _check_index(path / split, splits[split], present=remote is None)
+    except BROKEN:
+        raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None
+    return info
+
+
+def describe_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
+    """What ``dataset.json`` alone says: of a whole of which only a part is here.
+
+    Raises:
+        EnvironmentFault: there is none, or it is damaged.
+    """
+    path = Path(path)
+    if remote and not (path / DESCRIPTION).exists():
+        from .shards import fetch
+
+        fetch(remote, path, [DESCRIPTION])
+    return _described(path)[0]
+
+
+def _described(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
     if not (path / DESCRIPTION).exists():
         raise EnvironmentFault(f"no data in {path}: make it with `bigincubate data prepare SOURCE --out {path}`")
     described = read_json(path / DESCRIPTION)
@@ -57,14 +92,14 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
         if described["format"] != FORMAT:
             raise EnvironmentFault(f"{path}: data format {described['format']}, this version reads {FORMAT}")
         classes, splits, digest = described["classes"], described["splits"], described["digest"]
-        samples = {split: splits[split]["samples"] for split in SPLITS}
-        for split in SPLITS:
-            _check_index(path / split, splits[split], present=remote is None)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+        cut = {key: described[key] for key in CUT if key in described}
+        expected = contents_digest(classes, splits, cut)
+        info = DatasetInfo(path, classes, {split: splits[split]["samples"] for split in SPLITS}, digest, **cut)
+    except BROKEN:
         raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None
-    if digest != contents_digest(classes, splits):
+    if digest != expected:
         raise EnvironmentFault(f"{path / DESCRIPTION} is damaged: its digest does not match; {AGAIN}")
-    return DatasetInfo(path=path, classes=classes, samples=samples, digest=digest)
+    return info, splits
 
 
 def damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
@@ -76,9 +111,9 @@ def damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
                 yield file, f"SHA-256 {found[:12]}…, expected {expected[:12]}…"
 
 
-def contents_digest(classes: list[str], splits: dict[str, dict[str, Any]]) -> str:
-    """SHA-256 of what was prepared, whatever it was prepared from."""
-    text = json.dumps([FORMAT, classes, splits], sort_keys=True, separators=(",", ":"))
+def contents_digest(classes: list[str], splits: dict[str, dict[str, Any]], cut: dict[str, Any]) -> str:
+    """SHA-256 of what was prepared, whatever it was prepared from. ``cut``: what it has of the keys in ``CUT``."""
+    text = json.dumps([FORMAT, classes, splits, *([cut] if cut else [])], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -2,10 +2,12 @@
 
 The samples are cut in chunks, and a chunk is written in a folder of its own that is renamed when it is complete. So
 the result does not depend on how many processes write, and a run that was killed goes on from the finished chunks.
+A chunk holds samples of one part alone (:mod:`.parts`), so that parts are made of the whole's shards.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -33,6 +35,7 @@ from .dataset import (
 )
 from .images import decode, encode
 from .locks import locked
+from .parts import Cut, part_path
 from .sources import Sample, Source, in_fixed_order, read_source
 
 CHUNK = 2048  # samples
@@ -42,6 +45,7 @@ UNFINISHED = ".preparing.json"
 class Chunk(NamedTuple):
     folder: Path
     samples: list[Sample]
+    part: int = 0
 
 
 def prepare(
@@ -50,15 +54,17 @@ def prepare(
     *,
     jobs: int = 1,
     val_fraction: float = 0.2,
+    cut: Cut | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DatasetInfo:
     """Write ``source`` as shards to ``out``, once: what is already there is kept, and whoever comes second waits.
 
     Args:
-        source: a folder of images by class, a CIFAR python archive (packed or unpacked), "digits" or "digits-dev".
+        source: a folder of images by class, a CIFAR python archive (packed or unpacked), or embedded data by name.
         out: a folder that is missing, empty, unfinished, or finished from the same source.
         jobs: processes; the result is the same, bit by bit, for any number.
         val_fraction: how much of each class is held out where a folder of images has no part of its own for that.
+        cut: gives parts of the training samples, each written as a data set of its own besides the whole.
         on_progress: called with (samples done, samples in all).
 
     Raises:
@@ -68,7 +74,7 @@ def prepare(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with locked(out.with_name(f".{out.name}.lock")):
-            return _prepare(read_source(source, val_fraction), out, jobs, on_progress or (lambda *_: None))
+            return _prepare(read_source(source, val_fraction), out, jobs, cut, on_progress or (lambda *_: None))
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         raise EnvironmentFault(f"cannot prepare {source}: {what}; mend it and run it again to go on") from None
@@ -78,11 +84,21 @@ def prepare(
         ) from None
 
 
-def _prepare(source: Source, out: Path, jobs: int, on_progress: Callable[[int, int], None]) -> DatasetInfo:
+def _prepare(
+    source: Source, out: Path, jobs: int, cut: Cut | None, on_progress: Callable[[int, int], None]
+) -> DatasetInfo:
+    parts = cut(source.splits["train"]) if cut else None
     identity = {"kind": source.kind, "fingerprint": source.fingerprint}
+    if parts is not None:
+        if not all(parts):
+            raise EnvironmentFault(f"part {parts.index([])} would have no samples: take fewer parts")
+        names = [sorted(sample.name for sample in part) for part in parts]
+        identity["parts"] = hashlib.sha256(repr(names).encode()).hexdigest()
     for mark in (DESCRIPTION, UNFINISHED):
         if (out / mark).exists() and read_json(out / mark).get("source") != identity:
-            raise EnvironmentFault(f"{out} holds data from another source: delete it, or choose another folder")
+            raise EnvironmentFault(
+                f"{out} holds data from another source, or in other parts: delete it, or choose another folder"
+            )
     if (out / DESCRIPTION).exists():
         (out / UNFINISHED).unlink(missing_ok=True)
         return open_dataset(out)
@@ -90,10 +106,11 @@ def _prepare(source: Source, out: Path, jobs: int, on_progress: Callable[[int, i
         raise EnvironmentFault(f"{out} holds something else: choose an empty or a new folder")
     out.mkdir(exist_ok=True)
     write_json(out / UNFINISHED, {"source": identity})
-    for leftover in out.glob(".tmp-*"):
+    for leftover in (*out.glob(".tmp-*"), *out.glob("parts")):
         shutil.rmtree(leftover)
 
-    chunks = list(_chunks(source, out))
+    train, val = _chunks(out / "train", parts or [source.splits["train"]]), _chunks(out / "val", [source.splits["val"]])
+    chunks = [*train, *val]
     total = sum(len(chunk.samples) for chunk in chunks)
     done = sum(len(chunk.samples) for chunk in chunks if chunk.folder.exists())
     on_progress(done, total)
@@ -102,36 +119,65 @@ def _prepare(source: Source, out: Path, jobs: int, on_progress: Callable[[int, i
             done += count
             on_progress(done, total)
 
-    splits = {split: _merge(out / split, samples) for split, samples in source.splits.items()}
-    description = {
-        "format": FORMAT,
-        "source": identity,
-        "classes": source.classes,
-        "splits": splits,
-        "digest": contents_digest(source.classes, splits),
-    }
-    write_json(out / DESCRIPTION, description)
+    digests, size = [], len(source.splits["train"])
+    for number in range(len(parts or [])):
+        folder = Path(part_path(out, number))
+        own = [chunk for chunk in train if chunk.part == number]
+        for split, shared in (("train", own), ("val", val)):
+            for chunk in shared:
+                _share(chunk.folder, folder / split / chunk.folder.name)
+        digests.append(_describe(folder, source, identity, {"train": own, "val": val}, {"part": number, "of": size}))
+    if parts:
+        sync(out / "parts")
+    _describe(out, source, identity, {"train": train, "val": val}, {"parts": digests} if parts else {})
     (out / UNFINISHED).unlink()
     return open_dataset(out)
 
 
-def _chunks(source: Source, out: Path) -> Iterator[Chunk]:
-    for split, samples in source.splits.items():
-        (out / split).mkdir(exist_ok=True)
-        ordered = in_fixed_order(samples)
-        for number, begin in enumerate(range(0, len(ordered), CHUNK)):
-            yield Chunk(out / split / f"{number:05}", ordered[begin : begin + CHUNK])
+def _describe(
+    folder: Path, source: Source, identity: dict[str, str], splits: dict[str, list[Chunk]], cut: dict[str, Any]
+) -> str:
+    """Write the indexes and the description of a folder whose chunks are there. Gives its digest."""
+    merged = {split: _merge(folder / split, chunks) for split, chunks in splits.items()}
+    digest = contents_digest(source.classes, merged, cut)
+    about = {"format": FORMAT, "source": identity, "classes": source.classes, "splits": merged}
+    write_json(folder / DESCRIPTION, {**about, **cut, "digest": digest})
+    return digest
 
 
-def _merge(folder: Path, samples: list[Sample]) -> dict[str, Any]:
-    """One index over the chunks of a split."""
+def _chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
+    """Numbered through; each of one part."""
+    folder.mkdir(exist_ok=True)
+    pieces = [
+        (part, ordered[begin : begin + CHUNK])
+        for part, samples in enumerate(parts)
+        for ordered in [in_fixed_order(samples)]
+        for begin in range(0, len(ordered), CHUNK)
+    ]
+    return [Chunk(folder / f"{number:05}", piece, part) for number, (part, piece) in enumerate(pieces)]
+
+
+def _merge(folder: Path, chunks: list[Chunk]) -> dict[str, Any]:
+    """One index over the chunks of a split, for a folder that has them under their names."""
     shards = []
-    for number in range(-(-len(samples) // CHUNK)):
-        chunk = f"{number:05}"
-        for shard in read_json(folder / chunk / INDEX)["shards"]:
-            shard["raw_data"]["basename"] = f"{chunk}/{shard['raw_data']['basename']}"
+    for chunk in chunks:
+        for shard in read_json(chunk.folder / INDEX)["shards"]:
+            shard["raw_data"]["basename"] = f"{chunk.folder.name}/{shard['raw_data']['basename']}"
             shards.append(shard)
-    return {"samples": len(samples), "index": write_json(folder / INDEX, {"version": 2, "shards": shards})}
+    samples = sum(len(chunk.samples) for chunk in chunks)
+    return {"samples": samples, "index": write_json(folder / INDEX, {"version": 2, "shards": shards})}
+
+
+def _share(folder: Path, other: Path) -> None:
+    """The files of a folder in another one as well: the same bytes on the disk where the file system can."""
+    other.mkdir(parents=True)
+    for file in folder.iterdir():
+        try:
+            os.link(file, other / file.name)
+        except OSError:
+            shutil.copyfile(file, other / file.name)
+            sync(other / file.name)
+    sync(other)
 
 
 # ------------------------------------------------------------------------------------------------ one chunk

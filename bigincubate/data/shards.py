@@ -20,7 +20,7 @@ import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -36,7 +36,7 @@ from streaming.base.util import retry
 from streaming.base.world import World
 
 from ..errors import EnvironmentFault
-from .dataset import AGAIN, DESCRIPTION, INDEX, SPLITS, DatasetInfo
+from .dataset import AGAIN, DatasetInfo
 from .images import decode
 from .locks import locked, runtime_dir
 
@@ -168,9 +168,9 @@ def download(url: str, file: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def fetch_description(remote: str, path: Path) -> None:
-    """Copy the description and the indexes of a prepared data set; the description comes last."""
-    for name in (*[f"{split}/{INDEX}" for split in SPLITS], DESCRIPTION):
+def fetch(remote: str, path: Path, names: Iterable[str]) -> None:
+    """Copy files of a prepared data set, one after another."""
+    for name in names:
         with download(f"{remote}/{name}", path / name):
             pass
 

@@ -20,7 +20,7 @@ import numpy as np
 from ..errors import EnvironmentFault
 from .images import SUFFIXES
 
-EMBEDDED = ("digits", "digits-dev")
+EMBEDDED = ("digits", "digits-dev", "made-up")
 VALIDATION_FOLDERS = ("val", "validation", "test")
 CIFAR = {  # files of the training and test part, of the names, and the key of the labels
     "cifar-10": ([f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "batches.meta", "label"),
@@ -61,6 +61,8 @@ def read_source(source: str, val_fraction: float) -> Source:
     Raises:
         EnvironmentFault: missing, empty, of no known kind, or damaged.
     """
+    if source == "made-up":
+        return _made_up()
     if source in EMBEDDED:
         return _digits(development=source == "digits-dev")
     path = Path(source)
@@ -118,6 +120,14 @@ def _digits(*, development: bool) -> Source:
     if development:
         splits = hold_out(splits["train"], 0.2)
     return Source("digits-dev" if development else "digits", [str(n) for n in range(10)], splits)
+
+
+def _made_up() -> Source:
+    """Coloured noise, 32 images of 40x40 pixels in each of ten classes that differ in colour; a fifth is held out."""
+    random = np.random.RandomState(0)  # the one generator that numpy has promised never to change
+    colours, noise = random.randint(0, 128, (10, 1, 1, 3)), random.randint(0, 128, (320, 40, 40, 3))
+    samples = [Sample(f"{n}", n % 10, (noise[n] + colours[n % 10]).astype(np.uint8)) for n in range(320)]
+    return Source("made-up", [str(n) for n in range(10)], hold_out(in_fixed_order(samples), 0.2))
 
 
 # ------------------------------------------------------------------------------------------------ image trees

@@ -77,8 +77,8 @@ class TrainStream:
         world: int = 1,
     ) -> None:
         samples = info.samples["train"]
-        if data.train_samples not in (None, samples):
-            raise ConfigError(f"data.train_samples = {data.train_samples}, but {info.path} holds {samples}")
+        if data.train_samples not in (None, info.epoch):
+            raise ConfigError(f"data.train_samples = {data.train_samples}, but {info.path} holds {info.epoch}")
         self._distinct = batch_size // augment.repeats  # samples of a global batch
         if self._distinct % world:
             raise ConfigError(

@@ -16,7 +16,7 @@ from .partition import (
     normalise_depths,
 )
 from .skipping import skip_unused
-from .surgery import assemble, extract, freeze, initialise, insert, rename
+from .surgery import assemble, extract, fit_positions, freeze, initialise, insert, rename
 
 __all__ = [
     "FAMILIES",
@@ -39,6 +39,7 @@ __all__ = [
     "drop_paths",
     "extract",
     "family_of",
+    "fit_positions",
     "freeze",
     "hybrid_depths",
     "initialise",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, ConfigError
@@ -61,6 +63,19 @@ def insert(
     own = model.state_dict()
     expected = {name: tensor for name, tensor in own.items() if partition.owner(name) in modules}
     _copy(rename(module_tensors, from_partition, partition), expected)
+
+
+def fit_positions(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The same tensors for a model that looks at larger or smaller images: learned position embeddings resampled to its
+    grid (timm's bicubic way, which leaves class and register tokens as they are), everything else as it was."""
+    fitted, own = dict(tensors), model.state_dict()
+    before, after = fitted.get("pos_embed"), own.get("pos_embed")
+    if before is not None and after is not None and before.shape != after.shape:
+        grid = cast("list[int]", list(model.patch_embed.grid_size))  # type: ignore[union-attr, arg-type]
+        fitted["pos_embed"] = resample_abs_pos_embed(
+            before, new_size=grid, num_prefix_tokens=after.shape[1] - math.prod(grid)
+        )
+    return fitted
 
 
 def assemble(parts: list[dict[str, Tensor]], expected: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ..checkpoint.store import check_module, load_artifact, load_manifest
 from ..cluster.env import RunEnv
 from ..config import Recipe
+from ..data.dataset import DatasetInfo
 from ..data.mixing import mix
+from ..data.parts import seen_by
 from ..data.streams import Batch, EvalStream
 from ..errors import ArtifactError
-from ..models import Partition, assemble, extract, initialise, insert
+from ..models import Partition, assemble, extract, fit_positions, initialise, insert
 from ..plan import PhasePlan, Plan, phase_model
 from ..rundir import RunDir
 from ..seeds import stable_seed
@@ -28,7 +30,7 @@ class ClassificationTask:
     recipe: Recipe
     plan: Plan
     row: PhasePlan
-    data_digest: str
+    data: DatasetInfo
 
     def __post_init__(self) -> None:
         self.settings = self.recipe.settings(self.row.phase)
@@ -49,6 +51,7 @@ class ClassificationTask:
         digest = None
         if "meta" in sources:
             meta, digest = self._meta(run)
+            meta = fit_positions(meta, model)
             for module, slot in enumerate(self.row.slots):
                 if slot.source == "meta":
                     insert(model, self.partition, extract(meta, self.meta, module), self.meta)
@@ -56,7 +59,8 @@ class ClassificationTask:
             initialise(model, self.partition, self.row.module, meta, self.meta, self.recipe.incubate.init)
         if "module" in sources:
             digest = self._meta_digest(run)
-            model.load_state_dict(assemble(list(self._modules(run, digest)), model.state_dict()))
+            assembled = assemble(list(self._modules(run, digest)), model.state_dict())
+            model.load_state_dict(fit_positions(assembled, model))
         return model, digest
 
     def _meta_digest(self, run: RunDir) -> str:
@@ -75,11 +79,11 @@ class ClassificationTask:
 
     def _modules(self, run: RunDir, meta: str) -> Iterable[dict[str, Tensor]]:
         folders = [run.phase("incubate", module).artifact for module in range(self.plan.modules)]
-        problems = {
-            module: problem
-            for module, folder in enumerate(folders)
-            if (problem := check_module(folder, recipe=self.recipe.digest, meta=meta, data=self.data_digest))
-        }
+        problems: dict[int, str] = {}
+        for module, folder in enumerate(folders):
+            seen = seen_by(self.recipe, self.data, module)
+            if problem := check_module(folder, recipe=self.recipe.digest, meta=meta, data=seen):
+                problems[module] = problem
         if problems:
             listed = "; ".join(f"module {module}: {problem}" for module, problem in problems.items())
             first = next(iter(problems))
@@ -92,20 +96,30 @@ class ClassificationTask:
     # -------------------------------------------------------------------------------------- what is learned
 
     def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs ``[n, 3, H, W]`` and soft targets ``[n, classes]`` of a micro-batch, mixed and smoothed."""
-        return mix(
+        """Inputs ``[n, 3, H, W]`` and targets ``[n, classes]`` of a micro-batch, mixed and smoothed.
+
+        Targets are shares that sum to one; with ``loss.bce`` each class that an image shows is 1, whatever its share,
+        as in DeiT III (arXiv 2204.07118). Smoothing by s moves both kinds to (1 - s) target + s / classes.
+        """
+        loss, classes = self.settings.loss, self.settings.model.num_classes
+        images, targets = mix(
             batch.images,
             batch.labels,
             mixup=self.settings.mixup,
-            smoothing=self.settings.loss.label_smoothing,
-            num_classes=self.settings.model.num_classes,
+            smoothing=0.0 if loss.bce else loss.label_smoothing,
+            num_classes=classes,
             seed=self.settings.train.seed,
             step=step,
         )
+        if loss.bce:
+            targets = (targets > 0).float() * (1 - loss.label_smoothing) + loss.label_smoothing / classes
+        return images, targets
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy with soft targets, a mean over the batch, in fp32."""
-        return F.cross_entropy(model(images).float(), targets)
+        """In fp32, cross entropy as a mean over the batch; with ``loss.bce`` binary cross entropy of every class by
+        itself, as a mean over batch and classes."""
+        measure = F.binary_cross_entropy_with_logits if self.settings.loss.bce else F.cross_entropy
+        return measure(model(images).float(), targets)
 
 
 @torch.no_grad()

@@ -1,0 +1,289 @@
+"""Decentralised data: parts that do not overlap, and modules that see their own and nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import SMOKE, Command, Lab
+
+from bigincubate.checkpoint.store import load_manifest, save_artifact
+from bigincubate.config import load_recipe
+from bigincubate.data.dataset import DatasetInfo, open_dataset
+from bigincubate.data.parts import cut_by_class, cut_by_file, cut_by_hash, open_for
+from bigincubate.data.prepare import prepare
+from bigincubate.data.sources import Sample, read_source
+from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, EnvironmentFault
+from bigincubate.rundir import RunDir
+from bigincubate.verify import Verdict, verify_run
+from bigincubate.workflow import ensure_data
+
+SAMPLES = [Sample(f"{n}", n * n % 7, np.zeros((1, 1), np.uint8)) for n in range(997)]  # uneven classes
+PARTS = 3  # one more than the smoke recipe has modules
+
+
+def images(info: DatasetInfo, split: str = "train") -> list[bytes]:
+    from bigincubate.data.shards import Shards
+
+    shards = Shards(info, split)
+    return [shards.read(sample)[0].tobytes() for sample in range(info.samples[split])]
+
+
+# ------------------------------------------------------------------------------------------------ cutting
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4, 9])
+def test_by_class_parts_differ_by_one_sample_at_most_in_each_class_and_in_all(parts: int) -> None:
+    cut = cut_by_class(SAMPLES, parts)
+    assert sorted(sample.name for part in cut for sample in part) == sorted(sample.name for sample in SAMPLES)
+    counts = [Counter(sample.label for sample in part) for part in cut]
+    assert all(max(each) - min(each) <= 1 for each in ([count[label] for count in counts] for label in range(7)))
+    assert max(map(len, cut)) - min(map(len, cut)) <= 1
+
+
+def test_by_class_a_part_is_no_run_of_neighbours() -> None:
+    names = sorted(int(sample.name) for sample in cut_by_class(SAMPLES, 4)[0])
+    assert len({b - a for a, b in pairwise(names)}) > 5
+
+
+def test_by_hash_a_sample_stays_in_its_part_when_others_come() -> None:
+    before, after = (cut_by_hash(SAMPLES[:count], 3) for count in (500, 997))
+    assert [[s.name for s in part if int(s.name) < 500] for part in after] == [[s.name for s in p] for p in before]
+    assert all(len(part) > 250 for part in after)
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.jsonl"])
+def test_by_file_parts_are_as_uneven_as_the_file_says(name: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    told = [(sample.name, 0 if int(sample.name) < 900 else 1) for sample in SAMPLES]
+    if name.endswith("csv"):
+        file.write_text("sample,part\n" + "".join(f"{name},{part}\n" for name, part in told))
+    else:
+        file.write_text("".join(json.dumps({"sample": name, "part": part}) + "\n" for name, part in told))
+    assert [len(part) for part in cut_by_file(SAMPLES, file)] == [900, 97]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("sample,part\n0,0\n", r"leaves out 996 training samples, such as '1'"),
+        ("sample,part\n0,0\n0,1\n", "row 2: '0' is listed twice"),
+        ("sample,part\nx.png,0\n", "row 1: 'x.png' is no training sample"),
+        ("sample,part\n0,left\n", "row 1: the part 'left' is not a whole number"),
+        ("sample,part\n0,-1\n", "no part -1"),
+        ("name,part\n0,0\n", "expected CSV"),
+        ("", "expected CSV"),
+    ],
+)
+def test_a_file_that_does_not_fit_the_source_is_refused(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(EnvironmentFault, match=says):
+        cut_by_file(SAMPLES, tmp_path / "mine.csv")
+
+
+# ------------------------------------------------------------------------------------------------ preparing
+
+
+@pytest.fixture(scope="module")
+def parted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("parted") / "data"
+    prepare("digits-dev", out, cut=lambda samples: cut_by_class(samples, PARTS))
+    return out
+
+
+@pytest.fixture
+def mine(parted: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(parted, tmp_path / "data"))
+
+
+def test_each_part_is_a_data_set_of_its_own_and_together_they_are_the_whole(parted: Path, digits: Path) -> None:
+    whole = open_dataset(parted)
+    parts = [open_dataset(parted / "parts" / f"{number:02d}") for number in range(PARTS)]
+    assert [part.digest for part in parts] == list(whole.parts)
+    assert [(part.part, part.epoch) for part in parts] == [(n, whole.samples["train"]) for n in range(PARTS)]
+    assert Counter(images(whole)) == sum((Counter(images(part)) for part in parts), Counter())
+    assert Counter(images(whole)) == Counter(images(open_dataset(digits)))  # and nothing else than without parts
+    for part in parts:
+        assert images(part, "val") == images(whole, "val")
+    assert len({whole.digest, open_dataset(digits).digest, *whole.parts}) == PARTS + 2
+
+
+def test_nothing_is_stored_twice(parted: Path) -> None:
+    shards = list(parted.rglob("*.mds"))
+    stored = {file.stat().st_ino: file.stat().st_size for file in shards}
+    assert len(shards) > len(stored)
+    assert sum(stored.values()) == sum(file.stat().st_size for file in parted.glob("*/*/*.mds"))
+
+
+def test_other_parts_in_the_same_folder_are_refused_and_the_same_are_there_already(parted: Path) -> None:
+    before = open_dataset(parted)
+    assert prepare("digits-dev", parted, cut=lambda samples: cut_by_class(samples, PARTS)) == before
+    for cut in (None, lambda samples: cut_by_class(samples, 2)):
+        with pytest.raises(EnvironmentFault, match="or in other parts"):
+            prepare("digits-dev", parted, cut=cut)
+
+
+def test_preparing_that_was_killed_among_the_parts_goes_on(mine: Path) -> None:
+    before = open_dataset(mine)
+    (mine / "dataset.json").rename(mine / ".preparing.json")
+    shutil.rmtree(mine / "parts" / "02")
+    shutil.rmtree(mine / "parts" / "01" / "val")
+    assert prepare("digits-dev", mine, cut=lambda samples: cut_by_class(samples, PARTS)) == before
+    assert open_dataset(mine / "parts" / "02").digest == before.parts[2]
+
+
+def test_a_part_does_not_pass_for_another(mine: Path) -> None:
+    file = mine / "parts" / "01" / "dataset.json"
+    file.write_text(file.read_text().replace('"part": 1', '"part": 0'))
+    with pytest.raises(EnvironmentFault, match="its digest does not match"):
+        open_dataset(mine / "parts" / "01")
+
+
+def test_an_empty_part_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match="part 1 would have no samples"):
+        prepare("digits-dev", tmp_path / "data", cut=lambda samples: [list(samples), []])
+
+
+def test_the_command_cuts_and_refuses_two_ways_at_once(tmp_path: Path, bigincubate: Command) -> None:
+    file = tmp_path / "by.csv"
+    train = read_source("digits-dev", 0.2).splits["train"]
+    file.write_text("sample,part\n" + "".join(f"{sample.name},{sample.label % 2}\n" for sample in train))
+    done = bigincubate("data", "prepare", "digits-dev", "--out", tmp_path / "data", "--by", file)
+    assert done.returncode == 0, done.stderr
+    assert "2 parts" in done.stdout
+    assert open_dataset(tmp_path / "data/parts/01").samples["train"] == sum(s.label % 2 for s in train)
+    for wrong in (["--by", file, "--parts", 2], ["--parts", 2, "--balanced", "colour"]):
+        done = bigincubate("data", "prepare", "digits-dev", "--out", tmp_path / "other", *wrong)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+@pytest.fixture
+def recipe(mine: Path, tmp_path: Path) -> Path:
+    """The smoke recipe, decentralised, an epoch a phase."""
+    file = tmp_path / "dmt.toml"
+    text = SMOKE.replace('source = "digits-dev"', f'path = "{mine}"\ndecentralised = true')
+    file.write_text(text.replace("epochs = 100\nmax_steps = 12", "epochs = 1") + "[schedule]\nwarmup_epochs = 0.2\n")
+    return file
+
+
+def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_is_there(
+    recipe: Path, mine: Path, tmp_path: Path, counted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bigincubate.data import shards
+
+    lab = Lab(recipe, tmp_path / "run")
+    lab.train("pretrain")
+    whole = Path(shutil.copytree(mine, tmp_path / "elsewhere"))
+    parts = [set(images(open_dataset(mine / "parts" / f"{number:02d}"))) for number in range(PARTS)]
+    for other in ("train", "val", "parts/00", "parts/02"):
+        shutil.rmtree(mine / other)
+    with pytest.raises(EnvironmentFault):
+        ensure_data(lab.recipe, lab.run)
+    assert ensure_data(lab.recipe, lab.run, module=1).digest == lab.data.digest
+
+    read: list[bytes] = []
+    original = shards.Shards.read
+
+    def spy(self: Any, sample: int) -> Any:
+        image, label = original(self, sample)
+        if self.folder.name == "train":
+            read.append(image.tobytes())
+        return image, label
+
+    monkeypatch.setattr(shards.Shards, "read", spy)
+    result = lab.train("incubate", 1)
+    assert set(read) <= parts[1]
+    assert len(set(read)) > 0.9 * len(parts[1])
+    steps = lab.data.samples["train"] // 32
+    assert result["steps"] == steps > 2 * (len(parts[1]) // 32)
+    assert len(read) >= 32 * steps
+    # the learning rate warms up over a fifth of the whole's epoch, not of the part's
+    rates = [line["train/lr"] for line in lab.log("incubate", 1)]
+    assert rates[0] < rates[1] < rates[2] > rates[-1]
+    assert round(0.2 * steps) >= 6 > round(0.2 * steps / PARTS)
+    assert load_manifest(lab.run.phase("incubate", 1).artifact).data == lab.data.parts[1]
+    with pytest.raises(EnvironmentFault, match=r"no data in .*parts/00"):
+        lab.train("incubate", 0)
+
+    # all of it is needed to fine-tune; and a module that saw another part is refused by name
+    shutil.rmtree(mine)
+    whole.rename(mine)
+    lab.train("incubate", 0)
+    lab.train("finetune")
+    assert {finding.verdict for finding in verify_run(lab.run)} == {Verdict.GOOD}
+    folder = lab.run.phase("incubate", 1).artifact
+    spoiled = load_manifest(folder).model_copy(update={"data": lab.data.parts[0]})
+    save_artifact(folder, lab.weights("incubate", 1), spoiled)
+    with pytest.raises(ArtifactError, match=r"module 1: stale: it grew from another data"):
+        lab.trainer("finetune")
+    assert [f.part for f in verify_run(lab.run) if f.verdict is Verdict.STALE] == ["incubate/1"]
+
+
+def test_opening_another_part_is_an_error(recipe: Path, mine: Path, tmp_path: Path, counted: None) -> None:
+    from bigincubate.trainer import Trainer
+
+    lab = Lab(recipe, tmp_path / "run")
+    given = lab.arguments("incubate", 0)
+    assert given[5].part == 0
+    for module, phase, data in (
+        (0, "incubate", open_dataset(mine / "parts/01")),
+        (0, "incubate", lab.data),
+        (None, "pretrain", open_dataset(mine / "parts/00")),
+    ):
+        arguments = list(lab.arguments(phase, module))
+        arguments[5] = data
+        with pytest.raises(ConfigError, match="may see"):
+            Trainer(*arguments, None)  # type: ignore[arg-type]
+    # a part in another's place
+    shutil.rmtree(mine / "parts/00")
+    (mine / "parts/01").rename(mine / "parts/00")
+    with pytest.raises(EnvironmentFault, match="is not part 0"):
+        open_for(lab.recipe, lab.data, 0)
+
+
+@pytest.mark.parametrize(("cut", "has"), [(None, "no parts"), (lambda samples: cut_by_class(samples, 1), "1 parts")])
+def test_fewer_parts_than_modules_are_refused_in_one_line(cut: Any, has: str, tmp_path: Path) -> None:
+    prepare("digits-dev", tmp_path / "data", cut=cut)
+    (tmp_path / "smoke.toml").write_text(SMOKE)
+    recipe = load_recipe(str(tmp_path / "smoke.toml"), [f"data.path={tmp_path / 'data'}", "data.decentralised=true"])
+    with pytest.raises(BigincubateError, match=rf"has {has}, .*prepare it with --parts"):
+        ensure_data(recipe, RunDir(tmp_path / "run"))
+
+
+def test_from_afar_only_the_description_and_the_part_come_and_only_the_part_is_staged(
+    recipe: Path, mine: Path, tmp_path: Path
+) -> None:
+    from bigincubate.data.stage import staged
+
+    here = tmp_path / "here"
+    sets = [f"data.remote={mine}", f"data.path={here}", f"data.stage={tmp_path / 'disk'}"]
+    loaded = load_recipe(str(recipe), sets)
+    data = ensure_data(loaded, RunDir(tmp_path / "run"), module=1)
+    own, part = open_for(loaded, data, 1)
+    assert {str(file.relative_to(here)) for file in here.rglob("*.json")} == {
+        "dataset.json",
+        *(f"parts/01/{name}" for name in ("dataset.json", "train/index.json", "val/index.json")),
+    }
+    assert own.digest == loaded.digest
+    with staged(own, part) as (there, copy):
+        from bigincubate.data.shards import Shards
+
+        assert (copy.part, copy.digest) == (1, data.parts[1])
+        Shards(copy, "train", remote=there.data.remote).read(0)
+
+
+def test_made_up_data_is_cut_for_the_modules_by_itself(tmp_path: Path) -> None:
+    (tmp_path / "smoke.toml").write_text(SMOKE)
+    sets = ["data.source=made-up", "data.decentralised=true"]
+    data = ensure_data(load_recipe(str(tmp_path / "smoke.toml"), sets), RunDir(tmp_path / "run"))
+    assert (data.samples, len(data.parts)) == ({"train": 256, "val": 64}, 2)

@@ -1,0 +1,230 @@
+"""The shipped recipes: each loads, plans and would be submitted, has the published sizes, and runs when small."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMOKE, Lab
+from timm.layers import resample_abs_pos_embed
+
+from bigincubate import cli
+from bigincubate.config import PHASES, Recipe, load_recipe, reading, shipped
+from bigincubate.data.mixing import mix
+from bigincubate.data.streams import Batch
+from bigincubate.errors import ConfigError
+from bigincubate.models import build, fit_positions
+from bigincubate.plan import count_cost, make_plan, phase_model
+from bigincubate.smoke import smoke
+
+NAMES = sorted(shipped())
+# millions of parameters and GFLOPs (multiply-adds) of a forward, at the size that is fine-tuned
+FIGURES = {
+    "imagenet-vit-b": (87, 17.6),  # Deep Incubation, table 1
+    "imagenet-swin-b": (88, 15.4),
+    "imagenet-vit-l": (304, 61.6),
+    "imagenet-vit-h": (632, 167.3),  # counted; DeiT III's table has 167.4
+    "imagenet-vit-b-384": (87, 55.5),  # DeiT III, README_revenge.md
+    "imagenet-vit-l-384": (305, 191.1),  # counted; there 191.2
+    "imagenet-vit-b-deit3": (87, 17.6),
+    "cifar100-deit-t32": (14, 1.0),  # counted: 32 blocks of 12 x 192^2 weights, 65 tokens
+    "cifar100-deit-t128": (57, 3.9),
+}
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_sizes_are_those_that_were_published(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigincubate import plan
+
+    recipe = load_recipe(name)
+    cut = make_plan(recipe)
+    monkeypatch.setattr(plan, "saved_bytes", lambda *_: 0)  # takes longest, and is looked at elsewhere
+    monkeypatch.setattr(plan, "trained", lambda *_: [])
+    cost = count_cost(cut.row("finetune"), recipe.settings("finetune"), cut.family)
+    assert (round(cost.parameters / 1e6), round(cost.forward_flops / 2e9, 1)) == FIGURES[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_plans_and_would_be_submitted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert shipped()[name].read_text().startswith("# ")  # where it comes from
+    for phase in PHASES:  # each batch is one that eight ranks can share, mixing partners together
+        assert recipe.settings(phase).train.batch_size % 16 == 0
+    cut = make_plan(recipe)
+    rows = cut.rows()
+    assert len(rows) == cut.modules + 3
+    for row in (cut.row("pretrain"), cut.row("incubate", cut.modules - 1)):
+        phase_model(row, recipe.settings(row.phase), cut.family, device="meta")
+    monkeypatch.setattr(sys, "argv", ["bigincubate", "submit", name, "--run-dir", str(tmp_path / "run"), "--dry-run"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().out
+    assert not ended.value.code
+    assert f"--array=0-{cut.modules - 1}" in said or f"--array={','.join(map(str, range(cut.modules)))}" in said
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ base
+
+
+def test_a_recipe_on_a_base_differs_in_what_it_says_and_nothing_else() -> None:
+    base, derived = load_recipe("imagenet-vit-b").flat(), load_recipe("imagenet-vit-l").flat()
+    assert {key for key in base.keys() | derived.keys() if base.get(key) != derived.get(key)} == {
+        *("name", "description", "model.name", "plan.target_depths"),
+        *("finetune.drop_path.rate", "end_to_end.drop_path.rate"),
+    }
+    assert load_recipe("cifar100-deit-t128-dmt").plan.target_depths == [32, 32, 32, 32]  # through a chain
+
+
+def test_a_users_recipe_may_have_a_base_whose_arguments_stay_with_its_model(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "digits"\n[train]\nbatch_size = 32\n[model.args]\nembed_dim = 24\n')
+    mine, digits = load_recipe(str(file)), load_recipe("digits")
+    assert (mine.name, mine.train.batch_size, mine.optim) == ("mine", 32, digits.optim)
+    assert mine.model.args == {**digits.model.args, "embed_dim": 24}
+    file.write_text('base = "digits"\n[model]\nname = "mixer_s16_224"\nargs = { patch_size = 4 }\n')
+    assert load_recipe(str(file)).model.args == {"patch_size": 4}
+
+
+def test_a_base_that_is_missing_or_comes_back_to_itself_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "mine.toml"
+    for base in ('"nothing"', "3", f'"{file}"'):
+        file.write_text(f"base = {base}\n")
+        with pytest.raises(ConfigError, match=r"mine\.toml: base = .*no shipped recipe; there are .*digits"):
+            load_recipe(str(file))
+    monkeypatch.setattr(reading, "shipped", lambda: {name: tmp_path / f"{name}.toml" for name in "ab"})
+    (tmp_path / "a.toml").write_text('base = "b"\n')
+    (tmp_path / "b.toml").write_text('base = "a"\n')
+    with pytest.raises(ConfigError, match=r"b\.toml: base = 'a' comes back to itself") as caught:
+        load_recipe("a")
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------ what recipes ask for
+
+
+def test_position_embeddings_are_resampled_and_nothing_else_changes() -> None:
+    args = {"embed_dim": 8, "num_heads": 2, "patch_size": 4}
+    for name, prefix in (("vit_tiny_patch16_224", 1), ("deit3_small_patch16_224", 0)):
+        small, large = (build(name, ((1,),), num_classes=3, img_size=size, args=args) for size in (16, 24))
+        before = {key: torch.randn_like(tensor) for key, tensor in small.state_dict().items()}
+        after = fit_positions(before, large)
+        large.load_state_dict(after)
+        assert after["pos_embed"].shape == (1, 36 + prefix, 8)
+        expected = resample_abs_pos_embed(before["pos_embed"], new_size=[6, 6], num_prefix_tokens=prefix)
+        assert torch.equal(after["pos_embed"], expected)
+        assert torch.equal(after["pos_embed"][:, :prefix], before["pos_embed"][:, :prefix])
+        assert all(after[key] is before[key] for key in before.keys() - {"pos_embed"})
+        assert fit_positions(before, small) == before
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_torchs_on_both_classes_of_a_mixed_image(
+    lab: Callable[..., Any], smoothing: float
+) -> None:
+    made = lab("loss.bce=true", f"loss.label_smoothing={smoothing}", "mixup.mixup=0.8")
+    task = made.trainer("pretrain").task
+    labels, rows = torch.tensor([1, 2, 3, 3]), torch.arange(4)
+    images, logits = torch.rand(4, 3, 8, 8), torch.randn(4, 10)
+    _, targets = task.prepare(Batch(images, labels, rows, rows, rows), 5)
+    two_hot = torch.zeros(4, 10)
+    for row, partner in enumerate((2, 3, 0, 1)):
+        two_hot[row, labels[row]] = two_hot[row, labels[partner]] = 1
+    assert two_hot.sum(1).tolist() == [2, 2, 2, 2]
+    expected = two_hot * (1 - smoothing) + smoothing / 10
+    torch.testing.assert_close(targets, expected)
+    loss = task.loss(lambda _: logits, images, targets)
+    torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(logits, expected))
+    # and off, it is cross entropy on shares
+    task.settings = task.settings.model_copy(update={"loss": load_recipe("digits").loss})
+    _, shares = task.prepare(Batch(images, labels, rows, rows, rows), 5)
+    _, own = mix(images, labels, mixup=task.settings.mixup, smoothing=0.0, num_classes=10, seed=0, step=5)
+    assert torch.equal(shares, own)
+    torch.testing.assert_close(task.loss(lambda _: logits, images, shares), F.cross_entropy(logits, own))
+
+
+def test_deit3_has_everything_but_binary_cross_entropy() -> None:
+    for name in ("imagenet-vit-b-deit3", "imagenet-swin-b-deit3"):
+        recipe = load_recipe(name)
+        meta, e2e = recipe.settings("pretrain"), recipe.settings("end_to_end")
+        assert (meta.optim.name, meta.augment.three_augment, meta.loss.bce) == ("lamb", True, False)
+        assert (meta.train.epochs, e2e.train.epochs, meta.drop_path.rate) == (800, 800, 0)
+        assert e2e.drop_path.rate == (0.2 if "vit" in name else 0.5)
+        assert recipe.settings("finetune").model.img_size == 224
+        assert load_recipe(name, ["loss.bce=true"]).digest != recipe.digest
+    model = phase_model(
+        make_plan(load_recipe("imagenet-vit-b-deit3")).row("finetune"),
+        load_recipe("imagenet-vit-b-deit3").settings("finetune"),
+        make_plan(load_recipe("imagenet-vit-b-deit3")).family,
+    )
+    assert float(model.blocks[0].ls1.gamma.detach().mean()) == pytest.approx(1e-4)  # type: ignore[union-attr, index]
+
+
+# ------------------------------------------------------------------------------------------------ smoke
+
+
+def kept(recipe: Recipe) -> dict[str, Any]:
+    """What a smoke size must not change."""
+    own = {key: value for key, value in recipe.flat().items() if key.split(".")[0] not in PHASES}
+    same = ("plan.", "optim.", "augment.", "mixup.", "drop_path.", "loss.", "ema.", "train.lr", "train.precision")
+    own = {key: value for key, value in own.items() if key.startswith(same)}
+    phases = {
+        f"{phase}.{key}": getattr(recipe.settings(phase), key)
+        for phase in PHASES
+        for key in ("optim", "augment", "mixup", "drop_path", "loss")
+    }
+    return {**own, **phases, "model": recipe.model.name, "decentralised": recipe.data.decentralised}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_smoke_size_is_the_same_experiment_and_each_phase_of_it_can_be_built(name: str) -> None:
+    recipe, small = load_recipe(name), load_recipe(name, overlay=smoke)
+    assert kept(small) == kept(recipe)
+    cut = make_plan(small)
+    assert cut.target == make_plan(recipe).target
+    larger = recipe.settings("finetune").model.img_size > recipe.settings("pretrain").model.img_size
+    assert (small.settings("finetune").model.img_size > small.settings("pretrain").model.img_size) == larger
+    for phase in ("pretrain", "finetune"):
+        settings = small.settings(phase)  # type: ignore[arg-type]
+        assert (settings.train.max_steps, settings.model.num_classes) == (6, 10)
+        model = phase_model(cut.row(phase), settings, cut.family, device="meta")  # type: ignore[arg-type]
+        size = settings.model.img_size
+        assert model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
+        assert sum(p.numel() for p in model.parameters()) < 3e6
+
+
+def test_smoke_leaves_a_users_own_settings_and_touches_no_data_of_theirs(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text(SMOKE.replace('source = "digits-dev"', f'path = "{tmp_path}"\nstage = "/disk"'))
+    small = load_recipe(str(file), ["train.max_steps=50", "pretrain.train.max_steps=3"], smoke)
+    assert (small.data.source, small.data.path, small.data.stage) == ("made-up", None, None)
+    assert (small.settings("pretrain").train.max_steps, small.train.max_steps) == (3, 50)
+
+
+def test_a_large_recipe_runs_end_to_end_when_small(tmp_path: Path, counted: None) -> None:
+    """Every phase of ViT-B on decentralised data with DeiT III's loss, fine-tuned on larger images."""
+    file = tmp_path / "recipe.toml"
+    sets = ["data.decentralised=true", "loss.bce=true", "train.precision=fp32"]
+    file.write_text(load_recipe("imagenet-vit-b-384", sets, smoke).toml())
+    lab = Lab(file, tmp_path / "run")
+    lab.train("pretrain")
+    for module in range(4):
+        lab.train("incubate", module)
+    assert lab.weights("incubate", 0)["pos_embed"].shape[1] == 1 + 2 * 2
+    result = lab.train("finetune")
+    assert lab.weights("finetune")["pos_embed"].shape[1] == 1 + 3 * 3
+    assert (result["steps"], result["samples"]) == (6, 64)
+    assembled = lab.run.assembled.result
+    assert assembled is not None
+    assert assembled["samples"] == 64
