@@ -70,8 +70,9 @@ def recipes() -> None:
     """The recipes that come with the package."""
     from ..config import load_recipe, shipped
 
+    width = max(map(len, shipped())) + 1
     for name, file in shipped().items():
-        say(f"{name:<20} {load_recipe(name).description}\n{'':<20} {file}")
+        say(f"{name:<{width}} {load_recipe(name).description}\n{'':<{width}} {file}")
 
 
 @app.command()

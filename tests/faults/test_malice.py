@@ -423,7 +423,7 @@ def dataset(place: Any, data: bytes, *, raw: dict[str, Any] | None = None, index
         text = index if isinstance(index, bytes) else json.dumps({"shards": [one], "version": 2}).encode()
         (folder / split / "index.json").write_bytes(text)
         splits[split] = {"index": hashlib.sha256(text).hexdigest(), "samples": one["samples"]}
-    digest = contents_digest(["a", "b"], splits)
+    digest = contents_digest(["a", "b"], splits, {})
     text = json.dumps({"format": 1, "classes": ["a", "b"], "splits": splits, "digest": digest})
     (folder / "dataset.json").write_text(text)
 

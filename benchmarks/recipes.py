@@ -1,0 +1,52 @@
+"""What every shipped recipe costs, planned: the table of docs/results.md.
+
+    python benchmarks/recipes.py [--tflops 200] [NAME ...]
+
+Parameters and GFLOPs (multiply-adds) of a forward are the fine-tuned model's; training FLOPs count a multiply-add as
+two. GPU-hours are FLOPs over what one GPU achieves, an assumption to replace by your own. Memory is the largest that a
+rank of DDP holds in any phase, activations of one image beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
+
+from bigincubate.config import load_recipe, shipped
+from bigincubate.plan import cost_plan, make_plan, plan_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", metavar="NAME", nargs="*", default=[])
+    parser.add_argument("--tflops", type=float, default=200.0, help="achieved, of one GPU")
+    asked = parser.parse_args()
+    print(
+        "| recipe | parameters M | GFLOPs | incubation PFLOPs | of it fine-tuning | end to end PFLOPs "
+        "| GPU-hours, both | MiB a rank + an image |"
+    )
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name in asked.names or shipped():
+        recipe = load_recipe(name)
+        plan = make_plan(recipe)
+        assert recipe.data.train_samples is not None
+        rows = cost_plan(recipe, plan, recipe.data.train_samples)
+        found = plan_json(recipe, plan, rows)
+        fine = next(row for row in rows if row.phase == "finetune").cost
+        own, other = found["incubation_flops"], found["end_to_end_flops"]
+        hours = [f"{flops / asked.tflops / 1e12 / 3600:,.1f}" for flops in (own, other)]
+        held = max(4 * row.cost.parameters + row.cost.optimizer_bytes for row in rows)
+        image = max(row.cost.activation_bytes for row in rows)
+        print(
+            f"| `{name}` | {fine.parameters / 1e6:.1f} | {fine.forward_flops / 2e9:.1f} | {own / 1e15:,.1f} "
+            f"| {found['finetune_share']:.0%} | {other / 1e15:,.1f} | {hours[0]}, {hours[1]} "
+            f"| {held / 2**20:,.0f} + {image / 2**20:,.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
