@@ -1,0 +1,169 @@
+"""What incubation is worth: accuracy against training FLOPs and seconds, several ways of training, budgets and seeds.
+
+    python benchmarks/cost_to_accuracy.py digits
+    python benchmarks/cost_to_accuracy.py digits --budgets 1 --ways incubated fresh boundary grow end-to-end layer-scale
+    python benchmarks/cost_to_accuracy.py benchmarks/cifar100-deep.toml --set data.path=data/cifar100-10k --budgets 1 \
+        --ways incubated decentralised end-to-end layer-scale
+
+A budget is a share of the recipe's epochs, in each of its phases; training end to end always has the FLOPs of the whole
+incubation of the same budget. Every run is a run of the command line, in a folder of its own under OUT: what is done
+is not done again. Writes OUT/table.md, table.json, curves.png and curves.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from io import StringIO
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
+
+from bigincubate.config import Recipe, load_recipe
+from bigincubate.rundir import RunDir
+
+PHASES = ("pretrain", "incubate", "finetune")
+END_TO_END = ("train", "--phase", "end_to_end")
+WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # a way: the command, and what it changes in the recipe
+    "incubated": (("run", "--jobs", "1"), ()),  # as the recipe says
+    "fresh": (("run", "--jobs", "1"), ('incubate.init="fresh"',)),
+    "boundary": (("run", "--jobs", "1"), ('incubate.init="boundary"',)),
+    "grow": (("run", "--jobs", "1"), ('incubate.init="grow"',)),
+    "not incubated": (("run", "--jobs", "1"), ("incubate.train.max_steps=0",)),  # modules as they are initialised
+    "decentralised": (("run", "--jobs", "1"), ("data.decentralised=true",)),
+    "end-to-end": (END_TO_END, ()),
+    "layer-scale": (END_TO_END, ("model.args.init_values=1e-4",)),  # end to end, well conditioned
+}
+
+
+@dataclass(frozen=True)
+class Trial:
+    way: str
+    budget: float
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        return f"{self.way.replace(' ', '-')}-{self.budget:g}-{self.seed}"
+
+
+def train(trial: Trial, recipe: Recipe, asked: argparse.Namespace) -> dict[str, Any]:
+    """Run a trial, or what is missing of it, and read what came out."""
+    command, changes = WAYS[trial.way]
+    folder = asked.out / trial.folder
+    epochs = [f"{p}.train.epochs={recipe.settings(p).train.epochs * trial.budget:g}" for p in PHASES]
+    sets = [*asked.sets, *epochs, f"train.seed={trial.seed}", *changes]
+    subprocess.run(
+        [sys.executable, "-m", "bigincubate", command[0], asked.recipe, "--run-dir", str(folder), *command[1:]]
+        + [part for value in sets for part in ("--set", value)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env={"OMP_NUM_THREADS": "1", **os.environ},
+    )
+    found = RunDir(folder).summary()
+    whole = "end_to_end" not in command
+    phases = [found["meta"], *found["modules"], found["finetune"]] if whole else [found["end_to_end"]]
+    on_the_way = {}
+    if whole:
+        hybrids = [module["top1"] for module in found["modules"]]
+        on_the_way = {"meta": found["meta"]["top1"], "hybrids": hybrids, "assembled": found["assembled"]["top1"]}
+    return {
+        **asdict(trial),
+        "top1": phases[-1]["top1"],
+        "loss": phases[-1]["loss"],
+        "flops": sum(phase["flops"] for phase in phases),
+        "seconds": sum(phase["seconds"] for phase in phases),
+        **on_the_way,
+    }
+
+
+def spread(values: list[float], form: str = ".1f") -> str:
+    """Mean, and the lowest and highest where they differ."""
+    mean = format(statistics.mean(values), form)
+    return mean if min(values) == max(values) else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+def table(trials: list[dict[str, Any]]) -> str:
+    lines = [
+        "| way | budget | top-1, mean (lowest to highest) | loss | assembled | lowest hybrid | PFLOPs | seconds |",
+        "| --- | ---: | --- | --- | --- | --- | ---: | ---: |",
+    ]
+    groups = sorted({(trial["budget"], list(WAYS).index(trial["way"]), trial["way"]) for trial in trials})
+    for budget, _, way in groups:
+        group = [trial for trial in trials if (trial["way"], trial["budget"]) == (way, budget)]
+        grown = [trial for trial in group if "assembled" in trial]
+        lines.append(
+            f"| {way} | {budget:g} | {spread([t['top1'] for t in group])} | {spread([t['loss'] for t in group], '.3f')}"
+            f" | {spread([t['assembled'] for t in grown]) if grown else ''}"
+            f" | {spread([min(t['hybrids']) for t in grown]) if grown else ''}"
+            f" | {statistics.mean(t['flops'] for t in group) / 1e15:.3g}"
+            f" | {statistics.mean(t['seconds'] for t in group):.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(trials: list[dict[str, Any]], title: str, out: Path) -> None:
+    """Top-1 against FLOPs and against seconds: a line a way through the means, a dot a run."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    for axis, key, label in zip(axes, ("flops", "seconds"), ("training FLOPs", "seconds, one core"), strict=True):
+        for colour, way in enumerate(dict.fromkeys(trial["way"] for trial in trials)):
+            mine = [trial for trial in trials if trial["way"] == way]
+            budgets = sorted({trial["budget"] for trial in mine})
+            means = [
+                [statistics.mean(trial[what] for trial in mine if trial["budget"] == budget) for budget in budgets]
+                for what in (key, "top1")
+            ]
+            axis.plot(*means, color=f"C{colour}", marker="o", label=way)
+            points = [[trial[what] for trial in mine] for what in (key, "top1")]
+            axis.scatter(*points, color=f"C{colour}", s=12, alpha=0.5)
+        axis.set_xscale("log"), axis.set_xlabel(label), axis.grid(alpha=0.3)
+    axes[0].set_ylabel("top-1, %"), axes[0].legend(), figure.suptitle(title)
+    figure.savefig(out / "curves.png", dpi=150)
+    drawing = StringIO()
+    figure.savefig(drawing, format="svg")
+    svg = drawing.getvalue()
+    page = f"<!doctype html><meta charset=utf-8><title>{title}</title>{svg[svg.index('<svg') :]}"
+    (out / "curves.html").write_text(f"{page}<pre>{(out / 'table.md').read_text()}</pre>\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="the name of a recipe, or its file")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["incubated", "end-to-end", "layer-scale"])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5, 1.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path, default=Path("runs/cost-to-accuracy"))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time, a core each")
+    asked = parser.parse_args()
+
+    recipe = load_recipe(asked.recipe, asked.sets)
+    trials = [Trial(way, budget, seed) for budget, seed, way in product(asked.budgets, asked.seeds, asked.ways)]
+    asked.out.mkdir(parents=True, exist_ok=True)
+    found = []
+    with ThreadPoolExecutor(asked.jobs) as pool:
+        for result in pool.map(lambda trial: train(trial, recipe, asked), trials):
+            found.append(result)
+            print(f"{result['way']}, budget {result['budget']:g}, seed {result['seed']}: {result['top1']:.2f}")
+            sys.stdout.flush()
+    (asked.out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
+    (asked.out / "table.md").write_text(table(found))
+    draw(found, f"{recipe.name}: {', '.join(asked.sets)}" if asked.sets else recipe.name, asked.out)
+    print(f"\n{table(found)}\n{asked.out}/curves.html")
+
+
+if __name__ == "__main__":
+    main()
