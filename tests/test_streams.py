@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,17 @@ def test_workers_do_not_change_a_bit(info: DatasetInfo, whole: list[Batch], work
 @pytest.mark.parametrize("step", [0, 1, 17, EPOCH - 1, EPOCH, EPOCH + 1, 2 * EPOCH - 2])
 def test_from_any_step_the_rest_is_the_same(info: DatasetInfo, whole: list[Batch], step: int) -> None:
     assert same(take(stream(info, workers=2 * (step == 17)), 6, step), whole[step : step + 6])
+
+
+def test_workers_stay_from_epoch_to_epoch(info: DatasetInfo) -> None:
+    before = set(multiprocessing.active_children())
+    found = []
+    with closing(stream(info, workers=2).batches(EPOCH - 1)) as batches:
+        for _ in range(2):
+            next(batches)
+            found.append({child.pid for child in set(multiprocessing.active_children()) - before})
+    assert found[0] == found[1]
+    assert len(found[0]) == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -163,6 +163,13 @@ class DropPathSection(Section):
 class Loss(Section):
     bce: bool = False  # DeiT III's: each class for itself, yes or no; false: cross entropy over all classes
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target that is spread evenly over all classes
+    fused: bool = execution(False)  # cross entropy in one pass over the logits, from two classes and a share a row
+
+    @model_validator(mode="after")
+    def _one_formula(self) -> Loss:
+        if self.bce and self.fused:
+            raise ValueError("fused is for cross entropy, not for bce: set one of them to false")
+        return self
 
 
 class Ema(Section):

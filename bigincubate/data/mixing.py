@@ -9,6 +9,8 @@ mixing the global batch.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, one_hot
 from torch import Tensor
@@ -61,30 +63,38 @@ def count_micro_batches(settings: config.Settings, world: int) -> int:
     return count
 
 
-def mix(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    mixup: config.Mixup,
-    smoothing: float,
-    num_classes: int,
-    seed: int,
-    step: int,
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class TwoHot:
+    """Targets of n rows: ``share`` of one class each, the rest of another."""
+
+    labels: Tensor  # [n] int64
+    partners: Tensor  # [n] int64
+    share: float  # in [0, 1]
+
+    def dense(self, num_classes: int, smoothing: float) -> Tensor:
+        """[n, num_classes] float32 that sum to one, ``smoothing`` of each spread over all classes."""
+        off = smoothing / num_classes
+
+        def of(labels: Tensor) -> Tensor:
+            return one_hot(labels, num_classes, on_value=1.0 - smoothing + off, off_value=off)
+
+        if self.share == 1.0:
+            return of(self.labels)
+        return of(self.labels) * self.share + of(self.partners) * (1.0 - self.share)
+
+
+def blend(images: Tensor, labels: Tensor, *, mixup: config.Mixup, seed: int, step: int) -> tuple[Tensor, TwoHot]:
     """Mix the rows of one micro-batch with the rows half of it away (timm's batch mode, other partners).
 
     Args:
-        images: [n, 3, H, W] float. labels: [n] int64.
-        smoothing: of the labels, spread over all classes. seed, step: what is drawn depends on these alone.
+        images: [n, 3, H, W] float. labels: [n] int64. seed, step: what is drawn depends on these alone.
 
     Returns:
-        images [n, 3, H, W], new where something was mixed, and targets [n, num_classes] float32 that sum to one.
+        images [n, 3, H, W], new where something was mixed, and their targets.
     """
-    off = smoothing / num_classes
-    targets = one_hot(labels, num_classes, on_value=1.0 - smoothing + off, off_value=off)
     ratio, box = draw(mixup, images.shape, seed=seed, step=step)
     if ratio == 1.0:
-        return images, targets
+        return images, TwoHot(labels, labels, 1.0)
     half = len(images) // 2
     partners = images.roll(half, 0)
     if box is None:
@@ -93,7 +103,15 @@ def mix(
         top, bottom, left, right = box
         images = images.clone()
         images[:, :, top:bottom, left:right] = partners[:, :, top:bottom, left:right]
-    return images, targets * ratio + targets.roll(half, 0) * (1.0 - ratio)
+    return images, TwoHot(labels, labels.roll(half, 0), ratio)
+
+
+def mix(
+    images: Tensor, labels: Tensor, *, mixup: config.Mixup, smoothing: float, num_classes: int, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """:func:`blend`, with targets [n, num_classes] float32 that sum to one."""
+    images, targets = blend(images, labels, mixup=mixup, seed=seed, step=step)
+    return images, targets.dense(num_classes, smoothing)
 
 
 def draw(

@@ -65,7 +65,8 @@ class Shards(StreamingDataset):
         self._parallel_rank_world = World(1, world, 1, rank)  # whose samples to iterate over, says streaming
         # Which shards have been hashed: memory that forked workers share with each other and with later epochs.
         self._verified = np.frombuffer(mmap.mmap(-1, self.num_shards), np.uint8)
-        self.epoch, self._done = 0, 0
+        # Where the next iteration begins, for workers that outlive an epoch: the epoch, and samples done in it.
+        self._begin = np.frombuffer(mmap.mmap(-1, 16), np.int64)
 
     def read(self, sample: int) -> tuple[Image.Image, int]:
         """RGB image and label.
@@ -97,10 +98,15 @@ class Shards(StreamingDataset):
 
         streaming's own way leaves two open files an epoch behind.
         """
-        self.epoch, self._done = obj["epoch"], obj["sample_in_epoch"]
+        self._begin[:] = obj["epoch"], obj["sample_in_epoch"]
+
+    @property
+    def epoch(self) -> int:
+        """Which epoch is iterated over."""
+        return int(self._begin[0])
 
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
-        return self.epoch, self._done
+        return self.epoch, int(self._begin[1])
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Fetch and verify ahead of the reader, in a thread of streaming's, where an error would be lost."""

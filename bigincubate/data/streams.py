@@ -107,7 +107,8 @@ class TrainStream:
             shuffle_seed=_spread(seed),
             shuffle_block_size=data.shuffle_block_size,
         )
-        self._loader = StreamingDataLoader(images, **_loading(share, data.workers))
+        # workers stay: to fork them anew costs a short epoch a sixth of its time
+        self._loader = StreamingDataLoader(images, **_loading(share, data.workers), persistent_workers=data.workers > 0)
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
         """Batches from optimizer step ``step`` on. One iterator at a time.

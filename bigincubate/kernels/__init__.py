@@ -5,5 +5,6 @@ reference runs. None has been measured on a GPU yet: what uses one is a recipe's
 """
 
 from .branch import add_branch
+from .soft_targets import soft_cross_entropy
 
-__all__ = ["add_branch"]
+__all__ = ["add_branch", "soft_cross_entropy"]

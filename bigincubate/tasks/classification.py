@@ -13,10 +13,11 @@ from ..checkpoint.store import check_module, load_artifact, load_manifest
 from ..cluster.env import RunEnv
 from ..config import Recipe
 from ..data.dataset import DatasetInfo
-from ..data.mixing import mix
+from ..data.mixing import TwoHot, blend
 from ..data.parts import seen_by
 from ..data.streams import Batch, EvalStream
 from ..errors import ArtifactError
+from ..kernels import soft_cross_entropy
 from ..models import Partition, assemble, extract, fit_positions, initialise, insert
 from ..plan import PhasePlan, Plan, phase_model
 from ..rundir import RunDir
@@ -95,31 +96,33 @@ class ClassificationTask:
 
     # -------------------------------------------------------------------------------------- what is learned
 
-    def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor | TwoHot]:
         """Inputs ``[n, 3, H, W]`` and targets ``[n, classes]`` of a micro-batch, mixed and smoothed.
 
         Targets are shares that sum to one; with ``loss.bce`` each class that an image shows is 1, whatever its share,
-        as in DeiT III (arXiv 2204.07118). Smoothing by s moves both kinds to (1 - s) target + s / classes.
+        as in DeiT III (arXiv 2204.07118). Smoothing by s moves both kinds to (1 - s) target + s / classes. With
+        ``loss.fused`` they stay two classes and a share, not smoothed.
         """
         loss, classes = self.settings.loss, self.settings.model.num_classes
-        images, targets = mix(
-            batch.images,
-            batch.labels,
-            mixup=self.settings.mixup,
-            smoothing=0.0 if loss.bce else loss.label_smoothing,
-            num_classes=classes,
-            seed=self.settings.train.seed,
-            step=step,
+        images, targets = blend(
+            batch.images, batch.labels, mixup=self.settings.mixup, seed=self.settings.train.seed, step=step
         )
-        if loss.bce:
-            targets = (targets > 0).float() * (1 - loss.label_smoothing) + loss.label_smoothing / classes
-        return images, targets
+        if loss.fused:
+            return images, targets
+        if not loss.bce:
+            return images, targets.dense(classes, loss.label_smoothing)
+        shown = (targets.dense(classes, 0.0) > 0).float()
+        return images, shown * (1 - loss.label_smoothing) + loss.label_smoothing / classes
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, images: Tensor, targets: Tensor | TwoHot) -> Tensor:
         """In fp32, cross entropy as a mean over the batch; with ``loss.bce`` binary cross entropy of every class by
         itself, as a mean over batch and classes."""
-        measure = F.binary_cross_entropy_with_logits if self.settings.loss.bce else F.cross_entropy
-        return measure(model(images).float(), targets)
+        chosen, logits = self.settings.loss, model(images)
+        if isinstance(targets, TwoHot):
+            share = torch.full((len(logits),), targets.share, device=logits.device)
+            return soft_cross_entropy(logits, targets.labels, targets.partners, share, chosen.label_smoothing).mean()
+        measure = F.binary_cross_entropy_with_logits if chosen.bce else F.cross_entropy
+        return measure(logits.float(), targets)
 
 
 @torch.no_grad()

@@ -1,0 +1,139 @@
+"""What streaming, decoding and augmentation cost a training step, against the same batches in memory, in turns.
+
+    python benchmarks/loader.py [--repeats 5] [--steps 22] [--out FILE]
+
+The trainer's own step, at the size of the demo (`digits`: 1,437 uncompressed PNGs of 8x8 pixels; the meta model, whose
+step is the shortest, a module, and all 32 blocks) and of `cifar100-mini` (JPEGs of 32x32 pixels, made up here). A turn
+is as many steps as an epoch of the digits has, so what the start of an epoch costs is in it. *overhead* is the time of
+a turn over that of the turn in memory of the same repeat, less one. Threads: set OMP_NUM_THREADS, as `bigincubate run`
+does for phases beside each other. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import tempfile
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
+
+from duel import Contestant, duel, serve
+
+CLASSES, EACH = 100, 80  # of the JPEGs; a fifth is held out
+NO_META = ["pretrain.train.max_steps=0"]  # a module needs a meta model, trained or not
+CASES: dict[str, dict[str, Any]] = {
+    "digits, meta model": {"recipe": "digits", "phase": "pretrain", "module": None, "sets": []},
+    "digits, module 0": {"recipe": "digits", "phase": "incubate", "module": 0, "sets": NO_META},
+    "digits, all blocks": {"recipe": "digits", "phase": "end_to_end", "module": None, "sets": []},
+    "JPEG 32x32, meta model": {
+        "recipe": "cifar100-mini",
+        "phase": "pretrain",
+        "module": None,
+        "sets": [f"data.train_samples={CLASSES * EACH * 4 // 5}"],
+    },
+}
+IN_MEMORY = "in memory"
+
+
+def make_jpegs(folder: Path) -> None:
+    """Smooth colours and some noise, at a photograph's 1.2 KB a file, a folder a class."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.RandomState(0)
+    for label in range(CLASSES):
+        (folder / f"{label}").mkdir(parents=True)
+        for number in range(EACH):
+            smooth = Image.fromarray(random.randint(0, 256, (6, 6, 3)).astype(np.uint8)).resize((32, 32))
+            noisy = np.asarray(smooth) + random.normal(0, 8, (32, 32, 3))
+            out = io.BytesIO()
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+            (folder / f"{label}" / f"{number}.jpg").write_bytes(out.getvalue())
+
+
+def contestant(name: str, settings: dict[str, Any]) -> Contestant:
+    from bigincubate.attempt import train
+    from bigincubate.cluster.env import RunEnv
+    from bigincubate.cluster.preempt import StopFlag
+    from bigincubate.config import load_recipe
+    from bigincubate.rundir import RunDir
+    from bigincubate.trainer import Trainer
+    from bigincubate.workflow import ensure_data, ensure_plan, find_row
+
+    workers = 0 if name == IN_MEMORY else int(name.split()[0])
+    sets = [*settings["sets"], f"data.path={settings['data']}", f"data.workers={workers}"]
+    recipe = load_recipe(settings["recipe"], sets)
+    run, env = RunDir(Path(tempfile.mkdtemp(dir=settings["folder"]))), RunEnv.detect()
+    run.open(recipe)
+    data = ensure_data(recipe, run)
+    plan, rows = ensure_plan(recipe, run, data)
+    if settings["module"] is not None:
+        train(recipe, plan, plan.row("pretrain"), find_row(rows, "pretrain", None), run, data, env)
+    row = plan.row(settings["phase"], settings["module"])
+    trainer = Trainer(recipe, plan, row, find_row(rows, row.phase, row.module), run, data, env, StopFlag())
+    trainer.wrapped.train()
+    stream = trainer.stream.batches(0)
+    batches = stream
+    if name == IN_MEMORY:
+        held = list(islice(stream, settings["steps"]))
+        batches = cycle(held)  # type: ignore[assignment]
+
+    def turn() -> None:
+        for batch in islice(batches, settings["steps"]):
+            trainer.step(batch)
+
+    def forward() -> Any:
+        images, targets = trainer.task.prepare(next(iter(batches)).to(env.device), 0)
+        return trainer.task.loss(trainer.wrapped, images, targets)
+
+    return Contestant(turn, forward, list(trainer.model.parameters()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--steps", type=int, default=22)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--worker", nargs=2, default=None, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.worker:
+        return serve(contestant(asked.worker[0], json.loads(asked.worker[1])))
+    from bigincubate.data.prepare import prepare
+
+    rows: list[dict[str, Any]] = []
+    print("| step | workers | ms a step | in memory | overhead | least to most |")
+    print("| --- | ---: | ---: | ---: | ---: | --- |")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare("digits", folder / "digits")
+        make_jpegs(folder / "jpegs")
+        prepare(str(folder / "jpegs"), folder / "cifar100-mini")
+        for case in asked.cases:
+            settings = {**CASES[case], "folder": temporary, "steps": asked.steps}
+            settings["data"] = str(folder / settings["recipe"])
+            names = [*(f"{workers} workers" for workers in asked.workers), IN_MEMORY]
+            found = duel(__file__, names, settings, repeats=asked.repeats, steps=1)
+            memory = found[IN_MEMORY]["seconds"] / asked.steps * 1e3
+            for name in names[:-1]:
+                own = found[name]
+                overhead, least, most = (1 / own[key] - 1 for key in ("speed", "most", "least"))
+                row = {"case": case, "workers": name, "ms": own["seconds"] / asked.steps * 1e3, "memory_ms": memory}
+                rows.append({**row, "overhead": overhead, "least": least, "most": most})
+                print(
+                    f"| {case} | {name.split()[0]} | {row['ms']:.1f} | {memory:.1f} | **{overhead:.1%}** "
+                    f"| {least:.1%} to {most:.1%} |",
+                    flush=True,
+                )
+    if asked.out:
+        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Cross entropy with targets of at most two classes a row and label smoothing, which mixup makes: the target
+``[rows, classes]`` is never written down, and logits are read once forwards and once backwards.
+
+A row's target is t = (1 - s) (w [first] + (1 - w) [second]) + s / C, which sums to one, so its cross entropy is
+logsumexp(x) - (1 - s) (w x[first] + (1 - w) x[second]) - s mean(x), and the gradient softmax(x) - t.
+
+Source of the targets: Zhang et al., mixup, 2018 (arXiv:1710.09412); Szegedy et al., 2016 (arXiv:1512.00567), section 7.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .launch import on_triton
+
+
+def soft_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> Tensor:
+    """Cross entropy of each row, ``[rows]``, in fp32 (in fp64 where the logits are).
+
+    Args:
+        logits: ``[rows, classes]``, of any floating dtype; what is computed of them is fp32.
+        first, second: ``[rows]`` int64, the two classes; they may be the same.
+        share: ``[rows]`` float32 (fp64 with logits in fp64), that of ``first``; the rest is ``second``'s.
+        smoothing: in [0, 1): how much of the target is spread over all classes.
+    """
+    loss, _ = _soft_cross_entropy(logits, first, second, share, smoothing)
+    return loss
+
+
+@torch.library.triton_op("bigincubate::soft_cross_entropy", mutates_args={})
+def _soft_cross_entropy(
+    logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The losses ``[rows]``, and logsumexp of each row, which the backward needs."""
+    if not on_triton(logits):
+        return _eager(logits, first, second, share, smoothing)
+    from . import bodies
+
+    return bodies.soft_cross_entropy(logits, first, second, share, smoothing)
+
+
+@torch.library.triton_op("bigincubate::soft_cross_entropy_backward", mutates_args={})
+def _soft_cross_entropy_backward(
+    grad: Tensor, logits: Tensor, normaliser: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
+) -> Tensor:
+    """The gradient of the logits, like them, from that of the losses ``[rows]``."""
+    if not on_triton(logits):
+        return _eager_backward(grad, logits, normaliser, first, second, share, smoothing)
+    from . import bodies
+
+    return bodies.soft_cross_entropy_backward(grad, logits, normaliser, first, second, share, smoothing)
+
+
+def _eager(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    x = _wide(logits)
+    normaliser = x.logsumexp(1)
+    hit = _shares(share).mul(x.gather(1, torch.stack([first, second], 1))).sum(1)
+    return normaliser - (1 - smoothing) * hit - smoothing * x.mean(1), normaliser
+
+
+def _eager_backward(
+    grad: Tensor, logits: Tensor, normaliser: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
+) -> Tensor:
+    x = _wide(logits)
+    out = (x - normaliser[:, None]).exp_().sub_(smoothing / x.shape[1])
+    out.scatter_add_(1, torch.stack([first, second], 1), _shares(share) * (smoothing - 1))
+    return out.mul_(grad[:, None]).to(logits.dtype)
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _shares(share: Tensor) -> Tensor:
+    return torch.stack([share, 1 - share], 1)
+
+
+def _setup(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor, float], output: tuple[Tensor, Tensor]) -> None:
+    logits, first, second, share, ctx.smoothing = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(logits, output[1], first, second, share)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return _soft_cross_entropy_backward(grad.contiguous(), *ctx.saved_tensors, ctx.smoothing), None, None, None, None
+
+
+_soft_cross_entropy.register_autograd(_backward, setup_context=_setup)
