@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import JsonOption, app, console, data_app, say
+from .app import JsonOption, RecipeArgument, SetOption, app, console, data_app, say
 
 
 @data_app.command("prepare")
@@ -109,9 +109,41 @@ def evaluate(
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="A run, a phase's directory or an artifact.")],
-    out: Annotated[Path, typer.Option(help="Where to write model.safetensors and config.json.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; with --as official: the file.")],
+    form: Annotated[str, typer.Option("--as", help="timm (a folder) or official (a .pth file).")] = "timm",
 ) -> None:
-    """Write a finished model as a folder that timm loads."""
+    """Write a finished model as a folder that timm loads, or as a checkpoint of the official implementation."""
+    if form not in ("timm", "official"):
+        raise ConfigError(f"--as {form}: there are timm and official")
     from ..export import export as export_model
+    from ..export import export_official
 
+    if form == "official":
+        export_official(source, out)
+        say(f"written to {out}")
+        return
     say(f"written to {out}; in Python:\n  {export_model(source, out)}")
+
+
+@app.command("import")
+def import_weights(
+    recipe: RecipeArgument,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Official checkpoints: one, or one a module.")],
+    part: Annotated[str, typer.Option("--as", help="meta, modules or model.")],
+    to: Annotated[Path, typer.Option(help="A run directory; of a model: the folder to write.")],
+    sets: SetOption = None,
+) -> None:
+    """Take the meta model, the modules or a whole model from checkpoints of the official implementation."""
+    from ..config import load_recipe
+
+    loaded = load_recipe(recipe, sets or ())
+    from ..importing import import_model, import_part
+    from ..rundir import RunDir
+
+    if part == "model":
+        say(f"written to {to}; in Python:\n  {import_model(loaded, files, to)}")
+    elif part in ("meta", "modules"):
+        for title, result in import_part(loaded, part, files, RunDir(to)):  # type: ignore[arg-type]
+            say(f"{title}: imported, top-1 {result['top1']:.2f}%, loss {result['loss']:.4f}")
+    else:
+        raise ConfigError(f"--as {part}: there are meta, modules and model")
