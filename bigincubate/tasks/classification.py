@@ -19,6 +19,7 @@ from ..data.streams import Batch, EvalStream
 from ..errors import ArtifactError
 from ..models import Partition, assemble, extract, fit_positions, initialise, insert
 from ..plan import PhasePlan, Plan, phase_model
+from ..pretrained import pretrained_meta
 from ..rundir import RunDir
 from ..seeds import stable_seed
 
@@ -65,6 +66,8 @@ class ClassificationTask:
             digest = self._meta_digest(run)
             assembled = assemble(list(self._modules(run, digest)), model.state_dict())
             model.load_state_dict(fit_positions(assembled, model))
+        if start is None and self.row.phase == "pretrain" and self.recipe.meta.init is not None:
+            start = pretrained_meta(self.recipe.meta, self.settings.model, self.partition, model.state_dict())
         if start is not None:
             names = self.partition if self.row.module is None else self.target
             insert(model, self.partition, fit_positions(start, model), names)
