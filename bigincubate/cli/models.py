@@ -65,9 +65,14 @@ def evaluate(
     source: Annotated[Path, typer.Argument(metavar="DIR_OR_ARTIFACT", help="A run, an artifact or an export.")],
     data: Annotated[Path, typer.Option("--data", help="Prepared data; its validation split is used.")],
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    probe: Annotated[
+        str | None, typer.Option(help="Score its features instead: linear or knn, made of the training split.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Top-1, top-5 and loss of a finished model on a validation split."""
+    if probe not in (None, "linear", "knn"):
+        raise ConfigError(f"--probe {probe}: there are linear and knn")
     from ..cluster.env import RunEnv
     from ..config import Augment
     from ..data.dataset import open_dataset
@@ -77,22 +82,21 @@ def evaluate(
 
     model, spec = load_model(source)
     info = open_dataset(data)
-    if len(info.classes) != spec.num_classes:
+    if probe is None and len(info.classes) != spec.num_classes:
         raise ConfigError(f"{data} has {len(info.classes)} classes, the model {spec.num_classes}")
     env = RunEnv.detect()
     augment = Augment(mean=spec.mean, std=spec.std, interpolation=spec.interpolation, eval_crop=spec.eval_crop)
-    stream = EvalStream(
-        info,
-        "val",
-        augment,
-        img_size=spec.img_size,
-        batch_size=batch_size,
-        rank=env.rank,
-        world=env.world,
-        workers=0,
-    )
+    stream = partial(EvalStream, info, augment=augment, img_size=spec.img_size, batch_size=batch_size)
     try:
-        scores = score(model.to(env.device), stream, env)
+        if probe is None:
+            scores = score(model.to(env.device), stream("val", rank=env.rank, world=env.world), env)
+        elif env.world > 1:
+            raise ConfigError("--probe looks at all features at once: run it in one process")
+        else:
+            from ..probe import probe as score_features
+
+            classes = len(info.classes)
+            scores = score_features(probe, model.to(env.device), stream("train"), stream("val"), classes, env.device)  # type: ignore[arg-type]
     finally:
         env.close()
     if not env.is_main:
@@ -100,10 +104,8 @@ def evaluate(
     if as_json:
         print(json.dumps(scores, indent=1))
     else:
-        say(
-            f"top-1 {scores['top1']:.2f}%  top-5 {scores['top5']:.2f}%  loss {scores['loss']:.4f}"
-            f"  on {scores['samples']} images of {data}"
-        )
+        loss = f"  loss {scores['loss']:.4f}" if probe is None else f"  ({probe} probe)"
+        say(f"top-1 {scores['top1']:.2f}%  top-5 {scores['top5']:.2f}%{loss}  on {scores['samples']} images of {data}")
 
 
 @app.command()
