@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from .checkpoint.lock import owned
 from .cluster.env import RunEnv
@@ -19,9 +22,19 @@ from .trainer import Trainer
 
 
 def train(
-    recipe: Recipe, plan: Plan, row: PhasePlan, planned: PlannedRow, run: RunDir, data: DatasetInfo, env: RunEnv
+    recipe: Recipe,
+    plan: Plan,
+    row: PhasePlan,
+    planned: PlannedRow,
+    run: RunDir,
+    data: DatasetInfo,
+    env: RunEnv,
+    start: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Run one phase to its end, from its last checkpoint where there is one, and hand on its artifact.
+
+    Args:
+        start: weights to begin with instead of the row's own, as `ClassificationTask.build_model` takes them.
 
     Returns:
         The phase's result: ``top1``, ``top5`` (percent), ``loss``, ``seconds``, ``images``, ``flops``, ``steps``.
@@ -50,7 +63,7 @@ def train(
         try:
             with watched(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
                 try:
-                    result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim).run()
+                    result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim, start).run()
                 except (OSError, EnvironmentFault):
                     claim.check()  # an heir may have taken away what was missed
                     raise

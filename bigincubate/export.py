@@ -15,6 +15,7 @@ from .config import Phase
 from .errors import ArtifactError, ConfigError
 from .files import plain_size, read_json
 from .models import Partition, build, default_depths, family_of
+from .official import write_official
 from .rundir import RunDir
 
 SPEC = "bigincubate"  # our part of an exported config.json
@@ -52,10 +53,15 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
     tensors, manifest = load_artifact(path)
     if manifest.kind != "model":
         raise ArtifactError(f"{path} is module {manifest.module}, a part of a model; give a run or a whole model")
-    return _with_weights(manifest.model, tensors, path), manifest.model
+    return with_weights(manifest.model, tensors, path), manifest.model
 
 
-def _with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> nn.Module:
+def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> nn.Module:
+    """The model of this description with these weights.
+
+    Raises:
+        ArtifactError: they are not its weights; ``source`` is named.
+    """
     depths = tuple(tuple(stages) for stages in spec.depths)
 
     def built(device: str) -> nn.Module:
@@ -83,7 +89,7 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
     file = path / "model.safetensors"
     try:
         plain_size(file)
-        return _with_weights(spec, load_file(file), file), spec
+        return with_weights(spec, load_file(file), file), spec
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{file} does not hold the model of its config.json: {reason}") from None
@@ -95,10 +101,30 @@ def whole(folder: Path) -> bool:
 
 
 def export(source: Path, out: Path) -> str:
-    """Write a model as timm's own folder (``model.safetensors``, ``config.json``). Gives the Python that loads it.
+    """Write the model of ``source`` as timm's own folder. Gives the Python that loads it.
 
     Raises:
         ArtifactError: there is no whole model in ``source``.
+        ConfigError: ``out`` holds something else.
+    """
+    return write_folder(*load_model(source), out)
+
+
+def export_official(source: Path, out: Path) -> None:
+    """Write the model of ``source`` as a checkpoint of the official implementation.
+
+    Raises:
+        ArtifactError: there is no whole model in ``source``.
+        ConfigError: ``out`` exists; or the official implementation has no such model.
+    """
+    model, spec = load_model(source)
+    write_official(out, model.state_dict(), partition_of(spec))
+
+
+def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
+    """Write a model as timm's own folder (``model.safetensors``, ``config.json``). Gives the Python that loads it.
+
+    Raises:
         ConfigError: ``out`` holds something else.
     """
     from timm.models import save_for_hf
@@ -106,7 +132,6 @@ def export(source: Path, out: Path) -> str:
     out = out.resolve()
     if out.exists() and (not out.is_dir() or ({file.name for file in out.iterdir()} - set(FILES) and not whole(out))):
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
-    model, spec = load_model(source)
     size = [3, spec.img_size, spec.img_size]
     model.pretrained_cfg = {  # type: ignore[assignment]
         **getattr(model, "pretrained_cfg", {}),
@@ -146,9 +171,14 @@ def _cut(spec: ModelSpec) -> int | None:
     return depth if (depth,) != default_depths(spec.name, spec.args) else None
 
 
+def partition_of(spec: ModelSpec) -> Partition:
+    """The cut of a described model."""
+    return Partition(family_of(spec.name), tuple(tuple(stages) for stages in spec.depths))
+
+
 def timm_arguments(spec: ModelSpec) -> dict[str, object]:
     """What ``timm.create_model`` needs to build this very model."""
-    partition = Partition(family_of(spec.name), tuple(tuple(stages) for stages in spec.depths))
+    partition = partition_of(spec)
     arguments: dict[str, object] = {"num_classes": spec.num_classes, **spec.args}
     depth = partition.family.depth_argument
     if depth:

@@ -3,7 +3,7 @@
 ==================== ============================= ======================= ===========
 phase                depths of the model           weights it starts from  trainable
 ==================== ============================= ======================= ===========
-``pretrain``         meta                          fresh                   all
+``pretrain``         meta                          fresh, or `meta.init`   all
 ``incubate`` k       meta, module k at target      meta, module k by init  module k
 ``finetune``         target                        the K modules           all
 ``end_to_end``       target                        fresh                   all

@@ -45,6 +45,7 @@ def smoke(recipe: Recipe) -> dict[str, Any]:
     for phase in PHASES:
         settings = recipe.settings(phase)
         tables[phase] = small(sizes[phase], 16 * settings.augment.repeats, settings.schedule.warmup_epochs)
+    tables["meta"] = dict.fromkeys(("init", "select"))  # pretrained weights are wider
     tables["model"]["args"] = NARROW[family.name]
     made_up = {"source": "made-up", "train_samples": SAMPLES, "workers": 0}
     tables["data"] = {**made_up, **dict.fromkeys(("path", "remote", "stage"))}

@@ -8,7 +8,7 @@ it ends, is in :mod:`bigincubate.attempt`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -74,6 +74,7 @@ class Trainer:
         env: RunEnv,
         stop: StopFlag,
         claim: Claim | None = None,
+        start: Mapping[str, Tensor] | None = None,
     ) -> None:
         check_view(recipe, data, row.module)
         self.recipe, self.row, self.planned, self.run_dir, self.env, self.stop = recipe, row, planned, run, env, stop
@@ -87,7 +88,7 @@ class Trainer:
 
         # one fixed order: weights, freezing, drop-path, placement, recomputation, compilation, sharding, optimizer
         self.task = ClassificationTask(recipe, plan, row, data)
-        built, self.meta_digest = self.task.build_model(run)
+        built, self.meta_digest = self.task.build_model(run, start)
         drop = self.settings.drop_path
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
@@ -395,7 +396,6 @@ class Trainer:
                 assembled.finish({**scores, "seconds": 0.0, "steps": 0, "images": 0, "flops": 0})
 
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
-        model, augment = self.settings.model, self.settings.augment
         module = self.row.module
         depths = self.task.row.depths if module is None else self.task.plan.target
         save_artifact(
@@ -405,17 +405,7 @@ class Trainer:
                 kind="model" if module is None else "module",
                 phase=self.row.phase if folder is self.folder else "assembled",
                 module=module,
-                model=ModelSpec(
-                    name=model.name,
-                    args=model.args,
-                    depths=[list(stages) for stages in depths],
-                    num_classes=model.num_classes,
-                    img_size=model.img_size,
-                    mean=augment.mean,
-                    std=augment.std,
-                    interpolation=augment.interpolation,
-                    eval_crop=augment.eval_crop,
-                ),
+                model=ModelSpec.of(self.settings, depths),
                 weights=export,
                 recipe=self.recipe.digest,
                 data=self.data.digest,

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..config import Settings
 from ..errors import ArtifactError, LockedError
 from ..files import fsync_dir, make_folder, plain_size, sha256, write_hashed, write_text
 from .lock import Claim
@@ -41,6 +43,22 @@ class ModelSpec(BaseModel):
     std: list[float]
     interpolation: Literal["bicubic", "bilinear"]
     eval_crop: float
+
+    @classmethod
+    def of(cls, settings: Settings, depths: Sequence[Sequence[int]]) -> ModelSpec:
+        """The model of these depths that a phase with these settings computes with."""
+        model, augment = settings.model, settings.augment
+        return cls(
+            name=model.name,
+            args=model.args,
+            depths=[list(stages) for stages in depths],
+            num_classes=model.num_classes,
+            img_size=model.img_size,
+            mean=augment.mean,
+            std=augment.std,
+            interpolation=augment.interpolation,
+            eval_crop=augment.eval_crop,
+        )
 
 
 class Manifest(BaseModel):

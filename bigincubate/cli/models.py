@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from ..errors import ConfigError
-from .app import JsonOption, app, console, data_app, say
+from .app import JsonOption, RecipeArgument, SetOption, app, console, data_app, say
 
 
 @data_app.command("prepare")
@@ -65,9 +65,14 @@ def evaluate(
     source: Annotated[Path, typer.Argument(metavar="DIR_OR_ARTIFACT", help="A run, an artifact or an export.")],
     data: Annotated[Path, typer.Option("--data", help="Prepared data; its validation split is used.")],
     batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    probe: Annotated[
+        str | None, typer.Option(help="Score its features instead: linear or knn, made of the training split.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Top-1, top-5 and loss of a finished model on a validation split."""
+    if probe not in (None, "linear", "knn"):
+        raise ConfigError(f"--probe {probe}: there are linear and knn")
     from ..cluster.env import RunEnv
     from ..config import Augment
     from ..data.dataset import open_dataset
@@ -77,22 +82,21 @@ def evaluate(
 
     model, spec = load_model(source)
     info = open_dataset(data)
-    if len(info.classes) != spec.num_classes:
+    if probe is None and len(info.classes) != spec.num_classes:
         raise ConfigError(f"{data} has {len(info.classes)} classes, the model {spec.num_classes}")
     env = RunEnv.detect()
     augment = Augment(mean=spec.mean, std=spec.std, interpolation=spec.interpolation, eval_crop=spec.eval_crop)
-    stream = EvalStream(
-        info,
-        "val",
-        augment,
-        img_size=spec.img_size,
-        batch_size=batch_size,
-        rank=env.rank,
-        world=env.world,
-        workers=0,
-    )
+    stream = partial(EvalStream, info, augment=augment, img_size=spec.img_size, batch_size=batch_size)
     try:
-        scores = score(model.to(env.device), stream, env)
+        if probe is None:
+            scores = score(model.to(env.device), stream("val", rank=env.rank, world=env.world), env)
+        elif env.world > 1:
+            raise ConfigError("--probe looks at all features at once: run it in one process")
+        else:
+            from ..probe import probe as score_features
+
+            classes = len(info.classes)
+            scores = score_features(probe, model.to(env.device), stream("train"), stream("val"), classes, env.device)  # type: ignore[arg-type]
     finally:
         env.close()
     if not env.is_main:
@@ -100,18 +104,48 @@ def evaluate(
     if as_json:
         print(json.dumps(scores, indent=1))
     else:
-        say(
-            f"top-1 {scores['top1']:.2f}%  top-5 {scores['top5']:.2f}%  loss {scores['loss']:.4f}"
-            f"  on {scores['samples']} images of {data}"
-        )
+        loss = f"  loss {scores['loss']:.4f}" if probe is None else f"  ({probe} probe)"
+        say(f"top-1 {scores['top1']:.2f}%  top-5 {scores['top5']:.2f}%{loss}  on {scores['samples']} images of {data}")
 
 
 @app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="DIR", help="A run, a phase's directory or an artifact.")],
-    out: Annotated[Path, typer.Option(help="Where to write model.safetensors and config.json.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; with --as official: the file.")],
+    form: Annotated[str, typer.Option("--as", help="timm (a folder) or official (a .pth file).")] = "timm",
 ) -> None:
-    """Write a finished model as a folder that timm loads."""
+    """Write a finished model as a folder that timm loads, or as a checkpoint of the official implementation."""
+    if form not in ("timm", "official"):
+        raise ConfigError(f"--as {form}: there are timm and official")
     from ..export import export as export_model
+    from ..export import export_official
 
+    if form == "official":
+        export_official(source, out)
+        say(f"written to {out}")
+        return
     say(f"written to {out}; in Python:\n  {export_model(source, out)}")
+
+
+@app.command("import")
+def import_weights(
+    recipe: RecipeArgument,
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Official checkpoints: one, or one a module.")],
+    part: Annotated[str, typer.Option("--as", help="meta, modules or model.")],
+    to: Annotated[Path, typer.Option(help="A run directory; of a model: the folder to write.")],
+    sets: SetOption = None,
+) -> None:
+    """Take the meta model, the modules or a whole model from checkpoints of the official implementation."""
+    from ..config import load_recipe
+
+    loaded = load_recipe(recipe, sets or ())
+    from ..importing import import_model, import_part
+    from ..rundir import RunDir
+
+    if part == "model":
+        say(f"written to {to}; in Python:\n  {import_model(loaded, files, to)}")
+    elif part in ("meta", "modules"):
+        for title, result in import_part(loaded, part, files, RunDir(to)):  # type: ignore[arg-type]
+            say(f"{title}: imported, top-1 {result['top1']:.2f}%, loss {result['loss']:.4f}")
+    else:
+        raise ConfigError(f"--as {part}: there are meta, modules and model")

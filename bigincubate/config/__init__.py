@@ -9,14 +9,30 @@ workers, micro-batch, logging). Digests, refusals and lineage look at identity k
 from .jobs import SlurmJob
 from .reading import load_recipe, shipped
 from .recipe import Recipe, differences, is_execution
-from .sections import PHASES, Augment, Data, Fsdp2, Mixup, Optim, Phase, Schedule, Settings, Sharding, Train
+from .sections import (
+    PHASES,
+    Augment,
+    Data,
+    Fsdp2,
+    Meta,
+    Mixup,
+    Model,
+    Optim,
+    Phase,
+    Schedule,
+    Settings,
+    Sharding,
+    Train,
+)
 
 __all__ = [
     "PHASES",
     "Augment",
     "Data",
     "Fsdp2",
+    "Meta",
     "Mixup",
+    "Model",
     "Optim",
     "Phase",
     "Recipe",

@@ -19,6 +19,7 @@ from .sections import (
     EndToEnd,
     Incubate,
     Log,
+    Meta,
     Phase,
     PhaseSection,
     Plan,
@@ -34,6 +35,7 @@ class Recipe(Settings):
     description: str = execution("")
     data: Data = Data()
     plan: Plan
+    meta: Meta = Meta()
     pretrain: PhaseSection = PhaseSection()
     incubate: Incubate = Incubate()
     finetune: PhaseSection = PhaseSection()

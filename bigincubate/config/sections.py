@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -73,6 +74,34 @@ class Plan(Section):
         if not self.modules and not self.target_depths:
             raise ValueError("give target_depths, or modules for a balanced cut")
         return self
+
+
+class Meta(Section):
+    """What the meta model starts from, instead of fresh weights; the phase ``pretrain`` then tunes it."""
+
+    # "timm:NAME", which timm may download, or a path: a run, an export, a .safetensors or .pth file
+    init: str | None = None
+    # which of its blocks: indices (in several stages a list a stage); "even" or None: first, last and evenly between
+    select: str | list[int] | list[list[int]] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Meta:
+        if self.init in ("", "timm:"):
+            raise ValueError('init is a path, or "timm:" with the name of a model')
+        if self.select is not None and self.init is None:
+            raise ValueError("select says which blocks of init: give that too")
+        if self.select not in (None, "even") and not _in_order(self.select):
+            raise ValueError(f'select is "even", or block indices in their order, each once (given: {self.select!r})')
+        return self
+
+
+def _in_order(select: Any) -> bool:
+    """Whether these are block indices, or a list of them a stage, that ascend."""
+    if not isinstance(select, list) or not select:
+        return False
+    if isinstance(select[0], list):
+        return all(map(_in_order, select))
+    return select[0] >= 0 and all(before < after for before, after in pairwise(select))
 
 
 class Train(Section):

@@ -7,6 +7,7 @@ the blocks (the stem) and after them (the tail). Everything else in this package
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -57,6 +58,15 @@ class Family:
         """The list of blocks of each stage of a timm model."""
         parent = self.block.removesuffix(".{block}")
         return [model.get_submodule(parent.format(stage=stage)) for stage in range(self.stages)]
+
+    def count_blocks(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Number of blocks a stage of a model that has tensors of these names."""
+        prefixes = [self.block.removesuffix("{block}").format(stage=stage) for stage in range(self.stages)]
+        names = list(names)
+        return tuple(
+            len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
+            for prefix in prefixes
+        )
 
 
 FAMILIES: tuple[Family, ...] = (

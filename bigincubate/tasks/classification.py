@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from ..errors import ArtifactError
 from ..kernels import soft_cross_entropy
 from ..models import Partition, assemble, extract, fit_positions, initialise, insert
 from ..plan import PhasePlan, Plan, phase_model
+from ..pretrained import pretrained_meta
 from ..rundir import RunDir
 from ..seeds import stable_seed
 
@@ -39,9 +40,13 @@ class ClassificationTask:
         self.target = Partition(self.plan.family, self.plan.target)
         self.meta = Partition(self.plan.family, self.plan.meta)
 
-    def build_model(self, run: RunDir) -> tuple[nn.Module, str | None]:
+    def build_model(self, run: RunDir, start: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, str | None]:
         """The row's model with the weights it starts from, frozen as the row says, and the digest of the meta model
         it uses (None: it uses none).
+
+        Args:
+            start: what the part that trains starts from instead: a module's tensors under the target's names, or all
+                of another row's.
 
         Raises:
             ArtifactError: an earlier phase has not handed on what this one needs; the message has the command.
@@ -62,6 +67,11 @@ class ClassificationTask:
             digest = self._meta_digest(run)
             assembled = assemble(list(self._modules(run, digest)), model.state_dict())
             model.load_state_dict(fit_positions(assembled, model))
+        if start is None and self.row.phase == "pretrain" and self.recipe.meta.init is not None:
+            start = pretrained_meta(self.recipe.meta, self.settings.model, self.partition, model.state_dict())
+        if start is not None:
+            names = self.partition if self.row.module is None else self.target
+            insert(model, self.partition, fit_positions(start, model), names)
         return model, digest
 
     def _meta_digest(self, run: RunDir) -> str:
