@@ -23,6 +23,7 @@
         DONE                          the result; last thing written
       fleet/                how far each phase is, for TensorBoard: the same tags for all
       partial/              the scores of partial.json, for TensorBoard, over the number of modules
+      report.html           of `bigincubate report`, as things stood then
       slurm/  jobs.json     logs of jobs and their ranks; what was submitted, and how often
 """
 

@@ -123,6 +123,39 @@ def summary_table(name: str, summary: dict[str, Any]) -> Table:
     return table
 
 
+def compare_table(rows: list[dict[str, Any]]) -> Table:
+    columns = [
+        "run",
+        "top-1 %",
+        "loss",
+        "meta",
+        "hybrids",
+        "assembled",
+        "epochs",
+        "images",
+        "TFLOPs",
+        "seconds",
+        "missing",
+    ]
+    table = _table("runs compared", columns)
+    for row in rows:
+        hybrids = [top1 for top1 in row["hybrids"] if top1 is not None]
+        table.add_row(
+            row["run"],
+            _number(row["top1"], ".2f"),
+            _number(row["loss"], ".4f"),
+            _number(row["meta"], ".2f"),
+            f"{min(hybrids):.2f} to {max(hybrids):.2f}" if hybrids else "-",
+            _number(row["assembled"], ".2f"),
+            f"{row['epochs']:.4g}",
+            f"{row['images']:,.0f}",
+            f"{row['flops'] / 1e12:,.4g}",
+            f"{row['seconds']:,.1f}",
+            ", ".join(row["missing"]) or "-",
+        )
+    return table
+
+
 def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
     submitted = any(row["job"] for row in rows)
     columns = ["step", "done", "loss", "top-1 %", "img/s", "ETA", "restarts", "checkpoint", "error"]
