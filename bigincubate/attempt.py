@@ -50,7 +50,8 @@ def train(
     with owned(folder.path, env) as claim, StopFlag() as stop:
         attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))
         about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        main = {**env.broadcast(about), "steps": planned.steps}
+        strategy = recipe.settings(row.phase).sharding.strategy
+        main = {**env.broadcast({**about, **env.machine()}), "sharding": strategy, "steps": planned.steps}
 
         def note(state: str, **more: Any) -> None:
             folder.record(attempt, state=state, **main, **more)

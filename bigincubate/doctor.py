@@ -15,6 +15,7 @@ PACKAGES = {
     "mosaicml-streaming": (True, "streaming data"),
     "safetensors": (True, "checkpoints and artifacts"),
     "tensorboard": (True, "curves"),
+    "matplotlib": (True, "reports and comparisons"),
     "scikit-learn": (True, "the embedded digits"),
     "deepspeed": (False, "ZeRO sharding: pip install 'bigincubate[deepspeed]'"),
     "fairscale": (False, "optimizer-state sharding: pip install 'bigincubate[fairscale]'"),

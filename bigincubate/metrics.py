@@ -76,6 +76,13 @@ class Metrics:
             writer.close()
 
 
+def log_partial(folder: Path, modules: int, scores: dict[str, float]) -> None:
+    """The score of an assembly of so many modules and the meta model, over that number, in a folder of its own."""
+    with _writer(folder, 0) as writer:
+        for key in ("top1", "loss"):
+            writer.add_scalar(f"partial/{key}", scores[key], modules)
+
+
 def _writer(folder: Path, first: int) -> SummaryWriter:
     if first == 0:
         shutil.rmtree(folder, ignore_errors=True)

@@ -16,7 +16,7 @@ Costs are counted, not estimated: each phase's model is built without storage an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -106,6 +106,13 @@ class Plan:
             depths = self.meta if phase == "pretrain" else self.target
             slots = (Slot(depths[k], "module" if phase == "finetune" else "fresh") for k in everywhere)
         return PhasePlan(phase, module, tuple(slots))
+
+    def partial(self, joined: Collection[int]) -> PhasePlan:
+        """The modules ``joined``, incubated, and the meta model's in place of the others. A row that nobody trains."""
+        slots = (
+            Slot(self.target[k], "module") if k in joined else Slot(self.meta[k], "meta") for k in range(self.modules)
+        )
+        return PhasePlan("incubate", None, tuple(slots))
 
     def rows(self) -> list[PhasePlan]:
         modules = [self.row("incubate", module) for module in range(self.modules)]

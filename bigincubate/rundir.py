@@ -17,10 +17,13 @@
         metrics.jsonl  tb/  logs/
         attempts/1.json               running, preempted, failed or done
         owners/1.json                 whose the folder is; the last one counts
+        partial.json                  of a module: its score beside those that were finished when it was
         rollback.json                 where training went back to after too many gradients that were not finite
         requeues.jsonl                of a Slurm job: why, and from which checkpoint it goes on
         DONE                          the result; last thing written
       fleet/                how far each phase is, for TensorBoard: the same tags for all
+      partial/              the scores of partial.json, for TensorBoard, over the number of modules
+      report.html           of `bigincubate report`, as things stood then
       slurm/  jobs.json     logs of jobs and their ranks; what was submitted, and how often
 """
 
@@ -71,6 +74,15 @@ class PhaseDir:
 
     def note_rollback(self, to: int, **fields: Any) -> None:
         write_json(self.path / "rollback.json", {"to": to, **fields})
+
+    @property
+    def partial(self) -> dict[str, Any] | None:
+        """Of a module: how it did, when it was finished, beside the modules ``joined`` that were (itself included) and
+        the meta model for the others: ``top1``, ``top5`` (percent), ``loss``. None before."""
+        return read_json(self.path / "partial.json")
+
+    def note_partial(self, scores: dict[str, Any]) -> None:
+        write_json(self.path / "partial.json", scores)
 
     def attempts(self) -> list[dict[str, Any]]:
         """Every attempt at this phase, oldest first."""

@@ -123,10 +123,45 @@ def summary_table(name: str, summary: dict[str, Any]) -> Table:
     return table
 
 
+def compare_table(rows: list[dict[str, Any]]) -> Table:
+    columns = [
+        "run",
+        "top-1 %",
+        "loss",
+        "meta",
+        "hybrids",
+        "assembled",
+        "epochs",
+        "images",
+        "TFLOPs",
+        "seconds",
+        "missing",
+    ]
+    table = _table("runs compared", columns)
+    for row in rows:
+        hybrids = [top1 for top1 in row["hybrids"] if top1 is not None]
+        table.add_row(
+            row["run"],
+            _number(row["top1"], ".2f"),
+            _number(row["loss"], ".4f"),
+            _number(row["meta"], ".2f"),
+            f"{min(hybrids):.2f} to {max(hybrids):.2f}" if hybrids else "-",
+            _number(row["assembled"], ".2f"),
+            f"{row['epochs']:.4g}",
+            f"{row['images']:,.0f}",
+            f"{row['flops'] / 1e12:,.4g}",
+            f"{row['seconds']:,.1f}",
+            ", ".join(row["missing"]) or "-",
+        )
+    return table
+
+
 def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
     submitted = any(row["job"] for row in rows)
     columns = ["step", "done", "loss", "top-1 %", "img/s", "ETA", "restarts", "checkpoint", "error"]
     queued = ["job", "in Slurm", "node"] if submitted else []
+    if joined := any(row["partial"] for row in rows):
+        columns.insert(columns.index("top-1 %") + 1, "beside finished modules")
     table = _table(f"{name}: status", ["phase", "state", *queued, *columns])
     for row in rows:
         table.add_row(
@@ -137,6 +172,7 @@ def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['percent']:.0f}%",
             _number(row["loss"], ".4f"),
             _number(row["top1"], ".2f"),
+            *([partial_text(row["partial"])] if joined else []),
             _number(row["images_per_sec"], ".0f"),
             _duration(row["eta_seconds"]),
             str(row["restarts"]),
@@ -144,6 +180,18 @@ def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
             row["error"] or "",
         )
     return table
+
+
+def partial_text(partial: dict[str, Any] | None) -> str:
+    """``91.39 (0-2 of 4)``: top-1 of the modules that were finished, the meta model in place of the others."""
+    return f"{partial['top1']:.2f} ({ranges(partial['joined'])} of {partial['modules']})" if partial else "-"
+
+
+def ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2,5``."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def checkpoint_table(name: str, rows: list[dict[str, Any]]) -> Table:

@@ -30,7 +30,7 @@ from .data.mixing import count_micro_batches
 from .data.parts import check_view
 from .data.streams import Batch, EvalStream, TrainStream
 from .errors import ArtifactError, NonFiniteError, Preempted
-from .metrics import Meter, Metrics
+from .metrics import Meter, Metrics, log_partial
 from .models import (
     apply_masks,
     checkpoint_activations,
@@ -46,6 +46,7 @@ from .plan import PhasePlan, Plan, PlannedRow, phase_steps
 from .rundir import PhaseDir, RunDir
 from .sharding import make_sharding
 from .tasks.classification import ClassificationTask, evaluate
+from .tasks.partial import finished, partial_assembly
 
 
 @dataclass
@@ -374,6 +375,8 @@ class Trainer:
         with self.env.first():
             if self.env.is_main:
                 self.write_artifact(self.folder, tensors, export)
+        if module is not None:
+            self.score_partial(module)
         state = self.state
         return {
             **scores,
@@ -382,6 +385,21 @@ class Trainer:
             "images": state.images,
             "flops": state.images * self.planned.cost.training_flops,
         }
+
+    def score_partial(self, module: int) -> None:
+        """How the module does beside those that are finished by now: in ``partial.json``, the events and TensorBoard.
+        Every rank holds the whole model for it, and scores its share of the images."""
+        joined: list[int] = self.env.broadcast(finished(self.task, self.run_dir) if self.env.is_main else None)
+        if module not in joined:  # the meta model that it grew from was replaced meanwhile
+            return
+        model = partial_assembly(self.task, self.run_dir, joined, self.env.device)
+        scores = evaluate(model, self.eval_stream, self.env, self.settings.train.precision)
+        with self.env.first():
+            if self.env.is_main:
+                self.claim.check()
+                self.folder.note_partial({"joined": joined, "modules": self.task.plan.modules, **scores})
+                log_partial(self.run_dir.path / "partial" / self.folder.path.name, len(joined), scores)
+                self.run_dir.note("partial_assembly", phase=self.row.key, joined=joined, top1=scores["top1"])
 
     def finish_assembly(self) -> None:
         """The assembled model as it is before fine-tuning: its score, and itself."""

@@ -35,8 +35,11 @@ class Finding:
     why: str = ""
 
 
-def verify_run(run: RunDir) -> Iterator[Finding]:
+def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
     """Every file that something is handed on by: data, artifacts, results, resume checkpoints. All of them are read.
+
+    Args:
+        everything: else artifacts and results alone, which are small beside data and checkpoints.
 
     Raises:
         ArtifactError: not a run directory, or nothing has been planned in it yet.
@@ -44,13 +47,16 @@ def verify_run(run: RunDir) -> Iterator[Finding]:
     recipe, plan = run.recipe(), read_json(run.path / "plan.json")
     if plan is None or not {"rows", "data"} <= plan.keys():
         raise ArtifactError(f"nothing has run in {run.path} yet")
-    yield from _data(recipe, run, plan["data"])
+    if everything:
+        yield from _data(recipe, run, plan["data"])
     for row in plan["rows"]:
         folder = run.phase(row["phase"], row["module"])
         own = row["module"] is not None and plan.get("parts")
         seen = own[row["module"]] if own else plan["data"]
         if folder.path.exists() or row["phase"] != "end_to_end":  # a baseline that nobody asked for
             yield from _phase(row["key"], folder, recipe, run, seen)
+            if everything:
+                yield from _checkpoints(row["key"], folder)
     if run.assembled.path.exists():
         yield _artifact("assembled", run.assembled, recipe, run, plan["data"])
 
@@ -81,6 +87,10 @@ def _phase(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -
         yield Finding(key, folder.path, Verdict.RUNNING, alive)
     else:
         yield Finding(key, folder.path, Verdict.UNFINISHED if folder.attempts() else Verdict.ABSENT)
+
+
+def _checkpoints(key: str, folder: PhaseDir) -> Iterator[Finding]:
+    alive = owner(folder.path)
     for row in survey(folder.path) if folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir()) else []:
         verdict, why = Verdict.GOOD, ""
         if not row["committed"]:

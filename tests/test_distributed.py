@@ -128,6 +128,13 @@ def test_evaluation_counts_each_sample_once(ranks: Ranks, digits: Path, samples:
         assert scores["loss"] == pytest.approx(alone["loss"], abs=1e-6)
 
 
+def test_ranks_score_a_partial_assembly_together(ranks: Ranks) -> None:
+    for module in (0, 1):
+        one, two = (each.run.phase("incubate", module).partial for each in (ranks.single, ranks.double))
+        assert (one["joined"], one["samples"]) == (two["joined"], two["samples"])
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
 def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(ranks: Ranks) -> None:
     assert ranks.codes("stopped") == [75, 75]
     folder = ranks.stopped.run.phase("pretrain")

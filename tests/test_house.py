@@ -100,6 +100,7 @@ def test_sharding_knows_neither_tasks_nor_models() -> None:
         ("optim", {"models", "trainer", "sharding", "data"}),
         ("cluster", {"trainer", "models", "data", "tasks", "sharding"}),
         ("trainer", {"cli", "export", "attempt"}),
+        ("report", {"cli", "trainer", "models", "tasks", "sharding", "attempt", "plan"}),
         ("attempt", {"cli", "export", "models", "sharding", "tasks"}),
     ],
 )
@@ -120,7 +121,7 @@ def loaded_after(code: str) -> set[str]:
     return set(ended.stdout.split())
 
 
-HEAVY = {"torch", "timm", "streaming", "torchvision", "numpy", "sklearn", "tensorboard", "PIL"}
+HEAVY = {"torch", "timm", "streaming", "torchvision", "numpy", "sklearn", "tensorboard", "PIL", "matplotlib"}
 
 
 def test_importing_the_edge_imports_nothing_heavy() -> None:

@@ -5,7 +5,9 @@ Taken from ``torchrun``'s variables, else from Slurm's, else a world of one.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .. import __version__
 from ..errors import BigincubateError, ConfigError
 
 
@@ -67,6 +70,15 @@ class RunEnv:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
             self.control = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
         return self
+
+    def machine(self) -> dict[str, Any]:
+        """What this rank computes with, for the record: ``device``, ``world`` (ranks), ``threads`` (of this rank, on
+        the CPU), ``versions`` of the packages that results depend on."""
+        cuda = self.device.type == "cuda"
+        device = torch.cuda.get_device_name(self.device) if cuda else f"CPU ({platform.machine()})"
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "mosaicml-streaming")}
+        versions = {"bigincubate": __version__, "python": platform.python_version(), **versions}
+        return {"device": device, "world": self.world, "threads": torch.get_num_threads(), "versions": versions}
 
     def apart(self) -> RunEnv:
         """The same ranks, with a channel of their own for another thread to talk on. On all ranks together."""

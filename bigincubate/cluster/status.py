@@ -15,8 +15,9 @@ from .slurm import Queued, queue
 
 def run_status(run: RunDir) -> list[dict[str, Any]]:
     """A row a phase: title, state (waiting, queued, running, preempted, failed, died, done), step, steps, percent,
-    loss, top1, images_per_sec, eta_seconds, attempts, restarts, checkpoint, error, node; of a job in the queue: job,
-    queue (its state, with the reason for which it waits). Where Slurm does not answer, files alone are asked.
+    loss, top1, images_per_sec, eta_seconds, attempts, restarts, checkpoint, error, node; of a module partial
+    (:attr:`.PhaseDir.partial`); of a job in the queue: job, queue (its state, with the reason for which it waits).
+    Where Slurm does not answer, files alone are asked.
 
     Raises:
         ArtifactError: not a run directory, or nothing has been planned in it yet.
@@ -55,6 +56,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
         "images_per_sec": rate,
         "eta_seconds": left / rate if rate and state == "running" else None,
         "attempts": len(attempts),
+        "partial": folder.partial,
         "checkpoint": checkpoints[-1] if checkpoints else None,
         "error": attempts[-1].get("error") if attempts and state == "failed" else None,
     }

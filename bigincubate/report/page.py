@@ -1,0 +1,300 @@
+"""The page of one run: what was trained, what it came to, what it cost, how it went."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..tables import depths_text
+from ..verify import Finding, Verdict
+from . import figures, html
+from .facts import PhaseFacts, RunFacts, Way
+from .html import NONE, Markup, data, definitions, figure, flops, join, loss, table, tag, text, top1
+from .story import Moment, story
+from .units import duration, percent, prefix, quantity, three
+
+
+def report(facts: RunFacts, findings: Sequence[Finding]) -> str:
+    """The page as HTML.
+
+    Args:
+        findings: what became of verifying artifacts and results.
+    """
+    moments = story(facts)
+    title = f"{facts.recipe.name}: {facts.run.path.resolve().name}"
+    incubated = facts.way("incubated")
+    return html.page(
+        title,
+        _head(facts, moments),
+        tag("h2", "What was trained"),
+        _trained(facts),
+        tag("h2", "The phases"),
+        _phases(facts),
+        *_curves(facts),
+        *(_fit(incubated) if incubated else ()),
+        tag("h2", "What it cost"),
+        _bill(facts),
+        tag("h2", "How it went"),
+        _history(facts, moments),
+        tag("h2", "Where it ran"),
+        _environment(facts),
+        tag("h2", "Verification"),
+        _verification(findings),
+        tag("details", tag("summary", "The recipe, as resolved"), tag("pre", facts.recipe.toml())),
+        tag("footer", f"bigincubate report {facts.run.path}"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ at the top
+
+
+def _head(facts: RunFacts, moments: Iterable[Moment]) -> Markup:
+    missing = facts.missing
+    state = tag("span", "unfinished" if missing else "done", class_="state" if missing else "state done")
+    said = tag("p", facts.recipe.description, class_="soft") if facts.recipe.description else Markup()
+    told = tag("p", f"Not there yet: {', '.join(missing)}.", class_="missing") if missing else Markup()
+    tiles = []
+    for way in facts.ways:
+        if way.last.result:
+            name = "fine-tuned" if way.modules else "end to end"
+            tiles.append(_tile(join(top1(way.last.result), " %"), f"top-1, {name}"))
+        if way.assembled:
+            tiles.append(_tile(join(top1(way.assembled), " %"), "top-1, assembled, not fine-tuned"))
+        tiles.append(_tile(flops(way.spent["flops"]), f"for training, {way.name}"))
+        tiles.append(_tile(html.seconds(way.spent["seconds"]), f"of training, {way.name}"))
+    if healed := sum(moment.fault for moment in moments):
+        tiles.append(
+            _tile(str(healed), "interruptions and faults overcome" if not missing else "interruptions and faults")
+        )
+    return join(tag("h1", facts.recipe.name, state), said, told, tag("div", *tiles, class_="tiles"))
+
+
+def _tile(value: object, name: str) -> Markup:
+    return tag("div", tag("b", value), tag("span", name), class_="tile")
+
+
+def _trained(facts: RunFacts) -> Markup:
+    recipe, plan = facts.recipe, facts.plan
+    rows = {row["key"]: row for row in plan["rows"]}
+    target, meta = rows["end_to_end"], rows["pretrain"]
+    settings = recipe.settings("finetune" if facts.way("incubated") else "end_to_end")
+
+    def model(row: dict[str, Any], blocks: list[list[int]]) -> Markup:
+        cost, depth = row["cost"], sum(map(sum, blocks))
+        return join(
+            data(cost["parameters"], quantity(cost["parameters"], "")),
+            f" parameters, {depth} blocks ({depths_text(blocks)}), ",
+            flops(cost["forward_flops"]),
+            " forward for an image",
+        )
+
+    args = ", ".join(f"{key} = {value}" for key, value in settings.model.args.items())
+    name = f"{settings.model.name}{f' ({args})' if args else ''}, {settings.model.img_size} pixels, "
+    parts = f"; module k on part k of {len(plan['parts'])} alone" if plan.get("parts") else ""
+    pairs: list[tuple[str, object]] = [
+        ("model", f"{name}{settings.model.num_classes:,} classes"),
+        ("target", model(target, plan["target_depths"])),
+    ]
+    if facts.way("incubated"):
+        pairs.append(("meta model", model(meta, plan["meta_depths"])))
+        pairs.append(("modules", f"{len(plan['target_depths'])}, initialised: {recipe.incubate.init}"))
+    pairs += [
+        ("data", join(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts)),
+        ("seed", str(settings.train.seed)),
+        ("recipe", tag("code", plan["digest"][:12])),
+    ]
+    return definitions(pairs)
+
+
+def _phases(facts: RunFacts) -> Markup:
+    factor, sign = prefix(phase.spent["flops"] for phase in facts.phases)
+    head = ["phase", "state", "top-1 %", "loss", "epochs", "images", f"{sign}FLOP", "time", "device time", "attempts"]
+    rows: list[list[object]] = []
+    for way in facts.ways:
+        for phase in way.phases:
+            if phase is way.last and way.assembled:
+                done = tag("span", "done", class_="good")
+                rows.append(["assembled", done, top1(way.assembled), loss(way.assembled), *[NONE] * 6])
+            rows.append(_phase(phase, factor))
+    return join(
+        table(head, rows),
+        tag(
+            "p",
+            "Top-1 and loss on the validation images. A module is scored as a hybrid: itself, and the meta model around"
+            " it. Device time: time, times the GPUs or CPU cores at work.",
+            class_="soft",
+        ),
+    )
+
+
+def _phase(phase: PhaseFacts, factor: float) -> list[object]:
+    spent, state = phase.spent, phase.status["state"]
+    if phase.result is None and phase.begun:
+        state = f"{state}, {phase.status['percent']:.0f} %"
+    spent_on = phase.device_seconds
+    device = data(spent_on[0], f"{three(spent_on[0])} {spent_on[1]}-s") if spent_on else NONE
+    if not phase.begun:
+        return [phase.title, "not begun", *[NONE] * 8]
+    return [
+        phase.title,
+        tag("span", state, class_="good" if state == "done" else "bad"),
+        top1(phase.result),
+        loss(phase.result),
+        data(spent["epochs"], f"{spent['epochs']:.3g}"),
+        html.count(spent["images"]),
+        html.scaled(spent["flops"], factor),
+        html.seconds(spent["seconds"]),
+        device,
+        len(phase.attempts),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ curves
+
+
+def _curves(facts: RunFacts) -> list[Markup]:
+    ways = [(way.name, way) for way in facts.ways if any(phase.points for phase in way.phases)]
+    if not ways:
+        return [tag("h2", "Curves"), tag("p", "Nothing was logged yet.")]
+    parts = [
+        tag("h2", "Curves"),
+        figure(
+            figures.svg(lambda: figures.progress(ways)),
+            "Phases one after another. Dots and lines: validation images, whole models (meta model, assembled,"
+            " fine-tuned; end to end); rings: modules as hybrids; faint: loss of training, smoothed.",
+        ),
+    ]
+    if grown := [(name, way) for name, way in ways if any(module.points for module in way.modules)]:
+        drawing = figures.svg(lambda: figures.module_curves(grown))
+        parts.append(figure(drawing, "Each module in its hybrid, the meta model around it frozen; smoothed."))
+    return parts
+
+
+def _fit(way: Way) -> list[Markup]:
+    scored = [phase for phase in way.modules if phase.status["partial"] and phase.result]
+    title = tag("h2", "Do the modules fit?")
+    if not scored:
+        return [title, tag("p", "No module was scored beside others yet.")]
+    rows = []
+    for phase in sorted(scored, key=lambda phase: len(phase.status["partial"]["joined"])):
+        partial = phase.status["partial"]
+        joined = ", ".join(map(str, partial["joined"]))
+        rows.append([phase.title, joined, top1(phase.result), top1(partial), loss(partial)])
+    head = ["in the order of finishing", "modules in", "hybrid, top-1 %", "beside those, top-1 %", "loss"]
+    return [
+        title,
+        tag(
+            "p",
+            "Before fine-tuning: each module when it was finished, beside those that were, the meta model in place of"
+            " the others. With all modules in it is the assembled model.",
+        ),
+        figure(figures.svg(lambda: figures.fit(way)), "Top-1 on the validation images."),
+        table(head, rows),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ the bill
+
+
+def _bill(facts: RunFacts) -> Markup:
+    incubated, baseline = facts.way("incubated"), facts.way("end to end")
+    planned = next(row for row in facts.plan["rows"] if row["key"] == "end_to_end")["total_flops"]
+    bars: list[tuple[str, list[tuple[str, float]]]] = []
+    if incubated:
+        done = [(str(phase.planned["phase"]), phase.spent["flops"]) for phase in incubated.phases]
+        rest = sum(phase.planned["total_flops"] for phase in incubated.phases if phase.result is None)
+        left = max(0.0, rest - sum(phase.spent["flops"] for phase in incubated.phases if phase.result is None))
+        bars.append(("incubated", [*done, ("planned", left)]))
+    done = [("end_to_end", baseline.spent["flops"] if baseline else 0.0)]
+    left = 0.0 if baseline and not baseline.missing else max(0.0, planned - done[0][1])
+    bars.append(("end to end", [*done, ("end_to_end planned", left)]))
+    longest = max(sum(amount for _, amount in parts) for _, parts in bars) or 1.0
+    lines = []
+    for name, parts in bars:
+        widths = [(kind, amount) for kind, amount in parts if amount]
+        inside = [tag("i", "", class_=kind, style=f"width:{100 * amount / longest:.2f}%") for kind, amount in widths]
+        spent = sum(amount for kind, amount in parts if "planned" not in kind)
+        told = flops(spent) if spent else join(flops(planned), " planned")
+        lines.append(join(tag("span", name), tag("div", *inside, class_="bar"), tag("span", told)))
+    kinds = {"pretrain": "meta model", "incubate": "modules", "finetune": "fine-tuning", "end_to_end": "end to end"}
+    keys = join(*(tag("span", title, class_=f"key {kind}") for kind, title in kinds.items()))
+    key = tag("p", keys, tag("span", "\u2002pale: planned, not spent", class_="soft"))
+    return join(tag("div", *lines, class_="bars"), key, _verdict(facts))
+
+
+def _verdict(facts: RunFacts) -> Markup:
+    """The bill in words; numbers where both ways are done, or what they lack."""
+    incubated, baseline = facts.way("incubated"), facts.way("end to end")
+    words = []
+    if incubated and len(incubated.modules) > 1:
+        share = incubated.last.spent["flops"] / (incubated.spent["flops"] or 1)
+        words.append(
+            f"Phases one after another: {duration(incubated.spent['seconds'])} of training; modules beside each other:"
+            f" {duration(incubated.path_seconds)}. Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
+        )
+    if incubated and baseline and incubated.last.result and baseline.last.result:
+        one, two = incubated.last.result, baseline.last.result
+        gap = one["top1"] - two["top1"]
+        ratio = incubated.spent["flops"] / (baseline.spent["flops"] or 1)
+        words.append(
+            f"Incubated {percent(one['top1'], int(one['samples']))} %, end to end"
+            f" {percent(two['top1'], int(two['samples']))} %: {percent(abs(gap), int(one['samples']))} points"
+            f" {'more' if gap >= 0 else 'less'}, for {ratio:.2f} times the FLOPs. One seed each."
+        )
+    elif incubated and not baseline:
+        words.append("Nothing was trained end to end in this run (run --baseline does): its cost is the plan's.")
+    return join(*(tag("p", sentence) for sentence in words))
+
+
+# ------------------------------------------------------------------------------------------------ how, where, whether
+
+
+def _history(facts: RunFacts, moments: Sequence[Moment]) -> Markup:
+    faults = [moment for moment in moments if moment.fault]
+    said = f"{len(faults)} interruptions and faults." if len(faults) > 1 else "One interruption." if faults else ""
+    rows = [
+        [moment.when, tag("span", moment.what, class_="bad") if moment.fault else moment.what] for moment in moments
+    ]
+    return join(tag("p", said or "Nothing interrupted it."), table(["UTC", "what"], rows, words=True))
+
+
+def _environment(facts: RunFacts) -> Markup:
+    attempts = [attempt for phase in facts.phases for attempt in phase.attempts]
+    machines = Counter(
+        f"{each['device']}, {each['world']} rank{'s' if each['world'] > 1 else ''}"
+        + (
+            f" of {each['threads']} thread{'s' if each['threads'] > 1 else ''}"
+            if each["device"].startswith("CPU")
+            else ""
+        )
+        + (f", {each['sharding']}" if each["world"] > 1 else "")
+        for each in attempts
+        if "device" in each
+    )
+    versions = Counter(
+        ", ".join(f"{name} {version}" for name, version in each["versions"].items())
+        for each in attempts
+        if "versions" in each
+    )
+
+    def listed(found: Counter[str]) -> str:
+        several = len(found) > 1
+        return (
+            "; ".join(f"{what} ({n} attempts)" if several else what for what, n in found.most_common()) or "not noted"
+        )
+
+    hosts = ", ".join(sorted({attempt["host"] for attempt in attempts})) or "none yet"
+    return definitions([("devices", listed(machines)), ("versions", listed(versions)), ("hosts", hosts)])
+
+
+def _verification(findings: Sequence[Finding]) -> Markup:
+    counts = Counter(each.verdict for each in findings)
+    bad = [each for each in findings if each.verdict in (Verdict.DAMAGED, Verdict.STALE)]
+    words = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
+    said = tag("p", f"Artifacts and results, hashed for this page: {words}.", class_="bad" if bad else "good")
+    more = tag(
+        "p", "Data and resume checkpoints were not read for it: ", tag("code", "bigincubate verify"), " reads all."
+    )
+    rows = [[each.part, join(text(each.verdict), ": ", str(each.path), " ", each.why)] for each in bad]
+    return join(said, table(["part", "problem"], rows, words=True) if rows else "", more)

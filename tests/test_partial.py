@@ -1,0 +1,122 @@
+"""Whether modules fit, seen before fine-tuning: each is scored beside those that are finished when it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import run
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bigincubate.cluster.status import run_status
+from bigincubate.files import read_lines
+from bigincubate.tables import ranges
+from bigincubate.tasks.classification import ClassificationTask, evaluate
+from bigincubate.tasks.partial import finished, partial_assembly
+
+Labs = Callable[..., Any]
+SETS = ("train.max_steps=6", "plan.target_depths=[2, 2, 3]", "plan.meta_depths=[1, 1, 1]")
+
+
+@pytest.fixture(scope="module")
+def trained(lab: Labs) -> Any:
+    """Modules that finish in the order 2, 0, 1; fine-tuned."""
+    made = lab(*SETS)
+    made.train("pretrain")
+    for module in (2, 0, 1):
+        made.train("incubate", module)
+    made.train("finetune")
+    return made
+
+
+def partial(lab: Any, module: int) -> dict[str, Any]:
+    found: dict[str, Any] = lab.run.phase("incubate", module).partial
+    return found
+
+
+def scored(result: dict[str, Any]) -> list[float]:
+    return [result[key] for key in ("top1", "top5", "loss", "samples")]
+
+
+def test_each_module_is_scored_beside_those_before_it(trained: Any) -> None:
+    assert [partial(trained, module)["joined"] for module in (2, 0, 1)] == [[2], [0, 2], [0, 1, 2]]
+    assert {partial(trained, module)["modules"] for module in range(3)} == {3}
+
+
+def test_the_first_one_alone_is_its_hybrid_and_the_last_ones_assembly_is_the_assembled_model(trained: Any) -> None:
+    assert scored(partial(trained, 2)) == scored(trained.run.phase("incubate", 2).result)
+    assert scored(partial(trained, 1)) == scored(trained.run.assembled.result)
+    assert scored(partial(trained, 0)) not in ([scored(partial(trained, module)) for module in (1, 2)])
+
+
+def test_a_partial_assembly_computes_with_the_modules_and_the_meta_model(trained: Any) -> None:
+    """Blocks 0-1 and 3-5 are of modules 0 and 2, block 2 is the meta model's block 1."""
+    recipe, plan, row, _, run_dir, data, env = trained.arguments("incubate", 0)
+    state = torch.get_rng_state()
+    model = partial_assembly(ClassificationTask(recipe, plan, row, data), run_dir, [0, 2], env.device)
+    assert torch.equal(torch.get_rng_state(), state)
+    whole = {name: tensor for module in (0, 2) for name, tensor in trained.weights("incubate", module).items()}
+    found = model.state_dict()
+    for here, source, there in ((0, whole, 0), (1, whole, 1), (3, whole, 4), (5, whole, 6)):
+        assert torch.equal(found[f"blocks.{here}.mlp.fc1.weight"], source[f"blocks.{there}.mlp.fc1.weight"])
+    assert torch.equal(found["blocks.2.mlp.fc1.weight"], trained.weights("pretrain")["blocks.1.mlp.fc1.weight"])
+    assert torch.equal(found["head.weight"], whole["head.weight"])
+    assert len(model.blocks) == 6
+    again = evaluate(model, trained.trainer("incubate", 0).eval_stream, env)
+    assert scored(again) == scored(partial(trained, 0))
+
+
+def test_it_is_told_in_the_events_in_tensorboard_and_by_status(trained: Any) -> None:
+    told = [row for row in read_lines(trained.run.path / "events.jsonl") if row["event"] == "partial_assembly"]
+    assert [row["phase"] for row in told] == ["incubate/2", "incubate/0", "incubate/1"]
+    assert [row["top1"] for row in told] == [partial(trained, module)["top1"] for module in (2, 0, 1)]
+    reader = EventAccumulator(str(trained.run.path / "partial" / "00")).Reload()
+    shown = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+    scores = partial(trained, 0)
+    assert shown == {f"partial/{key}": [(2, pytest.approx(scores[key], rel=1e-6))] for key in ("top1", "loss")}
+    by_phase = {row["phase"]: row["partial"] for row in run_status(trained.run)}
+    assert by_phase == {"pretrain": None, "finetune": None} | {f"incubate/{k}": partial(trained, k) for k in range(3)}
+    status = run("status", trained.run.path)
+    assert status.wait() == 0, status.err
+    line = next(line for line in status.out.splitlines() if line.startswith("module 0"))
+    assert f"{scores['top1']:.2f} (0,2 of 3)" in line
+    as_json = run("status", trained.run.path, "--json")
+    assert as_json.wait() == 0
+    assert json.loads(as_json.out)[1]["partial"] == scores
+
+
+def test_what_cannot_be_assembled_is_left_out(trained: Any, tmp_path: Path) -> None:
+    mine = trained.copy(tmp_path / "run")
+    recipe, plan, row, _, run_dir, data, _ = mine.arguments("incubate", 0)
+    task = ClassificationTask(recipe, plan, row, data)
+    assert finished(task, run_dir) == [0, 1, 2]
+    weights = run_dir.phase("incubate", 1).artifact / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    assert finished(task, run_dir) == [0, 2]
+    (run_dir.phase("pretrain").artifact / "manifest.json").unlink()
+    assert finished(task, run_dir) == []
+
+
+def test_it_changes_nothing_that_training_hands_on_or_logs(
+    trained: Any, lab: Labs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = lab(*SETS)
+    monkeypatch.setattr("bigincubate.trainer.Trainer.score_partial", lambda *_: None)
+    for phase, module in (("pretrain", None), ("incubate", 0)):
+        other.train(phase, module)
+        one, two = (each.weights(phase, module) for each in (trained, other))
+        assert all(torch.equal(one[name], two[name]) for name in one)
+        mine, others = (
+            [{key: row[key] for key in row if not key.startswith(("perf", "memory", "checkpoint"))} for row in rows]
+            for rows in (trained.log(phase, module), other.log(phase, module))
+        )
+        assert mine == others
+    assert partial(other, 0) is None
+
+
+def test_numbers_in_a_row_are_told_as_a_range() -> None:
+    assert [ranges(numbers) for numbers in ([3], [0, 1, 2, 5], [0, 2])] == ["3", "0-2,5", "0,2"]

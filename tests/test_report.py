@@ -1,0 +1,235 @@
+"""A page about a run, and runs beside each other: the numbers are the run's, and the page asks nobody for anything."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from forked import run
+
+from bigincubate.files import append_line, read_json
+from bigincubate.report.compare import compare_json, labelled
+from bigincubate.report.facts import RunFacts, read_run
+from bigincubate.report.page import report
+from bigincubate.report.units import duration, percent, quantity
+from bigincubate.verify import verify_run
+
+Labs = Callable[..., Any]
+SETS = ("train.max_steps=6", "log.every_steps=2", "log.eval_every_epochs=1")
+VOID = {"meta", "link", "br", "img", "hr", "input"}
+
+
+class Page(HTMLParser):
+    """Text, tables and numbers of a page, whose elements must be closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.rows: list[list[str]] = []
+        self.numbers: dict[tuple[int, int], float] = {}  # (row, cell): in full
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag == "data" and "td" in self.open:
+            self.numbers.setdefault((len(self.rows) - 1, len(self.rows[-1]) - 1), float(dict(attrs)["value"] or ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        if {"td", "th"}.intersection(self.open):
+            self.rows[-1][-1] += data
+
+    def row(self, title: str) -> dict[str, float | str]:
+        """The first line that begins so, by the head of its table: numbers in full where there are any."""
+        at = next(index for index, row in enumerate(self.rows) if row[0] == title)
+        head = max(i for i in range(at) if self.rows[i][0] in ("phase", "run", "in the order of finishing"))
+        cells = enumerate(zip(self.rows[head], self.rows[at], strict=True))
+        return {name: self.numbers.get((at, cell), shown) for cell, (name, shown) in cells}
+
+
+def page_of(folder: Any) -> Page:
+    return Page(report(read_run(folder), list(verify_run(folder, everything=False))))
+
+
+@pytest.fixture(scope="module")
+def done(lab: Labs) -> Any:
+    """Everything trained, the baseline too; module 0 was stopped once."""
+    made = lab(*SETS)
+    made.train("pretrain")
+    trainer = made.trainer("incubate", 0)
+    made.run.phase("incubate", 0).record(1, state="preempted", host="elsewhere", pid=1, job="17", steps=6)
+    del trainer
+    for phase, module in (("incubate", 0), ("incubate", 1), ("finetune", None), ("end_to_end", None)):
+        made.train(phase, module)
+    made.run.summary()
+    return made
+
+
+def test_numbers_on_the_page_are_those_of_the_summary(done: Any) -> None:
+    page, summary = page_of(done.run), read_json(done.run.path / "summary.json")
+    assert summary is not None
+    wanted = {"meta model": summary["meta"], "assembled": summary["assembled"], "fine-tuning": summary["finetune"]}
+    wanted |= {"end to end": summary["end_to_end"]}
+    wanted |= {f"module {number}": result for number, result in enumerate(summary["modules"])}
+    for title, result in wanted.items():
+        row = page.row(title)
+        assert (row["top-1 %"], row["loss"]) == (result["top1"], result["loss"]), title
+        if title != "assembled":
+            flops = next(value for name, value in row.items() if name.endswith("FLOP"))
+            assert (row["images"], row["time"], flops) == (result["images"], result["seconds"], result["flops"]), title
+    core_seconds = page.row("meta model")["device time"]
+    assert core_seconds == summary["meta"]["seconds"]  # one rank, one thread
+    assert "core-s" in page.text
+
+
+def test_the_page_is_one_file_that_asks_nobody(done: Any) -> None:
+    text = report(read_run(done.run), [])
+    page = Page(text)
+    assert "http" not in text
+    assert not {"link", "script", "img", "iframe", "image"} & {tag for tag, _ in page.tags}
+    links = [value for _, given in page.tags for key, value in given.items() if key in ("href", "src", "xlink:href")]
+    ids = [given["id"] for _, given in page.tags if "id" in given]
+    assert links
+    assert all(link and link.startswith("#") and link[1:] in ids for link in links)
+    assert not re.findall(r"url\((?!#)", text)
+    assert [tag for tag, _ in page.tags].count("svg") == 3
+    assert "prefers-color-scheme: dark" in text
+    assert "#012345" not in text
+    assert text == report(read_run(done.run), [])  # the same run, the same page
+
+
+def test_it_says_what_was_trained_where_and_how_it_went(done: Any) -> None:
+    page = page_of(done.run)
+    assert {"smoke", "vit_tiny_patch16_224", "2+2", "seed", "boundary"} <= set(re.findall(r"[\w+-]+", page.text))
+    assert "module 0, attempt 1 on elsewhere (job 17): stopped with a checkpoint" in page.text
+    assert re.search(r"module 0, attempt 2 on \S+: went on, and ended well", page.text)
+    assert re.search(r"bigincubate [\d.]+, python 3[\d.]+, torch \d[\w.+]*, timm [\d.]+", page.text)
+    assert "Artifacts and results, hashed for this page: 11 good." in page.text
+    rows = {title: page.row(title) for title in ("module 0", "module 1")}
+    assert [row["attempts"] for row in rows.values()] == ["2", "1"]
+    at = [index for index, row in enumerate(page.rows) if row[0] == "module 1"]
+    partial = done.run.phase("incubate", 1).partial
+    assert page.rows[at[1]][1] == "0, 1"
+    assert (page.numbers[at[1], 3], page.numbers[at[1], 4]) == (partial["top1"], partial["loss"])
+    assert "times the FLOPs. One seed each." in page.text
+
+
+def test_an_unfinished_run_has_a_page_that_says_what_is_missing(lab: Labs) -> None:
+    made = lab(*SETS)
+    empty = page_of(made.run)
+    assert "Not there yet: meta model, module 0, module 1, fine-tuning." in empty.text
+    assert "Nothing was logged yet." in empty.text
+    made.train("pretrain")
+    made.train("incubate", 1)
+    page = page_of(made.run)
+    assert "Not there yet: module 0, fine-tuning." in page.text
+    assert page.row("module 0")["state"] == "not begun"
+    assert page.row("module 1")["top-1 %"] == made.run.phase("incubate", 1).result["top1"]
+    assert "unfinished" in page.text
+
+
+def test_a_run_that_is_only_end_to_end_has_no_modules_on_its_page(lab: Labs, done: Any) -> None:
+    made = lab(*SETS, "end_to_end.budget=epochs")
+    made.train("end_to_end")
+    page = page_of(made.run)
+    assert page.row("end to end")["top-1 %"] == made.run.phase("end_to_end").result["top1"]
+    assert "Not there yet" not in page.text
+    assert not {"meta model", "module 0", "fine-tuning"} & {row[0] for row in page.rows}
+    ways = labelled([read_run(done.run), read_run(made.run)])
+    assert [row["way"] for row in compare_json(ways)] == ["incubated", "end to end", "end to end"]
+
+
+def test_what_is_damaged_is_told_on_the_page(done: Any, tmp_path: Path) -> None:
+    mine = done.copy(tmp_path / "run")
+    weights = mine.run.phase("incubate", 1).artifact / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"!")
+    page = page_of(mine.run)
+    assert "1 damaged" in page.text
+    assert [row for row in page.rows if row[0] == "incubate/1" and "damaged: " in row[1]]
+
+
+def test_text_of_others_cannot_become_markup(done: Any, tmp_path: Path) -> None:
+    mine = done.copy(tmp_path / "<b>run")
+    append_line(mine.run.path / "events.jsonl", {"time": time.time(), "event": "cancelled", "jobs": ["<script>"]})
+    page = page_of(mine.run)
+    assert "cancelled: jobs <script>" in page.text
+    assert not {"script", "b>run"} & {tag for tag, _ in page.tags}
+
+
+def test_the_commands(done: Any, tmp_path: Path) -> None:
+    mine = done.copy(tmp_path / "one")
+    other = tmp_path / "other"
+    shutil.copytree(mine.run.path, other)
+    shutil.rmtree(other / "finetune")
+    (tmp_path / "empty").mkdir()
+    made = run("report", mine.run.path)
+    seen = run("compare", mine.run.path, other, "--out", tmp_path / "drawn")
+    as_json = run("compare", mine.run.path, other, "--json")
+    wrong = [run(command, tmp_path / "empty") for command in ("report", "compare")]
+    assert made.wait() == 0, made.err
+    Page((mine.run.path / "report.html").read_text())
+    assert seen.wait() == 0, seen.err
+    line = next(line for line in seen.out.splitlines() if line.startswith("one, end to end"))
+    assert f"{done.run.phase('end_to_end').result['top1']:.2f}" in line
+    page = Page((tmp_path / "drawn" / "compare.html").read_text())
+    assert page.row("one")["assembled"] == done.run.assembled.result["top1"]
+    assert "other (not there yet: fine-tuning)" in page.text
+    for name in ("progress", "before-after", "modules"):
+        assert (tmp_path / "drawn" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert as_json.wait() == 0
+    rows = json.loads(as_json.out)
+    assert [(row["run"], row["missing"]) for row in rows][2] == ("other", ["fine-tuning"])
+    summary = mine.run.summary()
+    phases = [summary["meta"], *summary["modules"], summary["finetune"]]
+    assert rows[0]["flops"] == sum(phase["flops"] for phase in phases)
+    assert rows[0]["seconds"] == pytest.approx(sum(phase["seconds"] for phase in phases))
+    assert rows[0]["hybrids"] == [module["top1"] for module in summary["modules"]]
+    assert rows[1]["top1"] == summary["end_to_end"]["top1"]
+    for refused in wrong:
+        assert refused.wait() == 4
+        assert refused.err.strip() == f"bigincubate: {tmp_path / 'empty'} is not a run directory (no recipe.toml in it)"
+
+
+def test_curves_are_over_what_each_step_cost(done: Any) -> None:
+    facts: RunFacts = read_run(done.run)
+    meta = facts.ways[0].phases[0]
+    result, last = done.run.phase("pretrain").result, meta.points[-1]
+    assert (last.step, last.cost["images"], last.cost["flops"]) == (6, result["images"], result["flops"])
+    assert (last.cost["seconds"], last.top1) == (pytest.approx(result["seconds"]), result["top1"])
+    assert last.cost["epochs"] == pytest.approx(meta.planned["epochs"])
+    seconds = [point.cost["seconds"] for point in meta.points]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0
+
+
+def test_numbers_have_units_and_no_digit_too_many() -> None:
+    assert [percent(96.944444, samples) for samples in (360, 50_000)] == ["96.9", "96.94"]
+    assert [quantity(value, "FLOP") for value in (1856389201920, 36.6e9, 985e15, 999.96e9, 12)] == [
+        *("1.86 TFLOP", "36.6 GFLOP", "985 PFLOP", "1.00 TFLOP", "12.0 FLOP")
+    ]
+    assert [duration(s) for s in (0, 58.93, 59.97, 273, 3599.9, 11100, 200_000)] == [
+        *("0.0 s", "58.9 s", "1 min 00 s", "4 min 33 s", "1 h 00 min", "3 h 05 min", "2 d 08 h")
+    ]
