@@ -211,7 +211,7 @@ class Trainer:
             meter.waited += time.perf_counter() - waiting
             if state.step == 0 and log.images:
                 augment = self.settings.augment
-                self.metrics.images(0, batch.images[: log.images], augment.mean, augment.std)
+                self.metrics.images(0, self.task.shown(batch.first(log.images)), augment.mean, augment.std)
 
             loss, norm = self.step(batch)
             state.step += 1

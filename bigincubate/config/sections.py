@@ -157,11 +157,15 @@ class Augment(Section):
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
     std: list[float] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
     eval_crop: float = Field(0.875, gt=0, le=1)
+    # all but reading and resizing by one operator on the device. Identity: it does not round to whole grey levels
+    device: bool = False
 
     @model_validator(mode="after")
     def _one_policy(self) -> Augment:
         if self.rand_augment and self.three_augment:
             raise ValueError("rand_augment and three_augment exclude each other")
+        if self.rand_augment and self.device:
+            raise ValueError("device does three_augment, not rand_augment: set augment.device = false, or the other")
         return self
 
 
@@ -246,6 +250,11 @@ class Settings(Section):
             )
         if self.mixup.active and (self.train.batch_size // self.augment.repeats) % 2:
             raise ValueError("mixup pairs the halves of a batch: train.batch_size / augment.repeats must be even")
+        if self.augment.device and self.augment.crop == "simple" and self.augment.pad >= self.model.img_size:
+            raise ValueError(
+                f"augment.device mirrors less than the image: augment.pad = {self.augment.pad} must be below"
+                f" model.img_size = {self.model.img_size}"
+            )
         return self
 
 

@@ -111,18 +111,23 @@ def _colours_and_sizes(augment: config.Augment, img_size: int) -> dict[str, Any]
     }
 
 
-def _crop(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
-    mode = str_to_interp_mode(augment.interpolation)
-    if augment.crop == "random_resized":
-        return RandomResizedCropAndInterpolation(
-            img_size, scale=tuple(augment.crop_scale), interpolation=augment.interpolation
-        )
+def resized_crop(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
+    """A part of the image, or all of it, at another size: crops ``random_resized`` and ``none``."""
     if augment.crop == "none":
-        return transforms.Resize((img_size, img_size), mode)
-    border = "reflect" if augment.crop == "simple" else "constant"
-    return transforms.Compose(
-        [
-            transforms.Resize(img_size, mode),
-            transforms.RandomCrop(img_size, padding=augment.pad or None, padding_mode=border),
-        ]
+        return transforms.Resize((img_size, img_size), str_to_interp_mode(augment.interpolation))
+    return RandomResizedCropAndInterpolation(
+        img_size, scale=tuple(augment.crop_scale), interpolation=augment.interpolation
     )
+
+
+def shorter_side(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
+    """The whole image at another size, as crops ``simple`` and ``pad`` begin."""
+    return transforms.Resize(img_size, str_to_interp_mode(augment.interpolation))
+
+
+def _crop(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
+    if augment.crop in ("random_resized", "none"):
+        return resized_crop(augment, img_size)
+    border = "reflect" if augment.crop == "simple" else "constant"
+    shifted = transforms.RandomCrop(img_size, padding=augment.pad or None, padding_mode=border)
+    return transforms.Compose([shorter_side(augment, img_size), shifted])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields
 from itertools import islice
@@ -19,20 +19,23 @@ from .. import config
 from ..errors import ConfigError, EnvironmentFault
 from .augment import Transform, eval_transform, seeded, train_transform
 from .dataset import DatasetInfo
+from .device_augment import HalfTransform
 from .shards import Shards
 
-Row = tuple[Tensor, int, int]  # views [R, 3, H, W], label, id
+View = tuple[Tensor, ...]  # [3, H, W], and what else the batch has of an image: its parameters
+Row = tuple[View, int, int]  # views [R, 3, H, W] and so on, label, id
 
 
 @dataclass(frozen=True)
 class Batch:
     """A rank's share of a global batch, n rows."""
 
-    images: Tensor  # [n, 3, H, W] float32
+    images: Tensor  # [n, 3, H, W] float32; with parameters uint8
     labels: Tensor  # [n] int64
     ids: Tensor  # [n] int64: of the samples in their split
     positions: Tensor  # [n] int64: p in the global batch; view v of its sample j has p = j * R + v
     local: Tensor  # [n] int64: which of the rank's samples, i; on rank r of W it is j = i * W + r
+    parameters: Tensor | None = None  # [n, 16] float32: what the device has to do; None: nothing, images are finished
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,11 +45,19 @@ class Batch:
         if count == 1:
             return self
         rows = (self.local % count == index).nonzero().squeeze(1)
-        return Batch(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return self._each(lambda column: column[rows])
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on ``device``; from pinned memory it does not wait."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return self._each(lambda column: column.to(device, non_blocking=True))
+
+    def first(self, count: int) -> Batch:
+        """Its first rows."""
+        return self._each(lambda column: column[:count])
+
+    def _each(self, act: Callable[[Tensor], Tensor]) -> Batch:
+        columns = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(act(column) for column in columns if column is not None))
 
 
 class TrainStream:
@@ -93,7 +104,7 @@ class TrainStream:
         share = self._distinct // world
         images = _TrainImages(
             info,
-            train_transform(augment, img_size),
+            HalfTransform(augment, img_size) if augment.device else _whole(train_transform(augment, img_size)),
             seed=seed,
             repeats=augment.repeats,
             remote=data.remote,
@@ -169,7 +180,9 @@ class EvalStream:
 
 
 class _TrainImages(Shards):
-    def __init__(self, info: DatasetInfo, transform: Transform, *, seed: int, repeats: int, **order: Any) -> None:
+    def __init__(
+        self, info: DatasetInfo, transform: Callable[..., View], *, seed: int, repeats: int, **order: Any
+    ) -> None:
         super().__init__(info, "train", **order)
         self.transform, self.seed, self.repeats = transform, seed, repeats
 
@@ -182,7 +195,7 @@ class _TrainImages(Shards):
         for view in range(self.repeats):
             with seeded(self.seed, self.epoch, at, view):
                 views.append(self.transform(image))
-        return torch.stack(views), label, at
+        return tuple(map(torch.stack, zip(*views, strict=True))), label, at
 
 
 class _EvalImages(Dataset[Row | EnvironmentFault]):
@@ -197,25 +210,30 @@ class _EvalImages(Dataset[Row | EnvironmentFault]):
             image, label = self.shards.read(self.ids[at])
         except EnvironmentFault as fault:
             return fault
-        return self.transform(image)[None], label, self.ids[at]
+        return (self.transform(image)[None],), label, self.ids[at]
+
+
+def _whole(transform: Transform) -> Callable[..., View]:
+    """A transform that leaves nothing to the device."""
+    return lambda image: (transform(image),)
 
 
 def _collate(rows: list[Row | EnvironmentFault]) -> tuple[Any, ...]:
-    """Images, labels, ids. A fault travels as a value: raised in a worker, it would arrive wrapped in a traceback."""
+    """Columns of views, labels, ids. A fault travels as a value: raised, it would arrive wrapped in a traceback."""
     for row in rows:
         if isinstance(row, EnvironmentFault):
             return (), row
     views, labels, ids = zip(*rows, strict=True)
-    return torch.cat(views), torch.tensor(labels), torch.tensor(ids)
+    return tuple(map(torch.cat, zip(*views, strict=True))), torch.tensor(labels), torch.tensor(ids)
 
 
 def _batch(rows: tuple[Any, ...], *, rank: int, world: int, repeats: int = 1, first: int = 0) -> Batch:
     if isinstance(rows[1], EnvironmentFault):
         raise rows[1]
-    images, labels, ids = rows
+    (images, *more), labels, ids = rows
     local = torch.arange(first, first + len(ids)).repeat_interleave(repeats)
     positions = (local * world + rank) * repeats + torch.arange(repeats).repeat(len(ids))
-    return Batch(images, labels.repeat_interleave(repeats), ids.repeat_interleave(repeats), positions, local)
+    return Batch(images, labels.repeat_interleave(repeats), ids.repeat_interleave(repeats), positions, local, *more)
 
 
 def _loading(batch_size: int, workers: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from ..checkpoint.store import check_module, load_artifact, load_manifest
 from ..cluster.env import RunEnv
 from ..config import Recipe
 from ..data.dataset import DatasetInfo
+from ..data.device_augment import finish, finish_and_blend
 from ..data.mixing import TwoHot, blend
 from ..data.parts import seen_by
 from ..data.streams import Batch, EvalStream
@@ -114,15 +115,33 @@ class ClassificationTask:
         ``loss.fused`` they stay two classes and a share, not smoothed.
         """
         loss, classes = self.settings.loss, self.settings.model.num_classes
-        images, targets = blend(
-            batch.images, batch.labels, mixup=self.settings.mixup, seed=self.settings.train.seed, step=step
-        )
+        images, targets = self._mixed(batch, step)
         if loss.fused:
             return images, targets
         if not loss.bce:
             return images, targets.dense(classes, loss.label_smoothing)
         shown = (targets.dense(classes, 0.0) > 0).float()
         return images, shown * (1 - loss.label_smoothing) + loss.label_smoothing / classes
+
+    def _mixed(self, batch: Batch, step: int) -> tuple[Tensor, TwoHot]:
+        mixup, seed = self.settings.mixup, self.settings.train.seed
+        if batch.parameters is None:
+            return blend(batch.images, batch.labels, mixup=mixup, seed=seed, step=step)
+        return finish_and_blend(
+            batch.images,
+            batch.parameters,
+            batch.labels,
+            augment=self.settings.augment,
+            mixup=mixup,
+            seed=seed,
+            step=step,
+        )
+
+    def shown(self, batch: Batch) -> Tensor:
+        """Inputs ``[n, 3, H, W]`` as they are before mixing, for people to look at."""
+        if batch.parameters is None:
+            return batch.images
+        return finish(batch.images, batch.parameters, self.settings.augment)
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor | TwoHot) -> Tensor:
         """In fp32, cross entropy as a mean over the batch; with ``loss.bce`` binary cross entropy of every class by

@@ -1,0 +1,258 @@
+"""Augmentation on the device: the operator against double precision, and its images against the host's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from bigincubate.config import Augment, Mixup, load_recipe
+from bigincubate.data.augment import seeded, train_transform
+from bigincubate.data.device_augment import HalfTransform, finish, finish_and_blend
+from bigincubate.data.mixing import blend, draw
+from bigincubate.errors import ConfigError
+from bigincubate.kernels import augment as operator
+from bigincubate.kernels.augment import AMOUNT, BOX, COLUMNS, JITTER, NOISE, blur
+
+Labs = Callable[..., Any]
+SIZE, VIEWS = 32, 24
+POLICIES: dict[str, dict[str, Any]] = {
+    "flip and random resized crop": {},
+    "squeezed": {"crop": "none"},
+    "black border": {"crop": "pad", "pad": 5},
+    "mirrored border": {"crop": "simple", "pad": 31},
+    "no border": {"crop": "simple", "pad": 0},
+    "three-augment": {"crop": "simple", "three_augment": True},
+    "jitter": {"color_jitter": 0.4},
+    "three-augment and jitter": {"crop": "pad", "pad": 4, "three_augment": True, "color_jitter": 0.3},
+}
+LEVELS = 6.0  # of 255: Pillow cuts to whole levels after each operation, and factors multiply what was cut off
+
+
+def picture(index: int, width: int = 43, height: int = 36) -> Image.Image:
+    """Smooth, with edges and noise, so that every operation shows."""
+    random = np.random.default_rng(index)
+    coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
+    pixels = np.asarray(coarse).astype(float) + random.normal(0, 12, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def both_ways(policy: dict[str, Any], size: int = SIZE) -> tuple[Tensor, Tensor, Tensor, Augment]:
+    """Finished by the host; and by halves: uint8 images and their parameters."""
+    augment = Augment(**policy)
+    whole, half = train_transform(augment, size), HalfTransform(augment, size)
+    finished, halves = [], []
+    for view in range(VIEWS):
+        with seeded(view):
+            finished.append(whole(picture(view)))
+        with seeded(view):
+            halves.append(half(picture(view)))
+    images, parameters = (torch.stack(column) for column in zip(*halves, strict=True))
+    return torch.stack(finished), images, parameters, augment
+
+
+def levels(a: Tensor, b: Tensor, augment: Augment) -> Tensor:
+    """How many grey levels apart."""
+    return (a - b).abs() * torch.tensor(augment.std).view(3, 1, 1) * 255
+
+
+# ------------------------------------------------------------------------------------------------ against the host
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_images_are_the_hosts_up_to_rounding(name: str) -> None:
+    host, images, parameters, augment = both_ways(POLICIES[name])
+    assert images.dtype == torch.uint8
+    apart = levels(finish(images, parameters, augment), host, augment)
+    assert apart.max() < (LEVELS if augment.color_jitter or augment.three_augment else 0.01)
+    assert apart.mean() < 2
+
+
+def test_what_is_erased_is_the_hosts_box_with_other_noise() -> None:
+    policy = {"three_augment": True, "color_jitter": 0.3, "erase": 0.7}
+    host, images, parameters, augment = both_ways(policy)
+    plain = both_ways({**policy, "erase": 0.0})[0]  # the box is drawn last
+    found = finish(images, parameters, augment)
+    boxes = parameters[:, BOX : BOX + 4].int().tolist()
+    assert 0 < sum(box == [0, 0, 0, 0] for box in boxes) < VIEWS
+    noise = []
+    for view, (top, left, bottom, right) in enumerate(boxes):
+        inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        assert torch.equal(inside, (host[view] != plain[view]).all(0))
+        assert levels(found, plain, augment)[view][:, ~inside].max() < LEVELS
+        noise.append(found[view][:, inside].flatten())
+    drawn = torch.cat(noise)
+    assert abs(drawn.mean()) < 0.05
+    assert drawn.std() == pytest.approx(1.0, abs=0.05)
+    assert len(drawn.unique()) > 0.9 * len(drawn)
+
+
+@pytest.mark.parametrize("mixup", [Mixup(mixup=0.8), Mixup(cutmix=1.0), Mixup(mixup=0.8, prob=0.5)])
+def test_mixing_is_the_hosts(mixup: Mixup) -> None:
+    host, images, parameters, augment = both_ways(POLICIES["three-augment and jitter"])
+    labels, kinds = torch.arange(VIEWS), set()
+    for step in range(6):
+        expected, targets = blend(host, labels, mixup=mixup, seed=0, step=step)
+        found, pairs = finish_and_blend(images, parameters, labels, augment=augment, mixup=mixup, seed=0, step=step)
+        assert levels(found, expected, augment).max() < LEVELS
+        assert torch.equal(pairs.labels, targets.labels)
+        assert torch.equal(pairs.partners, targets.partners)
+        assert pairs.share == targets.share
+        kinds.add(draw(mixup, images.shape, seed=0, step=step)[0] == 1.0)
+    assert (True in kinds) == (mixup.prob < 1)
+    assert False in kinds
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
+def test_the_blur_is_pillows(sigma: float) -> None:
+    image = picture(0, SIZE, SIZE)
+    parameters = torch.zeros(1, COLUMNS)
+    parameters[0, AMOUNT] = sigma
+    found = blur(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float(), parameters)
+    expected = torch.from_numpy(np.array(image.filter(ImageFilter.GaussianBlur(sigma)))).permute(2, 0, 1)
+    assert (found[0] - expected).abs().max() < 2
+
+
+# ------------------------------------------------------------------------------------------------ the operator
+
+
+def arguments() -> tuple[Any, ...]:
+    policy = {"crop": "simple", "pad": 5, "three_augment": True, "color_jitter": 0.4, "erase": 0.7}
+    _, images, parameters, augment = both_ways(policy, 20)
+    noise = torch.randn(3001, generator=torch.Generator().manual_seed(0))
+    mixing = torch.tensor([0.3, 2, 5, 9, 17])
+    return images, parameters, noise, mixing, augment.mean, augment.std, True, True, True
+
+
+def test_it_keeps_the_operator_contract() -> None:
+    torch.library.opcheck(operator, arguments())
+
+
+def test_it_is_one_operator_of_the_compiled_graph_whatever_is_drawn() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+    images, parameters, *rest = arguments()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def inputs(images: Tensor, parameters: Tensor) -> Tensor:
+        return operator(images, parameters, *rest).bfloat16()
+
+    for shift in range(3):
+        found = inputs(images, parameters.roll(shift, 0))
+        assert torch.equal(found, operator(images, parameters.roll(shift, 0), *rest).bfloat16())
+    assert counter.frame_count == 1
+    used = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
+    assert sum(target.startswith("bigincubate.augment") for target in used) == 1
+
+
+BODIES = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from bigincubate.kernels import augment, bodies
+from bigincubate.kernels.augment import _eager
+from test_device_augment import arguments
+
+calls, body = [], bodies.augment
+bodies.augment = lambda *given: calls.append(1) or body(*given)
+images, parameters, noise, mixing, *options, _, _, _ = arguments()
+images, parameters = images[:9], parameters[:9]  # an odd number: who is half a batch away is not symmetric
+parameters[:, 13:15] += (parameters[:, 13:15] == 0) * 3
+for reflect, three, jitter, erase, mix in [
+    (True, True, True, True, True), (False, True, False, True, False), (True, False, True, False, True),
+    (False, False, False, False, False), (False, True, True, False, False), (False, False, False, True, True),
+]:
+    given = [noise if erase else None, mixing if mix else None, *options, reflect, three, jitter]
+    found = augment(images, parameters, *given).double()
+    exact = _eager(images, parameters.double(), *given)
+    error, allowed = ((x - exact).abs().max().item() for x in (found, _eager(images, parameters, *given).double()))
+    assert error <= 2 * allowed + 1e-12, (reflect, three, jitter, erase, mix, error, allowed)
+print(len(calls), "bodies ran")
+"""
+
+
+def test_the_triton_body_is_at_most_twice_as_wrong_as_eager() -> None:
+    pytest.importorskip("triton", reason="Triton is not made for this platform")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    ended = subprocess.run([sys.executable, "-c", BODIES], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.strip() == "6 bodies ran"
+
+
+# ------------------------------------------------------------------------------------------------ in training
+
+SETS = [
+    *("augment.device=true", "augment.crop=simple", "augment.flip=0.5", "augment.three_augment=true"),
+    *("augment.color_jitter=0.3", "augment.erase=0.5", "mixup.mixup=0.4", "mixup.cutmix=1.0"),
+    *("train.max_steps=6", "checkpoint.every_steps=3", "log.every_steps=1"),
+]
+
+
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(lab: Labs, tmp_path: Any) -> None:
+    whole = lab(*SETS)
+    resumed = whole.copy(tmp_path / "resumed")
+    whole.train("pretrain")
+    cut = resumed.trainer("pretrain")
+    step = cut.step
+
+    def fail(batch: Any) -> Any:
+        if cut.state.step == 4:
+            raise InterruptedError
+        return step(batch)
+
+    cut.step = fail
+    with pytest.raises(InterruptedError):
+        cut.run()
+    resumed.train("pretrain")
+    found, expected = resumed.weights("pretrain"), whole.weights("pretrain")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_micro_batches_see_the_same_images(lab: Labs) -> None:
+    trainer = lab(*SETS).trainer("pretrain")
+    batch = next(trainer.stream.batches(2))
+    assert batch.images.dtype == torch.uint8
+    assert batch.parameters.shape == (32, COLUMNS)
+    images, targets = trainer.task.prepare(batch.to("cpu"), 2)
+    for index in range(4):
+        rows = batch.local % 4 == index
+        part, shares = trainer.task.prepare(batch.micro(index, 4), 2)
+        assert torch.equal(part, images[rows])
+        assert torch.equal(shares, targets[rows])
+
+
+def test_the_trainer_sees_what_the_host_would_show_it(lab: Labs) -> None:
+    sets = [*SETS, "augment.erase=0.0"]
+    ours, hosts = lab(*sets), lab(*sets, "augment.device=false")
+    (found, _), (expected, _) = (
+        one.trainer("pretrain").task.prepare(next(one.trainer("pretrain").stream.batches(1)), 1)
+        for one in (ours, hosts)
+    )
+    assert levels(found, expected, ours.recipe.augment).max() < LEVELS
+    assert ours.recipe.digest != hosts.recipe.digest  # not the same bits: another experiment
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (["augment.rand_augment=rand-m9-mstd0.5-inc1"], "device does three_augment, not rand_augment"),
+        (["augment.crop=simple", "augment.pad=8"], "augment.pad = 8 must be below model.img_size = 8"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(sets: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_recipe("digits", ["augment.device=true", *sets])
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_do_not_overlap() -> None:
+    assert [JITTER + 6, BOX + 4, NOISE + 1] == [BOX, NOISE, COLUMNS]
