@@ -1,8 +1,8 @@
 """What incubation is worth: accuracy against training FLOPs and seconds, several ways of training, budgets and seeds.
 
     python benchmarks/cost_to_accuracy.py digits
-    python benchmarks/cost_to_accuracy.py digits --budgets 1 --ways incubated fresh boundary grow end-to-end layer-scale
-    python benchmarks/cost_to_accuracy.py benchmarks/cifar100-deep.toml --set data.path=data/cifar100-10k --budgets 1 \
+    python benchmarks/cost_to_accuracy.py digits --budgets 1 --ways incubated fresh grow end-to-end layer-scale
+    python benchmarks/cost_to_accuracy.py benchmarks/cifar20-deep.toml --set data.path=data/cifar20 --budgets 1 \
         --ways incubated decentralised end-to-end layer-scale
 
 A budget is a share of the recipe's epochs, in each of its phases; training end to end always has the FLOPs of the whole

@@ -116,7 +116,7 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped: more, and it goes back once, then exit 5
     micro_batch: Count | None = execution(None)  # samples a rank runs at once; None: its whole share
-    compile: bool = execution(False)  # each block with torch.compile
+    compile: bool = execution(False)  # each block with torch.compile, and a fused loss
     skip_unused: bool = execution(False)  # what drop-path drops and tokens that nobody reads are not computed
 
 

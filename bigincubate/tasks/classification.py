@@ -40,6 +40,7 @@ class ClassificationTask:
         self.partition = Partition(self.plan.family, self.row.depths)
         self.target = Partition(self.plan.family, self.plan.target)
         self.meta = Partition(self.plan.family, self.plan.meta)
+        self.fused = torch.compile(fused_loss) if self.settings.train.compile else fused_loss
 
     def build_model(self, run: RunDir, start: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, str | None]:
         """The row's model with the weights it starts from, frozen as the row says, and the digest of the meta model
@@ -149,9 +150,14 @@ class ClassificationTask:
         chosen, logits = self.settings.loss, model(images)
         if isinstance(targets, TwoHot):
             share = torch.full((len(logits),), targets.share, device=logits.device)
-            return soft_cross_entropy(logits, targets.labels, targets.partners, share, chosen.label_smoothing).mean()
+            return self.fused(logits, targets.labels, targets.partners, share, chosen.label_smoothing)
         measure = F.binary_cross_entropy_with_logits if chosen.bce else F.cross_entropy
         return measure(logits.float(), targets)
+
+
+def fused_loss(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> Tensor:
+    """The mean of :func:`.soft_cross_entropy`."""
+    return soft_cross_entropy(logits, first, second, share, smoothing).mean()
 
 
 @torch.no_grad()
