@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -78,6 +79,7 @@ def train(
             if env.is_main:
                 claim.check()
                 folder.finish(result)
+                shutil.rmtree(folder.features, ignore_errors=True)
         if env.is_main:
             run.note("done", phase=row.key, **{key: result[key] for key in ("top1", "steps", "seconds")})
         record("done")

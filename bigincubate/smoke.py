@@ -17,7 +17,7 @@ NARROW: dict[str, dict[str, Any]] = {
     "vit": {"embed_dim": 32, "num_heads": 2},
     "swin": {"embed_dim": 8, "num_heads": [1, 2, 4, 8], "window_size": 2},
     "convnext": {"dims": [8, 16, 32, 64]},
-    "mixer": {"embed_dim": 32},
+    "mixer": {},  # timm's take no width
 }
 
 

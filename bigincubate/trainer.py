@@ -42,11 +42,12 @@ from .models import (
     set_rates,
 )
 from .optim import Ema, make_optimizer, make_schedule
-from .plan import PhasePlan, Plan, PlannedRow, phase_steps
+from .plan import PhasePlan, Plan, PlannedRow, cached_views, phase_steps
 from .rundir import PhaseDir, RunDir
 from .sharding import make_sharding
 from .tasks.classification import ClassificationTask, evaluate
 from .tasks.partial import finished, partial_assembly
+from .tasks.prefix import prefix_cache
 
 
 @dataclass
@@ -55,7 +56,7 @@ class TrainState:
 
     step: int = 0
     images: int = 0
-    seconds: float = 0.0  # of training, over all attempts
+    seconds: float = 0.0  # of training, and of what it begins with, over all attempts
     skipped: int = 0  # steps left out because their gradient was not finite
     adascale: dict[str, float] = field(default_factory=dict)  # its moving averages
     last: dict[str, float] = field(default_factory=dict)  # measured in the last step, logged with the final evaluation
@@ -94,7 +95,7 @@ class Trainer:
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
         choose_attention(self.model, env.device, train.precision)
-        units = [block.path for block in self.task.partition.blocks()]
+        units = [block.path for block in self.task.partition.blocks() if block.module >= row.begins]
         checkpoint_activations(self.model, units, self.settings.sharding.activation_checkpointing)
         if train.compile:
             for unit in units:
@@ -106,17 +107,11 @@ class Trainer:
         self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
         self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
 
-        self.eval_stream = EvalStream(
-            data,
-            "val",
-            augment,
-            img_size=model.img_size,
-            batch_size=min(256, max(1, train.batch_size // env.world)),
-            rank=env.rank,
-            world=env.world,
-            workers=recipe.data.workers,
-            remote=recipe.data.remote,
-        )
+        # a module that begins in the middle of the hybrid takes what reaches it in place of images
+        begun = time.perf_counter()
+        cached = prefix_cache(self.task, run, env, lambda: bool(stop), self.micro_batches) if row.begins else None
+        ready = time.perf_counter()
+        self.eval_stream = self.validation(cached or data)
         self.stream = TrainStream(
             data,
             recipe.data,
@@ -126,6 +121,7 @@ class Trainer:
             batch_size=train.batch_size,
             rank=env.rank,
             world=env.world,
+            features=cached,
         )
         _, self.per_epoch = phase_steps(self.settings, data.epoch)
         self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.per_epoch)
@@ -133,10 +129,25 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep, claim=self.claim
         )
-        self.state = TrainState()
+        self.state = TrainState(seconds=ready - begun)
         self.saved = -1  # step of the newest checkpoint
         self.rollback: dict[str, Any] | None = None
         self.skipped = torch.zeros((), device=env.device)
+
+    def validation(self, data: DatasetInfo) -> EvalStream:
+        """This rank's share of the validation split."""
+        recipe, settings, env = self.recipe, self.settings, self.env
+        return EvalStream(
+            data,
+            "val",
+            settings.augment,
+            img_size=settings.model.img_size,
+            batch_size=min(256, max(1, settings.train.batch_size // env.world)),
+            rank=env.rank,
+            world=env.world,
+            workers=recipe.data.workers,
+            remote=recipe.data.remote if data is self.data else None,
+        )
 
     # ------------------------------------------------------------------------------------------ the run
 
@@ -209,7 +220,7 @@ class Trainer:
             waiting = time.perf_counter()
             batch = next(batches)
             meter.waited += time.perf_counter() - waiting
-            if state.step == 0 and log.images:
+            if state.step == 0 and log.images and not self.row.begins:  # else they are no images
                 augment = self.settings.augment
                 self.metrics.images(0, self.task.shown(batch.first(log.images)), augment.mean, augment.std)
 
@@ -377,13 +388,13 @@ class Trainer:
                 self.write_artifact(self.folder, tensors, export)
         if module is not None:
             self.score_partial(module)
-        state = self.state
+        state, cost, samples = self.state, self.planned.cost, self.data.samples["train"]
         return {
             **scores,
             "seconds": round(state.seconds, 3),
             "steps": state.step,
             "images": state.images,
-            "flops": state.images * self.planned.cost.training_flops,
+            "flops": state.images * cost.training_flops + cached_views(self.settings, samples) * cost.prefix_flops,
         }
 
     def score_partial(self, module: int) -> None:
@@ -393,7 +404,8 @@ class Trainer:
         if module not in joined:  # the meta model that it grew from was replaced meanwhile
             return
         model = partial_assembly(self.task, self.run_dir, joined, self.env.device)
-        scores = evaluate(model, self.eval_stream, self.env, self.settings.train.precision)
+        images = self.validation(self.data) if self.row.begins else self.eval_stream
+        scores = evaluate(model, images, self.env, self.settings.train.precision)
         with self.env.first():
             if self.env.is_main:
                 self.claim.check()

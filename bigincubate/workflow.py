@@ -54,6 +54,8 @@ def ensure_data(
     apart = recipe.data.decentralised and module is not None
     data = (describe_dataset if apart else open_dataset)(path, recipe.data.remote)
     seen_by(recipe, data, modules - 1)  # the last module has a part
+    if data.features:
+        raise EnvironmentFault(f"{path} holds what reaches a module, no images; give the data that it was made of")
     if (found := len(data.classes)) != recipe.model.num_classes:
         raise ConfigError(f"{path} has {found} classes, but model.num_classes = {recipe.model.num_classes}")
     return data

@@ -178,10 +178,10 @@ def counted() -> Iterator[None]:
 
     count, known = plan.count_cost, {}
 
-    def cost(row: Any, settings: Any, family: Any) -> Any:
-        key = (row, settings.model.model_dump_json(), settings.optim.name, family)
+    def cost(row: Any, settings: Any, cut: Any) -> Any:
+        key = (row, settings.model.model_dump_json(), settings.optim.name, cut)
         if key not in known:
-            known[key] = count(row, settings, family)
+            known[key] = count(row, settings, cut)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

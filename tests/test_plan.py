@@ -26,7 +26,7 @@ def test_training_flops_of_the_large_models(name: str) -> None:
     plan = make_plan(recipe)
     rows = [plan.row("end_to_end"), plan.row("pretrain"), *(plan.row("incubate", k) for k in range(4))]
     for row, expected in zip(rows, TABLE[name], strict=True):
-        cost = count_cost(row, recipe.settings(row.phase), plan.family)
+        cost = count_cost(row, recipe.settings(row.phase), plan)
         assert cost.training_flops / 1e9 == pytest.approx(expected, rel=0.005), row.key
 
 
@@ -41,11 +41,11 @@ def test_flops_of_a_vit_follow_the_closed_formula() -> None:
     linear, attention = 2 * t * 12 * d * d, 4 * t * t * d
     patch, head = 2 * n * 3 * 256 * d, 2 * d * c
     row = plan.row("end_to_end")
-    cost = count_cost(row, recipe.settings("end_to_end"), plan.family)
+    cost = count_cost(row, recipe.settings("end_to_end"), plan)
     assert cost.forward_flops == pytest.approx(patch + 12 * (linear + attention) + head, rel=0.01)
     assert cost.training_flops == pytest.approx(2 * patch + 3 * (12 * (linear + attention) + head), rel=0.01)
     row = plan.row("incubate", 1)
-    cost = count_cost(row, recipe.settings("incubate"), plan.family)
+    cost = count_cost(row, recipe.settings("incubate"), plan)
     forward = patch + 6 * (linear + attention) + head
     # blocks 1 to 3 train; 4 and 5 and the head only pass the gradient on; block 0 gets none
     backward = 3 * (2 * linear + 2 * attention) + 2 * (linear + 2 * attention) + head
@@ -58,7 +58,7 @@ def test_counted_without_data_equals_counted_on_real_tensors(module: int | None)
     plan = make_plan(recipe)
     row = plan.row("incubate", module) if module is not None else plan.row("finetune")
     settings = recipe.settings(row.phase)
-    cost = count_cost(row, settings, plan.family)
+    cost = count_cost(row, settings, plan)
     model = phase_model(row, settings, plan.family).train()
     with FlopCounterMode(display=False) as counter:
         loss = model(torch.randn(2, 3, 8, 8)).sum()
@@ -86,7 +86,7 @@ def test_saved_activations_equal_those_of_a_real_forward() -> None:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = model(torch.randn(1, 3, 8, 8))
         real = sum(tensor.untyped_storage().nbytes() for key, tensor in held.items() if key not in own)
-        assert count_cost(row, settings, plan.family).activation_bytes == real, row.key
+        assert count_cost(row, settings, plan).activation_bytes == real, row.key
         del output
 
 
@@ -143,7 +143,7 @@ def test_gradients_of_a_depthwise_convolution_cost_what_its_forward_does(tmp_pat
     recipe = load_recipe(str(file))
     plan = make_plan(recipe)
     row = plan.row("finetune")
-    cost = count_cost(row, recipe.settings("finetune"), plan.family)
+    cost = count_cost(row, recipe.settings("finetune"), plan)
     model = phase_model(row, recipe.settings("finetune"), plan.family)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.stem(torch.randn(1, 3, 64, 64))

@@ -45,7 +45,7 @@ def test_sizes_are_those_that_were_published(name: str, monkeypatch: pytest.Monk
     cut = make_plan(recipe)
     monkeypatch.setattr(plan, "saved_bytes", lambda *_: 0)  # takes longest, and is looked at elsewhere
     monkeypatch.setattr(plan, "trained", lambda *_: [])
-    cost = count_cost(cut.row("finetune"), recipe.settings("finetune"), cut.family)
+    cost = count_cost(cut.row("finetune"), recipe.settings("finetune"), cut)
     assert (round(cost.parameters / 1e6), round(cost.forward_flops / 2e9, 1)) == FIGURES[name]
 
 

@@ -121,7 +121,7 @@ def test_the_last_block_of_a_vit_serves_the_class_token_alone() -> None:
     block = 2 * t * 12 * d * d + 4 * t * t * d
     last = 2 * t * 2 * d * d + 2 * 10 * d * d + 4 * t * d
     for row, passes in [(plan.row("incubate", 0), 2), (plan.row("incubate", 3), 3), (plan.row("end_to_end"), 3)]:
-        whole, less = (count_cost(row, one.settings(row.phase), plan.family) for one in (recipe, skipping))
+        whole, less = (count_cost(row, one.settings(row.phase), plan) for one in (recipe, skipping))
         assert whole.forward_flops - less.forward_flops == pytest.approx(block - last, rel=1e-3)
         # activation gradients cost what the forward does, and weight gradients too, where there are any; attention's
         # products have two gradients each in either case
@@ -134,7 +134,7 @@ def test_saved_activations_of_the_first_module_are_far_fewer() -> None:
     recipe = load_recipe("imagenet-vit-b", ["train.skip_unused=true"])
     plan = make_plan(recipe)
     row = plan.row("incubate", 0)
-    cost = count_cost(row, recipe.settings("incubate"), plan.family)
+    cost = count_cost(row, recipe.settings("incubate"), plan)
     # the reference keeps 543 MiB for a batch of eight (benchmarks/vs_reference.py)
     assert 543 * 2**20 / 8 / cost.activation_bytes > 1.45
 
@@ -171,4 +171,4 @@ def test_a_model_whose_blocks_are_not_known_is_refused() -> None:
     recipe = load_recipe("cifar100-mini", ["train.skip_unused=true"])
     plan = make_plan(recipe)
     with pytest.raises(ConfigError, match=r"train\.skip_unused: not for blocks of ConvNeXtBlock; .* set it to false"):
-        count_cost(plan.row("pretrain"), recipe.settings("pretrain"), plan.family)
+        count_cost(plan.row("pretrain"), recipe.settings("pretrain"), plan)

@@ -153,12 +153,19 @@ class Augment(Section):
     three_augment: bool = False
     erase: Unit = 0.0
     repeats: Count = 1  # repeated augmentation: this many views of each sample in a batch
+    views: Count | None = None  # epochs whose augmentations differ, then the first one's again; None: all do
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
     std: list[float] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
     eval_crop: float = Field(0.875, gt=0, le=1)
     # all but reading and resizing by one operator on the device. Identity: it does not round to whole grey levels
     device: bool = False
+
+    @property
+    def new(self) -> bool:
+        """Whether a sample may look as it has not yet looked, however many epochs have passed."""
+        drawn = (self.color_jitter, self.rand_augment, self.three_augment, self.erase, 0 < self.flip < 1)
+        return self.views is None and (self.crop != "none" or any(drawn))
 
     @model_validator(mode="after")
     def _one_policy(self) -> Augment:
@@ -276,6 +283,7 @@ class PhaseSection(Section):
 
 class Incubate(PhaseSection):
     init: Literal["fresh", "boundary", "grow"] = "fresh"
+    prefix_cache: bool = execution(False)  # what reaches a module from the frozen ones before it is computed once
 
 
 class EndToEnd(PhaseSection):

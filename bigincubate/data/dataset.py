@@ -17,7 +17,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import EnvironmentFault
 from ..files import read_small, sha256
@@ -27,9 +29,28 @@ SPLITS = ("train", "val")
 COLUMNS = {"image": "bytes", "label": "int"}
 DESCRIPTION = "dataset.json"
 INDEX = "index.json"
-CUT = ("parts", "part", "of")  # keys of a description: a whole has the digests of its parts, a part its number
+# what a description may have besides: a whole has the digests of its parts, a part its number; rows that are no images
+MORE = ("parts", "part", "of", "features")
 AGAIN = "delete the folder and prepare the data again"
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)  # of JSON that is not ours
+
+
+class Features(BaseModel):
+    """Rows that are what reaches a module, in place of images. All views of a sample are one row.
+
+    Attributes:
+        dtype: torch's name of it. shape: of one view, as it lies in memory.
+        order: which dimension of the module's input (from 1, for 0 is the batch) each of these is.
+        views: of a training sample, in its row.
+        grown: what the rows are a function of: digests of the recipe, the meta model and the data, and the module.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    dtype: Literal["float32", "bfloat16", "float16"]
+    shape: list[Annotated[int, Field(ge=1, le=1 << 20)]]
+    order: list[Annotated[int, Field(ge=1, le=8)]]
+    views: Annotated[int, Field(ge=1)]
+    grown: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,6 +64,7 @@ class DatasetInfo:
     parts: Sequence[str] = ()  # digests of the parts that the training samples were cut into
     part: int | None = None  # which part of another data set this one is
     of: int | None = None  # training samples of that other one
+    features: Features | None = None  # what its rows are, where they are no images
 
     @property
     def epoch(self) -> int:
@@ -92,9 +114,11 @@ def _described(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
         if described["format"] != FORMAT:
             raise EnvironmentFault(f"{path}: data format {described['format']}, this version reads {FORMAT}")
         classes, splits, digest = described["classes"], described["splits"], described["digest"]
-        cut = {key: described[key] for key in CUT if key in described}
-        expected = contents_digest(classes, splits, cut)
-        info = DatasetInfo(path, classes, {split: splits[split]["samples"] for split in SPLITS}, digest, **cut)
+        more = {key: described[key] for key in MORE if key in described}
+        expected = contents_digest(classes, splits, more)
+        if "features" in more:
+            more["features"] = Features.model_validate(more["features"])
+        info = DatasetInfo(path, classes, {split: splits[split]["samples"] for split in SPLITS}, digest, **more)
     except BROKEN:
         raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None
     if digest != expected:
@@ -111,9 +135,9 @@ def damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
                 yield file, f"SHA-256 {found[:12]}…, expected {expected[:12]}…"
 
 
-def contents_digest(classes: list[str], splits: dict[str, dict[str, Any]], cut: dict[str, Any]) -> str:
-    """SHA-256 of what was prepared, whatever it was prepared from. ``cut``: what it has of the keys in ``CUT``."""
-    text = json.dumps([FORMAT, classes, splits, *([cut] if cut else [])], sort_keys=True, separators=(",", ":"))
+def contents_digest(classes: list[str], splits: dict[str, dict[str, Any]], more: dict[str, Any]) -> str:
+    """SHA-256 of what was prepared, whatever it was prepared from. ``more``: what it has of the keys in ``MORE``."""
+    text = json.dumps([FORMAT, classes, splits, *([more] if more else [])], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -1,8 +1,7 @@
 """Anything -> MDS shards.
 
-The samples are cut in chunks, and a chunk is written in a folder of its own that is renamed when it is complete. So
-the result does not depend on how many processes write, and a run that was killed goes on from the finished chunks.
-A chunk holds samples of one part alone (:mod:`.parts`), so that parts are made of the whole's shards.
+The samples are cut in chunks (:mod:`.chunks`), so that a run that was killed goes on. A chunk holds samples of one part
+alone (:mod:`.parts`), so that parts are made of the whole's shards.
 """
 
 from __future__ import annotations
@@ -18,21 +17,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..errors import EnvironmentFault
-from .dataset import (
-    COLUMNS,
-    DESCRIPTION,
-    FORMAT,
-    INDEX,
-    DatasetInfo,
-    contents_digest,
-    open_dataset,
-    read_json,
-    sync,
-    write_json,
-)
+from .chunks import describe, write_chunk
+from .dataset import DESCRIPTION, DatasetInfo, open_dataset, read_json, sync, write_json
 from .images import decode, encode
 from .locks import locked
 from .parts import Cut, part_path
@@ -126,23 +115,14 @@ def _prepare(
         for split, shared in (("train", own), ("val", val)):
             for chunk in shared:
                 _share(chunk.folder, folder / split / chunk.folder.name)
-        digests.append(_describe(folder, source, identity, {"train": own, "val": val}, {"part": number, "of": size}))
+        places = {"train": [chunk.folder for chunk in own], "val": [chunk.folder for chunk in val]}
+        digests.append(describe(folder, source.classes, places, identity, {"part": number, "of": size}))
     if parts:
         sync(out / "parts")
-    _describe(out, source, identity, {"train": train, "val": val}, {"parts": digests} if parts else {})
+    places = {"train": [chunk.folder for chunk in train], "val": [chunk.folder for chunk in val]}
+    describe(out, source.classes, places, identity, {"parts": digests} if parts else {})
     (out / UNFINISHED).unlink()
     return open_dataset(out)
-
-
-def _describe(
-    folder: Path, source: Source, identity: dict[str, str], splits: dict[str, list[Chunk]], cut: dict[str, Any]
-) -> str:
-    """Write the indexes and the description of a folder whose chunks are there. Gives its digest."""
-    merged = {split: _merge(folder / split, chunks) for split, chunks in splits.items()}
-    digest = contents_digest(source.classes, merged, cut)
-    about = {"format": FORMAT, "source": identity, "classes": source.classes, "splits": merged}
-    write_json(folder / DESCRIPTION, {**about, **cut, "digest": digest})
-    return digest
 
 
 def _chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
@@ -155,17 +135,6 @@ def _chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
         for begin in range(0, len(ordered), CHUNK)
     ]
     return [Chunk(folder / f"{number:05}", piece, part) for number, (part, piece) in enumerate(pieces)]
-
-
-def _merge(folder: Path, chunks: list[Chunk]) -> dict[str, Any]:
-    """One index over the chunks of a split, for a folder that has them under their names."""
-    shards = []
-    for chunk in chunks:
-        for shard in read_json(chunk.folder / INDEX)["shards"]:
-            shard["raw_data"]["basename"] = f"{chunk.folder.name}/{shard['raw_data']['basename']}"
-            shards.append(shard)
-    samples = sum(len(chunk.samples) for chunk in chunks)
-    return {"samples": samples, "index": write_json(folder / INDEX, {"version": 2, "shards": shards})}
 
 
 def _share(folder: Path, other: Path) -> None:
@@ -183,20 +152,9 @@ def _share(folder: Path, other: Path) -> None:
 # ------------------------------------------------------------------------------------------------ one chunk
 
 
-def write_chunk(chunk: Chunk) -> int:
+def write_samples(chunk: Chunk) -> int:
     """Write one chunk, all of it or nothing. Returns the number of its samples."""
-    from streaming import MDSWriter
-
-    temporary = chunk.folder.parent.parent / f".tmp-{chunk.folder.parent.name}-{chunk.folder.name}-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    with MDSWriter(columns=COLUMNS, out=str(temporary), hashes=["sha256"]) as writer:
-        for sample in chunk.samples:
-            writer.write({"image": _image_bytes(sample), "label": sample.label})
-    for file in temporary.iterdir():
-        sync(file)
-    sync(temporary)
-    temporary.rename(chunk.folder)
-    sync(chunk.folder.parent)
+    write_chunk(chunk.folder, ((_image_bytes(sample), sample.label) for sample in chunk.samples))
     return len(chunk.samples)
 
 
@@ -217,7 +175,7 @@ def _image_bytes(sample: Sample) -> bytes:
 def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
     """Write chunks in this process, or in ``jobs`` others. Yields their sizes as they are done."""
     if jobs <= 1 or len(chunks) <= 1:
-        yield map(write_chunk, chunks)
+        yield map(write_samples, chunks)
         return
     import streaming  # noqa: F401  once here, so that the forked processes have it
 
@@ -228,7 +186,7 @@ def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
         initargs=(os.getpid(),),
     )
     try:
-        futures = [pool.submit(write_chunk, chunk) for chunk in chunks]
+        futures = [pool.submit(write_samples, chunk) for chunk in chunks]
         yield (future.result() for future in as_completed(futures))
     finally:
         pool.shutdown(cancel_futures=True)

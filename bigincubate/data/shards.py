@@ -15,28 +15,31 @@ import atexit
 import fcntl
 import hashlib
 import itertools
+import math
 import mmap
 import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from unittest.mock import patch
 
 import numpy as np
+import torch
 import torch.distributed
-from PIL import Image
 from streaming import StreamingDataset
 from streaming.base import shared
 from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry
 from streaming.base.world import World
+from torch import Tensor
 
 from ..errors import EnvironmentFault
-from .dataset import AGAIN, DatasetInfo
+from .dataset import AGAIN, DatasetInfo, Features
 from .images import decode
 from .locks import locked, runtime_dir
 
@@ -60,6 +63,9 @@ class Shards(StreamingDataset):
         self.claim = claim()
         self.folder, self.classes = info.path / split, len(info.classes)
         self.source = f"{remote}/{split}" if remote else None
+        self.decode: Callable[[bytes], Any] = decode
+        if info.features:
+            self.decode = partial(decode_features, info.features, info.features.views if split == "train" else 1)
         with _alone(self.claim):
             super().__init__(local=str(info.path), split=split, **order)
         self._parallel_rank_world = World(1, world, 1, rank)  # whose samples to iterate over, says streaming
@@ -68,8 +74,8 @@ class Shards(StreamingDataset):
         # Where the next iteration begins, for workers that outlive an epoch: the epoch, and samples done in it.
         self._begin = np.frombuffer(mmap.mmap(-1, 16), np.int64)
 
-    def read(self, sample: int) -> tuple[Image.Image, int]:
-        """RGB image and label.
+    def read(self, sample: int) -> tuple[Any, int]:
+        """RGB image, or what reaches a module ([views, ...]); and label.
 
         Raises:
             EnvironmentFault: a shard that is missing or damaged, an image that cannot be decoded.
@@ -82,10 +88,11 @@ class Shards(StreamingDataset):
             item = shard[row]
             if not 0 <= item["label"] < self.classes:
                 raise ValueError(f"label {item['label']} of {self.classes} classes")
-            return decode(item["image"]), item["label"]
+            return self.decode(item["image"]), item["label"]
         except (ValueError, IndexError) as error:
+            what = "image" if self.decode is decode else "row of features"
             raise EnvironmentFault(
-                f"{self.folder.name} sample {sample} (row {row} of {self._file(number)}) is not a readable image: "
+                f"{self.folder.name} sample {sample} (row {row} of {self._file(number)}) is not a readable {what}: "
                 f"{error}"
             ) from None
         except OSError as error:
@@ -134,6 +141,18 @@ class Shards(StreamingDataset):
                 check_hash(file, raw.hashes["sha256"], name=str(file))
             check_offsets(file, self.shards[number].samples)
             self._verified[number] = 1
+
+
+def decode_features(features: Features, views: int, data: bytes) -> Tensor:
+    """[views, …], as it was.
+
+    Raises:
+        ValueError: more or fewer bytes than a row has.
+    """
+    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if len(flat) != views * math.prod(features.shape) * (dtype := getattr(torch, features.dtype)).itemsize:
+        raise ValueError(f"{len(flat)} bytes")
+    return flat.view(dtype).view(views, *features.shape)
 
 
 def check_offsets(file: Path, samples: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import Any
 
@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 from .. import config
 from ..errors import ConfigError, EnvironmentFault
 from .augment import Transform, eval_transform, seeded, train_transform
-from .dataset import DatasetInfo
+from .dataset import DatasetInfo, Features
 from .device_augment import HalfTransform
-from .shards import Shards
+from .shards import LOCAL, Shards
 
 View = tuple[Tensor, ...]  # [3, H, W], and what else the batch has of an image: its parameters
 Row = tuple[View, int, int]  # views [R, 3, H, W] and so on, label, id
@@ -30,7 +30,7 @@ Row = tuple[View, int, int]  # views [R, 3, H, W] and so on, label, id
 class Batch:
     """A rank's share of a global batch, n rows."""
 
-    images: Tensor  # [n, 3, H, W] float32; with parameters uint8
+    images: Tensor  # [n, 3, H, W] float32; with parameters uint8; of a prefix cache [n, ...], what reaches a module
     labels: Tensor  # [n] int64
     ids: Tensor  # [n] int64: of the samples in their split
     positions: Tensor  # [n] int64: p in the global batch; view v of its sample j has p = j * R + v
@@ -70,6 +70,7 @@ class TrainStream:
 
     Args:
         batch_size: global, over all ranks and views. rank, world: this rank, of how many.
+        features: rows to read in place of the images; which ones, and in which order, the images say as ever.
 
     Raises:
         ConfigError: too few samples for one batch, or a batch that ranks cannot share evenly.
@@ -86,6 +87,7 @@ class TrainStream:
         batch_size: int,
         rank: int = 0,
         world: int = 1,
+        features: DatasetInfo | None = None,
     ) -> None:
         samples = info.samples["train"]
         if data.train_samples not in (None, info.epoch):
@@ -102,22 +104,19 @@ class TrainStream:
             )
         self._rank, self._world, self._repeats = rank, world, augment.repeats
         share = self._distinct // world
-        images = _TrainImages(
-            info,
-            HalfTransform(augment, img_size) if augment.device else _whole(train_transform(augment, img_size)),
-            seed=seed,
-            repeats=augment.repeats,
-            remote=data.remote,
-            rank=rank,
-            world=world,
-            batch_size=share,
-            partition_algo="orig",
-            num_canonical_nodes=data.canonical_nodes,
-            shuffle=True,
-            shuffle_algo=data.shuffle,
-            shuffle_seed=_spread(seed),
-            shuffle_block_size=data.shuffle_block_size,
-        )
+        order = {
+            "rank": rank,
+            "world": world,
+            "batch_size": share,
+            "partition_algo": "orig",
+            "num_canonical_nodes": data.canonical_nodes,
+            "shuffle": True,
+            "shuffle_algo": data.shuffle,
+            "shuffle_seed": _spread(seed),
+            "shuffle_block_size": data.shuffle_block_size,
+        }
+        self._features = features.features if features else None
+        images = _TrainImages(info, augment, img_size, seed=seed, remote=data.remote, features=features, **order)
         # workers stay: to fork them anew costs a short epoch a sixth of its time
         self._loader = StreamingDataLoader(images, **_loading(share, data.workers), persistent_workers=data.workers > 0)
 
@@ -132,7 +131,8 @@ class TrainStream:
             self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._distinct})
             with closing(iter(self._loader)) as loaded:
                 for rows in islice(loaded, self.steps_per_epoch - done):
-                    yield _batch(rows, rank=self._rank, world=self._world, repeats=self._repeats)
+                    batch = _batch(rows, rank=self._rank, world=self._world, repeats=self._repeats)
+                    yield _as_taken(batch, self._features)
                     step += 1
             if step % self.steps_per_epoch:
                 raise RuntimeError(f"the loader ended before epoch {epoch} did, at step {step}")
@@ -160,7 +160,9 @@ class EvalStream:
     ) -> None:
         self._rank, self._world, self._batch_size = rank, world, batch_size
         ids = range(rank, info.samples[split], world)
-        images = _EvalImages(Shards(info, split, remote=remote), eval_transform(augment, img_size), ids)
+        self._features = info.features
+        look = _as_it_is if info.features else _one_view(eval_transform(augment, img_size))
+        images = _EvalImages(Shards(info, split, remote=remote), look, ids)
         self._loader: DataLoader[Row | EnvironmentFault] = DataLoader(images, **_loading(batch_size, workers))
 
     def __len__(self) -> int:
@@ -173,49 +175,135 @@ class EvalStream:
             EnvironmentFault: a shard or an image that cannot be read.
         """
         for number, rows in enumerate(self._loader):
-            yield _batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
+            batch = _batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
+            yield _as_taken(batch, self._features)
+
+
+class ViewsByRow(Dataset[Row | EnvironmentFault]):
+    """Every view that training has of each sample, over so many epochs: row e * samples + j is sample j in epoch e. Of
+    the validation split the one view that there is."""
+
+    def __init__(
+        self,
+        info: DatasetInfo,
+        split: str,
+        data: config.Data,
+        augment: config.Augment,
+        *,
+        img_size: int,
+        seed: int,
+        epochs: int,
+    ) -> None:
+        self.samples, self.epochs = info.samples[split], epochs
+        self.repeats = augment.repeats if split == "train" else 1
+        if split == "train":
+            self.look = _TrainImages(info, augment, img_size, seed=seed, remote=data.remote).look
+        else:
+            images = _EvalImages(
+                Shards(info, split, remote=data.remote),
+                _one_view(eval_transform(augment, img_size)),
+                range(self.samples),
+            )
+            self.look = lambda at, epoch: images[at]
+
+    def __len__(self) -> int:
+        return self.epochs * self.samples
+
+    def __getitem__(self, row: int) -> Row | EnvironmentFault:
+        epoch, at = divmod(row, self.samples)
+        return self.look(at, epoch)
+
+    def batches(self, rows: list[list[int]], workers: int) -> Iterator[Batch]:
+        """These rows, a batch a list.
+
+        Raises:
+            EnvironmentFault: a shard or an image that cannot be read.
+        """
+        loading = {key: value for key, value in _loading(1, workers).items() if key != "batch_size"}
+        for loaded in DataLoader(self, batch_sampler=rows, **loading):
+            yield _batch(loaded, rank=0, world=1, repeats=self.repeats)
 
 
 # ------------------------------------------------------------------------------------------------ rows
 
 
 class _TrainImages(Shards):
+    """Samples as training sees them; iterated, in its order.
+
+    Args:
+        features: read in place of the images, which then only say how many there are, and in which order they come.
+    """
+
     def __init__(
-        self, info: DatasetInfo, transform: Callable[..., View], *, seed: int, repeats: int, **order: Any
+        self,
+        info: DatasetInfo,
+        augment: config.Augment,
+        img_size: int,
+        *,
+        seed: int,
+        features: DatasetInfo | None = None,
+        **order: Any,
     ) -> None:
         super().__init__(info, "train", **order)
-        self.transform, self.seed, self.repeats = transform, seed, repeats
+        self.samples, self.seed, self.repeats, self.views = info.samples["train"], seed, augment.repeats, augment.views
+        self.transform: Callable[..., View] = (
+            HalfTransform(augment, img_size) if augment.device else _whole(train_transform(augment, img_size))
+        )
+        self.features = Shards(features, "train") if features else None
 
     def __getitem__(self, at: Any) -> Row | EnvironmentFault:
+        return self.look(at, self.epoch)
+
+    def look(self, at: int, epoch: int) -> Row | EnvironmentFault:
+        """A sample as it looks in an epoch."""
+        if self.views is not None:
+            epoch %= self.views
         try:
+            if self.features is not None:
+                found, label = self.features.read(epoch % (self.views or 1) * self.samples + at)
+                return (found,), label, at
             image, label = self.read(at)
         except EnvironmentFault as fault:
             return fault
         views = []
         for view in range(self.repeats):
-            with seeded(self.seed, self.epoch, at, view):
+            with seeded(self.seed, epoch, at, view):
                 views.append(self.transform(image))
         return tuple(map(torch.stack, zip(*views, strict=True))), label, at
 
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        if self.features is None:  # else nobody reads it
+            super().prepare_shard(shard_id, blocking)
+        else:
+            self._shard_states[shard_id] = LOCAL
+
 
 class _EvalImages(Dataset[Row | EnvironmentFault]):
-    def __init__(self, shards: Shards, transform: Transform, ids: range) -> None:
-        self.shards, self.transform, self.ids = shards, transform, ids
+    def __init__(self, shards: Shards, look: Callable[[Any], View], ids: range) -> None:
+        self.shards, self.look, self.ids = shards, look, ids
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, at: int) -> Row | EnvironmentFault:
         try:
-            image, label = self.shards.read(self.ids[at])
+            found, label = self.shards.read(self.ids[at])
         except EnvironmentFault as fault:
             return fault
-        return (self.transform(image)[None],), label, self.ids[at]
+        return self.look(found), label, self.ids[at]
 
 
 def _whole(transform: Transform) -> Callable[..., View]:
     """A transform that leaves nothing to the device."""
     return lambda image: (transform(image),)
+
+
+def _one_view(transform: Transform) -> Callable[..., View]:
+    return lambda image: (transform(image)[None],)
+
+
+def _as_it_is(features: Tensor) -> View:
+    return (features,)
 
 
 def _collate(rows: list[Row | EnvironmentFault]) -> tuple[Any, ...]:
@@ -234,6 +322,14 @@ def _batch(rows: tuple[Any, ...], *, rank: int, world: int, repeats: int = 1, fi
     local = torch.arange(first, first + len(ids)).repeat_interleave(repeats)
     positions = (local * world + rank) * repeats + torch.arange(repeats).repeat(len(ids))
     return Batch(images, labels.repeat_interleave(repeats), ids.repeat_interleave(repeats), positions, local, *more)
+
+
+def _as_taken(batch: Batch, features: Features | None) -> Batch:
+    """Rows that are features, with their dimensions in the order in which a module takes them, as they lie."""
+    if features is None:
+        return batch
+    places = [0, *(1 + features.order.index(dim) for dim in range(1, 1 + len(features.order)))]
+    return replace(batch, images=batch.images.permute(places))
 
 
 def _loading(batch_size: int, workers: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from .partition import (
     hybrid_depths,
     normalise_depths,
 )
+from .prefix import Passed, begin_at, check_deterministic, reaching
 from .skipping import skip_unused
 from .surgery import assemble, extract, fit_positions, freeze, initialise, insert, rename
 
@@ -25,12 +26,15 @@ __all__ = [
     "DropPath",
     "Family",
     "Partition",
+    "Passed",
     "apply_masks",
     "assemble",
     "balanced_cut",
+    "begin_at",
     "block_costs",
     "build",
     "check_depths",
+    "check_deterministic",
     "checkpoint_activations",
     "choose_attention",
     "default_depths",
@@ -45,6 +49,7 @@ __all__ = [
     "initialise",
     "insert",
     "normalise_depths",
+    "reaching",
     "rename",
     "set_rates",
     "skip_unused",

@@ -57,7 +57,7 @@ class ClassificationTask:
         model = phase_model(self.row, self.settings, self.plan.family)
         sources = {slot.source for slot in self.row.slots}
         digest = None
-        if "meta" in sources:
+        if sources & {"meta", "cached"}:
             meta, digest = self._meta(run)
             meta = fit_positions(meta, model)
             for module, slot in enumerate(self.row.slots):
