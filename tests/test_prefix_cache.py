@@ -299,7 +299,7 @@ def test_features_are_no_data_to_train_on(ready: Any, tmp_path: Path, bigincubat
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        (["incubate.mixup.prob=0.0"], "augmentation shows a sample anew in each epoch; set incubate.augment.views"),
+        (["incubate.mixup.prob=0.0"], "augmentation shows a sample anew in each epoch; set incubate.augment.views, to 1"),
         (["incubate.augment.views=1"], "of mixed images other features .* set incubate.mixup.prob = 0"),
         ([*FIXED, "drop_path.rates=hybrid"], 'set incubate.drop_path.rates = "target"'),
     ],

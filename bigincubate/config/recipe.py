@@ -48,7 +48,7 @@ class Recipe(Settings):
         """Why what reaches a module cannot be computed once, and what to do; None where it can."""
         settings = self.settings("incubate")
         if settings.augment.new:
-            return "augmentation shows a sample anew in each epoch; set incubate.augment.views to how often it may"
+            return "augmentation shows a sample anew in each epoch; set incubate.augment.views, to 1 or more"
         if settings.mixup.active:
             return "of mixed images other features reach a module in each step; set incubate.mixup.prob = 0"
         if settings.drop_path.rates == "hybrid" and settings.drop_path.rate:
