@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, fields
-from itertools import islice
+from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
+from PIL import Image
 from streaming import StreamingDataLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import Compose
 
 from .. import config
 from ..errors import ConfigError, EnvironmentFault
-from .augment import Transform, eval_transform, seeded, train_transform
+from .augment import (
+    ToNormalized,
+    Transform,
+    draws_from_torch_alone,
+    eval_transform,
+    picture_steps,
+    reseed,
+    set_aside,
+    train_transform,
+)
 from .dataset import DatasetInfo
 from .device_augment import HalfTransform
 from .shards import Shards
 
-View = tuple[Tensor, ...]  # [3, H, W], and what else the batch has of an image: its parameters
-Row = tuple[View, int, int]  # views [R, 3, H, W] and so on, label, id
+View = tuple[Any, ...]  # an image, or pixels [3, H, W], and what else the batch has of it: its parameters
+Row = tuple[list[View], int, int]  # R views, label, id
+Finish = Callable[[Sequence[Any]], Tensor]  # n images or pixels -> [n, 3, H, W]
 
 
 @dataclass(frozen=True)
@@ -102,11 +115,12 @@ class TrainStream:
             )
         self._rank, self._world, self._repeats = rank, world, augment.repeats
         share = self._distinct // world
+        transform, finish = _halves(augment, img_size)
         images = _TrainImages(
             info,
-            HalfTransform(augment, img_size) if augment.device else _whole(train_transform(augment, img_size)),
-            seed=seed,
-            repeats=augment.repeats,
+            transform,
+            augment,
+            seed,
             remote=data.remote,
             rank=rank,
             world=world,
@@ -119,7 +133,9 @@ class TrainStream:
             shuffle_block_size=data.shuffle_block_size,
         )
         # workers stay: to fork them anew costs a short epoch a sixth of its time
-        self._loader = StreamingDataLoader(images, **_loading(share, data.workers), persistent_workers=data.workers > 0)
+        self._loader = StreamingDataLoader(
+            images, **_loading(share, data.workers, finish), persistent_workers=data.workers > 0
+        )
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
         """Batches from optimizer step ``step`` on. One iterator at a time.
@@ -131,7 +147,7 @@ class TrainStream:
             epoch, done = divmod(step, self.steps_per_epoch)
             self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._distinct})
             with closing(iter(self._loader)) as loaded:
-                for rows in islice(loaded, self.steps_per_epoch - done):
+                for rows in islice(_set_aside(loaded), self.steps_per_epoch - done):
                     yield _batch(rows, rank=self._rank, world=self._world, repeats=self._repeats)
                     step += 1
             if step % self.steps_per_epoch:
@@ -161,7 +177,7 @@ class EvalStream:
         self._rank, self._world, self._batch_size = rank, world, batch_size
         ids = range(rank, info.samples[split], world)
         images = _EvalImages(Shards(info, split, remote=remote), eval_transform(augment, img_size), ids)
-        self._loader: DataLoader[Row | EnvironmentFault] = DataLoader(images, **_loading(batch_size, workers))
+        self._loader: DataLoader[Row | EnvironmentFault] = DataLoader(images, **_loading(batch_size, workers, _stack))
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -181,10 +197,16 @@ class EvalStream:
 
 class _TrainImages(Shards):
     def __init__(
-        self, info: DatasetInfo, transform: Callable[..., View], *, seed: int, repeats: int, **order: Any
+        self,
+        info: DatasetInfo,
+        transform: Callable[[Image.Image], View],
+        augment: config.Augment,
+        seed: int,
+        **order: Any,
     ) -> None:
         super().__init__(info, "train", **order)
-        self.transform, self.seed, self.repeats = transform, seed, repeats
+        self.transform, self.seed, self.repeats = transform, seed, augment.repeats
+        self.torch_alone = draws_from_torch_alone(augment)
 
     def __getitem__(self, at: Any) -> Row | EnvironmentFault:
         try:
@@ -193,9 +215,9 @@ class _TrainImages(Shards):
             return fault
         views = []
         for view in range(self.repeats):
-            with seeded(self.seed, self.epoch, at, view):
-                views.append(self.transform(image))
-        return tuple(map(torch.stack, zip(*views, strict=True))), label, at
+            reseed(self.seed, self.epoch, at, view, torch_alone=self.torch_alone)
+            views.append(self.transform(image))
+        return views, label, at
 
 
 class _EvalImages(Dataset[Row | EnvironmentFault]):
@@ -210,21 +232,38 @@ class _EvalImages(Dataset[Row | EnvironmentFault]):
             image, label = self.shards.read(self.ids[at])
         except EnvironmentFault as fault:
             return fault
-        return (self.transform(image)[None],), label, self.ids[at]
+        return [(self.transform(image),)], label, self.ids[at]
 
 
-def _whole(transform: Transform) -> Callable[..., View]:
-    """A transform that leaves nothing to the device."""
-    return lambda image: (transform(image),)
+def _halves(augment: config.Augment, img_size: int) -> tuple[Callable[[Image.Image], View], Finish]:
+    """What is done image by image, and what with all of a batch at once."""
+    if augment.device:
+        return HalfTransform(augment, img_size), _stack
+    if augment.erase:  # with noise, drawn image by image, on pixels that are normalised
+        whole = train_transform(augment, img_size)
+        return lambda image: (whole(image),), _stack
+    pictures = Compose(picture_steps(augment, img_size))
+    return lambda image: (pictures(image),), ToNormalized(augment).all
 
 
-def _collate(rows: list[Row | EnvironmentFault]) -> tuple[Any, ...]:
+def _set_aside(loaded: Iterator[Any]) -> Iterator[Any]:
+    """The same. What it draws from the global generators between two batches is not seen outside."""
+    while True:
+        with set_aside():
+            rows = next(loaded, None)
+        if rows is None:
+            return
+        yield rows
+
+
+def _collate(finish: Finish, rows: list[Row | EnvironmentFault]) -> tuple[Any, ...]:
     """Columns of views, labels, ids. A fault travels as a value: raised, it would arrive wrapped in a traceback."""
     for row in rows:
         if isinstance(row, EnvironmentFault):
             return (), row
     views, labels, ids = zip(*rows, strict=True)
-    return tuple(map(torch.cat, zip(*views, strict=True))), torch.tensor(labels), torch.tensor(ids)
+    images, *more = zip(*chain.from_iterable(views), strict=True)
+    return (finish(images), *map(_stack, more)), torch.tensor(labels), torch.tensor(ids)
 
 
 def _batch(rows: tuple[Any, ...], *, rank: int, world: int, repeats: int = 1, first: int = 0) -> Batch:
@@ -236,11 +275,15 @@ def _batch(rows: tuple[Any, ...], *, rank: int, world: int, repeats: int = 1, fi
     return Batch(images, labels.repeat_interleave(repeats), ids.repeat_interleave(repeats), positions, local, *more)
 
 
-def _loading(batch_size: int, workers: int) -> dict[str, Any]:
+def _stack(columns: Sequence[Tensor]) -> Tensor:
+    return torch.stack(tuple(columns))
+
+
+def _loading(batch_size: int, workers: int, finish: Finish) -> dict[str, Any]:
     return {
         "batch_size": batch_size,
         "num_workers": workers,
-        "collate_fn": _collate,
+        "collate_fn": partial(_collate, finish),
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # or each epoch would draw from the global one
         "multiprocessing_context": "fork" if workers else None,  # workers share memory with us
