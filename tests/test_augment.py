@@ -13,7 +13,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from bigincubate.config import Augment
-from bigincubate.data.augment import eval_transform, seeded, train_transform
+from bigincubate.data.augment import draws_from_torch_alone, eval_transform, seeded, train_transform
+from bigincubate.data.device_augment import HalfTransform
 from bigincubate.data.images import decode, encode
 
 POLICIES: list[dict[str, Any]] = [
@@ -83,6 +84,25 @@ def test_a_view_is_a_pure_function(policy: dict[str, Any]) -> None:
     assert first.is_contiguous()
 
 
+@pytest.mark.parametrize("crop", ["none", "pad", "simple"])
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+def test_what_is_said_to_draw_from_torch_alone_does(crop: str, jitter: float) -> None:
+    augment = Augment(crop=crop, color_jitter=jitter)
+    assert draws_from_torch_alone(augment)
+    before = random.getstate(), np.random.get_state()[1:3]
+    for transform in (train_transform(augment, 32), HalfTransform(augment, 32)):
+        transform(picture())
+    assert random.getstate() == before[0]
+    assert str(np.random.get_state()[1:3]) == str(before[1])
+
+
+@pytest.mark.parametrize(
+    "more", [{"rand_augment": "rand-m9"}, {"three_augment": True}, {"erase": 0.5}, {"crop": "random_resized"}]
+)
+def test_timm_draws_from_other_generators_too(more: dict[str, Any]) -> None:
+    assert not draws_from_torch_alone(Augment(**{"crop": "pad", **more}))
+
+
 # ------------------------------------------------------------------------------------------------ policies
 
 
@@ -116,6 +136,27 @@ def test_simple_reflects_at_the_border() -> None:
     for view in range(10):
         with seeded(view):
             assert train_transform(augment, 32)(white).std((1, 2)).max() < 1e-5  # a black border would show
+
+
+@pytest.mark.parametrize("crop", ["pad", "simple"])
+@pytest.mark.parametrize(("size", "pad"), [((32, 32), 4), ((32, 32), 0), ((45, 36), 3), ((20, 64), 40)])
+def test_shifts_are_those_of_torchvision(crop: str, size: tuple[int, int], pad: int) -> None:
+    if crop == "simple":
+        pad = min(pad, 31)  # nothing to reflect beyond
+    ours = Augment(crop=crop, pad=pad, flip=0.5, interpolation="bicubic", mean=[0.0] * 3, std=[1 / 255] * 3)
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
+            transforms.RandomCrop(32, pad or None, padding_mode="reflect" if crop == "simple" else "constant"),
+            transforms.RandomHorizontalFlip(),
+            transforms.PILToTensor(),
+        ]
+    )
+    for view in range(12):
+        with seeded(view):
+            expected = theirs(picture(*size))
+        with seeded(view):
+            assert torch.equal(train_transform(ours, 32)(picture(*size)).round().byte(), expected)
 
 
 def test_three_augment_is_one_of_grey_solarised_blurred() -> None:

@@ -234,6 +234,27 @@ def test_the_global_generators_are_left_alone(info: DatasetInfo) -> None:
         assert draws() == expected
 
 
+@pytest.mark.parametrize("room", [0, 100 * (8 * 8 * 4 + shards.APIECE), shards.ROOM])
+def test_a_small_split_is_decoded_once(
+    info: DatasetInfo, whole: list[Batch], monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    """And one that does not fit is decoded anew each time, and leaves nothing behind. The batches are the same."""
+    decoded, decode = [], shards.decode
+
+    def counted(data: bytes) -> Image.Image:
+        decoded.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(shards, "ROOM", room)
+    monkeypatch.setattr(shards, "decode", counted)
+    source = stream(info)
+    assert same(take(source, 2 * EPOCH), whole[: 2 * EPOCH])
+    held = len(source._loader.dataset._held)
+    seen = len(torch.cat([batch.ids for batch in whole[: 2 * EPOCH]]).unique())
+    fits = room >= SAMPLES * (8 * 8 * 4 + shards.APIECE)
+    assert (len(decoded), held) == ((seen, seen) if fits else (2 * EPOCH * BATCH, 0))
+
+
 def test_many_epochs_leave_no_files_open(info: DatasetInfo) -> None:
     def open_files() -> int:
         return len(os.listdir("/proc/self/fd"))

@@ -34,14 +34,14 @@ from ..kernels.augment import (
     RIGHT,
     SOLARISE,
 )
-from .augment import resized_crop, shorter_side
+from .augment import corner, resized_crop, shorter_side
 from .mixing import TwoHot, draw
 
 TAPE = 1 << 20  # numbers of noise; a place among them is exact in float32
 
 
 class HalfTransform:
-    """RGB image -> uint8 [3, img_size, img_size] and its parameters [16] float32. Random: call it inside `seeded`."""
+    """RGB image -> uint8 [3, img_size, img_size] and its parameters [16] float32. Random: call it after `reseed`."""
 
     def __init__(self, augment: config.Augment, img_size: int) -> None:
         self.augment, self.size = augment, img_size
@@ -52,9 +52,10 @@ class HalfTransform:
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         row = [0.0] * COLUMNS
-        pixels = np.asarray(self.fit(image))
+        image = self.fit(image)
+        pixels = np.asarray(image)
         if self.shifts:
-            places = self._crop(*pixels.shape[:2])
+            places = corner(image, self.augment.pad, self.size)
             # cut as far as there is image; what is left of the shift is the device's, for it has the border
             top, left = (min(max(at, 0), side - self.size) for at, side in zip(places, pixels.shape, strict=False))
             row[DOWN], row[RIGHT] = float(places[0] - top), float(places[1] - left)
@@ -75,13 +76,6 @@ class HalfTransform:
             row[BOX : BOX + 4] = seen.box
             row[NOISE] = float(torch.randint(TAPE, (1,)))
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.tensor(row)
-
-    def _crop(self, height: int, width: int) -> tuple[int, int]:
-        """Where RandomCrop begins, counted from the corner of the image inside its border: top, left."""
-        pad = self.augment.pad
-        bordered = torch.empty(0, height + 2 * pad, width + 2 * pad)
-        top, left, *_ = transforms.RandomCrop.get_params(bordered, (self.size, self.size))
-        return top - pad, left - pad
 
 
 def _three_augment() -> tuple[float, float]:

@@ -21,7 +21,7 @@ from .. import config
 from ..errors import EnvironmentFault
 from .chunks import describe, write_chunk
 from .dataset import DESCRIPTION, SPLITS, DatasetInfo, Features, open_dataset, read_json, write_json
-from .streams import Batch, ViewsByRow
+from .streams import Batch, EveryView
 
 UNFINISHED = ".making.json"
 CHUNK = 256  # samples
@@ -117,8 +117,8 @@ class FeatureMaker:
             return None
         return found if found is not None and found.grown == self.grown else None
 
-    def _views(self, split: str) -> ViewsByRow:
-        return ViewsByRow(
+    def _views(self, split: str) -> EveryView:
+        return EveryView(
             self.info,
             split,
             self.data,
@@ -136,7 +136,7 @@ class FeatureMaker:
             for begin in range(0, rows, CHUNK)
         ]
 
-    def _batches(self, views: ViewsByRow, pieces: list[list[int]]) -> Iterator[Batch]:
+    def _batches(self, views: EveryView, pieces: list[list[int]]) -> Iterator[Batch]:
         return views.batches(pieces, self.data.workers)
 
     def _encoded(

@@ -17,7 +17,9 @@ def decode(data: bytes) -> Image.Image:
         ValueError: not a readable image of one of the ``FORMATS``.
     """
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS).convert("RGB")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
     except Exception as error:  # what Pillow raises depends on the decoder: OSError, SyntaxError, struct.error, …
         raise ValueError(str(error) or type(error).__name__) from None
 

@@ -44,6 +44,8 @@ from .images import decode
 from .locks import locked, runtime_dir
 
 LOCAL = 3  # streaming's state of a shard that can be read
+ROOM = 64 << 20  # bytes of what was decoded that a process may hold; of a split that needs more it holds none
+APIECE = 2048  # about what Pillow, torch and Python add to it
 
 
 class Shards(StreamingDataset):
@@ -69,23 +71,37 @@ class Shards(StreamingDataset):
         with _alone(self.claim):
             super().__init__(local=str(info.path), split=split, **order)
         self._parallel_rank_world = World(1, world, 1, rank)  # whose samples to iterate over, says streaming
+        self._names = [str(self._file(number)) for number in range(self.num_shards)]
+        self._held: dict[int, tuple[Any, int]] = {}  # what was decoded, while there is room for it
+        self._room = ROOM
         # Which shards have been hashed: memory that forked workers share with each other and with later epochs.
         self._verified = np.frombuffer(mmap.mmap(-1, self.num_shards), np.uint8)
         # Where the next iteration begins, for workers that outlive an epoch: the epoch, and samples done in it.
         self._begin = np.frombuffer(mmap.mmap(-1, 16), np.int64)
 
     def read(self, sample: int) -> tuple[Any, int]:
-        """RGB image, or what reaches a module ([views, ...]); and label.
+        """RGB image, or what reaches a module ([views, ...]); not to be changed; and label.
 
         Raises:
             EnvironmentFault: a shard that is missing or damaged, an image that cannot be decoded.
         """
+        if sample in self._held:
+            return self._held[sample]
+        found, label = self._read(sample)
+        if self._room > 0:
+            self._room -= APIECE + (found.nbytes if isinstance(found, Tensor) else 4 * found.width * found.height)
+            self._held[sample] = found, label
+            if self._room <= 0:  # not a small split: a part of it would seldom be asked for
+                self._held.clear()
+        return found, label
+
+    def _read(self, sample: int) -> tuple[Any, int]:
         number, row = self.spanner[sample]
         if not self._verified[number]:
             self._verify(number)
         shard = self.shards[number]
         try:
-            item = shard[row]
+            item = shard.decode_sample(row_of(self._names[number], row))
             if not 0 <= item["label"] < self.classes:
                 raise ValueError(f"label {item['label']} of {self.classes} classes")
             return self.decode(item["image"]), item["label"]
@@ -122,6 +138,13 @@ class Shards(StreamingDataset):
                 self._verify(shard_id)
         self._shard_states[shard_id] = LOCAL
 
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        """Where all shards are here and hashed, without streaming's threads, which look ahead at every sample."""
+        if not self._verified.all():
+            return (yield from super()._each_sample_id(it))
+        it.non_blocking_exit()
+        yield from map(int, it.sample_ids[it.sample_ids >= 0])
+
     # ---- shards
 
     def _file(self, number: int) -> Path:
@@ -141,6 +164,17 @@ class Shards(StreamingDataset):
                 check_hash(file, raw.hashes["sha256"], name=str(file))
             check_offsets(file, self.shards[number].samples)
             self._verified[number] = 1
+
+
+def row_of(file: str, row: int) -> bytes:
+    """A sample's bytes in a shard, which is opened for it: a process cannot have all shards open."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        ends = os.pread(descriptor, 8, 4 * (1 + row))
+        begin, end = int.from_bytes(ends[:4], "little"), int.from_bytes(ends[4:], "little")
+        return os.pread(descriptor, end - begin, begin)
+    finally:
+        os.close(descriptor)
 
 
 def decode_features(features: Features, views: int, data: bytes) -> Tensor:

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -17,13 +18,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import config
 from ..errors import ConfigError, EnvironmentFault
-from .augment import Transform, eval_transform, seeded, train_transform
+from .augment import set_aside
 from .dataset import DatasetInfo, Features
-from .device_augment import HalfTransform
-from .shards import LOCAL, Shards
-
-View = tuple[Tensor, ...]  # [3, H, W], and what else the batch has of an image: its parameters
-Row = tuple[View, int, int]  # views [R, 3, H, W] and so on, label, id
+from .views import EvalViews, Finish, Row, TrainViews, collate, stack
 
 
 @dataclass(frozen=True)
@@ -104,21 +101,28 @@ class TrainStream:
             )
         self._rank, self._world, self._repeats = rank, world, augment.repeats
         share = self._distinct // world
-        order = {
-            "rank": rank,
-            "world": world,
-            "batch_size": share,
-            "partition_algo": "orig",
-            "num_canonical_nodes": data.canonical_nodes,
-            "shuffle": True,
-            "shuffle_algo": data.shuffle,
-            "shuffle_seed": _spread(seed),
-            "shuffle_block_size": data.shuffle_block_size,
-        }
         self._features = features.features if features else None
-        images = _TrainImages(info, augment, img_size, seed=seed, remote=data.remote, features=features, **order)
+        views = TrainViews(
+            info,
+            augment,
+            img_size,
+            seed=seed,
+            features=features,
+            remote=data.remote,
+            rank=rank,
+            world=world,
+            batch_size=share,
+            partition_algo="orig",
+            num_canonical_nodes=data.canonical_nodes,
+            shuffle=True,
+            shuffle_algo=data.shuffle,
+            shuffle_seed=_spread(seed),
+            shuffle_block_size=data.shuffle_block_size,
+        )
         # workers stay: to fork them anew costs a short epoch a sixth of its time
-        self._loader = StreamingDataLoader(images, **_loading(share, data.workers), persistent_workers=data.workers > 0)
+        self._loader = StreamingDataLoader(
+            views, **_loading(data.workers, views.finish), batch_size=share, persistent_workers=data.workers > 0
+        )
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
         """Batches from optimizer step ``step`` on. One iterator at a time.
@@ -130,7 +134,7 @@ class TrainStream:
             epoch, done = divmod(step, self.steps_per_epoch)
             self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._distinct})
             with closing(iter(self._loader)) as loaded:
-                for rows in islice(loaded, self.steps_per_epoch - done):
+                for rows in islice(_set_aside(loaded), self.steps_per_epoch - done):
                     batch = _batch(rows, rank=self._rank, world=self._world, repeats=self._repeats)
                     yield _as_taken(batch, self._features)
                     step += 1
@@ -161,9 +165,10 @@ class EvalStream:
         self._rank, self._world, self._batch_size = rank, world, batch_size
         ids = range(rank, info.samples[split], world)
         self._features = info.features
-        look = _as_it_is if info.features else _one_view(eval_transform(augment, img_size))
-        images = _EvalImages(Shards(info, split, remote=remote), look, ids)
-        self._loader: DataLoader[Row | EnvironmentFault] = DataLoader(images, **_loading(batch_size, workers))
+        views = EvalViews(info, split, augment, img_size, ids, remote=remote)
+        self._loader: DataLoader[Row | EnvironmentFault] = DataLoader(
+            views, **_loading(workers, stack), batch_size=batch_size
+        )
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -179,9 +184,9 @@ class EvalStream:
             yield _as_taken(batch, self._features)
 
 
-class ViewsByRow(Dataset[Row | EnvironmentFault]):
-    """Every view that training has of each sample, over so many epochs: row e * samples + j is sample j in epoch e. Of
-    the validation split the one view that there is."""
+class EveryView(Dataset[Row | EnvironmentFault]):
+    """All that training sees of each sample in so many epochs: row e * samples + j is sample j in epoch e. Of the
+    validation split the one view that there is."""
 
     def __init__(
         self,
@@ -196,22 +201,20 @@ class ViewsByRow(Dataset[Row | EnvironmentFault]):
     ) -> None:
         self.samples, self.epochs = info.samples[split], epochs
         self.repeats = augment.repeats if split == "train" else 1
+        self._look: Callable[[int, int], Row | EnvironmentFault]
         if split == "train":
-            self.look = _TrainImages(info, augment, img_size, seed=seed, remote=data.remote).look
+            train = TrainViews(info, augment, img_size, seed=seed, remote=data.remote)
+            self._look, self._finish = train.look, train.finish
         else:
-            images = _EvalImages(
-                Shards(info, split, remote=data.remote),
-                _one_view(eval_transform(augment, img_size)),
-                range(self.samples),
-            )
-            self.look = lambda at, epoch: images[at]
+            val = EvalViews(info, split, augment, img_size, range(self.samples), remote=data.remote)
+            self._look, self._finish = lambda at, epoch: val[at], stack
 
     def __len__(self) -> int:
         return self.epochs * self.samples
 
     def __getitem__(self, row: int) -> Row | EnvironmentFault:
         epoch, at = divmod(row, self.samples)
-        return self.look(at, epoch)
+        return self._look(at, epoch)
 
     def batches(self, rows: list[list[int]], workers: int) -> Iterator[Batch]:
         """These rows, a batch a list.
@@ -219,100 +222,22 @@ class ViewsByRow(Dataset[Row | EnvironmentFault]):
         Raises:
             EnvironmentFault: a shard or an image that cannot be read.
         """
-        loading = {key: value for key, value in _loading(1, workers).items() if key != "batch_size"}
-        for loaded in DataLoader(self, batch_sampler=rows, **loading):
+        loader = DataLoader(self, **_loading(workers, self._finish), batch_sampler=rows)
+        for loaded in _set_aside(iter(loader)):
             yield _batch(loaded, rank=0, world=1, repeats=self.repeats)
 
 
 # ------------------------------------------------------------------------------------------------ rows
 
 
-class _TrainImages(Shards):
-    """Samples as training sees them; iterated, in its order.
-
-    Args:
-        features: read in place of the images, which then only say how many there are, and in which order they come.
-    """
-
-    def __init__(
-        self,
-        info: DatasetInfo,
-        augment: config.Augment,
-        img_size: int,
-        *,
-        seed: int,
-        features: DatasetInfo | None = None,
-        **order: Any,
-    ) -> None:
-        super().__init__(info, "train", **order)
-        self.samples, self.seed, self.repeats, self.views = info.samples["train"], seed, augment.repeats, augment.views
-        self.transform: Callable[..., View] = (
-            HalfTransform(augment, img_size) if augment.device else _whole(train_transform(augment, img_size))
-        )
-        self.features = Shards(features, "train") if features else None
-
-    def __getitem__(self, at: Any) -> Row | EnvironmentFault:
-        return self.look(at, self.epoch)
-
-    def look(self, at: int, epoch: int) -> Row | EnvironmentFault:
-        """A sample as it looks in an epoch."""
-        if self.views is not None:
-            epoch %= self.views
-        try:
-            if self.features is not None:
-                found, label = self.features.read(epoch % (self.views or 1) * self.samples + at)
-                return (found,), label, at
-            image, label = self.read(at)
-        except EnvironmentFault as fault:
-            return fault
-        views = []
-        for view in range(self.repeats):
-            with seeded(self.seed, epoch, at, view):
-                views.append(self.transform(image))
-        return tuple(map(torch.stack, zip(*views, strict=True))), label, at
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        if self.features is None:  # else nobody reads it
-            super().prepare_shard(shard_id, blocking)
-        else:
-            self._shard_states[shard_id] = LOCAL
-
-
-class _EvalImages(Dataset[Row | EnvironmentFault]):
-    def __init__(self, shards: Shards, look: Callable[[Any], View], ids: range) -> None:
-        self.shards, self.look, self.ids = shards, look, ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, at: int) -> Row | EnvironmentFault:
-        try:
-            found, label = self.shards.read(self.ids[at])
-        except EnvironmentFault as fault:
-            return fault
-        return self.look(found), label, self.ids[at]
-
-
-def _whole(transform: Transform) -> Callable[..., View]:
-    """A transform that leaves nothing to the device."""
-    return lambda image: (transform(image),)
-
-
-def _one_view(transform: Transform) -> Callable[..., View]:
-    return lambda image: (transform(image)[None],)
-
-
-def _as_it_is(features: Tensor) -> View:
-    return (features,)
-
-
-def _collate(rows: list[Row | EnvironmentFault]) -> tuple[Any, ...]:
-    """Columns of views, labels, ids. A fault travels as a value: raised, it would arrive wrapped in a traceback."""
-    for row in rows:
-        if isinstance(row, EnvironmentFault):
-            return (), row
-    views, labels, ids = zip(*rows, strict=True)
-    return tuple(map(torch.cat, zip(*views, strict=True))), torch.tensor(labels), torch.tensor(ids)
+def _set_aside(loaded: Iterator[Any]) -> Iterator[Any]:
+    """The same. What it draws from the global generators between two batches is not seen outside."""
+    while True:
+        with set_aside():
+            rows = next(loaded, None)
+        if rows is None:
+            return
+        yield rows
 
 
 def _batch(rows: tuple[Any, ...], *, rank: int, world: int, repeats: int = 1, first: int = 0) -> Batch:
@@ -332,11 +257,10 @@ def _as_taken(batch: Batch, features: Features | None) -> Batch:
     return replace(batch, images=batch.images.permute(places))
 
 
-def _loading(batch_size: int, workers: int) -> dict[str, Any]:
+def _loading(workers: int, finish: Finish) -> dict[str, Any]:
     return {
-        "batch_size": batch_size,
         "num_workers": workers,
-        "collate_fn": _collate,
+        "collate_fn": partial(collate, finish),
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # or each epoch would draw from the global one
         "multiprocessing_context": "fork" if workers else None,  # workers share memory with us
