@@ -26,9 +26,10 @@ from .cluster.env import RunEnv, stderr
 from .cluster.preempt import StopFlag
 from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
+from .data.feed import training_stream
 from .data.mixing import count_micro_batches
 from .data.parts import check_view
-from .data.streams import Batch, EvalStream, TrainStream
+from .data.streams import Batch, EvalStream
 from .errors import ArtifactError, NonFiniteError, Preempted
 from .metrics import Meter, Metrics, log_partial
 from .models import (
@@ -117,16 +118,7 @@ class Trainer:
             workers=recipe.data.workers,
             remote=recipe.data.remote,
         )
-        self.stream = TrainStream(
-            data,
-            recipe.data,
-            augment,
-            img_size=model.img_size,
-            seed=train.seed,
-            batch_size=train.batch_size,
-            rank=env.rank,
-            world=env.world,
-        )
+        self.stream = training_stream(recipe, self.settings, data, env.rank, env.world)
         _, self.per_epoch = phase_steps(self.settings, data.epoch)
         self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.per_epoch)
         self.masked = sum(path.rate > 0 for path in drop_paths(self.model)) and len(drop_paths(self.model))
