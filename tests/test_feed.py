@@ -22,7 +22,7 @@ from forked import Command, fork_ranks, run
 
 from bigincubate.config import Augment, Data
 from bigincubate.data.dataset import DatasetInfo, open_dataset
-from bigincubate.data.feed import FedStream, Feeder
+from bigincubate.data.feed import FedStream, Feeder, pack, unpack
 from bigincubate.data.streams import Batch, TrainStream
 from bigincubate.data.wire import connect, listen
 from bigincubate.errors import EnvironmentFault
@@ -284,23 +284,20 @@ def fed(info: DatasetInfo, readers: int = 1, steps: int = 100, patience: float =
 
 @pytest.mark.parametrize("kind", [{}, {"workers": 1}, {"rank": 1, "world": 2}, {"augment": {"device": True}}])
 def test_a_fed_stream_is_the_stream(info: DatasetInfo, kind: dict[str, Any]) -> None:
-    with fed(info, **kind) as feeder, closing(feeder.reader().batches(40)) as batches:
+    with fed(info, steps=48, **kind) as feeder, closing(feeder.reader().batches(40)) as batches:
         expected = fingerprints(stream(info, **kind).batches(40), 8)  # into another epoch
         assert fingerprints(batches, 8) == expected
         batches.close()
-        made, given = feeder.end()
-        assert made == given >= 8
+        assert feeder.end() == (8, 8)
 
 
 def test_writing_to_a_batch_changes_nobody_elses(info: DatasetInfo) -> None:
-    with fed(info, readers=2) as feeder:
-        one, two = (feeder.reader().batches(0) for _ in range(2))
-        next_one = FORK.Process(target=next, args=(two,))  # both must have asked
-        next_one.start()
-        mine = next(one)
-        mine.images.zero_()
-        next_one.join()
-        assert next_one.exitcode == 0
+    (batch,) = islice(stream(info).batches(0), 1)
+    columns, memory = pack(batch)
+    mine, theirs = unpack(columns, os.dup(memory)), unpack(columns, memory)
+    mine.images.zero_()
+    assert torch.equal(theirs.images, batch.images)
+    assert all(begin % 64 == 0 for _, _, begin in columns.values())
 
 
 def test_a_reader_whose_step_is_over_goes_on_alone(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
@@ -379,7 +376,7 @@ def test_who_is_ahead_waits_for_the_others_and_is_not_fed_what_it_has(info: Data
         assert result.recv() == fingerprints(stream(info).batches(8), 4)
         ahead.join()
         made, given = feeder.end()
-        assert 7 <= made == given <= 10
+        assert 7 <= given <= made <= 10
 
 
 def _from(reader: FedStream, report: Any, step: int, count: int) -> None:
