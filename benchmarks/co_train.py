@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/co_train.py [--recipe digits] [--steps 100] [--repeats 3] [--out FILE]
 
 A turn is `bigincubate run RECIPE --jobs K`, or the same with `--co-train`, on a copy of a run whose data and meta model
-are there: K modules of `--steps` steps (without warm-up), then assembly, no step of fine-tuning, and the export. Everything that a user
-waits for is in the seconds, imports and evaluations included; CPU seconds are user and system time of all processes.
-*batches* counts those that were read, decoded and augmented, by all loaders. A ratio is that of one repeat.
+are there: K modules of `--steps` steps without warm-up, then assembly, no step of fine-tuning, and the export. All that
+a user waits for is in the seconds, imports and evaluations included; CPU seconds are user and system time of all
+processes. *batches* counts those that were read, decoded and augmented, by all loaders. A ratio is that of one repeat.
 Prints a Markdown table.
 """
 

@@ -148,8 +148,16 @@ def test_modules_that_stand_at_different_steps_go_on_together(plain: Any, other:
     assert "--co-train" in first.command.out.splitlines()[-1]
     assert other.log("incubate", 1)[-1]["step"] - other.log("incubate", 0)[-1]["step"] > 4
 
+    second = CoTrained(other, tmp_path)
+    second.until_step(20, 0)
+    pids = [second.feeder, *map(second.pid, MODULES)]
+    second.command.kill()
+
     last = CoTrained(other, tmp_path)
     assert last.command.wait() == 0, last.command.out + last.command.err
+    for pid in pids:  # no orphan
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
     assert same_weights(plain, other, *MODULES)
     assert ALONE not in last.log(0) + last.log(1)
     made, given = map(sum, zip(*last.fed, strict=True))
@@ -287,6 +295,7 @@ def test_a_fed_stream_is_the_stream(info: DatasetInfo, kind: dict[str, Any]) -> 
     with fed(info, steps=48, **kind) as feeder, closing(feeder.reader().batches(40)) as batches:
         expected = fingerprints(stream(info, **kind).batches(40), 8)  # into another epoch
         assert fingerprints(batches, 8) == expected
+        assert Path("/proc/self/maps").read_text().count("bigincubate-batch") <= 2  # the rest was given back
         batches.close()
         assert feeder.end() == (8, 8)
 
@@ -348,7 +357,7 @@ def _read(reader: FedStream, report: Any, stop_at: int, count: int) -> None:
 
 def test_a_reader_that_stands_still_is_not_waited_for(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
     expected = fingerprints(stream(info).batches(0), 20)
-    with fed(info, readers=2, steps=20, patience=0.5) as feeder:
+    with fed(info, readers=2, steps=20, patience=2) as feeder:
         result, report = FORK.Pipe(duplex=False)
         stopped = FORK.Process(target=_read, args=(feeder.reader(), report, 3, 20))
         stopped.start()
@@ -359,10 +368,25 @@ def test_a_reader_that_stands_still_is_not_waited_for(info: DatasetInfo, capfd: 
         os.kill(stopped.pid or 0, signal.SIGCONT)
         assert result.recv() == expected
         stopped.join()
-        assert "others waited for 0.5 s; a loader of its own from step" in capfd.readouterr().err
+        assert "others waited for 2 s; a loader of its own from step" in capfd.readouterr().err
         made, given = feeder.end()
         assert made == 20
         assert 20 + 3 <= given < 40
+
+
+def test_nothing_is_made_that_is_four_batches_ahead(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+    with fed(info) as feeder:
+        result, report = FORK.Pipe(duplex=False)
+        stopped = FORK.Process(target=_read, args=(feeder.reader(), report, 3, 3))
+        stopped.start()
+        result.recv()  # it stands at step 2
+        with closing(feeder.reader(patience=0.5).batches(6)) as batches:
+            assert fingerprints(batches, 2) == fingerprints(stream(info).batches(6), 2)
+        assert "no batch for 0.5 s; a loader of its own from step 6 on" in capfd.readouterr().err
+        stopped.kill()
+        stopped.join()
+        made, given = feeder.end()
+        assert 3 <= given == made <= 6
 
 
 def test_who_is_ahead_waits_for_the_others_and_is_not_fed_what_it_has(info: DatasetInfo) -> None:

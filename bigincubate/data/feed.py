@@ -307,9 +307,10 @@ def pack(batch: Batch) -> tuple[Columns, int]:
         size += math.ceil(column.nbytes / ALIGNED) * ALIGNED
     descriptor = os.memfd_create("bigincubate-batch")
     os.ftruncate(descriptor, size)
-    memory = mmap.mmap(descriptor, size)
-    for name, column in held.items():
-        _view(memory, *layout[name]).copy_(column)
+    with open(descriptor, "wb", closefd=False) as memory:  # half as long as through a map, whose pages fault one by one
+        for name, column in held.items():
+            memory.seek(layout[name][2])
+            memory.write(memoryview(column.contiguous().numpy()).cast("B"))
     return layout, descriptor
 
 
