@@ -207,6 +207,16 @@ def test_a_damaged_shard_ends_every_module_with_its_line(
     assert failed.fed == [(0, 0)]
 
 
+def test_where_no_feeder_can_start_each_module_has_its_own_loader(plain: Any, other: Any, tmp_path: Path) -> None:
+    (other.run.path / "modules").mkdir()
+    (other.run.path / "modules" / "logs").write_text("in the way")
+    done = CoTrained(other, tmp_path)
+    assert done.command.wait() == 0, done.command.out + done.command.err
+    assert same_weights(plain, other, *MODULES)
+    assert f"no shared loader ({other.run.path}/modules/logs: File exists)" in done.command.out
+    assert ALONE not in done.log(0) + done.log(1)
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -88,7 +88,7 @@ def run(
     run_dir: RunDirOption,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Phases that run at the same time [default: as many as cores; as --co-train needs]."),
+        typer.Option(min=1, help="Phases that run at the same time; as many as cores, or as --co-train needs."),
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks that train each phase together.")] = 1,
     sets: SetOption = None,

@@ -131,19 +131,26 @@ class LocalRunner:
         self.reporter.started(job)
 
     def feed(self, readers: int) -> None:
-        """Start the loader that modules share, a process for each rank of theirs.
+        """Start the loader that modules share, a process for each rank of theirs. Where that fails, each has its own.
 
         Args:
             readers: how many modules will come.
         """
         folder = self.run.path / "modules" / "logs"
-        folder.mkdir(parents=True, exist_ok=True)
         logs = [folder / (f"feed.{rank}.log" if rank else "feed.log") for rank in range(self.nproc)]
         command = [sys.executable, "-m", "bigincubate", "feed", str(self.run.recipe_file)]
         command += ["--run-dir", str(self.run.path), "--readers", str(readers)]
         # it computes as a loader's worker does, and has nothing to do with a GPU
         own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", FEED: self.place}
-        self.feeder = Ranks(command, {**os.environ, **own}, logs)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.feeder = Ranks(command, {**os.environ, **own}, logs)
+        except OSError as error:
+            self.co_train = False
+            self.reporter.say(f"no shared loader ({error.filename}: {error.strerror}); each module has its own")
+            return
+        if self.stopping:  # asked to while it was started
+            self.feeder.stop()
 
     def tend(self, waiting: list[Job]) -> None:
         """Let the shared loader leave once no module needs it; say so where it left before."""
@@ -173,5 +180,7 @@ class LocalRunner:
         if not self.stopping:
             self.stopping = True
             self.reporter.say("stopping: each running phase writes a checkpoint first")
-            for ranks in (*self.running.values(), *([self.feeder] if self.feeder else [])):
+            for ranks in self.running.values():
                 ranks.stop()
+            if self.feeder is not None:
+                self.feeder.stop()
