@@ -26,9 +26,10 @@ from .cluster.env import RunEnv, stderr
 from .cluster.preempt import StopFlag
 from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
+from .data.feed import training_stream
 from .data.mixing import count_micro_batches
 from .data.parts import check_view
-from .data.streams import Batch, EvalStream, TrainStream
+from .data.streams import Batch, EvalStream
 from .errors import ArtifactError, NonFiniteError, Preempted
 from .metrics import Meter, Metrics, log_partial
 from .models import (
@@ -85,7 +86,7 @@ class Trainer:
         self.folder = run.phase(row.phase, row.module)
         self.total = planned.steps
         self.data = data
-        train, augment, model = self.settings.train, self.settings.augment, self.settings.model
+        train = self.settings.train
         self.micro_batches = count_micro_batches(self.settings, env.world)
 
         # one fixed order: weights, freezing, drop-path, placement, recomputation, compilation, sharding, optimizer
@@ -112,17 +113,7 @@ class Trainer:
         cached = prefix_cache(self.task, run, env, lambda: bool(stop), self.micro_batches) if row.begins else None
         ready = time.perf_counter()
         self.eval_stream = self.validation(cached or data)
-        self.stream = TrainStream(
-            data,
-            recipe.data,
-            augment,
-            img_size=model.img_size,
-            seed=train.seed,
-            batch_size=train.batch_size,
-            rank=env.rank,
-            world=env.world,
-            features=cached,
-        )
+        self.stream = training_stream(recipe, self.settings, data, env.rank, env.world, cached)
         _, self.per_epoch = phase_steps(self.settings, data.epoch)
         self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.per_epoch)
         self.masked = sum(path.rate > 0 for path in drop_paths(self.model)) and len(drop_paths(self.model))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import ConfigError, Exit
 from .app import JsonOption, RecipeArgument, RunDirOption, SetOption, app, command_line, console, fail, say
+
+if TYPE_CHECKING:
+    from ..config import Recipe
 
 
 @app.command()
@@ -81,12 +86,18 @@ def plan(
 def run(
     recipe: RecipeArgument,
     run_dir: RunDirOption,
-    jobs: Annotated[int, typer.Option(min=1, help="Phases that run at the same time.")] = os.cpu_count() or 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Phases that run at the same time; as many as cores, or as --co-train needs."),
+    ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Ranks that train each phase together.")] = 1,
     sets: SetOption = None,
     baseline: Annotated[bool, typer.Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
     small: Annotated[
         bool, typer.Option("--smoke", help="The recipe made small, on made-up data: two minutes.")
+    ] = False,
+    co_train: Annotated[
+        bool, typer.Option("--co-train", help="All modules at the same time, from one loader; the same results.")
     ] = False,
 ) -> None:
     """Everything, on this machine: meta model, modules, assembly, fine-tuning, export. Run again, it goes on."""
@@ -94,6 +105,8 @@ def run(
     from ..smoke import smoke
 
     loaded = load_recipe(recipe, sets or (), smoke if small else None)
+    if co_train:
+        jobs = _beside_each_other(loaded, jobs, baseline)
     from ..cluster.local import LocalRunner, job_graph
     from ..cluster.progress import Reporter
     from ..export import export as export_model
@@ -109,7 +122,8 @@ def run(
     if all(directory.phase(job.phase, job.module).result for job in graph) and whole(exported):
         say(f"{run_dir} is done already")
     with Reporter(console()) as reporter:
-        code = LocalRunner(directory, jobs, reporter, nproc).execute(graph)
+        runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, nproc, co_train)
+        code = runner.execute(graph)
     summary = directory.summary()
     if code is Exit.PREEMPTED:
         say(f"stopped; nothing is lost. Go on with the same command:\n  {command_line()}")
@@ -123,6 +137,59 @@ def run(
     say(f"\nmodel:   {exported}" + (f"\n         {snippet}" if snippet else ""))
     say(f"curves:  tensorboard --logdir {run_dir}")
     say(f"next:    bigincubate evaluate {run_dir} --data {data.path}")
+
+
+def _beside_each_other(loaded: Recipe, jobs: int | None, baseline: bool) -> int:
+    """How many phases run at the same time where all modules do, and the baseline that may have begun before them."""
+    needed = loaded.plan.number + baseline
+    if not sys.platform.startswith("linux"):
+        raise ConfigError("--co-train: modules share memory in a way that only Linux has; leave it out")
+    if loaded.data.decentralised:
+        raise ConfigError("--co-train: with data.decentralised each module sees data of its own; leave it out")
+    if loaded.incubate.prefix_cache:
+        raise ConfigError("--co-train: with incubate.prefix_cache each module has rows of its own; leave one out")
+    if jobs is not None and jobs < needed:
+        what = f"{loaded.plan.number} modules{' and the baseline' if baseline else ''}"
+        raise ConfigError(f"--co-train: {what} run at the same time; give --jobs {needed}, or leave it out")
+    return jobs or needed
+
+
+@app.command(hidden=True)
+def feed(
+    recipe: RecipeArgument,
+    run_dir: RunDirOption,
+    readers: Annotated[int, typer.Option(min=1, help="Modules that will come.")],
+) -> None:
+    """Batches made once for the modules that `run --co-train` trains, which starts this, a process a rank."""
+    from .. import FEED
+    from ..cluster.orphan import die_with_parent
+    from ..cluster.preempt import StopFlag
+    from ..config import load_recipe
+    from ..data.wire import listen
+
+    if FEED not in os.environ:
+        raise ConfigError("feed: started by `bigincubate run --co-train`, not by hand")
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    with StopFlag() as stop, listen(os.environ[FEED], rank) as listener:  # there before any module looks for it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves after the modules
+        die_with_parent()
+        loaded = load_recipe(recipe)
+        from ..data.feed import Feeder, fingerprint, own_stream
+        from ..data.stage import staged
+        from ..rundir import RunDir
+        from ..workflow import ensure_data, ensure_plan
+
+        directory = RunDir(run_dir)
+        data = ensure_data(loaded, directory)
+        _, rows = ensure_plan(loaded, directory, data)
+        steps = max(row.steps for row in rows if row.phase == "incubate")
+        with staged(loaded, data) as (here, copy):
+            what = (here, here.settings("incubate"), copy, rank, world)
+            feeder = Feeder(listener, own_stream(*what), fingerprint(*what), readers=readers, steps=steps)
+            feeder.serve(lambda: stop)
+    say(f"{feeder.made} batches made, {feeder.given} given")
+    if rank == 0:
+        directory.note("fed", made=feeder.made, given=feeder.given)
 
 
 @app.command()

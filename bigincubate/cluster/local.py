@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from .. import FEED
 from ..config import Phase
 from ..errors import Exit
 from ..plan import PlannedRow
@@ -51,9 +53,12 @@ class LocalRunner:
     jobs: int
     reporter: Reporter
     nproc: int = 1  # ranks of each phase
+    co_train: bool = False  # modules share one loader; all of them must run at the same time
     running: dict[str, Ranks] = field(default_factory=dict)
     stopping: bool = False
     patience: int = 20  # times that a phase may find its directory owned: by the ghost of a run that was killed
+    feeder: Ranks | None = None  # makes the batches of co-trained modules
+    place: str = field(default_factory=lambda: secrets.token_hex(16))  # where it is found
 
     def execute(self, graph: list[Job]) -> Exit:
         """Run what is not done yet. Gives 0, 75 after a stop, or the exit code of the first job that failed."""
@@ -63,7 +68,10 @@ class LocalRunner:
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while waiting or self.running:
-                for job in self.ready(waiting, done)[: self.jobs - len(self.running)]:
+                ready = self.ready(waiting, done)[: self.jobs - len(self.running)]
+                if self.co_train and self.feeder is None and any(job.phase == "incubate" for job in ready):
+                    self.feed(readers=sum(job.phase == "incubate" for job in ready))
+                for job in ready:
                     waiting.remove(job)
                     try:
                         # cores are shared by what may run beside, not by what does: a resume computes the same bits
@@ -87,6 +95,7 @@ class LocalRunner:
                     else:
                         failed[job.key] = code
                         self.reporter.failed(job, code, ranks.reason, ranks.log)
+                self.tend(waiting)
                 self.reporter.update([(job, self.folder(job)) for job in graph if job.key in self.running])
                 time.sleep(0.2)
         finally:
@@ -94,6 +103,8 @@ class LocalRunner:
                 signal.signal(number, handler)
             for ranks in self.running.values():  # only after an error of our own
                 ranks.stop()
+            if self.feeder is not None:
+                self.feeder.end()
         if failed:
             return Exit(next(iter(failed.values()))) if next(iter(failed.values())) in set(Exit) else Exit.ENVIRONMENT
         return Exit.PREEMPTED if self.stopping else Exit.DONE
@@ -108,6 +119,8 @@ class LocalRunner:
         command += ["--run-dir", str(self.run.path), "--phase", job.phase]
         command += ["--module", str(job.module)] if job.module is not None else []
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        if self.co_train and job.phase == "incubate":
+            environment[FEED] = self.place
         # the cores are shared out, so that processes do not fight over them
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (beside * self.nproc))))
         # threads that spin while they wait make a step several times as long as soon as anything else runs
@@ -116,6 +129,39 @@ class LocalRunner:
         if self.stopping:  # asked to while they were started
             self.running[job.key].stop()
         self.reporter.started(job)
+
+    def feed(self, readers: int) -> None:
+        """Start the loader that modules share, a process for each rank of theirs. Where that fails, each has its own.
+
+        Args:
+            readers: how many modules will come.
+        """
+        folder = self.run.path / "modules" / "logs"
+        logs = [folder / (f"feed.{rank}.log" if rank else "feed.log") for rank in range(self.nproc)]
+        command = [sys.executable, "-m", "bigincubate", "feed", str(self.run.recipe_file)]
+        command += ["--run-dir", str(self.run.path), "--readers", str(readers)]
+        # it computes as a loader's worker does, and has nothing to do with a GPU
+        own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", FEED: self.place}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.feeder = Ranks(command, {**os.environ, **own}, logs)
+        except OSError as error:
+            self.co_train = False
+            self.reporter.say(f"no shared loader ({error.filename}: {error.strerror}); each module has its own")
+            return
+        if self.stopping:  # asked to while it was started
+            self.feeder.stop()
+
+    def tend(self, waiting: list[Job]) -> None:
+        """Let the shared loader leave once no module needs it; say so where it left before."""
+        feeder = self.feeder
+        if feeder is None:
+            return
+        if not any(key.startswith("incubate/") for key in (*self.running, *(job.key for job in waiting))):
+            feeder.stop()
+        if feeder.poll() is not None and not feeder.asked:
+            self.reporter.say(f"the shared loader ended: {feeder.reason}; modules go on, each with its own")
+            feeder.stop()  # nothing more to say
 
     def finished(self, graph: list[Job]) -> Iterator[tuple[Job, Ranks, int]]:
         for job in graph:
@@ -136,3 +182,5 @@ class LocalRunner:
             self.reporter.say("stopping: each running phase writes a checkpoint first")
             for ranks in self.running.values():
                 ranks.stop()
+            if self.feeder is not None:
+                self.feeder.stop()

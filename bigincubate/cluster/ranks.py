@@ -70,6 +70,16 @@ class Ranks:
             for process in self.processes:
                 process.send_signal(signal.SIGTERM)
 
+    def end(self) -> None:
+        """Ask every rank to leave, and wait until none runs; who stays for long is killed."""
+        self.stop()
+        deadline = time.monotonic() + GRACE
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                for process in self.processes:
+                    process.kill()
+            time.sleep(0.02)
+
     def poll(self) -> int | None:
         """The exit code of all together, once none runs. Ranks leave together: when one has, the others are given
         some time to follow."""

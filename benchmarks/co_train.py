@@ -1,0 +1,96 @@
+"""Modules with a loader each against modules that share one: whole processes, in turns.
+
+    OMP_NUM_THREADS=1 python benchmarks/co_train.py [--recipe digits] [--steps 100] [--repeats 3] [--out FILE]
+
+A turn is `bigincubate run RECIPE --jobs K`, or the same with `--co-train`, on a copy of a run whose data and meta model
+are there: K modules of `--steps` steps without warm-up, then assembly, no step of fine-tuning, and the export. All that
+a user waits for is in the seconds, imports and evaluations included; CPU seconds are user and system time of all
+processes. *batches* counts those that were read, decoded and augmented, by all loaders. A ratio is that of one repeat.
+Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
+
+from bigincubate.config import load_recipe
+
+PROGRAM = [sys.executable, "-m", "bigincubate"]
+APART, SHARED = "a loader each", "one loader"
+
+
+def call(*words: object) -> None:
+    ended = subprocess.run([*PROGRAM, *map(str, words)], capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(map(str, words))}: exit {ended.returncode}\n{ended.stdout}{ended.stderr}")
+
+
+def turn(words: list[object], run: Path) -> dict[str, float]:
+    """One whole command: ``seconds``, ``cpu`` (seconds), ``batches``."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    call(*words)
+    seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    modules = json.loads((run / "summary.json").read_text())["modules"]
+    wanted = sum(module["steps"] for module in modules)  # each by each
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    saved = sum(event["given"] - event["made"] for event in events if event["event"] == "fed")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"seconds": seconds, "cpu": cpu, "batches": wanted - saved}
+
+
+def ratio(turns: dict[str, list[dict[str, float]]], key: str) -> tuple[float, float, float]:
+    """Median, least and most of the shared loader's over the other's, repeat by repeat."""
+    found = sorted(own[key] / theirs[key] for own, theirs in zip(turns[SHARED], turns[APART], strict=True))
+    return statistics.median(found), found[0], found[-1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--out", type=Path, default=None)
+    asked = parser.parse_args()
+    lengths = [f"{phase}.train.max_steps=0" for phase in ("pretrain", "finetune")]
+    lengths += [f"incubate.train.max_steps={asked.steps}", "incubate.schedule.warmup_epochs=0"]
+    sets = [*lengths, *asked.sets]
+    flags = [word for each in sets for word in ("--set", each)]
+    modules = load_recipe(asked.recipe, sets).plan.number
+    turns: dict[str, list[dict[str, float]]] = {APART: [], SHARED: []}
+    with tempfile.TemporaryDirectory() as temporary:
+        begun = Path(temporary) / "begun"
+        call("train", asked.recipe, *flags, "--run-dir", begun, "--phase", "pretrain")
+        for repeat in range(asked.repeats):
+            for name in [APART, SHARED][:: -1 if repeat % 2 else 1]:
+                run = Path(temporary) / "run"
+                shutil.copytree(begun, run)
+                more = ["--co-train"] if name == SHARED else []
+                turns[name].append(turn(["run", asked.recipe, *flags, "--run-dir", run, "--jobs", modules, *more], run))
+                shutil.rmtree(run)
+    rows: list[dict[str, Any]] = []
+    print(f"| {modules} modules, {asked.steps} steps | {APART} | {SHARED} | ratio | least to most |")
+    print("| --- | ---: | ---: | ---: | --- |")
+    for key, label in (("batches", "batches made"), ("cpu", "CPU seconds"), ("seconds", "seconds")):
+        theirs, own = (statistics.median(each[key] for each in turns[name]) for name in (APART, SHARED))
+        middle, least, most = ratio(turns, key)
+        rows.append({"what": key, APART: theirs, SHARED: own, "ratio": middle, "least": least, "most": most})
+        print(f"| {label} | {theirs:,.0f} | {own:,.0f} | **{middle:.2f}** | {least:.2f} to {most:.2f} |")
+    if asked.out:
+        asked.out.write_text(json.dumps({"rows": rows, "turns": turns}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
