@@ -1,12 +1,14 @@
 """Modules with a loader each against modules that share one: whole processes, in turns.
 
     OMP_NUM_THREADS=1 python benchmarks/co_train.py [--recipe digits] [--steps 100] [--repeats 3] [--out FILE]
+    OMP_NUM_THREADS=1 python benchmarks/co_train.py --photos [--steps 40]
 
 A turn is `bigincubate run RECIPE --jobs K`, or the same with `--co-train`, on a copy of a run whose data and meta model
 are there: K modules of `--steps` steps without warm-up, then assembly, no step of fine-tuning, and the export. All that
 a user waits for is in the seconds, imports and evaluations included; CPU seconds are user and system time of all
 processes. *batches* counts those that were read, decoded and augmented, by all loaders. A ratio is that of one repeat.
-Prints a Markdown table.
+With `--photos` the recipe is a small ViT on JPEGs of 500x375 pixels, made up here, which take longer to read than to
+learn from. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -25,8 +27,25 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
+from loader import make_jpegs
+
 from bigincubate.config import load_recipe
 
+PHOTOS = """
+[model]
+name = "vit_tiny_patch16_224"
+num_classes = 8
+args = { patch_size = 32, embed_dim = 96, num_heads = 3 }
+[plan]
+target_depths = [2, 2, 2, 2]
+meta_depths = [1, 1, 1, 1]
+[data]
+path = "FOLDER/data"
+[train]
+batch_size = 32
+[augment]
+color_jitter = 0.3
+"""
 PROGRAM = [sys.executable, "-m", "bigincubate"]
 APART, SHARED = "a loader each", "one loader"
 
@@ -59,6 +78,7 @@ def ratio(turns: dict[str, list[dict[str, float]]], key: str) -> tuple[float, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="digits")
+    parser.add_argument("--photos", action="store_true")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
@@ -68,10 +88,15 @@ def main() -> None:
     lengths += [f"incubate.train.max_steps={asked.steps}", "incubate.schedule.warmup_epochs=0"]
     sets = [*lengths, *asked.sets]
     flags = [word for each in sets for word in ("--set", each)]
-    modules = load_recipe(asked.recipe, sets).plan.number
     turns: dict[str, list[dict[str, float]]] = {APART: [], SHARED: []}
     with tempfile.TemporaryDirectory() as temporary:
         begun = Path(temporary) / "begun"
+        if asked.photos:
+            asked.recipe = str(Path(temporary) / "photos.toml")
+            Path(asked.recipe).write_text(PHOTOS.replace("FOLDER", temporary))
+            make_jpegs(Path(temporary) / "photos", classes=8, each=40, size=(500, 375), coarse=40)
+            call("data", "prepare", Path(temporary) / "photos", "--out", Path(temporary) / "data")
+        modules = load_recipe(asked.recipe, sets).plan.number
         call("train", asked.recipe, *flags, "--run-dir", begun, "--phase", "pretrain")
         for repeat in range(asked.repeats):
             for name in [APART, SHARED][:: -1 if repeat % 2 else 1]:

@@ -40,23 +40,27 @@ CASES: dict[str, dict[str, Any]] = {
 IN_MEMORY = "in memory"
 
 
-def make_jpegs(folder: Path) -> None:
-    """Smooth colours and some noise, at a photograph's 1.2 KB a file, a folder a class."""
+def make_jpegs(
+    folder: Path, classes: int = CLASSES, each: int = EACH, size: tuple[int, int] = (32, 32), coarse: int = 6
+) -> None:
+    """Smooth colours (``coarse`` places a side) and some noise, as large as photographs' files, a folder a class."""
     import numpy as np
     from PIL import Image
 
     random = np.random.RandomState(0)
-    for label in range(CLASSES):
+    for label in range(classes):
         (folder / f"{label}").mkdir(parents=True)
-        for number in range(EACH):
-            smooth = Image.fromarray(random.randint(0, 256, (6, 6, 3)).astype(np.uint8)).resize((32, 32))
-            noisy = np.asarray(smooth) + random.normal(0, 8, (32, 32, 3))
+        for number in range(each):
+            colours = random.randint(0, 256, (coarse, coarse, 3)).astype(np.uint8)
+            smooth = np.asarray(Image.fromarray(colours).resize(size))
+            noisy = smooth + random.normal(0, 8, smooth.shape)
             out = io.BytesIO()
             Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
             (folder / f"{label}" / f"{number}.jpg").write_bytes(out.getvalue())
 
 
-def contestant(name: str, settings: dict[str, Any]) -> Contestant:
+def trainer_of(settings: dict[str, Any], sets: list[str]) -> Any:
+    """A trainer before its first step: a recipe, a phase, a module, data and a folder for runs; and further keys."""
     from bigincubate.attempt import train
     from bigincubate.cluster.env import RunEnv
     from bigincubate.cluster.preempt import StopFlag
@@ -65,9 +69,7 @@ def contestant(name: str, settings: dict[str, Any]) -> Contestant:
     from bigincubate.trainer import Trainer
     from bigincubate.workflow import ensure_data, ensure_plan, find_row
 
-    workers = 0 if name == IN_MEMORY else int(name.split()[0])
-    sets = [*settings["sets"], f"data.path={settings['data']}", f"data.workers={workers}"]
-    recipe = load_recipe(settings["recipe"], sets)
+    recipe = load_recipe(settings["recipe"], [*settings["sets"], f"data.path={settings['data']}", *sets])
     run, env = RunDir(Path(tempfile.mkdtemp(dir=settings["folder"]))), RunEnv.detect()
     run.open(recipe)
     data = ensure_data(recipe, run)
@@ -77,6 +79,12 @@ def contestant(name: str, settings: dict[str, Any]) -> Contestant:
     row = plan.row(settings["phase"], settings["module"])
     trainer = Trainer(recipe, plan, row, find_row(rows, row.phase, row.module), run, data, env, StopFlag())
     trainer.wrapped.train()
+    return trainer
+
+
+def contestant(name: str, settings: dict[str, Any]) -> Contestant:
+    workers = 0 if name == IN_MEMORY else int(name.split()[0])
+    trainer = trainer_of(settings, [f"data.workers={workers}"])
     stream = trainer.stream.batches(0)
     batches = stream
     if name == IN_MEMORY:
@@ -88,7 +96,7 @@ def contestant(name: str, settings: dict[str, Any]) -> Contestant:
             trainer.step(batch)
 
     def forward() -> Any:
-        images, targets = trainer.task.prepare(next(iter(batches)).to(env.device), 0)
+        images, targets = trainer.task.prepare(next(iter(batches)).to(trainer.env.device), 0)
         return trainer.task.loss(trainer.wrapped, images, targets)
 
     return Contestant(turn, forward, list(trainer.model.parameters()))
