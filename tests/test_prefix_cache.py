@@ -36,6 +36,7 @@ from bigincubate.models import (
 )
 from bigincubate.plan import cost_plan, make_plan
 from bigincubate.tasks.prefix import prefix_cache
+from bigincubate.verify import Verdict, verify_run
 
 Labs = Callable[..., Any]
 FIXED = ["incubate.mixup.prob=0.0", "incubate.augment.views=2", "log.every_steps=1"]
@@ -231,9 +232,12 @@ def test_stopped_it_goes_on_with_the_next_chunk(ready: Any, tmp_path: Path) -> N
     with pytest.raises(Preempted, match="stopped before what reaches it was computed"):
         make(run, lambda: next(asked))
     before = files(folder)
+    assert [found.verdict for found in verify_run(run.run) if found.path == folder] == [Verdict.UNFINISHED]
     assert sorted(path.name for path in (folder / "train").iterdir()) == ["00000", "00001"]
+    (folder / ".tmp-train-00002-1").mkdir()  # of one that was killed in it
     info = make(run)
     after = files(folder)
+    assert not list(folder.glob(".tmp-*"))
     assert info.digest == whole.digest
     assert {name: after[name] for name in before if name != ".making.json"} == {
         name: value for name, value in before.items() if name != ".making.json"
@@ -264,10 +268,14 @@ def test_a_damaged_description_is_made_anew(file: str, ready: Any, tmp_path: Pat
 def test_a_damaged_row_is_refused_by_name(ready: Any, tmp_path: Path) -> None:
     run = ready.copy(tmp_path / "run")
     make(run)
-    shard = next((run.run.phase("incubate", 1).features / "train").rglob("*.mds"))
+    features = run.run.phase("incubate", 1).features
+    assert [found.verdict for found in verify_run(run.run) if found.path == features] == [Verdict.GOOD]
+    shard = next((features / "train").rglob("*.mds"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
+    damaged = [found for found in verify_run(run.run) if found.verdict is Verdict.DAMAGED]
+    assert [(found.part, found.path) for found in damaged] == [("incubate/1", shard)]
     with pytest.raises(EnvironmentFault, match=r"features/train/.*\.mds is damaged: SHA-256"):
         run.train("incubate", 1)
 

@@ -62,6 +62,8 @@ class FeatureMaker:
         Raises:
             EnvironmentFault: the disk has no room for all rows.
         """
+        for left in self.folder.glob(".tmp-*"):  # by one that was killed
+            shutil.rmtree(left)
         for mark in (DESCRIPTION, UNFINISHED):
             if (self.folder / mark).exists() and (found := self._features(mark)) is not None:
                 return found
