@@ -1,12 +1,14 @@
 """What streaming, decoding and augmentation cost a training step, against the same batches in memory, in turns.
 
     python benchmarks/loader.py [--repeats 5] [--steps 22] [--out FILE]
+    python benchmarks/loader.py --samples
 
 The trainer's own step, at the size of the demo (`digits`: 1,437 uncompressed PNGs of 8x8 pixels; the meta model, whose
 step is the shortest, a module, and all 32 blocks) and of `cifar100-mini` (JPEGs of 32x32 pixels, made up here). A turn
 is as many steps as an epoch of the digits has, so what the start of an epoch costs is in it. *overhead* is the time of
 a turn over that of the turn in memory of the same repeat, less one. Threads: set OMP_NUM_THREADS, as `bigincubate run`
-does for phases beside each other. Prints a Markdown table.
+does for phases beside each other. Prints a Markdown table. With --samples, one of what a sample costs without workers:
+the least of twelve epochs, from images that are held decoded, and from images that are not.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import io
 import json
 import sys
 import tempfile
+import time
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -26,11 +29,12 @@ from duel import Contestant, duel, serve
 
 CLASSES, EACH = 100, 80  # of the JPEGs; a fifth is held out
 NO_META = ["pretrain.train.max_steps=0"]  # a module needs a meta model, trained or not
+JPEG = "JPEG 32x32, meta model"
 CASES: dict[str, dict[str, Any]] = {
     "digits, meta model": {"recipe": "digits", "phase": "pretrain", "module": None, "sets": []},
     "digits, module 0": {"recipe": "digits", "phase": "incubate", "module": 0, "sets": NO_META},
     "digits, all blocks": {"recipe": "digits", "phase": "end_to_end", "module": None, "sets": []},
-    "JPEG 32x32, meta model": {
+    JPEG: {
         "recipe": "cifar100-mini",
         "phase": "pretrain",
         "module": None,
@@ -102,6 +106,36 @@ def contestant(name: str, settings: dict[str, Any]) -> Contestant:
     return Contestant(turn, forward, list(trainer.model.parameters()))
 
 
+def sample_cost(data: Path, recipe: str, sets: list[str], room: int) -> float:
+    """Microseconds."""
+    from bigincubate.config import load_recipe
+    from bigincubate.data import shards
+    from bigincubate.data.dataset import open_dataset
+    from bigincubate.data.streams import TrainStream
+
+    shards.ROOM = room
+    loaded = load_recipe(recipe, sets)
+    chosen = loaded.settings("pretrain")
+    info, size = open_dataset(data), chosen.model.img_size
+    stream = TrainStream(info, loaded.data, chosen.augment, img_size=size, seed=0, batch_size=64)
+    batches, least = stream.batches(0), float("inf")
+    for _ in range(13):
+        start = time.perf_counter()
+        for _ in islice(batches, stream.steps_per_epoch):
+            pass
+        least = min(least, time.perf_counter() - start)
+    return least / stream.steps_per_epoch / 64 * 1e6
+
+
+def print_samples(folder: Path) -> None:
+    from bigincubate.data.shards import ROOM
+
+    print("| sample | held decoded, µs | decoded anew, µs |\n| --- | ---: | ---: |")
+    for recipe, kind, sets in (("digits", "PNG 8x8", []), ("cifar100-mini", "JPEG 32x32", CASES[JPEG]["sets"])):
+        held, anew = (sample_cost(folder / recipe, recipe, [*sets, "data.workers=0"], room) for room in (ROOM, 0))
+        print(f"| {kind} | {held:.0f} | {anew:.0f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
@@ -109,6 +143,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=22)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--samples", action="store_true")
     parser.add_argument("--worker", nargs=2, default=None, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.worker:
@@ -116,13 +151,15 @@ def main() -> None:
     from bigincubate.data.prepare import prepare
 
     rows: list[dict[str, Any]] = []
-    print("| step | workers | ms a step | in memory | overhead | least to most |")
-    print("| --- | ---: | ---: | ---: | ---: | --- |")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare("digits", folder / "digits")
         make_jpegs(folder / "jpegs")
         prepare(str(folder / "jpegs"), folder / "cifar100-mini")
+        if asked.samples:
+            return print_samples(folder)
+        print("| step | workers | ms a step | in memory | overhead | least to most |")
+        print("| --- | ---: | ---: | ---: | ---: | --- |")
         for case in asked.cases:
             settings = {**CASES[case], "folder": temporary, "steps": asked.steps}
             settings["data"] = str(folder / settings["recipe"])
