@@ -47,6 +47,8 @@ def train(
     """
     folder = run.phase(row.phase, row.module)
     if (result := env.broadcast(folder.result)) is not None:
+        if env.is_main:  # whoever wrote it may have been killed before this
+            shutil.rmtree(folder.features, ignore_errors=True)
         return result
     with owned(folder.path, env) as claim, StopFlag() as stop:
         attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))

@@ -299,9 +299,15 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
     return steps if settings.train.max_steps is None else min(steps, settings.train.max_steps), per_epoch
 
 
-def cached_views(settings: Settings, samples: int) -> int:
-    """Rows of a prefix cache: every view that a phase has of its ``samples`` training images."""
-    return samples * (settings.augment.views or 1) * settings.augment.repeats
+def cached_epochs(settings: Settings, steps: int, samples: int) -> int:
+    """Epochs of a prefix cache: those whose views differ, as far as so many steps over ``samples`` images come."""
+    per_epoch = max(1, samples // (settings.train.batch_size // settings.augment.repeats))
+    return max(1, min(settings.augment.views or 1, math.ceil(steps / per_epoch)))
+
+
+def cached_views(settings: Settings, steps: int, samples: int) -> int:
+    """Every view in a prefix cache of ``samples`` training images."""
+    return samples * cached_epochs(settings, steps, samples) * settings.augment.repeats
 
 
 def cost_plan(
@@ -318,6 +324,7 @@ def cost_plan(
             budget = sum(planned.total_flops for planned in rows)
             steps = math.floor(budget / (cost.training_flops * settings.train.batch_size))
         images = steps * settings.train.batch_size
+        seen = samples // plan.modules if recipe.data.decentralised and row.module is not None else samples
         rows.append(
             PlannedRow(
                 key=row.key,
@@ -330,7 +337,7 @@ def cost_plan(
                 steps=steps,
                 epochs=round(steps / per_epoch, 4),
                 images=images,
-                total_flops=images * cost.training_flops + cached_views(settings, samples) * cost.prefix_flops,
+                total_flops=images * cost.training_flops + cached_views(settings, steps, seen) * cost.prefix_flops,
             )
         )
     return rows

@@ -57,7 +57,7 @@ class TrainState:
 
     step: int = 0
     images: int = 0
-    seconds: float = 0.0  # of training, and of what it begins with, over all attempts
+    seconds: float = 0.0  # of training over all attempts, and of the prefix cache in the one that finished it
     skipped: int = 0  # steps left out because their gradient was not finite
     adascale: dict[str, float] = field(default_factory=dict)  # its moving averages
     last: dict[str, float] = field(default_factory=dict)  # measured in the last step, logged with the final evaluation
@@ -89,8 +89,15 @@ class Trainer:
         train = self.settings.train
         self.micro_batches = count_micro_batches(self.settings, env.world)
 
-        # one fixed order: weights, freezing, drop-path, placement, recomputation, compilation, sharding, optimizer
         self.task = ClassificationTask(recipe, plan, row, data)
+        begun, cached = time.perf_counter(), None
+        if row.begins:  # in the middle of the hybrid: it takes what reaches the module in place of images
+            cached = prefix_cache(
+                self.task, run, env, lambda: bool(stop), steps=self.total, micro_batches=self.micro_batches
+            )
+        self.state = TrainState(seconds=time.perf_counter() - begun)
+
+        # one fixed order: weights, freezing, drop-path, placement, recomputation, compilation, sharding, optimizer
         built, self.meta_digest = self.task.build_model(run, start)
         drop = self.settings.drop_path
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
@@ -108,10 +115,6 @@ class Trainer:
         self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
         self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
 
-        # a module that begins in the middle of the hybrid takes what reaches it in place of images
-        begun = time.perf_counter()
-        cached = prefix_cache(self.task, run, env, lambda: bool(stop), self.micro_batches) if row.begins else None
-        ready = time.perf_counter()
         self.eval_stream = self.validation(cached or data)
         self.stream = training_stream(recipe, self.settings, data, env.rank, env.world, cached)
         _, self.per_epoch = phase_steps(self.settings, data.epoch)
@@ -120,7 +123,6 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep, claim=self.claim
         )
-        self.state = TrainState(seconds=ready - begun)
         self.saved = -1  # step of the newest checkpoint
         self.rollback: dict[str, Any] | None = None
         self.skipped = torch.zeros((), device=env.device)
@@ -385,7 +387,8 @@ class Trainer:
             "seconds": round(state.seconds, 3),
             "steps": state.step,
             "images": state.images,
-            "flops": state.images * cost.training_flops + cached_views(self.settings, samples) * cost.prefix_flops,
+            "flops": state.images * cost.training_flops
+            + cached_views(self.settings, state.step, samples) * cost.prefix_flops,
         }
 
     def score_partial(self, module: int) -> None:

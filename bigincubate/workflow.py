@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from .data.dataset import DatasetInfo, describe_dataset, open_dataset
 from .data.parts import cut_by_class, seen_by
 from .errors import ConfigError, EnvironmentFault
 from .files import read_json, write_json
-from .plan import Cost, Plan, PlannedRow, cost_plan, make_plan, plan_json
+from .plan import Cost, Plan, PlannedRow, cost_plan, count_cost, make_plan, plan_json
 from .rundir import RunDir
 
 Report = Callable[[str], None]
@@ -80,7 +81,15 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
         parts = list(data.parts) if recipe.data.decentralised else []
         write_json(file, {**plan_json(recipe, plan, rows), "data": data.digest, "parts": parts})
         return plan, rows
-    return plan, [planned_row(row) for row in stored["rows"]]
+    return plan, [_as_computed(recipe, plan, planned_row(row)) for row in stored["rows"]]
+
+
+def _as_computed(recipe: Recipe, plan: Plan, planned: PlannedRow) -> PlannedRow:
+    """A stored row, counted anew where `incubate.prefix_cache` has changed since. Its length stays."""
+    row = plan.row(planned.phase, planned.module)
+    if bool(row.begins) == bool(planned.cost.prefix_flops):
+        return planned
+    return replace(planned, cost=count_cost(row, recipe.settings(row.phase), plan))
 
 
 def planned_row(stored: dict[str, Any]) -> PlannedRow:

@@ -10,6 +10,7 @@ import secrets
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -415,6 +416,22 @@ def test_who_is_ahead_waits_for_the_others_and_is_not_fed_what_it_has(info: Data
         ahead.join()
         made, given = feeder.end()
         assert 7 <= given <= made <= 10
+
+
+def test_who_waits_for_others_that_move_stays(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+    """A long wait is no reason to give the feeder up: it says that it is there."""
+    with fed(info, readers=2, steps=12, patience=4) as feeder:
+        result, report = FORK.Pipe(duplex=False)
+        ahead = FORK.Process(target=_from, args=(feeder.reader(patience=2.5), report, 10, 2))
+        ahead.start()
+        with closing(feeder.reader().batches(0)) as batches:
+            fingerprints(batches, 1)
+            time.sleep(3.2)
+            fingerprints(batches, 9)
+        assert result.recv() == fingerprints(stream(info).batches(10), 2)
+        ahead.join()
+        feeder.end()
+    assert "a loader of its own" not in capfd.readouterr().err
 
 
 def _from(reader: FedStream, report: Any, step: int, count: int) -> None:

@@ -18,6 +18,7 @@ from test_incubation import EXAMPLES, Example
 from bigincubate.checkpoint.store import load_artifact, save_artifact
 from bigincubate.config import load_recipe
 from bigincubate.data.dataset import open_dataset
+from bigincubate.data.features import outstanding
 from bigincubate.errors import ConfigError, EnvironmentFault, Preempted
 from bigincubate.models import (
     Partition,
@@ -122,14 +123,14 @@ def test_from_its_features_a_cut_hybrid_computes_what_the_whole_one_does(example
     "more",
     [
         ["augment.repeats=2"],
-        ["train.micro_batch=8", "data.workers=1"],
+        ["train.micro_batch=64", "data.workers=1"],
         ["augment.device=true", "augment.erase=0.5"],
         ["train.precision=bf16", "train.skip_unused=true"],
     ],
     ids=lambda more: more[0],
 )
 def test_modules_are_the_same_bits(more: list[str], lab: Labs, tmp_path: Path) -> None:
-    plain, cached = pair(lab, tmp_path, *THREE, *more)
+    plain, cached = pair(lab, tmp_path, *THREE, "train.batch_size=256", *more)  # twelve steps see both views
     for module in range(3):
         before, after = plain.train("incubate", module), cached.train("incubate", module)
         assert_same(plain, cached, module)
@@ -212,8 +213,10 @@ def ready(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def make(run: Any, stopped: Callable[[], bool] = lambda: False) -> Any:
     from bigincubate.tasks.classification import ClassificationTask
 
-    recipe, plan, row, _, directory, data, env = run.arguments("incubate", 1)
-    return prefix_cache(ClassificationTask(recipe, plan, row, data), directory, env, stopped, 1)
+    recipe, plan, row, planned, directory, data, env = run.arguments("incubate", 1)
+    return prefix_cache(
+        ClassificationTask(recipe, plan, row, data), directory, env, stopped, steps=planned.steps, micro_batches=1
+    )
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -226,6 +229,7 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 def test_stopped_it_goes_on_with_the_next_chunk(ready: Any, tmp_path: Path) -> None:
     whole = make(ready.copy(tmp_path / "whole"))
+    whole_size = sum(file.stat().st_size for file in whole.path.glob("*/*/*.mds"))
     run = ready.copy(tmp_path / "run")
     folder = run.run.phase("incubate", 1).features
     asked = iter([False, False, True])
@@ -235,6 +239,9 @@ def test_stopped_it_goes_on_with_the_next_chunk(ready: Any, tmp_path: Path) -> N
     assert [found.verdict for found in verify_run(run.run) if found.path == folder] == [Verdict.UNFINISHED]
     assert sorted(path.name for path in (folder / "train").iterdir()) == ["00000", "00001"]
     (folder / ".tmp-train-00002-1").mkdir()  # of one that was killed in it
+    done = sum(len(data) for name, (_, data) in before.items() if name.endswith("mds"))
+    assert 0.9 * (whole_size - done) < outstanding(folder) < whole_size - done  # which has headers besides
+    assert outstanding(whole.path) == 0
     info = make(run)
     after = files(folder)
     assert not list(folder.glob(".tmp-*"))
@@ -285,9 +292,21 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 ) -> None:
     run = ready.copy(tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
-    with pytest.raises(EnvironmentFault, match=r"takes 0\.00\d+ GiB for this module, 0\.000977 GiB are free"):
+    with pytest.raises(EnvironmentFault, match=r"takes 0\.00\d+ GiB for this module; 0\.000977 GiB are free"):
         make(run)
     assert not list(run.run.phase("incubate", 1).features.rglob("*.mds"))
+
+
+def test_room_is_left_for_what_other_modules_will_write(
+    ready: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ready.copy(tmp_path / "run")
+    other = run.run.phase("incubate", 0).features
+    other.mkdir(parents=True)
+    (other / ".making.json").write_text(json.dumps({"features": {}, "bytes": 1 << 30}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 29))
+    with pytest.raises(EnvironmentFault, match=r"for this module, and 1 GiB more for other modules; 0\.5 GiB are free"):
+        make(run)
 
 
 def test_features_are_no_data_to_train_on(ready: Any, tmp_path: Path, bigincubate: Any) -> None:
@@ -328,20 +347,46 @@ def test_dropout_before_the_module_is_refused(rate: str, lab: Labs, tmp_path: Pa
         run.train("incubate", 1)
 
 
+def test_dropout_behind_the_module_is_not_its_business(lab: Labs, tmp_path: Path) -> None:
+    args = "model.args={ patch_size = 2, embed_dim = 24, num_heads = 3, drop_rate = 0.1 }"  # before the head
+    run = lab(*FIXED, CACHED, args, folder=tmp_path / "run")
+    run.train("pretrain")
+    assert make(run).features is not None
+
+
+def test_a_cache_that_is_switched_on_later_is_counted_as_it_is_computed(fast: Path, tmp_path: Path) -> None:
+    from conftest import Lab
+
+    before = Lab(fast, tmp_path / "run", *FIXED)
+    after = Lab(fast, tmp_path / "run", *FIXED, CACHED)
+    again = Lab(fast, tmp_path / "run", *FIXED)
+    flops = [
+        [(row.cost.training_flops, row.cost.prefix_flops, row.steps) for row in each.rows]
+        for each in (before, after, again)
+    ]
+    assert flops[0] == flops[2]
+    changed = [key for key, (one, other) in enumerate(zip(*flops[:2], strict=True)) if one != other]
+    assert [before.rows[index].key for index in changed] == ["incubate/1"]
+    (full, none, steps), (less, prefix, same) = (each[changed[0]] for each in flops[:2])
+    assert (none, full - less, steps) == (0, prefix, same)
+
+
 def test_it_is_no_other_experiment(fast: Path) -> None:
     plain, cached = load_recipe(str(fast), FIXED), load_recipe(str(fast), [*FIXED, CACHED])
     assert plain.digest == cached.digest
     assert plain.digest != load_recipe(str(fast), [*FIXED, "incubate.augment.views=3"]).digest
 
 
-def test_the_plan_counts_the_prefix_once_a_view(fast: Path) -> None:
-    plain, cached = (load_recipe(str(fast), [*FIXED, *THREE, *more]) for more in ([], [CACHED]))
+@pytest.mark.parametrize(("steps", "views"), [(31, 1), (32, 2), (500, 2)])  # 31 make an epoch
+def test_the_plan_counts_the_prefix_once_for_each_view_that_is_seen(steps: int, views: int, fast: Path) -> None:
+    length = f"train.max_steps={steps}"
+    plain, cached = (load_recipe(str(fast), [*FIXED, *THREE, length, *more]) for more in ([], [CACHED]))
     before, after = ({row.key: row for row in cost_plan(each, make_plan(each), 1000)} for each in (plain, cached))
     assert before["incubate/0"] == after["incubate/0"]
     for key in ("incubate/1", "incubate/2"):
         old, new = before[key], after[key]
         assert old.cost.training_flops - new.cost.training_flops == new.cost.prefix_flops > 0
-        assert new.total_flops == new.images * new.cost.training_flops + 2000 * new.cost.prefix_flops
+        assert new.total_flops == new.images * new.cost.training_flops + 1000 * views * new.cost.prefix_flops
         assert new.cost.parameters < old.cost.parameters
         assert new.cost.trainable == old.cost.trainable
         assert new.cost.activation_bytes == old.cost.activation_bytes

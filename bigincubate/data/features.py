@@ -3,16 +3,19 @@
     FOLDER/dataset.json       as of any data set; and what a row is, and a function of
     FOLDER/train/00000/…      row e * samples + j: all views of sample j in epoch e
     FOLDER/val/00000/…        a row a sample
+    FOLDER/.making.json       while chunks are missing: what a row is, and how many bytes all of them take
 
 Whoever is stopped goes on with the next chunk; what grew from something else is cleared away.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,20 +23,23 @@ from torch import Tensor
 from .. import config
 from ..errors import EnvironmentFault
 from .chunks import describe, write_chunk
-from .dataset import DESCRIPTION, SPLITS, DatasetInfo, Features, open_dataset, read_json, write_json
+from .dataset import SPLITS, DatasetInfo, Features, open_dataset, read_json, write_json
 from .streams import Batch, EveryView
 
-UNFINISHED = ".making.json"
+MAKING = ".making.json"
 CHUNK = 256  # samples
+MEND = "make room, or set incubate.prefix_cache = false"
 
 Compute = Callable[[Batch], Tensor]  # a batch of n views -> what reaches the module, [n, ...]
+Chunk = tuple[str, int]  # a split, and its number there
 
 
 class FeatureMaker:
-    """The folder of a module, and this rank's share of the work.
+    """The folder of a module.
 
     Args:
         folder: of this phase alone. info: the images.
+        epochs: those whose views differ.
         rows: samples that are computed at once, always as many: what a product rounds to may depend on that.
         grown: what the features are a function of, in words and digests.
     """
@@ -45,79 +51,82 @@ class FeatureMaker:
         settings: config.Settings,
         data: config.Data,
         *,
+        epochs: int,
         rows: int,
         grown: dict[str, str],
     ) -> None:
-        self.folder, self.info, self.rows, self.grown = folder, info, rows, grown
-        self.settings, self.data = settings, data
-        self.epochs = settings.augment.views or 1
+        self.folder, self.info, self.settings, self.data = folder, info, settings, data
+        self.epochs, self.rows, self.grown = epochs, rows, grown
+        self.samples = {"train": epochs * info.samples["train"], "val": info.samples["val"]}  # rows of each split
 
     @property
     def done(self) -> bool:
-        return (self.folder / DESCRIPTION).exists()
+        """Whether all rows are there, and are these. Their hashes are looked at by who reads them."""
+        try:
+            found = open_dataset(self.folder).features
+        except EnvironmentFault:
+            return False
+        return found is not None and found.grown == self.grown
 
-    def begin(self, compute: Compute) -> Features:
-        """Clear away what is another's, and see what a row will be. By one rank, before the others look.
+    def begin(self, compute: Compute, beside: Sequence[Path] = ()) -> tuple[Features, list[Chunk]]:
+        """Clear away what is another's; see what a row is, and which chunks are to be made. By one rank alone.
+
+        Args:
+            beside: folders that others may be filling at the same time.
 
         Raises:
             EnvironmentFault: the disk has no room for all rows.
         """
+        features = _noted(self.folder, self.grown)
+        if features is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            for split in SPLITS:
+                (self.folder / split).mkdir(parents=True)
+            first = range(min(self.rows, self.samples["train"]))
+            batch = next(self._views("train").batches([list(first)], 0))
+            features = _described(compute(batch), self.settings.augment.repeats, self.grown)
         for left in self.folder.glob(".tmp-*"):  # by one that was killed
             shutil.rmtree(left)
-        for mark in (DESCRIPTION, UNFINISHED):
-            if (self.folder / mark).exists() and (found := self._features(mark)) is not None:
-                return found
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for split in SPLITS:
-            (self.folder / split).mkdir(parents=True)
-        views = self._views("train")
-        batch = next(self._batches(views, [list(range(min(self.rows, len(views))))]))
-        found = _described(compute(batch), self.settings.augment.repeats, self.grown)
-        self._check_room(found)
-        write_json(self.folder / UNFINISHED, found.model_dump())
-        return found
+        size = self.size(features)["bytes"]
+        self._check_room(size - _written(self.folder), sum(map(outstanding, beside)))
+        write_json(self.folder / MAKING, {"features": features.model_dump(), "bytes": size})
+        return features, [chunk for chunk in self.chunks() if not self._place(chunk).exists()]
 
-    def make(self, features: Features, compute: Compute, stopped: Callable[[], bool], *, rank: int, world: int) -> bool:
-        """This rank's chunks that are not there yet. False: asked to stop before they all were.
+    def chunks(self) -> list[Chunk]:
+        return [(split, number) for split in SPLITS for number in range(math.ceil(self.samples[split] / CHUNK))]
+
+    def make(self, features: Features, compute: Compute, chunks: Sequence[Chunk]) -> Iterator[Chunk]:
+        """Makes one chunk at each step of the iteration.
 
         Raises:
-            EnvironmentFault: an image that cannot be read.
+            EnvironmentFault: an image cannot be read, or the disk is full.
         """
         for split in SPLITS:
+            own = [chunk for chunk in chunks if chunk[0] == split]
             views = self._views(split)
-            chunks = self._chunks(split)
-            own = [chunk for number, chunk in enumerate(chunks) if number % world == rank and not chunk[0].exists()]
-            pieces = [rows[at : at + self.rows] for _, rows in own for at in range(0, len(rows), self.rows)]
-            batches = self._batches(views, [_filled(piece, self.rows) for piece in pieces])
-            for folder, rows in own:
-                if stopped():
-                    return False
-                write_chunk(folder, self._encoded(features, compute, batches, len(rows), views.repeats))
-        return True
+            pieces = [piece for chunk in own for piece in self._pieces(chunk)]
+            batches = views.batches([_filled(piece, self.rows) for piece in pieces], self.data.workers)
+            for chunk in own:
+                left = len(self._rows(chunk))
+                try:
+                    write_chunk(self._place(chunk), self._encoded(features, compute, batches, left, views.repeats))
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    raise EnvironmentFault(f"the disk of {self.folder} is full; {MEND}") from None
+                yield chunk
 
     def finish(self, features: Features) -> None:
         """Describe what all ranks have made. By one rank, afterwards."""
-        chunks = {split: [folder for folder, _ in self._chunks(split)] for split in SPLITS}
-        more = {"features": features.model_dump()}
-        describe(self.folder, self.info.classes, chunks, {"kind": "features"}, more)
-        (self.folder / UNFINISHED).unlink()
+        places = {split: [self._place(chunk) for chunk in self.chunks() if chunk[0] == split] for split in SPLITS}
+        describe(self.folder, self.info.classes, places, {"kind": "features"}, {"features": features.model_dump()})
+        (self.folder / MAKING).unlink()
 
     def size(self, features: Features) -> dict[str, int]:
         """Rows and bytes of all of them."""
-        rows = {"train": self.epochs * self.info.samples["train"], "val": self.info.samples["val"]}
         view = math.prod(features.shape) * getattr(torch, features.dtype).itemsize
-        return {"rows": sum(rows.values()), "bytes": (rows["train"] * features.views + rows["val"]) * view}
-
-    def _features(self, mark: str) -> Features | None:
-        """What the folder says of its rows; None where that is not what is wanted."""
-        try:
-            if mark == DESCRIPTION:
-                found = open_dataset(self.folder).features
-            else:
-                found = Features.model_validate(read_json(self.folder / mark))
-        except (EnvironmentFault, ValueError):  # damaged: made again
-            return None
-        return found if found is not None and found.grown == self.grown else None
+        views = self.samples["train"] * features.views + self.samples["val"]
+        return {"rows": sum(self.samples.values()), "bytes": views * view}
 
     def _views(self, split: str) -> EveryView:
         return EveryView(
@@ -130,16 +139,16 @@ class FeatureMaker:
             epochs=self.epochs if split == "train" else 1,
         )
 
-    def _chunks(self, split: str) -> list[tuple[Path, list[int]]]:
-        """Folders, and the rows in each."""
-        rows = self.info.samples[split] * (self.epochs if split == "train" else 1)
-        return [
-            (self.folder / split / f"{begin // CHUNK:05}", list(range(begin, min(begin + CHUNK, rows))))
-            for begin in range(0, rows, CHUNK)
-        ]
+    def _place(self, chunk: Chunk) -> Path:
+        return self.folder / chunk[0] / f"{chunk[1]:05}"
 
-    def _batches(self, views: EveryView, pieces: list[list[int]]) -> Iterator[Batch]:
-        return views.batches(pieces, self.data.workers)
+    def _rows(self, chunk: Chunk) -> range:
+        return range(chunk[1] * CHUNK, min((chunk[1] + 1) * CHUNK, self.samples[chunk[0]]))
+
+    def _pieces(self, chunk: Chunk) -> Iterator[range]:
+        """What is computed at once."""
+        rows = self._rows(chunk)
+        return (rows[at : at + self.rows] for at in range(0, len(rows), self.rows))
 
     def _encoded(
         self, features: Features, compute: Compute, batches: Iterator[Batch], rows: int, repeats: int
@@ -147,20 +156,43 @@ class FeatureMaker:
         """The next ``rows`` rows."""
         for left in range(rows, 0, -self.rows):
             batch = next(batches)
-            found = laid_out(compute(batch), features.order).contiguous().cpu()
+            found = compute(batch).permute(0, *features.order).contiguous().cpu()  # as it lies in memory
             samples = found.unflatten(0, (-1, repeats))
             labels = batch.labels[::repeats].tolist()
             for row in range(min(left, self.rows)):
                 yield samples[row].view(torch.uint8).numpy().tobytes(), labels[row]
 
-    def _check_room(self, features: Features) -> None:
-        size = self.size(features)["bytes"]
+    def _check_room(self, size: int, beside: int) -> None:
         free = shutil.disk_usage(self.folder).free
-        if size > free:
+        if size + beside > free:
+            others = f", and {beside / 2**30:.3g} GiB more for other modules" if beside else ""
             raise EnvironmentFault(
-                f"incubate.prefix_cache takes {size / 2**30:.3g} GiB for this module, {free / 2**30:.3g} GiB are free"
-                f" where {self.folder} is; make room, or set incubate.prefix_cache = false"
+                f"incubate.prefix_cache takes {size / 2**30:.3g} GiB for this module{others};"
+                f" {free / 2**30:.3g} GiB are free where {self.folder} is; {MEND}"
             )
+
+
+def _noted(folder: Path, grown: dict[str, str] | None = None) -> Features | None:
+    """What a folder that is being filled says of its rows; None where it is not, or from something else."""
+    try:
+        found = Features.model_validate(read_json(folder / MAKING)["features"])
+    except (EnvironmentFault, KeyError, ValueError):
+        return None
+    return found if grown in (None, found.grown) else None
+
+
+def _written(folder: Path) -> int:
+    """Bytes of the rows that are there."""
+    return sum(file.stat().st_size for file in folder.glob("*/*/*.mds"))
+
+
+def outstanding(folder: Path) -> int:
+    """Bytes that somebody else will still write to a folder of features."""
+    try:
+        promised: Any = read_json(folder / MAKING)["bytes"]
+        return max(0, int(promised) - _written(folder))
+    except (EnvironmentFault, KeyError, ValueError, TypeError, OSError):
+        return 0
 
 
 def _described(features: Tensor, views: int, grown: dict[str, str]) -> Features:
@@ -171,11 +203,6 @@ def _described(features: Tensor, views: int, grown: dict[str, str]) -> Features:
     return Features.model_validate({"dtype": dtype, "shape": shape, "order": order, "views": views, "grown": grown})
 
 
-def _filled(piece: list[int], rows: int) -> list[int]:
+def _filled(piece: range, rows: int) -> list[int]:
     """As many rows as ever, the last one again and again."""
-    return piece + piece[-1:] * (rows - len(piece))
-
-
-def laid_out(features: Tensor, order: list[int]) -> Tensor:
-    """[n, ...] as the module takes it -> as a row has it."""
-    return features.permute(0, *order)
+    return [*piece, *[piece[-1]] * (rows - len(piece))]

@@ -126,6 +126,8 @@ class FedStream:
                 while True:
                     tell(line, {"step": step, "digest": self._digest})  # done with all before it
                     message, memory = hear(line)
+                    while "wait" in message:
+                        message, memory = hear(line)
                     if "fault" in message:
                         raise EnvironmentFault(message["fault"])
                     if message.get("step") != step:
@@ -182,6 +184,7 @@ class Feeder:
         self._first = math.inf  # when the first one came
         self._last_call = False
         self._step = 0  # of the next batch
+        self._reassured = time.monotonic()  # when those that wait were last told so
         self._batches: Generator[Batch, None, None] | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
@@ -197,6 +200,7 @@ class Feeder:
                 self._make()
             else:
                 self._dismiss_idle()
+                self._reassure()
         if self._batches is not None:
             self._batches.close()
         for key in list(self._selector.get_map().values()):
@@ -246,6 +250,13 @@ class Feeder:
             if time.monotonic() - since > self.patience:
                 for reader in slow:
                     self._dismiss(reader, refused=f"others waited for {self.patience:g} s")
+
+    def _reassure(self) -> None:
+        """Tell those that wait for others that this is all they wait for."""
+        if (now := time.monotonic()) - self._reassured > self.patience / 4:
+            self._reassured = now
+            for reader in [reader for reader in self._readers if reader.at >= self._step]:
+                self._tell(reader, {"wait": self._step})
 
     def _tell(self, reader: _Reader, message: dict[str, Any], *memory: int) -> bool:
         try:

@@ -66,7 +66,9 @@ class Shards(StreamingDataset):
         self.folder, self.classes = info.path / split, len(info.classes)
         self.source = f"{remote}/{split}" if remote else None
         self.decode: Callable[[bytes], Any] = decode
+        self.again = "delete it and prepare or download it again"  # what to do about a damaged shard
         if info.features:
+            self.again = f"delete {info.path}, and what was in it is computed again"
             self.decode = partial(decode_features, info.features, info.features.views if split == "train" else 1)
         with _alone(self.claim):
             super().__init__(local=str(info.path), split=split, **order)
@@ -159,9 +161,9 @@ class Shards(StreamingDataset):
                 return
             if self.source and not file.exists():
                 with download(f"{self.source}/{raw.basename}", file) as temporary:
-                    check_hash(temporary, raw.hashes["sha256"], name=f"{self.source}/{raw.basename}")
+                    check_hash(temporary, raw.hashes["sha256"], name=f"{self.source}/{raw.basename}", again=self.again)
             else:
-                check_hash(file, raw.hashes["sha256"], name=str(file))
+                check_hash(file, raw.hashes["sha256"], name=str(file), again=self.again)
             check_offsets(file, self.shards[number].samples)
             self._verified[number] = 1
 
@@ -196,17 +198,21 @@ def check_offsets(file: Path, samples: int) -> None:
         raise EnvironmentFault(f"{file} is no shard of {samples} samples; {AGAIN}")
 
 
-def check_hash(file: Path, expected: str, *, name: str) -> None:
-    """Raises: EnvironmentFault: it cannot be read, or is not what was written."""
+def check_hash(file: Path, expected: str, *, name: str, again: str) -> None:
+    """
+    Args:
+        again: what to do about it.
+
+    Raises:
+        EnvironmentFault: it cannot be read, or is not what was written.
+    """
     try:
         with file.open("rb") as data:
             found = hashlib.file_digest(data, "sha256").hexdigest()
     except OSError as error:
-        raise EnvironmentFault(f"{name}: {error.strerror}; {AGAIN}") from None
+        raise EnvironmentFault(f"{name}: {error.strerror}; {again}") from None
     if found != expected:
-        raise EnvironmentFault(
-            f"{name} is damaged: SHA-256 {found}, expected {expected}; delete it and prepare or download it again"
-        )
+        raise EnvironmentFault(f"{name} is damaged: SHA-256 {found}, expected {expected}; {again}")
 
 
 # ------------------------------------------------------------------------------------------------ remote

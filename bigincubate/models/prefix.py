@@ -6,6 +6,7 @@ Everything before it is frozen. Where it is deterministic besides, the same imag
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import takewhile
 
 import torch
 from timm.layers import PatchDropout
@@ -63,7 +64,9 @@ def check_deterministic(model: nn.Module, partition: Partition, module: int) -> 
         ConfigError: something random lies before the module.
     """
     before = [model.get_submodule(path) for path, owner in _parts(model, partition) if owner < module]
-    beside = [child for child in model.children() if not list(child.parameters())]  # dropout of positions or patches
+    blocks = partition.block_path(0, 0, 0).partition(".")[0]
+    ahead = list(takewhile(lambda child: child[0] != blocks, model.named_children()))
+    beside = [child for _, child in ahead if not list(child.parameters())]  # dropout of positions or patches
     for part in (part for whole in (*before, *beside) for part in whole.modules()):
         if _probability(part) > 0:
             raise ConfigError(

@@ -58,7 +58,7 @@ class ClassificationTask:
         sources = {slot.source for slot in self.row.slots}
         digest = None
         if sources & {"meta", "cached"}:
-            meta, digest = self._meta(run)
+            meta, digest = self.meta_model(run)
             meta = fit_positions(meta, model)
             for module, slot in enumerate(self.row.slots):
                 if slot.source == "meta":
@@ -66,7 +66,7 @@ class ClassificationTask:
             assert self.row.module is not None
             initialise(model, self.partition, self.row.module, meta, self.meta, self.recipe.incubate.init)
         if "module" in sources:
-            digest = self._meta_digest(run)
+            digest = self.meta_digest(run)
             assembled = assemble(list(self._modules(run, digest)), model.state_dict())
             model.load_state_dict(fit_positions(assembled, model))
         if start is None and self.row.phase == "pretrain" and self.recipe.meta.init is not None:
@@ -76,7 +76,11 @@ class ClassificationTask:
             insert(model, self.partition, fit_positions(start, model), names)
         return model, digest
 
-    def _meta_digest(self, run: RunDir) -> str:
+    def meta_digest(self, run: RunDir) -> str:
+        """
+        Raises:
+            ArtifactError: the meta model is not there; the message has the command.
+        """
         try:
             return load_manifest(run.phase("pretrain").artifact).digest
         except ArtifactError:
@@ -85,8 +89,13 @@ class ClassificationTask:
                 f" bigincubate train {run.recipe_file} --run-dir {run.path} --phase pretrain"
             ) from None
 
-    def _meta(self, run: RunDir) -> tuple[dict[str, Tensor], str]:
-        self._meta_digest(run)
+    def meta_model(self, run: RunDir) -> tuple[dict[str, Tensor], str]:
+        """Its tensors and its digest.
+
+        Raises:
+            ArtifactError: it is not there, or damaged.
+        """
+        self.meta_digest(run)
         tensors, manifest = load_artifact(run.phase("pretrain").artifact)
         return tensors, manifest.digest
 
