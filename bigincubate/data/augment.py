@@ -168,7 +168,10 @@ def corner(image: Image.Image, pad: int, img_size: int) -> tuple[int, int]:
     across, down = (side + 2 * pad - img_size + 1 for side in image.size)  # how many places
     if across == down == 1:
         return -pad, -pad
-    top, left = (int(torch.randint(places, (1,))) for places in (down, across))
+    if across == down:  # the same two numbers in one call
+        top, left = torch.randint(down, (2,)).tolist()
+    else:
+        top, left = (int(torch.randint(places, (1,))) for places in (down, across))
     return top - pad, left - pad
 
 
