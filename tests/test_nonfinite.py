@@ -1,0 +1,173 @@
+"""Gradients that are not finite: skipped, gone back from once, then the end of the phase."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import Labs, losses, same
+
+from bigincubate.data.streams import Batch
+from bigincubate.errors import NonFiniteError, Preempted
+
+
+def poisoned(trainer: Any, steps: set[int]) -> None:
+    """Make the images of these steps not numbers."""
+    original = trainer.stream.batches
+
+    def batches(step: int) -> Any:
+        for batch in original(step):
+            if step in steps:
+                images = batch.images.clone()
+                images[0, 0, 0, 0] = float("nan")
+                batch = Batch(images, batch.labels, batch.ids, batch.positions, batch.local)
+            yield batch
+            step += 1
+
+    trainer.stream.batches = batches
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+def test_a_poisoned_step_is_skipped(lab: Labs, optimizer: str) -> None:
+    skipping = lab(f"optim.name={optimizer}", "log.every_steps=1", "train.max_steps=6", "ema.decay=0.5")
+    trainer = skipping.trainer("pretrain")
+    poisoned(trainer, {3})
+    seen = []
+    update = trainer.step
+
+    def step(batch: Batch) -> Any:
+        before = {key: torch.as_tensor(value).clone() for key, value in trainer.sharding.save().items()}
+        out = update(batch)
+        after = trainer.sharding.save()
+        seen.append(all(torch.equal(value, torch.as_tensor(after[key])) for key, value in before.items()))
+        return out
+
+    trainer.step = step
+    with trainer.stop:
+        result = trainer.run()
+    assert seen == [False, False, False, True, False, False]
+    assert math.isfinite(result["loss"])
+    assert trainer.state.skipped == 1
+    assert [row["train/skipped"] for row in skipping.log("pretrain")] == [0, 0, 0, 1, 1, 1]
+
+
+def test_too_many_end_with_an_error_that_says_what_to_do(lab: Labs) -> None:
+    failing = lab("train.max_nonfinite=1", "log.every_steps=1")
+    trainer = failing.trainer("pretrain")
+    poisoned(trainer, {1, 3})
+    with trainer.stop, pytest.raises(NonFiniteError, match=r"not finite in 2 of 4 steps \(train.max_nonfinite = 1\)"):
+        trainer.run()
+    assert NonFiniteError.code == 5
+    assert trainer.folder.rollback is None  # there was no checkpoint
+
+
+def events(lab: Any) -> list[Any]:
+    lines = [json.loads(line) for line in (lab.run.path / "events.jsonl").read_text().splitlines()]
+    return [(line["step"], line["to"]) for line in lines if line["event"] == "rolled_back"]
+
+
+def test_it_goes_back_to_the_last_checkpoint_once(lab: Labs) -> None:
+    failing = lab("train.max_nonfinite=1", "log.every_steps=1")
+    trainer = failing.trainer("pretrain")
+    poisoned(trainer, {1, 4, 6})  # 2 skipped of 5; after the rollback to step 4, 2 of 3
+    with trainer.stop, pytest.raises(NonFiniteError, match="in 2 of 3 steps since the rollback to step 4"):
+        trainer.run()
+    assert events(failing) == [(5, 4)]
+    assert [row["step"] for row in failing.log("pretrain")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [row["train/skipped"] for row in failing.log("pretrain")] == [0, 1, 1, 1, 1, 1, 2]
+    assert trainer.checkpoints.steps() == [4]
+    again = failing.trainer("pretrain")
+    poisoned(again, {4, 6})
+    with again.stop, pytest.raises(NonFiniteError, match="in 2 of 3 steps since"):
+        again.run()
+    assert events(failing) == [(5, 4)]
+
+
+def test_a_fault_that_passes_costs_the_steps_since_the_checkpoint_and_nothing_else(lab: Labs) -> None:
+    sets = ["train.max_nonfinite=0", "log.every_steps=1", "data.workers=1"]
+    failing, calm = lab(*sets), lab(*sets)
+    trainer = failing.trainer("pretrain")
+    bad = {6}
+    poisoned(trainer, bad)
+    trainer.roll_back = lambda error, back=trainer.roll_back: (bad.clear(), back(error))
+    with trainer.stop:
+        trainer.run()
+    calm.train("pretrain")
+    assert events(failing) == [(7, 4)]
+    assert same(failing.weights("pretrain"), calm.weights("pretrain"))
+    assert losses(failing) == losses(calm)
+
+
+@pytest.mark.parametrize("killed", ["restore", "open_metrics"])
+def test_a_rollback_that_was_interrupted_is_the_same_after_a_resume(lab: Labs, killed: str) -> None:
+    sets = ["train.max_nonfinite=1", "log.every_steps=1", "train.max_steps=8"]
+    one, other = lab(*sets), lab(*sets)
+    for each, interrupted in ((one, False), (other, True)):
+        trainer = each.trainer("pretrain")
+        poisoned(trainer, {1, 4})
+        if interrupted:
+            back = trainer.roll_back
+
+            def roll_back(error: Any, trainer: Any = trainer, back: Any = back) -> None:
+                def die(*_: Any) -> None:
+                    raise KeyboardInterrupt
+
+                setattr(trainer, killed, die)
+                back(error)
+
+            trainer.roll_back = roll_back
+            with trainer.stop, pytest.raises(KeyboardInterrupt):
+                trainer.run()
+            trainer = each.trainer("pretrain")
+            poisoned(trainer, {4})
+        with trainer.stop:
+            trainer.run()
+        assert events(each) == [(5, 4)]
+        assert trainer.state.skipped == 1
+    assert losses(one) == losses(other)
+    assert same(one.weights("pretrain"), other.weights("pretrain"))
+
+
+def test_no_checkpoint_holds_more_skipped_steps_than_allowed(lab: Labs) -> None:
+    """Nothing is logged before the checkpoint is due, and still it is not written."""
+    failing = lab("train.max_nonfinite=0", "log.every_steps=1000")
+    trainer = failing.trainer("pretrain")
+    poisoned(trainer, {1})
+    with trainer.stop, pytest.raises(NonFiniteError):
+        trainer.run()
+    assert trainer.checkpoints.steps() == []
+
+
+def test_the_count_of_skipped_steps_survives_a_resume(lab: Labs) -> None:
+    failing = lab("train.max_nonfinite=1", "log.every_steps=1")
+    trainer = failing.trainer("pretrain")
+    poisoned(trainer, {1})
+    step = trainer.step
+
+    def stopping(batch: Batch) -> Any:
+        if trainer.state.step == 4:
+            trainer.stop.signal = signal.SIGTERM
+        return step(batch)
+
+    trainer.step = stopping
+    with pytest.raises(Preempted, match="stopped at step 5 of 12"):
+        trainer.run()
+    resumed = failing.trainer("pretrain")
+    poisoned(resumed, {7})
+    resumed.checkpoints.latest = lambda latest=resumed.checkpoints.latest: None if resumed.state.step > 5 else latest()
+    with pytest.raises(NonFiniteError, match="in 2 of 8 steps"):
+        resumed.run()
+
+
+def test_a_learning_rate_out_of_this_world_ends_in_exit_5(lab: Labs) -> None:
+    exploding = lab("train.lr=1e30", "train.max_nonfinite=2", "train.clip_grad=0.0", "log.every_steps=1")
+    with pytest.raises(NonFiniteError):
+        exploding.train("pretrain")
+    attempt = json.loads((exploding.run.phase("pretrain").path / "attempts" / "1.json").read_text())
+    assert attempt["state"] == "failed"
+    assert "not finite" in attempt["error"]
+    assert exploding.run.phase("pretrain").result is None

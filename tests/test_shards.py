@@ -1,0 +1,255 @@
+"""Shards: damage is named, remote ones come once, jobs on a node do not meet, and nothing is left of the dead."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from test_streams import AUGMENT, EPOCH, FORK, data, info, stream, take, whole
+
+from bigincubate.data import prepare as preparing
+from bigincubate.data import shards
+from bigincubate.data.dataset import DatasetInfo, open_dataset
+from bigincubate.data.locks import runtime_dir
+from bigincubate.data.streams import Batch, EvalStream
+from bigincubate.errors import EnvironmentFault
+
+fixtures = (data, info, whole)
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+@pytest.fixture
+def copy(data: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(data, tmp_path / "copy"))
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def fault_of(run: Callable[[], Any]) -> str:
+    with pytest.raises(EnvironmentFault) as fault:
+        run()
+    assert "\n" not in str(fault.value)
+    return str(fault.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_flipped_bit_is_named(copy: Path, workers: int) -> None:
+    info = open_dataset(copy)
+    shard = copy / "train" / "00003" / "shard.00000.mds"
+    flip_a_bit(shard)
+    message = fault_of(lambda: take(stream(info, workers), EPOCH))
+    assert str(shard) in message
+    assert len([word for word in message.replace(",", "").replace(";", "").split() if len(word) == 64]) == 2
+    flip_a_bit(copy / "val" / "00000" / "shard.00000.mds")
+    evaluation = EvalStream(info, "val", AUGMENT, img_size=8, batch_size=8, workers=workers)
+    assert "val/00000/shard.00000.mds is damaged" in fault_of(lambda: list(evaluation))
+
+
+def test_a_shard_is_hashed_once_for_all_workers_and_epochs(info: DatasetInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+    count, check_hash = FORK.Value("i", 0), shards.check_hash
+
+    def counted(*arguments: Any, **named: Any) -> None:
+        with count.get_lock():
+            count.value += 1
+        check_hash(*arguments, **named)
+
+    monkeypatch.setattr(shards, "check_hash", counted)
+    take(stream(info, workers=2), EPOCH + 20)
+    assert count.value == 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_vanished_is_named(copy: Path, workers: int) -> None:
+    info = open_dataset(copy)
+    (copy / "train" / "00005" / "shard.00000.mds").unlink()
+    message = fault_of(lambda: take(stream(info, workers), EPOCH))
+    assert "train/00005/shard.00000.mds: No such file" in message
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_does_not_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    for row in range(30):
+        (tmp_path / "tree" / f"{row % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), row).save(tmp_path / "tree" / f"{row % 2}" / f"{row}.png")
+    (tmp_path / "tree" / "0" / "9.png").write_bytes(b"broken")
+    monkeypatch.setattr(preparing, "decode", lambda data: None)  # as if it had been fine when it was prepared
+    monkeypatch.setattr(preparing, "CHUNK", 10)
+    info = preparing.prepare(str(tmp_path / "tree"), tmp_path / "data")
+    split = "train" if b"broken" in b"".join(f.read_bytes() for f in (info.path / "train").rglob("*.mds")) else "val"
+    message = fault_of(lambda: list(EvalStream(info, split, AUGMENT, img_size=8, batch_size=4, workers=workers)))
+    shard = next(file for file in info.path.rglob("*.mds") if b"broken" in file.read_bytes())
+    sample = int(message.split(" sample ")[1].split()[0])
+    assert message.startswith(f"{split} sample {sample} (row {sample % 10} of {shard}) is not a readable image")
+
+
+# ------------------------------------------------------------------------------------------------ remote
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_from_a_remote_through_a_local_cache(data: Path, whole: list[Batch], tmp_path: Path, workers: int) -> None:
+    cache = tmp_path / "cache"
+    info = open_dataset(cache, remote=str(data))
+    assert info.digest == open_dataset(data).digest
+    assert not list(cache.rglob("*.mds"))
+    ranks = [stream(info, workers, remote=str(data), rank=rank, world=2).batches(0) for rank in range(2)]
+    for expected in whole[:EPOCH]:
+        for rank, batches in enumerate(ranks):
+            assert torch.equal(next(batches).images, expected.images[rank::2])
+    assert len(list(cache.rglob("*.mds"))) == 8  # of the training part
+    assert {file.name for file in cache.rglob("*.mds*")} == {"shard.00000.mds"}  # nothing half done
+    list(EvalStream(info, "val", AUGMENT, img_size=8, batch_size=8, workers=workers, remote=str(data)))
+    open_dataset(cache)  # complete by now
+
+
+def test_a_damaged_remote_never_reaches_the_cache(copy: Path, tmp_path: Path) -> None:
+    info = open_dataset(tmp_path / "cache", remote=str(copy))
+    flip_a_bit(copy / "train" / "00003" / "shard.00000.mds")
+    message = fault_of(lambda: take(stream(info, remote=str(copy)), EPOCH))
+    assert f"{copy}/train/00003/shard.00000.mds is damaged" in message
+    assert not (tmp_path / "cache" / "train" / "00003" / "shard.00000.mds").exists()
+
+
+def test_a_remote_without_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("streaming.base.util.sleep", lambda seconds: None)
+    assert "cannot download" in fault_of(lambda: open_dataset(tmp_path / "cache", remote=str(tmp_path / "nowhere")))
+
+
+# ------------------------------------------------------------------------------------------------ several jobs
+
+
+def _construct(info: DatasetInfo, start: Any, tell: Any) -> None:
+    start.wait()
+    source = stream(info)
+    start.wait()  # all are alive at once
+    claim = source._loader.dataset.claim
+    segments = [file for file in left_by(claim) if file.parent == Path("/dev/shm")]
+    tell.put((claim, take(source, 1)[0].ids.tolist(), len(segments)))
+
+
+def test_jobs_that_start_together_do_not_meet(info: DatasetInfo, whole: list[Batch]) -> None:
+    jobs = 6
+    start, tell = FORK.Barrier(jobs), FORK.Queue()
+    processes = [FORK.Process(target=_construct, args=(info, start, tell)) for _ in range(jobs)]
+    for process in processes:
+        process.start()
+    told = [tell.get(timeout=60) for _ in processes]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert len({claim for claim, _, _ in told}) == jobs
+    assert all(ids == whole[0].ids.tolist() for _, ids, _ in told)
+    assert all(segments >= 5 for _, _, segments in told)  # each in a name space of its own
+
+
+def _only_rank_1_loads(info: DatasetInfo, rank: int, meet: str, tell: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    if rank == 1:
+        tell.put(take(stream(info, rank=rank, world=2, workers=1), 2)[1].ids.tolist())
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_rank_waits_for_no_other(info: DatasetInfo, whole: list[Batch], tmp_path: Path) -> None:
+    tell = FORK.Queue()
+    ranks = [FORK.Process(target=_only_rank_1_loads, args=(info, rank, f"{tmp_path}/meet", tell)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    assert tell.get(timeout=60) == whole[1].ids[1::2].tolist()
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
+
+
+SCRIPT = """
+    import os, sys, time
+    from bigincubate.config import Augment, Data
+    from bigincubate.data.dataset import open_dataset
+    from bigincubate.data.streams import EvalStream, TrainStream
+
+    info = open_dataset(sys.argv[1])
+    augment = Augment(crop="pad", eval_crop=1.0)
+    stream = TrainStream(info, Data(workers=2), augment, img_size=8, seed=0, batch_size=16)
+    batches = stream.batches(0)
+    for _ in range(70):
+        next(batches)
+    evaluation = iter(EvalStream(info, "val", augment, img_size=8, batch_size=8, workers=1))
+    next(evaluation)
+    print(stream._loader.dataset.claim, flush=True)
+    if sys.argv[2] == "wait":
+        time.sleep(600)
+"""
+
+
+def run(info: DatasetInfo, then: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(info.path), then]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def test_a_number_that_is_taken_is_left_to_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another data set; or by a signal, which made open() begin again after the file was there."""
+    taken = shards.claim()
+    numbers = iter([taken, taken, taken + 1])
+    monkeypatch.setattr("bigincubate.data.shards.secrets.randbelow", lambda bound: next(numbers))
+    assert shards.claim() == taken + 1
+    assert left_by(taken)
+
+
+def left_by(claim: int) -> list[Path]:
+    places = (Path("/dev/shm"), runtime_dir(), runtime_dir().parent)
+    return [file for place in places for file in (*place.glob(f"{claim:06}[_-]*"), *place.glob(f"{claim}.claim"))]
+
+
+@pytest.fixture(scope="module")
+def processes(info: DatasetInfo) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """Both at once: they take their time to import."""
+    started = {then: run(info, then) for then in ("end", "wait")}
+    yield started
+    for process in started.values():
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_a_process_ends_in_silence_and_leaves_nothing(processes: dict[str, subprocess.Popen[str]]) -> None:
+    out, err = processes["end"].communicate(timeout=120)
+    assert processes["end"].returncode == 0
+    assert err == ""
+    assert left_by(int(out)) == []
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_of_the_living(
+    info: DatasetInfo, processes: dict[str, subprocess.Popen[str]]
+) -> None:
+    process = processes["wait"]
+    assert process.stdout is not None
+    claim = int(process.stdout.readline())
+    living = stream(info)
+    assert left_by(claim)  # a new data set does not touch those of a living process
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert any(file.parent == Path("/dev/shm") for file in left_by(claim))
+    for _ in range(100):  # its workers, killed too, hold on a moment longer
+        stream(info)
+        if not left_by(claim):
+            break
+        time.sleep(0.1)
+    assert left_by(claim) == []
+    assert left_by(living._loader.dataset.claim)
+    take(living, 2)
