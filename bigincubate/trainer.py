@@ -90,12 +90,13 @@ class Trainer:
         self.micro_batches = count_micro_batches(self.settings, env.world)
 
         self.task = ClassificationTask(recipe, plan, row, data)
-        begun, cached = time.perf_counter(), None
+        self.state, cached = TrainState(), None
         if row.begins:  # in the middle of the hybrid: it takes what reaches the module in place of images
+            begun = time.perf_counter()
             cached = prefix_cache(
                 self.task, run, env, lambda: bool(stop), steps=self.total, micro_batches=self.micro_batches
             )
-        self.state = TrainState(seconds=time.perf_counter() - begun)
+            self.state.seconds = time.perf_counter() - begun
 
         # one fixed order: weights, freezing, drop-path, placement, recomputation, compilation, sharding, optimizer
         built, self.meta_digest = self.task.build_model(run, start)

@@ -130,6 +130,39 @@ def test_a_remote_without_data_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert "cannot download" in fault_of(lambda: open_dataset(tmp_path / "cache", remote=str(tmp_path / "nowhere")))
 
 
+# ------------------------------------------------------------------------------------------------ held
+
+
+@pytest.mark.parametrize(("room", "times"), [(64 << 20, 1), (100 * shards.APIECE, 2)], ids=["small", "large"])
+def test_a_small_split_is_decoded_once_and_a_large_one_every_time(
+    info: DatasetInfo, room: int, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "ROOM", room)
+    split, decoded = shards.Shards(info, "train"), []
+    decode = split.decode
+    split.decode = lambda data: decoded.append(data) or decode(data)
+    first, second = ([split.read(sample) for sample in range(split.size)] for _ in range(2))
+    assert [(image.tobytes(), label) for image, label in first] == [(i.tobytes(), label) for i, label in second]
+    assert len(decoded) == times * split.size
+    assert len(split._held) == (split.size if times == 1 else 0)
+
+
+def test_what_is_held_are_pixels_alone(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 50_000  # a description
+    for split in ("train", "val"):
+        (tmp_path / "tree" / split / "one").mkdir(parents=True)
+        Image.new("RGB", (8, 8), "red").save(
+            tmp_path / "tree" / split / "one" / "a.jpg", exif=exif, icc_profile=b"y" * 9000
+        )
+    split = shards.Shards(preparing.prepare(str(tmp_path / "tree"), tmp_path / "data"), "train")
+    read, (held, _) = split.read(0)[0], split.read(0)
+    assert read.info["exif"]
+    assert type(held) is Image.Image
+    assert held.info == {}
+    assert held.tobytes() == read.tobytes()
+
+
 # ------------------------------------------------------------------------------------------------ several jobs
 
 

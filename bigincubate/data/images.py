@@ -19,12 +19,7 @@ def decode(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
-        if image.mode != "RGB":
-            return image.convert("RGB")
-        image.info.clear()  # who holds the image need not hold what its file says besides
-        vars(image).pop("applist", None)
-        vars(image).pop("app", None)
-        return image  # not a copy
+        return image if image.mode == "RGB" else image.convert("RGB")  # a copy may take as long as decoding
     except Exception as error:  # what Pillow raises depends on the decoder: OSError, SyntaxError, struct.error, …
         raise ValueError(str(error) or type(error).__name__) from None
 

@@ -31,6 +31,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed
+from PIL import Image
 from streaming import StreamingDataset
 from streaming.base import shared
 from streaming.base.storage import CloudDownloader
@@ -91,8 +92,9 @@ class Shards(StreamingDataset):
             return self._held[sample]
         found, label = self._read(sample)
         if self._room > 0:
-            self._room -= APIECE + (found.nbytes if isinstance(found, Tensor) else 4 * found.width * found.height)
-            self._held[sample] = found, label
+            held, size = (found, found.nbytes) if isinstance(found, Tensor) else pixels_alone(found)
+            self._room -= APIECE + size
+            self._held[sample] = held, label
             if self._room <= 0:  # not a small split: a part of it would seldom be asked for
                 self._held.clear()
         return found, label
@@ -177,6 +179,13 @@ def row_of(file: str, row: int) -> bytes:
         return os.pread(descriptor, end - begin, begin)
     finally:
         os.close(descriptor)
+
+
+def pixels_alone(image: Image.Image) -> tuple[Image.Image, int]:
+    """A copy without what its file holds besides (EXIF, profiles, a decoder), and its bytes."""
+    alone = image.copy()
+    alone.info.clear()
+    return alone, 4 * image.width * image.height
 
 
 def decode_features(features: Features, views: int, data: bytes) -> Tensor:
