@@ -12,7 +12,15 @@ from duel import Contestant
 from bigincubate.cluster.env import RunEnv
 from bigincubate.config import load_recipe
 from bigincubate.data.mixing import mix
-from bigincubate.models import Partition, apply_masks, choose_attention, draw_masks, drop_paths, set_rates
+from bigincubate.models import (
+    Partition,
+    apply_masks,
+    choose_attention,
+    compile_blocks,
+    draw_masks,
+    drop_paths,
+    set_rates,
+)
 from bigincubate.optim import make_optimizer
 from bigincubate.plan import make_plan, phase_model
 from bigincubate.sharding import make_sharding
@@ -100,8 +108,7 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
     choose_attention(model, env.device, settings["precision"])
     units = [block.path for block in partition.blocks()]
     if compiled:
-        for unit in units:
-            model.get_submodule(unit).compile()
+        compile_blocks(model, units)
     sharding = make_sharding(chosen, env, 1)
     wrapped = sharding.prepare(model, units, lambda m: make_optimizer(m, chosen))
     images, labels = batch(settings, env.device)

@@ -36,6 +36,7 @@ from .models import (
     apply_masks,
     checkpoint_activations,
     choose_attention,
+    compile_blocks,
     draw_masks,
     drop_paths,
     extract,
@@ -107,8 +108,7 @@ class Trainer:
         units = [block.path for block in self.task.partition.blocks() if block.module >= row.begins]
         checkpoint_activations(self.model, units, self.settings.sharding.activation_checkpointing)
         if train.compile:
-            for unit in units:
-                self.model.get_submodule(unit).compile()
+            compile_blocks(self.model, units)
         self.sharding = make_sharding(self.settings, env, self.micro_batches)
         self.adascale: AdaScale | None = None
         if self.settings.optim.lr_scaling == "adascale":

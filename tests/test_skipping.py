@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partialmethod
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bigincubate.models import (
     Partition,
     apply_masks,
     build,
+    compile_blocks,
     draw_masks,
     drop_paths,
     family_of,
@@ -30,7 +32,9 @@ VIT = {"embed_dim": 48, "num_heads": 3, "patch_size": 8}
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "vit": ("vit_tiny_patch16_224", VIT, 32),
     "layer scale": ("vit_tiny_patch16_224", {**VIT, "init_values": 0.1}, 32),
+    "no bias": ("vit_tiny_patch16_224", {**VIT, "qkv_bias": False}, 32),
     "query norm": ("vit_tiny_patch16_224", {**VIT, "qk_norm": True, "qkv_bias": False}, 32),
+    "norms and biases": ("vit_tiny_patch16_224", {**VIT, "qk_norm": True, "scale_attn_norm": True}, 32),
     "mean of tokens": ("vit_tiny_patch16_224", {**VIT, "global_pool": "avg"}, 32),
     "distilled": ("deit_tiny_distilled_patch16_224", VIT, 32),
     "deit3": ("deit3_small_patch16_224", VIT, 32),
@@ -112,20 +116,20 @@ def test_dropped_branches_cost_no_flops() -> None:
 
 
 def test_the_last_block_of_a_vit_serves_the_class_token_alone() -> None:
-    """Of its products with weights, keys and values, 2 of 12 d² a token, are for all tokens; queries, projection and
-    MLP, the other 10, for one. Attention has one query instead of T."""
+    """Its products with weights, 12 d² multiplications a token, are for one; beside them, each head reads the tokens
+    twice: for its scores, and weighed by them."""
     recipe = load_recipe("imagenet-vit-b", ["train.skip_unused=false"])
     skipping = load_recipe("imagenet-vit-b", ["train.skip_unused=true"])
     plan = make_plan(recipe)
-    d, t = 768, 197
+    d, t, heads = 768, 197, 12
     block = 2 * t * 12 * d * d + 4 * t * t * d
-    last = 2 * t * 2 * d * d + 2 * 10 * d * d + 4 * t * d
+    last = 2 * 12 * d * d + 4 * t * heads * d
     for row, passes in [(plan.row("incubate", 0), 2), (plan.row("incubate", 3), 3), (plan.row("end_to_end"), 3)]:
         whole, less = (count_cost(row, one.settings(row.phase), plan) for one in (recipe, skipping))
         assert whole.forward_flops - less.forward_flops == pytest.approx(block - last, rel=1e-3)
         # activation gradients cost what the forward does, and weight gradients too, where there are any; attention's
         # products have two gradients each in either case
-        attention = 4 * t * t * d - 4 * t * d
+        attention = 4 * t * t * d - 4 * t * heads * d
         saved = passes * (block - last) + (3 - passes) * attention
         assert whole.training_flops - less.training_flops == pytest.approx(saved, rel=1e-3), row.key
 
@@ -139,10 +143,13 @@ def test_saved_activations_of_the_first_module_are_far_fewer() -> None:
     assert 543 * 2**20 / 8 / cost.activation_bytes > 1.45
 
 
-@pytest.mark.parametrize(("module", "graphs"), [(None, 3), (0, 4), (1, 5), (3, 5)])
-def test_one_family_of_compiled_graphs_whatever_the_depth_and_what_is_dropped(module: int | None, graphs: int) -> None:
-    """A graph each for: the first block, whose rate is 0; blocks with a rate; the last one; those before the module,
-    which need no gradient, and those after it. As many samples are kept as may be, the graph is the same."""
+@pytest.mark.parametrize(("module", "graphs"), [(None, 2), (0, 3), (1, 4), (3, 4)])
+def test_one_family_of_compiled_graphs_whatever_the_depth_and_what_is_dropped(
+    module: int | None, graphs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph each for: blocks before the module, which need no gradient; its first block, which hands none on; its
+    other blocks; those after it. One with rate 0, the model's first, has a graph of its own, and the last block none.
+    As many samples are kept as may be, the graph is the same."""
     for depth in (3, 6):
         target = ((depth,),) * 4
         depths = target if module is None else tuple((depth if k == module else 1,) for k in range(4))
@@ -155,16 +162,16 @@ def test_one_family_of_compiled_graphs_whatever_the_depth_and_what_is_dropped(mo
         skip_unused(model, partition)
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
-        for block in partition.blocks():
-            model.get_submodule(block.path).compile(backend=counter, fullgraph=True)
+        monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=counter, fullgraph=True))
+        compile_blocks(model, [block.path for block in partition.blocks()])
         found = []
         for step in range(4):
             apply_masks(model.train(), masks(model, step))
             model(torch.randn(BATCH, 3, 16, 16)).square().sum().backward()
             found.append(counter.frame_count)
-        assert found[0] == found[-1] <= graphs
+        assert found[0] == found[-1] == graphs
         used = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
-        assert sum(target.startswith("bigincubate.add_branch") for target in used) >= 4  # two branches a block
+        assert sum(target.startswith("bigincubate.add_branch") for target in used) >= 2  # two branches a block
 
 
 def test_a_model_whose_blocks_are_not_known_is_refused() -> None:

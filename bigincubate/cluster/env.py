@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..errors import BigincubateError, ConfigError
+from ..heap import keep_freed_memory
 
 
 @dataclass
@@ -36,7 +37,7 @@ class RunEnv:
 
     @classmethod
     def detect(cls) -> RunEnv:
-        """Join the process group the environment describes.
+        """Join the process group the environment describes. On a CPU, `keep_freed_memory`.
 
         Raises:
             ConfigError: the variables contradict each other, or there are more ranks than GPUs on this machine.
@@ -62,6 +63,8 @@ class RunEnv:
                 )
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
         # streaming and torch both read these
         env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_world))
         if world > 1:

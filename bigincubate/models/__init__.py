@@ -3,6 +3,7 @@
 from .attention import choose_attention
 from .build import block_costs, build, default_depths
 from .checkpointing import checkpoint_activations
+from .compiling import compile_blocks
 from .drop_path import DropPath, apply_masks, draw_masks, drop_paths, set_rates
 from .families import FAMILIES, Family, family_of
 from .partition import (
@@ -37,6 +38,7 @@ __all__ = [
     "check_deterministic",
     "checkpoint_activations",
     "choose_attention",
+    "compile_blocks",
     "default_depths",
     "default_meta",
     "draw_masks",

@@ -1,8 +1,8 @@
 """What nobody reads is not computed: branches of samples that stochastic depth drops, and in the last block of a model
 that classifies by its class token, all tokens but that one.
 
-Both give what the plain forward gives, to rounding. The last block's keys and values still come from all tokens; its
-queries, projection and MLP serve the class token alone: five sixths of its matrix products are not needed.
+Both give what the plain forward gives, to rounding. What is left of the last block is its first norm, of all tokens,
+and products for the class token alone: a hundredth.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def skip_unused(model: nn.Module, partition: Partition) -> None:
         last: Any = model.get_submodule(paths[-1])
         if type(last.attn) is Attention and last.attn.gate is None:
             last.forward = types.MethodType(class_token_block, last)
+            last.serves_class_token = True  # for `compile_blocks`
 
 
 def reads_class_token(model: nn.Module) -> bool:
@@ -84,20 +85,27 @@ def class_token_block(self: Any, x: Tensor, attn_mask: None = None, is_causal: b
 
 
 def first_query(attn: Attention, x: Tensor) -> Tensor:
-    """`timm.layers.Attention` for the query of the first token: ``[batch, tokens, channels]`` to ``[batch, 1, …]``."""
-    batch, tokens, _ = x.shape
-    query, rest = attn.qkv.weight.split([attn.attn_dim, 2 * attn.attn_dim])
-    query_bias, rest_bias = (
-        (None, None) if attn.qkv.bias is None else attn.qkv.bias.split([attn.attn_dim, 2 * attn.attn_dim])
-    )
-    q = F.linear(x[:, :1], query, query_bias).view(batch, 1, attn.num_heads, attn.head_dim).transpose(1, 2)
-    k, v = F.linear(x, rest, rest_bias).view(batch, tokens, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k = attn.q_norm(q), attn.k_norm(k)
-    if attn.fused_attn:
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=attn.attn_drop.p if attn.training else 0.0)
-    else:
-        out = attn.attn_drop((q * attn.scale @ k.transpose(-2, -1)).softmax(-1)) @ v
-    return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).reshape(batch, 1, attn.attn_dim))))
+    """`timm.layers.Attention` for the query of the first token: ``[batch, tokens, channels]`` to ``[batch, 1, …]``.
+
+    With one query a head, keys and values of all tokens need not be made: ``q (W_k x) = (q W_k) x`` and
+    ``a (W_v x) = W_v (a x)``, where ``a`` weighs the tokens. What the keys' bias adds is the same for all tokens,
+    and a softmax does not see that.
+    """
+    batch, heads = len(x), (attn.num_heads, attn.head_dim)
+    of_query, of_key, of_value = attn.qkv.weight.unflatten(0, (3, *heads))  # each [heads, head_dim, channels]
+    biases = (None, None, None) if attn.qkv.bias is None else attn.qkv.bias.unflatten(0, (3, *heads)).unbind()
+    q = F.linear(x[:, 0], of_query.flatten(0, 1), None if biases[0] is None else biases[0].flatten())
+    q = attn.q_norm(q.unflatten(-1, heads).transpose(0, 1)) * attn.scale  # [heads, batch, head_dim]
+    if isinstance(attn.k_norm, nn.Identity):
+        scores = (q @ of_key).transpose(0, 1) @ x.transpose(1, 2)
+    else:  # a norm of each key: they are needed
+        k = F.linear(x, of_key.flatten(0, 1), None if biases[1] is None else biases[1].flatten())
+        scores = (attn.k_norm(k.unflatten(-1, heads)).permute(2, 0, 1, 3) @ q.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
+    weights = attn.attn_drop(scores.softmax(-1))  # [batch, heads, tokens]
+    out = ((weights @ x).transpose(0, 1) @ of_value.transpose(1, 2)).transpose(0, 1)  # [batch, heads, head_dim]
+    if biases[2] is not None:
+        out = out + weights.sum(-1, keepdim=True) * biases[2]
+    return attn.proj_drop(attn.proj(attn.norm(out.reshape(batch, 1, attn.attn_dim))))
 
 
 def swin_block(self: Any, x: Tensor) -> Tensor:

@@ -58,8 +58,9 @@ class Replicated:
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
         parameters = list(self.named.values())
-        limit = max_norm or float("inf")
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        if max_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
         if self.ahead:
             self.ahead(norm)
         skip = ~torch.isfinite(norm)

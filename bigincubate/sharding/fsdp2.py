@@ -90,7 +90,10 @@ class FullyShard:
         loss.backward()
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        norm = torch.nn.utils.clip_grad_norm_(list(self.named.values()), max_norm or float("inf"), foreach=True)
+        parameters = list(self.named.values())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+        if max_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor().to(self.env.device)
         skip = ~torch.isfinite(norm)
