@@ -71,7 +71,7 @@ def main() -> None:
             for step in range(asked.repeats + 1):
                 for skip, model in both.items():
                     for path in drop_paths(model):
-                        path.rate = rate
+                        path.rate, path.drops = rate, True
                     apply_masks(model, draw_masks(0, step, len(drop_paths(model)), asked.batch))
                     x = tokens.clone().requires_grad_()
                     start = time.perf_counter()

@@ -120,7 +120,7 @@ class Trainer:
         self.stream = training_stream(recipe, self.settings, data, env.rank, env.world, cached)
         _, self.per_epoch = phase_steps(self.settings, data.epoch)
         self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.per_epoch)
-        self.masked = sum(path.rate > 0 for path in drop_paths(self.model)) and len(drop_paths(self.model))
+        self.masked = any(path.drops for path in drop_paths(self.model)) and len(drop_paths(self.model))
         self.checkpoints = CheckpointManager(
             self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep, claim=self.claim
         )

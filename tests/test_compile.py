@@ -59,6 +59,6 @@ def test_a_shipped_recipe_fine_tunes_with_both_kernels_in_its_compiled_graphs(
         return [found for used in graphs if (found := sum(target.startswith(f"bigincubate.{name}") for target in used))]
 
     assert uses("soft_cross_entropy") == [1]
-    assert uses("add_branch") == [2]  # attention's and the MLP's; the first block drops nothing, the last has no graph
-    # for twelve blocks: one kind to score the assembled model, two to train; none anew as other branches are dropped
-    assert len(graphs) == 1 + 2 + 1
+    assert uses("add_branch") == [2]  # attention's and the MLP's; the last block has no graph
+    # for twelve blocks: one kind to score the assembled model, one to train; none anew as other branches are dropped
+    assert len(graphs) == 1 + 1 + 1

@@ -78,7 +78,7 @@ def test_masks_drop_whole_branches_of_samples() -> None:
     uniform[4, 1] = uniform[5, 1] = 0.9  # the last block, rate 0.5: both branches of sample 1 dropped
     apply_masks(model, uniform)
     scales = [module.scale for module in drop_paths(model)]
-    assert scales[0] is None  # rate 0
+    assert scales[0].tolist() == [1.0, 1.0]  # rate 0, in a ramp
     assert [s.tolist() for s in scales[4:]] == [[2.0, 0.0], [2.0, 0.0]]
     torch.testing.assert_close(scales[2], torch.full((2,), 1 / 0.75))
 
@@ -92,6 +92,27 @@ def test_masks_drop_whole_branches_of_samples() -> None:
     assert not torch.equal(trained, evaluated)
     apply_masks(model, torch.zeros(6, 2))
     assert torch.equal(model(case.images()), evaluated)  # evaluation never drops
+
+
+def test_a_block_of_a_ramp_with_rate_0_computes_what_it_would_without_a_scale() -> None:
+    case = CASES[0]
+    partition = case.partition([2, 1])
+    model = disturb(case.build([2, 1])).train()
+    set_rates(model, partition, "target", 0.5, partition.depths, None)
+    first, x = model.blocks[0], torch.randn(2, 5, model.embed_dim)
+    without = first(x)
+    apply_masks(model, draw_masks(0, 0, 6, 2))
+    assert first.drop_path1.scale is not None
+    assert torch.equal(first(x), without)
+
+
+def test_frozen_blocks_have_no_scale_where_the_module_alone_drops() -> None:
+    case = CASES[0]
+    partition = case.partition([1, 2])
+    model = case.build([1, 2]).train()
+    set_rates(model, partition, "target", 0.5, case.partition([2, 2]).depths, 1)
+    apply_masks(model, draw_masks(0, 0, 6, 2))
+    assert [path.scale is None for path in drop_paths(model)] == [True, True, False, False, False, False]
 
 
 def test_a_rank_with_its_columns_computes_what_one_process_computes() -> None:

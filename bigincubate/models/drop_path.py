@@ -26,6 +26,8 @@ class DropPath(nn.Module):
 
     Attributes:
         rate: probability that a sample's branch is dropped, in [0, 1).
+        drops: whether it has a scale in each step: all of a ramp do, where its rate is 0 too (there it is 1 for every
+            sample, and changes no bit), so that compiled blocks of a ramp share one graph.
         scale: what each sample's branch is multiplied with, 0 or 1 / (1 - rate), float32 ``[batch]``; None: nothing is
             dropped. `apply_masks` sets it before each forward. ``forward`` reads nothing but this tensor, so compiled
             blocks of different rates share one graph.
@@ -34,13 +36,14 @@ class DropPath(nn.Module):
     """
 
     rate: float
+    drops: bool
     scale: Tensor | None
     kept: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
         self.rate = 0.0
-        self.skips = False
+        self.drops = self.skips = False
         self.scale = self.kept = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,13 +104,13 @@ def set_rates(
         final = _timm_rates(target, rate)
         rates = {
             block.path: final[target.block_path(module, block.stage, block.index_in_module)]
-            if block.module == module
-            else 0.0
             for block in partition.blocks()
+            if block.module == module
         }
-    for path, block_rate in rates.items():
-        for drop_path in drop_paths(model.get_submodule(path)):
-            drop_path.rate, drop_path.scale, drop_path.kept = block_rate, None, None
+    for block in partition.blocks():
+        for drop_path in drop_paths(model.get_submodule(block.path)):
+            drop_path.rate, drop_path.drops = rates.get(block.path, 0.0), rate > 0 and block.path in rates
+            drop_path.scale = drop_path.kept = None
 
 
 def _timm_rates(partition: Partition, rate: float) -> dict[str, float]:
@@ -141,9 +144,9 @@ def apply_masks(model: nn.Module, uniform: Tensor) -> None:
     scales = scales.to(device, non_blocking=True)
     for index, module in enumerate(modules):
         module.scale = module.kept = None
-        if module.rate > 0 and module.skips and order is not None:
+        if module.drops and module.skips and order is not None:
             module.scale, module.kept = packed[index, : counts[index]], order[index, : counts[index]]
             for tensor in (module.scale, module.kept):  # one compiled graph for any number
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        elif module.rate > 0:
+        elif module.drops:
             module.scale = scales[index]
