@@ -3,9 +3,9 @@
     python benchmarks/compile_cache.py [--model vit_tiny_patch16_224] [--repeats 3] [--out FILE]
 
 The caches are inductor's, in the folder that TORCHINDUCTOR_CACHE_DIR names (by default one a user in /tmp, which all
-jobs on a node share); here a new one for each repeat. Array tasks come one after another: module 0 finds nothing;
-module 1 has, beside the graphs of module 0, one for frozen blocks before it; module 2 has those of module 1. Prints a
-Markdown table.
+jobs on a node share); here a new one for each task, and another for each repeat, in which array tasks come one after
+another: modules 0, 1, 2. Module 1 has two graphs that module 0 has not: for frozen blocks before it, and for its first
+block, which hands no gradient on; module 2 has those of module 1. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
+
+
+TASKS = (1, 2)  # modules
 
 
 def first_step(settings: dict[str, Any], module: int) -> float:
@@ -47,23 +50,32 @@ def main() -> None:
     settings = {**DEFAULTS, "model": asked.model, "batch": asked.batch, "drop_path": 0.1}
     if asked.worker is not None:
         return print(first_step(settings, asked.worker))
-    times: list[list[float]] = []  # of each repeat, by module
+
+    def seconds(module: int, folder: str) -> float:
+        command = [sys.executable, __file__, "--worker", str(module)]
+        command += ["--model", asked.model, "--batch", str(asked.batch)]
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+        out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return float(out.split()[-1])
+
+    cold: dict[int, list[float]] = {module: [] for module in TASKS}  # by repeat
+    warm: dict[int, list[float]] = {module: [] for module in TASKS}
     for _ in range(asked.repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            times.append([])
-            for module in range(3):
-                command = [sys.executable, __file__, "--worker", str(module)]
-                command += ["--model", asked.model, "--batch", str(asked.batch)]
-                environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
-                out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-                times[-1].append(float(out.split()[-1]))
+        with tempfile.TemporaryDirectory() as shared:
+            seconds(0, shared)
+            for module in TASKS:
+                with tempfile.TemporaryDirectory() as empty:
+                    cold[module].append(seconds(module, empty))
+                warm[module].append(seconds(module, shared))
     rows = []
-    print("| task | first step, s | over the cold one | least to most |\n| --- | ---: | ---: | --- |")
-    for module, title in enumerate(["module 0, cold", "module 1, after it", "module 2, after both"]):
-        shares = sorted(repeat[module] / repeat[0] for repeat in times)
-        seconds, share = statistics.median(repeat[module] for repeat in times), statistics.median(shares)
-        rows.append({"task": title, "seconds": seconds, "share": share})
-        print(f"| {title} | {seconds:.1f} | **{share:.2f}** | {shares[0]:.2f} to {shares[-1]:.2f} |")
+    print("| task | caches are empty, s | of those before it, s | share | least to most |")
+    print("| --- | ---: | ---: | ---: | --- |")
+    for module in TASKS:
+        shares = sorted(one / other for one, other in zip(warm[module], cold[module], strict=True))
+        row = [statistics.median(values) for values in (cold[module], warm[module], shares)]
+        rows.append(dict(zip(("module", "cold", "warm", "share"), (module, *row), strict=True)))
+        spread = f"{shares[0]:.2f} to {shares[-1]:.2f}"
+        print(f"| module {module} | {row[0]:.1f} | {row[1]:.1f} | **{row[2]:.2f}** | {spread} |")
     if asked.out:
         asked.out.write_text(json.dumps(rows, indent=1) + "\n")
 
