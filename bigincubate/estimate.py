@@ -16,6 +16,7 @@ from pathlib import Path
 from .errors import ConfigError
 from .plan import PlannedRow
 from .rundir import RunDir
+from .seeds import phase_key
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def measured_rates(run: RunDir) -> dict[str, float]:
     for phase, module in phases:
         result = run.phase(phase, module).result  # type: ignore[arg-type]
         if result and result["seconds"] and result["flops"]:
-            found[phase if module is None else f"{phase}/{module}"] = result["flops"] / result["seconds"]
+            found[phase_key(phase, module)] = result["flops"] / result["seconds"]
     if not found:
         raise ConfigError(f"--cluster rates={run.path}: no phase of {recipe.name} has finished there")
     return found

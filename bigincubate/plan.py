@@ -48,6 +48,7 @@ from .models import (
 )
 from .models.families import Family
 from .optim import trained
+from .seeds import phase_key
 
 Source = Literal["fresh", "meta", "module", "cached"]  # cached: it is not there, for what it computes is
 
@@ -70,7 +71,7 @@ class PhasePlan:
 
     @property
     def key(self) -> str:
-        return self.phase if self.module is None else f"{self.phase}/{self.module}"
+        return phase_key(self.phase, self.module)
 
     @property
     def title(self) -> str:

@@ -1,11 +1,53 @@
-"""Seeds as pure functions of what they are for."""
+"""Seeds as pure functions of their purpose, and every string that enters one.
+
+All that is random in a run starts from ``train.seed`` and the strings here. **Never rename or reorder them**: another
+string gives other weights, masks, views or orders, and so other results for every recipe. ``tests/test_seeds.py`` pins
+the strings and the numbers.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Literal
+
+INIT = "init"  # initial weights of a phase: stable_seed(train.seed, INIT, phase_key(phase, module))
+MIX = "mix"  # Mixup and CutMix of a global batch: generator_seed(MIX, train.seed, step)
+DROP_PATH = "drop_path"  # stochastic depth: drop_path_seed(train.seed, step)
+PARTITION = "part of"  # which partition of decentralized data has a sample: partition_number(name)
+
+
+def phase_key(phase: str, module: int | None) -> str:
+    """Return the name of a phase, with the number of the module that it trains: ``incubate/3``."""
+    return phase if module is None else f"{phase}/{module}"
 
 
 def stable_seed(*parts: int | str) -> int:
-    """A 63-bit seed that depends on ``parts`` alone: the same on every machine, rank and Python."""
-    text = "\0".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    """Return a 63-bit seed that depends only on ``parts``: the same on every machine, rank and Python."""
+    return _hash("\0".join(map(str, parts)), "big") >> 1
+
+
+def drop_path_seed(seed: int, step: int) -> int:
+    """Return the 63-bit seed of the drop-path masks of an optimizer step."""
+    return _hash(f"{DROP_PATH} {seed} {step}", "big") >> 1
+
+
+def generator_seed(*key: int | str) -> int:
+    """Return the 64-bit seed of the global generators, for an augmented view: (train.seed, epoch, sample, view)."""
+    return _hash(":".join(map(str, key)), "little")
+
+
+def shuffle_seed(seed: int) -> int:
+    """Return the 32-bit seed of the order of samples, to which the loader adds the epoch.
+
+    Hashed because neighboring values of ``train.seed`` would otherwise run through the same shuffles.
+    """
+    return _hash(str(seed), "little", size=4)
+
+
+def partition_number(sample: str) -> int:
+    """Return a 64-bit number for the name of a sample; its partition is this modulo their number."""
+    return int.from_bytes(hashlib.sha256(f"{PARTITION} {sample}".encode()).digest()[:8], "big")
+
+
+def _hash(text: str, order: Literal["big", "little"], size: int = 8) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest(), order)

@@ -15,6 +15,7 @@ from .errors import ConfigError, EnvironmentFault
 from .files import read_json, write_json
 from .plan import Cost, Plan, PlannedRow, cost_plan, count_cost, make_plan, plan_json
 from .rundir import RunDir
+from .seeds import phase_key
 
 Report = Callable[[str], None]
 
@@ -97,8 +98,7 @@ def planned_row(stored: dict[str, Any]) -> PlannedRow:
 
 
 def find_row(rows: list[PlannedRow], phase: Phase, module: int | None) -> PlannedRow:
-    key = phase if module is None else f"{phase}/{module}"
-    return next(row for row in rows if row.key == key)
+    return next(row for row in rows if row.key == phase_key(phase, module))
 
 
 def expected_samples(recipe: Recipe) -> int:

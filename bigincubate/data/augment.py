@@ -6,7 +6,6 @@ they draw a function of (seed, epoch, sample, repeat), so that workers, ranks an
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from .. import config
+from ..seeds import generator_seed
 
 Transform = Callable[[Image.Image], Tensor]
 _GENERATOR = np.random.MT19937()  # takes the place of numpy's global one inside `set_aside`
@@ -33,8 +33,7 @@ _GENERATOR = np.random.MT19937()  # takes the place of numpy's global one inside
 def reseed(*key: int | str, torch_alone: bool = False) -> None:
     """The global generators of `random`, numpy and torch (CPU) start from ``key`` and from nothing else; or torch's
     alone, for a transform that draws from no other."""
-    digest = hashlib.blake2b(":".join(map(str, key)).encode(), digest_size=8).digest()
-    word = int.from_bytes(digest, "little")
+    word = generator_seed(*key)
     torch.default_generator.manual_seed(word)
     if not torch_alone:
         random.seed(word)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import config
 from ..errors import ConfigError
+from ..seeds import MIX
 from .augment import seeded
 
 
@@ -120,7 +121,7 @@ def draw(
     """The share of the image itself in [0, 1], and for CutMix the box (top, bottom, left, right) of its partner."""
     if not mixup.active:
         return 1.0, None
-    with seeded("mix", seed, step):
+    with seeded(MIX, seed, step):
         rule = Mixup(mixup.mixup, mixup.cutmix, prob=mixup.prob, switch_prob=mixup.switch_prob)
         ratio, cut = rule._params_per_batch()
         if not cut or ratio == 1.0:

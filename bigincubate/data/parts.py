@@ -10,13 +10,13 @@ Source: Ni et al., Deep Incubation, 2023 (arXiv:2212.04129), decentralised modul
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..config import Recipe
 from ..errors import ConfigError, EnvironmentFault
+from ..seeds import partition_number
 from .dataset import DatasetInfo, open_dataset
 from .sources import Sample, in_fixed_order
 
@@ -33,8 +33,7 @@ def cut_by_hash(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     """By a hash of the sample's name: it stays in its part whatever else joins the data."""
     cut: list[list[Sample]] = [[] for _ in range(parts)]
     for sample in samples:
-        digest = hashlib.sha256(f"part of {sample.name}".encode()).digest()
-        cut[int.from_bytes(digest[:8]) % parts].append(sample)
+        cut[partition_number(sample.name) % parts].append(sample)
     return cut
 
 

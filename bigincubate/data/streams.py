@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .. import config
 from ..errors import ConfigError, EnvironmentFault
+from ..seeds import shuffle_seed
 from .augment import set_aside
 from .dataset import DatasetInfo, Features
 from .views import EvalViews, Finish, Row, TrainViews, collate, stack
@@ -116,7 +116,7 @@ class TrainStream:
             num_canonical_nodes=data.canonical_nodes,
             shuffle=True,
             shuffle_algo=data.shuffle,
-            shuffle_seed=_spread(seed),
+            shuffle_seed=shuffle_seed(seed),
             shuffle_block_size=data.shuffle_block_size,
         )
         # workers stay: to fork them anew costs a short epoch a sixth of its time
@@ -270,8 +270,3 @@ def _loading(workers: int, finish: Finish) -> dict[str, Any]:
 
 def _quiet(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
-
-
-def _spread(seed: int) -> int:
-    """streaming adds the epoch to its seed: neighbouring seeds must not run through the same shuffles."""
-    return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=4).digest(), "little")

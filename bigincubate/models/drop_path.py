@@ -8,7 +8,6 @@ Source: Huang et al., Deep Networks with Stochastic Depth, 2016 (arXiv:1603.0938
 
 from __future__ import annotations
 
-import hashlib
 from typing import Literal
 
 import torch
@@ -16,6 +15,7 @@ from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..seeds import drop_path_seed
 from .partition import Depths, Partition
 
 FEWEST = 2  # samples that a branch is computed for, dropped ones among them (scale 0): compilers take 0 and 1 apart
@@ -121,8 +121,7 @@ def _timm_rates(partition: Partition, rate: float) -> dict[str, float]:
 
 def draw_masks(seed: int, step: int, n: int, batch: int) -> Tensor:
     """Uniform numbers in [0, 1) for ``n`` drop-path modules and a global batch: float32 ``[n, batch]`` on the CPU."""
-    digest = hashlib.blake2b(f"drop_path {seed} {step}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    generator = torch.Generator().manual_seed(drop_path_seed(seed, step))
     return torch.rand(n, batch, generator=generator)
 
 

@@ -23,7 +23,7 @@ from ..models import Partition, assemble, extract, fit_positions, initialise, in
 from ..plan import PhasePlan, Plan, phase_model
 from ..pretrained import pretrained_meta
 from ..rundir import RunDir
-from ..seeds import stable_seed
+from ..seeds import INIT, stable_seed
 
 
 @dataclass
@@ -53,7 +53,7 @@ class ClassificationTask:
         Raises:
             ArtifactError: an earlier phase has not handed on what this one needs; the message has the command.
         """
-        torch.manual_seed(stable_seed(self.settings.train.seed, "init", self.row.key))
+        torch.manual_seed(stable_seed(self.settings.train.seed, INIT, self.row.key))
         model = phase_model(self.row, self.settings, self.plan.family)
         sources = {slot.source for slot in self.row.slots}
         digest = None
