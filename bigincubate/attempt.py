@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -47,8 +46,6 @@ def train(
     """
     folder = run.phase(row.phase, row.module)
     if (result := env.broadcast(folder.result)) is not None:
-        if env.is_main:  # whoever wrote it may have been killed before this
-            shutil.rmtree(folder.features, ignore_errors=True)
         return result
     with owned(folder.path, env) as claim, StopFlag() as stop:
         attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))
@@ -81,7 +78,6 @@ def train(
             if env.is_main:
                 claim.check()
                 folder.finish(result)
-                shutil.rmtree(folder.features, ignore_errors=True)
         if env.is_main:
             run.note("done", phase=row.key, **{key: result[key] for key in ("top1", "steps", "seconds")})
         record("done")

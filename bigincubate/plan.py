@@ -9,8 +9,6 @@ phase                depths of the model           weights it starts from  train
 ``end_to_end``       target                        fresh                   all
 ==================== ============================= ======================= ===========
 
-With ``incubate.prefix_cache`` the modules before k are not there: module k takes what would reach it, computed once.
-
 Costs are counted, not estimated: each phase's model is built without storage and run forwards and backwards under
 ``torch.utils.flop_counter`` with the very parameters frozen that training freezes.
 """
@@ -34,7 +32,6 @@ from .models import (
     Depths,
     Partition,
     balanced_cut,
-    begin_at,
     block_costs,
     build,
     check_depths,
@@ -43,14 +40,13 @@ from .models import (
     family_of,
     freeze,
     normalise_depths,
-    reaching,
     skip_unused,
 )
 from .models.families import Family
 from .optim import trained
 from .seeds import phase_key
 
-Source = Literal["fresh", "meta", "module", "cached"]  # cached: it is not there, for what it computes is
+Source = Literal["fresh", "meta", "module"]
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,6 @@ class PhasePlan:
     def depths(self) -> Depths:
         return tuple(slot.depths for slot in self.slots)
 
-    @property
-    def begins(self) -> int:
-        """The first module that is computed."""
-        return sum(slot.source == "cached" for slot in self.slots)
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -95,7 +86,6 @@ class Plan:
     family: Family
     target: Depths
     meta: Depths
-    cached: bool = False  # whether module k begins with what its frozen predecessors computed once
 
     @property
     def modules(self) -> int:
@@ -110,11 +100,7 @@ class Plan:
         if phase == "incubate":
             if module is None or module not in everywhere:
                 raise ConfigError(f"--phase incubate needs --module 0 to {self.modules - 1}, or auto (given: {module})")
-            before: Source = "cached" if self.cached else "meta"
-            slots = (
-                Slot(self.target[k], "fresh") if k == module else Slot(self.meta[k], before if k < module else "meta")
-                for k in everywhere
-            )
+            slots = (Slot(self.target[k], "fresh") if k == module else Slot(self.meta[k], "meta") for k in everywhere)
         elif module is not None:
             raise ConfigError(f"--module goes with --phase incubate only, not with {phase}")
         else:
@@ -160,7 +146,7 @@ def make_plan(recipe: Recipe) -> Plan:
         settings = recipe.settings(phase)
         if settings.model.name != model.name:
             raise ConfigError(f"{phase}.model.name differs from model.name: a phase cannot change the model")
-    return Plan(family, target, meta, recipe.incubate.prefix_cache)
+    return Plan(family, target, meta)
 
 
 # ------------------------------------------------------------------------------------------------ costs
@@ -177,7 +163,6 @@ class Cost:
     activation_bytes: int  # an image: saved for the backward, fp32, fused attention
     optimizer_bytes: int  # gradients and optimizer state of the trainable parameters, fp32
     allreduce_bytes: int  # a step, fp32 gradients
-    prefix_flops: int = 0  # an image: of what is computed once, before training
 
 
 def _convolution_backward_flops(
@@ -204,16 +189,7 @@ def phase_model(row: PhasePlan, settings: Settings, family: Family, *, device: s
     freeze(model, partition, row.module)
     if settings.train.skip_unused:
         skip_unused(model, partition)
-    if row.begins:
-        begin_at(model, partition, row.begins)
     return model
-
-
-def prefix_model(plan: Plan, settings: Settings, *, device: str = "cpu") -> tuple[nn.Module, Partition]:
-    """What is computed once where modules are cached: the meta model, frozen, at the size of the phase's images."""
-    row = plan.row("pretrain")
-    model = phase_model(row, settings, plan.family, device=device)
-    return model.requires_grad_(False), Partition(plan.family, row.depths)
 
 
 def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
@@ -221,14 +197,9 @@ def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
     model = phase_model(row, settings, plan.family, device="meta").train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size, channels = settings.model.img_size, settings.model.args.get("in_chans", 3)
-    inputs = torch.empty(1, channels, size, size, device="meta")
-    prefix = 0
-    if row.begins:
-        with FlopCounterMode(display=False) as counter:
-            inputs = reaching(*prefix_model(plan, settings, device="meta"), row.begins, inputs)
-        prefix = counter.get_total_flops()
+    image = (1, channels, size, size)
     with FlopCounterMode(display=False, custom_mapping=CORRECTIONS) as counter:
-        loss = model(inputs).sum()
+        loss = model(torch.empty(image, device="meta")).sum()
         forward = counter.get_total_flops()
         loss.backward()
     kept = trained(model, settings)
@@ -238,17 +209,15 @@ def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
         trainable=trainable,
         forward_flops=forward,
         training_flops=counter.get_total_flops(),
-        activation_bytes=saved_bytes(model, tuple(inputs.shape)),
+        activation_bytes=saved_bytes(model, image),
         optimizer_bytes=4 * trainable + state,
         allreduce_bytes=4 * trainable,
-        prefix_flops=prefix,
     )
 
 
 def saved_bytes(model: nn.Module, image: tuple[int, ...]) -> int:
     """Bytes that autograd keeps from the forward to the backward, parameters not counted, for one batch of shape
-    ``image`` (or of what a model takes in place of images). Runs on fake CPU tensors, so that the kernels chosen are
-    those of a real device (fused attention)."""
+    ``image``. Runs on fake CPU tensors, so that the kernels chosen are those of a real device (fused attention)."""
     with FakeTensorMode():
         state = {
             name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
@@ -300,17 +269,6 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
     return steps if settings.train.max_steps is None else min(steps, settings.train.max_steps), per_epoch
 
 
-def cached_epochs(settings: Settings, steps: int, samples: int) -> int:
-    """Epochs of a prefix cache: those whose views differ, as far as so many steps over ``samples`` images come."""
-    per_epoch = max(1, samples // (settings.train.batch_size // settings.augment.repeats))
-    return max(1, min(settings.augment.views or 1, math.ceil(steps / per_epoch)))
-
-
-def cached_views(settings: Settings, steps: int, samples: int) -> int:
-    """Every view in a prefix cache of ``samples`` training images."""
-    return samples * cached_epochs(settings, steps, samples) * settings.augment.repeats
-
-
 def cost_plan(
     recipe: Recipe, plan: Plan, samples: int, on_row: Callable[[PhasePlan], None] = lambda row: None
 ) -> list[PlannedRow]:
@@ -325,7 +283,6 @@ def cost_plan(
             budget = sum(planned.total_flops for planned in rows)
             steps = math.floor(budget / (cost.training_flops * settings.train.batch_size))
         images = steps * settings.train.batch_size
-        seen = samples // plan.modules if recipe.data.decentralised and row.module is not None else samples
         rows.append(
             PlannedRow(
                 key=row.key,
@@ -338,7 +295,7 @@ def cost_plan(
                 steps=steps,
                 epochs=round(steps / per_epoch, 4),
                 images=images,
-                total_flops=images * cost.training_flops + cached_views(settings, steps, seen) * cost.prefix_flops,
+                total_flops=images * cost.training_flops,
             )
         )
     return rows

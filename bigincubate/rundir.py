@@ -18,7 +18,6 @@
         metrics.jsonl  tb/  logs/
         attempts/1.json               running, preempted, failed or done
         owners/1.json                 whose the folder is; the last one counts
-        features/                     of a module, while it trains: what reaches it (incubate.prefix_cache)
         partial.json                  of a module: its score beside those that were finished when it was
         rollback.json                 where training went back to after too many gradients that were not finite
         requeues.jsonl                of a Slurm job: why, and from which checkpoint it goes on
@@ -56,11 +55,6 @@ class PhaseDir:
     @property
     def artifact(self) -> Path:
         return self.path / "artifact"
-
-    @property
-    def features(self) -> Path:
-        """What reaches the module, computed once; gone when the module is finished."""
-        return self.path / "features"
 
     @property
     def metrics(self) -> Path:

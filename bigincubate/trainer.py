@@ -44,12 +44,11 @@ from .models import (
     set_rates,
 )
 from .optim import Ema, make_optimizer, make_schedule
-from .plan import PhasePlan, Plan, PlannedRow, cached_views, phase_steps
+from .plan import PhasePlan, Plan, PlannedRow, phase_steps
 from .rundir import PhaseDir, RunDir
 from .sharding import make_sharding
 from .tasks.classification import ClassificationTask, evaluate
 from .tasks.partial import finished, partial_assembly
-from .tasks.prefix import prefix_cache
 
 
 @dataclass
@@ -58,7 +57,7 @@ class TrainState:
 
     step: int = 0
     images: int = 0
-    seconds: float = 0.0  # of training over all attempts, and of the prefix cache in the one that finished it
+    seconds: float = 0.0  # of training over all attempts
     skipped: int = 0  # steps left out because their gradient was not finite
     adascale: dict[str, float] = field(default_factory=dict)  # its moving averages
     last: dict[str, float] = field(default_factory=dict)  # measured in the last step, logged with the final evaluation
@@ -91,13 +90,7 @@ class Trainer:
         self.micro_batches = count_micro_batches(self.settings, env.world)
 
         self.task = ClassificationTask(recipe, plan, row, data)
-        self.state, cached = TrainState(), None
-        if row.begins:  # in the middle of the hybrid: it takes what reaches the module in place of images
-            begun = time.perf_counter()
-            cached = prefix_cache(
-                self.task, run, env, lambda: bool(stop), steps=self.total, micro_batches=self.micro_batches
-            )
-            self.state.seconds = time.perf_counter() - begun
+        self.state = TrainState()
 
         # one fixed order: weights, freezing, drop-path, placement, recomputation, compilation, sharding, optimizer
         built, self.meta_digest = self.task.build_model(run, start)
@@ -105,7 +98,7 @@ class Trainer:
         set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
         self.model = built.to(env.device)
         choose_attention(self.model, env.device, train.precision)
-        units = [block.path for block in self.task.partition.blocks() if block.module >= row.begins]
+        units = [block.path for block in self.task.partition.blocks()]
         checkpoint_activations(self.model, units, self.settings.sharding.activation_checkpointing)
         if train.compile:
             compile_blocks(self.model, units)
@@ -116,8 +109,18 @@ class Trainer:
         self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
         self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
 
-        self.eval_stream = self.validation(cached or data)
-        self.stream = training_stream(recipe, self.settings, data, env.rank, env.world, cached)
+        self.eval_stream = EvalStream(
+            data,
+            "val",
+            self.settings.augment,
+            img_size=self.settings.model.img_size,
+            batch_size=min(256, max(1, train.batch_size // env.world)),
+            rank=env.rank,
+            world=env.world,
+            workers=recipe.data.workers,
+            remote=recipe.data.remote,
+        )
+        self.stream = training_stream(recipe, self.settings, data, env.rank, env.world)
         _, self.per_epoch = phase_steps(self.settings, data.epoch)
         self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.per_epoch)
         self.masked = any(path.drops for path in drop_paths(self.model)) and len(drop_paths(self.model))
@@ -127,21 +130,6 @@ class Trainer:
         self.saved = -1  # step of the newest checkpoint
         self.rollback: dict[str, Any] | None = None
         self.skipped = torch.zeros((), device=env.device)
-
-    def validation(self, data: DatasetInfo) -> EvalStream:
-        """This rank's share of the validation split."""
-        recipe, settings, env = self.recipe, self.settings, self.env
-        return EvalStream(
-            data,
-            "val",
-            settings.augment,
-            img_size=settings.model.img_size,
-            batch_size=min(256, max(1, settings.train.batch_size // env.world)),
-            rank=env.rank,
-            world=env.world,
-            workers=recipe.data.workers,
-            remote=recipe.data.remote if data is self.data else None,
-        )
 
     # ------------------------------------------------------------------------------------------ the run
 
@@ -214,7 +202,7 @@ class Trainer:
             waiting = time.perf_counter()
             batch = next(batches)
             meter.waited += time.perf_counter() - waiting
-            if state.step == 0 and log.images and not self.row.begins:  # else they are no images
+            if state.step == 0 and log.images:
                 augment = self.settings.augment
                 self.metrics.images(0, self.task.shown(batch.first(log.images)), augment.mean, augment.std)
 
@@ -382,14 +370,13 @@ class Trainer:
                 self.write_artifact(self.folder, tensors, export)
         if module is not None:
             self.score_partial(module)
-        state, cost, samples = self.state, self.planned.cost, self.data.samples["train"]
+        state = self.state
         return {
             **scores,
             "seconds": round(state.seconds, 3),
             "steps": state.step,
             "images": state.images,
-            "flops": state.images * cost.training_flops
-            + cached_views(self.settings, state.step, samples) * cost.prefix_flops,
+            "flops": state.images * self.planned.cost.training_flops,
         }
 
     def score_partial(self, module: int) -> None:
@@ -399,8 +386,7 @@ class Trainer:
         if module not in joined:  # the meta model that it grew from was replaced meanwhile
             return
         model = partial_assembly(self.task, self.run_dir, joined, self.env.device)
-        images = self.validation(self.data) if self.row.begins else self.eval_stream
-        scores = evaluate(model, images, self.env, self.settings.train.precision)
+        scores = evaluate(model, self.eval_stream, self.env, self.settings.train.precision)
         with self.env.first():
             if self.env.is_main:
                 self.claim.check()

@@ -11,7 +11,7 @@ from .checkpoint.lock import owner
 from .checkpoint.offline import survey
 from .checkpoint.store import check_origin, load_manifest, verify_artifact
 from .config import Recipe
-from .data.dataset import DESCRIPTION, damaged_shards, open_dataset
+from .data.dataset import damaged_shards, open_dataset
 from .errors import ArtifactError, EnvironmentFault
 from .files import read_json
 from .rundir import PhaseDir, RunDir
@@ -56,7 +56,6 @@ def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
         if folder.path.exists() or row["phase"] != "end_to_end":  # a baseline that nobody asked for
             yield from _phase(row["key"], folder, recipe, run, seen)
             if everything:
-                yield from _features(row["key"], folder)
                 yield from _checkpoints(row["key"], folder)
     if run.assembled.path.exists():
         yield _artifact("assembled", run.assembled, recipe, run, plan["data"])
@@ -88,21 +87,6 @@ def _phase(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -
         yield Finding(key, folder.path, Verdict.RUNNING, alive)
     else:
         yield Finding(key, folder.path, Verdict.UNFINISHED if folder.attempts() else Verdict.ABSENT)
-
-
-def _features(key: str, folder: PhaseDir) -> Iterator[Finding]:
-    """Of a module that trains with a prefix cache; what is damaged is refused when it is read, and may be deleted."""
-    if not folder.features.exists():
-        return
-    try:
-        info = open_dataset(folder.features)
-    except EnvironmentFault as error:
-        verdict = Verdict.RUNNING if owner(folder.path) else Verdict.UNFINISHED
-        finished = (folder.features / DESCRIPTION).exists()
-        yield Finding(key, folder.features, Verdict.DAMAGED if finished else verdict, str(error) if finished else "")
-        return
-    found = [Finding(key, file, Verdict.DAMAGED, why) for file, why in damaged_shards(info)]
-    yield from found or [Finding(key, folder.features, Verdict.GOOD)]
 
 
 def _checkpoints(key: str, folder: PhaseDir) -> Iterator[Finding]:

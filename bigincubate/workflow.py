@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from .data.dataset import DatasetInfo, describe_dataset, open_dataset
 from .data.parts import cut_by_class, seen_by
 from .errors import ConfigError, EnvironmentFault
 from .files import read_json, write_json
-from .plan import Cost, Plan, PlannedRow, cost_plan, count_cost, make_plan, plan_json
+from .plan import Cost, Plan, PlannedRow, cost_plan, make_plan, plan_json
 from .rundir import RunDir
 from .seeds import phase_key
 
@@ -56,8 +55,6 @@ def ensure_data(
     apart = recipe.data.decentralised and module is not None
     data = (describe_dataset if apart else open_dataset)(path, recipe.data.remote)
     seen_by(recipe, data, modules - 1)  # the last module has a part
-    if data.features:
-        raise EnvironmentFault(f"{path} holds what reaches a module, no images; give the data that it was made of")
     if (found := len(data.classes)) != recipe.model.num_classes:
         raise ConfigError(f"{path} has {found} classes, but model.num_classes = {recipe.model.num_classes}")
     return data
@@ -82,15 +79,7 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
         parts = list(data.parts) if recipe.data.decentralised else []
         write_json(file, {**plan_json(recipe, plan, rows), "data": data.digest, "parts": parts})
         return plan, rows
-    return plan, [_as_computed(recipe, plan, planned_row(row)) for row in stored["rows"]]
-
-
-def _as_computed(recipe: Recipe, plan: Plan, planned: PlannedRow) -> PlannedRow:
-    """A stored row, counted anew where `incubate.prefix_cache` has changed since. Its length stays."""
-    row = plan.row(planned.phase, planned.module)
-    if bool(row.begins) == bool(planned.cost.prefix_flops):
-        return planned
-    return replace(planned, cost=count_cost(row, recipe.settings(row.phase), plan))
+    return plan, [planned_row(row) for row in stored["rows"]]
 
 
 def planned_row(stored: dict[str, Any]) -> PlannedRow:

@@ -224,10 +224,6 @@ def test_where_no_feeder_can_start_each_module_has_its_own_loader(plain: Any, ot
         (["--jobs", 1], "--co-train: 2 modules run at the same time; give --jobs 2, or leave it out"),
         (["--jobs", 2, "--baseline"], "--co-train: 2 modules and the baseline run at the same time; give --jobs 3,"),
         (["--set", "data.decentralised=true"], "--co-train: with data.decentralised each module sees data of its own"),
-        (
-            ["--set", "incubate.prefix_cache=true", "--set", "augment.views=1", "--set", "mixup.prob=0.0"],
-            "--co-train: with incubate.prefix_cache each module has rows of its own",
-        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused(fast: Path, tmp_path: Path, words: list[object], line: str) -> None:

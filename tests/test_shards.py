@@ -138,9 +138,9 @@ def test_a_small_split_is_decoded_once_and_a_large_one_every_time(
     info: DatasetInfo, room: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "ROOM", room)
-    split, decoded = shards.Shards(info, "train"), []
-    decode = split.decode
-    split.decode = lambda data: decoded.append(data) or decode(data)
+    decoded, decode = [], shards.decode
+    monkeypatch.setattr(shards, "decode", lambda data: decoded.append(data) or decode(data))
+    split = shards.Shards(info, "train")
     first, second = ([split.read(sample) for sample in range(split.size)] for _ in range(2))
     assert [(image.tobytes(), label) for image, label in first] == [(i.tobytes(), label) for i, label in second]
     assert len(decoded) == times * split.size

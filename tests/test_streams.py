@@ -192,6 +192,20 @@ def test_views_of_a_sample_stay_together(info: DatasetInfo, whole: list[Batch]) 
     assert same([batch.to("cpu")], [batch])
 
 
+def test_augmentations_repeat_after_as_many_epochs_as_views(info: DatasetInfo, whole: list[Batch]) -> None:
+    batches = take(stream(info, augment=AUGMENT.model_copy(update={"views": 2})), 4 * EPOCH)
+    assert same(batches[: 2 * EPOCH], whole[: 2 * EPOCH])
+    epochs: list[dict[int, bytes]] = [{} for _ in range(4)]
+    for step, batch in enumerate(batches):
+        for sample, image in zip(batch.ids.tolist(), batch.images, strict=True):
+            epochs[step // EPOCH][sample] = image.numpy().tobytes()
+    for earlier, later, repeats in ((0, 2, True), (1, 3, True), (0, 1, False), (2, 3, False)):
+        common = epochs[earlier].keys() & epochs[later].keys()
+        assert len(common) > 0.9 * SAMPLES
+        equal = sum(epochs[earlier][sample] == epochs[later][sample] for sample in common)
+        assert equal == len(common) if repeats else equal < 0.1 * len(common)
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 38])
 def test_evaluation_sees_every_sample_once(info: DatasetInfo, world: int) -> None:
     expected = {int(b.ids[0]): b for b in EvalStream(info, "val", AUGMENT, img_size=8, batch_size=1)}

@@ -114,18 +114,6 @@ def test_three_restarts_without_a_new_checkpoint_are_enough(tmp_path: Path, requ
     assert "; requeued" in settle(folder, "9_1", 137)[1]  # a job that a person submitted afterwards counts anew
 
 
-def test_chunks_of_a_prefix_cache_are_progress_too(tmp_path: Path, requeued: list[str]) -> None:
-    folder = PhaseDir(tmp_path)
-    for chunk in range(4):
-        for _ in range(3):
-            assert "; requeued" in settle(folder, "4_1", 75)[1]
-        (folder.features / "train" / f"{chunk:05}").mkdir(parents=True)
-        (folder.features / "train" / f"{chunk:05}" / "index.json").touch()
-    for _ in range(3):
-        assert "; requeued" in settle(folder, "4_1", 75)[1]
-    assert "no progress in 3 restarts" in settle(folder, "4_1", 75)[1]
-
-
 # ------------------------------------------------------------------------------------------------ many modules
 
 

@@ -146,8 +146,6 @@ def _beside_each_other(loaded: Recipe, jobs: int | None, baseline: bool) -> int:
         raise ConfigError("--co-train: modules share memory in a way that only Linux has; leave it out")
     if loaded.data.decentralised:
         raise ConfigError("--co-train: with data.decentralised each module sees data of its own; leave it out")
-    if loaded.incubate.prefix_cache:
-        raise ConfigError("--co-train: with incubate.prefix_cache each module has rows of its own; leave one out")
     if jobs is not None and jobs < needed:
         what = f"{loaded.plan.number} modules{' and the baseline' if baseline else ''}"
         raise ConfigError(f"--co-train: {what} run at the same time; give --jobs {needed}, or leave it out")

@@ -15,7 +15,7 @@ from ..rundir import PhaseDir
 from .slurm import job_state, requeue
 
 FINAL = (Exit.USAGE, Exit.ARTIFACT, Exit.NON_FINITE, Exit.DAMAGED)  # the same again would end the same
-STANDSTILL = 3  # requeues in a row from one and the same place
+STANDSTILL = 3  # requeues in a row from one and the same checkpoint
 LIMITS = (("BIGINCUBATE_RESTARTS", "20"), ("SLURM_RESTART_COUNT", "0"))
 KILLED = 128  # added by shells and srun to the number of the signal that ended a rank
 
@@ -45,13 +45,11 @@ def settle(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
         return failed, f"{ended_with(code)}; not requeued: it was {restarts} times already (slurm.restarts)"
     steps = sorted(int(marker.parent.name[5:]) for marker in folder.checkpoints.glob("step-*/COMMITTED"))
     file, checkpoint = folder.path / "requeues.jsonl", steps[-1] if steps else None
-    chunks = len(list(folder.features.glob("*/*/index.json")))  # before the first step: of a prefix cache
-    before = [(row["checkpoint"], row.get("chunks", 0)) for row in read_lines(file) if row["job"] == job]
-    if len(before) >= STANDSTILL and set(before[-STANDSTILL:]) == {(checkpoint, chunks)}:
+    before = [row["checkpoint"] for row in read_lines(file) if row["job"] == job]
+    if len(before) >= STANDSTILL and set(before[-STANDSTILL:]) == {checkpoint}:
         return failed, f"{ended_with(code)}; not requeued: no progress in {STANDSTILL} restarts"
     reason = ended_with(code)
-    where = {"checkpoint": checkpoint, "chunks": chunks}
-    append_line(file, {"time": time.time(), "job": job, "code": code, **where, "reason": reason})
+    append_line(file, {"time": time.time(), "job": job, "code": code, "checkpoint": checkpoint, "reason": reason})
     try:
         requeue(job)
     except EnvironmentFault as error:

@@ -57,8 +57,6 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | 
         settings: Settings = _validate(Settings, merged, phase, where)
         if own.export == "ema" and not settings.ema.decay:
             raise ConfigError(f'{where}: {phase}.export = "ema" needs {phase}.ema.decay (or ema.decay) above 0')
-    if recipe.incubate.prefix_cache and (why := recipe.uncacheable()):
-        raise ConfigError(f"{where}: incubate.prefix_cache: {why}, or incubate.prefix_cache = false")
     return recipe
 
 

@@ -44,20 +44,6 @@ class Recipe(Settings):
     checkpoint: Checkpoint = Checkpoint()
     slurm: Slurm = Slurm()
 
-    def uncacheable(self) -> str | None:
-        """Why what reaches a module cannot be computed once, and what to do; None where it can."""
-        settings = self.settings("incubate")
-        if settings.augment.new:
-            return "augmentation shows a sample anew in each epoch; set incubate.augment.views, to 1 or more"
-        if settings.mixup.active:
-            return "of mixed images other features reach a module in each step; set incubate.mixup.prob = 0"
-        if settings.drop_path.rates == "hybrid" and settings.drop_path.rate:
-            return 'frozen modules drop other branches in each step; set incubate.drop_path.rates = "target"'
-        sharding = settings.sharding
-        if sharding.strategy == "fsdp2" and sharding.fsdp2.shard_frozen and sharding.fsdp2.gather_bf16:
-            return "frozen modules gathered as bf16 round otherwise; set incubate.sharding.fsdp2.shard_frozen = false"
-        return None
-
     def section(self, phase: Phase) -> PhaseSection:
         section: PhaseSection = getattr(self, phase)
         return section

@@ -161,12 +161,6 @@ class Augment(Section):
     # all but reading and resizing by one operator on the device. Identity: it does not round to whole grey levels
     device: bool = False
 
-    @property
-    def new(self) -> bool:
-        """Whether a sample may look as it has not yet looked, however many epochs have passed."""
-        drawn = (self.color_jitter, self.rand_augment, self.three_augment, self.erase, 0 < self.flip < 1)
-        return self.views is None and (self.crop != "none" or any(drawn))
-
     @model_validator(mode="after")
     def _one_policy(self) -> Augment:
         if self.rand_augment and self.three_augment:
@@ -283,7 +277,6 @@ class PhaseSection(Section):
 
 class Incubate(PhaseSection):
     init: Literal["fresh", "boundary", "grow"] = "fresh"
-    prefix_cache: bool = execution(False)  # what reaches a module from the frozen ones before it is computed once
 
 
 class EndToEnd(PhaseSection):

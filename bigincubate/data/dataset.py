@@ -17,9 +17,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from ..errors import EnvironmentFault
 from ..files import read_small, sha256
@@ -29,28 +27,9 @@ SPLITS = ("train", "val")
 COLUMNS = {"image": "bytes", "label": "int"}
 DESCRIPTION = "dataset.json"
 INDEX = "index.json"
-# what a description may have besides: a whole has the digests of its parts, a part its number; rows that are no images
-MORE = ("parts", "part", "of", "features")
+MORE = ("parts", "part", "of")  # optional keys of a description: a whole has its parts' digests, a part its number
 AGAIN = "delete the folder and prepare the data again"
 BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)  # of JSON that is not ours
-
-
-class Features(BaseModel):
-    """Rows that are what reaches a module, in place of images. All views of a sample are one row.
-
-    Attributes:
-        dtype: torch's name of it. shape: of one view, as it lies in memory.
-        order: which dimension of the module's input (from 1, for 0 is the batch) each of these is.
-        views: of a training sample, in its row.
-        grown: what the rows are a function of: digests of the recipe, the meta model and the data, and the module.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    dtype: Literal["float32", "bfloat16", "float16"]
-    shape: list[Annotated[int, Field(ge=1, le=1 << 20)]]
-    order: list[Annotated[int, Field(ge=1, le=8)]]
-    views: Annotated[int, Field(ge=1)]
-    grown: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -64,7 +43,6 @@ class DatasetInfo:
     parts: Sequence[str] = ()  # digests of the parts that the training samples were cut into
     part: int | None = None  # which part of another data set this one is
     of: int | None = None  # training samples of that other one
-    features: Features | None = None  # what its rows are, where they are no images
 
     @property
     def epoch(self) -> int:
@@ -116,8 +94,6 @@ def _described(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
         classes, splits, digest = described["classes"], described["splits"], described["digest"]
         more = {key: described[key] for key in MORE if key in described}
         expected = contents_digest(classes, splits, more)
-        if "features" in more:
-            more["features"] = Features.model_validate(more["features"])
         info = DatasetInfo(path, classes, {split: splits[split]["samples"] for split in SPLITS}, digest, **more)
     except BROKEN:
         raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None

@@ -42,25 +42,20 @@ ALIGNED = 64  # bytes, as torch's own memory is: sums may depend on it
 
 
 def training_stream(
-    recipe: Recipe, settings: Settings, info: DatasetInfo, rank: int, world: int, features: DatasetInfo | None = None
+    recipe: Recipe, settings: Settings, info: DatasetInfo, rank: int, world: int
 ) -> TrainStream | FedStream:
     """A phase's training batches; a co-trained module's from the feeder that the environment names.
-
-    Args:
-        features: as `TrainStream` takes them. Each module has its own, so they do not go with co-training.
 
     Raises:
         ConfigError: as `TrainStream`.
     """
-    own = own_stream(recipe, settings, info, rank, world, features)
+    own = own_stream(recipe, settings, info, rank, world)
     if (place := os.environ.pop(FEED, None)) is None:
         return own
     return FedStream(own, connect(place, rank), fingerprint(recipe, settings, info, rank, world))
 
 
-def own_stream(
-    recipe: Recipe, settings: Settings, info: DatasetInfo, rank: int, world: int, features: DatasetInfo | None = None
-) -> TrainStream:
+def own_stream(recipe: Recipe, settings: Settings, info: DatasetInfo, rank: int, world: int) -> TrainStream:
     return TrainStream(
         info,
         recipe.data,
@@ -70,7 +65,6 @@ def own_stream(
         batch_size=settings.train.batch_size,
         rank=rank,
         world=world,
-        features=features,
     )
 
 

@@ -15,15 +15,13 @@ import atexit
 import fcntl
 import hashlib
 import itertools
-import math
 import mmap
 import os
 import secrets
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 from unittest.mock import patch
@@ -37,16 +35,16 @@ from streaming.base import shared
 from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry
 from streaming.base.world import World
-from torch import Tensor
 
 from ..errors import EnvironmentFault
-from .dataset import AGAIN, DatasetInfo, Features
+from .dataset import AGAIN, DatasetInfo
 from .images import decode
 from .locks import locked, runtime_dir
 
 LOCAL = 3  # streaming's state of a shard that can be read
 ROOM = 64 << 20  # bytes of what was decoded that a process may hold; of a split that needs more it holds none
 APIECE = 2048  # about what Pillow, torch and Python add to it
+DAMAGED = "delete it and prepare or download it again"  # what to do about a damaged shard
 
 
 class Shards(StreamingDataset):
@@ -66,40 +64,35 @@ class Shards(StreamingDataset):
         self.claim = claim()
         self.folder, self.classes = info.path / split, len(info.classes)
         self.source = f"{remote}/{split}" if remote else None
-        self.decode: Callable[[bytes], Any] = decode
-        self.again = "delete it and prepare or download it again"  # what to do about a damaged shard
-        if info.features:
-            self.again = f"delete {info.path}, and what was in it is computed again"
-            self.decode = partial(decode_features, info.features, info.features.views if split == "train" else 1)
         with _alone(self.claim):
             super().__init__(local=str(info.path), split=split, **order)
         self._parallel_rank_world = World(1, world, 1, rank)  # whose samples to iterate over, says streaming
         self._names = [str(self._file(number)) for number in range(self.num_shards)]
-        self._held: dict[int, tuple[Any, int]] = {}  # what was decoded, while there is room for it
+        self._held: dict[int, tuple[Image.Image, int]] = {}  # what was decoded, while there is room for it
         self._room = ROOM
         # Which shards have been hashed: memory that forked workers share with each other and with later epochs.
         self._verified = np.frombuffer(mmap.mmap(-1, self.num_shards), np.uint8)
         # Where the next iteration begins, for workers that outlive an epoch: the epoch, and samples done in it.
         self._begin = np.frombuffer(mmap.mmap(-1, 16), np.int64)
 
-    def read(self, sample: int) -> tuple[Any, int]:
-        """RGB image, or what reaches a module ([views, ...]); not to be changed; and label.
+    def read(self, sample: int) -> tuple[Image.Image, int]:
+        """RGB image, not to be changed, and label.
 
         Raises:
             EnvironmentFault: a shard that is missing or damaged, an image that cannot be decoded.
         """
         if sample in self._held:
             return self._held[sample]
-        found, label = self._read(sample)
+        image, label = self._read(sample)
         if self._room > 0:
-            held, size = (found, found.nbytes) if isinstance(found, Tensor) else pixels_alone(found)
+            held, size = pixels_alone(image)
             self._room -= APIECE + size
             self._held[sample] = held, label
             if self._room <= 0:  # not a small split: a part of it would seldom be asked for
                 self._held.clear()
-        return found, label
+        return image, label
 
-    def _read(self, sample: int) -> tuple[Any, int]:
+    def _read(self, sample: int) -> tuple[Image.Image, int]:
         number, row = self.spanner[sample]
         if not self._verified[number]:
             self._verify(number)
@@ -108,11 +101,10 @@ class Shards(StreamingDataset):
             item = shard.decode_sample(row_of(self._names[number], row))
             if not 0 <= item["label"] < self.classes:
                 raise ValueError(f"label {item['label']} of {self.classes} classes")
-            return self.decode(item["image"]), item["label"]
+            return decode(item["image"]), item["label"]
         except (ValueError, IndexError) as error:
-            what = "image" if self.decode is decode else "row of features"
             raise EnvironmentFault(
-                f"{self.folder.name} sample {sample} (row {row} of {self._file(number)}) is not a readable {what}: "
+                f"{self.folder.name} sample {sample} (row {row} of {self._file(number)}) is not a readable image: "
                 f"{error}"
             ) from None
         except OSError as error:
@@ -163,9 +155,9 @@ class Shards(StreamingDataset):
                 return
             if self.source and not file.exists():
                 with download(f"{self.source}/{raw.basename}", file) as temporary:
-                    check_hash(temporary, raw.hashes["sha256"], name=f"{self.source}/{raw.basename}", again=self.again)
+                    check_hash(temporary, raw.hashes["sha256"], name=f"{self.source}/{raw.basename}")
             else:
-                check_hash(file, raw.hashes["sha256"], name=str(file), again=self.again)
+                check_hash(file, raw.hashes["sha256"], name=str(file))
             check_offsets(file, self.shards[number].samples)
             self._verified[number] = 1
 
@@ -188,18 +180,6 @@ def pixels_alone(image: Image.Image) -> tuple[Image.Image, int]:
     return alone, 4 * image.width * image.height
 
 
-def decode_features(features: Features, views: int, data: bytes) -> Tensor:
-    """[views, …], as it was.
-
-    Raises:
-        ValueError: more or fewer bytes than a row has.
-    """
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    if len(flat) != views * math.prod(features.shape) * (dtype := getattr(torch, features.dtype)).itemsize:
-        raise ValueError(f"{len(flat)} bytes")
-    return flat.view(dtype).view(views, *features.shape)
-
-
 def check_offsets(file: Path, samples: int) -> None:
     """Refuse a shard whose samples would lie outside it, or one in another."""
     begins = np.fromfile(file, np.uint32, samples + 2)[1:].astype(np.int64)
@@ -207,11 +187,8 @@ def check_offsets(file: Path, samples: int) -> None:
         raise EnvironmentFault(f"{file} is no shard of {samples} samples; {AGAIN}")
 
 
-def check_hash(file: Path, expected: str, *, name: str, again: str) -> None:
+def check_hash(file: Path, expected: str, *, name: str) -> None:
     """
-    Args:
-        again: what to do about it.
-
     Raises:
         EnvironmentFault: it cannot be read, or is not what was written.
     """
@@ -219,9 +196,9 @@ def check_hash(file: Path, expected: str, *, name: str, again: str) -> None:
         with file.open("rb") as data:
             found = hashlib.file_digest(data, "sha256").hexdigest()
     except OSError as error:
-        raise EnvironmentFault(f"{name}: {error.strerror}; {again}") from None
+        raise EnvironmentFault(f"{name}: {error.strerror}; {DAMAGED}") from None
     if found != expected:
-        raise EnvironmentFault(f"{name} is damaged: SHA-256 {found}, expected {expected}; {again}")
+        raise EnvironmentFault(f"{name} is damaged: SHA-256 {found}, expected {expected}; {DAMAGED}")
 
 
 # ------------------------------------------------------------------------------------------------ remote

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from streaming import StreamingDataLoader
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from .. import config
 from ..errors import ConfigError, EnvironmentFault
 from ..seeds import shuffle_seed
 from .augment import set_aside
-from .dataset import DatasetInfo, Features
+from .dataset import DatasetInfo
 from .views import EvalViews, Finish, Row, TrainViews, collate, stack
 
 
@@ -27,7 +27,7 @@ from .views import EvalViews, Finish, Row, TrainViews, collate, stack
 class Batch:
     """A rank's share of a global batch, n rows."""
 
-    images: Tensor  # [n, 3, H, W] float32; with parameters uint8; of a prefix cache [n, ...], what reaches a module
+    images: Tensor  # [n, 3, H, W] float32; with parameters uint8
     labels: Tensor  # [n] int64
     ids: Tensor  # [n] int64: of the samples in their split
     positions: Tensor  # [n] int64: p in the global batch; view v of its sample j has p = j * R + v
@@ -67,7 +67,6 @@ class TrainStream:
 
     Args:
         batch_size: global, over all ranks and views. rank, world: this rank, of how many.
-        features: rows to read in place of the images; which ones, and in which order, the images say as ever.
 
     Raises:
         ConfigError: too few samples for one batch, or a batch that ranks cannot share evenly.
@@ -84,7 +83,6 @@ class TrainStream:
         batch_size: int,
         rank: int = 0,
         world: int = 1,
-        features: DatasetInfo | None = None,
     ) -> None:
         samples = info.samples["train"]
         if data.train_samples not in (None, info.epoch):
@@ -101,13 +99,11 @@ class TrainStream:
             )
         self._rank, self._world, self._repeats = rank, world, augment.repeats
         share = self._distinct // world
-        self._features = features.features if features else None
         views = TrainViews(
             info,
             augment,
             img_size,
             seed=seed,
-            features=features,
             remote=data.remote,
             rank=rank,
             world=world,
@@ -135,8 +131,7 @@ class TrainStream:
             self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._distinct})
             with closing(iter(self._loader)) as loaded:
                 for rows in islice(_set_aside(loaded), self.steps_per_epoch - done):
-                    batch = _batch(rows, rank=self._rank, world=self._world, repeats=self._repeats)
-                    yield _as_taken(batch, self._features)
+                    yield _batch(rows, rank=self._rank, world=self._world, repeats=self._repeats)
                     step += 1
             if step % self.steps_per_epoch:
                 raise RuntimeError(f"the loader ended before epoch {epoch} did, at step {step}")
@@ -164,7 +159,6 @@ class EvalStream:
     ) -> None:
         self._rank, self._world, self._batch_size = rank, world, batch_size
         ids = range(rank, info.samples[split], world)
-        self._features = info.features
         views = EvalViews(info, split, augment, img_size, ids, remote=remote)
         self._loader: DataLoader[Row | EnvironmentFault] = DataLoader(
             views, **_loading(workers, stack), batch_size=batch_size
@@ -180,51 +174,7 @@ class EvalStream:
             EnvironmentFault: a shard or an image that cannot be read.
         """
         for number, rows in enumerate(self._loader):
-            batch = _batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
-            yield _as_taken(batch, self._features)
-
-
-class EveryView(Dataset[Row | EnvironmentFault]):
-    """All that training sees of each sample in so many epochs: row e * samples + j is sample j in epoch e. Of the
-    validation split the one view that there is."""
-
-    def __init__(
-        self,
-        info: DatasetInfo,
-        split: str,
-        data: config.Data,
-        augment: config.Augment,
-        *,
-        img_size: int,
-        seed: int,
-        epochs: int,
-    ) -> None:
-        self.samples, self.epochs = info.samples[split], epochs
-        self.repeats = augment.repeats if split == "train" else 1
-        self._look: Callable[[int, int], Row | EnvironmentFault]
-        if split == "train":
-            train = TrainViews(info, augment, img_size, seed=seed, remote=data.remote)
-            self._look, self._finish = train.look, train.finish
-        else:
-            val = EvalViews(info, split, augment, img_size, range(self.samples), remote=data.remote)
-            self._look, self._finish = lambda at, epoch: val[at], stack
-
-    def __len__(self) -> int:
-        return self.epochs * self.samples
-
-    def __getitem__(self, row: int) -> Row | EnvironmentFault:
-        epoch, at = divmod(row, self.samples)
-        return self._look(at, epoch)
-
-    def batches(self, rows: list[list[int]], workers: int) -> Iterator[Batch]:
-        """These rows, a batch a list.
-
-        Raises:
-            EnvironmentFault: a shard or an image that cannot be read.
-        """
-        loader = DataLoader(self, **_loading(workers, self._finish), batch_sampler=rows)
-        for loaded in _set_aside(iter(loader)):
-            yield _batch(loaded, rank=0, world=1, repeats=self.repeats)
+            yield _batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -247,14 +197,6 @@ def _batch(rows: tuple[Any, ...], *, rank: int, world: int, repeats: int = 1, fi
     local = torch.arange(first, first + len(ids)).repeat_interleave(repeats)
     positions = (local * world + rank) * repeats + torch.arange(repeats).repeat(len(ids))
     return Batch(images, labels.repeat_interleave(repeats), ids.repeat_interleave(repeats), positions, local, *more)
-
-
-def _as_taken(batch: Batch, features: Features | None) -> Batch:
-    """Rows that are features, with their dimensions in the order in which a module takes them, as they lie."""
-    if features is None:
-        return batch
-    places = [0, *(1 + features.order.index(dim) for dim in range(1, 1 + len(features.order)))]
-    return replace(batch, images=batch.images.permute(places))
 
 
 def _loading(workers: int, finish: Finish) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is read of a sample: its views in training, the one of validation; or, in their place, what reaches a module."""
+"""What is read of a sample: its views in training, and the one of validation."""
 
 from __future__ import annotations
 
@@ -25,11 +25,7 @@ Finish = Callable[[Sequence[Any]], Tensor]  # n images or tensors -> [n, ...]
 
 
 class TrainViews(Shards):
-    """Samples as training sees them; iterated, in its order. Random: inside `set_aside`.
-
-    Args:
-        features: read in place of the images, which then only say how many there are and in which order they come.
-    """
+    """Samples as training sees them; iterated, in its order. Random: inside `set_aside`."""
 
     def __init__(
         self,
@@ -38,29 +34,16 @@ class TrainViews(Shards):
         img_size: int,
         *,
         seed: int,
-        features: DatasetInfo | None = None,
         **order: Any,
     ) -> None:
         super().__init__(info, "train", **order)
-        self.samples, self.seed, self.repeats, self.different = self.size, seed, augment.repeats, augment.views
+        self.seed, self.repeats, self.different = seed, augment.repeats, augment.views
         self.transform, self.finish = _halves(augment, img_size)
         self.torch_alone = draws_from_torch_alone(augment)
-        self.features: Shards | None = None
-        if features:
-            self.features, self.finish = Shards(features, "train"), stack
-            self._verified[:] = 1  # nobody reads the images, so nobody need fetch or hash them
 
     def __getitem__(self, at: Any) -> Row | EnvironmentFault:
-        return self.look(at, self.epoch)
-
-    def look(self, at: int, epoch: int) -> Row | EnvironmentFault:
-        """A sample as it looks in an epoch."""
-        if self.different is not None:
-            epoch %= self.different
+        epoch = self.epoch if self.different is None else self.epoch % self.different
         try:
-            if self.features is not None:
-                found, label = self.features.read(epoch % (self.different or 1) * self.samples + at)
-                return [(view,) for view in found], label, at
             image, label = self.read(at)
         except EnvironmentFault as fault:
             return fault
@@ -85,18 +68,17 @@ class EvalViews(Dataset[Row | EnvironmentFault]):
         remote: str | None = None,
     ) -> None:
         self.shards, self.ids = Shards(info, split, remote=remote), ids
-        transform = eval_transform(augment, img_size)
-        self.view: Callable[[Any], Tensor] = (lambda found: found[0]) if info.features else transform
+        self.transform = eval_transform(augment, img_size)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __getitem__(self, at: int) -> Row | EnvironmentFault:
         try:
-            found, label = self.shards.read(self.ids[at])
+            image, label = self.shards.read(self.ids[at])
         except EnvironmentFault as fault:
             return fault
-        return [(self.view(found),)], label, self.ids[at]
+        return [(self.transform(image),)], label, self.ids[at]
 
 
 def _halves(augment: config.Augment, img_size: int) -> tuple[Callable[[Image.Image], View], Finish]:

@@ -16,7 +16,6 @@ from .partition import (
     hybrid_depths,
     normalise_depths,
 )
-from .prefix import Passed, begin_at, check_deterministic, reaching
 from .skipping import skip_unused
 from .surgery import assemble, extract, fit_positions, freeze, initialise, insert, rename
 
@@ -27,15 +26,12 @@ __all__ = [
     "DropPath",
     "Family",
     "Partition",
-    "Passed",
     "apply_masks",
     "assemble",
     "balanced_cut",
-    "begin_at",
     "block_costs",
     "build",
     "check_depths",
-    "check_deterministic",
     "checkpoint_activations",
     "choose_attention",
     "compile_blocks",
@@ -51,7 +47,6 @@ __all__ = [
     "initialise",
     "insert",
     "normalise_depths",
-    "reaching",
     "rename",
     "set_rates",
     "skip_unused",

@@ -36,7 +36,6 @@ class Family:
             shifts its windows).
         takes_img_size: whether the constructor takes ``img_size``.
         drop_path_ramp: timm's stochastic depth: a linear ramp from 0 over all blocks, or one rate for all.
-        embed: methods of the model that its forward calls between the stem and the blocks.
     """
 
     name: str
@@ -50,7 +49,6 @@ class Family:
     parity: int = 1
     takes_img_size: bool = True
     drop_path_ramp: bool = True
-    embed: tuple[str, ...] = ()
 
     def block_path(self, stage: int, block: int) -> str:
         """Path of the block with this index inside its stage, such as ``layers.2.blocks.5``."""
@@ -81,7 +79,6 @@ FAMILIES: tuple[Family, ...] = (
         block="blocks.{block}",
         stem=("patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "norm_pre"),
         tail=("norm", "attn_pool", "fc_norm", "head", "head_dist"),
-        embed=("_pos_embed",),
     ),
     Family(
         name="swin",

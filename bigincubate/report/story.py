@@ -67,8 +67,6 @@ def _event(event: dict[str, Any], titles: dict[str, str]) -> Moment:
             return Moment(time, f"{title}: done after {event['steps']:,} steps")
         case "fed":
             return Moment(time, f"co-trained: {event['made']:,} batches made, {event['given']:,} given to modules")
-        case "prefix_cached":
-            return Moment(time, f"{title}: what reaches it was computed once ({event['rows']:,} rows)")
         case "partial_assembly":
             return Moment(time, f"{title}: scored beside the modules that were finished ({ranges(event['joined'])})")
         case "rolled_back":

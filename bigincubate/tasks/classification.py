@@ -57,7 +57,7 @@ class ClassificationTask:
         model = phase_model(self.row, self.settings, self.plan.family)
         sources = {slot.source for slot in self.row.slots}
         digest = None
-        if sources & {"meta", "cached"}:
+        if "meta" in sources:
             meta, digest = self.meta_model(run)
             meta = fit_positions(meta, model)
             for module, slot in enumerate(self.row.slots):
