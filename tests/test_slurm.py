@@ -15,6 +15,7 @@ from cluster import ARRAY, Cluster, committed, running, say
 from conftest import Command
 
 from bigincubate.cluster.slurm import queue
+from bigincubate.resources import resource_folder
 from bigincubate.rundir import RunDir
 
 LONG = pytest.mark.slurm
@@ -169,7 +170,7 @@ def test_the_controller_restarts_and_what_a_person_ends_stays_ended(
 
 @LONG
 def test_the_scripts_are_usable_by_hand(slurm: Cluster, run: RunDir, fast: Path) -> None:
-    scripts = Path(__file__).parents[1] / "slurm"
+    scripts = resource_folder("slurm")
     more = words("train.max_steps=2")
     for script in ("pretrain.sbatch", "incubate.sbatch"):
         array = ["--array=0-1"] if script.startswith("incubate") else []

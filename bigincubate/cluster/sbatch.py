@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 
 from ..config import Recipe, SlurmJob
 from ..errors import ConfigError
+from ..resources import resource_folder
 from ..rundir import RunDir
 from .slurm import DEFAULT_ARRAY, comment, job_name
 
@@ -59,7 +59,7 @@ def arrays(modules: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]
 
 def script(kind: str) -> Path:
     """The script of a kind of job: pretrain, incubate, finetune, end_to_end, gate."""
-    return Path(str(resources.files("bigincubate") / "sbatch" / f"{kind}.sbatch"))
+    return resource_folder("slurm") / f"{kind}.sbatch"
 
 
 def environment(recipe: Recipe, offset: int = 0) -> dict[str, str]:

@@ -7,12 +7,12 @@ says; one that says otherwise is refused, because DeepSpeed would follow it with
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ..config import Settings, Sharding
 from ..errors import ConfigError
+from ..resources import resource_folder
 
 # What cannot be right here, or is not proven: the one value that a file may give.
 FIXED = {
@@ -90,7 +90,7 @@ def config_file(sharding: Sharding) -> Path:
 
 def shipped(strategy: str) -> Path:
     """The file of that name that comes with the package: ``zero1`` … ``zero3``, ``zero3_offload``."""
-    return Path(str(resources.files("bigincubate") / "ds_configs" / f"{strategy}.json"))
+    return resource_folder("ds_configs") / f"{strategy}.json"
 
 
 def read(file: Path) -> dict[str, Any]:
