@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -48,6 +49,17 @@ def submit(
     if baseline:
         directory.note("baseline")
     proceed(directory)
+
+
+@app.command()
+def scripts(
+    copy: Annotated[Path | None, typer.Option(metavar="DIR", file_okay=False, help="Write them to DIR.")] = None,
+) -> None:
+    """Print where the sbatch scripts are; with --copy, write them to a folder to use or edit them."""
+    from ..resources import copy_scripts, resource_folder
+
+    files = copy_scripts(copy) if copy else sorted(resource_folder("slurm").glob("*.sbatch"))
+    say("\n".join(map(str, files)))
 
 
 @app.command()
