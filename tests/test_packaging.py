@@ -49,7 +49,7 @@ def run(*words: object, cwd: Path = ROOT, **environment: str) -> str:
 
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return `git archive` of the working tree, with uncommitted changes, as a zip: symbolic links would become text."""
+    """Return `git archive` of the working tree (not only of HEAD) as a zip, which turns symbolic links into text."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     folder = tmp_path_factory.mktemp("archive")
