@@ -15,7 +15,7 @@ from .errors import ConfigError
 from .models import Partition
 from .optim import Trained, trained
 from .plan import PhasePlan, Plan, PlannedRow, phase_model
-from .sharding.shares import Share, Strategy, strategies, whole
+from .sharding.communication import Share, Strategy, strategies, whole
 from .sharding.zero import client
 from .sharding.zero_config import config_file, read
 

@@ -32,7 +32,7 @@ NORMS = 2  # elements: LAMB sums two squares for each parameter
 
 class Collectives(TorchDispatchMode):
     """Counts the payload of this rank's collectives while it is entered, by kind, in ``bytes``; see
-    :mod:`.sharding.shares`. Flags, words and norms are not counted."""
+    :mod:`.sharding.communication`. Flags, words and norms are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
