@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .compat.deepspeed import local_partition
+
 # c10d's operator -> the kind of collective, and which argument is the whole tensor or the list of its parts
 WHOLE = {
     "allreduce_": ("all_reduce", 0),
@@ -71,7 +73,7 @@ def held(
 ) -> dict[str, dict[int, int]]:
     """What a strategy is known to hold, as :func:`storages`. What is in two of them counts for the first."""
     parameters = list(model.parameters())
-    shares = [each for p in parameters if (each := getattr(p, "ds_tensor", None)) is not None]  # DeepSpeed's
+    shares = [each for p in parameters if (each := local_partition(p)) is not None]
     inner = getattr(optimizer, "optim", optimizer)  # fairscale's
     state = [value for kept in inner.state.values() for value in kept.values() if isinstance(value, Tensor)]
     parts = {

@@ -207,12 +207,12 @@ def test_optimizers_that_need_whole_tensors_are_refused(name: str) -> None:
 
 
 def test_without_deepspeed_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigincubate.compat.deepspeed import import_deepspeed
     from bigincubate.errors import EnvironmentFault
-    from bigincubate.sharding.zero import _import
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(EnvironmentFault, match=r"pip install 'bigincubate\[deepspeed\]'"):
-        _import(RunEnv())
+        import_deepspeed("cpu")
 
 
 def test_deepspeed_is_imported_only_where_it_is_chosen(lab: Labs) -> None:

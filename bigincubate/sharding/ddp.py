@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint.pieces import Piece, whole
 from ..cluster.env import RunEnv
+from ..compat.torch import skip_fused_step_if
 from .state import load_optimizer, save_optimizer
 
 
@@ -65,8 +66,7 @@ class Replicated:
             self.ahead(norm)
         skip = ~torch.isfinite(norm)
         if self.optimizer.defaults.get("fused"):
-            # a fused optimizer looks at the flag on the device: no step waits for the host
-            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+            skip_fused_step_if(self.optimizer, skip)
             self.optimizer.step()
         elif not bool(skip):
             self.optimizer.step()

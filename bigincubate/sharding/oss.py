@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint.pieces import Piece, whole
 from ..cluster.env import RunEnv
-from ..errors import EnvironmentFault
+from ..compat.fairscale import import_fairscale, owner_rank
 from .state import load_optimizer, save_optimizer
 
 
@@ -30,29 +30,19 @@ class OptimizerStateSharding:
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
     ) -> nn.Module:
-        try:
-            from fairscale.nn.data_parallel import ShardedDataParallel
-            from fairscale.optim import OSS
-        except ImportError as error:
-            raise EnvironmentFault(
-                f"sharding.strategy = \"oss\" needs fairscale ({error}): pip install 'bigincubate[fairscale]'"
-            ) from None
+        OSS, ShardedDataParallel = import_fairscale()
         self.model = model
         self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         plain = make_optimizer(model)
         taken = inspect.signature(type(plain)).parameters
         defaults = {key: value for key, value in plain.defaults.items() if key in taken}
         self.optimizer = self.oss = OSS(plain.param_groups, optim=type(plain), **defaults)
-        self.mine = {name: p for name, p in self.named.items() if self._owner(p) == self.env.rank}
+        self.mine = {name: p for name, p in self.named.items() if owner_rank(self.oss, p) == self.env.rank}
         self.wrapped = ShardedDataParallel(model, self.oss)
         # it moves the parameters into new buffers, which else would be in the first forward: after an average was made
         # of the tensors that they were in before
         self.wrapped.refresh_trainable()
         return self.wrapped
-
-    def _owner(self, parameter: Tensor) -> int:
-        rank: int = self.oss._param_to_rank[parameter]
-        return rank
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.wrapped.no_sync()

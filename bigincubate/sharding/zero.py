@@ -7,9 +7,6 @@ which parameter lies where, and that is all that checkpoints and moving averages
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +19,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 from ..checkpoint.pieces import Piece, PieceReader
 from ..cluster.env import RunEnv
-from ..errors import ConfigError, EnvironmentFault
+from ..compat.deepspeed import flat_slices, import_deepspeed, sync_weights_from_master
+from ..errors import ConfigError
 from .flat_lamb import FlatLamb
 from .state import NUMBER, packed
 
@@ -64,7 +62,7 @@ class Zero:
             ConfigError: the optimizer needs whole tensors.
             EnvironmentFault: DeepSpeed is not installed.
         """
-        self.deepspeed = _import(self.env)
+        self.deepspeed = import_deepspeed(self.env.device.type)
         self.model = model
         self.optimizer = client(make_optimizer(model))
         trainable = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -72,10 +70,9 @@ class Zero:
         self.engine, self.zero, _, _ = self.deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
-        parts = _cut_each(self.zero, self.env.rank) if self.stage == 3 else _cut_groups(self.zero, self.env.rank)
         self.parts = [
             Share(trainable[parameter], shapes[trainable[parameter]], offset, length, flat, start)
-            for parameter, offset, length, flat, start in parts
+            for parameter, offset, length, flat, start in flat_slices(self.zero, self.stage, self.env.rank)
             if length > 0
         ]
         wrapped: nn.Module = self.engine
@@ -108,16 +105,8 @@ class Zero:
     def shards(self) -> dict[str, Piece]:
         return {share.name: share.of(share.flat) for share in self.parts}
 
-    @torch.no_grad()
     def publish(self) -> None:
-        if self.stage < 3:
-            self.zero.update_lp_params()
-            return
-        self.zero._partition_all_parameters()
-        for group in range(len(self.zero.fp16_groups)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(group)
-        if kept := self.zero.persistent_parameters:
-            kept[0].all_gather(kept)
+        sync_weights_from_master(self.zero, self.stage)
 
     def save(self) -> dict[str, Tensor | Piece]:
         tensors: dict[str, Tensor | Piece] = {}
@@ -173,23 +162,6 @@ class Zero:
         return whole
 
 
-def _import(env: RunEnv) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", env.device.type)
-    logger = logging.getLogger("DeepSpeed")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import deepspeed
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"sharding.strategy = \"zero…\" needs DeepSpeed ({error}): pip install 'bigincubate[deepspeed]'"
-        ) from None
-    logger.setLevel(logging.CRITICAL)
-    # an all-reduce through shared memory for inference, which would be compiled here, by all ranks at once
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
 def client(plain: Optimizer) -> Optimizer:
     """The optimizer that DeepSpeed runs on flat slices."""
     cautious = any(group.get("caution") for group in plain.param_groups)
@@ -201,28 +173,3 @@ def client(plain: Optimizer) -> Optimizer:
             ' ZeRO leaves a rank slices; use adamw, adam, sgd, rmsprop, lion or lamb, or sharding.strategy = "fsdp2"'
         )
     return plain
-
-
-Cut = tuple[nn.Parameter, int, int, Tensor, int]  # parameter, offset, length, flat tensor, start in it
-
-
-def _cut_groups(zero: Any, rank: int) -> Iterator[Cut]:
-    """Stages 1 and 2: this rank's slice of each group's parameters, laid end to end."""
-    for index, flat in enumerate(zero.single_partition_of_fp32_groups):
-        low = rank * zero.partition_size[index]
-        high = low + zero.partition_size[index]
-        laid = zip(zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True)
-        for parameter, at in laid:
-            first, last = max(low, at), min(high, at + parameter.numel())
-            yield parameter, first - at, last - first, flat, first - low
-
-
-def _cut_each(zero: Any, rank: int) -> Iterator[Cut]:
-    """Stage 3: this rank's part of each parameter, laid end to end."""
-    for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
-        start = 0
-        for parameter in group:
-            size = parameter.partition_numel()
-            offset = rank * size
-            yield parameter, offset, min(size, parameter.ds_numel - offset), flat, start
-            start += size

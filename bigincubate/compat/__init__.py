@@ -1,0 +1,1 @@
+"""Access to private parts of libraries: one module for each library, pinned by tests."""

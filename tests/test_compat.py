@@ -1,0 +1,110 @@
+"""The private parts of libraries that ``bigincubate/compat`` uses exist and do what it expects."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.distributed as dist
+from launching import environment
+from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from bigincubate.compat.fairscale import import_fairscale, owner_rank
+from bigincubate.compat.torch import skip_fused_step_if
+
+# ------------------------------------------------------------------------------------------------ torch
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_torch_fused_step_is_skipped_if_flag_is_set(optimizer: type[torch.optim.Optimizer]) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    fused = optimizer([weight], lr=0.1, fused=True)  # type: ignore[call-arg]
+    weight.grad = torch.full((3,), float("nan"))
+    skip_fused_step_if(fused, torch.tensor(True))
+    fused.step()
+    assert torch.equal(weight, torch.ones(3))
+    assert fused.state[weight]["step"] == 0
+    weight.grad = torch.ones(3)
+    skip_fused_step_if(fused, torch.tensor(False))
+    fused.step()
+    assert (weight < 1).all()
+    assert fused.state[weight]["step"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ fairscale
+
+
+@pytest.fixture
+def rank_0_of_3() -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=3)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("rank_0_of_3")
+def test_fairscale_owner_is_the_rank_with_fewest_elements() -> None:
+    pytest.importorskip("fairscale")
+    sizes = [7, 3, 1, 4, 2, 9, 1]
+    weights = [nn.Parameter(torch.zeros(size)) for size in sizes]
+    oss_class, _ = import_fairscale()
+    oss = oss_class(weights, optim=torch.optim.SGD, lr=0.1)
+    load = [0, 0, 0]
+    for weight, size in zip(weights, sizes, strict=True):
+        rank = owner_rank(oss, weight)
+        assert rank == load.index(min(load))
+        load[rank] += size
+
+
+# ------------------------------------------------------------------------------------------------ DeepSpeed
+
+DEEPSPEED = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from bigincubate.compat.deepspeed import flat_slices, import_deepspeed, local_partition, sync_weights_from_master
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+deepspeed = import_deepspeed("cpu")
+assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False
+for stage in (1, 2, 3):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    config = {
+        "train_batch_size": 4,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 10},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    _, zero, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    assert {local_partition(parameter) is not None for parameter in names} == {stage == 3}
+    slices = list(flat_slices(zero, stage, rank=0))
+    assert {names[part.parameter] for part in slices} == set(before)
+    for part in slices:
+        master = part.flat.narrow(0, part.start, part.length)
+        assert part.offset == 0
+        assert torch.equal(master.detach(), before[names[part.parameter]].flatten())
+        master.data.add_(1)
+    sync_weights_from_master(zero, stage)
+    for parameter, name in names.items():
+        with deepspeed.zero.GatheredParameters([parameter] if stage == 3 else []):
+            assert torch.equal(parameter.detach(), before[name] + 1), name
+    print("checked", len(slices))
+"""
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed_flat_slices_are_the_weights_and_can_be_synchronized() -> None:
+    command = [sys.executable, "-c", DEEPSPEED]
+    ended = subprocess.run(
+        command, env={**environment(), "LOCAL_RANK": "0"}, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("checked 4") == 3
