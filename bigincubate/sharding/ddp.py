@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ..checkpoint.pieces import Piece, whole
 from ..cluster.env import RunEnv
 from ..compat.torch import skip_fused_step_if
+from .gradients import clip_gradients
 from .state import load_optimizer, save_optimizer
 
 
@@ -58,10 +59,7 @@ class Replicated:
         loss.backward()
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        parameters = list(self.named.values())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        if max_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        norm = clip_gradients(self.named.values(), max_norm)
         if self.ahead:
             self.ahead(norm)
         skip = ~torch.isfinite(norm)

@@ -26,6 +26,7 @@ from ..checkpoint.pieces import Piece, PieceReader
 from ..cluster.env import RunEnv
 from ..config import Fsdp2
 from ..errors import ConfigError
+from .gradients import clip_gradients
 from .state import load_optimizer, save_optimizer
 
 
@@ -90,10 +91,7 @@ class FullyShard:
         loss.backward()
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        parameters = list(self.named.values())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
-        if max_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        norm = clip_gradients(self.named.values(), max_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor().to(self.env.device)
         skip = ~torch.isfinite(norm)
