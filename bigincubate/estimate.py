@@ -1,8 +1,8 @@
-"""How long a recipe takes on a cluster: counted FLOPs over measured rates, GPUs shared out by FLOPs.
+"""Estimate how long a recipe takes on a cluster: counted FLOPs divided by measured rates.
 
-The critical path is the meta model on all GPUs, then the slowest module on its own, then fine-tuning on all. What is
-computed is counted exactly; what a GPU achieves is what was measured (a run's phases, or a number that a user gives);
-queues, the start of a job, evaluation and a scaling that is less than linear are not in it.
+The GPUs are divided among the modules in proportion to their FLOPs. The critical path is the meta model on all GPUs,
+the slowest module on its GPUs, and fine-tuning on all GPUs. FLOPs are counted exactly; the rate of a GPU is measured
+(by the phases of a run) or given by the user. Queues, start-up, evaluation and scaling losses are not included.
 """
 
 from __future__ import annotations
@@ -21,7 +21,12 @@ from .seeds import phase_key
 
 @dataclass(frozen=True)
 class Cluster:
-    """``rates``: FLOP/s of one GPU, by the key of a phase."""
+    """GPUs and their speed.
+
+    Attributes:
+        gpus: number of GPUs.
+        rates: returns the achieved FLOP/s of one GPU in a phase.
+    """
 
     gpus: int
     rates: Callable[[PlannedRow], float]
@@ -29,7 +34,14 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A phase on its share of the cluster."""
+    """Duration of a phase.
+
+    Attributes:
+        key: key of the phase.
+        title: name of the phase for tables.
+        gpus: number of GPUs.
+        seconds: training time.
+    """
 
     key: str
     title: str
@@ -38,29 +50,33 @@ class Estimate:
 
     @property
     def gpu_seconds(self) -> float:
+        """GPUs times seconds."""
         return self.gpus * self.seconds
 
 
 def read_cluster(text: str) -> Cluster:
-    """``nodes=64,gpus=8,tflops=200`` (achieved, of one GPU), or ``nodes=1,gpus=2,rates=RUN``: what the phases of a run
-    with one rank each achieved.
+    """Parse ``--cluster``.
+
+    Args:
+        text: ``nodes=64,gpus=8,tflops=200`` (TFLOP/s that one GPU achieves), or ``nodes=1,gpus=2,rates=RUN`` (rates of
+            the phases of a run that was trained with one rank per phase).
 
     Raises:
-        ConfigError: anything else; or the run has finished no phase.
+        ConfigError: the text is invalid, or no phase of the run has finished.
     """
     pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    known = {"nodes": r"[1-9]\d*", "gpus": r"[1-9]\d*", "tflops": r"\d+(\.\d+)?", "rates": r".+"}
+    patterns = {"nodes": r"[1-9]\d*", "gpus": r"[1-9]\d*", "tflops": r"\d+(\.\d+)?", "rates": r".+"}
     one_rate = ("tflops" in pairs) ^ ("rates" in pairs)
-    good = one_rate and len(pairs) == len(text.split(",")) and pairs.keys() <= known.keys()
-    if not good or not all(re.fullmatch(known[key], value) for key, value in pairs.items()):
+    valid = one_rate and len(pairs) == len(text.split(",")) and pairs.keys() <= patterns.keys()
+    if not valid or not all(re.fullmatch(patterns[key], value) for key, value in pairs.items()):
         raise ConfigError(
-            f"--cluster {text}: expected nodes=N,gpus=N and tflops=X (what one GPU achieves) or rates=RUN (a run to"
-            " take it from), such as nodes=64,gpus=8,tflops=200"
+            f"--cluster {text}: expected nodes=N,gpus=N and tflops=X (achieved by one GPU) or rates=RUN (measured by a"
+            " run), such as nodes=64,gpus=8,tflops=200"
         )
     gpus = int(pairs.get("nodes", 1)) * int(pairs.get("gpus", 1))
     if "tflops" in pairs:
         if not (flops := 1e12 * float(pairs["tflops"])):
-            raise ConfigError(f"--cluster {text}: tflops = 0 never ends")
+            raise ConfigError(f"--cluster {text}: tflops must be greater than 0")
         return Cluster(gpus, lambda row: flops)
     measured = measured_rates(RunDir(Path(pairs["rates"])))
 
@@ -71,10 +87,11 @@ def read_cluster(text: str) -> Cluster:
 
 
 def measured_rates(run: RunDir) -> dict[str, float]:
-    """FLOP/s that each finished phase of a run achieved, by its key.
+    """Return the FLOP/s that each finished phase of a run achieved, by its key.
 
     Raises:
-        ArtifactError: not a run directory. ConfigError: no phase of it has trained.
+        ArtifactError: not a run directory.
+        ConfigError: no phase has finished.
     """
     recipe = run.recipe()
     modules = len(list((run.path / "modules").glob("[0-9]*")))
@@ -85,15 +102,17 @@ def measured_rates(run: RunDir) -> dict[str, float]:
         if result and result["seconds"] and result["flops"]:
             found[phase_key(phase, module)] = result["flops"] / result["seconds"]
     if not found:
-        raise ConfigError(f"--cluster rates={run.path}: no phase of {recipe.name} has finished there")
+        raise ConfigError(f"--cluster rates={run.path}: no phase of {recipe.name} has finished; use tflops=X")
     return found
 
 
 def estimate(rows: Sequence[PlannedRow], cluster: Cluster, fits: Callable[[PlannedRow, int], bool]) -> list[Estimate]:
-    """Every phase on its GPUs: the modules share them, the others have all.
+    """Return the duration of each phase: modules divide the GPUs, every other phase has all of them.
 
     Args:
-        fits: whether a row's batch can be cut over that many ranks.
+        rows: rows of the plan.
+        cluster: GPUs and their speed.
+        fits: whether a row's batch can be divided among a number of ranks.
     """
 
     def seconds(row: PlannedRow, gpus: int) -> float:
@@ -103,26 +122,28 @@ def estimate(rows: Sequence[PlannedRow], cluster: Cluster, fits: Callable[[Plann
         return [n for n in range(1, cluster.gpus + 1) if n == 1 or fits(row, n)]
 
     modules = {row.key: row for row in rows if row.phase == "incubate"}
-    shares, steps = dict.fromkeys(modules, 1), {key: usable(row) for key, row in modules.items()}
-    while True:  # the next GPUs go to the module that would take longest, until they no longer suffice for it
+    shares, choices = dict.fromkeys(modules, 1), {key: usable(row) for key, row in modules.items()}
+    while True:  # give more GPUs to the slowest module until there are not enough left
         slowest = max(modules, key=lambda key: seconds(modules[key], shares[key]))
-        larger = [n for n in steps[slowest] if n > shares[slowest]]
+        larger = [n for n in choices[slowest] if n > shares[slowest]]
         if not larger or sum(shares.values()) - shares[slowest] + larger[0] > cluster.gpus:
             break
         shares[slowest] = larger[0]
-    on = {row.key: shares.get(row.key) or usable(row)[-1] for row in rows}
-    return [Estimate(row.key, row.title, on[row.key], seconds(row, on[row.key])) for row in rows]
+    gpus = {row.key: shares.get(row.key) or usable(row)[-1] for row in rows}
+    return [Estimate(row.key, row.title, gpus[row.key], seconds(row, gpus[row.key])) for row in rows]
 
 
 def critical_path(estimates: Sequence[Estimate], gpus: int) -> float:
-    """Seconds from the first step to the last: meta model, modules beside each other (in turns, the longest first,
-    where there are fewer GPUs than modules), fine-tuning."""
-    slots = [0.0] * gpus
-    modules = [each for each in estimates if each.key.startswith("incubate/")]
-    if sum(each.gpus for each in modules) <= gpus:
-        beside = max(each.seconds for each in modules)
+    """Return the seconds from the first step of the meta model to the last step of fine-tuning.
+
+    Modules train in parallel. With fewer GPUs than modules, a free GPU takes the longest remaining module.
+    """
+    modules = [phase for phase in estimates if phase.key.startswith("incubate/")]
+    if sum(phase.gpus for phase in modules) <= gpus:
+        incubation = max(phase.seconds for phase in modules)
     else:
-        for each in sorted(modules, key=lambda each: -each.seconds):
-            heapq.heapreplace(slots, slots[0] + each.seconds)
-        beside = max(slots)
-    return beside + sum(each.seconds for each in estimates if each.key in ("pretrain", "finetune"))
+        busy_until = [0.0] * gpus
+        for phase in sorted(modules, key=lambda phase: -phase.seconds):
+            heapq.heapreplace(busy_until, busy_until[0] + phase.seconds)
+        incubation = max(busy_until)
+    return incubation + sum(phase.seconds for phase in estimates if phase.key in ("pretrain", "finetune"))

@@ -1,4 +1,4 @@
-"""What a rank really holds and sends: the measure that :mod:`.footprint` is held to."""
+"""Measure the memory that a rank holds and the bytes that it sends, to check :mod:`.footprint`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from .compat.deepspeed import local_partition
 
-# c10d's operator -> the kind of collective, and which argument is the whole tensor or the list of its parts
-WHOLE = {
+# c10d operator -> kind of collective, index of the argument with the full tensor or the list of its parts
+PAYLOAD_ARGUMENT = {
     "allreduce_": ("all_reduce", 0),
     "allreduce_coalesced_": ("all_reduce", 0),
     "reduce_": ("reduce", 0),
@@ -29,12 +29,17 @@ WHOLE = {
     "_reduce_scatter_base_": ("reduce_scatter", 1),
     "reduce_scatter_tensor_coalesced_": ("reduce_scatter", 1),
 }
-NORMS = 2  # elements: LAMB sums two squares for each parameter
+MAX_NORM_NUMEL = 2  # LAMB sums two squared norms for each parameter
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the payload of this rank's collectives while it is entered, by kind, in ``bytes``; see
-    :mod:`.sharding.communication`. Flags, words and norms are not counted."""
+    """Count the payload of this rank's collectives while the context is active.
+
+    See :mod:`.sharding.communication` for the definition of payload. Integers and norms are not counted.
+
+    Attributes:
+        bytes: payload by kind of collective.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,16 +49,16 @@ class Collectives(TorchDispatchMode):
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
         name = operator._schema.name.removeprefix("c10d::")
-        if operator.namespace == "c10d" and name in WHOLE:
-            kind, index = WHOLE[name]
+        if operator.namespace == "c10d" and name in PAYLOAD_ARGUMENT:
+            kind, index = PAYLOAD_ARGUMENT[name]
             for tensor in tree_leaves(arguments[index]):
-                if tensor.is_floating_point() and tensor.numel() > NORMS:
+                if tensor.is_floating_point() and tensor.numel() > MAX_NORM_NUMEL:
                     self.bytes[kind] += tensor.numel() * tensor.element_size()
         return operator(*arguments, **(options or {}))
 
 
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
-    """Address and bytes of what the tensors lie in, each once."""
+    """Return bytes by address of the distinct storages of ``tensors``."""
     found = {}
     for tensor in tensors:
         storage = (tensor._local_tensor if isinstance(tensor, DTensor) else tensor).untyped_storage()
@@ -62,36 +67,46 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
 
 
 def alive(device: torch.device) -> dict[int, int]:
-    """All that Python knows of on a device."""
+    """Return bytes by address of all storages on ``device`` that Python's garbage collector can find."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
     return storages(tensor for tensor in tensors if tensor.device == device and tensor.layout is torch.strided)
 
 
 def held(
     model: nn.Module, optimizer: Optimizer, shards: Iterable[Tensor], average: Iterable[Tensor]
 ) -> dict[str, dict[int, int]]:
-    """What a strategy is known to hold, as :func:`storages`. What is in two of them counts for the first."""
+    """Return the storages of a training process by role: weights, optimizer, average, masters, gradients.
+
+    Args:
+        model: the model.
+        optimizer: its optimizer, or fairscale's wrapper of it.
+        shards: this rank's shards of the trainable parameters.
+        average: their moving average.
+
+    Returns:
+        Bytes by address for each role. A storage with several roles counts for the first one.
+    """
     parameters = list(model.parameters())
-    shares = [each for p in parameters if (each := local_partition(p)) is not None]
-    inner = getattr(optimizer, "optim", optimizer)  # fairscale's
-    state = [value for kept in inner.state.values() for value in kept.values() if isinstance(value, Tensor)]
-    parts = {
-        "weights": storages([*(parameter.detach() for parameter in parameters), *shares, *model.buffers()]),
+    partitions = [part for p in parameters if (part := local_partition(p)) is not None]
+    inner = getattr(optimizer, "optim", optimizer)  # fairscale keeps the state in the wrapped optimizer
+    state = [value for entry in inner.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    roles = {
+        "weights": storages([*(parameter.detach() for parameter in parameters), *partitions, *model.buffers()]),
         "optimizer": storages(state),
         "average": storages(average),
         "masters": storages(shards),
         "gradients": storages(p.grad for p in parameters if p.grad is not None),
     }
     seen: set[int] = {0}
-    for name, part in parts.items():
-        parts[name] = {address: size for address, size in part.items() if address not in seen}
-        seen |= part.keys()
-    return parts
+    for name, found in roles.items():
+        roles[name] = {address: size for address, size in found.items() if address not in seen}
+        seen |= found.keys()
+    return roles
 
 
 def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that tensors take during ``step``, those that were there before included."""
+    """Return the peak bytes of tensors during ``step``, including those that existed before."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         step()
@@ -100,9 +115,9 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
         step()
     assert profile.kineto_results is not None
-    now = most = 0
+    now = peak = 0
     events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
-        most = max(most, now)
-    return before + most
+        peak = max(peak, now)
+    return before + peak

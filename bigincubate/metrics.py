@@ -1,4 +1,4 @@
-"""What a phase reports while it runs: TensorBoard beside ``metrics.jsonl``, the same numbers in both."""
+"""Metrics of a running phase, written to both TensorBoard and ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ FLEET = {"fleet/loss": "train/loss", "fleet/images_per_sec": "perf/images_per_se
 
 
 class Metrics:
-    """One writer a phase, on rank 0; the other ranks' is silent.
+    """Write the metrics of a phase.
 
     Args:
-        first: the first optimizer step that will be logged. What an earlier attempt logged from it on is dropped, so
+        folder: the phase's directory.
+        first: the first optimizer step that will be logged. Rows of earlier attempts from this step on are removed, so
             that no step appears twice.
-        fleet: a folder of this phase's own, beside those of all others: how far it is, under tags that they share.
+        enabled: False makes every method do nothing; True on rank 0 only.
+        fleet: directory for an overview of all phases in TensorBoard, which has progress and loss of each phase under
+            the same tags.
         total: optimizer steps of the phase.
     """
 
@@ -35,13 +38,13 @@ class Metrics:
         self.writer: SummaryWriter | None = None
         self.fleet: SummaryWriter | None = None
         if enabled:
-            _cut(self.file, first)
+            _truncate(self.file, first)
             self.writer = _writer(folder.path / "tb", first)
             self.restarts = max(0, len(folder.attempts()) - 1)
             self.fleet = _writer(fleet, first) if fleet else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of an optimizer step. Tags: ``train/loss``, ``train/lr``, ``train/grad_norm``, ``val/top1``, …"""
+        """Write the values of an optimizer step by tag, such as ``train/loss``, ``train/lr`` or ``perf/mfu``."""
         if self.writer is None:
             return
         append_line(self.file, {"step": step, **values})
@@ -54,30 +57,32 @@ class Metrics:
                 self.fleet.add_scalar(tag, value, step)
 
     def images(self, step: int, images: Tensor, mean: list[float], std: list[float]) -> None:
-        """Show inputs ``[n, 3, H, W]`` as the model sees them, normalisation undone."""
+        """Write a batch of model inputs ``[n, 3, H, W]`` to TensorBoard, with the normalization undone."""
         if self.writer is not None:
             shape = (1, 3, 1, 1)
-            shown = images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-            scale = max(1, 64 // shown.shape[-1])  # tiny images are enlarged to be seen
-            shown = shown.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-            self.writer.add_images("inputs", shown, step)
+            pixels = images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+            scale = max(1, 64 // pixels.shape[-1])  # enlarge small images
+            pixels = pixels.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+            self.writer.add_images("inputs", pixels, step)
 
     def text(self, tag: str, text: str) -> None:
+        """Write Markdown to TensorBoard."""
         if self.writer is not None:
             self.writer.add_text(tag, text, 0)
 
     def flush(self) -> None:
-        """Before a checkpoint: what it covers must not be lost with the process."""
+        """Write buffered values to disk, so that they are not lost if the process ends after a checkpoint."""
         for writer in filter(None, (self.writer, self.fleet)):
             writer.flush()
 
     def close(self) -> None:
+        """Close the writers."""
         for writer in filter(None, (self.writer, self.fleet)):
             writer.close()
 
 
 def log_partial(folder: Path, modules: int, scores: dict[str, float]) -> None:
-    """The score of an assembly of so many modules and the meta model, over that number, in a folder of its own."""
+    """Write the scores of an assembly of ``modules`` modules and the rest of the meta model to TensorBoard."""
     with _writer(folder, 0) as writer:
         for key in ("top1", "loss"):
             writer.add_scalar(f"partial/{key}", scores[key], modules)
@@ -89,7 +94,7 @@ def _writer(folder: Path, first: int) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=first)
 
 
-def _cut(file: Path, first: int) -> None:
+def _truncate(file: Path, first: int) -> None:
     rows = read_metrics(file)
     kept = [row for row in rows if row["step"] < first]
     if len(kept) < len(rows) or (file.exists() and not file.read_bytes().endswith(b"\n")):
@@ -97,12 +102,17 @@ def _cut(file: Path, first: int) -> None:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The logged rows."""
+    """Return the rows of ``metrics.jsonl``."""
     return read_lines(file)
 
 
 class Meter:
-    """Throughput between two logged steps."""
+    """Measure throughput between two logged steps.
+
+    Args:
+        flops_per_image: training FLOPs of a sample.
+        device: device that trains.
+    """
 
     def __init__(self, flops_per_image: int, device: torch.device) -> None:
         self.flops_per_image, self.device = flops_per_image, device
@@ -110,10 +120,16 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
+        """Start a new interval."""
         self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
 
     def read(self) -> dict[str, float]:
-        """Images a second over all ranks, GFLOP/s, share of time spent waiting for data, memory; then starts anew."""
+        """Return the metrics of the interval and start a new one.
+
+        Returns:
+            Images per second and GFLOP/s over all ranks, fraction of time spent waiting for data, peak memory in GiB
+            and, if the peak rate of the accelerator is known, model FLOPs utilization.
+        """
         seconds = time.perf_counter() - self.started
         rate = self.images / seconds
         values = {
@@ -134,7 +150,7 @@ class Meter:
 
 
 def _peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of the accelerator (vendor data sheets); None where it is not known."""
+    """Return the dense bf16 peak of the accelerator in FLOP/s (vendor data sheets); None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,8 +1,7 @@
-"""Operators of this package's own: an eager reference, a Triton body for GPUs, an autograd formula
-where there are gradients.
+"""Custom operators: an eager reference, a Triton kernel for GPUs and, where needed, a formula for the gradient.
 
-Each is a ``torch.library.triton_op``, so ``torch.compile`` sees inside and fuses around it. On a CPU the
-reference runs. None has been measured on a GPU yet: what uses one is a recipe's choice, not a default.
+Each is a ``torch.library.triton_op``, so ``torch.compile`` can trace it and fuse around it. CPUs run the reference. No
+operator has been measured on a GPU yet, so recipes have to opt in.
 """
 
 from .augment import augment

@@ -1,4 +1,4 @@
-"""Where an operator runs its Triton body."""
+"""Choice between Triton kernel and eager reference."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from torch import Tensor
 
 
 def on_triton(x: Tensor) -> bool:
-    """On a GPU; on a CPU under Triton's interpreter (``TRITON_INTERPRET=1``), which is how tests without a GPU run."""
+    """Return whether to run the Triton kernel: on a GPU, or in Triton's interpreter (``TRITON_INTERPRET=1``)."""
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

@@ -2,6 +2,6 @@
 
 from .ema import Ema
 from .optimizer import make_optimizer, make_schedule, scaled_lr
-from .state_size import Trained, trained
+from .state_size import ParamInfo, trained
 
-__all__ = ["Ema", "Trained", "make_optimizer", "make_schedule", "scaled_lr", "trained"]
+__all__ = ["Ema", "ParamInfo", "make_optimizer", "make_schedule", "scaled_lr", "trained"]

@@ -11,26 +11,34 @@ from ..checkpoint.pieces import Piece, PieceReader
 
 
 class Ema:
-    """A moving average of the trainable parameters, of what this rank has of them, in their own dtype and place."""
+    """Average this rank's shards of the trainable parameters, in their dtype and on their device.
+
+    Args:
+        shards: this rank's shards by parameter name.
+        decay: weight of the average in an update; 0 turns averaging off.
+    """
 
     def __init__(self, shards: Mapping[str, Piece], decay: float) -> None:
         self.decay = decay
         self.shards = dict(shards) if decay else {}
-        self.average = {name: piece.tensor.clone() for name, piece in self.shards.items()}
+        self.average = {name: shard.tensor.clone() for name, shard in self.shards.items()}
 
     @torch.no_grad()
     def update(self) -> None:
+        """Update the average: ``average = decay * average + (1 - decay) * weights``."""
         if self.average:
-            own = [piece.tensor for piece in self.shards.values()]
-            torch._foreach_lerp_(list(self.average.values()), own, 1 - self.decay)
+            weights = [shard.tensor for shard in self.shards.values()]
+            torch._foreach_lerp_(list(self.average.values()), weights, 1 - self.decay)
 
     def save(self) -> dict[str, Piece]:
+        """Return the average for a checkpoint, under keys ``ema/NAME``."""
         return {
             f"ema/{name}": Piece(value, self.shards[name].offset, self.shards[name].shape)
             for name, value in self.average.items()
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the average from a checkpoint of any strategy and world size."""
         assert isinstance(tensors, PieceReader)
         for name, value in self.average.items():
             part = tensors.part(f"ema/{name}", self.shards[name].offset, value.numel())
@@ -38,8 +46,8 @@ class Ema:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchange the average and the model's own weights; again to put them back."""
+        """Exchange the average and the weights. Call again to restore both."""
         for name, value in self.average.items():
-            own = self.shards[name].tensor.clone()
+            weights = self.shards[name].tensor.clone()
             self.shards[name].tensor.copy_(value)
-            value.copy_(own)
+            value.copy_(weights)

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a phase, both timm's."""
+"""Optimizer and learning-rate schedule of a phase, both from timm."""
 
 from __future__ import annotations
 
@@ -16,21 +16,26 @@ from ..errors import ConfigError
 
 
 def scaled_lr(settings: Settings) -> float:
-    """The peak learning rate: ``lr * (batch_size / lr_base_batch)``, or its square root, or ``lr`` as it stands, which
-    :mod:`.adascale` then multiplies step by step."""
+    """Return the peak learning rate: ``train.lr`` times a factor that ``optim.lr_scaling`` chooses.
+
+    The factor is ``batch_size / lr_base_batch`` ("linear"), its square root ("sqrt"), or 1. AdaScale starts from 1 and
+    multiplies the rate in each step.
+    """
     ratio = settings.train.batch_size / settings.optim.lr_base_batch
     return settings.train.lr * {"linear": ratio, "sqrt": ratio**0.5}.get(settings.optim.lr_scaling, 1.0)
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
-    """The optimizer over the trainable parameters of ``model``. Weight decay spares norms, biases and what the model
-    itself excepts (position embedding, class token).
+    """Return an optimizer of the trainable parameters of ``model``.
+
+    Weight decay is not applied to norms, biases and parameters that the model excludes (position embedding, class
+    token).
 
     Raises:
-        ConfigError: timm has no such optimizer, or it does not take these settings.
+        ConfigError: timm has no such optimizer, or the optimizer does not support these settings.
     """
     optim = settings.optim
-    extra: dict[str, Any] = {"eps": optim.eps, "betas": tuple(optim.betas)}  # timm leaves out what does not apply
+    extra: dict[str, Any] = {"eps": optim.eps, "betas": tuple(optim.betas)}  # timm drops those that do not apply
     try:
         info = get_optimizer_info(optim.name)
         if reason := _unsupported(info, len(optim.betas)):
@@ -38,7 +43,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
         if optim.name in ("adamw", "adam"):
             extra["fused"] = True
         if info.opt_class is Lamb:
-            extra["max_grad_norm"] = None  # timm's LAMB clips by itself; the trainer already does
+            extra["max_grad_norm"] = None  # the trainer clips; timm's LAMB would clip again
         return create_optimizer_v2(
             model,
             opt=optim.name,
@@ -48,25 +53,31 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
             **extra,
         )
     except (TypeError, ValueError, AssertionError) as error:
-        raise ConfigError(f"optim.name = {optim.name!r}: {str(error) or 'not an optimizer of timm'}") from None
+        raise ConfigError(f"optim.name = {optim.name!r}: {str(error) or 'timm has no such optimizer'}") from None
 
 
 def _unsupported(info: OptimInfo, betas: int) -> str | None:
-    """Why an optimizer of timm cannot be used; None if it can."""
+    """Return the reason why an optimizer of timm is not supported; None if it is."""
     if info.second_order:
-        return "it needs second derivatives, which are not computed"
+        return "it needs second derivatives, which the trainer does not compute"
     if info.opt_class is Kron:
-        return "it draws random numbers, which would not survive a resume"
+        return "it draws random numbers, so a resumed run would differ"
     if info.has_betas and info.num_betas != betas:
         return f"it takes {info.num_betas} betas, optim.betas has {betas}"
     return None
 
 
 def make_schedule(optimizer: Optimizer, settings: Settings, total: int, steps_per_epoch: int) -> Scheduler:
-    """The learning rate as a pure function of the optimizer step; ``schedule.step_update(step)`` sets it.
+    """Return the learning-rate schedule, a pure function of the optimizer step: ``schedule.step_update(step)``.
+
+    Args:
+        optimizer: the optimizer whose learning rates are set.
+        settings: settings of the phase.
+        total: optimizer steps of the phase.
+        steps_per_epoch: optimizer steps of an epoch.
 
     Raises:
-        ConfigError: the warm-up is as long as the phase.
+        ConfigError: the warm-up is at least as long as the phase.
     """
     warmup = round(settings.schedule.warmup_epochs * steps_per_epoch)
     if warmup and warmup >= total > 0:

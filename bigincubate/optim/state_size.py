@@ -1,4 +1,4 @@
-"""Bytes of optimizer state for each trainable parameter, counted without allocating memory."""
+"""Bytes of optimizer state for each trainable parameter, found without allocating memory."""
 
 from __future__ import annotations
 
@@ -18,24 +18,41 @@ from .optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A trainable parameter, and the bytes that the optimizer keeps of it."""
+class ParamInfo:
+    """A parameter and the size of its optimizer state.
+
+    Attributes:
+        name: name in the model.
+        shape: shape of the parameter.
+        group: index of the optimizer's parameter group; -1 if the parameter is frozen.
+        each: bytes per element in state tensors of the parameter's shape.
+        beside: bytes in state tensors of other shapes.
+    """
 
     name: str
     shape: tuple[int, ...]
-    group: int  # of the optimizer
-    each: int  # bytes for each element, in tensors of the parameter's shape
-    beside: int  # bytes in tensors of other shapes
+    group: int
+    each: int
+    beside: int
 
 
 def trained(
-    model: nn.Module, settings: Settings, client: Callable[[Optimizer], Optimizer] = lambda plain: plain
-) -> list[Trained]:
-    """What the optimizer would train and keep of ``model``, which may be on the meta device: made and stepped once on
-    fake tensors, so nothing is allocated, and looked at. In its own order; groups are those of what ``client`` makes of
-    the optimizer."""
+    model: nn.Module, settings: Settings, wrap: Callable[[Optimizer], Optimizer] = lambda optimizer: optimizer
+) -> list[ParamInfo]:
+    """Return the trainable parameters in the optimizer's order, with the size of their optimizer state.
+
+    The optimizer takes one step on fake tensors, so no memory is allocated.
+
+    Args:
+        model: may be on the meta device; it is not changed.
+        settings: settings of the phase.
+        wrap: replaces the optimizer; groups and order are those of its result.
+
+    Raises:
+        ConfigError: the optimizer does not exist, or ``wrap`` refuses it.
+    """
     model = copy.deepcopy(model)
-    with FakeTensorMode(), _Ones():
+    with FakeTensorMode(), _ScalarsAreOne():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 fake = nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad)
@@ -45,25 +62,26 @@ def trained(
         optimizer.step()
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [
-        Trained(names[parameter], tuple(parameter.shape), group, *_kept(parameter, optimizer.state[parameter]))
-        for group, of in enumerate(client(optimizer).param_groups)
-        for parameter in of["params"]
+        ParamInfo(names[parameter], tuple(parameter.shape), index, *_state_bytes(parameter, optimizer.state[parameter]))
+        for index, group in enumerate(wrap(optimizer).param_groups)
+        for parameter in group["params"]
     ]
 
 
-def _kept(parameter: Tensor, state: Mapping[str, Any]) -> tuple[int, int]:
-    each = beside = 0
+def _state_bytes(parameter: Tensor, state: Mapping[str, Any]) -> tuple[int, int]:
+    """Return bytes per element in tensors of the parameter's shape, and bytes in all other tensors."""
+    per_element = other = 0
     for value in state.values():
         if isinstance(value, Tensor):
             if value.shape == parameter.shape:
-                each += value.element_size()
+                per_element += value.element_size()
             else:
-                beside += value.numel() * value.element_size()
-    return each, beside
+                other += value.numel() * value.element_size()
+    return per_element, other
 
 
-class _Ones(TorchDispatchMode):
-    """Fake tensors have no values: to an optimizer that asks for one, it is one."""
+class _ScalarsAreOne(TorchDispatchMode):
+    """Return 1.0 if an optimizer reads the value of a fake tensor, which has none."""
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None

@@ -1,7 +1,7 @@
-"""How parameters, gradients and optimizer state are spread over the ranks.
+"""How parameters, gradients and optimizer state are distributed over the ranks.
 
-A strategy has a few verbs, and the trainer never asks which one it has. Clipping and accumulation are among them,
-because some strategies own both.
+Every strategy implements the protocol :class:`Sharding`, and the trainer does not know which one it uses. Clipping and
+gradient accumulation are part of the protocol because some strategies implement both themselves.
 """
 
 from __future__ import annotations
@@ -22,81 +22,107 @@ if TYPE_CHECKING:
 
 
 class Sharding(Protocol):
-    """One strategy, on one rank."""
+    """A sharding strategy on one rank.
+
+    Attributes:
+        optimizer: the optimizer whose ``param_groups`` have the learning rates. Set by :meth:`prepare`.
+        gathers: whether the forward runs collectives, so that all ranks must call it equally often.
+    """
 
     optimizer: Optimizer
-    gathers: bool  # the forward needs all ranks at once: each must call it as often as the others
+    gathers: bool
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
     ) -> nn.Module:
-        """Spread ``model`` (already frozen as it will stay) by ``units``, the paths of its blocks; gives the module to
-        call."""
+        """Shard a model and create its optimizer.
+
+        Args:
+            model: the model on its device. Parameters are already frozen; this must not change later.
+            units: paths of its blocks, each of which is sharded as a unit.
+            make_optimizer: creates the optimizer of a model's trainable parameters.
+
+        Returns:
+            The module to call in training.
+        """
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Around the forward and backward of a micro-batch: gradients travel in the last one only."""
+        """Return the context for forward and backward of a micro-batch: gradients are reduced in the last one only."""
 
-    def backward(self, loss: Tensor) -> None: ...
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients of ``loss`` (scalar) and add them to those of earlier micro-batches."""
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Clip to ``max_norm`` (0: not at all) and update; or leave everything as it is where the gradient is not
-        finite, on all ranks alike.
-        Gives the gradient's norm before clipping and whether the step was skipped (scalars, on the device)."""
+        """Clip the gradient, update the weights and clear the gradient.
 
-    def before_update(self, call: Callable[[Tensor], None]) -> None:
-        """From now on call this ahead of every update, on all ranks, with the norm of the gradient before clipping
-        (scalar): it may change learning rates.
+        If the gradient is not finite, all ranks skip the update: weights and optimizer state do not change.
+
+        Args:
+            max_norm: maximum L2 norm of the gradient; 0 turns clipping off.
+
+        Returns:
+            The norm before clipping and whether the update was skipped, both scalars on the device.
+        """
+
+    def before_update(self, hook: Callable[[Tensor], None]) -> None:
+        """Call a function before every update on all ranks.
+
+        Args:
+            hook: takes the norm of the gradient before clipping (scalar); may change learning rates.
 
         Raises:
-            ConfigError: a backward gives a rank no whole gradients of its own samples.
+            ConfigError: the strategy never has the full gradients of a rank's own samples.
         """
 
     def shards(self) -> dict[str, Piece]:
-        """The trainable parameters, or what this rank has of them, by name: the very tensors, not copies."""
+        """Return this rank's shards of the trainable parameters by name: the tensors themselves, not copies."""
 
     def publish(self) -> None:
-        """After the tensors of :meth:`shards` were written to: the model computes with what they are now."""
+        """Copy values that were written to the local shards into the weights that the model computes with."""
 
     def save(self) -> dict[str, Tensor | Piece]:
-        """This rank's share of weights and optimizer state, for a resume checkpoint; nothing is gathered. Empty: others
-        hold it. Keys as in :mod:`.state`."""
+        """Return this rank's part of weights and optimizer state for a checkpoint, without communication.
+
+        Keys are those of :mod:`.state`. Empty if other ranks have everything.
+        """
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what any strategy saved, at any world size."""
+        """Restore weights and optimizer state that any strategy saved at any world size."""
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """Every parameter and persistent buffer, whole, in fp32, on the CPU. On all ranks together."""
+        """Return all parameters and persistent buffers, unsharded, in fp32 on the CPU. Collective."""
 
 
 def make_sharding(settings: Settings, env: RunEnv, micro_batches: int = 1) -> Sharding:
-    """
+    """Return the strategy that ``settings`` choose. With one process, every strategy is :class:`.ddp.Replicated`.
+
     Args:
-        micro_batches: how many of them make a rank's share of a batch.
+        settings: settings of the phase.
+        env: the process group.
+        micro_batches: micro-batches per step on each rank.
 
     Raises:
-        ConfigError: the strategy does not fit the world size, or its own configuration not the recipe.
+        ConfigError: the strategy does not support the world size or other settings, or its DeepSpeed file contradicts
+            the recipe.
     """
     chosen = settings.sharding
     if chosen.strategy == "none" and env.world > 1:
         raise ConfigError(f'sharding.strategy = "none" with {env.world} ranks; use "ddp"')
     if chosen.strategy == "zero3" and settings.train.compile:
-        raise ConfigError(
-            'sharding.strategy = "zero3" fails or hangs with train.compile; use "fsdp2", or do not compile'
-        )
-    if (
-        chosen.strategy == "zero3" and settings.train.skip_unused
-    ):  # it gathers a layer's weights in that layer's forward
-        raise ConfigError('sharding.strategy = "zero3" does not go with train.skip_unused; use "fsdp2", or do not skip')
+        raise ConfigError('sharding.strategy = "zero3" fails or hangs with train.compile; use "fsdp2" or turn it off')
+    if chosen.strategy == "zero3" and settings.train.skip_unused:
+        # it reads weights without calling their layer, whose forward is where ZeRO-3 gathers them
+        raise ConfigError('sharding.strategy = "zero3" does not support train.skip_unused; use "fsdp2" or turn it off')
     if chosen.strategy == "zero3" and chosen.activation_checkpointing == "selective":
-        # weights are gathered inside of what is computed twice, differently each time
+        # weights are gathered inside the recomputed region, differently in each of the two passes
         raise ConfigError(
-            'sharding.strategy = "zero3" fails with activation_checkpointing = "selective"; use "every", or "fsdp2"'
+            'sharding.strategy = "zero3" fails with activation_checkpointing = "selective"; use "every" or "fsdp2"'
         )
     if chosen.strategy.startswith("zero"):
         from .zero_config import deepspeed_config
 
         config = deepspeed_config(settings, world=env.world, micro_batches=micro_batches)
-    if chosen.strategy in ("none", "ddp") or env.world == 1:  # one process holds everything, whatever it is called
+    if chosen.strategy in ("none", "ddp") or env.world == 1:
         from .ddp import Replicated
 
         return Replicated(env, micro_batches)

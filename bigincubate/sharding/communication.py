@@ -1,12 +1,13 @@
-"""How much of each tensor a rank has, and what travels in a step, under each strategy: what plans are counted from.
+"""Elements that a rank holds and sends in a step under each sharding strategy, used to estimate memory and traffic.
 
-A *share* says how many elements of each tensor a rank has; a strategy is a row of shares, which follows what the
-libraries were seen to do, not what is said of them. A test holds every row to two real ranks.
+A :data:`LocalNumel` function returns how many elements of each tensor a rank has; a :class:`StrategyLayout` lists one
+function for weights, gradients, optimizer state and so on. The layouts describe the measured behavior of the libraries,
+which differs from their documentation in places; ``tests/test_footprint.py`` compares each of them with two real ranks.
 
-What travels is counted as *payload*: the whole tensors that a rank's collectives work on, which is the buffer of an
-all-reduce, a reduce or a broadcast, the input of a reduce-scatter and the output of an all-gather, padding included.
-(Of that a ring sends 2·(W-1)/W through each rank's link for an all-reduce, (W-1)/W for the others.) Norms and flags, a
-few bytes each, are left out.
+Traffic is counted as *payload*: the full tensors that a rank's collectives work on, padding included. That is the
+buffer of an all-reduce, reduce or broadcast, the input of a reduce-scatter and the output of an all-gather. A ring
+algorithm sends 2 * (W - 1) / W of the payload over each rank's link for an all-reduce on W ranks, and (W - 1) / W for
+the other collectives. Norms and flags (a few bytes each) are not counted.
 """
 
 from __future__ import annotations
@@ -16,197 +17,241 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..optim import Trained
+from ..optim import ParamInfo
 
-BUCKET = 2**23  # elements of gradients that fairscale reduces together, for each owner
-ALIGN = 2  # elements: DeepSpeed pads a group to a multiple of this for each rank
+FAIRSCALE_BUCKET_NUMEL = 2**23  # elements of gradients that fairscale reduces together for each owner
+DEEPSPEED_ALIGNMENT = 2  # elements: DeepSpeed pads a rank's slice of a group to a multiple of this
 
-Share = Callable[[Sequence[Trained], int, int], list[int]]  # tensors, world, rank -> elements of each on that rank
+# (tensors, world size, rank) -> elements of each tensor on that rank
+LocalNumel = Callable[[Sequence[ParamInfo], int, int], list[int]]
+# (all tensors, trainable tensors by block, world size) -> elements that are gathered at the same time; the first entry
+# of the second argument has the tensors outside of any block
+GatheredNumel = Callable[[Sequence[ParamInfo], Sequence[Sequence[ParamInfo]], int], int]
 
 
-def whole(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
+def replicated(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+    """Return the full size of each tensor: every rank has all of it."""
     return [math.prod(tensor.shape) for tensor in tensors]
 
 
-# all tensors; the trained ones by block, first those that are in none; world -> elements that are whole for a while
-Gathered = Callable[[Sequence[Trained], Sequence[Sequence[Trained]], int], int]
-
-
-def none(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
+def absent(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+    """Return zero for each tensor: no rank has it."""
     return [0] * len(tensors)
 
 
-def rows(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
-    """FSDP2: chunks of the first dimension, of one height but for the last. A class token has one row, on rank 0."""
-    found = []
+def dim0_shard(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+    """Return the sizes of FSDP2's shards: equal chunks of dimension 0, the last ones smaller or empty."""
+    sizes = []
     for tensor in tensors:
         chunk = -(-tensor.shape[0] // world)
-        height = min(max(tensor.shape[0] - rank * chunk, 0), chunk)
-        found.append(height * math.prod(tensor.shape[1:]))
-    return found
+        rows = min(max(tensor.shape[0] - rank * chunk, 0), chunk)
+        sizes.append(rows * math.prod(tensor.shape[1:]))
+    return sizes
 
 
-def even(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
-    """ZeRO-3: an equal part of each tensor, padded."""
-    return [-(-size // world) for size in whole(tensors, world, rank)]
+def padded_even_shard(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+    """Return the sizes of ZeRO-3's shards: an equal part of each tensor, padded."""
+    return [-(-size // world) for size in replicated(tensors, world, rank)]
 
 
-def slices(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
-    """ZeRO-1 and 2: an equal slice of each group's tensors, laid end to end."""
-    sizes = whole(tensors, world, rank)
+def flat_slice(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+    """Return the sizes in ZeRO-1 and 2: an equal slice of the concatenated tensors of each parameter group."""
+    sizes = replicated(tensors, world, rank)
     totals: dict[int, int] = {}
     starts = []
     for tensor, size in zip(tensors, sizes, strict=True):
         starts.append(totals.get(tensor.group, 0))
         totals[tensor.group] = starts[-1] + size
-    length = {group: ALIGN * -(-total // (ALIGN * world)) for group, total in totals.items()}
+    align = DEEPSPEED_ALIGNMENT
+    length = {group: align * -(-total // (align * world)) for group, total in totals.items()}
     return [
         max(0, min(start + size, (rank + 1) * length[tensor.group]) - max(start, rank * length[tensor.group]))
         for tensor, start, size in zip(tensors, starts, sizes, strict=True)
     ]
 
 
-def touched(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
-    """ZeRO-1 and 2 keep whole the gradient of a tensor of which a rank's slice has any part."""
-    parts, sizes = slices(tensors, world, rank), whole(tensors, world, rank)
+def grads_touching_slice(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+    """Return the gradient sizes in ZeRO-1 and 2: a full gradient for each tensor that overlaps the rank's slice."""
+    parts, sizes = flat_slice(tensors, world, rank), replicated(tensors, world, rank)
     return [size if part else 0 for part, size in zip(parts, sizes, strict=True)]
 
 
-def owners(tensors: Sequence[Trained], world: int) -> list[int]:
-    """fairscale: each tensor goes to the rank that has least so far."""
+def assign_owners(tensors: Sequence[ParamInfo], world: int) -> list[int]:
+    """Return the rank that owns each tensor in fairscale: the one with the fewest elements so far."""
     load = [0] * world
-    found = []
-    for size in whole(tensors, world, 0):
-        found.append(load.index(min(load)))
-        load[found[-1]] += size
-    return found
+    owners = []
+    for size in replicated(tensors, world, 0):
+        owners.append(load.index(min(load)))
+        load[owners[-1]] += size
+    return owners
 
 
-def owned(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
-    sizes = whole(tensors, world, rank)
-    return [size if owner == rank else 0 for size, owner in zip(sizes, owners(tensors, world), strict=True)]
+def owned_only(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+    """Return the sizes of what fairscale keeps on the owner of each tensor only."""
+    owners, sizes = assign_owners(tensors, world), replicated(tensors, world, rank)
+    return [size if owner == rank else 0 for size, owner in zip(sizes, owners, strict=True)]
 
 
-def bucketed(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
-    """fairscale keeps a bucket for every owner on every rank, filled with the smallest tensors first; only of what does
-    not fit in has the owner alone the gradient."""
-    sizes, of = whole(tensors, world, rank), owners(tensors, world)
+def bucketed_grads(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+    """Return the gradient sizes in fairscale.
+
+    Every rank has one bucket for each owner, filled in order of tensor size. Only the owner keeps the gradient of a
+    tensor that does not fit into the bucket.
+    """
+    sizes, owners = replicated(tensors, world, rank), assign_owners(tensors, world)
     filled, kept = [0] * world, [0] * len(sizes)
     for index in sorted(range(len(sizes)), key=sizes.__getitem__):
-        size, owner = sizes[index], of[index]
-        fits = filled[owner] + size < BUCKET
+        size, owner = sizes[index], owners[index]
+        fits = filled[owner] + size < FAIRSCALE_BUCKET_NUMEL
         filled[owner] += size * fits
         kept[index] = size if fits or owner == rank else 0
     return kept
 
 
 @dataclass(frozen=True)
-class Travel:
-    """One kind of collective: which share of what makes its whole tensor, and how often in a step."""
+class CollectiveCost:
+    """One kind of collective in an optimizer step.
+
+    Attributes:
+        kind: name of the collective.
+        numel: what each rank has of the full tensor.
+        tensors: whether it runs on trainable tensors only.
+        times: how often it runs ``per`` step or micro-batch.
+        per: ``"step"`` or ``"micro_batch"``.
+    """
 
     kind: Literal["all_reduce", "reduce", "reduce_scatter", "all_gather", "broadcast"]
-    share: Share
-    of: Literal["trained", "all"] = "trained"
+    numel: LocalNumel
+    tensors: Literal["trainable", "all"] = "trainable"
     times: int = 1
-    each: Literal["step", "micro_batch"] = "step"
+    per: Literal["step", "micro_batch"] = "step"
 
-    def payload(self, tensors: Sequence[Trained], world: int) -> int:
-        """Elements a time. Shares of one size, padded, make the whole."""
-        return sum(self.share(tensors, world, 0)) * (1 if self.share is whole else world)
+    def payload_numel(self, tensors: Sequence[ParamInfo], world: int) -> int:
+        """Return the payload of one run in elements. Shards are padded to equal size."""
+        return sum(self.numel(tensors, world, 0)) * (1 if self.numel is replicated else world)
 
 
 @dataclass(frozen=True)
-class Strategy:
-    """Which share of what a rank has."""
+class StrategyLayout:
+    """Which part of each tensor a rank holds, and which collectives run in a step.
 
-    weights: Share = whole
-    frozen: Share = whole
-    gradients: Share = whole  # when the last backward is over
-    standing: bool = False  # room for them is there all the time, beside whole ones that add up over micro-batches
-    state: Share = whole  # of the optimizer
-    masters: Share = none  # what is updated, where the model computes with something else
-    average: Share = whole
-    gathered: Gathered = lambda tensors, units, world: 0
-    buckets: int = 0  # elements, of fixed size
-    copied: int = 0  # elements at most: gradients copied once more to be sent
-    travels: tuple[Travel, ...] = ()
+    Attributes:
+        weights: trainable weights that the model computes with.
+        frozen: frozen weights.
+        gradients: gradients when the last backward is done.
+        persistent_gradients: whether memory for ``gradients`` stays allocated while full gradients accumulate over
+            micro-batches.
+        optimizer_state: optimizer state.
+        masters: weights that the optimizer updates, if the model computes with a copy.
+        average: moving average of the weights.
+        gathered: full weights gathered temporarily, in addition to the shards.
+        bucket_numel: elements in communication buckets of fixed size.
+        max_copied_numel: upper bound of the gradient elements that are copied once more to be sent.
+        collectives: collectives of a step.
+    """
+
+    weights: LocalNumel = replicated
+    frozen: LocalNumel = replicated
+    gradients: LocalNumel = replicated
+    persistent_gradients: bool = False
+    optimizer_state: LocalNumel = replicated
+    masters: LocalNumel = absent
+    average: LocalNumel = replicated
+    gathered: GatheredNumel = lambda tensors, units, world: 0
+    bucket_numel: int = 0
+    max_copied_numel: int = 0
+    collectives: tuple[CollectiveCost, ...] = ()
 
 
-def blocks(tensors: Sequence[Trained], units: Sequence[Sequence[Trained]], world: int) -> int:
-    """FSDP2: what is in no block, and two blocks: the next is on its way while one computes."""
-    sizes = [world * sum(rows(unit, world, 0)) for unit in units]
+def gathered_two_blocks(tensors: Sequence[ParamInfo], units: Sequence[Sequence[ParamInfo]], world: int) -> int:
+    """Return what FSDP2 gathers at a time: tensors outside of blocks, and two blocks (the next one is prefetched)."""
+    sizes = [world * sum(dim0_shard(unit, world, 0)) for unit in units]
     return sizes[0] + sum(sorted(sizes[1:])[-2:])
 
 
-def trainable(tensors: Sequence[Trained], units: Sequence[Sequence[Trained]], world: int) -> int:
-    return sum(world * sum(rows(unit, world, 0)) for unit in units)
+def gathered_all_blocks(tensors: Sequence[ParamInfo], units: Sequence[Sequence[ParamInfo]], world: int) -> int:
+    """Return what FSDP2 gathers with several micro-batches: everything, kept from the first to the last one."""
+    return sum(world * sum(dim0_shard(unit, world, 0)) for unit in units)
 
 
-def strategies(config: dict[str, Any], phase: str, micro_batches: int) -> dict[str, Strategy]:
-    """The rows, for DeepSpeed's ``zero_optimization`` and the number of micro-batches a step.
+def strategy_layouts(zero_section: dict[str, Any], phase: str, micro_batches: int) -> dict[str, StrategyLayout]:
+    """Return the layout of each strategy by its name.
 
-    - FSDP2 gathers a block in the forward and once more in the backward, and only in the first and the last of several
-      micro-batches: in between everything that trains is whole.
-    - ZeRO-1 and 2 do not reduce-scatter: DeepSpeed all-reduces a bucket of gradients whole and takes its slice, at
-      twice the price. Stage 1 drops what it does not own as stage 2 does.
-    - ZeRO-3 gathers frozen tensors as well. What it has gathered it keeps for the backward if that comes within
-      ``stage3_max_reuse_distance`` elements, a thousand million where nothing is said: so nearly always, and then the
-      whole model is there, gathered once a micro-batch. But what it decided in the first forward it never decides
-      again, and fine-tuning evaluates the assembled model first, without a backward: there it gathers twice.
-      Tensors up to ``stage3_param_persistence_threshold`` stay whole beside their shares; they are gathered once, after
-      the update, the frozen ones too. fp32 masters are a second copy of the shares, though these are fp32 as well.
+    - FSDP2 gathers a block in the forward and again in the backward. With several micro-batches it does so in the
+      first and the last one only: in between all trainable weights stay gathered.
+    - ZeRO-1 and 2 do not reduce-scatter: DeepSpeed all-reduces a full bucket of gradients and takes its slice, at twice
+      the cost. Stage 1 frees the gradients that it does not own, as stage 2 does.
+    - ZeRO-3 gathers frozen tensors too. Gathered weights are kept for the backward if it comes within
+      ``stage3_max_reuse_distance`` elements. The default of 10^9 nearly always suffices, so the full model is in memory
+      and gathered once per micro-batch. DeepSpeed decides this in the first forward only. Fine-tuning first evaluates
+      the assembled model, without a backward, and therefore gathers twice per micro-batch.
+    - ZeRO-3 keeps full copies of tensors with at most ``stage3_param_persistence_threshold`` elements in addition to
+      their shards, and gathers them once per step, after the update, frozen ones included. Its fp32 master weights are
+      a second copy of the shards, although these are fp32 too.
+
+    Args:
+        zero_section: ``zero_optimization`` of the DeepSpeed configuration; empty for other strategies.
+        phase: name of the phase.
+        micro_batches: micro-batches per step on each rank.
     """
-    limit = config.get("stage3_param_persistence_threshold", 100_000)
+    limit = zero_section.get("stage3_param_persistence_threshold", 100_000)
 
-    def kept(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
-        sizes = whole(tensors, world, rank)
-        return [part + size * (size <= limit) for part, size in zip(even(tensors, world, rank), sizes, strict=True)]
+    def shard_and_persistent(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+        parts, sizes = padded_even_shard(tensors, world, rank), replicated(tensors, world, rank)
+        return [part + size * (size <= limit) for part, size in zip(parts, sizes, strict=True)]
 
-    def small(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
-        return even([tensor for tensor in tensors if math.prod(tensor.shape) <= limit], world, rank)
+    def persistent(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+        return padded_even_shard([tensor for tensor in tensors if math.prod(tensor.shape) <= limit], world, rank)
 
-    def large(tensors: Sequence[Trained], world: int, rank: int) -> list[int]:
-        return even([tensor for tensor in tensors if math.prod(tensor.shape) > limit], world, rank)
+    def not_persistent(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
+        return padded_even_shard([tensor for tensor in tensors if math.prod(tensor.shape) > limit], world, rank)
 
-    # stage 3 has one bucket all the time, the others have theirs during the backward, two to fill one while one is sent
-    bucket = config.get("reduce_bucket_size", 500_000_000)
-    again = phase == "finetune" or config.get("stage3_max_reuse_distance", 10**9) == 0
-    sliced = Strategy(
-        gradients=touched,
-        state=slices,
-        masters=slices,
-        average=slices,
-        buckets=2 * bucket if config.get("overlap_comm") else bucket,
-        travels=(Travel("all_reduce", whole), Travel("all_gather", slices)),
+    # stage 3 always has one bucket; the others have theirs during the backward only, two if communication overlaps
+    bucket = zero_section.get("reduce_bucket_size", 500_000_000)
+    gathers_twice = phase == "finetune" or zero_section.get("stage3_max_reuse_distance", 10**9) == 0
+    zero1 = StrategyLayout(
+        gradients=grads_touching_slice,
+        optimizer_state=flat_slice,
+        masters=flat_slice,
+        average=flat_slice,
+        bucket_numel=2 * bucket if zero_section.get("overlap_comm") else bucket,
+        collectives=(CollectiveCost("all_reduce", replicated), CollectiveCost("all_gather", flat_slice)),
     )
     return {
-        "ddp": Strategy(travels=(Travel("all_reduce", whole),)),
-        "oss": Strategy(gradients=bucketed, state=owned, travels=(Travel("reduce", whole), Travel("broadcast", whole))),
-        "fsdp2": Strategy(
-            weights=rows,
-            gradients=rows,
-            state=rows,
-            average=rows,
-            gathered=blocks if micro_batches == 1 else trainable,
-            travels=(Travel("all_gather", rows, times=2), Travel("reduce_scatter", rows)),
+        "ddp": StrategyLayout(collectives=(CollectiveCost("all_reduce", replicated),)),
+        "oss": StrategyLayout(
+            gradients=bucketed_grads,
+            optimizer_state=owned_only,
+            collectives=(CollectiveCost("reduce", replicated), CollectiveCost("broadcast", replicated)),
         ),
-        "zero1": sliced,
-        "zero2": sliced,  # as stage 1 in all but name
-        "zero3": Strategy(
-            weights=kept,
-            frozen=kept,
-            gradients=even,
-            standing=True,
-            state=even,
-            masters=even,
-            average=even,
-            gathered=lambda tensors, units, world: sum(size for size in whole(tensors, 1, 0) if size > limit),
-            buckets=bucket,
-            copied=bucket,
-            travels=(
-                Travel("all_gather", large, of="all", times=2 if again else 1, each="micro_batch"),
-                Travel("all_gather", small, of="all"),
-                Travel("reduce_scatter", even),
+        "fsdp2": StrategyLayout(
+            weights=dim0_shard,
+            gradients=dim0_shard,
+            optimizer_state=dim0_shard,
+            average=dim0_shard,
+            gathered=gathered_two_blocks if micro_batches == 1 else gathered_all_blocks,
+            collectives=(
+                CollectiveCost("all_gather", dim0_shard, times=2),
+                CollectiveCost("reduce_scatter", dim0_shard),
+            ),
+        ),
+        "zero1": zero1,
+        "zero2": zero1,
+        "zero3": StrategyLayout(
+            weights=shard_and_persistent,
+            frozen=shard_and_persistent,
+            gradients=padded_even_shard,
+            persistent_gradients=True,
+            optimizer_state=padded_even_shard,
+            masters=padded_even_shard,
+            average=padded_even_shard,
+            gathered=lambda tensors, units, world: sum(size for size in replicated(tensors, 1, 0) if size > limit),
+            bucket_numel=bucket,
+            max_copied_numel=bucket,
+            collectives=(
+                CollectiveCost("all_gather", not_persistent, "all", times=2 if gathers_twice else 1, per="micro_batch"),
+                CollectiveCost("all_gather", persistent, "all"),
+                CollectiveCost("reduce_scatter", padded_even_shard),
             ),
         ),
     }

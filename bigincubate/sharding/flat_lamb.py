@@ -1,4 +1,4 @@
-"""LAMB where a rank holds a slice of each parameter: trust ratios are still those of whole parameters."""
+"""Optimizers on flat slices of parameters, for ZeRO; LAMB with the trust ratios of full parameters."""
 
 from __future__ import annotations
 
@@ -7,32 +7,37 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.optim import Lamb
+from timm.optim import Lamb, Lion
 from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+
+from ..errors import ConfigError
+
+ELEMENTWISE = (Adam, AdamW, SGD, RMSprop, Lion)  # the update of an element depends on that element only
 
 
 class FlatLamb(Lamb):
-    """timm's LAMB (You et al., 2020, arXiv:1904.00962, without its own clipping) on flat slices, a parameter a group.
+    """timm's LAMB (You et al., 2020, arXiv:1904.00962, without its own clipping) on flat slices.
 
-    A trust ratio is the norm of a parameter over the norm of its update. Each rank squares and adds what it has, and
-    the sums over the ranks are the same everywhere. So all ranks must step through the groups in one order, which
-    ZeRO does; zeros that pad the last slice change nothing.
+    A trust ratio is the norm of a parameter divided by the norm of its update. There is one group per parameter, and
+    squared norms of the slices are summed over the ranks, so all ranks must process the groups in the same order, as
+    ZeRO does. Zeros that pad the last slice do not change the norms.
     """
 
     @classmethod
-    def of(cls, plain: Lamb) -> FlatLamb:
-        """``plain``, with a group for each parameter. ``group["origin"]`` is the index of the group it comes from."""
+    def of(cls, lamb: Lamb) -> FlatLamb:
+        """Return ``lamb`` with one group per parameter; ``group["origin"]`` is the index of the original group."""
         return cls(
             [
                 {**group, "params": [parameter], "origin": index}
-                for index, group in enumerate(plain.param_groups)
+                for index, group in enumerate(lamb.param_groups)
                 for parameter in group["params"]
             ]
         )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Update the groups that have a slice now: ZeRO calls for one parameter after the other."""
+        """Update the groups whose slice is set: ZeRO calls this for one parameter after the other."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._update(group, parameter)
@@ -49,16 +54,33 @@ class FlatLamb(Lamb):
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (square.sqrt() / (1 - beta2**count) ** 0.5).add_(group["eps"])
         update = (mean / (1 - beta1**count)).div_(scale)
-        if group["weight_decay"]:  # like timm: what is spared from decay has no ratio
+        if group["weight_decay"]:  # as in timm: parameters without weight decay have no trust ratio
             update.add_(parameter, alpha=group["weight_decay"])
             update.mul_(trust_ratio(parameter, update, clip=group["trust_clip"]))
         parameter.add_(update, alpha=-group["lr"])
 
 
 def trust_ratio(parameter: Tensor, update: Tensor, *, clip: bool) -> Tensor:
-    """``|parameter| / |update|`` over all ranks (scalar); 1 where either is zero."""
+    """Return ``|parameter| / |update|`` over all ranks (scalar), or 1 if either norm is zero. Collective."""
     squares = torch.stack([parameter.square().sum(), update.square().sum()])
     dist.all_reduce(squares)
     weight, change = squares.sqrt()
     ratio = torch.where((weight > 0) & (change > 0), weight / change, 1.0)
     return ratio.clamp(max=1.0) if clip else ratio
+
+
+def client(optimizer: Optimizer) -> Optimizer:
+    """Return the optimizer that DeepSpeed runs on flat slices in place of ``optimizer``.
+
+    Raises:
+        ConfigError: the optimizer needs whole tensors.
+    """
+    cautious = any(group.get("caution") for group in optimizer.param_groups)
+    if type(optimizer) is Lamb and not cautious:
+        return FlatLamb.of(optimizer)
+    if type(optimizer) not in ELEMENTWISE or cautious:
+        raise ConfigError(
+            f"optim.name: {type(optimizer).__name__}{' with caution' if cautious else ''} looks at whole tensors, but"
+            ' ZeRO gives a rank slices; use adamw, adam, sgd, rmsprop, lion or lamb, or sharding.strategy = "fsdp2"'
+        )
+    return optimizer

@@ -1,10 +1,10 @@
-"""FSDP2: each rank holds rows of every trainable tensor, of its gradient and of its optimizer state.
+"""FSDP2: trainable weights, gradients and optimizer state are sharded over the ranks along dimension 0.
 
-Blocks with trainable parameters are units of their own. Frozen parameters stay whole on every rank, unless they are to
-be cut too (``shard_frozen``): then they are gathered in every forward, for nothing that training changes.
+Each block with trainable parameters is a unit. Frozen parameters stay on every rank, unless ``shard_frozen`` shards
+them too: they are then gathered in every forward, although training does not change them.
 
-With ``replicas`` the ranks form a mesh, replicate x shard: rows are cut within a replica, and gradients are averaged
-over the replicas besides.
+With ``replicas`` the ranks form a two-dimensional mesh (replicate, shard): tensors are sharded within a replica, and
+gradients are also averaged over the replicas.
 """
 
 from __future__ import annotations
@@ -27,25 +27,29 @@ from ..cluster.env import RunEnv
 from ..config import Fsdp2
 from ..errors import ConfigError
 from .gradients import clip_gradients
-from .state import load_optimizer, save_optimizer
+from .state import load_optimizer_state, save_optimizer_state
 
 
 class FullyShard:
-    """``fully_shard``, a block at a time.
+    """torch's ``fully_shard``, applied to each block.
 
-    In bf16 autocast does what it does elsewhere, to weights gathered in fp32. With ``gather_bf16`` they are gathered as
-    bf16, at half the bytes, gradients still reduced in fp32; then what enters a block is bf16 too, and norms compute in
-    it. What a rank holds and updates is fp32 in any case.
+    Shards are fp32 and gradients are reduced in fp32. With bf16 precision, weights are gathered in fp32 and autocast
+    works as under other strategies. With ``gather_bf16`` they are gathered in bf16, half the bytes; block inputs are
+    then bf16 too, and norms are computed in bf16.
+
+    Args:
+        env: the process group.
+        choices: the recipe's ``[sharding.fsdp2]``.
+        precision: ``train.precision``.
+
+    Raises:
+        ConfigError: the number of ranks is not divisible by the number of replicas.
     """
 
     optimizer: Optimizer
     gathers = True
 
     def __init__(self, env: RunEnv, choices: Fsdp2, precision: str) -> None:
-        """
-        Raises:
-            ConfigError: the ranks cannot be divided into the replicas.
-        """
         self.env, self.choices = env, choices
         if env.world % choices.replicas:
             raise ConfigError(f"sharding.fsdp2.replicas = {choices.replicas} does not divide {env.world} ranks")
@@ -56,6 +60,7 @@ class FullyShard:
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
     ) -> nn.Module:
+        """Shard blocks and model in place, prefetch the next block in the forward, and create the optimizer."""
         shape = (self.choices.replicas, self.env.world // self.choices.replicas)
         mesh = init_device_mesh(self.env.device.type, shape, mesh_dim_names=("replicate", "shard"))
         self.first_replica = mesh.get_local_rank("replicate") == 0
@@ -66,87 +71,99 @@ class FullyShard:
         }
         if self.choices.cpu_offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.env.device.type == "cuda")
-        cut = {parameter for parameter in model.parameters() if parameter.requires_grad or self.choices.shard_frozen}
+        sharded = {
+            parameter for parameter in model.parameters() if parameter.requires_grad or self.choices.shard_frozen
+        }
         candidates = [model.get_submodule(path) for path in units]
-        blocks = [fully_shard(block, **options) for block in candidates if not cut.isdisjoint(block.parameters())]
+        blocks = [fully_shard(block, **options) for block in candidates if not sharded.isdisjoint(block.parameters())]
         for block, following in itertools.pairwise(blocks):
             block.set_modules_to_forward_prefetch([following])
-        wrapped = fully_shard(model, **options, ignored_params=set(model.parameters()) - cut)
+        wrapped = fully_shard(model, **options, ignored_params=set(model.parameters()) - sharded)
         assert isinstance(wrapped, FSDPModule)
         self.model, self.wrapped = model, wrapped
-        self.named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = make_optimizer(model)
         return model
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
+        """Reduce gradients and free gathered weights in the last micro-batch only."""
         self.wrapped.set_requires_gradient_sync(last)
         self.wrapped.set_is_last_backward(last)
-        # nothing changes between micro-batches: what is gathered stays until the last
+        # weights do not change between micro-batches, so they stay gathered until the last one
         self.wrapped.set_reshard_after_forward(last and self.choices.reshard_after_forward)
         self.wrapped.set_reshard_after_backward(last)
         yield
 
     def backward(self, loss: Tensor) -> None:
+        """Compute gradients."""
         loss.backward()
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        norm = clip_gradients(self.named.values(), max_norm)
+        """Clip by the norm over all ranks, update this rank's shards and clear gradients."""
+        norm = clip_gradients(self.trainable.values(), max_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor().to(self.env.device)
         skip = ~torch.isfinite(norm)
-        if not bool(skip):  # the norm is the same on every rank: all step, or none
+        if not bool(skip):  # the norm and therefore the decision is the same on all ranks
             self.optimizer.step()
         self.optimizer.zero_grad()
         return norm, skip
 
-    def before_update(self, call: Callable[[Tensor], None]) -> None:
+    def before_update(self, hook: Callable[[Tensor], None]) -> None:
+        """Raise ConfigError: gradients are reduced and sharded before the hook could read them."""
         raise ConfigError(
-            'optim.lr_scaling = "adascale" looks at whole gradients of each rank\'s own samples, which'
-            ' sharding.strategy = "fsdp2" does not show; use "ddp" or "oss"'
+            'optim.lr_scaling = "adascale" needs the full gradients of each rank\'s own samples, which'
+            ' sharding.strategy = "fsdp2" does not provide; use "ddp" or "oss"'
         )
 
     def shards(self) -> dict[str, Piece]:
-        return {name: _rows(parameter, parameter) for name, parameter in self.named.items()}
+        """Return this rank's shards."""
+        return {name: _dim0_shard(parameter, parameter) for name, parameter in self.trainable.items()}
 
     def publish(self) -> None:
-        """Nothing: the shards are what the model computes with."""
+        """Do nothing: the model computes with the local shards."""
 
     def save(self) -> dict[str, Tensor | Piece]:
+        """Return this rank's shards of weights and optimizer state; empty except in the first replica."""
         if not self.first_replica:
             return {}
         tensors: dict[str, Tensor | Piece] = {f"model/{name}": piece for name, piece in self.shards().items()}
-        return tensors | save_optimizer(self.optimizer, self.named, _rows, counters=self.env.is_main)
+        return tensors | save_optimizer_state(self.optimizer, self.trainable, _dim0_shard, counters=self.env.is_main)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore this rank's shards of weights and optimizer state."""
         assert isinstance(tensors, PieceReader)
 
         def part(parameter: Tensor, key: str) -> Tensor:
             assert isinstance(parameter, DTensor)
-            mine = _rows(parameter, parameter)
-            flat = tensors.part(key, mine.offset, mine.tensor.numel()).to(mine.tensor.device)
-            rows = flat.view(mine.tensor.shape).clone()
+            own = _dim0_shard(parameter, parameter)
+            flat = tensors.part(key, own.offset, own.tensor.numel()).to(own.tensor.device)
+            local = flat.view(own.tensor.shape).clone()
             mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
-            return DTensor.from_local(rows, mesh, parameter.placements, shape=shape, stride=stride)
+            return DTensor.from_local(local, mesh, parameter.placements, shape=shape, stride=stride)
 
         with torch.no_grad():
-            for name, parameter in self.named.items():
+            for name, parameter in self.trainable.items():
                 parameter.copy_(part(parameter, f"model/{name}"))
-        load_optimizer(self.optimizer, self.named, tensors, part)
+        load_optimizer_state(self.optimizer, self.trainable, tensors, part)
 
     def full_state_dict(self) -> dict[str, Tensor]:
+        """Return all parameters and persistent buffers on the CPU. Collective: sharded tensors are gathered."""
         return {
             name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
             for name, value in self.model.state_dict().items()
         }
 
 
-def _rows(parameter: Tensor, value: Tensor) -> Piece:
-    """This rank's rows of ``value``, which is spread as ``parameter`` is: fully_shard cuts the first dimension into
-    chunks of one height, of which the last may be lower or empty."""
+def _dim0_shard(parameter: Tensor, value: Tensor) -> Piece:
+    """Return this rank's shard of ``value``, which is sharded like ``parameter``.
+
+    ``fully_shard`` splits dimension 0 into equal chunks; the last ones may be smaller or empty.
+    """
     assert isinstance(parameter, DTensor)
     assert isinstance(value, DTensor)
-    mesh, height = parameter.device_mesh, parameter.shape[0]
-    dim = mesh.ndim - 1  # before it, if anything: replicas
-    start = min(mesh.get_local_rank(dim) * -(-height // mesh.size(dim)), height)
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    dim = mesh.ndim - 1  # with replicas the mesh has a dimension before the one that shards
+    start = min(mesh.get_local_rank(dim) * -(-rows // mesh.size(dim)), rows)
     return Piece(value.to_local().detach(), start * math.prod(parameter.shape[1:]), tuple(parameter.shape))

@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO: optimizer state (1), gradients too (2), parameters too (3) are cut over the ranks.
+"""DeepSpeed's ZeRO: shards optimizer state (stage 1), also gradients (stage 2), also parameters (stage 3).
 
-DeepSpeed lays the parameters of a group end to end and gives each rank a flat slice of them (stages 1 and 2), or cuts
-each parameter and lays the cuts end to end (stage 3). What a rank updates is fp32; :class:`Share` says which part of
-which parameter lies where, and that is all that checkpoints and moving averages need.
+DeepSpeed concatenates the parameters of a group and gives each rank a flat slice (stages 1 and 2), or splits each
+parameter and concatenates a rank's parts (stage 3). Ranks update fp32 master tensors. :class:`ParamSlice` says which
+part of a parameter is where in them, which is all that checkpoints and moving averages need.
 """
 
 from __future__ import annotations
@@ -13,23 +13,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.optim import Lamb, Lion
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import Optimizer
 
 from ..checkpoint.pieces import Piece, PieceReader
 from ..cluster.env import RunEnv
 from ..compat.deepspeed import flat_slices, import_deepspeed, sync_weights_from_master
 from ..errors import ConfigError
-from .flat_lamb import FlatLamb
-from .state import NUMBER, packed
-
-ELEMENTWISE = (Adam, AdamW, SGD, RMSprop, Lion)  # an element's update depends on that element alone
+from .flat_lamb import client
+from .state import NUMBER_PREFIX, pack_value
 
 
 @dataclass(frozen=True)
-class Share:
-    """Elements ``offset`` … ``offset + length`` of a parameter, at ``start`` in a flat fp32 tensor of this rank."""
+class ParamSlice:
+    """This rank's part of a parameter in a flat fp32 master tensor.
+
+    Attributes:
+        name: name of the parameter.
+        shape: shape of the full parameter.
+        offset: index of the first element in the flattened parameter.
+        length: number of elements.
+        flat: the master tensor.
+        start: index of the first element in ``flat``.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -39,12 +45,17 @@ class Share:
     start: int
 
     def of(self, flat: Tensor) -> Piece:
-        """The same part of ``flat``, which is laid out as the parameters are. A view."""
+        """Return this part as a view of ``flat``, a tensor with the layout of the master tensor."""
         return Piece(flat.detach().narrow(0, self.start, self.length), self.offset, self.shape)
 
 
 class Zero:
-    """Stage 1, 2 or 3, by ``config`` (see :mod:`.zero_config`)."""
+    """DeepSpeed's ZeRO, stage 1, 2 or 3.
+
+    Args:
+        env: the process group.
+        config: DeepSpeed configuration, see :mod:`.zero_config`.
+    """
 
     optimizer: Optimizer
 
@@ -52,12 +63,13 @@ class Zero:
         self.env, self.config = env, config
         self.stage: int = config["zero_optimization"]["stage"]
         self.gathers = self.stage == 3
-        self.open = ExitStack()  # while gradients add up on this rank
+        self.accumulation = ExitStack()  # open while gradients accumulate without communication
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
     ) -> nn.Module:
-        """
+        """Create the optimizer and DeepSpeed's engine.
+
         Raises:
             ConfigError: the optimizer needs whole tensors.
             EnvironmentFault: DeepSpeed is not installed.
@@ -70,8 +82,8 @@ class Zero:
         self.engine, self.zero, _, _ = self.deepspeed.initialize(
             model=model, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
-        self.parts = [
-            Share(trainable[parameter], shapes[trainable[parameter]], offset, length, flat, start)
+        self.slices = [
+            ParamSlice(trainable[parameter], shapes[trainable[parameter]], offset, length, flat, start)
             for parameter, offset, length, flat, start in flat_slices(self.zero, self.stage, self.env.rank)
             if length > 0
         ]
@@ -80,96 +92,91 @@ class Zero:
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
+        """Accumulate full gradients on each rank, and reduce them when the last micro-batch is done."""
         if not last and not self.engine.inside_no_sync_ctxt:
-            self.open.enter_context(self.engine.coalesce_grad_reduction())
+            self.accumulation.enter_context(self.engine.coalesce_grad_reduction())
         yield
         if last:
-            self.open.close()  # now they travel; a single micro-batch's already did, during its backward
+            self.accumulation.close()  # reduces gradients; a single micro-batch did so during its backward
 
     def backward(self, loss: Tensor) -> None:
+        """Compute gradients."""
         self.engine.backward(loss)
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
+        """Clip, update and clear gradients in DeepSpeed, which skips the update if the norm is not finite."""
         assert max_norm == self.engine.gradient_clipping()
-        # the norm is the same on every rank; where it is not finite, DeepSpeed drops the gradient and does no more
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.env.device, dtype=torch.float32)
         return norm, torch.tensor(self.zero.overflow, device=self.env.device)
 
-    def before_update(self, call: Callable[[Tensor], None]) -> None:
+    def before_update(self, hook: Callable[[Tensor], None]) -> None:
+        """Raise ConfigError: DeepSpeed computes the norm and updates in one call."""
         raise ConfigError(
-            'optim.lr_scaling = "adascale" sets learning rates between gradients and update, which'
-            f' sharding.strategy = "zero{self.stage}" does in one; use "ddp" or "oss"'
+            'optim.lr_scaling = "adascale" sets learning rates between backward and update, which'
+            f' sharding.strategy = "zero{self.stage}" does not allow; use "ddp" or "oss"'
         )
 
     def shards(self) -> dict[str, Piece]:
-        return {share.name: share.of(share.flat) for share in self.parts}
+        """Return this rank's parts of the fp32 master tensors."""
+        return {part.name: part.of(part.flat) for part in self.slices}
 
     def publish(self) -> None:
+        """Copy the fp32 master tensors into the weights of the model. Collective."""
         sync_weights_from_master(self.zero, self.stage)
 
     def save(self) -> dict[str, Tensor | Piece]:
+        """Return this rank's parts of master weights and optimizer state."""
         tensors: dict[str, Tensor | Piece] = {}
-        for share in self.parts:
-            tensors[f"model/{share.name}"] = share.of(share.flat)
-            for key, value in self.optimizer.state.get(share.flat, {}).items():
-                path = f"optim/{key}/{share.name}"
-                if isinstance(value, Tensor) and value.shape == share.flat.shape:
-                    tensors[path] = share.of(value)
-                elif share.offset == 0:  # a count: written by the rank that has the parameter's beginning
-                    tensors |= packed(path, value)
+        for part in self.slices:
+            tensors[f"model/{part.name}"] = part.of(part.flat)
+            for key, value in self.optimizer.state.get(part.flat, {}).items():
+                path = f"optim/{key}/{part.name}"
+                if isinstance(value, Tensor) and value.shape == part.flat.shape:
+                    tensors[path] = part.of(value)
+                elif part.offset == 0:  # a step count: saved by the rank with the parameter's first element
+                    tensors |= pack_value(path, value)
         for index, group in enumerate(self.optimizer.param_groups):
             if "step" in group and self.env.is_main:
-                tensors |= packed(f"group/step/{group.get('origin', index)}", group["step"])
+                tensors |= pack_value(f"group/step/{group.get('origin', index)}", group["step"])
         return tensors
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore this rank's parts of master weights and optimizer state, then the weights of the model."""
         assert isinstance(tensors, PieceReader)
-        for share in self.parts:
-            share.of(share.flat).tensor.copy_(tensors.part(f"model/{share.name}", share.offset, share.length))
-        by_name = {share.name: share for share in self.parts}
+        for part in self.slices:
+            part.of(part.flat).tensor.copy_(tensors.part(f"model/{part.name}", part.offset, part.length))
+        by_name = {part.name: part for part in self.slices}
         for path, shape in tensors.shapes.items():
-            kind, _, rest = path.removeprefix(NUMBER).partition("/")
+            kind, _, rest = path.removeprefix(NUMBER_PREFIX).partition("/")
             key, _, name = rest.partition("/")
             if kind == "optim" and name in by_name:
-                share = by_name[name]
-                state = self.optimizer.state[share.flat]
-                if path.startswith(NUMBER):
+                part = by_name[name]
+                state = self.optimizer.state[part.flat]
+                if path.startswith(NUMBER_PREFIX):
                     state[key] = tensors[path].item()
-                elif key == "step" or shape != share.shape:
+                elif key == "step" or shape != part.shape:
                     fused = self.optimizer.defaults.get("fused")
-                    state[key] = tensors[path].to(share.flat.device if fused else "cpu", copy=True)
+                    state[key] = tensors[path].to(part.flat.device if fused else "cpu", copy=True)
                 else:
-                    flat = state.setdefault(key, torch.zeros_like(share.flat))
-                    share.of(flat).tensor.copy_(tensors.part(path, share.offset, share.length))
+                    flat = state.setdefault(key, torch.zeros_like(part.flat))
+                    part.of(flat).tensor.copy_(tensors.part(path, part.offset, part.length))
             elif kind == "group":
                 for index, group in enumerate(self.optimizer.param_groups):
                     if group.get("origin", index) == int(name):
-                        number = path.startswith(NUMBER)
+                        number = path.startswith(NUMBER_PREFIX)
                         group["step"] = tensors[path].item() if number else tensors[path].clone()
         self.publish()
 
     def full_state_dict(self) -> dict[str, Tensor]:
+        """Return all parameters and persistent buffers on the CPU. Collective in stage 3."""
         if self.stage < 3:
             return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
         parameters = dict(self.model.named_parameters())
-        whole = {}
+        tensors = {}
         for name, value in self.model.state_dict().items():
-            # one after the other: a rank never has all of them but on the CPU
+            # one parameter at a time, so that the full model is never on the device
             with self.deepspeed.zero.GatheredParameters([parameters[name]] if name in parameters else []):
-                whole[name] = parameters.get(name, value).detach().cpu().clone()
-        return whole
-
-
-def client(plain: Optimizer) -> Optimizer:
-    """The optimizer that DeepSpeed runs on flat slices."""
-    cautious = any(group.get("caution") for group in plain.param_groups)
-    if type(plain) is Lamb and not cautious:
-        return FlatLamb.of(plain)
-    if type(plain) not in ELEMENTWISE or cautious:
-        raise ConfigError(
-            f"optim.name: {type(plain).__name__}{' with caution' if cautious else ''} looks at whole tensors, of which"
-            ' ZeRO leaves a rank slices; use adamw, adam, sgd, rmsprop, lion or lamb, or sharding.strategy = "fsdp2"'
-        )
-    return plain
+                tensors[name] = parameters.get(name, value).detach().cpu().clone()
+        return tensors

@@ -1,7 +1,7 @@
-"""The file that DeepSpeed is configured with: the user's, completed from the recipe, never against it.
+"""DeepSpeed's configuration: a JSON file, completed from the recipe.
 
-Batch, accumulation, clipping, precision, optimizer and schedule are the recipe's. A file may repeat what the recipe
-says; one that says otherwise is refused, because DeepSpeed would follow it without a word.
+Batch size, accumulation, clipping, precision, optimizer and schedule come from the recipe. A file may repeat the
+recipe's values; different values are an error, because DeepSpeed would silently use them.
 """
 
 from __future__ import annotations
@@ -14,53 +14,60 @@ from ..config import Settings, Sharding
 from ..errors import ConfigError
 from ..resources import resource_folder
 
-# What cannot be right here, or is not proven: the one value that a file may give.
+# keys with only one allowed value, and the reason: other values are wrong here or untested
 FIXED = {
     "bf16.enabled": (False, "it would turn frozen parameters into bf16; use train.precision"),
     "fp16.enabled": (False, "it would turn frozen parameters into fp16; use train.precision"),
     "amp.enabled": (False, "use train.precision"),
     "optimizer": (None, "the optimizer is the recipe's [optim]"),
     "scheduler": (None, "the schedule is the recipe's [schedule]"),
-    "communication_data_type": ("fp32", "gradients travel in fp32"),
-    "data_types.grad_accum_dtype": ("fp32", "gradients add up in fp32"),
+    "communication_data_type": ("fp32", "gradients are reduced in fp32"),
+    "data_types.grad_accum_dtype": ("fp32", "gradients are accumulated in fp32"),
     "managed_gradient_accumulation": (True, "the trainer accumulates"),
-    "zero_optimization.offload_optimizer.nvme_path": (None, "what is offloaded rests in host memory"),
-    "zero_optimization.offload_param.nvme_path": (None, "what is offloaded rests in host memory"),
-    "zero_optimization.zero_hpz_partition_size": (1, "shares are cut over all ranks"),
-    "zero_optimization.mics_shard_size": (-1, "shares are cut over all ranks"),
-    "zero_optimization.zero_quantized_weights": (False, "weights travel whole"),
-    "zero_optimization.zero_quantized_gradients": (False, "gradients travel in fp32"),
-    "zero_optimization.zenflow": (None, "it updates late"),
-    "zero_optimization.compute_grad_norm": (True, "steps that are not finite are left out by the norm"),
+    "zero_optimization.offload_optimizer.nvme_path": (None, "offloading to host memory only is supported"),
+    "zero_optimization.offload_param.nvme_path": (None, "offloading to host memory only is supported"),
+    "zero_optimization.zero_hpz_partition_size": (1, "parameters are sharded over all ranks"),
+    "zero_optimization.mics_shard_size": (-1, "parameters are sharded over all ranks"),
+    "zero_optimization.zero_quantized_weights": (False, "weights are gathered without quantization"),
+    "zero_optimization.zero_quantized_gradients": (False, "gradients are reduced in fp32"),
+    "zero_optimization.zenflow": (None, "it delays updates"),
+    "zero_optimization.compute_grad_norm": (True, "the norm decides whether a step is skipped"),
 }
 
 
 def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> dict[str, Any]:
-    """What ``deepspeed.initialize`` takes.
+    """Return the configuration for ``deepspeed.initialize``.
 
-    To DeepSpeed a step is one micro-batch, whose backward comes in parts: told of the accumulation it would reduce
-    gradients after each.
+    DeepSpeed is told that a step has one micro-batch, although the backward runs in parts: otherwise it would reduce
+    gradients after each part.
+
+    Args:
+        settings: settings of the phase.
+        world: number of ranks.
+        micro_batches: micro-batches per step on each rank.
 
     Raises:
-        ConfigError: naming file and key, where the file contradicts the recipe, or cannot be read.
+        ConfigError: the file contradicts the recipe or cannot be read; the message has file and key.
     """
     sharding, train = settings.sharding, settings.train
-    file = config_file(sharding)
-    config = read(file)
-    share = train.batch_size // world
-    recipes = {
+    file = resolve_config_path(sharding)
+    config = read_config(file)
+    local_batch = train.batch_size // world
+    from_recipe = {
         "train_batch_size": (train.batch_size, "train.batch_size"),
-        "train_micro_batch_size_per_gpu": (share // micro_batches, "train.micro_batch"),
+        "train_micro_batch_size_per_gpu": (local_batch // micro_batches, "train.micro_batch"),
         "gradient_accumulation_steps": (micro_batches, "train.micro_batch"),
         "gradient_clipping": (train.clip_grad, "train.clip_grad"),
         "torch_autocast.enabled": (train.precision == "bf16", "train.precision"),
         "torch_autocast.dtype": ("bfloat16", "train.precision"),
         "zero_optimization.stage": (int(sharding.strategy.removeprefix("zero")), "sharding.strategy"),
     }
-    for key, (value, source) in recipes.items():
+    for key, (value, source) in from_recipe.items():
         found = _get(config, key, file)
         if found not in (None, "auto", value):
-            raise ConfigError(f"{file}: {key} = {json.dumps(found)}, but the recipe's {source} makes it {value!r}")
+            raise ConfigError(
+                f"{file}: {key} = {json.dumps(found)}, but the recipe's {source} requires {value!r}; remove the key"
+            )
     for key, (value, reason) in FIXED.items():
         found = _get(config, key, file)
         if found not in (None, value):
@@ -69,31 +76,36 @@ def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> d
     autocast = config.get("torch_autocast", {})
     return config | {
         "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": share,
+        "train_micro_batch_size_per_gpu": local_batch,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": train.clip_grad,  # left out it is 1.0
-        # DeepSpeed would send the gradients of the modules in this list as bf16
+        "gradient_clipping": train.clip_grad,  # DeepSpeed's default is 1.0
+        # DeepSpeed would reduce the gradients of the modules in this list in bf16
         "torch_autocast": {"lower_precision_safe_modules": []}
         | autocast
         | {"enabled": train.precision == "bf16", "dtype": "bfloat16"},
-        "zero_optimization": zero | {"stage": recipes["zero_optimization.stage"][0]},
+        "zero_optimization": zero | {"stage": from_recipe["zero_optimization.stage"][0]},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
 
 
-def config_file(sharding: Sharding) -> Path:
-    """``sharding.deepspeed_config``: a shipped name or a path; the strategy's own where nothing is said."""
+def resolve_config_path(sharding: Sharding) -> Path:
+    """Return the file for ``sharding.deepspeed_config``, a shipped name or a path; default: the strategy's file."""
     given = sharding.deepspeed_config or sharding.strategy
     return known if (known := shipped(given)).exists() else Path(given)
 
 
 def shipped(strategy: str) -> Path:
-    """The file of that name that comes with the package: ``zero1`` … ``zero3``, ``zero3_offload``."""
+    """Return the path of a shipped file: ``zero1``, ``zero2``, ``zero3`` or ``zero3_offload``."""
     return resource_folder("ds_configs") / f"{strategy}.json"
 
 
-def read(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a DeepSpeed file.
+
+    Raises:
+        ConfigError: the file cannot be read or is not a JSON object.
+    """
     try:
         config = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
