@@ -20,7 +20,7 @@ from .seeds import phase_key
 
 
 @dataclass(frozen=True)
-class Cluster:
+class ClusterSpec:
     """GPUs and their speed.
 
     Attributes:
@@ -33,7 +33,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class PhaseEstimate:
     """Duration of a phase.
 
     Attributes:
@@ -54,7 +54,7 @@ class Estimate:
         return self.gpus * self.seconds
 
 
-def read_cluster(text: str) -> Cluster:
+def read_cluster(text: str) -> ClusterSpec:
     """Parse ``--cluster``.
 
     Args:
@@ -77,13 +77,13 @@ def read_cluster(text: str) -> Cluster:
     if "tflops" in pairs:
         if not (flops := 1e12 * float(pairs["tflops"])):
             raise ConfigError(f"--cluster {text}: tflops must be greater than 0")
-        return Cluster(gpus, lambda row: flops)
+        return ClusterSpec(gpus, lambda row: flops)
     measured = measured_rates(RunDir(Path(pairs["rates"])))
 
     def rate(row: PlannedRow) -> float:
         return measured.get(row.key) or measured.get(row.phase) or sum(measured.values()) / len(measured)
 
-    return Cluster(gpus, rate)
+    return ClusterSpec(gpus, rate)
 
 
 def measured_rates(run: RunDir) -> dict[str, float]:
@@ -106,7 +106,9 @@ def measured_rates(run: RunDir) -> dict[str, float]:
     return found
 
 
-def estimate(rows: Sequence[PlannedRow], cluster: Cluster, fits: Callable[[PlannedRow, int], bool]) -> list[Estimate]:
+def estimate(
+    rows: Sequence[PlannedRow], cluster: ClusterSpec, fits: Callable[[PlannedRow, int], bool]
+) -> list[PhaseEstimate]:
     """Return the duration of each phase: modules divide the GPUs, every other phase has all of them.
 
     Args:
@@ -130,10 +132,10 @@ def estimate(rows: Sequence[PlannedRow], cluster: Cluster, fits: Callable[[Plann
             break
         shares[slowest] = larger[0]
     gpus = {row.key: shares.get(row.key) or usable(row)[-1] for row in rows}
-    return [Estimate(row.key, row.title, gpus[row.key], seconds(row, gpus[row.key])) for row in rows]
+    return [PhaseEstimate(row.key, row.title, gpus[row.key], seconds(row, gpus[row.key])) for row in rows]
 
 
-def critical_path(estimates: Sequence[Estimate], gpus: int) -> float:
+def critical_path(estimates: Sequence[PhaseEstimate], gpus: int) -> float:
     """Return the seconds from the first step of the meta model to the last step of fine-tuning.
 
     Modules train in parallel. With fewer GPUs than modules, a free GPU takes the longest remaining module.

@@ -114,7 +114,7 @@ def footprints(
         settings = recipe.settings(planned.phase)
         tensors = phase_tensors(plan.row(planned.phase, planned.module), settings, plan)
         found[planned.key] = [
-            _footprint(name, settings, planned, tensors, world)
+            _estimate_footprint(name, settings, planned, tensors, world)
             for world in worlds
             for name in NAMES
             if tensors.flat is not None or not name.startswith("zero")
@@ -132,7 +132,9 @@ def shares_out(settings: Settings, world: int) -> bool:
     return settings.train.batch_size // settings.augment.repeats % world == 0
 
 
-def _footprint(name: str, settings: Settings, planned: PlannedRow, tensors: PhaseTensors, world: int) -> Footprint:
+def _estimate_footprint(
+    name: str, settings: Settings, planned: PlannedRow, tensors: PhaseTensors, world: int
+) -> Footprint:
     train = settings.train
     if not shares_out(settings, world):
         raise ConfigError(f"--world {world}: train.batch_size = {train.batch_size} is not divisible by {world} ranks")
