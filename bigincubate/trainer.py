@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -335,19 +335,14 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """On the whole validation split, with the weights that the phase hands on."""
-        use_ema = self.recipe.section(self.row.phase).export == "ema"
-        if use_ema:
-            self.swap_average()
-        try:
+        with self.exported_weights():
             return self.score()
-        finally:
-            if use_ema:
-                self.swap_average()
 
-    def swap_average(self) -> None:
-        """Exchange the moving average and the weights that the model computes with; again to put them back."""
-        self.ema.swap()
-        self.sharding.publish()
+    def exported_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the model has the weights that the phase exports, raw or averaged."""
+        if self.recipe.section(self.row.phase).export == "ema":
+            return self.ema.applied(self.sharding.publish)
+        return nullcontext()
 
     def score(self) -> dict[str, float]:
         precision, together = self.settings.train.precision, self.sharding.gathers
@@ -359,15 +354,13 @@ class Trainer:
         self.checkpoints.wait()
         self.log(self.state.last | scored(scores))
         module = self.row.module
-        export = self.recipe.section(self.row.phase).export
-        if export == "ema":
-            self.swap_average()
-        tensors = self.sharding.full_state_dict()
-        if module is not None:
-            tensors = rename_to_target(tensors, self.task, module)
-        with self.env.first():
-            if self.env.is_main:
-                self.write_artifact(self.folder, tensors, export)
+        with self.exported_weights():
+            tensors = self.sharding.full_state_dict()
+            if module is not None:
+                tensors = rename_to_target(tensors, self.task, module)
+            with self.env.first():
+                if self.env.is_main:
+                    self.write_artifact(self.folder, tensors, self.recipe.section(self.row.phase).export)
         if module is not None:
             self.score_partial(module)
         state = self.state

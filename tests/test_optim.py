@@ -340,17 +340,18 @@ def test_the_average_follows_its_formula() -> None:
         assert torch.allclose(ema.average[name].double(), expected[name], atol=1e-5)
 
 
-def test_swapping_twice_puts_everything_back() -> None:
+def test_ema_is_applied_inside_the_context_only() -> None:
     model = vit()
     ema = Ema(shards(model), 0.5)
     with torch.no_grad():
         model.get_parameter("head.bias").add_(1)
     ema.update()
     own = model.get_parameter("head.bias").detach().clone()
-    ema.swap()
-    assert torch.equal(model.get_parameter("head.bias"), own - 0.5)
-    ema.swap()
+    synced = []
+    with ema.applied(lambda: synced.append(model.get_parameter("head.bias").detach().clone())):
+        assert torch.equal(model.get_parameter("head.bias"), own - 0.5)
     assert torch.equal(model.get_parameter("head.bias"), own)
+    assert [torch.equal(value, own) for value in synced] == [False, True]
 
 
 def test_no_decay_is_no_average() -> None:

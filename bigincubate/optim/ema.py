@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -44,9 +45,25 @@ class Ema:
             part = tensors.part(f"ema/{name}", self.shards[name].offset, value.numel())
             value.copy_(part.view(value.shape))
 
+    @contextmanager
+    def applied(self, sync: Callable[[], None]) -> Iterator[None]:
+        """Put the average into the model's weights inside the context, and restore the weights on exit.
+
+        Tensors of the model that are not copied inside the context change on exit.
+
+        Args:
+            sync: called after the shards have changed, to copy them to the weights that the model computes with.
+        """
+        self._swap()
+        sync()
+        try:
+            yield
+        finally:
+            self._swap()
+            sync()
+
     @torch.no_grad()
-    def swap(self) -> None:
-        """Exchange the average and the weights. Call again to restore both."""
+    def _swap(self) -> None:
         for name, value in self.average.items():
             weights = self.shards[name].tensor.clone()
             self.shards[name].tensor.copy_(value)
