@@ -74,6 +74,7 @@ def evaluate(
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"--probe {probe}: there are linear and knn")
     from ..cluster.env import RunEnv
+    from ..cluster.slurm_env import set_torchrun_variables
     from ..config import Augment
     from ..data.dataset import open_dataset
     from ..data.streams import EvalStream
@@ -84,6 +85,7 @@ def evaluate(
     info = open_dataset(data)
     if probe is None and len(info.classes) != spec.num_classes:
         raise ConfigError(f"{data} has {len(info.classes)} classes, the model {spec.num_classes}")
+    set_torchrun_variables()
     env = RunEnv.detect()
     augment = Augment(mean=spec.mean, std=spec.std, interpolation=spec.interpolation, eval_crop=spec.eval_crop)
     stream = partial(EvalStream, info, augment=augment, img_size=spec.img_size, batch_size=batch_size)

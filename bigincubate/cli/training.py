@@ -204,8 +204,9 @@ def train(
     if phase not in PHASES:
         raise ConfigError(f"--phase {phase}: there are {', '.join(PHASES)}")
     loaded = load_recipe(recipe, sets or ())
-    from ..cluster.env import RunEnv, array_index
+    from ..cluster.env import RunEnv
     from ..cluster.orphan import die_with_parent
+    from ..cluster.slurm_env import array_index, set_torchrun_variables
     from ..data.parts import open_for
     from ..rundir import RunDir
     from ..workflow import ensure_data, ensure_plan, find_row
@@ -214,6 +215,7 @@ def train(
     if module is not None and module != "auto" and not module.isdigit():
         raise ConfigError(f"--module {module}: expected a number, or auto")
     number = array_index() if module == "auto" else None if module is None else int(module)
+    set_torchrun_variables()
     env = RunEnv.detect()
     try:
         directory = RunDir(run_dir)

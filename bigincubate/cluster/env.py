@@ -1,7 +1,4 @@
-"""Who this process is among the ranks, and how the ranks agree.
-
-Taken from ``torchrun``'s variables, else from Slurm's, else a world of one.
-"""
+"""The process group of the ranks of a phase, and the messages that ranks exchange to agree on something."""
 
 from __future__ import annotations
 
@@ -24,36 +21,45 @@ from ..heap import keep_freed_memory
 
 @dataclass
 class RunEnv:
+    """The rank of this process and its connection to the other ranks. The default is a world of one on the CPU.
+
+    Attributes:
+        rank: Rank of this process.
+        world: Number of ranks.
+        local_rank: Rank among the processes of this machine.
+        local_world: Number of ranks on this machine.
+        device: Device that this rank computes on.
+        control: A gloo process group for control messages, so that they never wait for the accelerator.
+    """
+
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    control: Any = None  # a gloo group for words between the ranks, so that they never wait for the accelerator
+    control: Any = None
 
     @property
     def is_main(self) -> bool:
+        """Return whether this is rank 0."""
         return self.rank == 0
 
     @classmethod
     def detect(cls) -> RunEnv:
-        """Join the process group the environment describes. On a CPU, `keep_freed_memory`.
+        """Join the process group that ``torchrun``'s variables describe; without them, return a world of one.
+
+        On a CPU, freed memory is kept (see :mod:`bigincubate.heap`).
 
         Raises:
-            ConfigError: the variables contradict each other, or there are more ranks than GPUs on this machine.
+            ConfigError: The variables contradict each other, or this machine has fewer GPUs than ranks.
         """
         env = os.environ
+        rank, world, local_rank, local_world = 0, 1, 0, 1
         if "RANK" in env and "WORLD_SIZE" in env:
-            names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
-        elif "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "MASTER_ADDR" in env:
-            names = ["SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"]
-        else:
-            names = []
-        defaults = [0, 1, 0, 1]
-        values = [_number(name, default) for name, default in zip(names, defaults, strict=False)]
-        rank, world, local_rank, local_world = values or defaults
+            rank, world = read_count("RANK", 0), read_count("WORLD_SIZE", 1)
+            local_rank, local_world = read_count("LOCAL_RANK", 0), read_count("LOCAL_WORLD_SIZE", 1)
         if not 0 <= rank < world:
-            raise ConfigError(f"{names[0]}={rank} is outside {names[1]}={world}")
+            raise ConfigError(f"RANK={rank} is outside WORLD_SIZE={world}")
         self = cls(rank, world, local_rank, local_world)
         if torch.cuda.is_available():
             if (needed := max(local_world, local_rank + 1)) > (gpus := torch.cuda.device_count()):
@@ -65,7 +71,7 @@ class RunEnv:
             torch.cuda.set_device(self.device)
         else:
             keep_freed_memory()
-        # streaming and torch both read these
+        # streaming and torch read these
         env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_world))
         if world > 1:
             env.setdefault("MASTER_ADDR", "127.0.0.1")
@@ -75,8 +81,12 @@ class RunEnv:
         return self
 
     def machine(self) -> dict[str, Any]:
-        """What this rank computes with, for the record: ``device``, ``world`` (ranks), ``threads`` (of this rank, on
-        the CPU), ``versions`` of the packages that results depend on."""
+        """Describe what this rank computes with.
+
+        Returns:
+            ``device`` (name), ``world`` (number of ranks), ``threads`` (of this rank, on the CPU), and ``versions`` of
+            the packages that results depend on.
+        """
         cuda = self.device.type == "cuda"
         device = torch.cuda.get_device_name(self.device) if cuda else f"CPU ({platform.machine()})"
         versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "mosaicml-streaming")}
@@ -84,16 +94,16 @@ class RunEnv:
         return {"device": device, "world": self.world, "threads": torch.get_num_threads(), "versions": versions}
 
     def apart(self) -> RunEnv:
-        """The same ranks, with a channel of their own for another thread to talk on. On all ranks together."""
+        """Return the same ranks with a new control group, for use by another thread. Called by all ranks together."""
         return self if self.world == 1 else replace(self, control=dist.new_group(backend="gloo"))
 
     def close_apart(self) -> None:
-        """Give back the channel of :meth:`apart`, whose threads would stay."""
+        """Destroy the control group of :meth:`apart`, which also ends its threads."""
         if self.world > 1:
             dist.destroy_process_group(self.control)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Of each flag, whether any rank says yes."""
+        """Return for each flag whether it is set on any rank."""
         if self.world == 1:
             return flags
         votes = torch.tensor(flags, dtype=torch.int32)
@@ -101,15 +111,15 @@ class RunEnv:
         return tuple(bool(vote) for vote in votes)
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value (numbers, strings, lists, dictionaries)."""
+        """Return rank 0's ``value``, which must be picklable."""
         if self.world == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank."""
+        """Return the ``value`` of every rank, in the order of the ranks."""
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
@@ -117,14 +127,18 @@ class RunEnv:
         return out
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks, in place."""
+        """Sum ``tensor`` over the ranks, in place, and return it."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """Rank 0 runs the block before the others do: what it makes, they find. Where it fails, all fail."""
+        """Run the block on rank 0 before the other ranks run it.
+
+        Raises:
+            BigincubateError: On every rank, if the block raised it on rank 0.
+        """
         problem: BigincubateError | None = None
         if self.is_main:
             try:
@@ -140,23 +154,22 @@ class RunEnv:
             raise problem
 
     def barrier(self) -> None:
+        """Wait until every rank has called this."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     def close(self) -> None:
+        """Destroy the process group."""
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 
-def array_index() -> int:
-    """The module of this Slurm array task."""
-    if "SLURM_ARRAY_TASK_ID" not in os.environ:
-        raise ConfigError("--module auto needs SLURM_ARRAY_TASK_ID (a Slurm array task); else give a number")
-    return _number("SLURM_ARRAY_TASK_ID", 0)
+def read_count(name: str, default: int) -> int:
+    """Return an environment variable that holds a non-negative whole number.
 
-
-def _number(name: str, default: int) -> int:
-    """An environment variable that counts something."""
+    Raises:
+        ConfigError: It holds something else.
+    """
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
         raise ConfigError(f"the environment variable {name} is {text!r}, not a number")
@@ -164,4 +177,5 @@ def _number(name: str, default: int) -> int:
 
 
 def stderr(text: str) -> None:
+    """Print a line on stderr at once."""
     print(text, file=sys.stderr, flush=True)
