@@ -1,6 +1,6 @@
-"""What a user can do wrong, and the exit code each ends with.
+"""Errors that a user can cause or fix, and the exit code of each.
 
-The command line prints the message alone, never a traceback: one line that says what is wrong and what to do.
+The command line prints only the message, never a traceback: one line that says what is wrong and how to fix it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from enum import IntEnum
 
 
 class Exit(IntEnum):
-    """Exit codes of every command; scripts rely on them."""
+    """Exit codes of all commands. Scripts rely on them."""
 
     DONE = 0
     USAGE = 2
@@ -22,37 +22,57 @@ class Exit(IntEnum):
 
 
 class BigincubateError(Exception):
-    """An error with a cause outside the program. ``code`` is the exit code."""
+    """Base class of the errors that are shown to a user as one line.
+
+    Attributes:
+        code: The exit code of the command.
+    """
 
     code: Exit = Exit.USAGE
 
 
 class ConfigError(BigincubateError):
-    """A recipe, a flag or a combination of them that cannot be right."""
+    """A recipe, a command-line flag, or a combination of them is invalid."""
 
     code = Exit.USAGE
 
 
 class EnvironmentFault(BigincubateError):
-    """Data that is missing or damaged, a machine that lacks something, or a rank that stands still."""
+    """Base class of problems with the data, the machine or the installation."""
 
     code = Exit.ENVIRONMENT
 
 
+class DataError(EnvironmentFault):
+    """Data, or weights from elsewhere, are missing, damaged or cannot be downloaded."""
+
+
+class SystemResourceError(EnvironmentFault):
+    """The machine or the cluster cannot provide what is needed: disk space, a directory, an answer from Slurm."""
+
+
+class RankTimeoutError(EnvironmentFault):
+    """A rank gave no sign of life for too long."""
+
+
+class MissingDependencyError(EnvironmentFault):
+    """A program or a Python package that is needed is not installed."""
+
+
 class ArtifactError(BigincubateError):
-    """A module or model that is missing, stale, or belongs to another run."""
+    """A module or model is missing, stale, or belongs to another run."""
 
     code = Exit.ARTIFACT
 
 
 class NonFiniteError(BigincubateError):
-    """The loss or its gradient stopped being a number."""
+    """The loss or its gradient is not finite."""
 
     code = Exit.NON_FINITE
 
 
 class DamagedError(BigincubateError):
-    """Every checkpoint of a phase fails its verification, or one that was asked for by name."""
+    """Every checkpoint of a phase, or one that was given by name, fails its verification."""
 
     code = Exit.DAMAGED
 
@@ -64,6 +84,6 @@ class LockedError(BigincubateError):
 
 
 class Preempted(BigincubateError):
-    """Stopped on request after a checkpoint: the same command goes on from there."""
+    """Training was asked to stop and saved a checkpoint. The same command resumes from it."""
 
     code = Exit.PREEMPTED
