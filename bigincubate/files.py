@@ -1,4 +1,4 @@
-"""Small files that survive a crash: written whole or not at all."""
+"""Read and write small files so that a crash leaves either the old or the new content."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SMALL = 2**26  # bytes; no file that is read into memory whole has a reason to be larger
+SMALL = 2**26  # bytes; no file that is read into memory at once has a reason to be larger
 
 
 def make_folder(folder: Path) -> None:
-    """A folder, and those above it that are missing; their names are on the disk when this returns."""
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    """Create a folder and its missing parents, and sync their directory entries to disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for made in missing:
-        fsync_dir(made.parent)
+    for created in missing:
+        fsync_dir(created.parent)
 
 
 def plain_size(path: Path) -> int:
-    """Bytes of a plain file.
+    """Return the size of a regular file in bytes.
 
     Raises:
-        OSError: missing; a symbolic link, which may lead anywhere; a pipe or a device, which may never end.
+        OSError: The file is missing, or it is a symbolic link (which may point anywhere), a pipe or a device (which may
+            never end).
     """
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
@@ -37,10 +38,10 @@ def plain_size(path: Path) -> int:
 
 
 def read_small(path: Path) -> bytes:
-    """What is in a plain file of at most ``SMALL`` bytes.
+    """Return the content of a regular file of at most ``SMALL`` bytes.
 
     Raises:
-        OSError: as :func:`plain_size`; or it is larger.
+        OSError: See :func:`plain_size`; or the file is larger.
     """
     if (size := plain_size(path)) > SMALL:
         raise OSError(errno.EFBIG, f"{size} bytes, expected at most {SMALL}", str(path))
@@ -48,11 +49,16 @@ def read_small(path: Path) -> bytes:
 
 
 def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
-    """Put ``text`` at ``path`` atomically (temporary file, fsync, rename). With ``exclusive`` an existing file is
-    left alone. Returns whether ``path`` now holds ``text``."""
+    """Write ``text`` to ``path`` atomically: temporary file, fsync, rename.
+
+    With ``exclusive``, an existing file is not replaced.
+
+    Returns:
+        Whether ``path`` now holds ``text``.
+    """
     make_folder(path.parent)
     temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
-    # not mkstemp: what others may read and write is for the umask to say
+    # not mkstemp: the umask decides the permissions
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "w") as file:
@@ -75,11 +81,12 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` to ``path`` as JSON, atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object, or None where the file is missing or holds no JSON object."""
+    """Return the JSON object in a file, or None if the file is missing or holds no JSON object."""
     try:
         value = json.loads(read_small(path))
     except (OSError, ValueError, RecursionError):
@@ -88,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What :func:`append_line` wrote; a last line that was cut off by a crash is left out."""
+    """Return the objects that :func:`append_line` wrote, without a last line that a crash truncated."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -99,7 +106,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append one JSON object as a line, in one write, so that processes do not mix their lines."""
+    """Append a JSON object as one line, in one write, so that lines of several processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -109,15 +116,15 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def write_hashed(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
-    """Write bytes-like ``chunks`` one after the other, each hashed by another thread meanwhile, and fsync.
+    """Write bytes-like ``chunks`` in order and fsync the file. A second thread hashes each chunk as it is written.
 
     Returns:
-        What a manifest says of the file: ``size`` (bytes) and ``sha256``.
+        The manifest entry of the file: ``size`` (bytes) and ``sha256``.
     """
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file, ThreadPoolExecutor(1) as beside:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
         for chunk in chunks:
-            hashed = beside.submit(digest.update, chunk)
+            hashed = hasher.submit(digest.update, chunk)
             size += file.write(chunk)
             hashed.result()
         file.flush()
@@ -126,6 +133,7 @@ def write_hashed(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
 
 
 def fsync_dir(folder: Path) -> None:
+    """Sync the entries of a directory to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -134,5 +142,6 @@ def fsync_dir(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

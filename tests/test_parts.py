@@ -224,7 +224,7 @@ def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_
     folder = lab.run.phase("incubate", 1).artifact
     spoiled = load_manifest(folder).model_copy(update={"data": lab.data.parts[0]})
     save_artifact(folder, lab.weights("incubate", 1), spoiled)
-    with pytest.raises(ArtifactError, match=r"module 1: stale: it grew from another data"):
+    with pytest.raises(ArtifactError, match=r"module 1: stale: .*another data"):
         lab.trainer("finetune")
     assert [f.part for f in verify_run(lab.run) if f.verdict is Verdict.STALE] == ["incubate/1"]
 

@@ -1,1 +1,1 @@
-"""What is kept: resume checkpoints of a phase, and the artifacts that phases hand on."""
+"""Storage of a run: leases on its directories, resume checkpoints, and the artifacts that phases produce."""

@@ -1,10 +1,10 @@
-"""One owner at a time for one phase directory, without any lock of the file system.
+"""Leases: one owner at a time for a directory, without any lock of the file system.
 
-``owners/7.json`` is the seventh claim: the process (host, pid, start time, Slurm job) that made it. A claim is a new
-file, which exactly one process can create, and its number, the *generation*, is never used again. The highest one
-counts. Its file is touched while its owner lives, and emptied when the owner leaves. A later claim is made only where
-the owner is provably dead, or has been silent for a lease; if it was alive after all (stopped, or cut off for a while),
-it finds the later claim before it writes anything that lasts, and gives up.
+``owners/7.json`` is the seventh lease on the directory; it names the process (host, pid, start time, Slurm job) that
+created it. Exactly one process can create a file, and the number, called the *generation*, is never used again: the
+highest generation counts. The owner touches its file while it lives, and empties it when it leaves. A new lease is
+created only if the owner is provably dead, or gave no sign of life for ``LEASE``. An owner that was only
+suspended or disconnected finds the later lease before it writes anything that lasts, and gives up.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from ..cluster.env import RunEnv, stderr
 from ..errors import LockedError
 from ..files import read_json, write_text
 
-LEASE = 60.0  # seconds without a sign of life after which an owner of unknown fate is taken for dead
-HEARTBEAT = 5.0
+LEASE = 60.0  # seconds without a sign of life after which an owner of unknown state counts as dead
+HEARTBEAT = 5.0  # seconds between two signs of life
 QUEUE = 3.0  # seconds in which Slurm must answer
-# jobs of which no process runs: ended, or waiting to begin (again)
+# states of jobs without a running process: ended, or waiting to start (again)
 NOT_RUNNING = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
     *("TIMEOUT", "PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"),
@@ -37,8 +37,10 @@ NOT_RUNNING = {
 
 
 def start_time(pid: int) -> str | None:
-    """When a process of this host started (clock ticks since boot), or None where there is none such: with the pid,
-    it names a process for good."""
+    """Return when a process of this host started, or None if it does not run.
+
+    The start time (clock ticks since boot) and the pid identify a process even after the pid is reused.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -48,12 +50,12 @@ def start_time(pid: int) -> str | None:
 
 
 def describe(pid: int) -> dict[str, Any]:
-    """What tells a process of this host from all others, of the past and of other hosts."""
+    """Return what distinguishes a process of this host from all others, past ones and those of other hosts."""
     env = os.environ
     array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
     return {
         "host": socket.gethostname(),
-        "space": _space(),
+        "space": _pid_namespace(),
         "pid": pid,
         "started": start_time(pid),
         "cluster": env.get("SLURM_CLUSTER_NAME"),
@@ -62,8 +64,8 @@ def describe(pid: int) -> dict[str, Any]:
     }
 
 
-def _space() -> str | None:
-    """Where a pid means this process: this boot, and this pid namespace (containers may share a host's name)."""
+def _pid_namespace() -> str | None:
+    """Return an identifier of this boot and pid namespace. Containers may share the name of their host."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -71,10 +73,13 @@ def _space() -> str | None:
 
 
 class Claim:
-    """A generation of the ownership. Without a path, one that nobody can take: of ranks other than 0.
+    """A lease on a directory, held by rank 0.
+
+    Other ranks hold a lease without a path, which is never lost.
 
     Attributes:
-        lost: a later claim was seen.
+        path: The file of the lease.
+        lost: Whether a later lease was seen.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -82,28 +87,30 @@ class Claim:
 
     @property
     def generation(self) -> int:
+        """Return the number of the lease; 0 without a path."""
         return int(self.path.stem) if self.path else 0
 
     def held(self) -> bool:
-        """Whether there is no later claim. Reads the directory, so that no cache can hide one."""
+        """Return whether there is no later lease. Lists the directory, so that no cache can hide one."""
         if self.path is not None and _newest(self.path.parent) > self.generation:
             self.lost = True
         return not self.lost
 
     def check(self) -> None:
-        """
+        """Check that the lease is still held.
+
         Raises:
-            LockedError: there is a later claim.
+            LockedError: There is a later lease.
         """
         if self.path is None or self.held():
             return
         folder = self.path.parent
-        heir = read_json(folder / f"{_newest(folder)}.json")
-        who = _name(heir) if heir else "a process that has left again"
-        raise LockedError(f"{folder.parent} was taken over by {who} while this process was silent; it writes no more")
+        new_owner = read_json(folder / f"{_newest(folder)}.json")
+        name = _name(new_owner) if new_owner else "a process that has exited since"
+        raise LockedError(f"{folder.parent} was taken over by {name} while this process was silent; it writes no more")
 
     def leave(self) -> None:
-        """Give it back. Its number stays taken. No space on the disk is needed."""
+        """Release the lease. Its number stays in use. Needs no free space on the disk."""
         if self.path is not None:
             with suppress(FileNotFoundError):
                 os.truncate(self.path, 0)
@@ -111,11 +118,12 @@ class Claim:
 
 @contextmanager
 def owned(folder: Path, env: RunEnv) -> Iterator[Claim]:
-    """Own ``folder``, for all ranks together, while the block runs. Waits, up to a lease, for the sign of life of an
-    owner of which nothing else can be known.
+    """Hold the lease on ``folder`` for all ranks together while the block runs.
+
+    Wait for up to ``LEASE`` if only its heartbeat can tell whether the previous owner lives.
 
     Raises:
-        LockedError: another live process owns it; the message names it. On every rank.
+        LockedError: On every rank: another live process, which the message names, owns the folder.
     """
     taken = _take(folder) if env.is_main else ""
     problem = env.broadcast("" if isinstance(taken, Claim) else taken)
@@ -133,7 +141,7 @@ def owned(folder: Path, env: RunEnv) -> Iterator[Claim]:
                 os.utime(path)
                 claim.held()
             except OSError:
-                continue  # a file system that is away for a moment: the lease is longer than that
+                continue  # the file system may be unavailable for less than LEASE
 
     path = claim.path
     thread = threading.Thread(target=beat, daemon=True)
@@ -147,19 +155,19 @@ def owned(folder: Path, env: RunEnv) -> Iterator[Claim]:
 
 
 def _take(folder: Path) -> Claim | str:
-    """The next claim, or who stands in its way."""
+    """Return a new lease, or the reason why there is none: the owner that lives."""
     owners = folder / "owners"
     owners.mkdir(parents=True, exist_ok=True)
     while True:
         last = _newest(owners)
-        before = owners / f"{last}.json"
-        if (owner := read_json(before)) and _alive(owner, before):
+        last_path = owners / f"{last}.json"
+        if (owner := read_json(last_path)) and _wait_whether_alive(owner, last_path):
             return f"{folder} belongs to {_name(owner)}; wait for it, or stop it first"
-        mine, me = owners / f"{last + 1}.json", {**describe(os.getpid()), "claim": uuid.uuid4().hex}
-        write_text(mine, json.dumps(me, indent=1), exclusive=True)
-        # read back: over a network, a file that was made may be reported as one that was there
-        if read_json(mine) == me:
-            return Claim(mine)
+        path, content = owners / f"{last + 1}.json", {**describe(os.getpid()), "claim": uuid.uuid4().hex}
+        write_text(path, json.dumps(content, indent=1), exclusive=True)
+        # read it back: a network file system may report a file that was just created as one that already existed
+        if read_json(path) == content:
+            return Claim(path)
 
 
 def _newest(owners: Path) -> int:
@@ -171,55 +179,61 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 def owner(folder: Path) -> str | None:
-    """Who owns ``folder``, without waiting: one of unknown fate counts until it was silent for a lease."""
+    """Return the name of the process that owns ``folder``, or None, without waiting.
+
+    An owner of unknown state counts until it has been silent for ``LEASE``.
+    """
     owners = folder / "owners"
     if not owners.is_dir():
         return None
     path = owners / f"{_newest(owners)}.json"
     found = read_json(path)
-    return _name(found) if found and _known(found, path) is not False else None
+    return _name(found) if found and _is_alive(found, path) is not False else None
 
 
-def _known(owner: dict[str, Any], path: Path) -> bool | None:
-    """Whether the owner may still write, as this host, the queue and its silence so far tell; None: they do not."""
-    me = describe(os.getpid())
-    same = {key for key in me if owner[key] == me[key] and me[key] is not None}
-    if {"cluster", "job"} <= same and owner["restarts"] < me["restarts"]:
-        return False  # our own ghost: Slurm ended it before it started us
+def _is_alive(owner: dict[str, Any], path: Path) -> bool | None:
+    """Return whether the owner may still write, or None if neither this host, the queue nor its silence tells."""
+    this = describe(os.getpid())
+    same = {key for key in this if owner[key] == this[key] and this[key] is not None}
+    if {"cluster", "job"} <= same and owner["restarts"] < this["restarts"]:
+        return False  # a previous attempt of this job: Slurm ended it before it started this one
     if {"host", "space"} <= same and owner["started"] is not None:
         return start_time(owner["pid"]) == owner["started"]
-    silent = _now(path.parent) - _touched(path)
-    if silent > LEASE or ("cluster" in same and owner["job"] and _ended(owner["job"])):
+    silence = _file_system_time(path.parent) - _last_heartbeat(path)
+    if silence > LEASE or ("cluster" in same and owner["job"] and _job_has_ended(owner["job"])):
         return False
     return None
 
 
-def _alive(owner: dict[str, Any], path: Path) -> bool:
-    """Whether the owner may still write. What nothing else can tell, its heartbeat does."""
-    began, first = time.monotonic(), _touched(path)
-    silent = _now(path.parent) - first
-    if (known := _known(owner, path)) is not None:
-        return known
-    waiting = False
-    while (waited := time.monotonic() - began) + silent <= LEASE:
-        if _touched(path) != first:
-            return bool(read_json(path))  # or it has left meanwhile
-        if not waiting and waited > 2 * HEARTBEAT:
-            waiting = True
-            left = LEASE - silent - waited
+def _wait_whether_alive(owner: dict[str, Any], path: Path) -> bool:
+    """Return whether the owner may still write. If nothing else tells, wait for its heartbeat."""
+    began, first = time.monotonic(), _last_heartbeat(path)
+    silence = _file_system_time(path.parent) - first
+    if (alive := _is_alive(owner, path)) is not None:
+        return alive
+    announced = False
+    while (waited := time.monotonic() - began) + silence <= LEASE:
+        if _last_heartbeat(path) != first:
+            return bool(read_json(path))  # empty if it has left meanwhile
+        if not announced and waited > 2 * HEARTBEAT:
+            announced = True
+            left = LEASE - silence - waited
             stderr(f"{path.parent.parent} belonged to {_name(owner)}, which is silent; taking over in {left:.0f} s")
         time.sleep(min(0.2, HEARTBEAT / 4))
     return False
 
 
-def _touched(path: Path) -> float:
-    """The last sign of life; asked of an open file, whose times a network's cache must bring up to date."""
+def _last_heartbeat(path: Path) -> float:
+    """Return the modification time. Of an open file, because a network file system must then refresh its cache."""
     with path.open() as file:
         return os.fstat(file.fileno()).st_mtime
 
 
-def _now(folder: Path) -> float:
-    """The time by the clock that stamps files here, which may be another machine's; our own where we may not write."""
+def _file_system_time(folder: Path) -> float:
+    """Return the time of the clock that stamps files here, which may be that of another machine.
+
+    Return this machine's time if the folder is not writable.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.utime(file.fileno())
@@ -228,8 +242,8 @@ def _now(folder: Path) -> float:
         return time.time()
 
 
-def _ended(job: str) -> bool:
-    """Whether Slurm says that no process of a job runs. False where it does not say."""
+def _job_has_ended(job: str) -> bool:
+    """Return whether Slurm says that no process of a job runs; False if Slurm does not answer."""
     try:
         answer = subprocess.run(
             ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job],
@@ -241,6 +255,6 @@ def _ended(job: str) -> bool:
     except (OSError, subprocess.TimeoutExpired):
         return False
     if "Invalid job id" in answer.stderr:
-        return True  # ended so long ago that it was forgotten
+        return True  # it ended so long ago that Slurm has forgotten it
     states = set(answer.stdout.split())
     return bool(states) and states <= NOT_RUNNING

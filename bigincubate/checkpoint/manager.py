@@ -1,18 +1,18 @@
-"""Resume checkpoints: written aside, hashed, committed last, verified before they are read.
+"""Resume checkpoints: written to a temporary directory, hashed, committed last, verified before they are read.
 
-Training waits for the copy to the host alone; a thread of each rank writes. One save is under way at a time: where the
-disk is slower than the training, the next save waits for it.
+Training waits only for the copy to the CPU; a thread of each rank writes the files. One save is in progress at a time:
+if the disk is slower than the training, the next save waits for it.
 
 ::
 
     checkpoints/step-00000500/
-      rank-00000.safetensors    this rank's tensors
+      rank-00000.safetensors    the tensors of rank 0
       state.json                step, seconds, counters
       manifest.json             size and SHA-256 of every file, the recipe's digest, the world size
       COMMITTED                 the SHA-256 of manifest.json; written last
 
-A directory without a valid ``COMMITTED`` does not exist for the reader. Nothing is ever written over, and nothing is
-unpickled: tensors are safetensors, the rest is JSON.
+A directory without a valid ``COMMITTED`` is ignored. Nothing is overwritten, and nothing is unpickled: tensors are
+safetensors, everything else is JSON.
 """
 
 from __future__ import annotations
@@ -35,47 +35,48 @@ from torch import Tensor
 
 from ..cluster.env import RunEnv, stderr
 from ..errors import ArtifactError, BigincubateError, DamagedError, EnvironmentFault, LockedError
-from ..files import (
-    fsync_dir,
-    make_folder,
-    plain_size,
-    read_json,
-    read_small,
-    sha256,
-    write_hashed,
-)
+from ..files import fsync_dir, make_folder, plain_size, read_json, read_small, sha256, write_hashed
 from .lock import Claim
 from .pieces import Piece, PieceReader, snapshot, write_pieces
 
-STEP = re.compile(r"step-(\d{8,})")
-MARKER = "COMMITTED"
-STATE = "state.json"
+STEP_PATTERN = re.compile(r"step-(\d{8,})")
+COMMIT_MARKER = "COMMITTED"
+STATE_FILE = "state.json"
 FileName = Annotated[str, Field(pattern=r"^(rank-[0-9]{5,}\.safetensors|state\.json)$")]  # never a path
 
 
-class File(BaseModel):
+class FileEntry(BaseModel):
+    """Size and SHA-256 of a file of a checkpoint."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     size: int = Field(ge=0)  # bytes
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Manifest(BaseModel):
-    """``manifest.json``."""
+class CheckpointManifest(BaseModel):
+    """The content of ``manifest.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     format: Literal[1]
     step: int = Field(ge=0)
     recipe: str  # digest of its identity keys
     world: int = Field(ge=1)
-    files: dict[FileName, File]
+    files: dict[FileName, FileEntry]
 
-    def tensors(self, folder: Path) -> list[Path]:
-        return [folder / name for name in self.files if name != STATE]
+    def tensor_files(self, folder: Path) -> list[Path]:
+        """Return the paths of the files that hold tensors, of a checkpoint in ``folder``."""
+        return [folder / name for name in self.files if name != STATE_FILE]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: the tensors of all ranks, read as they are asked for, and the state."""
+    """A verified checkpoint.
+
+    Attributes:
+        step: Optimizer step after which it was saved.
+        tensors: The tensors of all ranks, read on access.
+        state: The content of ``state.json``.
+    """
 
     step: int
     tensors: PieceReader
@@ -86,53 +87,60 @@ class CheckpointManager:
     """The checkpoints of one phase directory.
 
     Args:
-        folder: ``…/checkpoints``.
-        digest: the recipe's digest; a checkpoint of another recipe is refused.
-        keep: how many committed checkpoints stay (at least 2).
-        claim: to the phase directory; without it nothing is committed or removed.
+        folder: The phase's ``checkpoints`` directory.
+        env: The ranks.
+        digest: Digest of the recipe. A checkpoint of another recipe is refused.
+        keep: Number of committed checkpoints to keep (at least 2).
+        claim: Lease on the phase directory. Once it is lost, nothing is committed or removed.
 
     Raises:
-        LockedError: the claim is lost.
+        LockedError: The lease is lost.
     """
 
     def __init__(self, folder: Path, env: RunEnv, *, digest: str, keep: int = 2, claim: Claim | None = None) -> None:
         self.folder, self.env, self.digest, self.keep = folder, env, digest, keep
         self.claim = claim or Claim()
-        self._apart = env.apart()  # saves talk beside the training
+        self._save_env = env.apart()  # messages of saves must not mix with those of the training
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
-        self._figures: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
         with env.first():
             if env.is_main:
                 self.claim.check()
                 make_folder(folder)
                 committed = {self._at(step) for step in self.steps()}
-                for left in (*folder.glob(".saving-*"), *folder.glob("step-*")):
-                    if left not in committed:  # an attempt died while it wrote or removed this
-                        shutil.rmtree(left)
+                for path in (*folder.glob(".saving-*"), *folder.glob("step-*")):
+                    if path not in committed:  # an attempt died while it wrote or removed this
+                        shutil.rmtree(path)
 
     # ------------------------------------------------------------------------------------------ writing
 
     def start(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
-        """Begin a checkpoint of ``step``: what this rank holds (it may be nothing), and ``state`` from rank 0. Copied
-        to the host before this returns, written and committed while training goes on. On all ranks together.
+        """Start to save a checkpoint. Called by all ranks together.
+
+        Tensors are copied to the CPU before this returns, and written and committed while training continues.
+
+        Args:
+            step: Number of optimizer steps done.
+            tensors: What this rank holds, possibly nothing.
+            state: A JSON object; that of rank 0 is saved.
 
         Raises:
-            EnvironmentFault: the save before, which is awaited first, failed.
+            EnvironmentFault: The previous save, for which this waits first, failed.
         """
         began = time.perf_counter()
         self.wait()
-        pieces, text = snapshot(tensors), json.dumps(state, indent=1)
-        self._thread = threading.Thread(target=self._run, args=(step, pieces, text), daemon=True)
+        shards, text = snapshot(tensors), json.dumps(state, indent=1)
+        self._thread = threading.Thread(target=self._run, args=(step, shards, text), daemon=True)
         self._thread.start()
-        self._figures["checkpoint/blocked_ms"] = 1e3 * (time.perf_counter() - began)
+        self._metrics["checkpoint/blocked_ms"] = 1e3 * (time.perf_counter() - began)
 
     def wait(self) -> None:
-        """Until the last save is committed. On all ranks together.
+        """Wait until the last save is committed. Called by all ranks together.
 
         Raises:
-            EnvironmentFault: some rank could not write; earlier checkpoints are as they were.
-            LockedError: the claim is lost; nothing was committed.
+            EnvironmentFault: A rank could not write. Earlier checkpoints are unchanged.
+            LockedError: The lease is lost. Nothing was committed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -142,57 +150,62 @@ class CheckpointManager:
             raise problem
 
     def save(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
-        """:meth:`start` and :meth:`wait`."""
+        """Save a checkpoint and wait until it is committed; see :meth:`start`."""
         self.start(step, tensors, state)
         self.wait()
 
     def close(self) -> None:
-        """Nothing more is saved. A save that is under way, after an error elsewhere, is left to itself."""
+        """Release the control group, unless a save is still in progress after an error elsewhere."""
         if self._thread is None or not self._thread.is_alive():
-            self._apart.close_apart()
+            self._save_env.close_apart()
 
     @property
     def failed(self) -> bool:
-        """Whether :meth:`wait` would raise. A rank may know before the others do."""
+        """Return whether :meth:`wait` would raise. A rank may know before the others do."""
         return self._problem is not None
 
     def figures(self) -> dict[str, float]:
-        """Of saves since the last call: how long training was blocked, this rank's bytes a second."""
-        figures, self._figures = self._figures, {}
-        return figures
+        """Return the metrics of saves since the last call.
 
-    def _run(self, step: int, pieces: dict[str, Piece], state: str) -> None:
+        Returns:
+            ``checkpoint/blocked_ms``: how long training was blocked; ``checkpoint/mib_per_sec``: the rate at which this
+            rank wrote.
+        """
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def _run(self, step: int, shards: dict[str, Piece], state: str) -> None:
         try:
-            self._save(step, pieces, state)
-        except BaseException as error:  # for the thread that waits
+            self._save(step, shards, state)
+        except BaseException as error:  # raised by wait()
             self._problem = error
 
-    def _save(self, step: int, pieces: dict[str, Piece], state: str) -> None:
-        began, env = time.perf_counter(), self._apart
+    def _save(self, step: int, shards: dict[str, Piece], state: str) -> None:
+        began, env = time.perf_counter(), self._save_env
         final = self.folder / f"step-{step:08d}"
-        aside = self.folder / env.broadcast(f".saving-{step:08d}-{uuid.uuid4().hex[:8]}")
+        temporary = self.folder / env.broadcast(f".saving-{step:08d}-{uuid.uuid4().hex[:8]}")
         files: dict[str, dict[str, Any]] = {}
         problem = ""
         try:
-            aside.mkdir(exist_ok=True)
-            if pieces:
+            temporary.mkdir(exist_ok=True)
+            if shards:
                 name = f"rank-{env.rank:05d}.safetensors"
-                files[name] = write_pieces(aside / name, pieces)
+                files[name] = write_pieces(temporary / name, shards)
             if env.is_main:
-                files[STATE] = write_hashed(aside / STATE, [state.encode()])
+                files[STATE_FILE] = write_hashed(temporary / STATE_FILE, [state.encode()])
         except OSError as error:
-            problem = explain(error, aside)
+            problem = explain(error, temporary)
         reports = env.gather((files, problem))
         problem = next((text for _, text in reports if text), "")
         refusal: BigincubateError | None = None
         if env.is_main:
             try:
-                self.claim.check()  # first: its heir may have removed what we wrote
+                self.claim.check()  # first: a new owner may have removed the files written here
                 if not problem:
-                    if final.exists():  # damaged, and passed over
+                    if final.exists():  # damaged, so training resumed from an earlier one
                         shutil.rmtree(final)
                     entries = {name: entry for report, _ in reports for name, entry in sorted(report.items())}
-                    commit(aside, final, step=step, digest=self.digest, world=env.world, files=entries)
+                    commit(temporary, final, step=step, digest=self.digest, world=env.world, files=entries)
                     self._prune(step)
             except OSError as error:
                 problem = explain(error, final)
@@ -201,19 +214,19 @@ class CheckpointManager:
             if problem and refusal is None:
                 refusal = EnvironmentFault(f"checkpoint of step {step} not written: {problem}; earlier ones are intact")
                 try:
-                    self.claim.check()  # once more: an heir may have taken away what was being written
+                    self.claim.check()  # again: a new owner may have removed files that were being written
                 except LockedError as error:
                     refusal = error
         refusal = env.broadcast(refusal)
         if refusal is not None:
             if env.is_main:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
             raise refusal
         if written := sum(entry["size"] for entry in files.values()):
-            self._figures["checkpoint/mib_per_sec"] = written / 2**20 / (time.perf_counter() - began)
+            self._metrics["checkpoint/mib_per_sec"] = written / 2**20 / (time.perf_counter() - began)
 
     def _prune(self, newest: int) -> None:
-        """Keep the newest; those beyond ``newest`` were damaged, or training would have gone on from there."""
+        """Remove all but the newest. Those after ``newest`` are damaged, or training would have resumed from them."""
         kept = [step for step in self.steps() if step <= newest][-self.keep :]
         for step in set(self.steps()).difference(kept):
             self.claim.check()
@@ -222,18 +235,21 @@ class CheckpointManager:
     # ------------------------------------------------------------------------------------------ reading
 
     def steps(self) -> list[int]:
-        """The committed steps, in numeric order."""
-        matches = (STEP.fullmatch(marker.parent.name) for marker in self.folder.glob(f"step-*/{MARKER}"))
+        """Return the steps of the committed checkpoints, in numeric order."""
+        matches = (STEP_PATTERN.fullmatch(marker.parent.name) for marker in self.folder.glob(f"step-*/{COMMIT_MARKER}"))
         numbers = {int(match[1]) for match in matches if match}
-        return sorted(step for step in numbers if (self._at(step) / MARKER).exists())  # of one number, one spelling
+        return sorted(
+            step for step in numbers if (self._at(step) / COMMIT_MARKER).exists()
+        )  # ignore other spellings of a number
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies; None where there never was one. A damaged one is named on stderr
-        and passed over.
+        """Return the newest checkpoint that passes verification, or None if there are no checkpoints.
+
+        Damaged checkpoints are skipped and reported on stderr. Called by all ranks together.
 
         Raises:
-            DamagedError: there are checkpoints, and every one is damaged.
-            ArtifactError: the checkpoint belongs to another recipe.
+            DamagedError: There are checkpoints, and all are damaged.
+            ArtifactError: The checkpoint belongs to another recipe.
         """
         step = self.env.broadcast(self._choose() if self.env.is_main else None)
         if isinstance(step, str):
@@ -241,10 +257,10 @@ class CheckpointManager:
         if step is None:
             return None
         folder = self._at(step)
-        manifest = Manifest.model_validate_json(read_small(folder / "manifest.json"))
+        manifest = CheckpointManifest.model_validate_json(read_small(folder / "manifest.json"))
         if manifest.recipe != self.digest:
-            raise ArtifactError(f"{folder} was made by another recipe; use another --run-dir, or remove it")
-        return Checkpoint(step, PieceReader(manifest.tensors(folder)), read_json(folder / STATE) or {})
+            raise ArtifactError(f"{folder} was saved under another recipe; use another --run-dir, or remove it")
+        return Checkpoint(step, PieceReader(manifest.tensor_files(folder)), read_json(folder / STATE_FILE) or {})
 
     def _choose(self) -> int | str | None:
         damaged = []
@@ -252,81 +268,89 @@ class CheckpointManager:
             if (problem := verify(self._at(step))) is None:
                 return step
             damaged.append(problem)
-            stderr(f"damaged checkpoint, passed over: {problem}")
+            stderr(f"damaged checkpoint, skipped: {problem}")
         if damaged:
-            return f"every checkpoint in {self.folder} is damaged ({damaged[0]}); remove the folder to start again"
+            return f"every checkpoint in {self.folder} is damaged ({damaged[0]}); remove the folder to start over"
         return None
 
     def _at(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
 
-def commit(aside: Path, final: Path, *, step: int, digest: str, world: int, files: dict[str, dict[str, Any]]) -> None:
-    """Make the files in ``aside`` the checkpoint ``final``, which must not be there: manifest, rename, marker. Where
-    an heir has taken ``aside`` or ``final`` away meanwhile, the renames fail, and touch nothing of its own.
+def commit(
+    temporary: Path, final: Path, *, step: int, digest: str, world: int, files: dict[str, dict[str, Any]]
+) -> None:
+    """Turn a directory into a committed checkpoint: write the manifest, rename, rename the marker.
+
+    If a new owner has removed ``temporary`` or ``final`` meanwhile, the renames fail and change none of its files.
 
     Args:
-        files: size and SHA-256 of each.
+        temporary: Directory with the files.
+        final: The checkpoint, which must not exist.
+        step: Number of optimizer steps done.
+        digest: Digest of the recipe.
+        world: Number of ranks.
+        files: Size and SHA-256 of each file.
     """
     manifest = {"format": 1, "step": step, "recipe": digest, "world": world, "files": files}
     text = json.dumps(manifest, indent=1)
-    write_hashed(aside / "manifest.json", [text.encode()])
-    marker = f"{aside.name}.marker"
-    write_hashed(aside / marker, [hashlib.sha256(text.encode()).hexdigest().encode()])
-    fsync_dir(aside)
-    aside.rename(final)
+    write_hashed(temporary / "manifest.json", [text.encode()])
+    marker = f"{temporary.name}.marker"
+    write_hashed(temporary / marker, [hashlib.sha256(text.encode()).hexdigest().encode()])
+    fsync_dir(temporary)
+    temporary.rename(final)
     fsync_dir(final.parent)
-    (final / marker).rename(final / MARKER)
+    (final / marker).rename(final / COMMIT_MARKER)
     fsync_dir(final)
 
 
 def remove(folder: Path) -> None:
-    """A checkpoint, or what was to become one."""
-    if folder.is_symlink():  # what it leads to is not ours
+    """Remove a checkpoint, or the temporary directory of one."""
+    if folder.is_symlink():  # its target is no checkpoint of this run
         folder.unlink()
         return
-    (folder / MARKER).unlink(missing_ok=True)  # first: half a directory must not look committed
+    (folder / COMMIT_MARKER).unlink(missing_ok=True)  # first: an incomplete directory must not look committed
     shutil.rmtree(folder)
 
 
 def verify(folder: Path) -> str | None:
-    """What is wrong with a committed checkpoint directory, naming file, expected and found; None if nothing is.
+    """Return what is wrong with a committed checkpoint (file, expected and found value), or None if it is valid.
 
-    Nothing outside the directory is opened, nothing that has no hash is read, and tensors are not loaded.
+    Nothing outside the directory is opened, nothing without a hash is read, and tensors are not loaded.
     """
     file = folder / "manifest.json"
     try:
         if folder.is_symlink():
             return f"{folder} is a symbolic link; refused"
-        manifest = Manifest.model_validate_json(sealed(folder))
-        if (match := STEP.fullmatch(folder.name)) and int(match[1]) != manifest.step:
-            return f"{file}: it is of step {manifest.step}, expected {int(match[1])}"
+        manifest = CheckpointManifest.model_validate_json(sealed(folder))
+        if (match := STEP_PATTERN.fullmatch(folder.name)) and int(match[1]) != manifest.step:
+            return f"{file}: step {manifest.step}, expected {int(match[1])}"
         for name, entry in manifest.files.items():
             if (size := plain_size(folder / name)) != entry.size:
                 return f"{folder / name}: {size} bytes, expected {entry.size}"
             if (found := sha256(folder / name)) != entry.sha256:
                 return f"{folder / name}: SHA-256 {found[:12]}…, expected {entry.sha256[:12]}…"
-        state = read_json(folder / STATE)
+        state = read_json(folder / STATE_FILE)
         if state is None or state.get("step", manifest.step) != manifest.step:
-            return f"{folder / STATE}: not the state of step {manifest.step}"
-        PieceReader(manifest.tensors(folder))
+            return f"{folder / STATE_FILE}: not the state of step {manifest.step}"
+        PieceReader(manifest.tensor_files(folder))
     except OSError as error:
         return explain(error, folder)
     except ValidationError as error:
-        return f"{file}: not a manifest: {error.errors()[0]['msg']}"
+        return f"{file}: invalid manifest: {error.errors()[0]['msg']}"
     except ArtifactError as error:
         return str(error)
     return None
 
 
 def sealed(folder: Path) -> bytes:
-    """``manifest.json`` as it was committed.
+    """Return the content of ``manifest.json`` after a check against the commit marker.
 
     Raises:
-        OSError: it or the marker is missing, or no plain file.
-        ArtifactError: it is not what the marker was written for.
+        OSError: The manifest or the marker is missing, or not a regular file.
+        ArtifactError: The manifest differs from the hash in the marker.
     """
-    file, marker = folder / "manifest.json", folder / MARKER
+    file, marker = folder / "manifest.json", folder / COMMIT_MARKER
     if (size := plain_size(marker)) != 64:
         raise ArtifactError(f"{marker}: {size} bytes, expected 64")
     text, expected = read_small(file), marker.read_bytes().decode(errors="replace")
@@ -336,9 +360,9 @@ def sealed(folder: Path) -> bytes:
 
 
 def explain(error: OSError, path: Path) -> str:
-    """The file, or ``path`` where the error names none, and what happened; of a full disk, what is left of it."""
+    """Return a message: the file (``path`` if the error names none), the reason, and the free space of a full disk."""
     text = f"{error.filename or path}: {error.strerror or error}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return text
-    place = next(place for place in (path, *path.parents) if place.exists())
-    return f"{text} ({shutil.disk_usage(place).free} bytes free)"
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return f"{text} ({shutil.disk_usage(existing).free} bytes free)"

@@ -1,8 +1,8 @@
-"""Tensors that are spread over ranks, in files that know nothing of how.
+"""Read and write tensors that are sharded over ranks, in files that do not depend on the sharding strategy.
 
-A *piece* is a contiguous part, in row-major order, of a logical tensor. Every strategy can say which pieces a rank
-holds, and every strategy can be restored from the pieces it asks for: so a checkpoint is written without gathering
-anything, and read at another world size or by another strategy.
+A *shard* here is a contiguous range of elements, in row-major order, of a logical tensor. Every strategy can say which
+shards a rank holds, and restores itself from the ranges that it asks for. So a checkpoint is written without gathering
+anything, and can be read at another world size or by another strategy.
 """
 
 from __future__ import annotations
@@ -34,14 +34,20 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-LAYOUT = "layout"  # in a file's header: {key: [offset, whole shape]}, for pieces that are not whole
+LAYOUT = "layout"  # in a file's header: {key: [offset, logical shape]}, for shards that are not full tensors
 Count = Annotated[int, Field(ge=0)]
 Layout = TypeAdapter(dict[str, tuple[Count, tuple[Count, ...]]])
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements ``offset`` … ``offset + tensor.numel()`` of a logical tensor of ``shape``."""
+    """A contiguous range of elements of a logical tensor.
+
+    Attributes:
+        tensor: The elements ``offset`` … ``offset + tensor.numel() - 1``, in any shape.
+        offset: Index of the first element in the flattened logical tensor.
+        shape: Shape of the logical tensor.
+    """
 
     tensor: Tensor
     offset: int
@@ -49,48 +55,58 @@ class Piece:
 
 
 def whole(tensor: Tensor) -> Piece:
-    """A piece that is all of its tensor."""
+    """Return a shard that holds all elements of ``tensor``."""
     return Piece(tensor.detach(), 0, tuple(tensor.shape))
 
 
-def snapshot(pieces: Mapping[str, Tensor | Piece]) -> dict[str, Piece]:
-    """Copies on the host: what happens to the tensors afterwards does not reach them."""
+def snapshot(tensors: Mapping[str, Tensor | Piece]) -> dict[str, Piece]:
+    """Copy tensors to the CPU. Later changes of the tensors do not affect the copies."""
     copies = {}
-    for key, value in pieces.items():
-        piece = value if isinstance(value, Piece) else whole(value)
-        tensor = piece.tensor.detach()
-        copies[key] = Piece(tensor.to("cpu", copy=True).contiguous(), piece.offset, tuple(piece.shape))
+    for key, value in tensors.items():
+        shard = value if isinstance(value, Piece) else whole(value)
+        tensor = shard.tensor.detach()
+        copies[key] = Piece(tensor.to("cpu", copy=True).contiguous(), shard.offset, tuple(shard.shape))
     return copies
 
 
-def write_pieces(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Any]:
-    """A rank's pieces on the host as one safetensors file, written and hashed without another copy in memory (which the
-    library's own writer makes). Gives what a manifest says of the file."""
-    layout, header, tensors, at = {}, {}, [], 0
-    # wide types first: each tensor then begins at a multiple of its element's size
-    for key, piece in sorted(pieces.items(), key=lambda item: (-item[1].tensor.element_size(), item[0])):
-        tensor = piece.tensor.contiguous()
-        if tuple(tensor.shape) != tuple(piece.shape):
-            layout[key] = [piece.offset, list(piece.shape)]
+def write_pieces(path: Path, shards: Mapping[str, Piece]) -> dict[str, Any]:
+    """Write the shards of one rank, which must be on the CPU, to a safetensors file.
+
+    Unlike the library's own writer, this makes no second copy in memory, and hashes while it writes.
+
+    Returns:
+        The manifest entry of the file; see :func:`bigincubate.files.write_hashed`.
+    """
+    layout, header, tensors, end = {}, {}, [], 0
+    # wide types first: then each tensor begins at a multiple of its element size
+    for key, shard in sorted(shards.items(), key=lambda item: (-item[1].tensor.element_size(), item[0])):
+        tensor = shard.tensor.contiguous()
+        if tuple(tensor.shape) != tuple(shard.shape):
+            layout[key] = [shard.offset, list(shard.shape)]
             tensor = tensor.flatten()
-        size = tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         tensors.append(tensor.reshape(-1).view(torch.uint8).numpy())
-        at += size
     text = json.dumps({"__metadata__": {LAYOUT: json.dumps(layout)}, **header}).encode()
     text += b" " * (-len(text) % 8)
     return write_hashed(path, [len(text).to_bytes(8, "little"), text, *tensors])
 
 
 class PieceReader(Mapping[str, Tensor]):
-    """The logical tensors in the files of all ranks, whole or in part. Nothing is loaded before it is asked for.
+    """The logical tensors in the files of all ranks, in full or in part. Loads nothing before it is asked for.
+
+    Args:
+        files: Files of :func:`write_pieces`.
+
+    Attributes:
+        shapes: Shape of each logical tensor.
 
     Raises:
-        ArtifactError: a file that holds no pieces; on access, a tensor that no rank wrote, or not all of it.
+        ArtifactError: A file holds no shards; on access, no rank wrote a tensor, or the ranks did not write all of it.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
-        self._parts: dict[str, list[tuple[int, int, Path]]] = {}
+        self._ranges: dict[str, list[tuple[int, int, Path]]] = {}  # offset, length, file
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._open = {}
         for file in files:
@@ -100,14 +116,14 @@ class PieceReader(Mapping[str, Tensor]):
             except SafetensorError as error:
                 raise ArtifactError(f"{file} holds no tensors: {str(error).splitlines()[0]}") from None
             except ValidationError as error:
-                raise ArtifactError(f"{file}: not the layout of pieces: {error.errors()[0]['msg']}") from None
+                raise ArtifactError(f"{file}: invalid layout of tensor shards: {error.errors()[0]['msg']}") from None
             for key in handle.keys():  # noqa: SIM118  # not a dictionary
-                own = tuple(handle.get_slice(key).get_shape())
-                length = math.prod(own)
-                offset, shape = layout.get(key, (0, own))
+                own_shape = tuple(handle.get_slice(key).get_shape())
+                length = math.prod(own_shape)
+                offset, shape = layout.get(key, (0, own_shape))
                 if offset + length > math.prod(shape) or self.shapes.setdefault(key, shape) != shape:
                     raise ArtifactError(f"{file}: tensor {key!r} does not fit its shape {list(shape)}")
-                self._parts.setdefault(key, []).append((offset, length, file))
+                self._ranges.setdefault(key, []).append((offset, length, file))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -116,26 +132,26 @@ class PieceReader(Mapping[str, Tensor]):
         return len(self.shapes)
 
     def __getitem__(self, key: str) -> Tensor:
-        """The whole tensor, in its shape."""
+        """Return a full tensor in its shape."""
         if key not in self.shapes:
             raise ArtifactError(f"the checkpoint has no tensor {key!r}")
         shape = self.shapes[key]
         return self.part(key, 0, math.prod(shape)).view(shape)
 
     def part(self, key: str, offset: int, length: int) -> Tensor:
-        """``length`` elements from ``offset`` on, flat."""
+        """Return ``length`` elements of the flattened tensor ``key``, starting at ``offset``; shape [length]."""
         found: list[tuple[int, Tensor]] = []
-        for start, size, file in sorted(self._parts.get(key, []), key=lambda part: part[0]):
+        for start, size, file in sorted(self._ranges.get(key, []), key=lambda entry: entry[0]):
             low, high = max(start, offset), min(start + size, offset + length)
             if low < high or (length == 0 and size == 0):
                 found.append((low, self._slice(file, key, low - start, high - start)))
-        at, parts = offset, []
-        for low, part in found:  # replicas overlap: what is there already is not taken twice
-            if low <= at < low + len(part):
-                parts.append(part[at - low :])
-                at = low + len(part)
-        if at < offset + length:
-            raise ArtifactError(f"the checkpoint lacks elements of tensor {key!r} from {at} on")
+        position, parts = offset, []
+        for low, part in found:  # replicas overlap: skip elements that are there already
+            if low <= position < low + len(part):
+                parts.append(part[position - low :])
+                position = low + len(part)
+        if position < offset + length:
+            raise ArtifactError(f"the checkpoint lacks elements of tensor {key!r} from {position} on")
         if not parts:
             return torch.empty(0)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -146,5 +162,5 @@ class PieceReader(Mapping[str, Tensor]):
         if len(view.get_shape()) == 1:
             part: Tensor = view[low:high]
             return part
-        whole: Tensor = handle.get_tensor(key)
-        return whole.flatten()[low:high]
+        tensor: Tensor = handle.get_tensor(key)
+        return tensor.flatten()[low:high]

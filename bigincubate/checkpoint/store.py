@@ -1,8 +1,8 @@
-"""Artifacts: what a phase hands on, as safetensors under timm's own names, with a manifest of where it came from.
+"""Artifacts: the output of a phase, as safetensors under timm's own names, with a manifest of its lineage.
 
-A module holds the parameters of its own blocks under the **target's** block indices, so that modules join by key
-union whatever trained them. Folder: ``weights.safetensors``, ``manifest.json``, and the SHA-256 of the latter in
-``COMMITTED``, which is written last.
+A module holds the parameters of its own blocks under the block indices of the **target**, so that modules are joined by
+the union of their keys, whatever trained them. The folder holds ``weights.safetensors``, ``manifest.json``, and the
+SHA-256 of the latter in ``COMMITTED``, which is written last.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ..config import Settings
 from ..errors import ArtifactError, LockedError
 from ..files import fsync_dir, make_folder, plain_size, sha256, write_hashed, write_text
 from .lock import Claim
-from .manager import MARKER, sealed
+from .manager import COMMIT_MARKER, sealed
 from .pieces import whole, write_pieces
 
 WEIGHTS = "weights.safetensors"
 
 
 class ModelSpec(BaseModel):
-    """Enough to build the model again, and to feed it."""
+    """What is needed to build the model again and to preprocess its inputs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -46,7 +46,7 @@ class ModelSpec(BaseModel):
 
     @classmethod
     def of(cls, settings: Settings, depths: Sequence[Sequence[int]]) -> ModelSpec:
-        """The model of these depths that a phase with these settings computes with."""
+        """Return the specification of the model of these depths under the settings of a phase."""
         model, augment = settings.model, settings.augment
         return cls(
             name=model.name,
@@ -62,7 +62,7 @@ class ModelSpec(BaseModel):
 
 
 class Manifest(BaseModel):
-    """Where an artifact came from. Digests are SHA-256, hexadecimal."""
+    """The lineage of an artifact. Digests are SHA-256 in hexadecimal."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal[1] = 1
@@ -73,75 +73,78 @@ class Manifest(BaseModel):
     weights: Literal["raw", "ema"]
     recipe: str  # digest of the recipe's identity keys
     data: str  # digest of the data set
-    meta: str | None = None  # digest of the meta model's weights that a module grew beside
+    meta: str | None = None  # digest of the meta model's weights that a module was trained with
     digest: str = ""  # of weights.safetensors
 
 
 def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, claim: Claim | None = None) -> Manifest:
-    """Write an artifact whole or not at all, in place of any older one, which is there until the new one is. Returns
-    the manifest with its digest.
+    """Write an artifact completely or not at all. An older artifact is replaced only once the new one is complete.
+
+    Returns:
+        The manifest with the digest of the weights.
 
     Raises:
-        LockedError: the claim is lost; the older one is as it was.
+        LockedError: The lease was lost. An older artifact is unchanged.
     """
     make_folder(folder.parent)
-    for left in folder.parent.glob(f".{folder.name}-*"):  # by an attempt that died
-        shutil.rmtree(left)
-    aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    aside.mkdir()
-    entry = write_pieces(aside / WEIGHTS, {key: whole(value.cpu()) for key, value in tensors.items()})
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of an attempt that died
+        shutil.rmtree(leftover)
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    entry = write_pieces(temporary / WEIGHTS, {key: whole(value.cpu()) for key, value in tensors.items()})
     manifest = manifest.model_copy(update={"digest": entry["sha256"]})
     text = json.dumps(manifest.model_dump(), indent=1) + "\n"
-    write_hashed(aside / "manifest.json", [text.encode()])
-    write_text(aside / MARKER, hashlib.sha256(text.encode()).hexdigest())
+    write_hashed(temporary / "manifest.json", [text.encode()])
+    write_text(temporary / COMMIT_MARKER, hashlib.sha256(text.encode()).hexdigest())
     try:
         (claim or Claim()).check()
     except LockedError:
-        shutil.rmtree(aside)
+        shutil.rmtree(temporary)
         raise
     if folder.exists():
-        shutil.rmtree(_older(folder), ignore_errors=True)
-        folder.rename(_older(folder))
-    aside.rename(folder)
+        shutil.rmtree(_replaced(folder), ignore_errors=True)
+        folder.rename(_replaced(folder))
+    temporary.rename(folder)
     fsync_dir(folder.parent)
-    shutil.rmtree(_older(folder), ignore_errors=True)
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
     return manifest
 
 
-def _older(folder: Path) -> Path:
-    """Where the artifact that is being replaced waits, between two renames, for the new one."""
+def _replaced(folder: Path) -> Path:
+    """Return where the old artifact is between the two renames that replace it."""
     return folder.with_name(f".{folder.name}.older")
 
 
-def _place(folder: Path) -> Path:
-    """Where the artifact is: it was left aside if a save died between its renames."""
-    return folder if folder.exists() or not _older(folder).exists() else _older(folder)
+def _current(folder: Path) -> Path:
+    """Return where the artifact is: still at :func:`_replaced` if a save died between its renames."""
+    return folder if folder.exists() or not _replaced(folder).exists() else _replaced(folder)
 
 
 def load_manifest(folder: Path) -> Manifest:
-    """
+    """Return the manifest of an artifact.
+
     Raises:
-        ArtifactError: there is no artifact, or its manifest is not one.
+        ArtifactError: There is no artifact, or its manifest is invalid.
     """
-    place = _place(folder)
+    current = _current(folder)
     try:
-        return Manifest.model_validate_json(sealed(place))
+        return Manifest.model_validate_json(sealed(current))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"no artifact in {folder}: {error.filename} is missing") from None
     except OSError as error:
         raise ArtifactError(f"{error.filename}: {error.strerror}") from None
     except ValidationError as error:
-        raise ArtifactError(f"{place / 'manifest.json'}: {error.errors()[0]['msg']}") from None
+        raise ArtifactError(f"{current / 'manifest.json'}: {error.errors()[0]['msg']}") from None
 
 
 def verify_artifact(folder: Path) -> Manifest:
-    """The manifest of an artifact, whose weights are hashed and not loaded.
+    """Return the manifest of an artifact after a check of its weights, which are hashed but not loaded.
 
     Raises:
-        ArtifactError: missing, or not what its manifest says (file, expected and found hash in the message).
+        ArtifactError: A file is missing, or differs from its hash (the message has the file and both hashes).
     """
     manifest = load_manifest(folder)
-    file = _place(folder) / WEIGHTS
+    file = _current(folder) / WEIGHTS
     try:
         plain_size(file)
         found = sha256(file)
@@ -153,11 +156,12 @@ def verify_artifact(folder: Path) -> Manifest:
 
 
 def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
-    """
+    """Return the tensors and the manifest of an artifact.
+
     Raises:
-        ArtifactError: as :func:`verify_artifact`.
+        ArtifactError: See :func:`verify_artifact`.
     """
-    manifest, file = verify_artifact(folder), _place(folder) / WEIGHTS
+    manifest, file = verify_artifact(folder), _current(folder) / WEIGHTS
     try:
         return load_file(file), manifest
     except OSError as error:
@@ -167,7 +171,7 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
 
 
 def check_module(folder: Path, *, recipe: str, meta: str, data: str) -> str | None:
-    """Why the module in ``folder`` cannot join the assembly; None if it can."""
+    """Return why the module in ``folder`` cannot be part of the assembly, or None if it can."""
     try:
         return check_origin(load_manifest(folder), recipe=recipe, meta=meta, data=data)
     except ArtifactError as error:
@@ -175,12 +179,12 @@ def check_module(folder: Path, *, recipe: str, meta: str, data: str) -> str | No
 
 
 def check_origin(manifest: Manifest, *, recipe: str, meta: str | None, data: str) -> str | None:
-    """What else than this an artifact grew from; None if nothing."""
-    for name, wanted, found in (
+    """Return what an artifact was trained from that this run does not have, or None if the lineage is the same."""
+    for name, expected, found in (
         ("recipe", recipe, manifest.recipe),
         ("meta model", meta, manifest.meta),
         ("data", data, manifest.data),
     ):
-        if wanted != found:
-            return f"stale: it grew from another {name} ({str(found)[:12]}…, this run's is {str(wanted)[:12]}…)"
+        if expected != found:
+            return f"stale: trained from another {name} ({str(found)[:12]}…, this run's is {str(expected)[:12]}…)"
     return None

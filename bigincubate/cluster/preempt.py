@@ -1,31 +1,36 @@
-"""Being asked to stop: a flag that the trainer reads between steps."""
+"""Turn stop signals into a flag that the trainer reads between steps."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopFlag:
-    """``with StopFlag() as stop:`` turns the stop signals into ``bool(stop)``. A second signal changes nothing:
-    the checkpoint that the first one asked for is still being written."""
+    """A context manager that is true once a stop signal has arrived.
+
+    Later signals change nothing, because the checkpoint that the first one asked for is still being written.
+
+    Attributes:
+        signal: The number of the last signal, or None.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._before: dict[int, object] = {}
+        self._handlers: dict[int, object] = {}
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
+    def _set(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def __enter__(self) -> StopFlag:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._handlers = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

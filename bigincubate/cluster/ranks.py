@@ -1,4 +1,4 @@
-"""The ranks of one phase on this machine: started together, stopped together, gone together."""
+"""Start, stop and wait for the ranks of one phase on this machine as a group."""
 
 from __future__ import annotations
 
@@ -12,41 +12,45 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Exit
-from .orphan import PARENT
+from .orphan import PARENT_VARIABLE
 
-FOLLOW = 10.0  # seconds from the first rank's end until those that stayed are asked to stop
-GRACE = 10.0  # seconds from then until they are killed
-NO_STORE: tuple[Any, dict[str, str]] = (None, {})  # one rank need not find itself
-CAUSES = set(Exit) - {Exit.DONE, Exit.PREEMPTED}
+FOLLOW = 10.0  # seconds after the first rank's exit until the remaining ranks are asked to stop
+GRACE = 10.0  # seconds after that until they are killed
+NO_STORE: tuple[Any, dict[str, str]] = (None, {})  # for a single rank
+SPECIFIC_CODES = set(Exit) - {Exit.DONE, Exit.PREEMPTED}  # exit codes that name a reason
 
 
 class Ranks:
-    """One command in as many processes as there are logs. Each learns from its environment which rank it is, as under
-    ``torchrun``, and none outlives this process (see :mod:`.orphan`).
+    """The same command in one process per log file.
+
+    Each process finds its rank in ``torchrun``'s environment variables, and stops when this process ends (see
+    :mod:`.orphan`).
 
     Args:
-        logs: a file a rank, to which it appends its output.
+        command: Program and arguments.
+        environment: Environment variables of every rank, to which those of the rank are added.
+        logs: One file per rank, to which the rank's output is appended.
 
     Raises:
-        OSError: a rank could not be started; none runs then.
+        OSError: A rank could not be started. Then none is left running.
     """
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], logs: Sequence[Path]) -> None:
         world = len(logs)
         self.logs = logs
         self.processes: list[subprocess.Popen[bytes]] = []
-        self.left: dict[int, int] = {}  # exit codes, in the order in which they were seen
-        self.ended: set[int] = set()  # ranks that had to be told to leave
+        self.exit_codes: dict[int, int] = {}  # by rank, in the order in which they were seen
+        self.terminated: set[int] = set()  # ranks that were made to exit because they did not follow the others
         self.asked = False
-        self.since = 0.0  # when the first one was seen to have left
-        self.store, where = rendezvous() if world > 1 else NO_STORE
+        self.first_exit = 0.0  # when the first exit was seen
+        self.store, store_variables = rendezvous() if world > 1 else NO_STORE
         try:
             for rank, log in enumerate(logs):
-                who = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
-                own = {**environment, **where, PARENT: str(os.getpid())}
-                own |= {name: str(value) for name, value in who.items()}
+                numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
+                own = {**environment, **store_variables, PARENT_VARIABLE: str(os.getpid())}
+                own |= {name: str(value) for name, value in numbers.items()}
                 with log.open("ab") as output:
-                    # a session of its own: Ctrl-C reaches the launcher alone, which passes it on once
+                    # in a new session: Ctrl-C reaches only the launcher, which passes it on once
                     self.processes.append(
                         subprocess.Popen(
                             command,
@@ -64,14 +68,14 @@ class Ranks:
             raise
 
     def stop(self) -> None:
-        """Ask every rank for a checkpoint and to leave; once, whoever asks again."""
+        """Ask every rank to write a checkpoint and exit. Only the first call does anything."""
         if not self.asked:
             self.asked = True
             for process in self.processes:
                 process.send_signal(signal.SIGTERM)
 
     def end(self) -> None:
-        """Ask every rank to leave, and wait until none runs; who stays for long is killed."""
+        """Ask every rank to exit, and wait until all have. Those that take too long are killed."""
         self.stop()
         deadline = time.monotonic() + GRACE
         while self.poll() is None:
@@ -81,57 +85,66 @@ class Ranks:
             time.sleep(0.02)
 
     def poll(self) -> int | None:
-        """The exit code of all together, once none runs. Ranks leave together: when one has, the others are given
-        some time to follow."""
+        """Return the exit code of the group, or None while a rank runs.
+
+        Ranks exit together: once one has, the others have some time to follow before they are made to.
+        """
         for rank, process in enumerate(self.processes):
-            if rank not in self.left and (code := process.poll()) is not None:
-                self.since = self.since if self.left else time.monotonic()
-                self.left[rank] = code
-        if len(self.left) == len(self.processes):
-            return self.left[self.cause]
-        if self.left:
-            over = time.monotonic() - self.since - FOLLOW
-            for rank in set(range(len(self.processes))).difference(self.left):
-                if over > GRACE or suspended(self.processes[rank].pid):  # it cannot follow
-                    self.ended.add(rank)
+            if rank not in self.exit_codes and (code := process.poll()) is not None:
+                self.first_exit = self.first_exit if self.exit_codes else time.monotonic()
+                self.exit_codes[rank] = code
+        if len(self.exit_codes) == len(self.processes):
+            return self.exit_codes[self.cause]
+        if self.exit_codes:
+            overdue = time.monotonic() - self.first_exit - FOLLOW
+            for rank in set(range(len(self.processes))).difference(self.exit_codes):
+                if overdue > GRACE or suspended(self.processes[rank].pid):  # a suspended rank cannot exit by itself
+                    self.terminated.add(rank)
                     self.processes[rank].kill()
-                elif over > 0 and rank not in self.ended:
-                    self.ended.add(rank)
+                elif overdue > 0 and rank not in self.terminated:
+                    self.terminated.add(rank)
                     self.processes[rank].terminate()
         return None
 
     @property
     def cause(self) -> int:
-        """The rank whose end says most about why all ended: it knew the reason (the lowest of those that did); it was
-        stopped before it had begun; it was killed; it crashed, often because another was gone; it left with a
-        checkpoint."""
+        """Return the rank whose exit explains best why the group ended.
 
-        def says(rank: int) -> tuple[int, ...]:
-            code = self.left[rank]
-            known, unbegun = code in CAUSES, self.asked and code == -signal.SIGTERM
+        In this order: a rank that reported a specific error (the lowest one); one that was stopped before it had
+        begun; one that was killed; one that crashed, often because another rank was gone; one that saved a checkpoint.
+        """
+
+        def explanatory_power(rank: int) -> tuple[int, ...]:
+            code = self.exit_codes[rank]
+            specific, not_begun = code in SPECIFIC_CODES, self.asked and code == -signal.SIGTERM
             crashed = code not in (Exit.DONE, Exit.PREEMPTED)
-            return (known, -rank * known, unbegun, code < 0, crashed, code != Exit.DONE)
+            return (specific, -rank * specific, not_begun, code < 0, crashed, code != Exit.DONE)
 
-        return max([rank for rank in self.left if rank not in self.ended], key=says)
+        return max([rank for rank in self.exit_codes if rank not in self.terminated], key=explanatory_power)
 
     @property
     def log(self) -> Path:
-        """Of the rank that caused the end."""
+        """Return the log of the rank that explains why the group ended."""
         return self.logs[self.cause]
 
     @property
     def reason(self) -> str:
-        """One line about why all ended."""
-        code = self.left[self.cause]
+        """Return one line that says why the group ended."""
+        code = self.exit_codes[self.cause]
         text = last_line(self.log) if code >= 0 else f"ended by signal {-code} ({signal.strsignal(-code)})"
-        alike = len(set(self.left.values())) == 1 and not self.ended
+        alike = len(set(self.exit_codes.values())) == 1 and not self.terminated
         return text if alike else f"rank {self.cause}: {text}"
 
 
 def rendezvous() -> tuple[Any, dict[str, str]]:
-    """A store where ranks of this machine find each other, and the variables that lead them there (those of
-    ``torchrun``, whose agent has such a store too). Its port is bound before anybody is told of it; no name is
-    resolved; and nobody outside this machine can reach it."""
+    """Create a store in which the ranks of this machine find each other.
+
+    Its port is bound before any rank starts, no host name is resolved, and it listens only on the loopback interface.
+
+    Returns:
+        The store, which lives as long as the object, and the environment variables that the ranks need to find it:
+        those of ``torchrun``, whose agent has such a store too.
+    """
     from torch.distributed import TCPStore
 
     host, listener = "127.0.0.1", socket.create_server(("127.0.0.1", 0))
@@ -142,12 +155,12 @@ def rendezvous() -> tuple[Any, dict[str, str]]:
         "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "GLOO_SOCKET_IFNAME": loopback,  # else gloo asks for the address of this machine's name
+        "GLOO_SOCKET_IFNAME": loopback,  # otherwise gloo resolves this machine's host name
     }
 
 
 def suspended(pid: int) -> bool:
-    """Whether a process of this host was stopped (SIGSTOP)."""
+    """Return whether a process of this host is stopped (SIGSTOP)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
     except OSError:
@@ -155,5 +168,6 @@ def suspended(pid: int) -> bool:
 
 
 def last_line(log: Path) -> str:
+    """Return the last line of a log that is not blank."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     return lines[-1] if lines else "no output"

@@ -1,9 +1,9 @@
-"""A rank that stands still is found by the others, and none waits for it.
+"""Detect a rank that stands still, and end all ranks instead of letting them wait for it.
 
-A thread of each rank counts in the ranks' own store, and looks at the count of the next rank, which looks at the one
-after it. Where a count stands still while the store answers, that rank is stopped, frozen, or gone with its machine;
-who sees it tells all others through the store, and all leave together. The thread counts, not the training: a step, a
-compilation or an evaluation may take as long as it likes.
+A thread of each rank increments a counter in the ranks' shared store and reads the counter of the next rank. If that
+counter stands still while the store answers, the next rank is stopped, frozen, or lost with its machine. The rank that
+detects this reports it through the store, and all ranks exit together. The thread counts independently of the training:
+a step, a compilation or an evaluation may take any time.
 """
 
 from __future__ import annotations
@@ -16,28 +16,31 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from ..errors import Exit
+from ..errors import RankTimeoutError
 from .env import RunEnv, stderr
 
-POLL = 2.0  # seconds between two looks
-PATIENCE = 9  # looks, one after the other, at which nothing has moved
-LEFT = 1 << 40  # added to its count by a rank that leaves
+POLL = 2.0  # seconds between two reads
+PATIENCE = 9  # reads in a row without a change after which a rank has timed out
+LEFT = 1 << 40  # added by a rank to its counter when it leaves
 
 
 @contextmanager
-def watched(env: RunEnv, name: str, who: dict[str, Any], record: Callable[[str], None]) -> Iterator[None]:
-    """The ranks watch each other while the block runs. Where one stands still, every other one says so on stderr, and
-    ends with :attr:`Exit.ENVIRONMENT` wherever it is: what it would wait for never comes.
+def watched(env: RunEnv, name: str, process: dict[str, Any], record: Callable[[str], None]) -> Iterator[None]:
+    """Let the ranks watch each other while the block runs.
+
+    If a rank stands still, every other rank prints that on stderr and exits at once with the exit code of
+    :class:`RankTimeoutError`: a collective operation that it waits for would never complete.
 
     Args:
-        name: not used before in this store, and the same on all ranks.
-        who: ``host`` and ``pid`` of this rank.
-        record: called with the reason by one rank that lives.
+        env: The ranks.
+        name: A key that was not used before in this store, the same on all ranks.
+        process: ``host`` and ``pid`` of this rank.
+        record: Called with the reason by one of the ranks that still run.
     """
     if env.world == 1:
         yield
         return
-    watch = Watch(env, name, env.gather(who), record)
+    watch = Watch(env, name, env.gather(process), record)
     try:
         yield
     finally:
@@ -45,76 +48,83 @@ def watched(env: RunEnv, name: str, who: dict[str, Any], record: Callable[[str],
 
 
 class Watch:
-    """One rank's part of it."""
+    """The threads of one rank that count and compare.
 
-    def __init__(self, env: RunEnv, name: str, who: list[dict[str, Any]], record: Callable[[str], None]) -> None:
+    Args:
+        env: The ranks.
+        name: Prefix of the keys in the store.
+        processes: ``host`` and ``pid`` of every rank.
+        record: See :func:`watched`.
+    """
+
+    def __init__(self, env: RunEnv, name: str, processes: list[dict[str, Any]], record: Callable[[str], None]) -> None:
         from torch.distributed import TCPStore
 
-        self.env, self.name, self.who, self.record = env, name, who, record
+        self.env, self.name, self.processes, self.record = env, name, processes, record
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # a connection of its own: that of the process group may be busy for long
+        # a separate connection: that of the process group may be busy for a long time
         self.store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
-        self.looks = 0
-        self.over, self.leaving = threading.Event(), threading.Event()
-        # a store that a launcher hosts may be suspended with it, which is nobody's death
-        hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        tasks = [self._count, *([self._watch_host] if hosted and not env.is_main else [])]
+        self.polls = 0
+        self.stopped, self.exiting = threading.Event(), threading.Event()
+        # a store in the launcher's process may be suspended with the launcher while all ranks are alive
+        hosted_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        tasks = [self._count, *([self._watch_host] if hosted_by_rank_0 and not env.is_main else [])]
         self.threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in self.threads:
             thread.start()
 
     def stop(self) -> None:
-        """Before this rank leaves; if all are leaving because of one, this does not return."""
-        if self.leaving.is_set():
+        """Stop watching before this rank leaves. Do not return if all ranks are about to exit after a timeout."""
+        if self.exiting.is_set():
             threading.Event().wait()
-        self.over.set()
+        self.stopped.set()
         for thread in self.threads:
-            thread.join(2 * POLL)  # a store that does not answer is not waited for
+            thread.join(2 * POLL)  # do not wait for a store that does not answer
 
     def _count(self) -> None:
         rank = self.env.rank
         peer = (rank + 1) % self.env.world
         own, other, reason = f"{self.name}/{rank}", f"{self.name}/{peer}", f"{self.name}/reason"
-        seen, still = -1, 0
+        last_count, unchanged = -1, 0
         try:
-            while not self.over.wait(POLL):
+            while not self.stopped.wait(POLL):
                 self.store.add(own, 1)
                 if self.store.check([reason]):
-                    self._leave(self.store.get(reason).decode())
+                    self._exit(self.store.get(reason).decode())
                 count = self.store.add(other, 0)
-                still = 0 if count != seen or count >= LEFT else still + 1
-                seen = count
-                self.looks += 1
-                if still >= PATIENCE:
-                    text = self._says(peer)
+                unchanged = 0 if count != last_count or count >= LEFT else unchanged + 1
+                last_count = count
+                self.polls += 1
+                if unchanged >= PATIENCE:
+                    text = self._describe(peer)
                     self.store.set(reason, text)
                     self.record(text)
-                    self._leave(text)
+                    self._exit(text)
             self.store.add(own, LEFT)
         except RuntimeError:
-            return  # the store is gone, and with it a rank or the launcher; the training notices by itself
+            return  # the store is gone, and with it a rank or the launcher; the training will fail by itself
 
     def _watch_host(self) -> None:
-        """Rank 0 hosts the store: where it stands still, so does every call."""
-        seen, still = -1, 0
-        while not self.over.wait(POLL) and self.threads[0].is_alive():
-            still = still + 1 if self.looks == seen else 0
-            seen = self.looks
-            if still >= PATIENCE:
-                text = self._says(0)
+        """Detect that rank 0, which hosts the store, stands still: then every call of the store blocks."""
+        last_polls, unchanged = -1, 0
+        while not self.stopped.wait(POLL) and self.threads[0].is_alive():
+            unchanged = unchanged + 1 if self.polls == last_polls else 0
+            last_polls = self.polls
+            if unchanged >= PATIENCE:
+                text = self._describe(0)
                 if self.env.rank == 1:
                     self.record(text)
-                self._leave(text)
+                self._exit(text)
 
-    def _says(self, rank: int) -> str:
-        who = self.who[rank]
+    def _describe(self, rank: int) -> str:
+        process, seconds = self.processes[rank], PATIENCE * POLL
         return (
-            f"rank {rank} (process {who['pid']} on {who['host']}) gave no sign of life for {PATIENCE * POLL:.0f} s;"
-            " all ranks leave, the same command goes on from the last checkpoint"
+            f"rank {rank} (process {process['pid']} on {process['host']}) gave no sign of life for {seconds:.0f} s;"
+            " all ranks exit, the same command resumes from the last checkpoint"
         )
 
-    def _leave(self, text: str) -> NoReturn:
-        self.leaving.set()
+    def _exit(self, text: str) -> NoReturn:
+        self.exiting.set()
         stderr(f"bigincubate: {text}")
-        time.sleep(1.5 * POLL)  # until all have heard it: who leaves first breaks the connections of the others
-        os._exit(Exit.ENVIRONMENT)
+        time.sleep(1.5 * POLL)  # until all ranks have read the reason: the first one to exit breaks connections
+        os._exit(RankTimeoutError.code)

@@ -1,4 +1,4 @@
-"""Locks that die with their holder, in files."""
+"""File locks that the operating system releases when their holder ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from ..errors import EnvironmentFault
 
 @contextmanager
 def locked(file: Path) -> Iterator[None]:
-    """Hold an exclusive lock on ``file``, which is created if need be; processes forked meanwhile hold it too."""
+    """Hold an exclusive lock on ``file`` while the block runs. Processes forked by the block hold it too.
+
+    Args:
+        file: Created if it is missing.
+    """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -24,13 +28,13 @@ def locked(file: Path) -> Iterator[None]:
 
 
 def runtime_dir() -> Path:
-    """This user's folder for locks on this node.
+    """Return this user's folder for locks on this node; create it if it is missing.
 
     Raises:
-        EnvironmentFault: somebody else owns a folder of that name.
+        EnvironmentFault: A folder of that name belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"bigincubate-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise EnvironmentFault(f"{folder} belongs to somebody else: set TMPDIR to a folder of your own")
+        raise EnvironmentFault(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
     return folder

@@ -110,4 +110,4 @@ def test_a_checkpoint_under_another_steps_name_is_refused(files: Files, tmp_path
     old, new = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (4, 8))
     new.rename(tmp_path / "aside")
     old.rename(new)
-    assert "it is of step 4, expected 8" in str(verify(new))
+    assert "step 4, expected 8" in str(verify(new))
