@@ -22,9 +22,10 @@ from forked import Command, die_before, fork_ranks, run
 from rich.console import Console
 
 from bigincubate.cluster import ranks
-from bigincubate.cluster.local import LocalRunner, job_graph
+from bigincubate.cluster.local import LocalRunner
 from bigincubate.cluster.progress import Reporter
 from bigincubate.errors import Exit
+from bigincubate.planning.job_graph import job_graph
 from bigincubate.rundir import RunDir
 
 Labs = Callable[..., Any]

@@ -76,11 +76,11 @@ def resume(
 def proceed(directory: Any, gate: str | None = None) -> None:
     """Submit what is missing; where nothing is, export."""
     from ..cluster.advance import advance
-    from ..cluster.local import job_graph
     from ..data.parts import seen_by
     from ..export import export as export_model
     from ..export import whole
     from ..files import read_lines
+    from ..planning.job_graph import job_graph
     from ..workflow import ensure_data, ensure_plan
 
     loaded = directory.recipe()

@@ -107,10 +107,11 @@ def run(
     loaded = load_recipe(recipe, sets or (), smoke if small else None)
     if co_train:
         jobs = _beside_each_other(loaded, jobs, baseline)
-    from ..cluster.local import LocalRunner, job_graph
+    from ..cluster.local import LocalRunner
     from ..cluster.progress import Reporter
     from ..export import export as export_model
     from ..export import whole
+    from ..planning.job_graph import job_graph
     from ..rundir import RunDir
     from ..workflow import ensure_data, ensure_plan
 

@@ -21,9 +21,9 @@ from ..checkpoint.store import check_module, load_manifest, verify_artifact
 from ..config import Recipe
 from ..errors import ArtifactError
 from ..files import read_json, write_json
+from ..planning.job_graph import Job
 from ..rundir import RunDir
 from .env import RunEnv
-from .local import Job
 from .sbatch import arrays, environment, sbatch
 from .slurm import array_size, call, clean_environment, queue
 

@@ -13,36 +13,11 @@ from pathlib import Path
 from types import FrameType
 
 from .. import FEED
-from ..config import Phase
 from ..errors import Exit
-from ..plan import PlannedRow
+from ..planning.job_graph import Job
 from ..rundir import PhaseDir, RunDir
 from .progress import Reporter
 from .ranks import Ranks
-
-
-@dataclass
-class Job:
-    """A phase to run, and the jobs that must be done before it."""
-
-    key: str
-    title: str
-    phase: Phase
-    module: int | None
-    needs: tuple[str, ...]
-    steps: int
-
-
-def job_graph(rows: list[PlannedRow], *, baseline: bool) -> list[Job]:
-    """The jobs of a plan: the meta model, K modules beside each other, fine-tuning; the end-to-end baseline needs
-    none of them."""
-    modules = tuple(row.key for row in rows if row.phase == "incubate")
-    needs: dict[Phase, tuple[str, ...]] = {"pretrain": (), "incubate": ("pretrain",), "finetune": modules}
-    return [
-        Job(row.key, row.title, row.phase, row.module, needs.get(row.phase, ()), row.steps)
-        for row in rows
-        if baseline or row.phase != "end_to_end"
-    ]
 
 
 @dataclass

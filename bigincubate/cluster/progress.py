@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,29 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..rundir import PhaseDir
+from ..storage.metrics_log import last_metrics
 
 if TYPE_CHECKING:
-    from .local import Job
-
-
-def last_metrics(folder: PhaseDir) -> dict[str, Any]:
-    """The newest values a phase logged, merged over its last rows; empty where there are none."""
-    values: dict[str, Any] = {}
-    for line in _tail(folder.metrics).splitlines():
-        try:
-            values |= json.loads(line)
-        except ValueError:
-            continue  # cut off at either end
-    return values
-
-
-def _tail(file: Path, size: int = 4096) -> str:
-    try:
-        with file.open("rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - size))
-            return stream.read().decode(errors="replace")
-    except OSError:
-        return ""
+    from ..planning.job_graph import Job
 
 
 class Reporter:

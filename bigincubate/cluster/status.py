@@ -9,7 +9,7 @@ from ..checkpoint.lock import start_time
 from ..errors import ArtifactError, EnvironmentFault
 from ..files import read_json, read_lines
 from ..rundir import PhaseDir, RunDir
-from .progress import last_metrics
+from ..storage.metrics_log import last_metrics
 from .slurm import Queued, queue
 
 

@@ -1,0 +1,1 @@
+"""Planning: what a run consists of, before anything is computed."""

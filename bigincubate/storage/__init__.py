@@ -1,0 +1,1 @@
+"""Storage: the files of a run directory."""

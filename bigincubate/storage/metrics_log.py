@@ -1,0 +1,31 @@
+"""Reading the metrics that a phase has logged."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ..rundir import PhaseDir
+
+
+def last_metrics(folder: PhaseDir) -> dict[str, Any]:
+    """Return the newest value of each metric in the last rows that a phase logged, or an empty dict."""
+    values: dict[str, Any] = {}
+    for line in _read_tail(folder.metrics).splitlines():
+        try:
+            values |= json.loads(line)
+        except ValueError:
+            continue  # the first line may be cut off by the limit, the last one is being written
+    return values
+
+
+def _read_tail(file: Path, size: int = 4096) -> str:
+    """Return the last ``size`` bytes of a text file, or an empty string where it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - size))
+            return stream.read().decode(errors="replace")
+    except OSError:
+        return ""
