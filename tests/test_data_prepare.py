@@ -24,7 +24,8 @@ from PIL import Image
 from bigincubate.data import prepare as preparing
 from bigincubate.data.dataset import open_dataset
 from bigincubate.data.prepare import prepare
-from bigincubate.data.sources import Sample, hold_out, read_source, safe_unpickle
+from bigincubate.data.sources import Sample, read_source, safe_unpickle
+from bigincubate.data.splits import hold_out
 from bigincubate.errors import EnvironmentFault
 
 FORK = multiprocessing.get_context("fork")

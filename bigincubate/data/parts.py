@@ -18,7 +18,8 @@ from ..config import Recipe
 from ..errors import ConfigError, EnvironmentFault
 from ..seeds import partition_number
 from .dataset import DatasetInfo, open_dataset
-from .sources import Sample, in_fixed_order
+from .sources import Sample
+from .splits import in_fixed_order
 
 Cut = Callable[[Sequence[Sample]], list[list[Sample]]]  # training samples -> those of each part
 

@@ -25,7 +25,8 @@ from .dataset import DESCRIPTION, DatasetInfo, open_dataset, read_json, sync, wr
 from .images import decode, encode
 from .locks import locked
 from .parts import Cut, part_path
-from .sources import Sample, Source, in_fixed_order, read_source
+from .sources import Sample, Source, read_source
+from .splits import in_fixed_order
 
 CHUNK = 2048  # samples
 UNFINISHED = ".preparing.json"

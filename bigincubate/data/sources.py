@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import pickle
 import tarfile
@@ -19,6 +18,7 @@ import numpy as np
 
 from ..errors import EnvironmentFault
 from .images import SUFFIXES
+from .splits import hold_out, in_fixed_order
 
 EMBEDDED = ("digits", "digits-dev", "made-up")
 VALIDATION_FOLDERS = ("val", "validation", "test")
@@ -74,33 +74,6 @@ def read_source(source: str, val_fraction: float) -> Source:
     if path.exists():
         raise EnvironmentFault(f"{source}: unknown kind of source; give {known}")
     raise EnvironmentFault(f"no such source: {source}; give {known}")
-
-
-def hold_out(samples: list[Sample], fraction: float) -> dict[str, list[Sample]]:
-    """Split by class: of each class the last ones are for validation, ceil(n x fraction) in all.
-
-    Classes share that number in proportion to their sizes, by largest remainder.
-    """
-    by_class: dict[int, list[Sample]] = {}
-    for sample in samples:
-        by_class.setdefault(sample.label, []).append(sample)
-    total = math.ceil(len(samples) * fraction - 1e-9)
-    quotas = {label: total * len(group) / len(samples) for label, group in by_class.items()}
-    counts = {label: math.floor(quota) for label, quota in quotas.items()}
-    by_remainder = sorted(quotas, key=lambda label: counts[label] - quotas[label])
-    for label in by_remainder[: total - sum(counts.values())]:
-        counts[label] += 1
-    splits: dict[str, list[Sample]] = {"train": [], "val": []}
-    for label, group in by_class.items():
-        cut = len(group) - counts[label]
-        splits["train"] += group[:cut]
-        splits["val"] += group[cut:]
-    return splits
-
-
-def in_fixed_order(samples: Iterable[Sample]) -> list[Sample]:
-    """A shuffle that depends on the names alone, with any version of any library."""
-    return sorted(samples, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())
 
 
 # ------------------------------------------------------------------------------------------------ digits

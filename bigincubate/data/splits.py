@@ -1,0 +1,43 @@
+"""Splitting samples in ways that depend only on their names and labels."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .sources import Sample
+
+
+def hold_out(samples: list[Sample], fraction: float) -> dict[str, list[Sample]]:
+    """Split samples into ``"train"`` and ``"val"``; the last samples of each class are for validation.
+
+    The validation split has ceil(n * fraction) samples. Classes share that number in proportion to their sizes, by the
+    largest-remainder method.
+
+    Args:
+        samples: All samples, in an order that does not favor some of them.
+        fraction: Share of the samples to hold out, in [0, 1].
+    """
+    by_class: dict[int, list[Sample]] = {}
+    for sample in samples:
+        by_class.setdefault(sample.label, []).append(sample)
+    total = math.ceil(len(samples) * fraction - 1e-9)
+    quotas = {label: total * len(group) / len(samples) for label, group in by_class.items()}
+    counts = {label: math.floor(quota) for label, quota in quotas.items()}
+    by_remainder = sorted(quotas, key=lambda label: counts[label] - quotas[label])
+    for label in by_remainder[: total - sum(counts.values())]:
+        counts[label] += 1
+    splits: dict[str, list[Sample]] = {"train": [], "val": []}
+    for label, group in by_class.items():
+        cut = len(group) - counts[label]
+        splits["train"] += group[:cut]
+        splits["val"] += group[cut:]
+    return splits
+
+
+def in_fixed_order(samples: Iterable[Sample]) -> list[Sample]:
+    """Return the samples sorted by the hash of their names: a shuffle that no library version can change."""
+    return sorted(samples, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())
