@@ -27,7 +27,7 @@ from .cluster.preempt import StopFlag
 from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
 from .data.feed import training_stream
-from .data.mixing import count_micro_batches
+from .data.micro_batches import count_micro_batches
 from .data.parts import check_view
 from .data.streams import Batch, EvalStream
 from .errors import ArtifactError, NonFiniteError, Preempted

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bigincubate.config import Mixup
 from bigincubate.data.augment import seeded
-from bigincubate.data.mixing import check_layout, draw, mix
+from bigincubate.data.micro_batches import check_layout
+from bigincubate.data.mixing import draw, mix
 from bigincubate.errors import ConfigError
 
 BOTH = Mixup(mixup=0.8, cutmix=1.0)

@@ -16,52 +16,8 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, one_hot
 from torch import Tensor
 
 from .. import config
-from ..errors import ConfigError
 from ..seeds import MIX
 from .augment import seeded
-
-
-def check_layout(
-    mixup: config.Mixup, *, batch_size: int, repeats: int = 1, world: int = 1, micro_batches: int = 1
-) -> None:
-    """Refuse a layout that would part mixing partners.
-
-    Args:
-        batch_size: global, views included. repeats: views of each sample.
-        world: ranks. micro_batches: how many a rank cuts its share into.
-
-    Raises:
-        ConfigError: batch_size / repeats is no multiple of 2 x world x micro_batches, and mixing is on.
-    """
-    samples, parts = batch_size // repeats, 2 * world * micro_batches
-    if mixup.active and samples % parts:
-        raise ConfigError(
-            f"mixup pairs samples inside a micro-batch: train.batch_size / augment.repeats = {samples} must be a "
-            f"multiple of {parts} (2 x {world} ranks x {micro_batches} micro-batches)"
-        )
-
-
-def count_micro_batches(settings: config.Settings, world: int) -> int:
-    """How many micro-batches a rank cuts its share of a batch into.
-
-    Raises:
-        ConfigError: the batch cannot be shared out evenly.
-    """
-    train, repeats = settings.train, settings.augment.repeats
-    distinct = train.batch_size // repeats
-    if distinct % world:
-        raise ConfigError(
-            f"train.batch_size / augment.repeats = {distinct} cannot be shared by {world} ranks;"
-            f" use a multiple of {world}"
-        )
-    share = distinct // world
-    count = 1 if train.micro_batch is None else max(1, -(-share * repeats // train.micro_batch))
-    if share % count:
-        raise ConfigError(
-            f"train.micro_batch = {train.micro_batch} does not divide a rank's share of {share * repeats} evenly"
-        )
-    check_layout(settings.mixup, batch_size=train.batch_size, repeats=repeats, world=world, micro_batches=count)
-    return count
 
 
 @dataclass(frozen=True)

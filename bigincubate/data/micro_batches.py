@@ -1,0 +1,56 @@
+"""How a global batch is cut over ranks and micro-batches."""
+
+from __future__ import annotations
+
+from .. import config
+from ..errors import ConfigError
+
+
+def check_layout(
+    mixup: config.Mixup, *, batch_size: int, repeats: int = 1, world: int = 1, micro_batches: int = 1
+) -> None:
+    """Refuse a layout that would put two samples that are mixed with each other into different micro-batches.
+
+    Args:
+        mixup: The mixing settings; without mixing every layout is fine.
+        batch_size: Images in a global batch, repeated views included.
+        repeats: Views of each sample in a batch.
+        world: Number of ranks.
+        micro_batches: Micro-batches of each rank.
+
+    Raises:
+        ConfigError: If mixing is on and batch_size / repeats is not a multiple of 2 x world x micro_batches.
+    """
+    samples, parts = batch_size // repeats, 2 * world * micro_batches
+    if mixup.active and samples % parts:
+        raise ConfigError(
+            f"mixup pairs samples inside a micro-batch: train.batch_size / augment.repeats = {samples} must be a "
+            f"multiple of {parts} (2 x {world} ranks x {micro_batches} micro-batches)"
+        )
+
+
+def count_micro_batches(settings: config.Settings, world: int) -> int:
+    """Return the number of micro-batches that each rank cuts its share of a global batch into.
+
+    Args:
+        settings: The settings of a phase.
+        world: Number of ranks.
+
+    Raises:
+        ConfigError: If the batch cannot be divided evenly.
+    """
+    train, repeats = settings.train, settings.augment.repeats
+    distinct = train.batch_size // repeats
+    if distinct % world:
+        raise ConfigError(
+            f"train.batch_size / augment.repeats = {distinct} cannot be shared by {world} ranks;"
+            f" use a multiple of {world}"
+        )
+    share = distinct // world
+    count = 1 if train.micro_batch is None else max(1, -(-share * repeats // train.micro_batch))
+    if share % count:
+        raise ConfigError(
+            f"train.micro_batch = {train.micro_batch} does not divide a rank's share of {share * repeats} evenly"
+        )
+    check_layout(settings.mixup, batch_size=train.batch_size, repeats=repeats, world=world, micro_batches=count)
+    return count
