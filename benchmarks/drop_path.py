@@ -54,7 +54,7 @@ def main() -> None:
         choose_attention(model, device, precision)
         set_rates(model, partition, "target", 0.5, depths, None)
         if skip:
-            skip_unused(model, partition)
+            skip_unused(model, partition, subset_drop_path=True, last_block_cls_only=False)
         if asked.compile:
             for block in partition.blocks():
                 model.get_submodule(block.path).compile()

@@ -42,7 +42,8 @@ batch_size = {batch}
 precision = "{precision}"
 clip_grad = {clip}
 compile = {compile}
-skip_unused = {skip}
+subset_drop_path = {skip}
+last_block_cls_only = {skip}
 [loss]
 label_smoothing = 0.1
 [mixup]

@@ -7,8 +7,8 @@
 Both train ViT-B/16 (three blocks in the module, one in each other) with mixup, AdamW and the reference's settings, each
 in its own process and in turns. The reference's step is its own `engine.train_one_epoch` and its own timm, unchanged;
 on a machine without a GPU its `torch.cuda.synchronize` does nothing, and bf16 is an autocast around it. *skipping* is
-ours with `train.skip_unused`, *compiled* the same with `train.compile`, *plain* neither. Prints a
-Markdown table; writes FILE as JSON.
+ours with `train.subset_drop_path` and `train.last_block_cls_only`, *compiled* the same with `train.compile`, *plain*
+neither. Prints a Markdown table; writes FILE as JSON.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
 timm's step is what its training script does for `--opt adamw --clip-grad 1 --mixup .8 --cutmix 1`: its model, mixup,
 soft-target loss, `dispatch_clip_grad` and optimizer, under autocast for bf16. *plain* is ours without further keys,
-*skipping* with `train.skip_unused`, *compiled* with `train.compile` too (timm's `--torchcompile` is *timm-compiled*:
-the whole model). Each in its own process, in turns. Prints a Markdown table; writes FILE as JSON.
+*skipping* with `train.subset_drop_path` and `train.last_block_cls_only`, *compiled* with `train.compile` too (timm's
+`--torchcompile` is *timm-compiled*: the whole model). Each in its own process, in turns. Prints a Markdown table;
+writes FILE as JSON.
 """
 
 from __future__ import annotations

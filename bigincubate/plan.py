@@ -187,8 +187,12 @@ def phase_model(row: PhasePlan, settings: Settings, family: Family, *, device: s
     )
     partition = Partition(family, row.depths)
     freeze(model, partition, row.module)
-    if settings.train.skip_unused:
-        skip_unused(model, partition)
+    skip_unused(
+        model,
+        partition,
+        subset_drop_path=settings.train.subset_drop_path,
+        last_block_cls_only=settings.train.last_block_cls_only,
+    )
     return model
 
 

@@ -30,6 +30,7 @@ def tolerance(case: Case) -> float:
     return TOLERANCE[case.precision] * (4 if "sharding.fsdp2.gather_bf16=true" in case.more else 1)
 
 
+SKIPPING = ("train.subset_drop_path=true", "train.last_block_cls_only=true")
 CHECKPOINTING = "sharding.activation_checkpointing"
 THINNED = [
     case
@@ -44,8 +45,8 @@ THINNED = [
     Case("fsdp2", more=("sharding.fsdp2.shard_frozen=true", f"{CHECKPOINTING}=selective")),
     Case("fsdp2", more=("sharding.fsdp2.reshard_after_forward=false", "sharding.fsdp2.cpu_offload=true")),
     Case("fsdp2", "incubate", "lamb", "bf16", more=("sharding.fsdp2.gather_bf16=true",)),
-    Case("ddp", more=("train.skip_unused=true",)),
-    Case("fsdp2", "finetune", more=("train.skip_unused=true", f"{CHECKPOINTING}=every")),
+    Case("ddp", more=SKIPPING),
+    Case("fsdp2", "finetune", more=(*SKIPPING, f"{CHECKPOINTING}=every")),
     Case("zero3", more=("sharding.deepspeed_config=zero3_offload", f"{CHECKPOINTING}=every")),
 ]
 FULL = (
@@ -201,8 +202,10 @@ def test_what_cannot_be_right_is_refused() -> None:
         make_sharding(pairs, RunEnv(world=3))
     with pytest.raises(ConfigError, match=r"zero3.*train\.compile"):
         make_sharding(Settings(sharding=Sharding(strategy="zero3"), train=Train(compile=True)), RunEnv(world=2))
-    with pytest.raises(ConfigError, match=r"zero3.*train\.skip_unused"):
-        make_sharding(Settings(sharding=Sharding(strategy="zero3"), train=Train(skip_unused=True)), RunEnv(world=2))
+    for key in ("subset_drop_path", "last_block_cls_only"):
+        settings = Settings(sharding=Sharding(strategy="zero3"), train=Train.model_validate({key: True}))
+        with pytest.raises(ConfigError, match=rf"zero3.*train\.{key}"):
+            make_sharding(settings, RunEnv(world=2))
     half = Settings(sharding=Sharding(strategy="zero3", activation_checkpointing="selective"))
     with pytest.raises(ConfigError, match=r"zero3.*selective"):
         make_sharding(half, RunEnv(world=2))

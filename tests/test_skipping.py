@@ -1,4 +1,4 @@
-"""What is not computed because nobody reads it: the results are those of computing it."""
+"""Skipping computation whose result is unused gives the results of computing everything."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from bigincubate.models import (
     family_of,
     freeze,
     set_rates,
-    skip_unused,
 )
+from bigincubate.models.skipping import reads_class_token, skip_unused
 from bigincubate.plan import count_cost, make_plan
 
 VIT = {"embed_dim": 48, "num_heads": 3, "patch_size": 8}
@@ -54,6 +54,13 @@ def made(kind: str, rate: float = 0.6) -> tuple[nn.Module, Partition, Tensor]:
     return model, partition, torch.randn(BATCH, 3, size, size)
 
 
+def skip(model: nn.Module, partition: Partition, *, drop_path: bool = True, class_token: bool = True) -> None:
+    """Switch on everything that the model supports."""
+    skip_unused(
+        model, partition, subset_drop_path=drop_path, last_block_cls_only=class_token and reads_class_token(model)
+    )
+
+
 def masks(model: nn.Module, step: int = 0) -> Tensor:
     return draw_masks(0, step, len(drop_paths(model)), BATCH)
 
@@ -68,14 +75,15 @@ def gradients(model: nn.Module, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter.grad.clone()
 
 
+@pytest.mark.parametrize(("drop_path", "class_token"), [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("kind", MODELS)
-def test_outputs_and_gradients_are_those_of_computing_everything(kind: str) -> None:
+def test_outputs_and_gradients_equal_computing_everything(kind: str, drop_path: bool, class_token: bool) -> None:
     model, partition, images = made(kind)
     apply_masks(model, masks(model))
     plain = dict(gradients(model, images))
-    skip_unused(model, partition)
+    skip(model, partition, drop_path=drop_path, class_token=class_token)
     apply_masks(model, masks(model))
-    assert any(path.kept is not None and len(path.kept) < BATCH // 2 for path in drop_paths(model))
+    assert any(path.kept is not None and len(path.kept) < BATCH // 2 for path in drop_paths(model)) is drop_path
     largest = max(tensor.abs().max().item() for tensor in plain.values())
     for name, found in gradients(model, images):
         torch.testing.assert_close(found, plain[name], rtol=1e-4, atol=1e-6 * largest, msg=name)
@@ -85,14 +93,14 @@ def test_outputs_and_gradients_are_those_of_computing_everything(kind: str) -> N
 def test_an_evaluation_drops_nothing(kind: str) -> None:
     model, partition, images = made(kind)
     plain = model.eval()(images)
-    skip_unused(model, partition)
+    skip(model, partition)
     apply_masks(model, masks(model))
     torch.testing.assert_close(model(images), plain)
 
 
 def test_where_everything_is_dropped_gradients_are_zeros_and_not_missing() -> None:
     model, partition, images = made("layer scale")
-    skip_unused(model, partition)
+    skip(model, partition)
     apply_masks(model, torch.full((len(drop_paths(model)), BATCH), 0.99))
     grads = dict(gradients(model, images))
     assert not grads["blocks.3.mlp.fc1.weight"].any()
@@ -101,7 +109,7 @@ def test_where_everything_is_dropped_gradients_are_zeros_and_not_missing() -> No
 
 def test_dropped_branches_cost_no_flops() -> None:
     model, partition, images = made("mean of tokens", rate=0.5)
-    skip_unused(model, partition)
+    skip(model, partition)
     uniform = torch.ones(len(drop_paths(model)), BATCH)
     uniform[:, : BATCH // 3] = 0.0
 
@@ -118,8 +126,8 @@ def test_dropped_branches_cost_no_flops() -> None:
 def test_the_last_block_of_a_vit_serves_the_class_token_alone() -> None:
     """Its products with weights, 12 d² multiplications a token, are for one; beside them, each head reads the tokens
     twice: for its scores, and weighed by them."""
-    recipe = load_recipe("imagenet-vit-b", ["train.skip_unused=false"])
-    skipping = load_recipe("imagenet-vit-b", ["train.skip_unused=true"])
+    recipe = load_recipe("imagenet-vit-b")
+    skipping = load_recipe("imagenet-vit-b", ["train.last_block_cls_only=true"])
     plan = make_plan(recipe)
     d, t, heads = 768, 197, 12
     block = 2 * t * 12 * d * d + 4 * t * t * d
@@ -135,7 +143,7 @@ def test_the_last_block_of_a_vit_serves_the_class_token_alone() -> None:
 
 
 def test_saved_activations_of_the_first_module_are_far_fewer() -> None:
-    recipe = load_recipe("imagenet-vit-b", ["train.skip_unused=true"])
+    recipe = load_recipe("imagenet-vit-b", ["train.last_block_cls_only=true"])
     plan = make_plan(recipe)
     row = plan.row("incubate", 0)
     cost = count_cost(row, recipe.settings("incubate"), plan)
@@ -147,12 +155,12 @@ GRAPHS = [(None, 1), (0, 2), (1, 4), (2, 4), (3, 3)]
 
 
 @pytest.mark.parametrize(
-    ("skip", "module", "graphs"),
+    ("skipping", "module", "graphs"),
     # without the last block, nothing follows module 2
     [(False, *row) for row in GRAPHS] + [(True, *row) if row[0] != 2 else (True, 2, 3) for row in GRAPHS],
 )
 def test_one_family_of_compiled_graphs_whatever_the_depth_and_what_is_dropped(
-    skip: bool, module: int | None, graphs: int, monkeypatch: pytest.MonkeyPatch
+    skipping: bool, module: int | None, graphs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A graph each for: blocks before the module, which need no gradient; its first block, which hands none on; its
     other blocks, and the first too where it follows a stem that is trained; those after it. Skipping adds none, as many
@@ -166,8 +174,8 @@ def test_one_family_of_compiled_graphs_whatever_the_depth_and_what_is_dropped(
         partition = Partition(family, depths)
         set_rates(model, partition, "hybrid", 0.5, target, module)
         freeze(model, partition, module)
-        if skip:
-            skip_unused(model, partition)
+        if skipping:
+            skip(model, partition)
         torch._dynamo.reset()
         counter = CompileCounterWithBackend("aot_eager")
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=counter, fullgraph=True))
@@ -180,11 +188,19 @@ def test_one_family_of_compiled_graphs_whatever_the_depth_and_what_is_dropped(
         assert found[0] == found[-1] == graphs
         used = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
         operators = sum(target.startswith("bigincubate.add_branch") for target in used)
-        assert operators == 2 * graphs * skip  # two branches a block
+        assert operators == 2 * graphs * skipping  # two branches a block
 
 
-def test_a_model_whose_blocks_are_not_known_is_refused() -> None:
-    recipe = load_recipe("cifar100-mini", ["train.skip_unused=true"])
+@pytest.mark.parametrize(
+    ("name", "key", "words"),
+    [
+        ("cifar100-mini", "subset_drop_path", "not supported for blocks of type ConvNeXtBlock"),
+        ("cifar100-mini", "last_block_cls_only", "not supported for this ConvNeXt"),
+        ("imagenet-swin-b", "last_block_cls_only", "not supported for this SwinTransformer"),
+    ],
+)
+def test_unsupported_models_are_refused(name: str, key: str, words: str) -> None:
+    recipe = load_recipe(name, [f"train.{key}=true"])
     plan = make_plan(recipe)
-    with pytest.raises(ConfigError, match=r"train\.skip_unused: not for blocks of ConvNeXtBlock; .* set it to false"):
+    with pytest.raises(ConfigError, match=rf"train\.{key}: {words}.*set it to false"):
         count_cost(plan.row("pretrain"), recipe.settings("pretrain"), plan)

@@ -117,7 +117,8 @@ class Train(Section):
     max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped: more, and it goes back once, then exit 5
     micro_batch: Count | None = execution(None)  # samples a rank runs at once; None: its whole share
     compile: bool = execution(False)  # each block with torch.compile, and a fused loss
-    skip_unused: bool = execution(False)  # what drop-path drops and tokens that nobody reads are not computed
+    subset_drop_path: bool = execution(False)  # drop-path computes branches only for the samples that are kept
+    last_block_cls_only: bool = execution(False)  # the last block computes only the class token
 
 
 class Optim(Section):

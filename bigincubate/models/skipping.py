@@ -23,33 +23,45 @@ from .drop_path import DropPath, drop_paths
 from .partition import Partition
 
 
-def skip_unused(model: nn.Module, partition: Partition) -> None:
-    """Make the blocks of a `build` skip what nobody reads. Names of parameters stay as they are.
+def skip_unused(model: nn.Module, partition: Partition, *, subset_drop_path: bool, last_block_cls_only: bool) -> None:
+    """Make the blocks of a model skip computation whose result is unused. Names of parameters do not change.
+
+    Args:
+        model: A model made by `build`; it is changed in place.
+        partition: The partition of the model.
+        subset_drop_path: Compute the branches that drop-path may drop only for the samples that are kept.
+        last_block_cls_only: Compute only the class token in the last block.
 
     Raises:
-        ConfigError: blocks of this model have a form that is not known here.
+        ConfigError: If the model does not support what is asked for.
     """
     paths = [block.path for block in partition.blocks()]
-    for path in paths:
-        block = model.get_submodule(path)
-        forward = FORWARDS.get(type(block))
-        if forward is None:
-            raise ConfigError(
-                f"train.skip_unused: not for blocks of {type(block).__name__}; "
-                "ViT, DeiT, DeiT III and Swin can, so set it to false"
-            )
-        block.forward = types.MethodType(forward, block)
-    for drop_path in drop_paths(model):
-        drop_path.skips = True
-    if paths and reads_class_token(model):
+    if subset_drop_path:
+        for path in paths:
+            block = model.get_submodule(path)
+            forward = FORWARDS.get(type(block))
+            if forward is None:
+                raise ConfigError(
+                    f"train.subset_drop_path: not supported for blocks of type {type(block).__name__}, only for ViT, "
+                    "DeiT, DeiT III and Swin; set it to false"
+                )
+            block.forward = types.MethodType(forward, block)
+        for drop_path in drop_paths(model):
+            drop_path.skips = True
+    if last_block_cls_only:
         last: Any = model.get_submodule(paths[-1])
-        if type(last.attn) is Attention and last.attn.gate is None:
-            last.forward = types.MethodType(class_token_block, last)
-            last.serves_class_token = True  # for `compile_blocks`
+        plain = type(last) is Block and type(last.attn) is Attention and last.attn.gate is None
+        if not (plain and reads_class_token(model)):
+            raise ConfigError(
+                f"train.last_block_cls_only: not supported for this {type(model).__name__}, only for ViT, DeiT and "
+                "DeiT III that classify by their class token; set it to false"
+            )
+        last.forward = types.MethodType(class_token_block, last)
+        last.serves_class_token = True  # for `compile_blocks`
 
 
 def reads_class_token(model: nn.Module) -> bool:
-    """Whether all that comes after the last block is a function of its first token."""
+    """Return whether everything after the last block is a function of its first token."""
     return (
         type(model) is VisionTransformer
         and model.global_pool == "token"

@@ -110,9 +110,10 @@ def make_sharding(settings: Settings, env: RunEnv, micro_batches: int = 1) -> Sh
         raise ConfigError(f'sharding.strategy = "none" with {env.world} ranks; use "ddp"')
     if chosen.strategy == "zero3" and settings.train.compile:
         raise ConfigError('sharding.strategy = "zero3" fails or hangs with train.compile; use "fsdp2" or turn it off')
-    if chosen.strategy == "zero3" and settings.train.skip_unused:
-        # it reads weights without calling their layer, whose forward is where ZeRO-3 gathers them
-        raise ConfigError('sharding.strategy = "zero3" does not support train.skip_unused; use "fsdp2" or turn it off')
+    for key in ("subset_drop_path", "last_block_cls_only"):
+        # both read weights without calling their layer, whose forward is where ZeRO-3 gathers them
+        if chosen.strategy == "zero3" and getattr(settings.train, key):
+            raise ConfigError(f'sharding.strategy = "zero3" does not support train.{key}; use "fsdp2" or turn it off')
     if chosen.strategy == "zero3" and chosen.activation_checkpointing == "selective":
         # weights are gathered inside the recomputed region, differently in each of the two passes
         raise ConfigError(
