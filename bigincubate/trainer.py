@@ -17,7 +17,6 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from .adascale import AdaScale
 from .checkpoint.lock import Claim
 from .checkpoint.manager import Checkpoint, CheckpointManager
 from .checkpoint.pieces import Piece
@@ -31,6 +30,7 @@ from .data.micro_batches import count_micro_batches
 from .data.parts import check_view
 from .data.streams import Batch, EvalStream
 from .errors import ArtifactError, NonFiniteError, Preempted
+from .experimental.adascale import AdaScale
 from .metrics import Meter, Metrics, log_partial
 from .models import (
     apply_masks,

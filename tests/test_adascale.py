@@ -14,10 +14,10 @@ from launching import LOUD, launch, words
 from torch import Tensor, nn
 
 from bigincubate import trainer as trainer_module
-from bigincubate.adascale import AdaScale
 from bigincubate.cluster.env import RunEnv
 from bigincubate.config import Optim, Settings, Train
 from bigincubate.errors import ConfigError, Preempted
+from bigincubate.experimental.adascale import AdaScale
 from bigincubate.optim import make_optimizer
 from bigincubate.sharding.ddp import Replicated
 

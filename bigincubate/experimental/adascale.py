@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .cluster.env import RunEnv
-from .config import Settings
-from .errors import ConfigError
-from .sharding import Sharding
+from ..cluster.env import RunEnv
+from ..config import Settings
+from ..errors import ConfigError
+from ..sharding import Sharding
 
 SGD = ("sgd", "momentum", "nesterov")  # what timm's names of it and of its variants contain
 
