@@ -30,7 +30,6 @@ from .data.micro_batches import count_micro_batches
 from .data.parts import check_view
 from .data.streams import Batch, EvalStream
 from .errors import ArtifactError, NonFiniteError, Preempted
-from .experimental.adascale import AdaScale
 from .metrics import Meter, Metrics, log_partial
 from .models import (
     apply_masks,
@@ -49,6 +48,7 @@ from .rundir import PhaseDir, RunDir
 from .sharding import make_sharding
 from .tasks.classification import ClassificationTask, evaluate
 from .tasks.partial import finished, partial_assembly
+from .training.hooks import make_learning_rate_hook
 
 
 @dataclass
@@ -59,7 +59,7 @@ class TrainState:
     images: int = 0
     seconds: float = 0.0  # of training over all attempts
     skipped: int = 0  # steps left out because their gradient was not finite
-    adascale: dict[str, float] = field(default_factory=dict)  # its moving averages
+    lr_hook: dict[str, float] = field(default_factory=dict)  # state of the learning-rate hook
     last: dict[str, float] = field(default_factory=dict)  # measured in the last step, logged with the final evaluation
 
 
@@ -103,9 +103,7 @@ class Trainer:
         if train.compile:
             compile_blocks(self.model, units)
         self.sharding = make_sharding(self.settings, env, self.micro_batches)
-        self.adascale: AdaScale | None = None
-        if self.settings.optim.lr_scaling == "adascale":
-            self.adascale = AdaScale(self.model, self.settings, self.sharding, env, self.micro_batches)
+        self.lr_hook = make_learning_rate_hook(self.model, self.settings, self.sharding, env, self.micro_batches)
         self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
         self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
 
@@ -266,7 +264,7 @@ class Trainer:
             "train/lr": group["lr"] / group.get("lr_scale", 1.0),  # before layer decay
             "train/grad_norm": norm.item(),
             "train/skipped": self.skipped.item(),
-            **({"train/gain": self.adascale.gain} if self.adascale else {}),
+            **({"train/gain": self.lr_hook.gain} if self.lr_hook else {}),
             **meter.read(),
         }
 
@@ -302,8 +300,8 @@ class Trainer:
         now = time.perf_counter()
         self.state.seconds += now - clock
         self.state.skipped = int(self.skipped)
-        if self.adascale:
-            self.state.adascale = self.adascale.state()
+        if self.lr_hook:
+            self.state.lr_hook = self.lr_hook.state()
         if self.state.step != self.saved:
             self.checkpoints.start(self.state.step, self.pieces(), asdict(self.state))
             self.saved = self.state.step
@@ -323,8 +321,8 @@ class Trainer:
             if self.rollback and self.rollback["to"] == checkpoint.step:
                 self.state.skipped = 0
             self.skipped.fill_(self.state.skipped)
-            if self.adascale:
-                self.adascale.load(self.state.adascale)
+            if self.lr_hook:
+                self.lr_hook.load_state(self.state.lr_hook)
             self.sharding.load(checkpoint.tensors)
             self.ema.load(checkpoint.tensors)
         except (ValueError, LookupError, TypeError, RuntimeError) as error:  # it has the right hashes, and is not ours

@@ -5,7 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from ..imports import OBJECT_NAME
 
 Phase = Literal["pretrain", "incubate", "finetune", "end_to_end"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -19,6 +21,17 @@ StageDepths = list[int] | list[list[int]]
 def execution(default: Any, **constraints: Any) -> Any:
     """A field that says where or how to compute, never what."""
     return Field(default, json_schema_extra={"execution": True}, **constraints)
+
+
+def one_of_or_object(*names: str) -> AfterValidator:
+    """Accept these names, and ``package.module:attribute``, which `load_object` loads where it is used."""
+
+    def check(value: str) -> str:
+        if value not in names and not OBJECT_NAME.fullmatch(value):
+            raise ValueError(f"expected {', '.join(names)} or package.module:attribute")
+        return value
+
+    return AfterValidator(check)
 
 
 class Section(BaseModel):
@@ -129,8 +142,8 @@ class Optim(Section):
     betas: list[Unit] = Field([0.9, 0.999], min_length=2, max_length=3)
     eps: NonNegative = 1e-8
     layer_decay: float | None = Field(None, gt=0, le=1)
-    lr_scaling: Literal["none", "linear", "sqrt", "adascale"] = "none"
-    lr_base_batch: Count = 512  # train.lr is for this batch; under adascale for a micro-batch of one rank instead
+    lr_scaling: Annotated[str, one_of_or_object("none", "linear", "sqrt")] = "none"  # or a learning-rate hook
+    lr_base_batch: Count = 512  # the batch size that train.lr is for, under "linear" and "sqrt"
 
 
 class Schedule(Section):

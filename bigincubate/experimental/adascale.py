@@ -1,9 +1,11 @@
-"""AdaScale (Johnson et al., ICML 2020, arXiv:2007.05105): the learning rate grows as far as averaging gradients helps.
+"""AdaScale (Johnson et al., ICML 2020, arXiv:2007.05105): learning rates that follow the noise of the gradients.
 
-A step averages S gradients, one a *contribution*: a micro-batch of a rank. ``train.lr`` and the schedule are those for
-the batch of a single contribution; each step multiplies what they say by a *gain* between 1 (the S gradients agree: one
-would have done) and S (they are noise that averaging takes away). The schedule still counts optimizer steps, so epochs
-and ``train.max_steps`` mean what they always mean. (The paper counts a step of gain r as r steps, and ends earlier.)
+Switched on by ``optim.lr_scaling = "bigincubate.experimental.adascale:AdaScale"``.
+
+A step averages S gradients, one per micro-batch and rank. ``train.lr`` and the schedule are those for the batch of a
+single such gradient. Each step multiplies the scheduled rate by a *gain* between 1 (the S gradients agree, so one
+would have been enough) and S (they are noise that averaging removes). The schedule still counts optimizer steps, so
+epochs and ``train.max_steps`` keep their meaning. (The paper counts a step of gain r as r steps, and ends earlier.)
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from ..config import Settings
 from ..errors import ConfigError
 from ..sharding import Sharding
 
-SGD = ("sgd", "momentum", "nesterov")  # what timm's names of it and of its variants contain
+SGD = ("sgd", "momentum", "nesterov")  # substrings of timm's names for SGD and its variants
 
 
 class AdaScale:
-    """The gain of each step, and the learning rates times the gain.
+    """Compute the gain of each step and multiply the learning rates by it.
 
     From the gradients g_1 … g_S of a step and their mean g, the paper (appendix B.3) estimates without bias the
-    variance of a contribution and the square of the true gradient::
+    variance of one gradient and the square of the true gradient::
 
         var = (sum |g_i|^2 - S |g|^2) / (S - 1)        sqr = |g|^2 - var / S
 
@@ -33,28 +35,33 @@ class AdaScale:
 
         r = (var + sqr) / (var / S + sqr)
 
-    Here ``noise`` is var / S. The averages start at zero: what they lack at first cancels in the ratio.
+    Here ``noise`` is var / S. The averages start at zero; this bias cancels in the ratio.
 
-    The gain is r for SGD. The other optimizers (AdamW, LAMB, …) divide by the size of their gradients; that of
-    a mean is 1 / sqrt(r) of a contribution's, so that sqrt(r) is in their steps already. Their gain is the other
-    sqrt(r), as in AdaptDL (Qiao et al., OSDI 2021); where all is noise this is the square root rule. Decoupled
-    weight decay goes with the learning rate, as always.
+    The gain is r for SGD. Other optimizers (AdamW, LAMB, …) divide by the size of their gradients; that of a mean is
+    1 / sqrt(r) of a single gradient's, so their steps already contain a factor sqrt(r). Their gain is the other
+    sqrt(r), as in AdaptDL (Qiao et al., OSDI 2021); for pure noise this is the square root rule. Decoupled weight
+    decay is multiplied like the learning rate.
 
-    Norms are of all trainable parameters together, before clipping. A step that is not finite leaves the averages as
-    they are. The host waits for the norm in every step.
+    Norms are over all trainable parameters together, before clipping. A step that is not finite leaves the averages
+    unchanged. The host waits for the norm in every step.
 
-    fairscale's AdaScale is not used: it wants every reduced gradient on every rank, which ShardedDataParallel leaves on
-    the owner; it gives each parameter group (with and without weight decay) a gain of its own; it lets no variance
-    below 1e-6, which small gradients fall short of though they agree; a gradient that is not finite stays in its
-    averages for ever; and by its documentation it is for SGD only.
+    fairscale's AdaScale is not used: it requires every reduced gradient on every rank, which ShardedDataParallel keeps
+    on the owner only; it computes one gain per parameter group (with and without weight decay); it clamps the variance
+    at 1e-6, which small gradients that agree fall below; a gradient that is not finite stays in its averages for ever;
+    and by its documentation it is for SGD only.
 
     Args:
-        model: frozen as it will stay, not yet wrapped.
-        sharding: not yet prepared.
-        micro_batches: of a rank in a step.
+        model: The model with its parameters frozen as in training, before the sharding wraps it.
+        settings: The settings of the phase.
+        sharding: The sharding before its ``prepare``.
+        env: The ranks of the phase.
+        micro_batches: Number of micro-batches per rank and step.
+
+    Attributes:
+        contributions: S, the number of gradients that a step averages.
 
     Raises:
-        ConfigError: a step has a single contribution, or the strategy shows no gradient of one.
+        ConfigError: A step has a single gradient, or the sharding strategy does not show each rank's own gradients.
     """
 
     def __init__(
@@ -64,51 +71,56 @@ class AdaScale:
         self.contributions = env.world * micro_batches
         if self.contributions < 2:
             raise ConfigError(
-                'optim.lr_scaling = "adascale" compares the gradients within a step, and here a step has only one;'
-                f" use more ranks, or a train.micro_batch of at most {settings.train.batch_size // 2}"
+                f'optim.lr_scaling = "{settings.optim.lr_scaling}" compares the gradients of a step, and here'
+                f" a step has only one; use more ranks or train.micro_batch <= {settings.train.batch_size // 2}"
             )
-        sharding.before_update(self.rescale)
+        sharding.before_update(self.scale_learning_rates)
         self.micro_batches = micro_batches
         self.decay = max(0.0, 1 - self.contributions / 1000)
         self.power = 1.0 if any(word in settings.optim.name.lower() for word in SGD) else 0.5
         self.noise = self.signal = 0.0
-        self.norms: list[Tensor] = []  # of each parameter's gradient in each micro-batch of this rank and step
+        self.norms: list[Tensor] = []  # of each parameter's gradient, for each micro-batch of this rank and step
         for parameter in model.parameters():
-            if parameter.requires_grad:  # called before the gradient is added to others, and before it travels
+            if parameter.requires_grad:  # the hook runs before accumulation and before communication
                 parameter.register_hook(lambda gradient: self.norms.append(torch.linalg.vector_norm(gradient)))
 
     @property
     def gain(self) -> float:
-        """What the last step's learning rates were multiplied by."""
+        """The factor by which the last step's learning rates were multiplied."""
         square = self.noise + self.signal
         return ((self.contributions * self.noise + self.signal) / square) ** self.power if square else 1.0
 
-    def rescale(self, norm: Tensor) -> None:
-        """Take in the gradients of this step, of whose mean ``norm`` is the norm, and multiply the learning rates."""
+    def scale_learning_rates(self, norm: Tensor) -> None:
+        """Update the averages from this step's gradients and multiply the learning rates by the gain.
+
+        Args:
+            norm: Norm of the mean gradient, a scalar.
+        """
         total = self.env.sum(torch.stack(self.norms).double().square().sum()).item()
         self.norms.clear()
         count = self.contributions
-        each = total * self.micro_batches**2 / count  # a micro-batch's loss was divided by their number
+        mean_square = total * self.micro_batches**2 / count  # a micro-batch's loss was divided by their number
         square = norm.item() ** 2
-        if math.isfinite(each + square):
-            noise = (each - square) / (count - 1)
+        if math.isfinite(mean_square + square):
+            noise = (mean_square - square) / (count - 1)
             self.noise += (1 - self.decay) * (max(noise, 0.0) - self.noise)
             self.signal += (1 - self.decay) * (max(square - noise, 0.0) - self.signal)
         for group in self.sharding.optimizer.param_groups:
             group["lr"] *= self.gain
 
     def state(self) -> dict[str, float]:
-        """For a checkpoint; the same on all ranks."""
+        """Return the state for a checkpoint, equal on all ranks."""
         return {"contributions": self.contributions, "noise": self.noise, "signal": self.signal}
 
-    def load(self, state: dict[str, float]) -> None:
-        """
+    def load_state(self, state: dict[str, float]) -> None:
+        """Restore what `state` returned.
+
         Raises:
-            ConfigError: the checkpoint had another number of contributions, for whose batch ``train.lr`` was.
+            ConfigError: The checkpoint had another number of gradients per step, for which ``train.lr`` was chosen.
         """
         if (before := state["contributions"]) != self.contributions:
             raise ConfigError(
-                f'optim.lr_scaling = "adascale": a step had {int(before)} gradients (ranks x micro-batches), and now'
-                f" {self.contributions}; go on with the same number, by another train.micro_batch"
+                f"optim.lr_scaling: AdaScale averaged {int(before)} gradients per step (ranks x micro-batches), and now"
+                f" {self.contributions}; resume with the same number, by another train.micro_batch"
             )
         self.noise, self.signal = state["noise"], state["signal"]

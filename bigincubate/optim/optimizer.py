@@ -18,8 +18,8 @@ from ..errors import ConfigError
 def scaled_lr(settings: Settings) -> float:
     """Return the peak learning rate: ``train.lr`` times a factor that ``optim.lr_scaling`` chooses.
 
-    The factor is ``batch_size / lr_base_batch`` ("linear"), its square root ("sqrt"), or 1. AdaScale starts from 1 and
-    multiplies the rate in each step.
+    The factor is ``batch_size / lr_base_batch`` ("linear"), its square root ("sqrt"), or 1, which is
+    also what a learning-rate hook starts from in each step.
     """
     ratio = settings.train.batch_size / settings.optim.lr_base_batch
     return settings.train.lr * {"linear": ratio, "sqrt": ratio**0.5}.get(settings.optim.lr_scaling, 1.0)

@@ -113,8 +113,8 @@ class FullyShard:
     def before_update(self, hook: Callable[[Tensor], None]) -> None:
         """Raise ConfigError: gradients are reduced and sharded before the hook could read them."""
         raise ConfigError(
-            'optim.lr_scaling = "adascale" needs the full gradients of each rank\'s own samples, which'
-            ' sharding.strategy = "fsdp2" does not provide; use "ddp" or "oss"'
+            "optim.lr_scaling: a learning-rate hook needs the whole gradients of each rank's own samples, which"
+            ' sharding.strategy = "fsdp2" does not have; use "ddp" or "oss"'
         )
 
     def shards(self) -> dict[str, Piece]:

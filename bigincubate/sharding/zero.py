@@ -113,8 +113,8 @@ class Zero:
     def before_update(self, hook: Callable[[Tensor], None]) -> None:
         """Raise ConfigError: DeepSpeed computes the norm and updates in one call."""
         raise ConfigError(
-            'optim.lr_scaling = "adascale" sets learning rates between backward and update, which'
-            f' sharding.strategy = "zero{self.stage}" does not allow; use "ddp" or "oss"'
+            "optim.lr_scaling: a learning-rate hook runs between the backward pass and the update, which"
+            f' sharding.strategy = "zero{self.stage}" does in one call; use "ddp" or "oss"'
         )
 
     def shards(self) -> dict[str, Piece]:

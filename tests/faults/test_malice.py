@@ -600,7 +600,7 @@ def test_a_checkpoint_with_the_right_hashes_that_does_not_fit_is_one_line(traine
     for step, (state, own) in enumerate(
         [
             ({"images": "many"}, {}),
-            ({"adascale": {"gain": [1]}}, {}),
+            ({"lr_hook": {"gain": [1]}}, {}),
             ({"last": 3}, {}),
             ({}, {name: torch.zeros(3, 3)}),
             ({}, {"group/step/99": torch.tensor(1)}),
