@@ -18,7 +18,7 @@ from ..data.mixing import TwoHot, blend
 from ..data.parts import seen_by
 from ..data.streams import Batch, EvalStream
 from ..errors import ArtifactError
-from ..kernels import soft_cross_entropy
+from ..experimental.fused_loss import soft_cross_entropy
 from ..models import Partition, assemble, extract, fit_positions, initialise, insert
 from ..plan import PhasePlan, Plan, phase_model
 from ..pretrained import pretrained_meta

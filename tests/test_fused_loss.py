@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bigincubate.config import Mixup, load_recipe
 from bigincubate.data.mixing import TwoHot, blend
 from bigincubate.errors import ConfigError
-from bigincubate.kernels import soft_cross_entropy
-from bigincubate.kernels.soft_targets import _soft_cross_entropy
+from bigincubate.experimental.fused_loss import soft_cross_entropy
+from bigincubate.experimental.fused_loss.operator import _soft_cross_entropy
 
 Labs = Callable[..., Any]
 CLASSES, SMOOTHING = 11, 0.1
@@ -109,24 +109,23 @@ def test_pairs_and_dense_targets_are_the_same_loss() -> None:
 
 BODIES = """
 import torch
-from bigincubate.kernels import bodies, soft_cross_entropy
-from bigincubate.kernels import soft_targets
+from bigincubate.experimental.fused_loss import operator, soft_cross_entropy, triton_bodies
 
 calls = []
 for name in ("soft_cross_entropy", "soft_cross_entropy_backward"):
-    body = getattr(bodies, name)
-    setattr(bodies, name, lambda *given, body=body: calls.append(1) or body(*given))
+    body = getattr(triton_bodies, name)
+    setattr(triton_bodies, name, lambda *given, body=body: calls.append(1) or body(*given))
 torch.manual_seed(0)
 first, second, share = torch.tensor([0, 1500, 2499]), torch.tensor([7, 1500, 3]), torch.tensor([0.3, 0.6, 1.0])
 for dtype in (torch.float32, torch.bfloat16):
     logits = (5 * torch.randn(3, 2500)).to(dtype).requires_grad_()
     grad = torch.tensor([1.0, -2.0, 0.5])
-    exact = soft_targets._eager(logits.detach().double(), first, second, share.double(), 0.1)
-    slope = soft_targets._eager_backward(
+    exact = operator._eager(logits.detach().double(), first, second, share.double(), 0.1)
+    slope = operator._eager_backward(
         grad.double(), logits.detach().double(), exact[1], first, second, share.double(), 0.1
     )
-    eager = soft_targets._eager(logits.detach(), first, second, share, 0.1)
-    eager_slope = soft_targets._eager_backward(grad, logits.detach(), eager[1], first, second, share, 0.1)
+    eager = operator._eager(logits.detach(), first, second, share, 0.1)
+    eager_slope = operator._eager_backward(grad, logits.detach(), eager[1], first, second, share, 0.1)
     loss = soft_cross_entropy(logits, first, second, share, 0.1)
     loss.backward(grad)
     for found, other, true in ((loss, eager[0], exact[0]), (logits.grad, eager_slope, slope)):

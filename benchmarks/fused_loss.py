@@ -1,6 +1,6 @@
 """Cross entropy of mixup's targets: as two classes and a share, against the dense targets, in turns.
 
-    python benchmarks/soft_targets.py [--rows 256] [--classes 1000 21841] [--repeats 5] [--out FILE]
+    python benchmarks/fused_loss.py [--rows 256] [--classes 1000 21841] [--repeats 5] [--out FILE]
 
 Forwards and backwards from given logits; the dense targets are made each time, as training does. On a GPU the kernel
 runs beside inductor's code of the dense loss; on a CPU plain torch, for both. Prints a Markdown table.
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bigincubate.data.mixing import TwoHot
-from bigincubate.kernels import soft_cross_entropy
+from bigincubate.experimental.fused_loss import soft_cross_entropy
 
 SMOOTHING = 0.1
 

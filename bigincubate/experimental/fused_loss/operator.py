@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import on_triton
+from ...kernels.launch import on_triton
 
 
 def soft_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> Tensor:
@@ -37,9 +37,9 @@ def _soft_cross_entropy(
     """The losses ``[rows]``, and logsumexp of each row, which the backward needs."""
     if not on_triton(logits):
         return _eager(logits, first, second, share, smoothing)
-    from . import bodies
+    from . import triton_bodies
 
-    return bodies.soft_cross_entropy(logits, first, second, share, smoothing)
+    return triton_bodies.soft_cross_entropy(logits, first, second, share, smoothing)
 
 
 @torch.library.triton_op("bigincubate::soft_cross_entropy_backward", mutates_args={})
@@ -49,9 +49,9 @@ def _soft_cross_entropy_backward(
     """The gradient of the logits, like them, from that of the losses ``[rows]``."""
     if not on_triton(logits):
         return _eager_backward(grad, logits, normaliser, first, second, share, smoothing)
-    from . import bodies
+    from . import triton_bodies
 
-    return bodies.soft_cross_entropy_backward(grad, logits, normaliser, first, second, share, smoothing)
+    return triton_bodies.soft_cross_entropy_backward(grad, logits, normaliser, first, second, share, smoothing)
 
 
 def _eager(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
