@@ -133,7 +133,7 @@ def test_position_embeddings_are_resampled_and_nothing_else_changes() -> None:
 def test_binary_cross_entropy_is_torchs_on_both_classes_of_a_mixed_image(
     lab: Callable[..., Any], smoothing: float
 ) -> None:
-    made = lab("loss.bce=true", f"loss.label_smoothing={smoothing}", "mixup.mixup=0.8")
+    made = lab("loss.name=bce", f"loss.label_smoothing={smoothing}", "mixup.mixup=0.8")
     task = made.trainer("pretrain").task
     labels, rows = torch.tensor([1, 2, 3, 3]), torch.arange(4)
     images, logits = torch.rand(4, 3, 8, 8), torch.randn(4, 10)
@@ -158,11 +158,11 @@ def test_deit3_has_everything_but_binary_cross_entropy() -> None:
     for name in ("imagenet-vit-b-deit3", "imagenet-swin-b-deit3"):
         recipe = load_recipe(name)
         meta, e2e = recipe.settings("pretrain"), recipe.settings("end_to_end")
-        assert (meta.optim.name, meta.augment.three_augment, meta.loss.bce) == ("lamb", True, False)
+        assert (meta.optim.name, meta.augment.three_augment, meta.loss.name) == ("lamb", True, "cross_entropy")
         assert (meta.train.epochs, e2e.train.epochs, meta.drop_path.rate) == (800, 800, 0)
         assert e2e.drop_path.rate == (0.2 if "vit" in name else 0.5)
         assert recipe.settings("finetune").model.img_size == 224
-        assert load_recipe(name, ["loss.bce=true"]).digest != recipe.digest
+        assert load_recipe(name, ["loss.name=bce"]).digest != recipe.digest
     model = phase_model(
         make_plan(load_recipe("imagenet-vit-b-deit3")).row("finetune"),
         load_recipe("imagenet-vit-b-deit3").settings("finetune"),
@@ -215,7 +215,7 @@ def test_smoke_leaves_a_users_own_settings_and_touches_no_data_of_theirs(tmp_pat
 def test_a_large_recipe_runs_end_to_end_when_small(tmp_path: Path, counted: None) -> None:
     """Every phase of ViT-B on decentralised data with DeiT III's loss, fine-tuned on larger images."""
     file = tmp_path / "recipe.toml"
-    sets = ["data.decentralised=true", "loss.bce=true", "train.precision=fp32"]
+    sets = ["data.decentralised=true", "loss.name=bce", "train.precision=fp32"]
     file.write_text(load_recipe("imagenet-vit-b-384", sets, smoke).toml())
     lab = Lab(file, tmp_path / "run")
     lab.train("pretrain")

@@ -129,7 +129,7 @@ class Train(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped: more, and it goes back once, then exit 5
     micro_batch: Count | None = execution(None)  # samples a rank runs at once; None: its whole share
-    compile: bool = execution(False)  # each block with torch.compile, and a fused loss
+    compile: bool = execution(False)  # each block with torch.compile, and a loss named as package.module:function
     subset_drop_path: bool = execution(False)  # drop-path computes branches only for the samples that are kept
     last_block_cls_only: bool = execution(False)  # the last block computes only the class token
 
@@ -209,15 +209,12 @@ class DropPathSection(Section):
 
 
 class Loss(Section):
-    bce: bool = False  # DeiT III's: each class for itself, yes or no; false: cross entropy over all classes
-    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target that is spread evenly over all classes
-    fused: bool = execution(False)  # cross entropy in one pass over the logits, from two classes and a share a row
+    """The training loss: ``cross_entropy``, ``bce`` (binary cross entropy per class, as in DeiT III), or a function
+    ``(logits, first, second, share, label_smoothing) -> scalar`` on targets of two classes per row.
+    """
 
-    @model_validator(mode="after")
-    def _one_formula(self) -> Loss:
-        if self.bce and self.fused:
-            raise ValueError("fused is for cross entropy, not for bce: set one of them to false")
-        return self
+    name: Annotated[str, one_of_or_object("cross_entropy", "bce")] = "cross_entropy"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target that is spread evenly over all classes
 
 
 class Ema(Section):

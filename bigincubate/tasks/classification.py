@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from ..data.mixing import TwoHot, blend
 from ..data.parts import seen_by
 from ..data.streams import Batch, EvalStream
 from ..errors import ArtifactError
-from ..experimental.fused_loss import soft_cross_entropy
+from ..imports import load_object
 from ..models import Partition, assemble, extract, fit_positions, initialise, insert
 from ..plan import PhasePlan, Plan, phase_model
 from ..pretrained import pretrained_meta
@@ -40,7 +40,11 @@ class ClassificationTask:
         self.partition = Partition(self.plan.family, self.row.depths)
         self.target = Partition(self.plan.family, self.plan.target)
         self.meta = Partition(self.plan.family, self.plan.meta)
-        self.fused = torch.compile(fused_loss) if self.settings.train.compile else fused_loss
+        self.named_loss: Callable[..., Tensor] | None = None  # on targets of two classes per row
+        if ":" in (name := self.settings.loss.name):
+            self.named_loss = load_object(name, key="loss.name")
+            if self.settings.train.compile:
+                self.named_loss = torch.compile(self.named_loss)
 
     def build_model(self, run: RunDir, start: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, str | None]:
         """The row's model with the weights it starts from, frozen as the row says, and the digest of the meta model
@@ -118,17 +122,17 @@ class ClassificationTask:
     # -------------------------------------------------------------------------------------- what is learned
 
     def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor | TwoHot]:
-        """Inputs ``[n, 3, H, W]`` and targets ``[n, classes]`` of a micro-batch, mixed and smoothed.
+        """Return the inputs ``[n, 3, H, W]`` and targets ``[n, classes]`` of a micro-batch, mixed and smoothed.
 
-        Targets are shares that sum to one; with ``loss.bce`` each class that an image shows is 1, whatever its share,
-        as in DeiT III (arXiv 2204.07118). Smoothing by s moves both kinds to (1 - s) target + s / classes. With
-        ``loss.fused`` they stay two classes and a share, not smoothed.
+        Targets are shares that sum to one; with ``loss.name = "bce"`` each class in the image is 1, whatever its
+        share, as in DeiT III (arXiv 2204.07118). Smoothing by s moves both kinds to (1 - s) target + s / classes. For
+        a loss named ``package.module:function`` they stay two classes and a share, not smoothed.
         """
         loss, classes = self.settings.loss, self.settings.model.num_classes
         images, targets = self._mixed(batch, step)
-        if loss.fused:
+        if self.named_loss:
             return images, targets
-        if not loss.bce:
+        if loss.name != "bce":
             return images, targets.dense(classes, loss.label_smoothing)
         shown = (targets.dense(classes, 0.0) > 0).float()
         return images, shown * (1 - loss.label_smoothing) + loss.label_smoothing / classes
@@ -154,19 +158,14 @@ class ClassificationTask:
         return finish(batch.images, batch.parameters, self.settings.augment)
 
     def loss(self, model: nn.Module, images: Tensor, targets: Tensor | TwoHot) -> Tensor:
-        """In fp32, cross entropy as a mean over the batch; with ``loss.bce`` binary cross entropy of every class by
-        itself, as a mean over batch and classes."""
+        """Return the mean loss over the batch in fp32; that of ``bce`` is the mean over batch and classes."""
         chosen, logits = self.settings.loss, model(images)
         if isinstance(targets, TwoHot):
+            assert self.named_loss is not None
             share = torch.full((len(logits),), targets.share, device=logits.device)
-            return self.fused(logits, targets.labels, targets.partners, share, chosen.label_smoothing)
-        measure = F.binary_cross_entropy_with_logits if chosen.bce else F.cross_entropy
+            return self.named_loss(logits, targets.labels, targets.partners, share, chosen.label_smoothing)
+        measure = F.binary_cross_entropy_with_logits if chosen.name == "bce" else F.cross_entropy
         return measure(logits.float(), targets)
-
-
-def fused_loss(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> Tensor:
-    """The mean of :func:`.soft_cross_entropy`."""
-    return soft_cross_entropy(logits, first, second, share, smoothing).mean()
 
 
 @torch.no_grad()

@@ -1,5 +1,8 @@
-"""Cross entropy of mixed targets in one pass over the logits."""
+"""Cross entropy of mixed targets in one pass over the logits.
 
-from .operator import soft_cross_entropy
+Switched on by ``loss.name = "bigincubate.experimental.fused_loss:soft_cross_entropy_loss"``.
+"""
 
-__all__ = ["soft_cross_entropy"]
+from .operator import soft_cross_entropy, soft_cross_entropy_loss
+
+__all__ = ["soft_cross_entropy", "soft_cross_entropy_loss"]

@@ -1,8 +1,8 @@
-"""Cross entropy with targets of at most two classes a row and label smoothing, which mixup makes: the target
-``[rows, classes]`` is never written down, and logits are read once forwards and once backwards.
+"""Cross entropy with targets of at most two classes per row and label smoothing, as mixup makes them.
 
-A row's target is t = (1 - s) (w [first] + (1 - w) [second]) + s / C, which sums to one, so its cross entropy is
-logsumexp(x) - (1 - s) (w x[first] + (1 - w) x[second]) - s mean(x), and the gradient softmax(x) - t.
+The dense target ``[rows, classes]`` is never stored, and the logits are read once in the forward pass and once in the
+backward pass. A row's target is t = (1 - s) (w [first] + (1 - w) [second]) + s / C, which sums to one, so its cross
+entropy is logsumexp(x) - (1 - s) (w x[first] + (1 - w) x[second]) - s mean(x), and the gradient softmax(x) - t.
 
 Source of the targets: Zhang et al., mixup, 2018 (arXiv:1710.09412); Szegedy et al., 2016 (arXiv:1512.00567), section 7.
 """
@@ -18,23 +18,29 @@ from ...kernels.launch import on_triton
 
 
 def soft_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> Tensor:
-    """Cross entropy of each row, ``[rows]``, in fp32 (in fp64 where the logits are).
+    """Return the cross entropy of each row, ``[rows]``, in fp32 (fp64 for fp64 logits).
 
     Args:
-        logits: ``[rows, classes]``, of any floating dtype; what is computed of them is fp32.
-        first, second: ``[rows]`` int64, the two classes; they may be the same.
-        share: ``[rows]`` float32 (fp64 with logits in fp64), that of ``first``; the rest is ``second``'s.
-        smoothing: in [0, 1): how much of the target is spread over all classes.
+        logits: ``[rows, classes]`` of any floating dtype; the computation is in fp32.
+        first: ``[rows]`` int64, one class.
+        second: ``[rows]`` int64, the other class; it may be the same.
+        share: ``[rows]`` float32 (fp64 with fp64 logits), the weight of ``first``; ``second`` has the rest.
+        smoothing: In [0, 1), the part of the target that is spread over all classes.
     """
     loss, _ = _soft_cross_entropy(logits, first, second, share, smoothing)
     return loss
+
+
+def soft_cross_entropy_loss(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> Tensor:
+    """Return the mean of `soft_cross_entropy` over the rows, a scalar."""
+    return soft_cross_entropy(logits, first, second, share, smoothing).mean()
 
 
 @torch.library.triton_op("bigincubate::soft_cross_entropy", mutates_args={})
 def _soft_cross_entropy(
     logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """The losses ``[rows]``, and logsumexp of each row, which the backward needs."""
+    """Return the losses ``[rows]`` and the logsumexp of each row, which the backward pass needs."""
     if not on_triton(logits):
         return _eager(logits, first, second, share, smoothing)
     from . import triton_bodies
@@ -44,28 +50,28 @@ def _soft_cross_entropy(
 
 @torch.library.triton_op("bigincubate::soft_cross_entropy_backward", mutates_args={})
 def _soft_cross_entropy_backward(
-    grad: Tensor, logits: Tensor, normaliser: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
+    grad: Tensor, logits: Tensor, normalizer: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
 ) -> Tensor:
-    """The gradient of the logits, like them, from that of the losses ``[rows]``."""
+    """Return the gradient of the logits from that of the losses ``[rows]``."""
     if not on_triton(logits):
-        return _eager_backward(grad, logits, normaliser, first, second, share, smoothing)
+        return _eager_backward(grad, logits, normalizer, first, second, share, smoothing)
     from . import triton_bodies
 
-    return triton_bodies.soft_cross_entropy_backward(grad, logits, normaliser, first, second, share, smoothing)
+    return triton_bodies.soft_cross_entropy_backward(grad, logits, normalizer, first, second, share, smoothing)
 
 
 def _eager(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     x = _wide(logits)
-    normaliser = x.logsumexp(1)
+    normalizer = x.logsumexp(1)
     hit = _shares(share).mul(x.gather(1, torch.stack([first, second], 1))).sum(1)
-    return normaliser - (1 - smoothing) * hit - smoothing * x.mean(1), normaliser
+    return normalizer - (1 - smoothing) * hit - smoothing * x.mean(1), normalizer
 
 
 def _eager_backward(
-    grad: Tensor, logits: Tensor, normaliser: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
+    grad: Tensor, logits: Tensor, normalizer: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
 ) -> Tensor:
     x = _wide(logits)
-    out = (x - normaliser[:, None]).exp_().sub_(smoothing / x.shape[1])
+    out = (x - normalizer[:, None]).exp_().sub_(smoothing / x.shape[1])
     out.scatter_add_(1, torch.stack([first, second], 1), _shares(share) * (smoothing - 1))
     return out.mul_(grad[:, None]).to(logits.dtype)
 
