@@ -25,11 +25,11 @@ from .cluster.env import RunEnv, stderr
 from .cluster.preempt import StopFlag
 from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
-from .data.feed import training_stream
 from .data.micro_batches import count_micro_batches
 from .data.parts import check_view
 from .data.streams import Batch, EvalStream
 from .errors import ArtifactError, NonFiniteError, Preempted
+from .experimental.shared_loader.server import training_stream
 from .metrics import Meter, Metrics, log_partial
 from .models import (
     apply_masks,

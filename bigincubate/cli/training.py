@@ -164,7 +164,7 @@ def feed(
     from ..cluster.orphan import die_with_parent
     from ..cluster.preempt import StopFlag
     from ..config import load_recipe
-    from ..data.wire import listen
+    from ..experimental.shared_loader.fd_socket import listen
 
     if FEED not in os.environ:
         raise ConfigError("feed: started by `bigincubate run --co-train`, not by hand")
@@ -173,8 +173,8 @@ def feed(
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves after the modules
         die_with_parent()
         loaded = load_recipe(recipe)
-        from ..data.feed import Feeder, fingerprint, own_stream
         from ..data.stage import staged
+        from ..experimental.shared_loader.server import Feeder, fingerprint, own_stream
         from ..rundir import RunDir
         from ..workflow import ensure_data, ensure_plan
 

@@ -23,10 +23,10 @@ from forked import Command, fork_ranks, run
 
 from bigincubate.config import Augment, Data
 from bigincubate.data.dataset import DatasetInfo, open_dataset
-from bigincubate.data.feed import FedStream, Feeder, pack, unpack
 from bigincubate.data.streams import Batch, TrainStream
-from bigincubate.data.wire import connect, listen
 from bigincubate.errors import EnvironmentFault
+from bigincubate.experimental.shared_loader.fd_socket import connect, listen
+from bigincubate.experimental.shared_loader.server import FedStream, Feeder, pack, unpack
 
 Labs = Callable[..., Any]
 FORK = multiprocessing.get_context("fork")

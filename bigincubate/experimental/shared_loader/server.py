@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import FEED
-from ..config import Recipe, Settings
-from ..errors import EnvironmentFault
-from .dataset import DatasetInfo
-from .streams import Batch, TrainStream
-from .wire import accept, connect, hear, tell
+from ... import FEED
+from ...config import Recipe, Settings
+from ...data.dataset import DatasetInfo
+from ...data.streams import Batch, TrainStream
+from ...errors import EnvironmentFault
+from .fd_socket import accept, connect, hear, tell
 
 DEPTH = 4  # batches from the slowest reader's to the newest
 PATIENCE = 60.0  # seconds that readers wait for one that is late, or stands still

@@ -1,0 +1,1 @@
+"""Co-training: modules that train at the same time share one loader."""
