@@ -135,7 +135,7 @@ def test_a_site_without_sbatch_in_jobs_is_told_what_to_type(
     assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
     slurm.wait(lambda: not queue(run))
     logs = "".join(file.read_text() for file in (run.path / "slurm").glob("*gate*.out"))
-    assert f"missing: fine-tuning; go on with: bigincubate resume {run.path}" in logs
+    assert f"missing: fine-tuning; continue with: bigincubate resume {run.path}" in logs
     assert bigincubate("resume", run.path).returncode == 0
     slurm.wait(lambda: exported(run) and not queue(run))
     assert kinds(run) == ["pretrain", "incubate", "gate", "finetune", "gate"]

@@ -98,7 +98,7 @@ def test_restarts_are_bounded(tmp_path: Path, requeued: list[str], monkeypatch: 
     monkeypatch.setenv("BIGINCUBATE_RESTARTS", "2")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     code, why = settle(PhaseDir(tmp_path), "1", 137)
-    assert (code, why) == (137, "a rank was ended by SIGKILL; not requeued: it was 2 times already (slurm.restarts)")
+    assert (code, why) == (137, "a rank was ended by SIGKILL; not requeued: already requeued 2 times (slurm.restarts)")
     assert requeued == []
 
 
@@ -109,7 +109,7 @@ def test_three_restarts_without_a_new_checkpoint_are_enough(tmp_path: Path, requ
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
         assert "; requeued" in settle(folder, "4_1", 137)[1]
-    assert "no progress in 3 restarts" in settle(folder, "4_1", 137)[1]
+    assert "no progress in 3 requeues" in settle(folder, "4_1", 137)[1]
     assert requeued == ["4_1"] * 4
     assert "; requeued" in settle(folder, "9_1", 137)[1]  # a job that a person submitted afterwards counts anew
 

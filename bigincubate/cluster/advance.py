@@ -1,13 +1,14 @@
-"""A run on Slurm: what is missing is submitted, and after it a *gate*, a small job that looks again.
+"""Scheduling a run on Slurm: submit the jobs that are missing, and a *gate*, a small job that does so again.
 
 ::
 
-    pretrain ──afterany──▶ incubate (array, a task a module) ──afterany──▶ gate ──▶ finetune ──afterany──▶ gate
+    pretrain ──afterany──▶ incubate (array, one task per module) ──afterany──▶ gate ──▶ finetune ──afterany──▶ gate
 
-The gate calls :func:`advance`, as ``submit`` and ``resume`` do: one function, which looks at what is there (lineage and
-hashes), at what is in the queue, and submits the rest. So nothing waits on a job that cannot end well, no large
-allocation is asked for before the modules are there, and submitting again is safe. How often a phase was submitted is
-written down before each ``sbatch``; after ``slurm.rounds`` times a person must look.
+The gate calls :func:`advance`, as the commands ``submit`` and ``resume`` do. This one function checks which phases are
+done (hashes and lineage) and which jobs are in the queue, and submits the rest. Therefore no job waits for a job that
+cannot succeed, the large allocation of fine-tuning is requested only when all modules are done, and submitting again is
+safe. The number of submissions of each phase is saved before each ``sbatch``; after ``slurm.rounds`` of them the run
+stops until a user calls ``resume``.
 """
 
 from __future__ import annotations
@@ -28,98 +29,131 @@ from .sbatch import arrays, environment, sbatch
 from .slurm import array_size, call, clean_environment, queue
 
 Say = Callable[[str], None]
-Digest = Callable[[int | None], str]
+DatasetDigest = Callable[[int | None], str]  # module -> digest of the data it trains on; None: of the whole data set
 
 
 def advance(
-    recipe: Recipe, graph: Sequence[Job], run: RunDir, *, data: Digest, gate: str | None = None, say: Say = print
+    recipe: Recipe,
+    graph: Sequence[Job],
+    run: RunDir,
+    *,
+    data: DatasetDigest,
+    gate: str | None = None,
+    say: Say = print,
 ) -> bool:
-    """Submit what is missing and not in the queue, and a gate after it. Gives whether everything is done.
+    """Submit the jobs that are neither done nor in the queue, and a gate that runs after them.
 
     Args:
-        data: the digest of the data that a module sees.
-        gate: the id of the job that calls, where a gate does; a person's call forgets how often phases were submitted.
+        recipe: The recipe of the run.
+        graph: The jobs of the run.
+        run: The run directory.
+        data: Returns the digest of the data that a module trains on.
+        gate: Id of the calling job if that is a gate. None for a call by a user, which resets the numbers of
+            submissions.
+        say: Prints a line.
+
+    Returns:
+        Whether all jobs are done.
 
     Raises:
-        ArtifactError: a phase was submitted as often as it may be.
-        EnvironmentFault: Slurm does not answer.
-        LockedError: another process is submitting.
+        ArtifactError: If a phase has been submitted as often as the recipe allows.
+        EnvironmentFault: If Slurm does not answer.
+        LockedError: If another process is submitting.
     """
     with owned(run.path / "slurm", RunEnv()):
-        desk = Desk(recipe, run, say, rounds=book(run)["rounds"] if gate else {})
-        missing = [job for job in graph if not _good(job, recipe, run, data)]
+        submitter = Desk(recipe, run, say, submissions=book(run)["submissions"] if gate else {})
+        missing = [job for job in graph if not _is_valid(job, recipe, run, data)]
         if not missing:
             return True
         if gate and not recipe.slurm.self_submit:
-            say(f"missing: {', '.join(job.title for job in missing)}; go on with: bigincubate resume {run.path}")
+            say(f"missing: {', '.join(job.title for job in missing)}; continue with: bigincubate resume {run.path}")
             return False
         queued = [entry for entry in queue(run) if entry.job != gate]
         active = {entry.key: {entry.job} for entry in queued if entry.kind != "gate"}
-        # a gate that has begun may have looked already
-        waiting = any(entry.kind == "gate" and entry.state == "PENDING" for entry in queued)
+        # a gate that is running may have read the queue already
+        gate_pending = any(entry.kind == "gate" and entry.state == "PENDING" for entry in queued)
         absent = [job for job in missing if job.key not in active]
-        modules = any(job.phase == "incubate" for job in missing)
-        ready = [job for job in absent if job.phase != "finetune" or not modules]
-        wanted = [job for job in ready if desk.rounds.get(job.key, 0) < recipe.slurm.rounds]
+        modules_missing = any(job.phase == "incubate" for job in missing)
+        ready = [job for job in absent if job.phase != "finetune" or not modules_missing]
+        allowed = [job for job in ready if submitter.submissions.get(job.key, 0) < recipe.slurm.rounds]
         for phase in ("pretrain", "incubate", "finetune", "end_to_end"):
-            jobs = [job for job in wanted if job.phase == phase]
+            jobs = [job for job in allowed if job.phase == phase]
             if jobs:
                 needs = sorted(active.get("pretrain", ())) if phase == "incubate" else []
-                numbers = desk.submit(phase, jobs, needs)
-                active |= dict.fromkeys((job.key for job in jobs), numbers)
-        waited = sorted(set().union(*active.values()), key=int)
-        if not waited:
+                ids = submitter.submit(phase, jobs, needs)
+                active |= dict.fromkeys((job.key for job in jobs), ids)
+        gate_needs = sorted(set().union(*active.values()), key=int)
+        if not gate_needs:
             words = "; ".join(
-                f"{job.title}: submitted {desk.rounds[job.key]} times{_last_error(job, run)}" for job in ready
+                f"{job.title}: submitted {submitter.submissions[job.key]} times{_last_error(job, run)}" for job in ready
             )
-            raise ArtifactError(f"given up: {words}. See why, then: bigincubate resume {run.path}")
-        if not waiting:
-            desk.submit("gate", [], waited)
-        if not wanted:
-            say(f"in the queue already: {', '.join(waited)}")
+            raise ArtifactError(f"given up: {words}. Fix the problem, then: bigincubate resume {run.path}")
+        if not gate_pending:
+            submitter.submit("gate", [], gate_needs)
+        if not allowed:
+            say(f"in the queue already: {', '.join(gate_needs)}")
     return False
 
 
 class Desk:
-    """Where jobs are submitted, and what was is written down in ``jobs.json``."""
+    """Submits jobs and records them in ``jobs.json``."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, say: Say, rounds: dict[str, int]) -> None:
-        self.recipe, self.run, self.say, self.rounds = recipe, run, say, rounds
+    def __init__(self, recipe: Recipe, run: RunDir, say: Say, submissions: dict[str, int]) -> None:
+        """Create a submitter.
+
+        Args:
+            recipe: The recipe of the run.
+            run: The run directory.
+            say: Prints a line.
+            submissions: Number of submissions so far, by the key of the phase.
+        """
+        self.recipe, self.run, self.say, self.submissions = recipe, run, say, submissions
 
     def submit(self, kind: str, jobs: Sequence[Job], needs: Sequence[str]) -> set[str]:
-        """Jobs of one kind; modules in as many arrays as they need. Gives the ids."""
-        self.rounds |= {job.key: self.rounds.get(job.key, 0) + 1 for job in jobs}
+        """Submit jobs of one kind, modules in as many arrays as Slurm requires, and return the job ids.
+
+        Args:
+            kind: The phase, or ``gate``.
+            jobs: The jobs; none for a gate.
+            needs: Ids of jobs that must have ended first.
+        """
+        self.submissions |= {job.key: self.submissions.get(job.key, 0) + 1 for job in jobs}
         modules = [job.module for job in jobs if job.module is not None]
         if not modules:
-            return {self._submit(kind, [], 0, needs)}
-        numbers: list[str] = []
+            return {self._submit_job(kind, [], 0, needs)}
+        ids: list[str] = []
         for offset, group in arrays(modules, array_size()):
-            # one array after another where only so many tasks may run
-            after = numbers[-1:] if self.recipe.slurm.concurrency else []
-            numbers.append(self._submit(kind, group, offset, [*needs, *after]))
-        return set(numbers)
+            # arrays run one after another where the number of parallel tasks is limited
+            after = ids[-1:] if self.recipe.slurm.concurrency else []
+            ids.append(self._submit_job(kind, group, offset, [*needs, *after]))
+        return set(ids)
 
-    def _submit(self, kind: str, modules: Sequence[int], offset: int, needs: Sequence[str]) -> str:
+    def _submit_job(self, kind: str, modules: Sequence[int], offset: int, needs: Sequence[str]) -> str:
         command = sbatch(self.recipe, self.run, kind, modules=modules, offset=offset, needs=needs)
-        before = book(self.run) | {"rounds": self.rounds}
-        write_json(self.run.path / "jobs.json", before)  # before sbatch: a count that is lost could go on for ever
-        number = call(*command, env=clean_environment() | environment(self.recipe, offset)).partition(";")[0]
-        entry = {"job": number, "kind": kind, "modules": list(modules), "needs": list(needs), "time": time.time()}
-        write_json(self.run.path / "jobs.json", {**before, "jobs": [*before["jobs"], entry]})
+        log = book(self.run) | {"submissions": self.submissions}
+        write_json(self.run.path / "jobs.json", log)  # before sbatch: a count that is lost would allow endless retries
+        job = call(*command, env=clean_environment() | environment(self.recipe, offset)).partition(";")[0]
+        entry = {"job": job, "kind": kind, "modules": list(modules), "needs": list(needs), "time": time.time()}
+        write_json(self.run.path / "jobs.json", {**log, "jobs": [*log["jobs"], entry]})
         self.run.note("submitted", **entry)
         which = f" of modules {', '.join(map(str, modules))}" if modules else ""
         after = f", after {', '.join(needs)}" if needs else ""
-        self.say(f"{kind}{which}: job {number}{after}")
-        return number
+        self.say(f"{kind}{which}: job {job}{after}")
+        return job
 
 
 def book(run: RunDir) -> dict[str, Any]:
-    """``jobs``: what was submitted, and after what; ``rounds``: how often each phase was, since a person looked."""
-    return {"jobs": [], "rounds": {}, **(read_json(run.path / "jobs.json") or {})}
+    """Read ``jobs.json``.
+
+    Returns:
+        ``jobs``, the submitted jobs with their dependencies, and ``submissions``, how often each phase has been
+        submitted since a user last called ``submit`` or ``resume``.
+    """
+    return {"jobs": [], "submissions": {}, **(read_json(run.path / "jobs.json") or {})}
 
 
-def _good(job: Job, recipe: Recipe, run: RunDir, data: Digest) -> bool:
-    """Whether a phase is done and what it hands on is sound. What is not is forgotten, to be made again."""
+def _is_valid(job: Job, recipe: Recipe, run: RunDir, data: DatasetDigest) -> bool:
+    """Return whether a phase is done and its artifact is valid; if it is not, mark the phase as not done."""
     folder = run.phase(job.phase, job.module)
     if folder.result is None:
         return False

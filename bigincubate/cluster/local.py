@@ -1,4 +1,4 @@
-"""A whole run on this machine: each phase has its own processes, one a rank; at most ``jobs`` phases at a time."""
+"""Launcher for a whole run on this machine: each phase has processes of its own, one per rank."""
 
 from __future__ import annotations
 
@@ -22,21 +22,38 @@ from .ranks import Ranks
 
 @dataclass
 class LocalRunner:
-    """Runs a job graph. A failing job never stops those that do not need it."""
+    """Runs a job graph. A job that fails does not stop the jobs that do not need it.
+
+    Attributes:
+        run: The run directory.
+        jobs: Maximum number of phases that run in parallel.
+        reporter: Prints progress.
+        nproc: Number of ranks of each phase.
+        co_train: Whether modules share one loader; all of them must then run at the same time.
+        running: The ranks of running jobs, by the key of the job.
+        stopping: Whether the run has been asked to stop.
+        patience: How many more times a phase may find its directory owned by a previous attempt that was killed.
+        feeder: The processes of the shared loader.
+        place: The address of the shared loader.
+    """
 
     run: RunDir
     jobs: int
     reporter: Reporter
-    nproc: int = 1  # ranks of each phase
-    co_train: bool = False  # modules share one loader; all of them must run at the same time
+    nproc: int = 1
+    co_train: bool = False
     running: dict[str, Ranks] = field(default_factory=dict)
     stopping: bool = False
-    patience: int = 20  # times that a phase may find its directory owned: by the ghost of a run that was killed
-    feeder: Ranks | None = None  # makes the batches of co-trained modules
-    place: str = field(default_factory=lambda: secrets.token_hex(16))  # where it is found
+    patience: int = 20
+    feeder: Ranks | None = None
+    place: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def execute(self, graph: list[Job]) -> Exit:
-        """Run what is not done yet. Gives 0, 75 after a stop, or the exit code of the first job that failed."""
+        """Run the jobs that are not done yet.
+
+        Returns:
+            0, or 75 after a stop, or the exit code of the first job that failed.
+        """
         done = {job.key for job in graph if self.folder(job).result is not None}
         failed: dict[str, int] = {}
         waiting = [job for job in graph if job.key not in done]
@@ -49,20 +66,21 @@ class LocalRunner:
                 for job in ready:
                     waiting.remove(job)
                     try:
-                        # cores are shared by what may run beside, not by what does: a resume computes the same bits
-                        self.start(job, beside=min(self.jobs, sum(other.needs == job.needs for other in graph)))
+                        # cores are divided by the jobs that may run in parallel, not by those that do: a resumed job
+                        # then has as many threads as before and computes the same bits
+                        self.start(job, parallel=min(self.jobs, sum(other.needs == job.needs for other in graph)))
                     except OSError as error:
                         failed[job.key] = Exit.ENVIRONMENT
                         reason = f"{error.filename}: {error.strerror}"
                         self.reporter.failed(job, Exit.ENVIRONMENT, reason, self.log(job, 0))
                 if not self.running and not self.ready(waiting, done):
-                    break  # what waits needs something that failed, or we were asked to stop
+                    break  # the remaining jobs need one that failed, or the run is stopping
                 for job, ranks, code in self.finished(graph):
                     if code == 0:
                         done.add(job.key)
                         self.reporter.done(job, self.folder(job).result or {})
                     elif code == Exit.PREEMPTED or (self.stopping and code == -signal.SIGTERM):
-                        self.stopping = True  # the second: before it had begun
+                        self.stopping = True  # -SIGTERM: stopped before it could install its handler
                     elif code == Exit.LOCKED and self.patience:
                         self.patience -= 1
                         time.sleep(1)
@@ -76,7 +94,7 @@ class LocalRunner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            for ranks in self.running.values():  # only after an error of our own
+            for ranks in self.running.values():  # some are left only after an error in this loop
                 ranks.stop()
             if self.feeder is not None:
                 self.feeder.end()
@@ -85,9 +103,16 @@ class LocalRunner:
         return Exit.PREEMPTED if self.stopping else Exit.DONE
 
     def ready(self, waiting: list[Job], done: set[str]) -> list[Job]:
+        """Return the waiting jobs that can start now."""
         return [job for job in waiting if done.issuperset(job.needs)] if not self.stopping else []
 
-    def start(self, job: Job, beside: int) -> None:
+    def start(self, job: Job, parallel: int) -> None:
+        """Start the ranks of a job.
+
+        Args:
+            job: The job.
+            parallel: Number of jobs that share the cores of this machine.
+        """
         logs = [self.log(job, rank) for rank in range(self.nproc)]
         logs[0].parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "bigincubate", "train", str(self.run.recipe_file)]
@@ -96,49 +121,50 @@ class LocalRunner:
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if self.co_train and job.phase == "incubate":
             environment[FEED] = self.place
-        # the cores are shared out, so that processes do not fight over them
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (beside * self.nproc))))
-        # threads that spin while they wait make a step several times as long as soon as anything else runs
+        # cores are divided among processes, so that they do not compete
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (parallel * self.nproc))))
+        # threads that spin while they wait slow a step down several times when another process is running
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self.running[job.key] = Ranks(command, environment, logs)
-        if self.stopping:  # asked to while they were started
+        if self.stopping:  # since the ranks were being started
             self.running[job.key].stop()
         self.reporter.started(job)
 
     def feed(self, readers: int) -> None:
-        """Start the loader that modules share, a process for each rank of theirs. Where that fails, each has its own.
+        """Start the shared loader of the modules, one process per rank. If that fails, each module loads its own data.
 
         Args:
-            readers: how many modules will come.
+            readers: Number of modules that will connect.
         """
         folder = self.run.path / "modules" / "logs"
         logs = [folder / (f"feed.{rank}.log" if rank else "feed.log") for rank in range(self.nproc)]
         command = [sys.executable, "-m", "bigincubate", "feed", str(self.run.recipe_file)]
         command += ["--run-dir", str(self.run.path), "--readers", str(readers)]
-        # it computes as a loader's worker does, and has nothing to do with a GPU
+        # one thread, as in a loader's worker, and no GPU
         own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", FEED: self.place}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.feeder = Ranks(command, {**os.environ, **own}, logs)
         except OSError as error:
             self.co_train = False
-            self.reporter.say(f"no shared loader ({error.filename}: {error.strerror}); each module has its own")
+            self.reporter.say(f"no shared loader ({error.filename}: {error.strerror}); each module loads its own data")
             return
-        if self.stopping:  # asked to while it was started
+        if self.stopping:  # since it was being started
             self.feeder.stop()
 
     def tend(self, waiting: list[Job]) -> None:
-        """Let the shared loader leave once no module needs it; say so where it left before."""
+        """Stop the shared loader when no module needs it any more; report it if it ended before."""
         feeder = self.feeder
         if feeder is None:
             return
         if not any(key.startswith("incubate/") for key in (*self.running, *(job.key for job in waiting))):
             feeder.stop()
         if feeder.poll() is not None and not feeder.asked:
-            self.reporter.say(f"the shared loader ended: {feeder.reason}; modules go on, each with its own")
-            feeder.stop()  # nothing more to say
+            self.reporter.say(f"the shared loader ended: {feeder.reason}; each module now loads its own data")
+            feeder.stop()  # report it once
 
     def finished(self, graph: list[Job]) -> Iterator[tuple[Job, Ranks, int]]:
+        """Remove the jobs that have ended from ``running``, and yield each with its ranks and exit code."""
         for job in graph:
             ranks = self.running.get(job.key)
             if ranks is not None and (code := ranks.poll()) is not None:
@@ -146,9 +172,11 @@ class LocalRunner:
                 yield job, ranks, code
 
     def folder(self, job: Job) -> PhaseDir:
+        """Return the folder of a job's phase."""
         return self.run.phase(job.phase, job.module)
 
     def log(self, job: Job, rank: int) -> Path:
+        """Return the log file of a rank of a job."""
         return self.folder(job).path / "logs" / (f"train.{rank}.log" if rank else "train.log")
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:

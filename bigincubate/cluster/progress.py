@@ -1,4 +1,4 @@
-"""What a person sees while phases run: live bars on a terminal, plain lines elsewhere."""
+"""Progress of running phases on the console: live bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 
 
 class Reporter:
+    """Prints the progress of jobs. Use it as a context manager."""
+
     def __init__(self, console: Console) -> None:
+        """Create a reporter that prints to ``console``."""
         self.console = console
         self.bars: dict[str, TaskID] = {}
         self.tenths: dict[str, int] = {}
@@ -39,15 +42,18 @@ class Reporter:
         self.progress.stop()
 
     def say(self, text: str) -> None:
+        """Print a line above the bars."""
         self.progress.console.print(text, highlight=False, soft_wrap=True)
 
     def started(self, job: Job) -> None:
+        """Report that a job has started."""
         if self.console.is_terminal:
             self.bars[job.key] = self.progress.add_task(job.title, total=max(job.steps, 1), note="starting")
         else:
             self.say(f"{job.title}: started")
 
     def update(self, running: list[tuple[Job, PhaseDir]]) -> None:
+        """Report the newest metrics of the running jobs; without a terminal only every tenth of a phase."""
         for job, folder in running:
             row = last_metrics(folder)
             if "train/loss" not in row:
@@ -60,6 +66,7 @@ class Reporter:
                 self.say(f"{job.title}: step {row['step']} of {job.steps}, {note}")
 
     def done(self, job: Job, result: dict[str, Any]) -> None:
+        """Report that a job is done, with its result."""
         if self.console.is_terminal:
             note = f"top-1 {result['top1']:.1f}%"
             self.progress.update(self.bars[job.key], completed=max(job.steps, 1), note=note)
@@ -67,4 +74,5 @@ class Reporter:
             self.say(f"{job.title}: done, top-1 {result['top1']:.1f}%")
 
     def failed(self, job: Job, code: int, line: str, log: Path) -> None:
+        """Report that a job has failed, with its exit code, the reason and the log file."""
         self.say(f"{job.title}: failed (exit {code}): {line}\n  log: {log}")

@@ -1,6 +1,7 @@
-"""How a Slurm job ends: done, requeued to go on from its checkpoint, or failed for good.
+"""How a Slurm job ends: done, requeued to resume from its checkpoint, or failed.
 
-The ranks' exit code says little (torch and Slurm change it, a killed rank has none): the run directory tells.
+The exit code of the ranks is not enough: torch and Slurm change it, and a killed rank has none. The files of the run
+directory decide.
 """
 
 from __future__ import annotations
@@ -14,41 +15,44 @@ from ..files import append_line, read_lines
 from ..rundir import PhaseDir
 from .slurm import job_state, requeue
 
-FINAL = (Exit.USAGE, Exit.ARTIFACT, Exit.NON_FINITE, Exit.DAMAGED)  # the same again would end the same
-STANDSTILL = 3  # requeues in a row from one and the same checkpoint
+DETERMINISTIC_FAILURES = (Exit.USAGE, Exit.ARTIFACT, Exit.NON_FINITE, Exit.DAMAGED)  # a requeue would fail again
+MAX_REQUEUES_WITHOUT_PROGRESS = 3  # in a row
 LIMITS = (("BIGINCUBATE_RESTARTS", "20"), ("SLURM_RESTART_COUNT", "0"))
-KILLED = 128  # added by shells and srun to the number of the signal that ended a rank
+SIGNAL_EXIT_OFFSET = 128  # shells and srun add it to the number of the signal that ended a rank
 
 
 def settle(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
-    """Requeue ``job`` (of an array, this task alone: ``ARRAY_INDEX``) where that can help.
+    """Requeue a job that has ended early, if a requeue can help.
 
     Args:
-        code: what srun ended with.
+        folder: The folder of the phase that the job ran.
+        job: The job id; for an array task ``ARRAY_INDEX``, and only this task is requeued.
+        code: The exit code of srun.
 
     Returns:
-        The exit code of the job, and why.
+        The exit code for the job, and the reason for it.
     """
     if folder.result is not None:
         return Exit.DONE, "done"
-    if code in FINAL:
-        return code, f"{ended_with(code)}; the same again would end the same"
+    reason = ended_with(code)
+    if code in DETERMINISTIC_FAILURES:
+        return code, f"{reason}; deterministic failure: not requeued"
     failed = code or Exit.ENVIRONMENT
     try:
         state = job_state(job)
     except EnvironmentFault as error:
-        return failed, f"{ended_with(code)}; not requeued: {error}"
-    if state != "RUNNING":  # scancel, a crashed node, the time limit: who did that has decided what comes next
-        return failed, f"{ended_with(code)}; Slurm has ended this job: {state}"
+        return failed, f"{reason}; not requeued: {error}"
+    if state != "RUNNING":  # scancel, a crashed node or the time limit: Slurm or a user has decided what comes next
+        return failed, f"{reason}; Slurm has ended this job: {state}"
     allowed, restarts = (int(os.environ.get(name, default)) for name, default in LIMITS)
     if restarts >= allowed:
-        return failed, f"{ended_with(code)}; not requeued: it was {restarts} times already (slurm.restarts)"
+        return failed, f"{reason}; not requeued: already requeued {restarts} times (slurm.restarts)"
     steps = sorted(int(marker.parent.name[5:]) for marker in folder.checkpoints.glob("step-*/COMMITTED"))
     file, checkpoint = folder.path / "requeues.jsonl", steps[-1] if steps else None
     before = [row["checkpoint"] for row in read_lines(file) if row["job"] == job]
-    if len(before) >= STANDSTILL and set(before[-STANDSTILL:]) == {checkpoint}:
-        return failed, f"{ended_with(code)}; not requeued: no progress in {STANDSTILL} restarts"
-    reason = ended_with(code)
+    last = before[-MAX_REQUEUES_WITHOUT_PROGRESS:]
+    if len(before) >= MAX_REQUEUES_WITHOUT_PROGRESS and set(last) == {checkpoint}:
+        return failed, f"{reason}; not requeued: no progress in {MAX_REQUEUES_WITHOUT_PROGRESS} requeues"
     append_line(file, {"time": time.time(), "job": job, "code": code, "checkpoint": checkpoint, "reason": reason})
     try:
         requeue(job)
@@ -58,9 +62,9 @@ def settle(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
 
 
 def ended_with(code: int) -> str:
-    """What an exit code of srun says."""
+    """Describe an exit code of srun in words."""
     if code == Exit.PREEMPTED:
         return "stopped with a checkpoint"
-    if code > KILLED and code - KILLED in {number.value for number in signal.Signals}:
-        return f"a rank was ended by {signal.Signals(code - KILLED).name}"
+    if code > SIGNAL_EXIT_OFFSET and code - SIGNAL_EXIT_OFFSET in {number.value for number in signal.Signals}:
+        return f"a rank was ended by {signal.Signals(code - SIGNAL_EXIT_OFFSET).name}"
     return f"exit code {code}"

@@ -1,4 +1,4 @@
-"""Where a run stands: read from its files, and for jobs from Slurm's queue."""
+"""Status of a run: read from its files, and for its jobs from Slurm's queue."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from .slurm import Queued, queue
 
 
 def run_status(run: RunDir) -> list[dict[str, Any]]:
-    """A row a phase: title, state (waiting, queued, running, preempted, failed, died, done), step, steps, percent,
-    loss, top1, images_per_sec, eta_seconds, attempts, restarts, checkpoint, error, node; of a module partial
-    (:attr:`.PhaseDir.partial`); of a job in the queue: job, queue (its state, with the reason for which it waits).
-    Where Slurm does not answer, files alone are asked.
+    """Return the status of each phase. If Slurm does not answer, only files are used.
+
+    Returns:
+        A dict per phase: phase (its key), title, state (waiting, queued, running, preempted, failed, died, done), step,
+        steps, percent, loss, top1, images_per_sec, eta_seconds, attempts, restarts, checkpoint, error and node; partial
+        for a module (:attr:`.PhaseDir.partial`); job and queue (Slurm's state, with the reason if it is pending) for a
+        job in the queue.
 
     Raises:
-        ArtifactError: not a run directory, or nothing has been planned in it yet.
+        ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
     """
     plan = read_json(run.path / "plan.json")
     if plan is None or "rows" not in plan:
@@ -31,13 +34,14 @@ def run_status(run: RunDir) -> list[dict[str, Any]]:
     for planned in plan["rows"]:
         folder = run.phase(planned["phase"], planned["module"])
         if planned["phase"] == "end_to_end" and not folder.path.exists():
-            continue  # a baseline nobody asked for
+            continue  # the baseline was not requested
         rows.append({"phase": planned["key"], "title": planned["title"], **_phase_status(folder, planned)})
         rows[-1] |= _job_status(rows[-1], folder, jobs)
     return rows
 
 
 def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a phase's status that its files tell."""
     attempts, result, metrics = folder.attempts(), folder.result, last_metrics(folder)
     state = _state(attempts[-1]) if attempts else "waiting"
     if result is not None:
@@ -63,7 +67,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
 
 
 def _jobs(run: RunDir) -> dict[str, Queued] | None:
-    """What is in the queue, by phase. None where nothing was submitted, or Slurm does not answer."""
+    """Return the jobs in the queue by phase, or None if nothing was submitted or Slurm does not answer."""
     if not (run.path / "jobs.json").exists():
         return None
     try:
@@ -73,24 +77,25 @@ def _jobs(run: RunDir) -> dict[str, Queued] | None:
 
 
 def _job_status(row: dict[str, Any], folder: PhaseDir, jobs: dict[str, Queued] | None) -> dict[str, Any]:
-    """What the queue knows better than the files: whether a phase waits, runs, or has died on another machine."""
+    """Return the values that the queue corrects: whether a phase waits, runs, or died on another machine."""
     last: dict[str, Any] = next(iter(folder.attempts()[-1:]), {})
-    told = {"job": None, "queue": None, "node": last.get("host"), "restarts": max(0, row["attempts"] - 1)}
+    status = {"job": None, "queue": None, "node": last.get("host"), "restarts": max(0, row["attempts"] - 1)}
     if row["state"] != "done" and (requeues := read_lines(folder.path / "requeues.jsonl")):
-        told["error"] = row["error"] or requeues[-1]["reason"]
+        status["error"] = row["error"] or requeues[-1]["reason"]
     if jobs is None or row["state"] == "done":
-        return told
+        return status
     entry = jobs.get(row["phase"])
     if entry is None:
         lost = row["state"] == "running" and last.get("job")
-        return told | ({"state": "died", "eta_seconds": None} if lost else {})
-    told |= {"job": entry.job, "queue": entry.state, "node": entry.node or None}
+        return status | ({"state": "died", "eta_seconds": None} if lost else {})
+    status |= {"job": entry.job, "queue": entry.state, "node": entry.node or None}
     if entry.state == "RUNNING":
-        return told
-    return told | {"state": "queued", "eta_seconds": None, "queue": f"{entry.state} ({entry.reason})"}
+        return status
+    return status | {"state": "queued", "eta_seconds": None, "queue": f"{entry.state} ({entry.reason})"}
 
 
 def _state(attempt: dict[str, Any]) -> str:
+    """Return the state of an attempt; ``died`` if its process on this machine is gone."""
     state: str = attempt["state"]
     here = attempt["host"] == socket.gethostname()
     if state == "running" and here and start_time(attempt["pid"]) is None:
