@@ -101,12 +101,12 @@ def test_a_base_that_is_missing_or_comes_back_to_itself_is_one_line(
     file = tmp_path / "mine.toml"
     for base in ('"nothing"', "3", f'"{file}"'):
         file.write_text(f"base = {base}\n")
-        with pytest.raises(ConfigError, match=r"mine\.toml: base = .*no shipped recipe; there are .*digits"):
+        with pytest.raises(ConfigError, match=r"mine\.toml: base = .*no shipped recipe; known are .*digits"):
             load_recipe(str(file))
     monkeypatch.setattr(reading, "shipped", lambda: {name: tmp_path / f"{name}.toml" for name in "ab"})
     (tmp_path / "a.toml").write_text('base = "b"\n')
     (tmp_path / "b.toml").write_text('base = "a"\n')
-    with pytest.raises(ConfigError, match=r"b\.toml: base = 'a' comes back to itself") as caught:
+    with pytest.raises(ConfigError, match=r"b\.toml: base = 'a' is circular") as caught:
         load_recipe("a")
     assert "\n" not in str(caught.value)
 

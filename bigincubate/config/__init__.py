@@ -1,9 +1,9 @@
 """Recipes: one experiment as typed, validated data.
 
-A recipe is a TOML file. Values are taken in the order **defaults < recipe < --set**, and a phase's own sections
-(``[incubate.train]``) come over the common ones (``[train]``). Every key is either *identity* (what is computed:
-two runs that differ in one are different experiments) or *execution* (where and how it is computed: sharding,
-workers, micro-batch, logging). Digests, refusals and lineage look at identity keys only.
+A recipe is a TOML file. Values are read in the order **defaults < recipe < --set**, and the tables of a phase
+(``[incubate.train]``) override the common ones (``[train]``). Every key is either an *identity* key, which says what is
+computed (two runs that differ in one are different experiments), or an *execution* key, which says where and how it is
+computed (sharding, workers, micro-batch, logging). Digests, refusals and lineage use identity keys only.
 """
 
 from .jobs import SlurmJob

@@ -1,4 +1,4 @@
-"""The table ``[slurm]``: how ``submit`` makes jobs, and what each asks for."""
+"""The table ``[slurm]``: how ``submit`` makes jobs, and which resources each kind of job requests."""
 
 from __future__ import annotations
 
@@ -10,52 +10,58 @@ from .sections import Count, Section, execution
 
 
 class SlurmJob(Section):
-    """What a job asks of Slurm; what is None is left to the site's defaults."""
+    """The resources that a job requests from Slurm. What is None is left to the defaults of the site."""
 
     nodes: Count = execution(1)
-    ranks: Count = execution(1)  # on each node; one a GPU
-    gpus: int = execution(0, ge=0)  # on each node
-    cpus: Count | None = execution(None)  # for each rank
-    memory: str | None = execution(None)  # of each node: "64G"
-    time: str | None = execution(None)  # "2-00:00:00"; what is not done by then is requeued
+    ranks: Count = execution(1)  # per node; one per GPU
+    gpus: int = execution(0, ge=0)  # per node
+    cpus: Count | None = execution(None)  # per rank
+    memory: str | None = execution(None)  # per node: "64G"
+    time: str | None = execution(None)  # time limit, "2-00:00:00"; a job that is not done by then is requeued
     partition: str | None = execution(None)
     account: str | None = execution(None)
     qos: str | None = execution(None)
     constraint: str | None = execution(None)
-    extra: list[str] = execution([])  # further options of sbatch: ["--exclusive"]
+    extra: list[str] = execution([])  # more options of sbatch: ["--exclusive"]
 
 
 class Slurm(SlurmJob):
-    """How ``submit`` makes jobs. ``[slurm.incubate]`` and the like come over the common keys."""
+    """How ``submit`` makes jobs. Tables such as ``[slurm.incubate]`` override the common keys for one kind of job."""
 
     pretrain: dict[str, Any] = execution({})
     incubate: dict[str, Any] = execution({})
     finetune: dict[str, Any] = execution({})
     end_to_end: dict[str, Any] = execution({})
     gate: dict[str, Any] = execution({})
-    concurrency: Count | None = execution(None)  # array tasks that run at the same time
-    prelude: str | None = execution(None)  # a file that jobs source first: modules, conda, proxies
+    concurrency: Count | None = execution(None)  # array tasks that run in parallel; None: no limit
+    prelude: str | None = execution(None)  # a script that jobs source first: modules, conda, proxies
     python: str | None = execution(None)  # None: the interpreter that submits
-    container: str | None = execution(None)  # put before python: "apptainer exec --nv image.sif"
+    container: str | None = execution(None)  # a prefix of the python command: "apptainer exec --nv image.sif"
     umask: str | None = execution(None, pattern="^0?[0-7]{3}$")  # "007": a run that a group shares
-    self_submit: bool = execution(True)  # whether jobs may call sbatch; false: the gate says what to type
-    rounds: Count = execution(3)  # times that a phase is submitted before a person must look
-    restarts: int = execution(20, ge=0)  # times that a job requeues itself
+    self_submit: bool = execution(True)  # whether jobs may call sbatch; false: the gate prints the command to type
+    rounds: Count = execution(3)  # how often a phase is submitted before a user must call `resume`
+    restarts: int = execution(20, ge=0)  # how often a job requeues itself
 
     @model_validator(mode="after")
-    def _jobs(self) -> Slurm:
+    def _validate_jobs(self) -> Slurm:
         for kind in ("pretrain", "incubate", "finetune", "end_to_end", "gate"):
             self.job(kind)
         return self
 
     def job(self, kind: str) -> SlurmJob:
-        """The common keys with those of a kind of job over them."""
+        """Return the resources of a kind of job: its own keys over the common ones.
+
+        Args:
+            kind: ``pretrain``, ``incubate``, ``finetune``, ``end_to_end`` or ``gate``.
+
+        Raises:
+            ValueError: If a key is wrong.
+        """
         common = {key: getattr(self, key) for key in SlurmJob.model_fields}
-        alone: dict[str, Any] = (
-            {"nodes": 1, "ranks": 1, "gpus": 0, "memory": None, "extra": []} if kind == "gate" else {}
-        )
+        gate: dict[str, Any] = {"nodes": 1, "ranks": 1, "gpus": 0, "memory": None, "extra": []}
+        defaults = common | (gate if kind == "gate" else {})
         try:
-            return SlurmJob.model_validate({**common, **alone, **getattr(self, kind)})
+            return SlurmJob.model_validate({**defaults, **getattr(self, kind)})
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])

@@ -1,4 +1,4 @@
-"""From a TOML file and ``--set`` values to a recipe, or to one line that names the key and the nearest right one."""
+"""Reading a recipe from a TOML file and ``--set`` values; an error names the key and the nearest valid one."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from ..errors import ConfigError
 from .recipe import Recipe, merge
 from .sections import PHASES, Settings
 
-LARGEST, DEEPEST = 2**20, 20  # of a recipe: bytes, tables within tables
+MAX_BYTES, MAX_NESTING = 2**20, 20  # of a recipe file
 Overlay = Callable[[Recipe], dict[str, Any]]
 
 
 def shipped() -> dict[str, Path]:
-    """Name -> file of the recipes that come with the package."""
+    """Return the files of the recipes that come with the package, by name."""
     folder = Path(str(resources.files("bigincubate") / "recipes"))
     return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
 
 def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | None = None) -> Recipe:
-    """Read a shipped recipe by name, or a file by path, and lay ``--set`` values over it.
+    """Read a shipped recipe by name, or a file by path, and apply ``--set`` values.
 
     Args:
-        overlay: from the recipe as it is, tables to lay between it and ``sets``.
+        name_or_path: Name of a shipped recipe, or path of a .toml file.
+        sets: ``KEY=VALUE`` strings, with dotted keys.
+        overlay: Computes tables from the recipe that override it, and are overridden by ``sets``.
 
     Raises:
-        ConfigError: naming the file and the key, with the nearest right name for an unknown one.
+        ConfigError: Naming the file and the key, with the nearest valid name for an unknown one.
     """
     file = _find(name_or_path)
     raw = _read(file)
@@ -52,7 +54,7 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | 
         for key in Settings.model_fields:
             common, over = getattr(recipe, key), getattr(own, key)
             merged[key] = _validate(type(common), merge(common.model_dump(), over), f"{phase}.{key}", where)
-            # as validated, so that 26 and 26.0 are the same recipe
+            # store validated values, so that 26 and 26.0 are the same recipe
             over.update({name: getattr(merged[key], name) for name in over if name != "args"})
         settings: Settings = _validate(Settings, merged, phase, where)
         if own.export == "ema" and not settings.ema.decay:
@@ -61,34 +63,34 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | 
 
 
 def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The tables of a file, laid over those of the shipped recipe that it names as its ``base``."""
+    """Return the tables of a file, merged over those of the shipped recipe that it names as its ``base``."""
     try:
-        if file.stat().st_size > LARGEST:
-            raise ConfigError(f"{file}: larger than any recipe ({LARGEST} bytes)")
+        if file.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"{file}: larger than a recipe may be ({MAX_BYTES} bytes)")
         raw = tomllib.loads(file.read_text())
-    except (ValueError, RecursionError) as error:  # of Python's own limits besides those of TOML
+    except (ValueError, RecursionError) as error:  # both: Python has limits of its own
         raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-    if _depth(raw) > DEEPEST:
-        raise ConfigError(f"{file}: tables or lists nested more than {DEEPEST} deep")
+    if _nesting(raw) > MAX_NESTING:
+        raise ConfigError(f"{file}: tables or lists nested more than {MAX_NESTING} deep")
     if (name := raw.pop("base", None)) is None:
         return raw
     if not isinstance(name, str) or name not in shipped():
-        raise ConfigError(f"{file}: base = {name!r}: no shipped recipe; there are {', '.join(shipped())}")
+        raise ConfigError(f"{file}: base = {name!r}: no shipped recipe; known are {', '.join(shipped())}")
     chain = (*above, file)
     if shipped()[name] in chain:
-        raise ConfigError(f"{file}: base = {name!r} comes back to itself, through {' and '.join(map(str, chain))}")
+        raise ConfigError(f"{file}: base = {name!r} is circular, through {' and '.join(map(str, chain))}")
     base = _read(shipped()[name], chain)
     base.pop("name", None)
     model = raw.get("model")
     if isinstance(model, dict) and "name" in model and isinstance(base.get("model"), dict):
-        base["model"].pop("args", None)  # arguments belong to the model they were given for
+        base["model"].pop("args", None)  # the arguments belong to the base's model
     return merge(base, raw)
 
 
-def _depth(value: Any) -> int:
-    """How deep tables and lists are nested. Without recursion: that is what it protects from."""
+def _nesting(value: Any) -> int:
+    """Return how deep tables and lists are nested. Not recursive, because it guards against recursion errors."""
     depth, level = 0, [value]
     while level := [
         inner
@@ -110,7 +112,7 @@ def _find(name_or_path: str) -> Path:
     if path.suffix == ".toml":
         raise ConfigError(f"{path}: no such recipe file")
     near = difflib.get_close_matches(name_or_path, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
     raise ConfigError(f"no recipe {name_or_path!r}; {hint} (a path must end in .toml)")
 
 
@@ -128,17 +130,17 @@ def _parse_set(item: str) -> dict[str, Any]:
     return value
 
 
-def _validate(section: type[Any], raw: Any, prefix: str, where: str) -> Any:
+def _validate(table: type[Any], raw: Any, prefix: str, where: str) -> Any:
     try:
-        return section.model_validate(raw)
+        return table.model_validate(raw)
     except ValidationError as error:
         problems = error.errors()
         first = problems[0]
-        # pydantic adds the branch of a union to the path; only names of the recipe help the reader
+        # pydantic adds the branch of a union to the path; only names of the recipe help the user
         names = [str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))]
         key = ".".join([prefix, *names] if prefix else names)
         if first["type"] == "extra_forbidden":
-            message = f"unknown key {key!r}{_nearest(section, names)}"
+            message = f"unknown key {key!r}{_nearest_key(table, names)}"
         elif first["type"] == "missing":
             message = f"the table [{key}] is missing"
         else:
@@ -149,10 +151,10 @@ def _validate(section: type[Any], raw: Any, prefix: str, where: str) -> Any:
         raise ConfigError(f"{where}: {message}{more}") from None
 
 
-def _nearest(section: type[BaseModel], names: list[str]) -> str:
+def _nearest_key(table: type[BaseModel], names: list[str]) -> str:
     for part in names[:-1]:
-        annotation = section.model_fields[part].annotation
+        annotation = table.model_fields[part].annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-    near = difflib.get_close_matches(names[-1], section.model_fields, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(section.model_fields)}"
+            table = annotation
+    near = difflib.get_close_matches(names[-1], table.model_fields, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(table.model_fields)}"

@@ -1,4 +1,4 @@
-"""A recipe in full: what each phase computes with, which keys are identity, and how two recipes differ."""
+"""The complete recipe: the settings of each phase, its identity keys, and the differences of two recipes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .sections import (
 
 
 class Recipe(Settings):
-    """One experiment. :meth:`settings` gives what a phase computes with."""
+    """One experiment: common settings, and what each phase overrides. :meth:`settings` resolves them for a phase."""
 
     name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = execution("")
@@ -45,11 +45,12 @@ class Recipe(Settings):
     slurm: Slurm = Slurm()
 
     def section(self, phase: Phase) -> PhaseSection:
-        section: PhaseSection = getattr(self, phase)
-        return section
+        """Return what a phase overrides."""
+        overrides: PhaseSection = getattr(self, phase)
+        return overrides
 
     def settings(self, phase: Phase) -> Settings:
-        """The common sections with the phase's own over them."""
+        """Return the settings of a phase: its own values over the common ones."""
         own = self.section(phase)
         return Settings(
             **{
@@ -60,21 +61,21 @@ class Recipe(Settings):
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The identity keys, flat: ``{"train.lr": 0.001, "incubate.train.epochs": 26, …}``."""
+        """Return the identity keys, flat: ``{"train.lr": 0.001, "incubate.train.epochs": 26, …}``."""
         return {key: value for key, value in self.flat().items() if not is_execution(key)}
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the identity keys (hexadecimal)."""
+        """Return the SHA-256 of the identity keys (hexadecimal)."""
         text = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def flat(self) -> dict[str, Any]:
-        """Every key that is set, dotted."""
+        """Return every key that is not None, dotted, with its value."""
         return dict(_flatten(self.model_dump(exclude_none=True)))
 
     def toml(self) -> str:
-        """The resolved recipe, defaults included."""
+        """Return the recipe as TOML, defaults included."""
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -89,7 +90,7 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``, table by table. Neither is changed."""
+    """Return ``base`` with the values of ``over``, merged table by table. Neither is changed."""
     out = copy.deepcopy(base)
     for key, value in over.items():
         both = isinstance(value, dict) and isinstance(out.get(key), dict)
@@ -98,25 +99,31 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_execution(key: str) -> bool:
-    """Whether a dotted key says only where or how to compute."""
+    """Return whether a dotted key is an execution key: it says only where or how to compute."""
     first, *rest = key.split(".")
     if first in PHASES and rest and rest[0] in Settings.model_fields:
-        first, *rest = rest  # a phase's own section follows the common one
-    section: type[BaseModel] = Recipe
+        first, *rest = rest  # a phase overrides the common tables
+    table: type[BaseModel] = Recipe
     for part in (first, *rest):
-        field = section.model_fields.get(part)
+        field = table.model_fields.get(part)
         if field is None:
             return False
         if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution"):
             return True
         if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             return False
-        section = field.annotation
+        table = field.annotation
     return False
 
 
 def differences(old: Recipe, new: Recipe, *, execution_keys: bool = False) -> list[str]:
-    """One line a key whose value differs: ``train.lr: 0.001 -> 0.002``."""
+    """Return one line per key whose value differs, such as ``train.lr: 0.001 -> 0.002``.
+
+    Args:
+        old: A recipe.
+        new: Another recipe.
+        execution_keys: Whether to compare execution keys instead of identity keys.
+    """
     before, after = old.flat(), new.flat()
     return [
         f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"

@@ -1,4 +1,4 @@
-"""The tables of a recipe: what a phase computes with, and what is the same for all phases."""
+"""The tables of a recipe: the settings of a phase, and the tables that all phases share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ StageDepths = list[int] | list[list[int]]
 
 
 def execution(default: Any, **constraints: Any) -> Any:
-    """A field that says where or how to compute, never what."""
+    """Return a pydantic field that is an execution key: it says where or how to compute, never what."""
     return Field(default, json_schema_extra={"execution": True}, **constraints)
 
 
@@ -35,14 +35,14 @@ def one_of_or_object(*names: str) -> AfterValidator:
 
 
 class Section(BaseModel):
-    """A table of the recipe: strict types, unknown keys refused, immutable."""
+    """Base class of the tables: strict types, unknown keys refused, immutable."""
 
-    # defaults are validated too, so that 0 and 0.0 are one recipe however it was read
+    # defaults are validated too, so that 0 and 0.0 are the same recipe
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class Model(Section):
-    """Which timm model, and the arguments of its constructor."""
+    """The timm model and the arguments of its constructor."""
 
     name: str = "vit_base_patch16_224"
     args: dict[str, Any] = Field(default_factory=dict)
@@ -51,23 +51,23 @@ class Model(Section):
 
 
 class Data(Section):
-    """Where the samples are, and the order they come in."""
+    """Where the samples are and in which order they are read."""
 
-    source: Literal["digits", "digits-dev", "made-up"] | None = None  # embedded data, prepared where it is missing
-    path: str | None = execution(None)  # a prepared folder; None: RUN_DIR/data, for embedded data only
-    remote: str | None = execution(None)  # streamed from here into `path` (any URL that streaming reads)
-    stage: str | None = execution(None)  # copied there by the jobs that read it: a disk of the node, "$TMPDIR"
-    stage_gib: NonNegative | None = execution(None)  # larger data is not staged; None: what is free
+    source: Literal["digits", "digits-dev", "made-up"] | None = None  # embedded data, prepared if missing
+    path: str | None = execution(None)  # a prepared folder; None: RUN_DIR/data, only for embedded data
+    remote: str | None = execution(None)  # a URL of the streaming library, downloaded into `path`
+    stage: str | None = execution(None)  # shards are copied to this disk of the node: "$TMPDIR"
+    stage_gib: NonNegative | None = execution(None)  # larger data is refused; None: the free space
     workers: int = execution(0, ge=0)
-    train_samples: Count | None = None  # expected size: checked against the data, and enough for `plan`
-    decentralised: bool = False  # module k trains on part k alone, for as many steps as on the whole
+    train_samples: Count | None = None  # expected number: lets `plan` run without the data, which is checked against it
+    decentralised: bool = False  # module k trains only on partition k, for as many steps as without
     canonical_nodes: Count = 1
     shuffle: Literal["py1e", "py1s", "py1br", "py2s"] = "py1e"
     shuffle_block_size: Count = 1 << 18
 
 
 class Plan(Section):
-    """How the target is cut. Depths: a number a module, or a list over stages a module."""
+    """How the target model is cut. Depths: one number per module, or one list over stages per module."""
 
     modules: Count | None = None
     target_depths: StageDepths | None = None
@@ -75,26 +75,26 @@ class Plan(Section):
 
     @property
     def number(self) -> int:
-        """K, how many modules there are."""
+        """Return the number of modules."""
         return self.modules or len(self.target_depths or ())
 
     @model_validator(mode="after")
     def _consistent(self) -> Plan:
         if self.target_depths is None and self.meta_depths is not None:
-            raise ValueError("meta_depths needs target_depths beside it")
+            raise ValueError("meta_depths needs target_depths too")
         if self.modules and self.target_depths and self.modules != len(self.target_depths):
             raise ValueError(f"modules = {self.modules}, but target_depths lists {len(self.target_depths)}")
         if not self.modules and not self.target_depths:
-            raise ValueError("give target_depths, or modules for a balanced cut")
+            raise ValueError("set target_depths, or modules for a balanced cut")
         return self
 
 
 class Meta(Section):
-    """What the meta model starts from, instead of fresh weights; the phase ``pretrain`` then tunes it."""
+    """The weights that the meta model starts from, instead of fresh ones; the phase ``pretrain`` then trains it."""
 
-    # "timm:NAME", which timm may download, or a path: a run, an export, a .safetensors or .pth file
+    # "timm:NAME", which timm may download, or the path of a run, an export, a .safetensors or .pth file
     init: str | None = None
-    # which of its blocks: indices (in several stages a list a stage); "even" or None: first, last and evenly between
+    # indices of its blocks (one list per stage if there are several); "even" or None: first, last and evenly between
     select: str | list[int] | list[list[int]] | None = None
 
     @model_validator(mode="after")
@@ -102,14 +102,14 @@ class Meta(Section):
         if self.init in ("", "timm:"):
             raise ValueError('init is a path, or "timm:" with the name of a model')
         if self.select is not None and self.init is None:
-            raise ValueError("select says which blocks of init: give that too")
+            raise ValueError("select chooses blocks of init: set init too")
         if self.select not in (None, "even") and not _in_order(self.select):
-            raise ValueError(f'select is "even", or block indices in their order, each once (given: {self.select!r})')
+            raise ValueError(f'select is "even", or strictly ascending block indices (given: {self.select!r})')
         return self
 
 
 def _in_order(select: Any) -> bool:
-    """Whether these are block indices, or a list of them a stage, that ascend."""
+    """Return whether these are strictly ascending block indices, or one list of them per stage."""
     if not isinstance(select, list) or not select:
         return False
     if isinstance(select[0], list):
@@ -122,14 +122,14 @@ class Train(Section):
 
     lr: NonNegative = 1e-3
     epochs: NonNegative = 100
-    max_steps: int | None = Field(None, ge=0)  # cuts `epochs` short; the schedule spans what is left
-    batch_size: Count = 256  # global: over all ranks and micro-batches
+    max_steps: int | None = Field(None, ge=0)  # limits `epochs`; the schedule then spans this number of steps
+    batch_size: Count = 256  # global: summed over all ranks and micro-batches
     seed: int = Field(0, ge=0)
     clip_grad: NonNegative = 1.0  # global L2 norm; 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
-    max_nonfinite: int = Field(10, ge=0)  # steps that may be skipped: more, and it goes back once, then exit 5
-    micro_batch: Count | None = execution(None)  # samples a rank runs at once; None: its whole share
-    compile: bool = execution(False)  # each block with torch.compile, and a loss named as package.module:function
+    max_nonfinite: int = Field(10, ge=0)  # skipped steps allowed; with more, one rollback, then exit 5
+    micro_batch: Count | None = execution(None)  # maximum samples per forward pass of a rank; None: its whole share
+    compile: bool = execution(False)  # torch.compile for each block, and for a loss named package.module:function
     subset_drop_path: bool = execution(False)  # drop-path computes branches only for the samples that are kept
     last_block_cls_only: bool = execution(False)  # the last block computes only the class token
 
@@ -147,7 +147,7 @@ class Optim(Section):
 
 
 class Schedule(Section):
-    """The learning rate over the steps of a phase."""
+    """The learning-rate schedule of a phase."""
 
     name: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: NonNegative = 0
@@ -156,7 +156,7 @@ class Schedule(Section):
 
 
 class Augment(Section):
-    """What happens to a training image. Names are timm's and the DeiT papers'."""
+    """Augmentation of training images, with the names of timm and of the DeiT papers."""
 
     crop: Literal["random_resized", "simple", "pad", "none"] = "random_resized"
     crop_scale: list[Unit] = Field([0.08, 1.0], min_length=2, max_length=2)
@@ -166,8 +166,8 @@ class Augment(Section):
     rand_augment: str | None = None  # e.g. "rand-m9-mstd0.5-inc1"
     three_augment: bool = False
     erase: Unit = 0.0
-    repeats: Count = 1  # repeated augmentation: this many views of each sample in a batch
-    views: Count | None = None  # epochs whose augmentations differ, then the first one's again; None: all do
+    repeats: Count = 1  # repeated augmentation: views of each sample in a batch
+    views: Count | None = None  # epochs with different augmentations, then they repeat; None: all differ
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
     std: list[float] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
@@ -185,7 +185,7 @@ class Augment(Section):
 
 
 class Mixup(Section):
-    """Mixup and CutMix, drawn once for the whole global batch."""
+    """Mixup and CutMix, drawn once per global batch."""
 
     mixup: NonNegative = 0.0  # alpha of the Beta distribution; 0: off
     cutmix: NonNegative = 0.0
@@ -194,14 +194,15 @@ class Mixup(Section):
 
     @property
     def active(self) -> bool:
+        """Return whether batches are ever mixed."""
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
 class DropPathSection(Section):
-    """Stochastic depth: the last block's rate, and which ramp leads there.
+    """Stochastic depth: the rate of the last block, and the model over whose depth the rates increase linearly.
 
-    ``target``: each block has the rate that it will have in the target model, meta blocks none.
-    ``hybrid``: a ramp over the hybrid's own depth, frozen blocks included (the reference implementation's).
+    ``target``: each block has the rate that it will have in the target model, and meta blocks have none.
+    ``hybrid``: the rates increase over the hybrid model, frozen blocks included, as in the official implementation.
     """
 
     rate: float = Field(0.0, ge=0, lt=1)
@@ -209,7 +210,9 @@ class DropPathSection(Section):
 
 
 class Loss(Section):
-    """The training loss: ``cross_entropy``, ``bce`` (binary cross entropy per class, as in DeiT III), or a function
+    """The loss of a phase.
+
+    ``name`` is ``"cross_entropy"``, ``"bce"`` (binary cross-entropy per class, as in DeiT III), or a function
     ``(logits, first, second, share, label_smoothing) -> scalar`` on targets of two classes per row.
     """
 
@@ -218,30 +221,32 @@ class Loss(Section):
 
 
 class Ema(Section):
+    """Exponential moving average of the weights."""
+
     decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average
 
 
 class Fsdp2(Section):
-    """Choices of ``strategy = "fsdp2"``."""
+    """Options of ``strategy = "fsdp2"``."""
 
-    replicas: Count = execution(1)  # cut over world / replicas ranks, the same on every replica (one a node, say)
-    reshard_after_forward: bool = execution(True)  # false: gathered weights stay until the backward
-    shard_frozen: bool = execution(False)  # true: frozen weights are cut too, and gathered in every forward
-    gather_bf16: bool = execution(False)  # true, with train.precision = "bf16": what is gathered is bf16
-    cpu_offload: bool = execution(False)  # weights, gradients and optimizer state rest in host memory
+    replicas: Count = execution(1)  # weights are sharded over world / replicas ranks; for example one per node
+    reshard_after_forward: bool = execution(True)  # false: gathered weights are kept until the backward pass
+    shard_frozen: bool = execution(False)  # true: frozen weights are sharded too, and gathered in every forward
+    gather_bf16: bool = execution(False)  # true, with train.precision = "bf16": weights are gathered as bf16
+    cpu_offload: bool = execution(False)  # keep weights, gradients and optimizer state in host memory
 
 
 class Sharding(Section):
-    """How a phase is spread over ranks. Choices of a strategy that is not chosen mean nothing."""
+    """How a phase is distributed over ranks. Options of other strategies are ignored."""
 
     strategy: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "oss"] = execution("ddp")
     fsdp2: Fsdp2 = Fsdp2()
-    deepspeed_config: str | None = execution(None)  # zero1 to zero3: a DeepSpeed file, or a shipped one's name
+    deepspeed_config: str | None = execution(None)  # zero1 to zero3: path or shipped name of a DeepSpeed file
     activation_checkpointing: Literal["none", "every", "selective"] = execution("none")
 
 
 class Settings(Section):
-    """All that one phase computes with."""
+    """All settings of one phase."""
 
     model: Model = Model()
     train: Train = Train()
@@ -271,7 +276,7 @@ class Settings(Section):
 
 
 class PhaseSection(Section):
-    """A phase's own settings, sparse: what is not given comes from the common sections."""
+    """The settings that a phase overrides; all others come from the common tables."""
 
     model: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
@@ -283,25 +288,31 @@ class PhaseSection(Section):
     loss: dict[str, Any] = Field(default_factory=dict)
     ema: dict[str, Any] = Field(default_factory=dict)
     sharding: dict[str, Any] = Field(default_factory=dict)
-    export: Literal["raw", "ema"] = "raw"  # which weights the phase hands on
+    export: Literal["raw", "ema"] = "raw"  # which weights become the artifact of the phase
 
 
 class Incubate(PhaseSection):
+    """The incubation of the modules, and what a module's new blocks start from."""
+
     init: Literal["fresh", "boundary", "grow"] = "fresh"
 
 
 class EndToEnd(PhaseSection):
-    """``equal_flops`` gives the baseline the training FLOPs of the whole incubation; ``epochs`` its own length."""
+    """The end-to-end baseline: with the training FLOPs of the whole incubation, or with a length of its own."""
 
     budget: Literal["equal_flops", "epochs"] = "equal_flops"
 
 
 class Log(Section):
+    """Logging and evaluation during a phase."""
+
     every_steps: Count = execution(50)
-    eval_every_epochs: int = execution(0, ge=0)  # 0: at the end of the phase only
+    eval_every_epochs: int = execution(0, ge=0)  # 0: only at the end of the phase
     images: int = execution(8, ge=0)  # augmented inputs shown in TensorBoard
 
 
 class Checkpoint(Section):
+    """Resume checkpoints."""
+
     every_steps: Count = execution(500)
     keep: int = execution(2, ge=2)
