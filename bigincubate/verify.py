@@ -1,4 +1,4 @@
-"""Everything in a run directory held against its hashes and its origin: what is good, and what is not."""
+"""Verification of a run directory: every file is compared with its hashes and its provenance."""
 
 from __future__ import annotations
 
@@ -19,30 +19,54 @@ from .workflow import data_path
 
 
 class Verdict(StrEnum):
+    """The state of a part of a run directory.
+
+    Attributes:
+        GOOD: The files are what was written.
+        DAMAGED: The files are not what was written.
+        STALE: The files are valid, but were made from data or a model that this run no longer has.
+        RUNNING: A process is writing the files.
+        UNFINISHED: Left by an attempt that ended; the next attempt removes or resumes it.
+        ABSENT: Does not exist yet.
+    """
+
     GOOD = "good"
-    DAMAGED = "damaged"  # not what was written
-    STALE = "stale"  # sound, and grown from something that this run no longer has
-    RUNNING = "in progress"  # its owner is alive
-    UNFINISHED = "unfinished"  # left by an attempt that ended; the next one clears it away
+    DAMAGED = "damaged"
+    STALE = "stale"
+    RUNNING = "in progress"
+    UNFINISHED = "unfinished"
     ABSENT = "not there yet"
 
 
 @dataclass(frozen=True)
 class Finding:
-    part: str  # data, or a phase's key
+    """The result of verifying one file or folder.
+
+    Attributes:
+        part: ``data``, ``assembled``, or the key of a phase.
+        path: The file or folder.
+        verdict: Its state.
+        why: The reason for the verdict.
+    """
+
+    part: str
     path: Path
     verdict: Verdict
     why: str = ""
 
 
 def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
-    """Every file that something is handed on by: data, artifacts, results, resume checkpoints. All of them are read.
+    """Verify data, artifacts, results and resume checkpoints by reading all their files.
 
     Args:
-        everything: else artifacts and results alone, which are small beside data and checkpoints.
+        run: The run directory.
+        everything: Whether to verify data and checkpoints too, which are far larger than artifacts and results.
+
+    Yields:
+        A finding per file or folder.
 
     Raises:
-        ArtifactError: not a run directory, or nothing has been planned in it yet.
+        ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
     """
     recipe, plan = run.recipe(), read_json(run.path / "plan.json")
     if plan is None or not {"rows", "data"} <= plan.keys():
@@ -51,10 +75,10 @@ def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
         yield from _data(recipe, run, plan["data"])
     for row in plan["rows"]:
         folder = run.phase(row["phase"], row["module"])
-        own = row["module"] is not None and plan.get("parts")
-        seen = own[row["module"]] if own else plan["data"]
-        if folder.path.exists() or row["phase"] != "end_to_end":  # a baseline that nobody asked for
-            yield from _phase(row["key"], folder, recipe, run, seen)
+        partitions = row["module"] is not None and plan.get("parts")
+        digest = partitions[row["module"]] if partitions else plan["data"]
+        if folder.path.exists() or row["phase"] != "end_to_end":  # the baseline may not have been requested
+            yield from _phase(row["key"], folder, recipe, run, digest)
             if everything:
                 yield from _checkpoints(row["key"], folder)
     if run.assembled.path.exists():
@@ -79,9 +103,9 @@ def _phase(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -
     alive = owner(folder.path)
     result = folder.path / "DONE"
     if result.exists():
-        sound = folder.result is not None
-        why = "" if sound else "holds no result; the phase would begin anew from its last checkpoint"
-        yield Finding(key, result, Verdict.GOOD if sound else Verdict.DAMAGED, why)
+        valid = folder.result is not None
+        why = "" if valid else "holds no result; the phase would resume from its last checkpoint"
+        yield Finding(key, result, Verdict.GOOD if valid else Verdict.DAMAGED, why)
         yield _artifact(key, folder, recipe, run, data)
     elif alive:
         yield Finding(key, folder.path, Verdict.RUNNING, alive)
@@ -91,7 +115,9 @@ def _phase(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -
 
 def _checkpoints(key: str, folder: PhaseDir) -> Iterator[Finding]:
     alive = owner(folder.path)
-    for row in survey(folder.path) if folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir()) else []:
+    if not folder.checkpoints.is_dir() or not any(folder.checkpoints.iterdir()):
+        return
+    for row in survey(folder.path):
         verdict, why = Verdict.GOOD, ""
         if not row["committed"]:
             verdict = Verdict.RUNNING if alive else Verdict.UNFINISHED

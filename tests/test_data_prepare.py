@@ -245,7 +245,7 @@ def test_what_is_there_from_another_source_is_refused(tree: Path, tmp_path: Path
     assert contents(out) == before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("do not delete")
-    with pytest.raises(EnvironmentFault, match="holds something else"):
+    with pytest.raises(EnvironmentFault, match="holds other files"):
         prepare(str(tree), tmp_path / "thesis")
     assert [file.name for file in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
 

@@ -74,8 +74,8 @@ def test_by_file_parts_are_as_uneven_as_the_file_says(name: str, tmp_path: Path)
     [
         ("sample,part\n0,0\n", r"leaves out 996 training samples, such as '1'"),
         ("sample,part\n0,0\n0,1\n", "row 2: '0' is listed twice"),
-        ("sample,part\nx.png,0\n", "row 1: 'x.png' is no training sample"),
-        ("sample,part\n0,left\n", "row 1: the part 'left' is not a whole number"),
+        ("sample,part\nx.png,0\n", "row 1: 'x.png' is not a training sample"),
+        ("sample,part\n0,left\n", "row 1: the part 'left' is not an integer"),
         ("sample,part\n0,-1\n", "no part -1"),
         ("name,part\n0,0\n", "expected CSV"),
         ("", "expected CSV"),

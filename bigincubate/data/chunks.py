@@ -1,6 +1,6 @@
-"""Folders of MDS shards, written a chunk at a time: a chunk is there as a whole or not at all.
+"""Writing folders of MDS shards chunk by chunk; a chunk exists completely or not at all.
 
-So what comes of it does not depend on how many processes write, and who was killed goes on from the finished chunks.
+So the result does not depend on the number of processes, and an interrupted run resumes at the first missing chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from .dataset import COLUMNS, DESCRIPTION, FORMAT, INDEX, contents_digest, read_
 
 
 def write_chunk(folder: Path, rows: Iterable[tuple[bytes, int]]) -> None:
-    """Write a chunk's rows, bytes and a label each. Where another process was first, its chunk stays."""
+    """Write a chunk atomically. If another process has written it in the meantime, that chunk is kept.
+
+    Args:
+        folder: The folder of the chunk.
+        rows: The bytes and the label of each sample.
+    """
     from streaming import MDSWriter
 
     temporary = folder.parent.parent / f".tmp-{folder.parent.name}-{folder.name}-{os.getpid()}"
@@ -40,21 +45,27 @@ def describe(
     source: dict[str, Any],
     more: dict[str, Any],
 ) -> str:
-    """Write the indexes and the description of a folder whose chunks are there. Gives its digest.
+    """Write the indexes and the description of a data set whose chunks are complete.
 
     Args:
-        splits: the chunks of each, in their order. source: where it came from, which the digest does not cover.
-        more: what it has of the keys in `dataset.MORE`.
+        folder: The folder of the data set.
+        classes: Names of the classes.
+        splits: The chunks of each split, in order.
+        source: Where the data came from; not part of the digest.
+        more: Values for the keys in `dataset.MORE`, if any.
+
+    Returns:
+        The digest of the data set.
     """
-    merged = {split: _merge(folder / split, chunks) for split, chunks in splits.items()}
+    merged = {split: _merge_indexes(folder / split, chunks) for split, chunks in splits.items()}
     digest = contents_digest(classes, merged, more)
-    about = {"format": FORMAT, "source": source, "classes": classes, "splits": merged}
-    write_json(folder / DESCRIPTION, {**about, **more, "digest": digest})
+    description = {"format": FORMAT, "source": source, "classes": classes, "splits": merged}
+    write_json(folder / DESCRIPTION, {**description, **more, "digest": digest})
     return digest
 
 
-def _merge(folder: Path, chunks: Sequence[Path]) -> dict[str, Any]:
-    """One index over the chunks of a split, for a folder that has them under their names."""
+def _merge_indexes(folder: Path, chunks: Sequence[Path]) -> dict[str, Any]:
+    """Write one index over the chunks of a split to ``folder``, which has them under their names."""
     shards = []
     for chunk in chunks:
         for shard in read_json(chunk / INDEX)["shards"]:

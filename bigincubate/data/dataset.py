@@ -1,12 +1,12 @@
-"""A prepared data set: a folder of MDS shards that describes and proves itself.
+"""A prepared data set: a folder of MDS shards with a description and hashes of all files.
 
-    DIR/dataset.json                  what is in it; written last, so a folder without it is unfinished
+    DIR/dataset.json                  the description; written last, so a folder without it is unfinished
     DIR/train/index.json              every shard with its size and SHA-256
     DIR/train/00000/shard.00000.mds   samples: `image` (the bytes of an image file), `label` (an integer)
     DIR/val/...
-    DIR/parts/00/...                  where it was cut: a part of the training samples, a data set as this one
+    DIR/parts/00/...                  optional: a partition of the training samples, a data set like this one
 
-`dataset.json` holds the SHA-256 of both indexes, and an index those of its shards: one digest pins every byte.
+`dataset.json` has the SHA-256 of both indexes, and an index has those of its shards: one digest covers every byte.
 """
 
 from __future__ import annotations
@@ -29,32 +29,53 @@ DESCRIPTION = "dataset.json"
 INDEX = "index.json"
 MORE = ("parts", "part", "of")  # optional keys of a description: a whole has its parts' digests, a part its number
 AGAIN = "delete the folder and prepare the data again"
-BROKEN = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)  # of JSON that is not ours
+BROKEN = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)  # raised when JSON has an unexpected structure
 
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """What a prepared folder holds. ``digest`` (SHA-256, hexadecimal) pins classes, images, labels, order and parts."""
+    """The description of a data set.
+
+    Attributes:
+        path: The folder.
+        classes: Names of the classes.
+        samples: Number of samples in each split.
+        digest: SHA-256 (hexadecimal) of classes, images, labels, order and partitions.
+        parts: Digests of the partitions of the training samples, if there are any.
+        part: If this is a partition, its number.
+        of: If this is a partition, the number of training samples of the whole data set.
+    """
 
     path: Path
     classes: list[str]
     samples: dict[str, int]
     digest: str
-    parts: Sequence[str] = ()  # digests of the parts that the training samples were cut into
-    part: int | None = None  # which part of another data set this one is
-    of: int | None = None  # training samples of that other one
+    parts: Sequence[str] = ()
+    part: int | None = None
+    of: int | None = None
 
     @property
     def epoch(self) -> int:
-        """Training samples that an epoch's length is counted with: a part's epochs are as long as the whole's."""
+        """Return the number of samples in an epoch; an epoch of a partition is as long as one of the whole data set."""
         return self.of or self.samples["train"]
 
 
 def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
-    """Describe the data in ``path``; with ``remote`` its description is fetched from there if need be.
+    """Read the description and check the indexes of a data set.
+
+    Args:
+        path: The folder.
+        remote: A URL from which a missing description and its indexes are downloaded.
 
     Raises:
-        EnvironmentFault: nothing prepared there, or a description, index or shard that cannot be right.
+        EnvironmentFault: If there is no data set, or its description, an index or a shard is damaged.
     """
     path = Path(path)
     if remote and not (path / DESCRIPTION).exists():
@@ -71,10 +92,14 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
 
 
 def describe_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
-    """What ``dataset.json`` alone says: of a whole of which only a part is here.
+    """Read only ``dataset.json``, for a data set of which only a partition may be here.
+
+    Args:
+        path: The folder.
+        remote: A URL from which a missing description is downloaded.
 
     Raises:
-        EnvironmentFault: there is none, or it is damaged.
+        EnvironmentFault: If there is no description, or it is damaged.
     """
     path = Path(path)
     if remote and not (path / DESCRIPTION).exists():
@@ -103,7 +128,7 @@ def _described(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
 
 
 def damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
-    """Shards that do not hash to what the index says, and why. Those that were not fetched yet are left out."""
+    """Yield each shard whose SHA-256 differs from the index, with the reason. Shards not yet downloaded are skipped."""
     for split in SPLITS:
         for shard in read_json(info.path / split / INDEX)["shards"]:
             file, expected = info.path / split / shard["raw_data"]["basename"], shard["raw_data"]["hashes"]["sha256"]
@@ -112,13 +137,19 @@ def damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
 
 
 def contents_digest(classes: list[str], splits: dict[str, dict[str, Any]], more: dict[str, Any]) -> str:
-    """SHA-256 of what was prepared, whatever it was prepared from. ``more``: what it has of the keys in ``MORE``."""
+    """Return the digest of a data set, which does not depend on where the data came from.
+
+    Args:
+        classes: Names of the classes.
+        splits: Number of samples and SHA-256 of the index of each split.
+        more: Values for the keys in ``MORE``, if any.
+    """
     text = json.dumps([FORMAT, classes, splits, *([more] if more else [])], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
-    """Refuse an index that leads out of its folder, or is not the one that was written."""
+    """Refuse an index that names files outside of its folder, or is not the one that was written."""
     file = folder / INDEX
     index = read_json(file)
     for shard in index["shards"]:
@@ -129,7 +160,7 @@ def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
         foreign = shard["format"] != "mds" or shard["compression"] or shard["zip_data"]
         if foreign or layout != COLUMNS or "sha256" not in raw["hashes"]:
             raise EnvironmentFault(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data prepare`")
-        # a sample takes 4 bytes of its shard at least: numbers that promise more are made up
+        # a sample takes at least 4 bytes of its shard
         if not 0 <= int(shard["samples"]) <= int(raw["bytes"]) // 4:
             raise EnvironmentFault(f"{file}: shard {raw['basename']!r} cannot hold {shard['samples']} samples; {AGAIN}")
         if present:
@@ -140,7 +171,7 @@ def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
 
 
 def _inside(folder: Path, name: str) -> bool:
-    """Whether ``name`` stays in the folder, symbolic links followed."""
+    """Return whether ``name`` is inside the folder, after following symbolic links."""
     root = folder.resolve()
     return (root / name).resolve().is_relative_to(root)
 
@@ -153,10 +184,10 @@ def _check_size(file: Path, expected: int) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """An object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        EnvironmentFault: missing, unreadable, or not a JSON object.
+        EnvironmentFault: If the file is missing, unreadable, or has no JSON object.
     """
     try:
         value = json.loads(read_small(file))
@@ -170,7 +201,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_json(file: Path, value: dict[str, Any]) -> str:
-    """Write an object so that the file is there complete or not at all. Returns its SHA-256."""
+    """Write a JSON object to a file atomically and return the SHA-256 of the file."""
     data = (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
     temporary = file.with_name(f".{file.name}.tmp")
     with temporary.open("wb") as out:
@@ -183,7 +214,7 @@ def write_json(file: Path, value: dict[str, Any]) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, have been written to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

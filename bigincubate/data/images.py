@@ -1,4 +1,4 @@
-"""Bytes of an image file -> RGB."""
+"""Decoding and encoding of image files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".
 
 
 def decode(data: bytes) -> Image.Image:
-    """The first frame as an RGB image.
+    """Return the first frame of an image file as an RGB image.
 
     Raises:
-        ValueError: not a readable image of one of the ``FORMATS``.
+        ValueError: If this is not a readable image of one of the ``FORMATS``.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -25,7 +25,7 @@ def decode(data: bytes) -> Image.Image:
 
 
 def encode(pixels: Image.Image) -> bytes:
-    """PNG, uncompressed: lossless, fast to read, and the same bytes with every version of zlib."""
+    """Return an image as an uncompressed PNG: lossless, fast to read, and independent of the version of zlib."""
     out = io.BytesIO()
     pixels.save(out, "PNG", compress_level=0)
     return out.getvalue()

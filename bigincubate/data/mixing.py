@@ -1,10 +1,10 @@
 """Mixup and CutMix for a batch that is cut over ranks and micro-batches.
 
-What is drawn belongs to the global batch: one mixing ratio, one choice, one box, a function of (seed, step). The
-partner of position p is (p + B/2) mod B. Rank r of W holds the samples j with j mod W = r and micro-batch m of M those
-of its samples i with i mod M = m, so where the B/R samples of a batch (R views of each) are a multiple of 2 W M,
-partners always sit in the same micro-batch, half of its rows apart. Hence mixing each micro-batch for itself *is*
-mixing the global batch.
+The random numbers belong to the global batch: one mixing ratio, one choice between Mixup and CutMix and one box, as a
+function of (seed, step). The partner of position p is (p + B/2) mod B. Rank r of W has the samples j with j mod W = r,
+and micro-batch m of M has those of its samples i with i mod M = m. So if the number of samples B/R of a batch (with R
+views of each) is a multiple of 2 W M, partners are always in the same micro-batch, half of its rows apart, and mixing
+each micro-batch separately equals mixing the global batch.
 """
 
 from __future__ import annotations
@@ -22,14 +22,25 @@ from .augment import seeded
 
 @dataclass(frozen=True)
 class TwoHot:
-    """Targets of n rows: ``share`` of one class each, the rest of another."""
+    """Targets of n rows, each with two classes.
 
-    labels: Tensor  # [n] int64
-    partners: Tensor  # [n] int64
-    share: float  # in [0, 1]
+    Attributes:
+        labels: [n] int64, the first class.
+        partners: [n] int64, the second class.
+        share: Probability of the first class, in [0, 1]; the second class has the rest.
+    """
+
+    labels: Tensor
+    partners: Tensor
+    share: float
 
     def dense(self, num_classes: int, smoothing: float) -> Tensor:
-        """[n, num_classes] float32 that sum to one, ``smoothing`` of each spread over all classes."""
+        """Return probabilities, [n, num_classes] float32.
+
+        Args:
+            num_classes: Number of classes.
+            smoothing: Share of each target that is spread evenly over all classes.
+        """
         off = smoothing / num_classes
 
         def of(labels: Tensor) -> Tensor:
@@ -41,13 +52,17 @@ class TwoHot:
 
 
 def blend(images: Tensor, labels: Tensor, *, mixup: config.Mixup, seed: int, step: int) -> tuple[Tensor, TwoHot]:
-    """Mix the rows of one micro-batch with the rows half of it away (timm's batch mode, other partners).
+    """Mix each row of a micro-batch with the row half a micro-batch away: timm's batch mode with other partners.
 
     Args:
-        images: [n, 3, H, W] float. labels: [n] int64. seed, step: what is drawn depends on these alone.
+        images: [n, 3, H, W] float; not changed.
+        labels: [n] int64.
+        mixup: The mixing settings.
+        seed: Seed of the run.
+        step: Number of the step; all random numbers are a function of seed and step.
 
     Returns:
-        images [n, 3, H, W], new where something was mixed, and their targets.
+        Mixed images [n, 3, H, W] and their targets.
     """
     ratio, box = draw(mixup, images.shape, seed=seed, step=step)
     if ratio == 1.0:
@@ -66,7 +81,7 @@ def blend(images: Tensor, labels: Tensor, *, mixup: config.Mixup, seed: int, ste
 def mix(
     images: Tensor, labels: Tensor, *, mixup: config.Mixup, smoothing: float, num_classes: int, seed: int, step: int
 ) -> tuple[Tensor, Tensor]:
-    """:func:`blend`, with targets [n, num_classes] float32 that sum to one."""
+    """Mix a micro-batch as :func:`blend` does, and return the targets as probabilities, [n, num_classes] float32."""
     images, targets = blend(images, labels, mixup=mixup, seed=seed, step=step)
     return images, targets.dense(num_classes, smoothing)
 
@@ -74,7 +89,17 @@ def mix(
 def draw(
     mixup: config.Mixup, shape: torch.Size, *, seed: int, step: int
 ) -> tuple[float, tuple[int, int, int, int] | None]:
-    """The share of the image itself in [0, 1], and for CutMix the box (top, bottom, left, right) of its partner."""
+    """Draw how a batch is mixed.
+
+    Args:
+        mixup: The mixing settings.
+        shape: Shape of the images, [n, 3, H, W].
+        seed: Seed of the run.
+        step: Number of the step.
+
+    Returns:
+        The share of the image itself, in [0, 1], and for CutMix the box of its partner (top, bottom, left, right).
+    """
     if not mixup.active:
         return 1.0, None
     with seeded(MIX, seed, step):

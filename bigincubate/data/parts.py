@@ -1,10 +1,10 @@
-"""Decentralised data: training samples in parts that do not overlap, and module k sees part k and nothing else.
+"""Decentralized data: disjoint partitions of the training samples; module k sees only partition k.
 
-A part is a complete data set in ``DIR/parts/00`` and so on, with the validation split of the whole. Its shards are the
-whole's by another name (hard links), so nothing is stored twice; on a file system without links they are copies. A site
-that trains module k needs of ``DIR`` only ``dataset.json`` and its own part.
+A partition is a complete data set in ``DIR/parts/00`` and so on, with the validation split of the whole data set. Its
+shards are hard links to those of the whole, so nothing is stored twice; on a file system without links they are copies.
+A site that trains module k needs only ``dataset.json`` and partition k of ``DIR``.
 
-Source: Ni et al., Deep Incubation, 2023 (arXiv:2212.04129), decentralised modular training.
+Source: Ni et al., Deep Incubation, 2023 (arXiv:2212.04129), decentralized modular training.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .dataset import DatasetInfo, open_dataset
 from .sources import Sample
 from .splits import in_fixed_order
 
-Cut = Callable[[Sequence[Sample]], list[list[Sample]]]  # training samples -> those of each part
+Cut = Callable[[Sequence[Sample]], list[list[Sample]]]  # training samples -> the samples of each partition
 
 
 def cut_by_class(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
-    """Deal the samples out class after class: of each class, and in all, parts differ by one sample at most."""
+    """Partition samples evenly: the sizes of partitions differ by at most one sample, in total and in each class."""
     dealt = sorted(in_fixed_order(samples), key=lambda sample: sample.label)
     return [dealt[part::parts] for part in range(parts)]
 
 
 def cut_by_hash(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
-    """By a hash of the sample's name: it stays in its part whatever else joins the data."""
+    """Partition samples by a hash of their names: a sample stays in its partition when others are added."""
     cut: list[list[Sample]] = [[] for _ in range(parts)]
     for sample in samples:
         cut[partition_number(sample.name) % parts].append(sample)
@@ -39,33 +39,38 @@ def cut_by_hash(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
 
 
 def cut_by_file(samples: Sequence[Sample], file: Path) -> list[list[Sample]]:
-    """As a file says: CSV with the columns ``sample,part``, or a JSON object a line with these keys. Parts count from
-    0; they may be uneven.
+    """Partition samples as a file says.
+
+    Args:
+        samples: The training samples.
+        file: CSV with the columns ``sample,part``, or one JSON object with these keys per line. Partitions are numbered
+            from 0 and may have different sizes.
 
     Raises:
-        EnvironmentFault: unreadable, or not each training sample exactly once (the message names the first).
+        EnvironmentFault: If the file cannot be read, or does not list each sample exactly once.
     """
-    told: dict[str, int] = {}
+    assigned: dict[str, int] = {}
     names = {sample.name for sample in samples}
-    for number, (name, part) in enumerate(_rows(file), start=1):
-        if name not in names or name in told:
-            why = "is listed twice" if name in told else "is no training sample of this source"
+    for number, (name, part) in enumerate(_read_rows(file), start=1):
+        if name not in names or name in assigned:
+            why = "is listed twice" if name in assigned else "is not a training sample of this source"
             raise EnvironmentFault(f"{file}, row {number}: {name!r} {why}")
         try:
-            told[name] = int(part)
+            assigned[name] = int(part)
         except ValueError:
-            raise EnvironmentFault(f"{file}, row {number}: the part {part!r} is not a whole number") from None
-        if not 0 <= told[name] < len(names):
+            raise EnvironmentFault(f"{file}, row {number}: the part {part!r} is not an integer") from None
+        if not 0 <= assigned[name] < len(names):
             raise EnvironmentFault(f"{file}, row {number}: no part {part} of {len(names)} samples; parts count from 0")
-    if missing := names - told.keys():
+    if missing := names - assigned.keys():
         raise EnvironmentFault(f"{file} leaves out {len(missing)} training samples, such as {min(missing)!r}")
-    cut: list[list[Sample]] = [[] for _ in range(max(told.values()) + 1)]
+    cut: list[list[Sample]] = [[] for _ in range(max(assigned.values()) + 1)]
     for sample in samples:
-        cut[told[sample.name]].append(sample)
+        cut[assigned[sample.name]].append(sample)
     return cut
 
 
-def _rows(file: Path) -> Iterable[tuple[str, str]]:
+def _read_rows(file: Path) -> Iterable[tuple[str, str]]:
+    """Return the rows of a CSV or JSON-lines file: name of the sample, number of the partition."""
     try:
         with file.open(newline="") as text:
             if file.suffix == ".csv":
@@ -83,40 +88,48 @@ def _rows(file: Path) -> Iterable[tuple[str, str]]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ what a phase sees
+# ------------------------------------------------------------------------------------------------ what a phase may read
 
 
 def part_path(whole: Path | str, part: int) -> str:
-    """Where a part is, for a path and for a URL."""
+    """Return the path or URL of a partition, given the path or URL of the whole data set."""
     return f"{whole}/parts/{part:02d}"
 
 
 def seen_by(recipe: Recipe, data: DatasetInfo, module: int | None) -> str:
-    """The digest of the data that a module trains on; of the whole for a phase without one.
+    """Return the digest of the data set that a module trains on.
+
+    Args:
+        recipe: The recipe of the run.
+        data: The whole data set.
+        module: Index of the module; None for a phase that trains on the whole data set.
 
     Raises:
-        ConfigError: decentralised, and the data is not cut into a part for each module.
+        ConfigError: If the recipe is decentralized and the data has no partition for this module.
     """
     if module is None or not recipe.data.decentralised:
         return data.digest
     if module >= len(data.parts):
         parts = f"{len(data.parts)} parts" if data.parts else "no parts"
         raise ConfigError(
-            f"{data.path} has {parts}, and with data.decentralised module {module} trains on part {module} alone: "
-            "prepare it with --parts, one a module at least"
+            f"{data.path} has {parts}, but with data.decentralised module {module} trains only on part {module}: "
+            "prepare it with --parts, at least one part per module"
         )
     return data.parts[module]
 
 
 def open_for(recipe: Recipe, data: DatasetInfo, module: int | None) -> tuple[Recipe, DatasetInfo]:
-    """The recipe and the data to train a module, or another phase, with: for a module of a decentralised recipe its own
-    part, and the whole is not opened.
+    """Return the recipe and the data set with which to train a module or another phase.
+
+    For a module of a decentralized recipe that is only its partition; the whole data set need not exist here.
 
     Args:
-        data: the whole, as `describe_dataset` or `open_dataset` gives it.
+        recipe: The recipe of the run.
+        data: The whole data set, as `describe_dataset` or `open_dataset` returns it.
+        module: Index of the module; None for a phase that trains on the whole data set.
 
     Raises:
-        EnvironmentFault: the part is missing, damaged, or not the one that the whole was made of.
+        EnvironmentFault: If the partition is missing, damaged, or not part of this data set.
     """
     wanted = seen_by(recipe, data, module)
     if wanted == data.digest:
@@ -128,19 +141,25 @@ def open_for(recipe: Recipe, data: DatasetInfo, module: int | None) -> tuple[Rec
     if (part.digest, part.part) != (wanted, module):
         raise EnvironmentFault(
             f"{here} is not part {module} of {data.path} ({part.digest[:12]}…, expected {wanted[:12]}…), and module "
-            f"{module} sees no other"
+            f"{module} may see no other"
         )
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": here, "remote": remote})}), part
 
 
 def check_view(recipe: Recipe, data: DatasetInfo, module: int | None) -> None:
-    """Refuse to train on what a phase must not see: the last look before samples are read.
+    """Refuse to train on data that a phase must not see. This is the last check before samples are read.
+
+    Args:
+        recipe: The recipe of the run.
+        data: The data set that would be read.
+        module: Index of the module to train; None for another phase.
 
     Raises:
-        ConfigError: a module of a decentralised recipe was given anything but its part, or another phase a part.
+        ConfigError: If a module of a decentralized recipe would read anything but its partition, or another phase a
+            partition.
     """
     if recipe.data.decentralised and data.part != module:
         given = "the whole" if data.part is None else f"part {data.part}"
         phase = "this phase" if module is None else f"module {module}"
         allowed = "the whole" if module is None else f"part {module}"
-        raise ConfigError(f"{phase} was given {given} of the data and may see {allowed} alone (data.decentralised)")
+        raise ConfigError(f"{phase} was given {given} of the data and may see only {allowed} (data.decentralised)")

@@ -1,7 +1,7 @@
-"""Anything -> MDS shards.
+"""Preparation of a data set: any source to MDS shards.
 
-The samples are cut in chunks (:mod:`.chunks`), so that a run that was killed goes on. A chunk holds samples of one part
-alone (:mod:`.parts`), so that parts are made of the whole's shards.
+Samples are written in chunks (:mod:`.chunks`), so that an interrupted run can resume. A chunk has samples of only one
+partition (:mod:`.parts`), so that partitions consist of shards of the whole data set.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ UNFINISHED = ".preparing.json"
 
 
 class Chunk(NamedTuple):
+    """Samples that are written together.
+
+    Attributes:
+        folder: The folder of their shards.
+        samples: The samples.
+        part: The partition they belong to.
+    """
+
     folder: Path
     samples: list[Sample]
     part: int = 0
@@ -47,18 +55,21 @@ def prepare(
     cut: Cut | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DatasetInfo:
-    """Write ``source`` as shards to ``out``, once: what is already there is kept, and whoever comes second waits.
+    """Write ``source`` as MDS shards to ``out``, unless they exist. A second process waits for the first one.
 
     Args:
-        source: a folder of images by class, a CIFAR python archive (packed or unpacked), or embedded data by name.
-        out: a folder that is missing, empty, unfinished, or finished from the same source.
-        jobs: processes; the result is the same, bit by bit, for any number.
-        val_fraction: how much of each class is held out where a folder of images has no part of its own for that.
-        cut: gives parts of the training samples, each written as a data set of its own besides the whole.
-        on_progress: called with (samples done, samples in all).
+        source: A folder of images by class, a CIFAR python archive (packed or unpacked), or the name of embedded data.
+        out: A folder that is missing, empty, or has been prepared from the same source, completely or partly.
+        jobs: Number of processes; the result has the same bits for any number.
+        val_fraction: Share of each class to hold out if a folder of images has no validation split.
+        cut: Partitions the training samples; each partition is written as a data set too.
+        on_progress: Called with the number of samples done and the total.
+
+    Returns:
+        The description of the data set.
 
     Raises:
-        EnvironmentFault: no such source, an image that cannot be read, or something else in ``out``.
+        EnvironmentFault: If the source does not exist, an image cannot be read, or ``out`` has other files.
     """
     out = Path(os.path.abspath(out))
     try:
@@ -67,10 +78,12 @@ def prepare(
             return _prepare(read_source(source, val_fraction), out, jobs, cut, on_progress or (lambda *_: None))
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        raise EnvironmentFault(f"cannot prepare {source}: {what}; mend it and run it again to go on") from None
+        raise EnvironmentFault(
+            f"cannot prepare {source}: {what}; fix the problem, then run the same command again to resume"
+        ) from None
     except BrokenProcessPool:
         raise EnvironmentFault(
-            f"a process that prepared {source} was killed (out of memory?); run it again to go on"
+            f"a process that prepared {source} was killed (out of memory?); run the same command again to resume"
         ) from None
 
 
@@ -81,19 +94,19 @@ def _prepare(
     identity = {"kind": source.kind, "fingerprint": source.fingerprint}
     if parts is not None:
         if not all(parts):
-            raise EnvironmentFault(f"part {parts.index([])} would have no samples: take fewer parts")
+            raise EnvironmentFault(f"part {parts.index([])} would have no samples: use fewer parts")
         names = [sorted(sample.name for sample in part) for part in parts]
         identity["parts"] = hashlib.sha256(repr(names).encode()).hexdigest()
     for mark in (DESCRIPTION, UNFINISHED):
         if (out / mark).exists() and read_json(out / mark).get("source") != identity:
             raise EnvironmentFault(
-                f"{out} holds data from another source, or in other parts: delete it, or choose another folder"
+                f"{out} holds data from another source, or in other parts: delete it, or use another folder"
             )
     if (out / DESCRIPTION).exists():
         (out / UNFINISHED).unlink(missing_ok=True)
         return open_dataset(out)
     if not (out / UNFINISHED).exists() and out.exists() and any(out.iterdir()):
-        raise EnvironmentFault(f"{out} holds something else: choose an empty or a new folder")
+        raise EnvironmentFault(f"{out} holds other files: use an empty or a new folder")
     out.mkdir(exist_ok=True)
     write_json(out / UNFINISHED, {"source": identity})
     for leftover in (*out.glob(".tmp-*"), *out.glob("parts")):
@@ -113,33 +126,33 @@ def _prepare(
     for number in range(len(parts or [])):
         folder = Path(part_path(out, number))
         own = [chunk for chunk in train if chunk.part == number]
-        for split, shared in (("train", own), ("val", val)):
-            for chunk in shared:
-                _share(chunk.folder, folder / split / chunk.folder.name)
-        places = {"train": [chunk.folder for chunk in own], "val": [chunk.folder for chunk in val]}
-        digests.append(describe(folder, source.classes, places, identity, {"part": number, "of": size}))
+        for split, split_chunks in (("train", own), ("val", val)):
+            for chunk in split_chunks:
+                _link_folder(chunk.folder, folder / split / chunk.folder.name)
+        folders = {"train": [chunk.folder for chunk in own], "val": [chunk.folder for chunk in val]}
+        digests.append(describe(folder, source.classes, folders, identity, {"part": number, "of": size}))
     if parts:
         sync(out / "parts")
-    places = {"train": [chunk.folder for chunk in train], "val": [chunk.folder for chunk in val]}
-    describe(out, source.classes, places, identity, {"parts": digests} if parts else {})
+    folders = {"train": [chunk.folder for chunk in train], "val": [chunk.folder for chunk in val]}
+    describe(out, source.classes, folders, identity, {"parts": digests} if parts else {})
     (out / UNFINISHED).unlink()
     return open_dataset(out)
 
 
 def _chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
-    """Numbered through; each of one part."""
+    """Return the chunks of a split, numbered consecutively; each has samples of one partition."""
     folder.mkdir(exist_ok=True)
-    pieces = [
+    groups = [
         (part, ordered[begin : begin + CHUNK])
         for part, samples in enumerate(parts)
         for ordered in [in_fixed_order(samples)]
         for begin in range(0, len(ordered), CHUNK)
     ]
-    return [Chunk(folder / f"{number:05}", piece, part) for number, (part, piece) in enumerate(pieces)]
+    return [Chunk(folder / f"{number:05}", group, part) for number, (part, group) in enumerate(groups)]
 
 
-def _share(folder: Path, other: Path) -> None:
-    """The files of a folder in another one as well: the same bytes on the disk where the file system can."""
+def _link_folder(folder: Path, other: Path) -> None:
+    """Hard-link the files of a folder into another one; copy them if the file system has no hard links."""
     other.mkdir(parents=True)
     for file in folder.iterdir():
         try:
@@ -154,12 +167,13 @@ def _share(folder: Path, other: Path) -> None:
 
 
 def write_samples(chunk: Chunk) -> int:
-    """Write one chunk, all of it or nothing. Returns the number of its samples."""
+    """Write one chunk atomically and return the number of its samples."""
     write_chunk(chunk.folder, ((_image_bytes(sample), sample.label) for sample in chunk.samples))
     return len(chunk.samples)
 
 
 def _image_bytes(sample: Sample) -> bytes:
+    """Return the image file of a sample, after checking that it can be decoded."""
     if not isinstance(sample.image, str):
         from PIL import Image
 
@@ -168,22 +182,22 @@ def _image_bytes(sample: Sample) -> bytes:
     try:
         decode(data)
     except ValueError as error:
-        raise EnvironmentFault(f"{sample.image} is not a readable image ({error}): mend or remove it") from None
+        raise EnvironmentFault(f"{sample.image} is not a readable image ({error}): repair or remove it") from None
     return data
 
 
 @contextmanager
 def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
-    """Write chunks in this process, or in ``jobs`` others. Yields their sizes as they are done."""
+    """Write chunks in this process, or in ``jobs`` others. Yields an iterator over their sizes as they are done."""
     if jobs <= 1 or len(chunks) <= 1:
         yield map(write_samples, chunks)
         return
-    import streaming  # noqa: F401  once here, so that the forked processes have it
+    import streaming  # noqa: F401  import it once, before the processes are forked
 
     pool = ProcessPoolExecutor(
         jobs,
         mp_context=multiprocessing.get_context("fork"),
-        initializer=_end_with,
+        initializer=_exit_with_parent,
         initargs=(os.getpid(),),
     )
     try:
@@ -193,8 +207,8 @@ def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
         pool.shutdown(cancel_futures=True)
 
 
-def _end_with(parent: int) -> None:
-    """End when the parent does, however it ends: until then this process, too, holds the lock."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent process has ended, even if it was killed: this process holds its lock, too."""
 
     def watch() -> None:
         while os.getppid() == parent:

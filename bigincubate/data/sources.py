@@ -1,4 +1,4 @@
-"""What can be prepared: folders of images, CIFAR archives, and the digits that ship with scikit-learn."""
+"""Sources of samples: folders of images, CIFAR archives, scikit-learn's digits, and generated images."""
 
 from __future__ import annotations
 
@@ -22,14 +22,20 @@ from .splits import hold_out, in_fixed_order
 
 EMBEDDED = ("digits", "digits-dev", "made-up")
 VALIDATION_FOLDERS = ("val", "validation", "test")
-CIFAR = {  # files of the training and test part, of the names, and the key of the labels
+CIFAR = {  # files of the training split, of the test split and of the class names, and the key of the labels
     "cifar-10": ([f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "batches.meta", "label"),
     "cifar-100": (["train"], ["test"], "meta", "fine_label"),
 }
 
 
 class Sample(NamedTuple):
-    """One image. ``name`` is unique in its source; ``image`` is a file, or pixels [H, W] or [H, W, 3] uint8."""
+    """An image with its label.
+
+    Attributes:
+        name: A name that is unique in the source.
+        label: Index of the class.
+        image: Path of an image file, or pixels [H, W] or [H, W, 3] uint8.
+    """
 
     name: str
     label: int
@@ -38,15 +44,21 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Everything to prepare, read but for the image files themselves."""
+    """A source with its list of samples; image files are not read yet.
+
+    Attributes:
+        kind: The kind of source, such as ``images`` or ``cifar-10``.
+        classes: Names of the classes.
+        splits: The samples of ``"train"`` and ``"val"``.
+    """
 
     kind: str
     classes: list[str]
-    splits: dict[str, list[Sample]]  # "train" and "val"
+    splits: dict[str, list[Sample]]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of names, labels, and sizes of files or pixels: tells one source from another."""
+        """Return the SHA-256 of names, labels, and file sizes or pixels, which identifies the source."""
         digest = hashlib.sha256(repr((self.kind, self.classes)).encode())
         for split, samples in self.splits.items():
             for name, label, image in samples:
@@ -56,10 +68,14 @@ class Source:
 
 
 def read_source(source: str, val_fraction: float) -> Source:
-    """Find out what ``source`` is, and list its samples.
+    """Detect the kind of a source and list its samples.
+
+    Args:
+        source: A folder, an archive, or the name of embedded data.
+        val_fraction: Share of each class to hold out if a folder of images has no validation split.
 
     Raises:
-        EnvironmentFault: missing, empty, of no known kind, or damaged.
+        EnvironmentFault: If the source is missing, empty, of an unknown kind, or damaged.
     """
     if source == "made-up":
         return _made_up()
@@ -72,17 +88,17 @@ def read_source(source: str, val_fraction: float) -> Source:
         return _cifar_folder(path) or _image_tree(path, val_fraction)
     known = "a folder of images by class, a CIFAR-10 or CIFAR-100 python archive, or " + " or ".join(EMBEDDED)
     if path.exists():
-        raise EnvironmentFault(f"{source}: unknown kind of source; give {known}")
-    raise EnvironmentFault(f"no such source: {source}; give {known}")
+        raise EnvironmentFault(f"{source}: unknown kind of source; expected {known}")
+    raise EnvironmentFault(f"no such source: {source}; expected {known}")
 
 
 # ------------------------------------------------------------------------------------------------ digits
 
 
 def _digits(*, development: bool) -> Source:
-    """1,797 images of 8x8 pixels and 17 grey levels; a fifth of each digit is held out, drawn once for all.
+    """Return scikit-learn's digits: 1,797 images of 8x8 pixels and 17 gray levels; 20% of each digit is held out.
 
-    For development the held-out part is left out, and a fifth of the rest takes its place.
+    The development set leaves out the held-out samples, and holds out 20% of the rest.
     """
     from sklearn.datasets import load_digits
 
@@ -96,10 +112,10 @@ def _digits(*, development: bool) -> Source:
 
 
 def _made_up() -> Source:
-    """Coloured noise, 32 images of 40x40 pixels in each of ten classes that differ in colour; a fifth is held out."""
-    random = np.random.RandomState(0)  # the one generator that numpy has promised never to change
-    colours, noise = random.randint(0, 128, (10, 1, 1, 3)), random.randint(0, 128, (320, 40, 40, 3))
-    samples = [Sample(f"{n}", n % 10, (noise[n] + colours[n % 10]).astype(np.uint8)) for n in range(320)]
+    """Return colored noise: 32 images of 40x40 pixels in each of ten classes of different color; 20% is held out."""
+    random = np.random.RandomState(0)  # the only generator whose numbers numpy guarantees never to change
+    colors, noise = random.randint(0, 128, (10, 1, 1, 3)), random.randint(0, 128, (320, 40, 40, 3))
+    samples = [Sample(f"{n}", n % 10, (noise[n] + colors[n % 10]).astype(np.uint8)) for n in range(320)]
     return Source("made-up", [str(n) for n in range(10)], hold_out(in_fixed_order(samples), 0.2))
 
 
@@ -107,6 +123,7 @@ def _made_up() -> Source:
 
 
 def _image_tree(root: Path, val_fraction: float) -> Source:
+    """Return the images of a folder with one folder per class, or with such folders for each split."""
     folders = _folders(root)
     held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
     if "train" in folders and held_out:
@@ -136,7 +153,7 @@ def _folders(root: Path) -> list[str]:
 def _scan(root: Path, folder: Path, classes: list[str]) -> list[Sample]:
     unknown = sorted(set(_folders(folder)) - set(classes))
     if unknown:
-        raise EnvironmentFault(f"{folder / unknown[0]}: there is no such class among the training images")
+        raise EnvironmentFault(f"{folder / unknown[0]}: no training images have this class; remove the folder")
     samples = []
     for label, name in enumerate(classes):
         files = []
@@ -177,7 +194,7 @@ def _cifar_folder(root: Path) -> Source | None:
 
 
 def _cifar(names: Iterable[str], read: Callable[[str], bytes], where: str) -> Source | None:
-    """Pixels and labels, or None where the files of an archive are not all there."""
+    """Return the images of a CIFAR archive, or None if some of its files are missing."""
     names = set(names)
     for kind, (train, test, meta, label) in CIFAR.items():
         if not names >= {*train, *test, meta}:
@@ -204,7 +221,7 @@ def _rows(file: str, batch: dict[bytes, Any], key: str) -> list[Sample]:
 
 
 class _Restricted(pickle.Unpickler):
-    """Builds arrays and plain containers, and never calls anything else."""
+    """Unpickles arrays and plain containers, and refuses everything else."""
 
     allowed = frozenset(
         {
@@ -227,9 +244,9 @@ class _Restricted(pickle.Unpickler):
 
 
 def safe_unpickle(data: bytes) -> Any:
-    """Read a pickle that may come from anywhere. Text of Python 2 comes back as bytes.
+    """Read an untrusted pickle. Strings of Python 2 are returned as bytes.
 
     Raises:
-        pickle.UnpicklingError: it asks for anything but arrays and plain containers.
+        pickle.UnpicklingError: If the pickle has anything but arrays and plain containers.
     """
     return _Restricted(io.BytesIO(data), encoding="bytes").load()

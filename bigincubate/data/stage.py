@@ -1,7 +1,7 @@
-"""A data set on a disk of the node: shards are copied as they are first read, and gone when their last reader is.
+"""Local cache: shards are copied to a disk of the node when they are first read, and removed after their last reader.
 
-All processes of a user on a node share one copy of a data set. Each holds a shared lock, in a file of that disk, for as
-long as it reads; who leaves as the last one removes the copy. Where all were killed, the next that comes and goes does.
+All processes of a user on a node share one copy of a data set. Each process holds a shared lock on a file of that disk
+while it reads, and the last one removes the copy. If all were killed, the next process removes it when it ends.
 """
 
 from __future__ import annotations
@@ -20,23 +20,30 @@ from .dataset import INDEX, SPLITS, DatasetInfo, open_dataset, read_json
 
 @contextmanager
 def staged(recipe: Recipe, info: DatasetInfo) -> Iterator[tuple[Recipe, DatasetInfo]]:
-    """The recipe and the data to train with: under ``data.stage``, where the recipe has it.
+    """Provide the recipe and the data set to train with: a local copy if the recipe sets ``data.stage``.
+
+    Args:
+        recipe: The recipe of the run.
+        info: The data set to copy.
+
+    Yields:
+        The recipe with the path of the copy, and the copy; or the arguments without ``data.stage``.
 
     Raises:
-        EnvironmentFault: an environment variable in ``data.stage`` is not set, the data is larger than
-            ``data.stage_gib``, or does not fit on the disk.
+        EnvironmentFault: If an environment variable in ``data.stage`` is not set, or the data is larger than
+            ``data.stage_gib`` or than the free space.
     """
     if recipe.data.stage is None:
         yield recipe, info
         return
     place = Path(os.path.expandvars(recipe.data.stage))
     if "$" in str(place):
-        raise EnvironmentFault(f"data.stage = {recipe.data.stage}: the environment has no such variable here")
+        raise EnvironmentFault(f"data.stage = {recipe.data.stage}: the environment has no such variable here; set it")
     place.mkdir(parents=True, exist_ok=True)
     folder = place / f"bigincubate-{os.getuid()}-{info.digest[:16]}"
     source = recipe.data.remote or str(info.path.absolute())
-    with _reader(folder):
-        _check_room(info, folder, recipe.data.stage_gib)
+    with _reader_lock(folder):
+        _check_size(info, folder, recipe.data.stage_gib)
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
         here = open_dataset(folder, source)
@@ -47,25 +54,26 @@ def staged(recipe: Recipe, info: DatasetInfo) -> Iterator[tuple[Recipe, DatasetI
 
 
 @contextmanager
-def _reader(folder: Path) -> Iterator[None]:
-    """Be one of those that read from ``folder``; the last one removes it."""
+def _reader_lock(folder: Path) -> Iterator[None]:
+    """Hold the shared lock of the readers of ``folder``. The last reader removes the folder."""
     descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
     finally:
-        with suppress(BlockingIOError):  # somebody still reads
+        with suppress(BlockingIOError):  # there are other readers
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)
 
 
-def _check_room(info: DatasetInfo, folder: Path, most: float | None) -> None:
+def _check_size(info: DatasetInfo, folder: Path, limit_gib: float | None) -> None:
+    """Refuse a data set that is larger than the limit or the free space, counting what has been copied already."""
     indexes = [read_json(info.path / split / INDEX) for split in SPLITS]
     size = sum(int(shard["raw_data"]["bytes"]) for index in indexes for shard in index["shards"])
     here = sum(file.stat().st_size for file in folder.rglob("*.mds")) if folder.exists() else 0
     free = shutil.disk_usage(folder.parent).free + here
-    allowed = free if most is None else min(free, int(most * 2**30))
+    allowed = free if limit_gib is None else min(free, int(limit_gib * 2**30))
     if size > allowed:
         limit = "free on that disk" if allowed == free else "allowed by data.stage_gib"
         raise EnvironmentFault(
