@@ -4,11 +4,11 @@
 
     pretrain ──afterany──▶ incubate (array, one task per module) ──afterany──▶ gate ──▶ finetune ──afterany──▶ gate
 
-The gate calls :func:`advance`, as the commands ``submit`` and ``resume`` do. This one function checks which phases are
-done (hashes and lineage) and which jobs are in the queue, and submits the rest. Therefore no job waits for a job that
-cannot succeed, the large allocation of fine-tuning is requested only when all modules are done, and submitting again is
-safe. The number of submissions of each phase is saved before each ``sbatch``; after ``slurm.rounds`` of them the run
-stops until a user calls ``resume``.
+The gate calls :func:`advance`, as the commands ``submit`` and ``resume`` do. This one function checks
+which phases are done (hashes and lineage) and which jobs are in the queue, and submits the rest. Therefore no job waits
+for a job that cannot succeed, the large allocation of fine-tuning is requested only when all modules are done, and
+submitting again is safe. The number of submissions of each phase is saved before each ``sbatch``; after
+``slurm.rounds`` of them the run stops until a user calls ``resume``.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Slurm(SlurmJob):
     python: str | None = execution(None)  # None: the interpreter that submits
     container: str | None = execution(None)  # a prefix of the python command: "apptainer exec --nv image.sif"
     umask: str | None = execution(None, pattern="^0?[0-7]{3}$")  # "007": a run that a group shares
-    self_submit: bool = execution(True)  # whether jobs may call sbatch; false: the gate prints the command to type
+    self_submit: bool = execution(True)  # false: jobs may not call sbatch; the gate prints what to do
     rounds: Count = execution(3)  # how often a phase is submitted before a user must call `resume`
     restarts: int = execution(20, ge=0)  # how often a job requeues itself
 

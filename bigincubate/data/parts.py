@@ -21,7 +21,8 @@ from .dataset import DatasetInfo, open_dataset
 from .sources import Sample
 from .splits import in_fixed_order
 
-Cut = Callable[[Sequence[Sample]], list[list[Sample]]]  # training samples -> the samples of each partition
+# training samples -> the samples of each partition
+Cut = Callable[[Sequence[Sample]], list[list[Sample]]]
 
 
 def cut_by_class(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
