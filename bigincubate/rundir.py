@@ -10,7 +10,7 @@
       data/                 embedded data only; other data stays where it is
       meta/                 pre-training of the meta model
       modules/00 … K-1/     incubation of module k
-      modules/logs/         logs of the loader that co-trained modules share
+      modules/logs/         logs of helper processes that serve the modules, such as a shared loader
       assembled/            the joined modules, before fine-tuning
       finetune/  end_to_end/
         checkpoints/step-00000500/    resume checkpoints

@@ -27,9 +27,8 @@ from .config import Recipe, Settings
 from .data.dataset import DatasetInfo
 from .data.micro_batches import count_micro_batches
 from .data.parts import check_view
-from .data.streams import Batch, EvalStream
+from .data.streams import Batch, EvalStream, make_train_stream
 from .errors import ArtifactError, NonFiniteError, Preempted
-from .experimental.shared_loader.server import training_stream
 from .metrics import Meter, Metrics, log_partial
 from .models import (
     apply_masks,
@@ -48,7 +47,7 @@ from .rundir import PhaseDir, RunDir
 from .sharding import make_sharding
 from .tasks.classification import ClassificationTask, evaluate
 from .tasks.partial import finished, partial_assembly
-from .training.hooks import make_learning_rate_hook
+from .training.hooks import apply_batch_source, make_learning_rate_hook
 
 
 @dataclass
@@ -118,7 +117,8 @@ class Trainer:
             workers=recipe.data.workers,
             remote=recipe.data.remote,
         )
-        self.stream = training_stream(recipe, self.settings, data, env.rank, env.world)
+        stream = make_train_stream(recipe, self.settings, data, env.rank, env.world)
+        self.stream = apply_batch_source(stream, recipe, self.settings, data, env)
         _, self.per_epoch = phase_steps(self.settings, data.epoch)
         self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.per_epoch)
         self.masked = any(path.drops for path in drop_paths(self.model)) and len(drop_paths(self.model))

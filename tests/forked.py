@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -118,11 +119,11 @@ def fork_ranks() -> None:
 
 
 class ForkedRank:
-    """Stands for ``subprocess.Popen`` of our own command line: a process as real, without a new interpreter."""
+    """Replaces ``subprocess.Popen`` of ``python -m MODULE …`` by a forked process, without a new interpreter."""
 
     def __init__(self, command: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> None:
         fork = multiprocessing.get_context("fork")
-        self.process = fork.Process(target=_rank, args=(command[3:], env, stdout.fileno()))
+        self.process = fork.Process(target=_rank, args=(command[2:], env, stdout.fileno()))
         self.process.start()
 
     @property
@@ -143,7 +144,7 @@ class ForkedRank:
         self.send_signal(signal.SIGKILL)
 
 
-def _rank(words: list[str], env: dict[str, str], output: int) -> None:
+def _rank(command: list[str], env: dict[str, str], output: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's own handlers were inherited
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.setsid()
@@ -151,11 +152,9 @@ def _rank(words: list[str], env: dict[str, str], output: int) -> None:
     os.dup2(output, 2)
     os.environ.clear()
     os.environ.update(env)
-    sys.argv = ["bigincubate", *words]
-    from bigincubate.cli import main
-
+    sys.argv = command
     try:
-        main()
+        runpy.run_module(command[0], run_name="__main__")
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Co-training: modules share one loader, end with the bits that they have without it, and outlive it and each other."""
+"""Co-training: modules share one loader, get the same bits as without it, and survive its end and each other's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +27,10 @@ from bigincubate.config import Augment, Data
 from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.streams import Batch, TrainStream
 from bigincubate.errors import EnvironmentFault
+from bigincubate.experimental.shared_loader.client import SharedLoaderClient
 from bigincubate.experimental.shared_loader.fd_socket import connect, listen
-from bigincubate.experimental.shared_loader.server import FedStream, Feeder, pack, unpack
+from bigincubate.experimental.shared_loader.packing import pack_batch, unpack_batch
+from bigincubate.experimental.shared_loader.server import SharedLoaderServer
 
 Labs = Callable[..., Any]
 FORK = multiprocessing.get_context("fork")
@@ -37,14 +41,14 @@ STEPS = 60
 
 
 def shell() -> None:
-    """A process group, phases that are spared the imports, and a folder of its own for what is temporary."""
+    """Set up a process group, phases that are forked instead of started, and a temporary folder of its own."""
     os.setpgrp()
     fork_ranks()
     tempfile.tempdir = None
 
 
 class CoTrained:
-    """`run --co-train` as a shell starts it, on a run whose meta model is there."""
+    """``run --co-train`` as a shell starts it, on a run with a trained meta model."""
 
     def __init__(self, lab: Any, folder: Path, *more: object) -> None:
         self.lab, self.temporary = lab, folder / "tmp"
@@ -62,8 +66,8 @@ class CoTrained:
         return int(self.lab.run.phase("incubate", module).attempts()[-1]["pid"])
 
     @property
-    def feeder(self) -> int:
-        """The child of the launcher that is no module."""
+    def server_pid(self) -> int:
+        """The child of the launcher that is not a module."""
         children = Path(f"/proc/{self.command.pid}/task/{self.command.pid}/children").read_text().split()
         (pid,) = set(map(int, children)) - {self.pid(module) for module in MODULES}
         return pid
@@ -72,21 +76,21 @@ class CoTrained:
         return (self.lab.run.phase("incubate", module).path / "logs" / "train.log").read_text()
 
     @property
-    def fed(self) -> list[tuple[int, int]]:
-        """Batches made and given, a pair a feeder that came to its end."""
+    def served(self) -> list[tuple[int, int]]:
+        """Batches made and sent, one pair per server that ended by itself."""
         lines = (self.lab.run.path / "events.jsonl").read_text().splitlines()
-        events = [event for event in map(json.loads, lines) if event["event"] == "fed"]
-        return [(event["made"], event["given"]) for event in events]
+        events = [event for event in map(json.loads, lines) if event["event"] == "shared_loader"]
+        return [(event["made"], event["sent"]) for event in events]
 
-    def nothing_is_left(self) -> bool:
-        """A claim stands for what its data set has in shared memory, and goes together with that."""
+    def leaves_no_shared_memory(self) -> bool:
+        """Whether no claim is left: a claim file stands for a data set's shared memory and is removed with it."""
         (folder,) = self.temporary.iterdir()
         return not list(folder.glob("*.claim"))
 
 
 @pytest.fixture(scope="module")
 def plain(lab: Labs) -> Any:
-    """What was trained without co-training."""
+    """A run trained without co-training."""
     sets = ("log.every_steps=2", "checkpoint.every_steps=20", "finetune.train.max_steps=2")
     done = lab(f"train.max_steps={STEPS}", *sets)
     for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
@@ -96,7 +100,7 @@ def plain(lab: Labs) -> Any:
 
 @pytest.fixture
 def other(plain: Any, tmp_path: Path) -> Any:
-    """The same run after its meta model."""
+    """The same run after training its meta model only."""
     copy = plain.copy(tmp_path / "run", ["meta"])
     (copy.run.path / "summary.json").unlink(missing_ok=True)
     return copy
@@ -107,22 +111,22 @@ def same_weights(one: Any, two: Any, *modules: int) -> bool:
     return all(a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) for a, b in pairs)
 
 
-ALONE = "a loader of its own"
+OWN_LOADER = "using this module's own loader"
 
 
-def test_the_same_bits_from_batches_that_are_made_once(plain: Any, other: Any, tmp_path: Path) -> None:
+def test_co_training_gives_the_same_weights_from_batches_made_once(plain: Any, other: Any, tmp_path: Path) -> None:
     done = CoTrained(other, tmp_path)
     assert done.command.wait() == 0, done.command.out + done.command.err
     assert same_weights(plain, other, *MODULES)
-    assert done.fed == [(STEPS, 2 * STEPS)]
-    assert ALONE not in done.log(0) + done.log(1)
-    assert done.nothing_is_left()
+    assert done.served == [(STEPS, 2 * STEPS)]
+    assert OWN_LOADER not in done.log(0) + done.log(1)
+    assert done.leaves_no_shared_memory()
     again = CoTrained(other, tmp_path)
     assert again.command.wait() == 0
-    assert again.fed == [(STEPS, 2 * STEPS)]  # no feeder came
+    assert again.served == [(STEPS, 2 * STEPS)]  # no server was started again
 
 
-def test_two_ranks_have_a_feeder_each(lab: Labs, tmp_path: Path) -> None:
+def test_co_training_two_ranks_have_one_server_each(lab: Labs, tmp_path: Path) -> None:
     plain = lab("train.max_steps=6", "data.workers=1", "finetune.train.max_steps=0")
     plain.train("pretrain")
     other = plain.copy(tmp_path / "run")
@@ -131,12 +135,15 @@ def test_two_ranks_have_a_feeder_each(lab: Labs, tmp_path: Path) -> None:
     assert apart.wait() == 0, apart.out + apart.err
     assert done.command.wait() == 0, done.command.out + done.command.err
     assert same_weights(plain, other, *MODULES)
-    logs = [(other.run.path / "modules" / "logs" / name).read_text() for name in ("feed.log", "feed.1.log")]
-    assert logs == ["6 batches made, 12 given\n"] * 2
-    assert done.nothing_is_left()
+    logs = [
+        (other.run.path / "modules" / "logs" / name).read_text()
+        for name in ("shared_loader.log", "shared_loader.1.log")
+    ]
+    assert logs == ["6 batches made, 12 sent\n"] * 2
+    assert done.leaves_no_shared_memory()
 
 
-def test_modules_that_stand_at_different_steps_go_on_together(plain: Any, other: Any, tmp_path: Path) -> None:
+def test_co_training_resumes_modules_at_different_steps(plain: Any, other: Any, tmp_path: Path) -> None:
     ahead = Command(*other.command("incubate", 1))
     assert ahead.until(lambda: any(row["step"] >= 30 for row in other.log("incubate", 1)))
     ahead.send(signal.SIGTERM)
@@ -151,7 +158,7 @@ def test_modules_that_stand_at_different_steps_go_on_together(plain: Any, other:
 
     second = CoTrained(other, tmp_path)
     second.until_step(20, 0)
-    pids = [second.feeder, *map(second.pid, MODULES)]
+    pids = [second.server_pid, *map(second.pid, MODULES)]
     second.command.kill()
 
     last = CoTrained(other, tmp_path)
@@ -160,35 +167,37 @@ def test_modules_that_stand_at_different_steps_go_on_together(plain: Any, other:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
     assert same_weights(plain, other, *MODULES)
-    assert ALONE not in last.log(0) + last.log(1)
-    made, given = map(sum, zip(*last.fed, strict=True))
-    assert made < given
-    assert last.nothing_is_left()
+    assert OWN_LOADER not in last.log(0) + last.log(1)
+    made, sent = map(sum, zip(*last.served, strict=True))
+    assert made < sent
+    assert last.leaves_no_shared_memory()
 
 
-def test_modules_outlive_their_feeder(plain: Any, other: Any, tmp_path: Path) -> None:
+def test_co_training_killed_server_modules_continue_with_their_own_loader(
+    plain: Any, other: Any, tmp_path: Path
+) -> None:
     left = CoTrained(other, tmp_path)
     left.until_step(10, *MODULES)
-    os.kill(left.feeder, signal.SIGKILL)
+    os.kill(left.server_pid, signal.SIGKILL)
     assert left.command.wait() == 0, left.command.out + left.command.err
     assert same_weights(plain, other, *MODULES)
-    assert all(left.log(module).count(ALONE) == 1 for module in MODULES)
-    assert left.command.out.count("the shared loader ended: ended by signal 9") == 1
-    assert left.nothing_is_left()
+    assert all(left.log(module).count(OWN_LOADER) == 1 for module in MODULES)
+    assert left.command.out.count("shared loader: ended by signal 9") == 1
+    assert left.leaves_no_shared_memory()
 
 
-def test_a_module_that_is_killed_takes_nobody_along(plain: Any, other: Any, tmp_path: Path) -> None:
+def test_co_training_killed_module_stops_no_other(plain: Any, other: Any, tmp_path: Path) -> None:
     left = CoTrained(other, tmp_path)
     left.until_step(10, *MODULES)
     os.kill(left.pid(0), signal.SIGKILL)
     assert left.command.wait() == 3
     assert same_weights(plain, other, 1)
-    assert ALONE not in left.log(1)
-    assert left.fed[0][0] == STEPS
+    assert OWN_LOADER not in left.log(1)
+    assert left.served[0][0] == STEPS
     assert left.command.out.count("failed") == 1
 
 
-def test_a_damaged_shard_ends_every_module_with_its_line(
+def test_co_training_damaged_shard_ends_every_module_with_one_line(
     lab: Labs, digits: Path, tmp_path: Path, bigincubate: Callable[..., Any]
 ) -> None:
     data = tmp_path / "data"
@@ -205,28 +214,30 @@ def test_a_damaged_shard_ends_every_module_with_its_line(
         assert failed.log(module).startswith(f"bigincubate: {shard} is damaged: SHA-256 ")
         assert failed.log(module).count("\n") == 1
         assert f"module {module}: failed (exit 3): bigincubate: {shard} is damaged" in failed.command.out
-    assert failed.fed == [(0, 0)]
+    assert failed.served == [(0, 0)]
 
 
-def test_where_no_feeder_can_start_each_module_has_its_own_loader(plain: Any, other: Any, tmp_path: Path) -> None:
+def test_co_training_server_that_cannot_start_modules_use_their_own_loader(
+    plain: Any, other: Any, tmp_path: Path
+) -> None:
     (other.run.path / "modules").mkdir()
     (other.run.path / "modules" / "logs").write_text("in the way")
     done = CoTrained(other, tmp_path)
     assert done.command.wait() == 0, done.command.out + done.command.err
     assert same_weights(plain, other, *MODULES)
-    assert f"no shared loader ({other.run.path}/modules/logs: File exists)" in done.command.out
-    assert ALONE not in done.log(0) + done.log(1)
+    assert f"shared loader: could not be started ({other.run.path}/modules/logs: File exists)" in done.command.out
+    assert OWN_LOADER not in done.log(0) + done.log(1)
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--jobs", 1], "--co-train: 2 modules run at the same time; give --jobs 2, or leave it out"),
-        (["--jobs", 2, "--baseline"], "--co-train: 2 modules and the baseline run at the same time; give --jobs 3,"),
-        (["--set", "data.decentralised=true"], "--co-train: with data.decentralised each module sees data of its own"),
+        (["--jobs", 1], "--co-train: 2 modules train in parallel; use --jobs 2, or omit --co-train"),
+        (["--jobs", 2, "--baseline"], "--co-train: 2 modules and the baseline train in parallel; use --jobs 3,"),
+        (["--set", "data.decentralised=true"], "--co-train: with data.decentralised each module has its own data"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(fast: Path, tmp_path: Path, words: list[object], line: str) -> None:
+def test_co_training_impossible_options_are_refused(fast: Path, tmp_path: Path, words: list[object], line: str) -> None:
     refused = run("run", fast, "--run-dir", tmp_path / "run", "--co-train", *words)
     assert refused.wait() == 2
     assert refused.err.startswith(f"bigincubate: {line}")
@@ -234,13 +245,15 @@ def test_what_cannot_be_shared_is_refused(fast: Path, tmp_path: Path, words: lis
     assert not (tmp_path / "run").exists()
 
 
-def test_a_feeder_is_not_for_hands(fast: Path, tmp_path: Path) -> None:
-    refused = run("feed", fast, "--run-dir", tmp_path / "run", "--readers", 1)
-    assert refused.wait() == 2
-    assert refused.err == "bigincubate: feed: started by `bigincubate run --co-train`, not by hand\n"
+def test_server_started_by_hand_is_refused(fast: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bigincubate.experimental.shared_loader", str(fast)]
+    command += ["--run-dir", str(tmp_path / "run"), "--clients", "1"]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "bigincubate: shared loader: started by `bigincubate run --co-train`, not by hand\n"
 
 
-# ------------------------------------------------------------------------------------------------ feeder and readers
+# ------------------------------------------------------------------------------------------------ server and clients
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +268,7 @@ def stream(info: DatasetInfo, **options: Any) -> TrainStream:
 
 
 def fingerprints(batches: Iterator[Batch], count: int) -> list[str]:
-    """Of each of the next batches: all its columns."""
+    """Return a hash over all columns of each of the next batches."""
 
     def of(batch: Batch) -> str:
         columns = (batch.images, batch.labels, batch.ids, batch.positions, batch.local, batch.parameters)
@@ -267,180 +280,186 @@ def fingerprints(batches: Iterator[Batch], count: int) -> list[str]:
 def _serve(listener: Any, report: Any, options: dict[str, Any], info: DatasetInfo, kind: dict[str, Any]) -> None:
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    feeder = Feeder(listener, stream(info, **kind), "digest", **options)
-    feeder.serve(lambda: asked)
-    report.send((feeder.made, feeder.given))
+    server = SharedLoaderServer(listener, stream(info, **kind), "digest", **options)
+    server.serve(lambda: asked)
+    report.send((server.batches_made, server.batches_sent))
 
 
-class Fed:
-    """A feeder in a process of its own."""
+class ServerProcess:
+    """A server in its own process."""
 
     def __init__(self, info: DatasetInfo, kind: dict[str, Any], options: dict[str, Any]) -> None:
-        self.info, self.kind, self.place = info, kind, secrets.token_hex(8)
+        self.info, self.kind, self.name = info, kind, secrets.token_hex(8)
         self.result, report = FORK.Pipe(duplex=False)
-        with listen(self.place, 0) as listener:
+        with listen(self.name, 0) as listener:
             self.process = FORK.Process(target=_serve, args=(listener, report, options, info, kind))
             self.process.start()
 
-    def reader(self, digest: str = "digest", **options: Any) -> FedStream:
-        return FedStream(stream(self.info, **self.kind), connect(self.place, 0), digest, **options)
+    def client(self, digest: str = "digest", **options: Any) -> SharedLoaderClient:
+        return SharedLoaderClient(stream(self.info, **self.kind), connect(self.name, 0), digest, **options)
 
     def end(self) -> Any:
-        """What it made and gave."""
+        """Stop it and return the numbers of batches made and sent."""
         self.process.terminate()
         return self.result.recv()
 
 
 @contextmanager
-def fed(info: DatasetInfo, readers: int = 1, steps: int = 100, patience: float = 60, **kind: Any) -> Iterator[Fed]:
-    made = Fed(info, kind, {"readers": readers, "steps": steps, "patience": patience})
+def serving(
+    info: DatasetInfo, clients: int = 1, steps: int = 100, patience: float = 60, **kind: Any
+) -> Iterator[ServerProcess]:
+    server = ServerProcess(info, kind, {"clients": clients, "steps": steps, "patience": patience})
     try:
-        yield made
+        yield server
     finally:
-        made.process.kill()
-        made.process.join()
+        server.process.kill()
+        server.process.join()
 
 
 @pytest.mark.parametrize("kind", [{}, {"workers": 1}, {"rank": 1, "world": 2}, {"augment": {"device": True}}])
-def test_a_fed_stream_is_the_stream(info: DatasetInfo, kind: dict[str, Any]) -> None:
-    with fed(info, steps=48, **kind) as feeder, closing(feeder.reader().batches(40)) as batches:
+def test_client_yields_the_batches_of_its_own_stream(info: DatasetInfo, kind: dict[str, Any]) -> None:
+    with serving(info, steps=48, **kind) as server, closing(server.client().batches(40)) as batches:
         expected = fingerprints(stream(info, **kind).batches(40), 8)  # into another epoch
         assert fingerprints(batches, 8) == expected
         assert Path("/proc/self/maps").read_text().count("bigincubate-batch") <= 2  # the rest was given back
         batches.close()
-        assert feeder.end() == (8, 8)
+        assert server.end() == (8, 8)
 
 
-def test_writing_to_a_batch_changes_nobody_elses(info: DatasetInfo) -> None:
+def test_batch_memory_is_private_to_each_client(info: DatasetInfo) -> None:
     (batch,) = islice(stream(info).batches(0), 1)
-    columns, memory = pack(batch)
-    mine, theirs = unpack(columns, os.dup(memory)), unpack(columns, memory)
+    layout, memory = pack_batch(batch)
+    mine, theirs = unpack_batch(layout, os.dup(memory)), unpack_batch(layout, memory)
     mine.images.zero_()
     assert torch.equal(theirs.images, batch.images)
-    assert all(begin % 64 == 0 for _, _, begin in columns.values())
+    assert all(offset % 64 == 0 for _, _, offset in layout.values())
 
 
-def test_a_reader_whose_step_is_over_goes_on_alone(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
-    with fed(info) as feeder, closing(feeder.reader().batches(10)) as batches:
+def test_client_whose_step_is_over_uses_its_own_stream(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(info) as server, closing(server.client().batches(10)) as batches:
         fingerprints(batches, 2)
-        late = fingerprints(feeder.reader().batches(3), 3)
+        late = fingerprints(server.client().batches(3), 3)
     assert late == fingerprints(stream(info).batches(3), 3)
-    assert capfd.readouterr().err == "shared loader: step 3 is over; a loader of its own from step 3 on\n"
+    assert capfd.readouterr().err == "shared loader: step 3 is over; using this module's own loader from step 3\n"
 
 
-def test_a_reader_of_other_batches_is_refused(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
-    with fed(info) as feeder:
-        found = fingerprints(feeder.reader("another").batches(0), 2)
-        assert feeder.end() == (0, 0)
+def test_client_with_another_digest_is_refused(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(info) as server:
+        found = fingerprints(server.client("another").batches(0), 2)
+        assert server.end() == (0, 0)
     assert found == fingerprints(stream(info).batches(0), 2)
     assert "it makes other batches" in capfd.readouterr().err
 
 
-def test_nobody_there(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
-    alone = FedStream(stream(info), None, "digest")
-    assert fingerprints(alone.batches(5), 2) == fingerprints(stream(info).batches(5), 2)
-    assert capfd.readouterr().err == "shared loader: nobody is there; a loader of its own\n"
+def test_client_without_a_server_uses_its_own_stream(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+    client = SharedLoaderClient(stream(info), None, "digest")
+    assert fingerprints(client.batches(5), 2) == fingerprints(stream(info).batches(5), 2)
+    assert capfd.readouterr().err == "shared loader: not found; using this module's own loader\n"
 
 
-def test_a_feeder_that_stands_still_is_given_up(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
-    with fed(info) as feeder, closing(feeder.reader(patience=0.5).batches(0)) as batches:
+def test_client_gives_up_a_stopped_server(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+    with serving(info) as server, closing(server.client(timeout=0.5).batches(0)) as batches:
         found = fingerprints(batches, 2)
-        os.kill(feeder.process.pid or 0, signal.SIGSTOP)
+        os.kill(server.process.pid or 0, signal.SIGSTOP)
         found += fingerprints(batches, 8)
     assert found == fingerprints(stream(info).batches(0), 10)
-    assert "no batch for 0.5 s; a loader of its own from step" in capfd.readouterr().err
+    assert "no batch for 0.5 s; using this module's own loader from step" in capfd.readouterr().err
 
 
-def test_one_that_never_comes_is_not_waited_for(info: DatasetInfo) -> None:
-    with fed(info, readers=2, patience=0.5) as feeder:
-        with closing(feeder.reader().batches(0)) as batches:
+def test_server_starts_without_a_client_that_never_connects(info: DatasetInfo) -> None:
+    with serving(info, clients=2, patience=0.5) as server:
+        with closing(server.client().batches(0)) as batches:
             assert fingerprints(batches, 2) == fingerprints(stream(info).batches(0), 2)
-        assert feeder.end()[0] >= 2
+        assert server.end()[0] >= 2
 
 
-def _read(reader: FedStream, report: Any, stop_at: int, count: int) -> None:
-    batches = reader.batches(0)
+def _read(client: SharedLoaderClient, report: Any, stop_at: int, count: int) -> None:
+    batches = client.batches(0)
     found = fingerprints(batches, stop_at)
     report.send(found)
     os.kill(os.getpid(), signal.SIGSTOP)
     report.send(found + fingerprints(batches, count - stop_at))
 
 
-def test_a_reader_that_stands_still_is_not_waited_for(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_server_refuses_a_stopped_client_after_its_patience(
+    info: DatasetInfo, capfd: pytest.CaptureFixture[str]
+) -> None:
     expected = fingerprints(stream(info).batches(0), 20)
-    with fed(info, readers=2, steps=20, patience=2) as feeder:
+    with serving(info, clients=2, steps=20, patience=2) as server:
         result, report = FORK.Pipe(duplex=False)
-        stopped = FORK.Process(target=_read, args=(feeder.reader(), report, 3, 20))
+        stopped = FORK.Process(target=_read, args=(server.client(), report, 3, 20))
         stopped.start()
-        with closing(feeder.reader().batches(0)) as batches:
+        with closing(server.client().batches(0)) as batches:
             assert fingerprints(batches, 20) == expected
         assert result.recv() == expected[:3]
         assert capfd.readouterr().err == ""
         os.kill(stopped.pid or 0, signal.SIGCONT)
         assert result.recv() == expected
         stopped.join()
-        assert "others waited for 2 s; a loader of its own from step" in capfd.readouterr().err
-        made, given = feeder.end()
+        assert "others waited for 2 s; using this module's own loader from step" in capfd.readouterr().err
+        made, sent = server.end()
         assert made == 20
-        assert 20 + 3 <= given < 40
+        assert 20 + 3 <= sent < 40
 
 
-def test_nothing_is_made_that_is_four_batches_ahead(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
-    with fed(info) as feeder:
+def test_server_is_at_most_four_batches_ahead_of_the_slowest_client(
+    info: DatasetInfo, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with serving(info) as server:
         result, report = FORK.Pipe(duplex=False)
-        stopped = FORK.Process(target=_read, args=(feeder.reader(), report, 3, 3))
+        stopped = FORK.Process(target=_read, args=(server.client(), report, 3, 3))
         stopped.start()
         result.recv()  # it stands at step 2
-        with closing(feeder.reader(patience=0.5).batches(6)) as batches:
+        with closing(server.client(timeout=0.5).batches(6)) as batches:
             assert fingerprints(batches, 2) == fingerprints(stream(info).batches(6), 2)
-        assert "no batch for 0.5 s; a loader of its own from step 6 on" in capfd.readouterr().err
+        assert "no batch for 0.5 s; using this module's own loader from step 6" in capfd.readouterr().err
         stopped.kill()
         stopped.join()
-        made, given = feeder.end()
-        assert 3 <= given == made <= 6
+        made, sent = server.end()
+        assert 3 <= sent == made <= 6
 
 
-def test_who_is_ahead_waits_for_the_others_and_is_not_fed_what_it_has(info: DatasetInfo) -> None:
-    """One begins at step 8 of 12, the other at step 2 and leaves at step 5: steps 5 to 7 are for nobody."""
-    with fed(info, readers=2, steps=12) as feeder:
+def test_client_ahead_waits_and_gets_only_the_steps_it_needs(info: DatasetInfo) -> None:
+    """One starts at step 8 of 12, the other at step 2 and leaves at step 5: no client needs steps 5 to 7."""
+    with serving(info, clients=2, steps=12) as server:
         result, report = FORK.Pipe(duplex=False)
-        ahead = FORK.Process(target=_from, args=(feeder.reader(), report, 8, 4))
+        ahead = FORK.Process(target=_from, args=(server.client(), report, 8, 4))
         ahead.start()
-        with closing(feeder.reader().batches(2)) as batches:
+        with closing(server.client().batches(2)) as batches:
             assert fingerprints(batches, 3) == fingerprints(stream(info).batches(2), 3)
         assert result.recv() == fingerprints(stream(info).batches(8), 4)
         ahead.join()
-        made, given = feeder.end()
-        assert 7 <= given <= made <= 10
+        made, sent = server.end()
+        assert 7 <= sent <= made <= 10
 
 
-def test_who_waits_for_others_that_move_stays(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
-    """A long wait is no reason to give the feeder up: it says that it is there."""
-    with fed(info, readers=2, steps=12, patience=4) as feeder:
+def test_client_waiting_for_slower_ones_keeps_the_server(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+    """A wait longer than the timeout does not end the connection: the server sends wait messages."""
+    with serving(info, clients=2, steps=12, patience=4) as server:
         result, report = FORK.Pipe(duplex=False)
-        ahead = FORK.Process(target=_from, args=(feeder.reader(patience=2.5), report, 10, 2))
+        ahead = FORK.Process(target=_from, args=(server.client(timeout=2.5), report, 10, 2))
         ahead.start()
-        with closing(feeder.reader().batches(0)) as batches:
+        with closing(server.client().batches(0)) as batches:
             fingerprints(batches, 1)
             time.sleep(3.2)
             fingerprints(batches, 9)
         assert result.recv() == fingerprints(stream(info).batches(10), 2)
         ahead.join()
-        feeder.end()
-    assert "a loader of its own" not in capfd.readouterr().err
+        server.end()
+    assert OWN_LOADER not in capfd.readouterr().err
 
 
-def _from(reader: FedStream, report: Any, step: int, count: int) -> None:
-    with closing(reader.batches(step)) as batches:
+def _from(client: SharedLoaderClient, report: Any, step: int, count: int) -> None:
+    with closing(client.batches(step)) as batches:
         report.send(fingerprints(batches, count))
 
 
-def test_a_fault_reaches_every_reader(digits: Path, tmp_path: Path) -> None:
+def test_server_sends_a_data_fault_to_the_client(digits: Path, tmp_path: Path) -> None:
     shutil.copytree(digits, tmp_path / "data")
     info = open_dataset(tmp_path / "data")
     (shard,) = info.path.glob("train/**/*.mds")
     shard.unlink()
-    with fed(info, readers=1) as feeder:
+    with serving(info, clients=1) as server:
         with pytest.raises(EnvironmentFault, match=r"shard.*No such file"):
-            next(feeder.reader().batches(0))
-        assert feeder.end() == (0, 0)
+            next(server.client().batches(0))
+        assert server.end() == (0, 0)

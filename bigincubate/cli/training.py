@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ..errors import ConfigError, Exit
 from .app import JsonOption, RecipeArgument, RunDirOption, SetOption, app, command_line, console, fail, say
-
-if TYPE_CHECKING:
-    from ..config import Recipe
 
 
 @app.command()
@@ -106,7 +101,9 @@ def run(
 
     loaded = load_recipe(recipe, sets or (), smoke if small else None)
     if co_train:
-        jobs = _beside_each_other(loaded, jobs, baseline)
+        from ..experimental.shared_loader.launch import count_parallel_jobs, shared_loader_job
+
+        jobs = count_parallel_jobs(loaded, jobs, baseline)
     from ..cluster.local import LocalRunner
     from ..cluster.progress import Reporter
     from ..export import export as export_model
@@ -123,7 +120,8 @@ def run(
     if all(directory.phase(job.phase, job.module).result for job in graph) and whole(exported):
         say(f"{run_dir} is done already")
     with Reporter(console()) as reporter:
-        runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, nproc, co_train)
+        helper = shared_loader_job(directory) if co_train else None
+        runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, nproc, helper)
         code = runner.execute(graph)
     summary = directory.summary()
     if code is Exit.PREEMPTED:
@@ -138,57 +136,6 @@ def run(
     say(f"\nmodel:   {exported}" + (f"\n         {snippet}" if snippet else ""))
     say(f"curves:  tensorboard --logdir {run_dir}")
     say(f"next:    bigincubate evaluate {run_dir} --data {data.path}")
-
-
-def _beside_each_other(loaded: Recipe, jobs: int | None, baseline: bool) -> int:
-    """How many phases run at the same time where all modules do, and the baseline that may have begun before them."""
-    needed = loaded.plan.number + baseline
-    if not sys.platform.startswith("linux"):
-        raise ConfigError("--co-train: modules share memory in a way that only Linux has; leave it out")
-    if loaded.data.decentralised:
-        raise ConfigError("--co-train: with data.decentralised each module sees data of its own; leave it out")
-    if jobs is not None and jobs < needed:
-        what = f"{loaded.plan.number} modules{' and the baseline' if baseline else ''}"
-        raise ConfigError(f"--co-train: {what} run at the same time; give --jobs {needed}, or leave it out")
-    return jobs or needed
-
-
-@app.command(hidden=True)
-def feed(
-    recipe: RecipeArgument,
-    run_dir: RunDirOption,
-    readers: Annotated[int, typer.Option(min=1, help="Modules that will come.")],
-) -> None:
-    """Batches made once for the modules that `run --co-train` trains, which starts this, a process a rank."""
-    from .. import FEED
-    from ..cluster.orphan import die_with_parent
-    from ..cluster.preempt import StopFlag
-    from ..config import load_recipe
-    from ..experimental.shared_loader.fd_socket import listen
-
-    if FEED not in os.environ:
-        raise ConfigError("feed: started by `bigincubate run --co-train`, not by hand")
-    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    with StopFlag() as stop, listen(os.environ[FEED], rank) as listener:  # there before any module looks for it
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves after the modules
-        die_with_parent()
-        loaded = load_recipe(recipe)
-        from ..data.stage import staged
-        from ..experimental.shared_loader.server import Feeder, fingerprint, own_stream
-        from ..rundir import RunDir
-        from ..workflow import ensure_data, ensure_plan
-
-        directory = RunDir(run_dir)
-        data = ensure_data(loaded, directory)
-        _, rows = ensure_plan(loaded, directory, data)
-        steps = max(row.steps for row in rows if row.phase == "incubate")
-        with staged(loaded, data) as (here, copy):
-            what = (here, here.settings("incubate"), copy, rank, world)
-            feeder = Feeder(listener, own_stream(*what), fingerprint(*what), readers=readers, steps=steps)
-            feeder.serve(lambda: stop)
-    say(f"{feeder.made} batches made, {feeder.given} given")
-    if rank == 0:
-        directory.note("fed", made=feeder.made, given=feeder.given)
 
 
 @app.command()

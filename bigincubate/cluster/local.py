@@ -3,21 +3,65 @@
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from .. import FEED
 from ..errors import Exit
 from ..planning.job_graph import Job
 from ..rundir import PhaseDir, RunDir
 from .progress import Reporter
 from .ranks import Ranks
+
+
+@dataclass
+class HelperJob:
+    """Processes that serve the modules, one per rank, from the start of the first module to the end of the last.
+
+    Modules must train without them too: they may fail to start, or end early.
+
+    Attributes:
+        title: What to call it in messages.
+        log: Name of the log files in the run's ``modules/logs``, without suffix.
+        command: Returns the command line for a number of modules.
+        environment: Variables of these processes.
+        module_environment: Variables of the modules' processes.
+        fallback: What modules do without it, for messages.
+        ranks: The processes, once they are started.
+    """
+
+    title: str
+    log: str
+    command: Callable[[int], list[str]]
+    environment: dict[str, str]
+    module_environment: dict[str, str]
+    fallback: str
+    ranks: Ranks | None = None
+
+    def start(self, folder: Path, nproc: int, modules: int) -> None:
+        """Start the processes.
+
+        Args:
+            folder: Where the log files go.
+            nproc: Number of processes.
+            modules: Number of modules that are about to start.
+
+        Raises:
+            OSError: A process could not be started, or the folder not be made.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        logs = [folder / (f"{self.log}.{rank}.log" if rank else f"{self.log}.log") for rank in range(nproc)]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
+        self.ranks = Ranks(self.command(modules), environment, logs)
+
+    def stop(self) -> None:
+        """Ask the processes to leave, if they were started."""
+        if self.ranks is not None:
+            self.ranks.stop()
 
 
 @dataclass
@@ -29,24 +73,20 @@ class LocalRunner:
         jobs: Maximum number of phases that run in parallel.
         reporter: Prints progress.
         nproc: Number of ranks of each phase.
-        co_train: Whether modules share one loader; all of them must then run at the same time.
+        helper: Processes that serve the modules; None: there are none.
         running: The ranks of running jobs, by the key of the job.
         stopping: Whether the run has been asked to stop.
         patience: How many more times a phase may find its directory owned by a previous attempt that was killed.
-        feeder: The processes of the shared loader.
-        place: The address of the shared loader.
     """
 
     run: RunDir
     jobs: int
     reporter: Reporter
     nproc: int = 1
-    co_train: bool = False
+    helper: HelperJob | None = None
     running: dict[str, Ranks] = field(default_factory=dict)
     stopping: bool = False
     patience: int = 20
-    feeder: Ranks | None = None
-    place: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def execute(self, graph: list[Job]) -> Exit:
         """Run the jobs that are not done yet.
@@ -61,8 +101,8 @@ class LocalRunner:
         try:
             while waiting or self.running:
                 ready = self.ready(waiting, done)[: self.jobs - len(self.running)]
-                if self.co_train and self.feeder is None and any(job.phase == "incubate" for job in ready):
-                    self.feed(readers=sum(job.phase == "incubate" for job in ready))
+                if modules := sum(job.phase == "incubate" for job in ready):
+                    self.start_helper(modules)
                 for job in ready:
                     waiting.remove(job)
                     try:
@@ -88,7 +128,7 @@ class LocalRunner:
                     else:
                         failed[job.key] = code
                         self.reporter.failed(job, code, ranks.reason, ranks.log)
-                self.tend(waiting)
+                self.check_helper(waiting)
                 self.reporter.update([(job, self.folder(job)) for job in graph if job.key in self.running])
                 time.sleep(0.2)
         finally:
@@ -96,8 +136,8 @@ class LocalRunner:
                 signal.signal(number, handler)
             for ranks in self.running.values():  # some are left only after an error in this loop
                 ranks.stop()
-            if self.feeder is not None:
-                self.feeder.end()
+            if self.helper is not None and self.helper.ranks is not None:
+                self.helper.ranks.end()
         if failed:
             return Exit(next(iter(failed.values()))) if next(iter(failed.values())) in set(Exit) else Exit.ENVIRONMENT
         return Exit.PREEMPTED if self.stopping else Exit.DONE
@@ -119,8 +159,8 @@ class LocalRunner:
         command += ["--run-dir", str(self.run.path), "--phase", job.phase]
         command += ["--module", str(job.module)] if job.module is not None else []
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
-        if self.co_train and job.phase == "incubate":
-            environment[FEED] = self.place
+        if self.helper is not None and job.phase == "incubate":
+            environment |= self.helper.module_environment
         # cores are divided among processes, so that they do not compete
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (parallel * self.nproc))))
         # threads that spin while they wait slow a step down several times when another process is running
@@ -130,38 +170,30 @@ class LocalRunner:
             self.running[job.key].stop()
         self.reporter.started(job)
 
-    def feed(self, readers: int) -> None:
-        """Start the shared loader of the modules, one process per rank. If that fails, each module loads its own data.
-
-        Args:
-            readers: Number of modules that will connect.
-        """
-        folder = self.run.path / "modules" / "logs"
-        logs = [folder / (f"feed.{rank}.log" if rank else "feed.log") for rank in range(self.nproc)]
-        command = [sys.executable, "-m", "bigincubate", "feed", str(self.run.recipe_file)]
-        command += ["--run-dir", str(self.run.path), "--readers", str(readers)]
-        # one thread, as in a loader's worker, and no GPU
-        own = {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", FEED: self.place}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.feeder = Ranks(command, {**os.environ, **own}, logs)
-        except OSError as error:
-            self.co_train = False
-            self.reporter.say(f"no shared loader ({error.filename}: {error.strerror}); each module loads its own data")
+    def start_helper(self, modules: int) -> None:
+        """Start the helper job with the first modules. If that fails, modules run without it."""
+        helper = self.helper
+        if helper is None or helper.ranks is not None:
             return
-        if self.stopping:  # since it was being started
-            self.feeder.stop()
+        try:
+            helper.start(self.run.path / "modules" / "logs", self.nproc, modules)
+        except OSError as error:
+            self.helper = None
+            reason = f"{error.filename}: {error.strerror}"
+            self.reporter.say(f"{helper.title}: could not be started ({reason}); {helper.fallback}")
+            return
+        if self.stopping:  # asked to while it was started
+            helper.stop()
 
-    def tend(self, waiting: list[Job]) -> None:
-        """Stop the shared loader when no module needs it any more; report it if it ended before."""
-        feeder = self.feeder
-        if feeder is None:
+    def check_helper(self, waiting: list[Job]) -> None:
+        """Stop the helper job once no module needs it; report it if it ended before."""
+        if self.helper is None or (ranks := self.helper.ranks) is None:
             return
         if not any(key.startswith("incubate/") for key in (*self.running, *(job.key for job in waiting))):
-            feeder.stop()
-        if feeder.poll() is not None and not feeder.asked:
-            self.reporter.say(f"the shared loader ended: {feeder.reason}; each module now loads its own data")
-            feeder.stop()  # report it once
+            ranks.stop()
+        if ranks.poll() is not None and not ranks.asked:
+            self.reporter.say(f"{self.helper.title}: {ranks.reason}; {self.helper.fallback}")
+            ranks.stop()  # report it once
 
     def finished(self, graph: list[Job]) -> Iterator[tuple[Job, Ranks, int]]:
         """Remove the jobs that have ended from ``running``, and yield each with its ranks and exit code."""
@@ -185,5 +217,5 @@ class LocalRunner:
             self.reporter.say("stopping: each running phase writes a checkpoint first")
             for ranks in self.running.values():
                 ranks.stop()
-            if self.feeder is not None:
-                self.feeder.stop()
+            if self.helper is not None:
+                self.helper.stop()

@@ -137,6 +137,32 @@ class TrainStream:
                 raise RuntimeError(f"the loader ended before epoch {epoch} did, at step {step}")
 
 
+def make_train_stream(
+    recipe: config.Recipe,
+    settings: config.Settings,
+    info: DatasetInfo,
+    rank: int,
+    world: int,
+    features: DatasetInfo | None = None,
+) -> TrainStream:
+    """Return the training batches of a phase on one rank.
+
+    Raises:
+        ConfigError: As `TrainStream`.
+    """
+    return TrainStream(
+        info,
+        recipe.data,
+        settings.augment,
+        img_size=settings.model.img_size,
+        seed=settings.train.seed,
+        batch_size=settings.train.batch_size,
+        rank=rank,
+        world=world,
+        features=features,
+    )
+
+
 class EvalStream:
     """The samples of a split, each exactly once: rank r of W gets r, r + W, … and no padding.
 

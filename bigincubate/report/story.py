@@ -65,8 +65,8 @@ def _event(event: dict[str, Any], titles: dict[str, str]) -> Moment:
             return Moment(time, f"went on elsewhere or otherwise: {'; '.join(event['changes'])}")
         case "done":
             return Moment(time, f"{title}: done after {event['steps']:,} steps")
-        case "fed":
-            return Moment(time, f"co-trained: {event['made']:,} batches made, {event['given']:,} given to modules")
+        case "shared_loader":
+            return Moment(time, f"co-trained: {event['made']:,} batches made, {event['sent']:,} sent to modules")
         case "partial_assembly":
             return Moment(time, f"{title}: scored beside the modules that were finished ({ranges(event['joined'])})")
         case "rolled_back":

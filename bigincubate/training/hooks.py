@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
 from typing import Protocol
 
 from torch import nn
 
 from ..cluster.env import RunEnv
-from ..config import Settings
+from ..config import Recipe, Settings
+from ..data.dataset import DatasetInfo
+from ..data.streams import Batch, TrainStream
 from ..imports import load_object
 from ..sharding import Sharding
+
+BATCH_SOURCE = "BIGINCUBATE_BATCH_SOURCE"  # environment variable: "package.module:function"
 
 
 class LearningRateHook(Protocol):
@@ -61,3 +67,41 @@ def make_learning_rate_hook(
         return None
     hook: LearningRateHook = load_object(name, key="optim.lr_scaling")(model, settings, sharding, env, micro_batches)
     return hook
+
+
+class BatchStream(Protocol):
+    """Where the trainer gets its batches from.
+
+    Attributes:
+        steps_per_epoch: Optimizer steps per epoch.
+    """
+
+    steps_per_epoch: int
+
+    def batches(self, step: int) -> Generator[Batch, None, None]:
+        """Yield the batches from optimizer step ``step`` on."""
+        ...
+
+
+def apply_batch_source(
+    stream: TrainStream, recipe: Recipe, settings: Settings, data: DatasetInfo, env: RunEnv
+) -> BatchStream:
+    """Return the stream to train from: ``stream``, or what a batch source makes of it.
+
+    A batch source is a function of the same arguments, named by the environment variable `BATCH_SOURCE`. It must yield
+    the batches that ``stream`` would. The variable is removed, so that it reaches no child process.
+
+    Args:
+        stream: The phase's own stream on this rank.
+        recipe: The recipe of the run.
+        settings: The settings of the phase.
+        data: The data set that the phase sees.
+        env: The ranks of the phase.
+
+    Raises:
+        ConfigError: The name cannot be loaded.
+    """
+    if (name := os.environ.pop(BATCH_SOURCE, None)) is None:
+        return stream
+    wrapped: BatchStream = load_object(name, key=BATCH_SOURCE)(stream, recipe, settings, data, env)
+    return wrapped

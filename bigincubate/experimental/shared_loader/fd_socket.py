@@ -1,7 +1,7 @@
-"""How processes of this user on this machine hand memory to each other: JSON messages on a socket, memory beside them.
+"""JSON messages and shared memory between processes of one user on one machine.
 
-The socket is Linux's: its address is no file and the memory has no name, so nothing is left behind, whoever is killed.
-It keeps messages apart. Nothing is unpickled.
+The socket is in Linux's abstract namespace and the memory has no name, so nothing is left behind when a process is
+killed. The socket keeps message boundaries. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -14,73 +14,72 @@ import time
 from contextlib import suppress
 from typing import Any
 
-LONGEST = 1 << 16  # bytes of a message
-CONNECT = 5.0  # seconds that the other side may need to be there
+MAX_MESSAGE_BYTES = 1 << 16
+CONNECT_TIMEOUT = 5.0  # seconds to wait for a server that is still starting
 
 
-def address(place: str, rank: int) -> str:
-    return f"\0bigincubate-{place}-{rank}"
+def _address(name: str, rank: int) -> str:
+    return f"\0bigincubate-{name}-{rank}"
 
 
-def listen(place: str, rank: int) -> socket.socket:
-    """
+def listen(name: str, rank: int) -> socket.socket:
+    """Return a listening socket.
+
     Args:
-        place: a name that nobody can guess. rank: there is a socket for each.
+        name: A name that cannot be guessed.
+        rank: There is one socket per rank.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    listener.bind(address(place, rank))
+    listener.bind(_address(name, rank))
     listener.listen()
     return listener
 
 
 def accept(listener: socket.socket) -> socket.socket | None:
-    """The next one that has come; None where it is not this user's, and was sent away."""
-    line, _ = listener.accept()
-    if not _ours(line):
-        line.close()
+    """Return the next connection; None after refusing one of another user."""
+    connection, _ = listener.accept()
+    if not _is_same_user(connection):
+        connection.close()
         return None
-    return line
+    return connection
 
 
-def connect(place: str, rank: int) -> socket.socket | None:
-    """To who listens there; None where nobody of this user does."""
-    deadline = time.monotonic() + CONNECT
+def connect(name: str, rank: int) -> socket.socket | None:
+    """Return a connection to the server of this user; None if there is none within `CONNECT_TIMEOUT`."""
+    deadline = time.monotonic() + CONNECT_TIMEOUT
     while True:
-        line = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with suppress(OSError):
-            line.connect(address(place, rank))
-            if _ours(line):
-                return line
-        line.close()
+            connection.connect(_address(name, rank))
+            if _is_same_user(connection):
+                return connection
+        connection.close()
         if time.monotonic() > deadline:
             return None
         time.sleep(0.05)
 
 
-def tell(line: socket.socket, message: dict[str, Any], *memory: int) -> None:
-    """
-    Args:
-        memory: descriptors that the other side gets as its own.
+def send_message(connection: socket.socket, message: dict[str, Any], *descriptors: int) -> None:
+    """Send a message and file descriptors, which the receiver gets as its own.
 
     Raises:
-        OSError: the other side is gone.
+        OSError: The other side is gone.
     """
-    socket.send_fds(line, [json.dumps(message).encode()], memory)
+    socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
 
 
-def hear(line: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """The next message, and the descriptors that came with it.
+def recv_message(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Return the next message and the file descriptors that came with it.
 
     Raises:
-        OSError: the other side is gone, or said nothing for as long as the socket waits.
+        OSError: The other side is gone, or sent nothing within the socket's timeout.
     """
-    text, memory, _, _ = socket.recv_fds(line, LONGEST, 1)
+    text, descriptors, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1)
     if not text:
         raise ConnectionError("it has ended")
-    return json.loads(text), memory
+    return json.loads(text), descriptors
 
 
-def _ours(line: socket.socket) -> bool:
-    """Whether the other side belongs to this user."""
-    credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+def _is_same_user(connection: socket.socket) -> bool:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return struct.unpack("3i", credentials)[1] == os.getuid()

@@ -1,164 +1,51 @@
-"""Batches that are made once and read by several: modules that train at the same time share one loader.
-
-A `Feeder` makes a rank's batches with the `TrainStream` that each module would have, and hands every one to all its
-readers, in memory that they map and the kernel frees with its last reader. It is at most ``DEPTH`` batches ahead of the
-slowest. A `FedStream` is a module's end. Whatever happens to the feeder or to another module, it goes on from the very
-step with a stream of its own, and a batch is a function of the step: the bits are the same.
-"""
+"""The process that makes the batches of one rank and sends each of them to all modules."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import mmap
 import os
 import selectors
 import socket
-import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ... import FEED
-from ...config import Recipe, Settings
-from ...data.dataset import DatasetInfo
 from ...data.streams import Batch, TrainStream
 from ...errors import EnvironmentFault
-from .fd_socket import accept, connect, hear, tell
+from .fd_socket import accept, recv_message, send_message
+from .packing import pack_batch
 
-DEPTH = 4  # batches from the slowest reader's to the newest
-PATIENCE = 60.0  # seconds that readers wait for one that is late, or stands still
-TICK = 0.2  # seconds from one look at the last call to the next
-ALIGNED = 64  # bytes, as torch's own memory is: sums may depend on it
-
-
-# ------------------------------------------------------------------------------------------------ which stream
-
-
-def training_stream(
-    recipe: Recipe, settings: Settings, info: DatasetInfo, rank: int, world: int
-) -> TrainStream | FedStream:
-    """A phase's training batches; a co-trained module's from the feeder that the environment names.
-
-    Raises:
-        ConfigError: as `TrainStream`.
-    """
-    own = own_stream(recipe, settings, info, rank, world)
-    if (place := os.environ.pop(FEED, None)) is None:
-        return own
-    return FedStream(own, connect(place, rank), fingerprint(recipe, settings, info, rank, world))
-
-
-def own_stream(recipe: Recipe, settings: Settings, info: DatasetInfo, rank: int, world: int) -> TrainStream:
-    return TrainStream(
-        info,
-        recipe.data,
-        settings.augment,
-        img_size=settings.model.img_size,
-        seed=settings.train.seed,
-        batch_size=settings.train.batch_size,
-        rank=rank,
-        world=world,
-    )
-
-
-def fingerprint(recipe: Recipe, settings: Settings, info: DatasetInfo, rank: int, world: int) -> str:
-    """SHA-256 of all that a rank's batches depend on."""
-    order = {key: value for key, value in recipe.identity.items() if key.startswith("data.")}
-    look = [settings.augment.model_dump(), settings.model.img_size]
-    cut = [settings.train.seed, settings.train.batch_size, rank, world]
-    text = json.dumps([info.digest, order, look, cut], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ a reader
-
-
-class FedStream:
-    """A `TrainStream` whose batches somebody else makes, as long as that goes well.
-
-    Args:
-        own: the stream to go on with alone. line: to the feeder; None: alone from the beginning.
-        digest: the `fingerprint` that the feeder's stream must have.
-        patience: seconds without a batch, after which the feeder is given up.
-    """
-
-    def __init__(
-        self, own: TrainStream, line: socket.socket | None, digest: str, *, patience: float = 3 * PATIENCE
-    ) -> None:
-        self.steps_per_epoch = own.steps_per_epoch
-        self._own, self._line, self._digest, self._patience = own, line, digest, patience
-        if line is None:
-            _say("nobody is there")
-
-    def batches(self, step: int) -> Generator[Batch, None, None]:
-        """Batches from optimizer step ``step`` on. One iterator at a time, and the first alone is fed: the feeder does
-        not go back.
-
-        Raises:
-            EnvironmentFault: a shard or an image that cannot be read, here or by the feeder.
-        """
-        with closing(self._fed(step)) as fed:
-            for batch in fed:
-                yield batch
-                step += 1
-        yield from self._own.batches(step)
-
-    def _fed(self, step: int) -> Generator[Batch, None, None]:
-        line, self._line = self._line, None
-        if line is None:
-            return
-        with line:
-            line.settimeout(self._patience)
-            try:
-                while True:
-                    tell(line, {"step": step, "digest": self._digest})  # done with all before it
-                    message, memory = hear(line)
-                    while "wait" in message:
-                        message, memory = hear(line)
-                    if "fault" in message:
-                        raise EnvironmentFault(message["fault"])
-                    if message.get("step") != step:
-                        raise ConnectionError(message.get("refused", "it gave another step"))
-                    yield unpack(message["columns"], memory[0])
-                    step += 1
-            except TimeoutError:
-                _say(f"no batch for {self._patience:g} s", step)
-            except OSError as error:
-                _say(str(error), step)
-
-
-def _say(reason: str, step: int | None = None) -> None:
-    since = "" if step is None else f" from step {step} on"
-    print(f"shared loader: {reason}; a loader of its own{since}", file=sys.stderr, flush=True)
-
-
-# ------------------------------------------------------------------------------------------------ the feeder
+MAX_AHEAD = 4  # batches from the slowest client's to the newest
+PATIENCE = 60.0  # seconds that clients wait for one that is late or has stopped
+POLL_INTERVAL = 0.2  # seconds between two looks at whether to stop
 
 
 @dataclass(eq=False)
-class _Reader:
-    line: socket.socket
-    at: int = -1  # the step whose batch it wants or has; before its first word -1
-    since: float = field(default_factory=time.monotonic)  # its last word
+class _Client:
+    connection: socket.socket
+    step: int = -1  # the step whose batch it requested; -1 before its first request
+    requested_at: float = field(default_factory=time.monotonic)
 
 
-class Feeder:
-    """Gives the batches of ``stream`` to all readers that come to ``listener``.
+class SharedLoaderServer:
+    """Send the batches of a stream to all clients that connect.
 
-    It begins once ``readers`` of them have come and said from which step on, or `patience` after the first: at the
-    lowest step. A reader whose step is over is refused, and so is one that kept others waiting for all that time.
+    It starts once all expected clients have connected and requested a step, or ``patience`` seconds after the first
+    one did, at the lowest requested step. It makes at most `MAX_AHEAD` batches more than the slowest client has used.
+    Refused are a client whose step is over and one that kept the others waiting for ``patience`` seconds.
 
     Args:
-        digest: the stream's `fingerprint`. steps: how many there are in all; none after them is made.
+        listener: The socket that clients connect to.
+        stream: Makes the batches.
+        digest: The stream's `batch_digest`, which clients must have too.
+        clients: Number of clients to expect.
+        steps: Number of steps; no batch after them is made.
+        patience: Seconds that clients wait for one that is late.
 
-    ``made`` counts batches, ``given`` each batch for each of its readers.
+    Attributes:
+        batches_made: Number of batches made.
+        batches_sent: Number of batches sent, each batch counted once per client.
     """
 
     def __init__(
@@ -167,181 +54,136 @@ class Feeder:
         stream: TrainStream,
         digest: str,
         *,
-        readers: int,
+        clients: int,
         steps: int,
         patience: float = PATIENCE,
     ) -> None:
         self.stream, self.digest, self.steps, self.patience = stream, digest, steps, patience
-        self.made = self.given = 0
-        self._readers: list[_Reader] = []
-        self._missing = readers  # how many have not come yet
-        self._first = math.inf  # when the first one came
-        self._last_call = False
+        self.batches_made = self.batches_sent = 0
+        self._clients: list[_Client] = []
+        self._missing = clients  # how many have not connected yet
+        self._first_connected_at = math.inf
+        self._stopping = False
         self._step = 0  # of the next batch
-        self._reassured = time.monotonic()  # when those that wait were last told so
+        self._notified_at = time.monotonic()  # when waiting clients were last told to wait
         self._batches: Generator[Batch, None, None] | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
-    def serve(self, last_call: Callable[[], object]) -> None:
-        """Until ``last_call()`` (then nobody comes any more), and all readers have left."""
+    def serve(self, stop_requested: Callable[[], object]) -> None:
+        """Serve until ``stop_requested()`` (no new client is expected from then on) and all clients have left."""
         while True:
-            self._last_call = bool(last_call())
-            self._listen(0 if self._due() else TICK)
-            if self._last_call and not self._readers:
+            self._stopping = bool(stop_requested())
+            self._poll(0 if self._batch_is_due() else POLL_INTERVAL)
+            if self._stopping and not self._clients:
                 break
-            if self._due():
-                self._make()
+            if self._batch_is_due():
+                self._make_batch()
             else:
-                self._dismiss_idle()
-                self._reassure()
+                self._refuse_slow_clients()
+                self._notify_waiting_clients()
         if self._batches is not None:
             self._batches.close()
         for key in list(self._selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]
         self._selector.close()
 
-    # ---- who is there
+    # -------------------------------------------------------------------------------------- clients
 
-    def _listen(self, timeout: float) -> None:
+    def _poll(self, timeout: float) -> None:
         for key, _ in self._selector.select(timeout):
             if key.data is not None:
-                self._hear(key.data)
-            elif (line := accept(key.fileobj)) is not None:  # type: ignore[arg-type]
-                line.setblocking(False)
-                self._readers.append(reader := _Reader(line))
-                self._selector.register(line, selectors.EVENT_READ, reader)
+                self._receive(key.data)
+            elif (connection := accept(key.fileobj)) is not None:  # type: ignore[arg-type]
+                connection.setblocking(False)
+                self._clients.append(client := _Client(connection))
+                self._selector.register(connection, selectors.EVENT_READ, client)
                 self._missing -= 1
-                self._first = min(self._first, reader.since)
+                self._first_connected_at = min(self._first_connected_at, client.requested_at)
 
-    def _hear(self, reader: _Reader) -> None:
+    def _receive(self, client: _Client) -> None:
         try:
-            said, _ = hear(reader.line)
+            request, _ = recv_message(client.connection)
         except OSError:
-            self._forget(reader)
+            self._disconnect(client)
             return
-        if reader not in self._readers:
+        if client not in self._clients:
             return  # refused, and has not read it yet
-        if said["digest"] != self.digest:
-            self._dismiss(reader, refused="it makes other batches")
-        elif reader.at < 0 and said["step"] < self._step:
-            self._dismiss(reader, refused=f"step {said['step']} is over")
+        if request["digest"] != self.digest:
+            self._dismiss(client, refused="it makes other batches")
+        elif client.step < 0 and request["step"] < self._step:
+            self._dismiss(client, refused=f"step {request['step']} is over")
         else:
-            reader.at, reader.since = said["step"], time.monotonic()
+            client.step, client.requested_at = request["step"], time.monotonic()
 
-    def _dismiss(self, reader: _Reader, **why: str) -> None:
-        """Tell it why it gets no more; it closes the line when it has read that."""
-        self._readers.remove(reader)
-        self._tell(reader, why)
+    def _dismiss(self, client: _Client, **reason: str) -> None:
+        """Tell a client why it gets no more batches; it closes the connection when it has read that."""
+        self._clients.remove(client)
+        self._send(client, reason)
 
-    def _dismiss_idle(self) -> None:
-        """Let those go that have kept others waiting for too long."""
-        here = [reader for reader in self._readers if reader.at >= 0]
-        waiting = [reader.since for reader in here if reader.at == self._step]
-        slow = [reader for reader in here if reader.at <= self._step - DEPTH]
+    def _refuse_slow_clients(self) -> None:
+        active = [client for client in self._clients if client.step >= 0]
+        waiting = [client.requested_at for client in active if client.step == self._step]
+        slow = [client for client in active if client.step <= self._step - MAX_AHEAD]
         if waiting and slow:
-            since = max(min(waiting), *(reader.since for reader in slow))
+            since = max(min(waiting), *(client.requested_at for client in slow))
             if time.monotonic() - since > self.patience:
-                for reader in slow:
-                    self._dismiss(reader, refused=f"others waited for {self.patience:g} s")
+                for client in slow:
+                    self._dismiss(client, refused=f"others waited for {self.patience:g} s")
 
-    def _reassure(self) -> None:
-        """Tell those that wait for others that this is all they wait for."""
-        if (now := time.monotonic()) - self._reassured > self.patience / 4:
-            self._reassured = now
-            for reader in [reader for reader in self._readers if reader.at >= self._step]:
-                self._tell(reader, {"wait": self._step})
+    def _notify_waiting_clients(self) -> None:
+        """Tell clients that wait for slower ones that the server is still there."""
+        if (now := time.monotonic()) - self._notified_at > self.patience / 4:
+            self._notified_at = now
+            for client in [client for client in self._clients if client.step >= self._step]:
+                self._send(client, {"wait": self._step})
 
-    def _tell(self, reader: _Reader, message: dict[str, Any], *memory: int) -> bool:
+    def _send(self, client: _Client, message: dict[str, Any], *descriptors: int) -> bool:
         try:
-            tell(reader.line, message, *memory)
+            send_message(client.connection, message, *descriptors)
         except OSError:
-            self._forget(reader)
+            self._disconnect(client)
             return False
         return True
 
-    def _forget(self, reader: _Reader) -> None:
-        if reader in self._readers:
-            self._readers.remove(reader)
-        self._selector.unregister(reader.line)
-        reader.line.close()
+    def _disconnect(self, client: _Client) -> None:
+        if client in self._clients:
+            self._clients.remove(client)
+        self._selector.unregister(client.connection)
+        client.connection.close()
 
-    # ---- batches
+    # -------------------------------------------------------------------------------------- batches
 
-    def _due(self) -> bool:
-        """Whether a batch is to be made now."""
-        steps = [reader.at for reader in self._readers if reader.at >= 0]
-        late = self._missing > 0 or len(steps) < len(self._readers)
-        if not steps or (late and not self._begun()):
+    def _batch_is_due(self) -> bool:
+        steps = [client.step for client in self._clients if client.step >= 0]
+        clients_missing = self._missing > 0 or len(steps) < len(self._clients)
+        if not steps or (clients_missing and not self._started()):
             return False
-        return max(self._step, min(steps)) < min(min(steps) + DEPTH, self.steps)
+        return max(self._step, min(steps)) < min(min(steps) + MAX_AHEAD, self.steps)
 
-    def _begun(self) -> bool:
-        return bool(self.made) or self._last_call or time.monotonic() - self._first > self.patience
+    def _started(self) -> bool:
+        waited = time.monotonic() - self._first_connected_at
+        return bool(self.batches_made) or self._stopping or waited > self.patience
 
-    def _make(self) -> None:
-        """The next batch, for all that want it."""
-        lowest = min(reader.at for reader in self._readers if reader.at >= 0)
-        if self._batches is None or lowest > self._step:  # nobody wants what lies between
+    def _make_batch(self) -> None:
+        """Make the next batch and send it to all clients that want it."""
+        lowest = min(client.step for client in self._clients if client.step >= 0)
+        if self._batches is None or lowest > self._step:  # no client wants the steps between
             if self._batches is not None:
                 self._batches.close()
             self._step = max(lowest, self._step)
             self._batches = self.stream.batches(self._step)
-        due = [reader for reader in self._readers if 0 <= reader.at <= self._step]
+        receivers = [client for client in self._clients if 0 <= client.step <= self._step]
         try:
             batch = next(self._batches)
         except EnvironmentFault as fault:
             self._batches = None
-            for reader in due:
-                self._dismiss(reader, fault=str(fault))
+            for client in receivers:
+                self._dismiss(client, fault=str(fault))
             return
-        self.made += 1
-        columns, memory = pack(batch)
-        for reader in due:
-            self.given += self._tell(reader, {"step": self._step, "columns": columns}, memory)
+        self.batches_made += 1
+        layout, memory = pack_batch(batch)
+        for client in receivers:
+            self.batches_sent += self._send(client, {"step": self._step, "layout": layout}, memory)
         os.close(memory)
         self._step += 1
-
-
-# ------------------------------------------------------------------------------------------------ memory
-
-Columns = dict[str, tuple[str, list[int], int]]  # name -> dtype, shape, byte at which it begins
-
-
-def pack(batch: Batch) -> tuple[Columns, int]:
-    """What a batch has, and a descriptor of new memory that holds it."""
-    layout: Columns = {}
-    size = 0
-    held = {name: column for name in _names() if (column := getattr(batch, name)) is not None}
-    for name, column in held.items():
-        layout[name] = (str(column.dtype).removeprefix("torch."), list(column.shape), size)
-        size += math.ceil(column.nbytes / ALIGNED) * ALIGNED
-    descriptor = os.memfd_create("bigincubate-batch")
-    os.ftruncate(descriptor, size)
-    with open(descriptor, "wb", closefd=False) as memory:  # half as long as through a map, whose pages fault one by one
-        for name, column in held.items():
-            memory.seek(layout[name][2])
-            memory.write(memoryview(column.contiguous().numpy()).cast("B"))
-    return layout, descriptor
-
-
-def unpack(columns: Columns, descriptor: int) -> Batch:
-    """The batch, not copied (on a machine with CUDA, into pinned memory); the descriptor is closed. Writing to it would
-    change nobody else's."""
-    try:
-        memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-    finally:
-        os.close(descriptor)
-    held = {name: _view(memory, *columns[name]) for name in _names() if name in columns}
-    if torch.cuda.is_available():
-        held = {name: column.pin_memory() for name, column in held.items()}
-    return Batch(**held)
-
-
-def _view(memory: mmap.mmap, dtype: str, shape: list[int], begin: int) -> Tensor:
-    flat = torch.frombuffer(memory, dtype=getattr(torch, dtype), count=math.prod(shape), offset=begin)
-    return flat.view(shape)
-
-
-def _names() -> list[str]:
-    return [field.name for field in fields(Batch)]

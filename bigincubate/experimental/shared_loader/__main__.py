@@ -1,0 +1,69 @@
+"""Run one rank's server. Started by ``bigincubate run --co-train``, one process per rank."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ...cluster.orphan import die_with_parent
+from ...cluster.preempt import StopFlag
+from ...config import load_recipe
+from ...errors import BigincubateError, ConfigError
+from . import SERVER_NAME
+from .fd_socket import listen
+
+
+def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
+    """Make the batches of this rank and send them to the modules until all of them have left.
+
+    Args:
+        recipe_file: The recipe of the run.
+        run_dir: The directory of the run.
+        clients: Number of modules to expect.
+    """
+    if SERVER_NAME not in os.environ:
+        raise ConfigError("shared loader: started by `bigincubate run --co-train`, not by hand")
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    with StopFlag() as stop, listen(os.environ[SERVER_NAME], rank) as listener:  # before any module looks for it
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves after the modules
+        die_with_parent()
+        recipe = load_recipe(recipe_file)
+        from ...data.stage import staged
+        from ...data.streams import make_train_stream
+        from ...rundir import RunDir
+        from ...workflow import ensure_data, ensure_plan
+        from .client import batch_digest
+        from .server import SharedLoaderServer
+
+        run = RunDir(run_dir)
+        data = ensure_data(recipe, run)
+        _, rows = ensure_plan(recipe, run, data)
+        steps = max(row.steps for row in rows if row.phase == "incubate")
+        with staged(recipe, data) as (staged_recipe, staged_data):
+            inputs = (staged_recipe, staged_recipe.settings("incubate"), staged_data, rank, world)
+            stream, digest = make_train_stream(*inputs), batch_digest(*inputs)
+            server = SharedLoaderServer(listener, stream, digest, clients=clients, steps=steps)
+            server.serve(lambda: stop)
+    print(f"{server.batches_made} batches made, {server.batches_sent} sent", flush=True)
+    if rank == 0:
+        run.note("shared_loader", made=server.batches_made, sent=server.batches_sent)
+
+
+def main() -> None:
+    """Parse the command line and serve; a known error is one line and its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bigincubate.experimental.shared_loader", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--clients", type=int, required=True, help="number of modules")
+    arguments = parser.parse_args()
+    try:
+        serve(arguments.recipe, arguments.run_dir, arguments.clients)
+    except BigincubateError as error:
+        print(f"bigincubate: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.code) from None
+
+
+main()

@@ -1,0 +1,104 @@
+"""A module's end of the shared loader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import sys
+from collections.abc import Generator
+from contextlib import closing
+
+from ...cluster.env import RunEnv
+from ...config import Recipe, Settings
+from ...data.dataset import DatasetInfo
+from ...data.streams import Batch, TrainStream
+from ...errors import EnvironmentFault
+from . import SERVER_NAME
+from .fd_socket import connect, recv_message, send_message
+from .packing import unpack_batch
+
+TIMEOUT = 180.0  # seconds without a message after which a client gives the server up
+
+
+def use_shared_loader(
+    stream: TrainStream, recipe: Recipe, settings: Settings, data: DatasetInfo, env: RunEnv
+) -> SharedLoaderClient:
+    """Return ``stream`` with its batches taken from the shared loader: a batch source (see `training.hooks`)."""
+    connection = connect(os.environ.pop(SERVER_NAME, ""), env.rank)
+    return SharedLoaderClient(stream, connection, batch_digest(recipe, settings, data, env.rank, env.world))
+
+
+def batch_digest(recipe: Recipe, settings: Settings, data: DatasetInfo, rank: int, world: int) -> str:
+    """Return the SHA-256 of everything that a rank's batches depend on."""
+    order = {key: value for key, value in recipe.identity.items() if key.startswith("data.")}
+    transform = [settings.augment.model_dump(), settings.model.img_size]
+    share = [settings.train.seed, settings.train.batch_size, rank, world]
+    text = json.dumps([data.digest, order, transform, share], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class SharedLoaderClient:
+    """A `TrainStream` whose batches come from the shared loader, as long as that works.
+
+    If the server is missing, ends, refuses or is too late, the client continues at the same step with its own stream.
+    A batch is a function of the step, so the bits are the same.
+
+    Args:
+        own: The stream to continue with.
+        connection: To the server; None if there is none.
+        digest: The `batch_digest` that the server's stream must have.
+        timeout: Seconds without a message after which the server is given up.
+    """
+
+    def __init__(
+        self, own: TrainStream, connection: socket.socket | None, digest: str, *, timeout: float = TIMEOUT
+    ) -> None:
+        self.steps_per_epoch = own.steps_per_epoch
+        self._own, self._connection, self._digest, self._timeout = own, connection, digest, timeout
+        if connection is None:
+            _report("not found")
+
+    def batches(self, step: int) -> Generator[Batch, None, None]:
+        """Yield batches from optimizer step ``step`` on.
+
+        One iterator at a time. Only the first one uses the server, which does not go back to earlier steps.
+
+        Raises:
+            EnvironmentFault: A shard or an image cannot be read, here or by the server.
+        """
+        with closing(self._received(step)) as received:
+            for batch in received:
+                yield batch
+                step += 1
+        yield from self._own.batches(step)
+
+    def _received(self, step: int) -> Generator[Batch, None, None]:
+        connection, self._connection = self._connection, None
+        if connection is None:
+            return
+        with connection:
+            connection.settimeout(self._timeout)
+            try:
+                while True:
+                    # a request for a step acknowledges all steps before it
+                    send_message(connection, {"step": step, "digest": self._digest})
+                    message, descriptors = recv_message(connection)
+                    while "wait" in message:
+                        message, descriptors = recv_message(connection)
+                    if "fault" in message:
+                        raise EnvironmentFault(message["fault"])
+                    if message.get("step") != step:
+                        raise ConnectionError(message.get("refused", "it sent another step"))
+                    yield unpack_batch(message["layout"], descriptors[0])
+                    step += 1
+            except TimeoutError:
+                _report(f"no batch for {self._timeout:g} s", step)
+            except OSError as error:
+                _report(str(error), step)
+
+
+def _report(reason: str, step: int | None = None) -> None:
+    since = "" if step is None else f" from step {step}"
+    print(f"shared loader: {reason}; using this module's own loader{since}", file=sys.stderr, flush=True)

@@ -1,0 +1,57 @@
+"""What ``bigincubate run --co-train`` needs: its checks, and the server as a helper job of the local launcher."""
+
+from __future__ import annotations
+
+import secrets
+import sys
+from typing import TYPE_CHECKING
+
+from ...errors import ConfigError
+from . import SERVER_NAME
+
+if TYPE_CHECKING:
+    from ...cluster.local import HelperJob
+    from ...config import Recipe
+    from ...rundir import RunDir
+
+
+def count_parallel_jobs(recipe: Recipe, jobs: int | None, baseline: bool) -> int:
+    """Return how many phases run in parallel: all modules, and the baseline, which may have started before them.
+
+    Args:
+        recipe: The recipe of the run.
+        jobs: The limit that the user gave, if any.
+        baseline: Whether the end-to-end baseline is trained too.
+
+    Raises:
+        ConfigError: Modules of this recipe cannot share a loader, or ``jobs`` is too small.
+    """
+    needed = recipe.plan.number + baseline
+    if not sys.platform.startswith("linux"):
+        raise ConfigError("--co-train: the shared memory that it uses exists on Linux only; omit it")
+    if recipe.data.decentralised:
+        raise ConfigError("--co-train: with data.decentralised each module has its own data; omit one of them")
+    if recipe.incubate.prefix_cache:
+        raise ConfigError("--co-train: with incubate.prefix_cache each module has its own rows; omit one of them")
+    if jobs is not None and jobs < needed:
+        what = f"{recipe.plan.number} modules{' and the baseline' if baseline else ''}"
+        raise ConfigError(f"--co-train: {what} train in parallel; use --jobs {needed}, or omit --co-train")
+    return jobs or needed
+
+
+def shared_loader_job(run: RunDir) -> HelperJob:
+    """Return the server's processes as a helper job."""
+    from ...cluster.local import HelperJob
+    from ...training.hooks import BATCH_SOURCE
+
+    name = {SERVER_NAME: secrets.token_hex(16)}
+    command = [sys.executable, "-m", "bigincubate.experimental.shared_loader", str(run.recipe_file)]
+    return HelperJob(
+        title="shared loader",
+        log="shared_loader",
+        command=lambda modules: [*command, "--run-dir", str(run.path), "--clients", str(modules)],
+        # it computes as a loader's worker does, and needs no GPU
+        environment={**name, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        module_environment={**name, BATCH_SOURCE: "bigincubate.experimental.shared_loader.client:use_shared_loader"},
+        fallback="each module uses its own loader",
+    )
