@@ -64,7 +64,7 @@ def turn(words: list[object], run: Path) -> dict[str, float]:
     modules = json.loads((run / "summary.json").read_text())["modules"]
     wanted = sum(module["steps"] for module in modules)  # each by each
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    saved = sum(event["given"] - event["made"] for event in events if event["event"] == "fed")
+    saved = sum(event["sent"] - event["made"] for event in events if event["event"] == "shared_loader")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"seconds": seconds, "cpu": cpu, "batches": wanted - saved}
 

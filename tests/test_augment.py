@@ -14,8 +14,8 @@ from torchvision import transforms
 
 from bigincubate.config import Augment
 from bigincubate.data.augment import draws_from_torch_alone, eval_transform, seeded, train_transform
-from bigincubate.data.device_augment import HalfTransform
 from bigincubate.data.images import decode, encode
+from bigincubate.experimental.device_augment import HalfTransform
 
 POLICIES: list[dict[str, Any]] = [
     {},

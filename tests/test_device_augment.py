@@ -17,11 +17,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bigincubate.config import Augment, Mixup, load_recipe
 from bigincubate.data.augment import seeded, train_transform
-from bigincubate.data.device_augment import HalfTransform, finish, finish_and_blend
 from bigincubate.data.mixing import blend, draw
 from bigincubate.errors import ConfigError
-from bigincubate.kernels import augment as operator
-from bigincubate.kernels.augment import AMOUNT, BOX, COLUMNS, JITTER, NOISE, blur
+from bigincubate.experimental.device_augment import HalfTransform, finish, finish_and_blend
+from bigincubate.experimental.device_augment.operator import AMOUNT, BOX, COLUMNS, JITTER, NOISE, blur
+from bigincubate.experimental.device_augment.operator import augment as operator
 
 Labs = Callable[..., Any]
 SIZE, VIEWS = 32, 24
@@ -158,8 +158,8 @@ BODIES = """
 import sys
 sys.path.insert(0, "tests")
 import torch
-from bigincubate.kernels import augment, bodies
-from bigincubate.kernels.augment import _eager
+from bigincubate.experimental.device_augment import triton_bodies as bodies
+from bigincubate.experimental.device_augment.operator import _eager, augment
 from test_device_augment import arguments
 
 calls, body = [], bodies.augment

@@ -14,9 +14,9 @@ from torchvision.transforms import Compose
 
 from .. import config
 from ..errors import EnvironmentFault
+from ..experimental.device_augment import HalfTransform
 from .augment import ToNormalized, draws_from_torch_alone, eval_transform, picture_steps, reseed, train_transform
 from .dataset import DatasetInfo
-from .device_augment import HalfTransform
 from .shards import Shards
 
 View = tuple[Any, ...]  # an image, or a tensor such as pixels [3, H, W], and what else the batch has of it: parameters

@@ -4,7 +4,6 @@ Each is a ``torch.library.triton_op``, so ``torch.compile`` can trace it and fus
 operator has been measured on a GPU yet, so recipes have to opt in.
 """
 
-from .augment import augment
 from .branch import add_branch
 
-__all__ = ["add_branch", "augment"]
+__all__ = ["add_branch"]

@@ -13,11 +13,11 @@ from ..checkpoint.store import check_module, load_artifact, load_manifest
 from ..cluster.env import RunEnv
 from ..config import Recipe
 from ..data.dataset import DatasetInfo
-from ..data.device_augment import finish, finish_and_blend
 from ..data.mixing import TwoHot, blend
 from ..data.parts import seen_by
 from ..data.streams import Batch, EvalStream
 from ..errors import ArtifactError
+from ..experimental.device_augment import finish, finish_and_blend
 from ..imports import load_object
 from ..models import Partition, assemble, extract, fit_positions, initialise, insert
 from ..plan import PhasePlan, Plan, phase_model

@@ -18,9 +18,10 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision import transforms
 
-from .. import config
-from ..kernels import augment as operator
-from ..kernels.augment import (
+from ... import config
+from ...data.augment import corner, resized_crop, shorter_side
+from ...data.mixing import TwoHot, draw
+from .operator import (
     AMOUNT,
     BLUR,
     BOX,
@@ -34,8 +35,7 @@ from ..kernels.augment import (
     RIGHT,
     SOLARISE,
 )
-from .augment import corner, resized_crop, shorter_side
-from .mixing import TwoHot, draw
+from .operator import augment as operator
 
 TAPE = 1 << 20  # numbers of noise; a place among them is exact in float32
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .launch import on_triton
+from ...kernels.launch import on_triton
 
 # Columns of a row of parameters; the Triton body has the same numbers.
 DOWN, RIGHT = 0, 1  # where the crop begins in the image, in pixels; what lies outside is border
@@ -59,10 +59,10 @@ def augment(
     """
     if not on_triton(images):
         return _eager(images, parameters, noise, mixing, mean, std, reflect, three_augment, jitter)
-    from . import bodies
+    from . import triton_bodies
 
     blurred = blur(windows(images, parameters, reflect), parameters) if three_augment else None
-    return bodies.augment(images, parameters, blurred, noise, mixing, mean, std, reflect, jitter)
+    return triton_bodies.augment(images, parameters, blurred, noise, mixing, mean, std, reflect, jitter)
 
 
 def _eager(

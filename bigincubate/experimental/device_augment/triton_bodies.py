@@ -1,0 +1,149 @@
+"""Triton bodies of the augmentation. Imported only where they run: Triton is not available on every platform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+TILE = 256  # pixels of four channels
+
+# Pixels are a tile [4, BLOCK]: red, green, blue, and a channel that is zero, for sizes of a tile are powers of two.
+
+
+@triton.jit
+def _three(channel, red, green, blue):  # type: ignore[no-untyped-def]
+    return tl.where(channel == 0, red, tl.where(channel == 1, green, tl.where(channel == 2, blue, 0.0)))
+
+
+@triton.jit
+def _grey(pixels, channel):  # type: ignore[no-untyped-def]
+    luma = _three(channel, 0.2989959716796875, 0.587005615234375, 0.1139984130859375)  # Pillow's, over 65536
+    return tl.sum(pixels * luma, 0)[None, :]
+
+
+@triton.jit
+def _coloured(  # type: ignore[no-untyped-def]
+    images, parameters, blurred, grey_mean, image, offsets, size,
+    REFLECT: tl.constexpr, OPERATE: tl.constexpr, JITTER: tl.constexpr,
+):  # fmt: skip
+    """Pixels, 0 to 255, and their grey as contrast meets it. Columns of the parameters: see operator.py."""
+    own, plane, channel = parameters + image * 16, size * size, tl.arange(0, 4)[:, None]
+    first, inside = image.to(tl.int64) * 3 * plane, (offsets < plane) & (channel < 3)
+    y, x = offsets // size, offsets % size
+    row = y + tl.load(own).to(tl.int32)
+    column = tl.where(tl.load(own + 2) == 1, size - 1 - x, x) + tl.load(own + 1).to(tl.int32)
+    if REFLECT:
+        row = size - 1 - tl.abs(size - 1 - tl.abs(row))
+        column = size - 1 - tl.abs(size - 1 - tl.abs(column))
+    seen = inside & (row >= 0) & (row < size) & (column >= 0) & (column < size)
+    pixels = tl.load(images + first + channel * plane + row * size + column, mask=seen, other=0).to(tl.float32)
+    if OPERATE:
+        # a tile as well: the interpreter cannot spread what comes of comparing scalars
+        operation = tl.load(own + 3).to(tl.int32) + tl.zeros_like(offsets)
+        pixels = tl.where((operation == 1) & (pixels >= tl.load(own + 4)), 255 - pixels, pixels)
+        pixels = tl.where(operation == 2, _grey(pixels, channel), pixels)
+        soft = inside & (operation == 3)
+        pixels = tl.where(soft, tl.load(blurred + first + channel * plane + offsets, mask=soft, other=0), pixels)
+    met = _grey(pixels, channel)
+    if JITTER:
+        for step in tl.static_range(3):
+            kind, factor, grey = tl.load(own + 5 + 2 * step), tl.load(own + 6 + 2 * step), _grey(pixels, channel)
+            met = tl.where(kind == 1, grey, met)
+            towards = tl.where(kind == 2, grey, tl.where(kind == 1, grey_mean, 0.0))
+            pixels = tl.minimum(tl.maximum(towards + factor * (pixels - towards), 0.0), 255.0)
+    return pixels, met
+
+
+@triton.jit
+def _grey_means(  # type: ignore[no-untyped-def]
+    images, parameters, blurred, out, size, REFLECT: tl.constexpr, OPERATE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Of each image as contrast meets it; contrast itself, and what comes after it, does not change that."""
+    image, total = tl.program_id(0), 0.0
+    for start in range(0, size * size, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)[None, :]
+        _, grey = _coloured(images, parameters, blurred, 0.0, image, offsets, size, REFLECT, OPERATE, True)
+        total += tl.sum(tl.where(offsets < size * size, grey, 0.0))
+    tl.store(out + image, total / (size * size))
+
+
+@triton.jit
+def _finished(  # type: ignore[no-untyped-def]
+    images, parameters, blurred, means, noise, image, offsets, size, length, mean0, mean1, mean2, std0, std1, std2,
+    REFLECT: tl.constexpr, OPERATE: tl.constexpr, JITTER: tl.constexpr, ERASE: tl.constexpr,
+):  # fmt: skip
+    """Coloured, normalised, erased."""
+    grey_mean = tl.load(means + image) if JITTER else 0.0
+    pixels, _ = _coloured(images, parameters, blurred, grey_mean, image, offsets, size, REFLECT, OPERATE, JITTER)
+    channel = tl.arange(0, 4)[:, None]
+    pixels = (pixels - _three(channel, mean0, mean1, mean2)) / tl.where(
+        channel < 3, _three(channel, std0, std1, std2), 1
+    )
+    if ERASE:
+        own, y, x = parameters + image * 16, offsets // size, offsets % size
+        erased = (y >= tl.load(own + 11)) & (x >= tl.load(own + 12)) & (y < tl.load(own + 13)) & (x < tl.load(own + 14))
+        at = (tl.load(own + 15).to(tl.int32) + channel * size * size + offsets) % length
+        pixels = tl.where(erased, tl.load(noise + at, mask=erased & (channel < 3), other=0), pixels)
+    return pixels
+
+
+@triton.jit
+def _augment(  # type: ignore[no-untyped-def]
+    images, parameters, blurred, means, noise, mixing, out, count, size, length, mean0, mean1, mean2, std0, std1, std2,
+    REFLECT: tl.constexpr, OPERATE: tl.constexpr, JITTER: tl.constexpr, ERASE: tl.constexpr, MIX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    image, plane, channel = tl.program_id(0), size * size, tl.arange(0, 4)[:, None]
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    pixels = _finished(
+        images, parameters, blurred, means, noise, image, offsets, size, length,
+        mean0, mean1, mean2, std0, std1, std2, REFLECT, OPERATE, JITTER, ERASE,
+    )  # fmt: skip
+    if MIX:
+        partner = (image + count - count // 2) % count  # as a roll by half the batch
+        partners = _finished(
+            images, parameters, blurred, means, noise, partner, offsets, size, length,
+            mean0, mean1, mean2, std0, std1, std2, REFLECT, OPERATE, JITTER, ERASE,
+        )  # fmt: skip
+        y, x = offsets // size, offsets % size
+        pasted = (y >= tl.load(mixing + 1)) & (x >= tl.load(mixing + 2))
+        pasted = pasted & (y < tl.load(mixing + 3)) & (x < tl.load(mixing + 4))
+        pixels = partners + tl.where(pasted, 0.0, tl.load(mixing)) * (pixels - partners)
+    at = out + image.to(tl.int64) * 3 * plane + channel * plane + offsets
+    tl.store(at, pixels, mask=(offsets < plane) & (channel < 3))
+
+
+def augment(
+    images: Tensor,
+    parameters: Tensor,
+    blurred: Tensor | None,
+    noise: Tensor | None,
+    mixing: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    reflect: bool,
+    jitter: bool,
+) -> Tensor:
+    """See `operator.augment`; ``blurred``: every image as it would be with its blur, None without 3-Augment.
+
+    What is not given is a pointer that is never followed.
+    """
+    images, parameters = images.contiguous(), parameters.contiguous()
+    count, size, operate = len(images), images.shape[-1], blurred is not None
+    out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    soft = out if blurred is None else blurred.contiguous()
+    tape = out if noise is None else noise
+    means = torch.empty(count, dtype=torch.float32, device=images.device)
+    if jitter:
+        wrap_triton(_grey_means)[(count,)](images, parameters, soft, means, size, reflect, operate, TILE)
+    wrap_triton(_augment)[(count, triton.cdiv(size * size, TILE))](
+        images, parameters, soft, means, tape, means if mixing is None else mixing, out, count, size, tape.numel(),
+        *(255 * value for value in mean), *(255 * value for value in std),
+        reflect, operate, jitter, noise is not None, mixing is not None, TILE,
+    )  # fmt: skip
+    return out
