@@ -261,11 +261,10 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if self.train.batch_size % self.augment.repeats:
-            raise ValueError(
-                f"train.batch_size = {self.train.batch_size} is no multiple of augment.repeats = {self.augment.repeats}"
-            )
-        if self.mixup.active and (self.train.batch_size // self.augment.repeats) % 2:
+        batch_size, repeats = self.train.batch_size, self.augment.repeats
+        if batch_size % repeats:
+            raise ValueError(f"train.batch_size = {batch_size} is no multiple of augment.repeats = {repeats}")
+        if self.mixup.active and (batch_size // repeats) % 2:
             raise ValueError("mixup pairs the halves of a batch: train.batch_size / augment.repeats must be even")
         if self.augment.device and self.augment.crop == "simple" and self.augment.pad >= self.model.img_size:
             raise ValueError(
