@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
 from bigincubate.config import Recipe, load_recipe
-from bigincubate.rundir import RunDir
+from bigincubate.storage.run_directory import RunDir
 
 PHASES = ("pretrain", "incubate", "finetune")
 END_TO_END = ("train", "--phase", "end_to_end")

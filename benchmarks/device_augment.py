@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 
 from bigincubate.config import Augment, Mixup
-from bigincubate.data.augment import seeded, train_transform
 from bigincubate.data.images import decode
-from bigincubate.data.mixing import blend
 from bigincubate.experimental.device_augment import HalfTransform, finish_and_blend
+from bigincubate.tasks.image_classification.augment import seeded, train_transform
+from bigincubate.tasks.image_classification.mixup import blend
 
 DEIT = {"crop": "random_resized", "flip": 0.5, "color_jitter": 0.3, "erase": 0.25}
 DEIT_3 = {"crop": "simple", "flip": 0.5, "three_augment": True, "color_jitter": 0.3}

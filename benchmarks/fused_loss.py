@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bigincubate.data.mixing import TwoHot
 from bigincubate.experimental.fused_loss import soft_cross_entropy
+from bigincubate.tasks.image_classification.mixup import TwoHot
 
 SMOOTHING = 0.1
 

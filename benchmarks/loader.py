@@ -65,13 +65,13 @@ def make_jpegs(
 
 def trainer_of(settings: dict[str, Any], sets: list[str]) -> Any:
     """A trainer before its first step: a recipe, a phase, a module, data and a folder for runs; and further keys."""
-    from bigincubate.attempt import train
-    from bigincubate.cluster.env import RunEnv
-    from bigincubate.cluster.preempt import StopFlag
     from bigincubate.config import load_recipe
-    from bigincubate.rundir import RunDir
-    from bigincubate.trainer import Trainer
-    from bigincubate.workflow import ensure_data, ensure_plan, find_row
+    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.distributed.signals import StopFlag
+    from bigincubate.planning.prepare_run import ensure_data, ensure_plan, find_row
+    from bigincubate.storage.run_directory import RunDir
+    from bigincubate.training.run_phase import train
+    from bigincubate.training.trainer import Trainer
 
     recipe = load_recipe(settings["recipe"], [*settings["sets"], f"data.path={settings['data']}", *sets])
     run, env = RunDir(Path(tempfile.mkdtemp(dir=settings["folder"]))), RunEnv.detect()

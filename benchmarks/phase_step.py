@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from duel import Contestant
 
-from bigincubate.cluster.env import RunEnv
 from bigincubate.config import load_recipe
-from bigincubate.data.mixing import mix
+from bigincubate.distributed.process_group import RunEnv
 from bigincubate.models import (
     Partition,
     apply_masks,
@@ -22,8 +21,9 @@ from bigincubate.models import (
     set_rates,
 )
 from bigincubate.optim import make_optimizer
-from bigincubate.plan import make_plan, phase_model
+from bigincubate.planning.phases import make_plan, phase_model
 from bigincubate.sharding import make_sharding
+from bigincubate.tasks.image_classification.mixup import mix
 
 RECIPE = """
 name = "benchmark"
@@ -94,7 +94,7 @@ def batch(settings: dict[str, Any], device: torch.device) -> tuple[torch.Tensor,
 
 
 def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool, compiled: bool = False) -> Contestant:
-    """The step of `bigincubate.trainer.Trainer` for this phase."""
+    """The step of `bigincubate.training.trainer.Trainer` for this phase."""
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)

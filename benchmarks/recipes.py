@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
 from bigincubate.config import load_recipe, shipped
-from bigincubate.plan import cost_plan, make_plan, plan_json
+from bigincubate.planning.phases import cost_plan, make_plan, plan_json
 
 
 def main() -> None:

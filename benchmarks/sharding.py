@@ -106,12 +106,12 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
     import torch
     from torch.nn import functional as F
 
-    from bigincubate.cluster.env import RunEnv
-    from bigincubate.measure import Collectives, peak_bytes
+    from bigincubate.distributed.process_group import RunEnv
     from bigincubate.models import Partition
     from bigincubate.optim import Ema, make_optimizer
-    from bigincubate.plan import make_plan, phase_model
+    from bigincubate.planning.phases import make_plan, phase_model
     from bigincubate.sharding import make_sharding
+    from bigincubate.sharding.memory_profile import Collectives, peak_bytes
 
     env = RunEnv.detect()
     if env.world > 1 and strategy in PACKAGES:
@@ -201,8 +201,8 @@ def launch(asked: argparse.Namespace, strategy: str, nproc: int) -> dict[str, An
 
 def planned(asked: argparse.Namespace) -> dict[tuple[str, int], Any]:
     """The plan's footprints by strategy and number of ranks."""
-    from bigincubate.footprint import footprints
-    from bigincubate.plan import cost_plan, make_plan
+    from bigincubate.planning.memory import footprints
+    from bigincubate.planning.phases import cost_plan, make_plan
 
     loaded = recipe(asked, "ddp")
     plan = make_plan(loaded)

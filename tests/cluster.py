@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from bigincubate.cluster.slurm import Queued, queue
-from bigincubate.rundir import PhaseDir, RunDir
+from bigincubate.launchers.slurm.client import Queued, queue
+from bigincubate.storage.run_directory import PhaseDir, RunDir
 
 SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")

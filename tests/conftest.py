@@ -100,8 +100,8 @@ class Lab:
 
     def __init__(self, recipe: Path, folder: Path, *sets: str) -> None:
         from bigincubate.config import load_recipe
-        from bigincubate.rundir import RunDir
-        from bigincubate.workflow import ensure_data, ensure_plan
+        from bigincubate.planning.prepare_run import ensure_data, ensure_plan
+        from bigincubate.storage.run_directory import RunDir
 
         self.recipe = load_recipe(str(recipe), sets)
         self.run = RunDir(folder)
@@ -111,9 +111,9 @@ class Lab:
 
     def arguments(self, phase: str, module: int | None = None) -> tuple[Any, ...]:
         """What `train` takes; a `Trainer` takes a stop flag more."""
-        from bigincubate.cluster.env import RunEnv
-        from bigincubate.data.parts import open_for
-        from bigincubate.workflow import find_row
+        from bigincubate.data.partitions import open_for
+        from bigincubate.distributed.process_group import RunEnv
+        from bigincubate.planning.prepare_run import find_row
 
         row = self.plan.row(phase, module)  # type: ignore[arg-type]
         planned = find_row(self.rows, row.phase, module)
@@ -121,23 +121,23 @@ class Lab:
         return recipe, self.plan, row, planned, self.run, data, RunEnv.detect()
 
     def train(self, phase: str, module: int | None = None) -> dict[str, Any]:
-        from bigincubate.attempt import train
+        from bigincubate.training.run_phase import train
 
         return train(*self.arguments(phase, module))
 
     def trainer(self, phase: str, module: int | None = None) -> Any:
-        from bigincubate.cluster.preempt import StopFlag
-        from bigincubate.trainer import Trainer
+        from bigincubate.distributed.signals import StopFlag
+        from bigincubate.training.trainer import Trainer
 
         return Trainer(*self.arguments(phase, module), StopFlag())
 
     def weights(self, phase: str, module: int | None = None) -> dict[str, Any]:
-        from bigincubate.checkpoint.store import load_artifact
+        from bigincubate.storage.artifacts import load_artifact
 
         return load_artifact(self.run.phase(phase, module).artifact)[0]  # type: ignore[arg-type]
 
     def log(self, phase: str, module: int | None = None) -> list[dict[str, Any]]:
-        from bigincubate.metrics import read_metrics
+        from bigincubate.training.metrics_writer import read_metrics
 
         return read_metrics(self.run.phase(phase, module).metrics)  # type: ignore[arg-type]
 
@@ -174,7 +174,7 @@ class Lab:
 @pytest.fixture(scope="session")
 def counted() -> Iterator[None]:
     """Counting what a phase costs takes a second: once for each shape of model is enough here."""
-    from bigincubate import plan
+    from bigincubate.planning import phases as plan
 
     count, known = plan.count_cost, {}
 

@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["bigincubate.cli", "bigincubate.attempt", "bigincubate.workflow", "bigincubate.export"])
+SERVER.set_forkserver_preload(
+    [
+        "bigincubate.cli",
+        "bigincubate.training.run_phase",
+        "bigincubate.planning.prepare_run",
+        "bigincubate.interchange.export",
+    ]
+)
 Before = Callable[[], None]
 CLONE_NEWUTS, CLONE_NEWUSER = 0x04000000, 0x10000000  # linux/sched.h
 
@@ -113,7 +120,7 @@ def _main(words: list[str], folder: Path, before: Before | None, env: dict[str, 
 
 def fork_ranks() -> None:
     """From here on this process, a launcher, forks the ranks of its phases; they are spared the imports."""
-    from bigincubate.cluster import ranks
+    from bigincubate.launchers import rank_group as ranks
 
     ranks.subprocess = types.SimpleNamespace(Popen=ForkedRank, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
 
@@ -191,7 +198,7 @@ def die_at_write(moment: int) -> None:
 
 
 def die_before(module: str, name: str) -> None:
-    """``kill -9`` when this function or method is called, such as ``("bigincubate.rundir", "PhaseDir.finish")``."""
+    """``kill -9`` when this function or method of a module is called."""
     owner: Any = importlib.import_module(module)
     *path, last = name.split(".")
     for part in path:

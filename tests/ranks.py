@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from bigincubate import trainer
-from bigincubate.checkpoint.manager import CheckpointManager
 from bigincubate.cli import main
-from bigincubate.measure import Collectives, alive, held
+from bigincubate.sharding.memory_profile import Collectives, alive, held
+from bigincubate.storage.checkpoint_manager import CheckpointManager
+from bigincubate.training import trainer
 
 RANK = int(os.environ["RANK"])
 FILE = Path(sys.argv[1])
@@ -156,12 +156,12 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate(job: dict[str, Any]) -> dict[str, Any]:
     """Scores of an artifact on the first ``samples`` of the validation split."""
-    from bigincubate.cluster.env import RunEnv
     from bigincubate.config import Augment
     from bigincubate.data.dataset import open_dataset
     from bigincubate.data.streams import EvalStream
-    from bigincubate.export import load_model
-    from bigincubate.tasks import classification
+    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.interchange.export import load_model
+    from bigincubate.tasks.image_classification import task as classification
 
     env = RunEnv.detect()
     model, spec = load_model(Path(job["evaluate"]))

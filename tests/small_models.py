@@ -9,16 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigincubate.models import (
-    Partition,
-    build,
-    extract,
-    family_of,
-    hybrid_depths,
-    initialise,
-    insert,
-    normalise_depths,
-)
+from bigincubate.models import Partition, build, extract, family_of, hybrid_depths, initialise, insert, normalise_depths
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,13 @@ import torch
 from launching import LOUD, launch, words
 from torch import Tensor, nn
 
-from bigincubate import trainer as trainer_module
-from bigincubate.cluster.env import RunEnv
 from bigincubate.config import Optim, Settings, Train
+from bigincubate.distributed.process_group import RunEnv
 from bigincubate.errors import ConfigError, Preempted
 from bigincubate.experimental.adascale import AdaScale
 from bigincubate.optim import make_optimizer
 from bigincubate.sharding.ddp import Replicated
+from bigincubate.training import trainer as trainer_module
 
 Labs = Callable[..., Any]
 STRATEGIES = ["ddp", "oss"]

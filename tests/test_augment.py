@@ -13,9 +13,14 @@ from torch import Tensor
 from torchvision import transforms
 
 from bigincubate.config import Augment
-from bigincubate.data.augment import draws_from_torch_alone, eval_transform, seeded, train_transform
 from bigincubate.data.images import decode, encode
 from bigincubate.experimental.device_augment import HalfTransform
+from bigincubate.tasks.image_classification.augment import (
+    draws_from_torch_alone,
+    eval_transform,
+    seeded,
+    train_transform,
+)
 
 POLICIES: list[dict[str, Any]] = [
     {},

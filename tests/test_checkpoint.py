@@ -16,12 +16,12 @@ import torch
 from parts import MANIFEST
 from torch import Tensor
 
-from bigincubate.checkpoint import store
-from bigincubate.checkpoint.manager import CheckpointManager, verify
-from bigincubate.checkpoint.pieces import PieceReader, snapshot, write_pieces
-from bigincubate.checkpoint.store import check_module, load_artifact, save_artifact
-from bigincubate.cluster.env import RunEnv
+from bigincubate.distributed.process_group import RunEnv
 from bigincubate.errors import ArtifactError, DamagedError, EnvironmentFault
+from bigincubate.storage import artifacts as store
+from bigincubate.storage.artifacts import check_module, load_artifact, save_artifact
+from bigincubate.storage.checkpoint_manager import CheckpointManager, verify
+from bigincubate.storage.sharded_tensors import PieceReader, snapshot, write_pieces
 
 
 def manager(folder: Path, keep: int = 2, digest: str = "d" * 64) -> CheckpointManager:

@@ -17,12 +17,12 @@ from forked import run
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bigincubate.checkpoint.lock import owned
-from bigincubate.checkpoint.manager import CheckpointManager, commit, verify
-from bigincubate.checkpoint.offline import convert, survey
-from bigincubate.checkpoint.pieces import Piece, PieceReader, snapshot, write_pieces
-from bigincubate.cluster.env import RunEnv
+from bigincubate.distributed.process_group import RunEnv
 from bigincubate.files import write_hashed
+from bigincubate.storage.checkpoint_manager import CheckpointManager, commit, verify
+from bigincubate.storage.checkpoint_tools import convert, survey
+from bigincubate.storage.lease import owned
+from bigincubate.storage.sharded_tensors import Piece, PieceReader, snapshot, write_pieces
 
 Labs = Callable[..., Any]
 

@@ -481,7 +481,7 @@ def test_watching_ends_with_ctrl_c(done: Any, call: Called, monkeypatch: pytest.
         if len(naps) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("bigincubate.cli.looking.time.sleep", sleep)
+    monkeypatch.setattr("bigincubate.cli.inspect.time.sleep", sleep)
     code, out, err = call("status", done.run.path, "--watch")
     assert (code, err, naps) == (0, "", [2, 2, 2])
     assert "fine-tuning" in out

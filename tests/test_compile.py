@@ -15,7 +15,7 @@ from torch._inductor import compile_fx
 from torch.fx import GraphModule
 
 from bigincubate.config import load_recipe
-from bigincubate.smoke import smoke
+from bigincubate.planning.smoke import smoke
 
 Labs = Callable[..., Any]
 

@@ -8,7 +8,7 @@ import pytest
 
 from bigincubate.config import differences, is_execution, load_recipe, shipped
 from bigincubate.errors import ConfigError
-from bigincubate.rundir import RunDir
+from bigincubate.storage.run_directory import RunDir
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from bigincubate.config import Augment, Mixup, load_recipe
-from bigincubate.data.augment import seeded, train_transform
-from bigincubate.data.mixing import blend, draw
 from bigincubate.errors import ConfigError
 from bigincubate.experimental.device_augment import HalfTransform, finish, finish_and_blend
 from bigincubate.experimental.device_augment.operator import AMOUNT, BOX, COLUMNS, JITTER, NOISE, blur
 from bigincubate.experimental.device_augment.operator import augment as operator
+from bigincubate.tasks.image_classification.augment import seeded, train_transform
+from bigincubate.tasks.image_classification.mixup import blend, draw
 
 Labs = Callable[..., Any]
 SIZE, VIEWS = 32, 24

@@ -41,7 +41,7 @@ class Ranks:
         }
         owner = self.locked.run.phase("pretrain").path / "owners" / "1.json"
         owner.parent.mkdir(parents=True)
-        from bigincubate.checkpoint.lock import describe
+        from bigincubate.storage.lease import describe
 
         owner.write_text(json.dumps(describe(1)))
         jobs["locked"] = words(self.locked, "pretrain")
@@ -109,8 +109,8 @@ def test_evaluation_counts_each_sample_once(ranks: Ranks, digits: Path, samples:
     """For a number that two ranks cannot share evenly, and one of which a rank gets nothing."""
     import dataclasses
 
-    from bigincubate.cluster.env import RunEnv
-    from bigincubate.tasks.classification import evaluate
+    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.tasks.image_classification.task import evaluate
 
     trainer = ranks.single.trainer("finetune")
     trainer.model.load_state_dict(ranks.single.weights("finetune"))

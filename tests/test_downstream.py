@@ -16,8 +16,8 @@ from test_official import call  # noqa: F401  a fixture
 from test_pretrained import hub, publish  # noqa: F401
 
 from bigincubate.data.streams import Batch
-from bigincubate.export import export, load_model
-from bigincubate.probe import knn_scores, linear_scores, pooled_features
+from bigincubate.interchange.export import export, load_model
+from bigincubate.tasks.image_classification.probe import knn_scores, linear_scores, pooled_features
 
 Labs = Callable[..., Any]
 

@@ -9,15 +9,7 @@ from small_models import CASES, Case, disturb, each_case
 from torch import Tensor, nn
 
 from bigincubate.errors import ConfigError
-from bigincubate.models import (
-    DropPath,
-    Partition,
-    apply_masks,
-    draw_masks,
-    drop_paths,
-    hybrid_depths,
-    set_rates,
-)
+from bigincubate.models import DropPath, Partition, apply_masks, draw_masks, drop_paths, hybrid_depths, set_rates
 
 
 def rates_of(model: nn.Module, partition: Partition) -> list[list[float]]:

@@ -11,8 +11,8 @@ import pytest
 
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.estimate import critical_path, estimate, measured_rates, read_cluster
-from bigincubate.plan import cost_plan, make_plan
+from bigincubate.planning.phases import cost_plan, make_plan
+from bigincubate.planning.walltime import critical_path, estimate, measured_rates, read_cluster
 
 Command = Callable[..., Any]
 

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bigincubate.checkpoint.store import Manifest, ModelSpec, save_artifact
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.export import best_artifact, export, load_model, timm_arguments
+from bigincubate.interchange.export import best_artifact, export, load_model, timm_arguments
 from bigincubate.models import build
-from bigincubate.rundir import RunDir
+from bigincubate.storage.artifacts import Manifest, ModelSpec, save_artifact
+from bigincubate.storage.run_directory import RunDir
 
 CASES: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {"depths": [[2], [1]], "args": {"patch_size": 4, "embed_dim": 24, "num_heads": 3}},

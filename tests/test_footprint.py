@@ -13,9 +13,9 @@ from launching import launch, words
 
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.footprint import NAMES, Footprint, footprints
 from bigincubate.optim import make_optimizer, trained
-from bigincubate.plan import phase_model
+from bigincubate.planning.memory import NAMES, Footprint, footprints
+from bigincubate.planning.phases import phase_model
 from bigincubate.sharding.zero_config import shipped
 
 pytest.importorskip("deepspeed")
@@ -182,7 +182,7 @@ def test_zero_leaves_out_what_it_refuses_and_one_process_is_alike_under_all(lab:
 
 
 def test_modules_that_are_alike_share_a_line_and_refused_strategies_have_none() -> None:
-    from bigincubate.tables import sharding_tables
+    from bigincubate.report.console_tables import sharding_tables
 
     def row(title: str, total: int, *names: str) -> dict[str, Any]:
         each = {"world": 2, "images": 8, "activations": 2**20, "total": total * 2**20, "sent": 2**20}

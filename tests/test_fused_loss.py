@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bigincubate.config import Mixup, load_recipe
-from bigincubate.data.mixing import TwoHot, blend
 from bigincubate.errors import ConfigError
 from bigincubate.experimental.fused_loss import soft_cross_entropy
 from bigincubate.experimental.fused_loss.operator import _soft_cross_entropy
+from bigincubate.tasks.image_classification.mixup import TwoHot, blend
 
 Labs = Callable[..., Any]
 CLASSES, SMOOTHING = 11, 0.1

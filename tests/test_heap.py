@@ -13,7 +13,7 @@ import pytest
 STEPS = """
 import resource
 import torch
-from bigincubate.cluster.env import RunEnv
+from bigincubate.distributed.process_group import RunEnv
 
 RunEnv.detect()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bigincubate.config.objects import load_object
 from bigincubate.errors import ConfigError
-from bigincubate.imports import load_object
 
 
 def test_load_object_returns_the_attribute() -> None:

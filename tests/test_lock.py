@@ -21,12 +21,12 @@ import torch
 from forked import Command, run
 from parts import MANIFEST
 
-from bigincubate.checkpoint import lock
-from bigincubate.checkpoint.lock import owned, start_time
-from bigincubate.checkpoint.manager import CheckpointManager, verify
-from bigincubate.checkpoint.store import load_artifact, save_artifact
-from bigincubate.cluster.env import RunEnv
+from bigincubate.distributed.process_group import RunEnv
 from bigincubate.errors import EnvironmentFault, LockedError
+from bigincubate.storage import lease as lock
+from bigincubate.storage.artifacts import load_artifact, save_artifact
+from bigincubate.storage.checkpoint_manager import CheckpointManager, verify
+from bigincubate.storage.lease import owned, start_time
 
 HERE = socket.gethostname()
 

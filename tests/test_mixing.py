@@ -11,10 +11,10 @@ from timm.data import Mixup as TimmMixup
 from torch import Tensor
 
 from bigincubate.config import Mixup
-from bigincubate.data.augment import seeded
 from bigincubate.data.micro_batches import check_layout
-from bigincubate.data.mixing import draw, mix
 from bigincubate.errors import ConfigError
+from bigincubate.tasks.image_classification.augment import seeded
+from bigincubate.tasks.image_classification.mixup import draw, mix
 
 BOTH = Mixup(mixup=0.8, cutmix=1.0)
 CLASSES = 7

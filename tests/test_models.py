@@ -10,16 +10,7 @@ import torch
 from small_models import CASES, Case, disturb, drawn, each_case, hybrid
 
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.models import (
-    assemble,
-    build,
-    extract,
-    freeze,
-    hybrid_depths,
-    initialise,
-    insert,
-    rename,
-)
+from bigincubate.models import assemble, build, extract, freeze, hybrid_depths, initialise, insert, rename
 
 # ------------------------------------------------------------------------------------------------ build
 

@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from test_export import artifact
 from torch import Tensor
 
-from bigincubate.checkpoint.store import load_artifact
 from bigincubate.cli import main
 from bigincubate.config import load_recipe
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.export import export_official, load_model
-from bigincubate.importing import import_model, import_part
+from bigincubate.interchange.export import export_official, load_model
+from bigincubate.interchange.official_format import read_stages
 from bigincubate.models import build
-from bigincubate.official import read_stages
-from bigincubate.verify import Verdict, verify_run
+from bigincubate.report.verify import Verdict, verify_run
+from bigincubate.storage.artifacts import load_artifact
+from bigincubate.training.import_official import import_model, import_part
 
 Labs = Callable[..., Any]
 ARGS = {"patch_size": 2, "embed_dim": 24, "num_heads": 3}

@@ -10,13 +10,13 @@ import torch
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
-from bigincubate.checkpoint.pieces import Piece, whole
-from bigincubate.cluster.env import RunEnv
 from bigincubate.config import Optim, Schedule, Settings, Train
+from bigincubate.distributed.process_group import RunEnv
 from bigincubate.errors import ConfigError
 from bigincubate.models import Partition, build, family_of, freeze
 from bigincubate.optim import Ema, make_optimizer, make_schedule, scaled_lr
 from bigincubate.sharding.ddp import Replicated
+from bigincubate.storage.sharded_tensors import Piece, whole
 
 EMBEDDINGS = {"pos_embed", "cls_token", "reg_token", "dist_token"}
 

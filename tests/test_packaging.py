@@ -15,7 +15,7 @@ import pytest
 from conftest import Command
 
 import bigincubate as package
-from bigincubate import resources
+from bigincubate.config import resources
 from bigincubate.errors import EnvironmentFault
 
 ROOT = Path(package.__file__).parents[1]

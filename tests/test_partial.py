@@ -12,11 +12,11 @@ import torch
 from forked import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bigincubate.cluster.status import run_status
 from bigincubate.files import read_lines
-from bigincubate.tables import ranges
-from bigincubate.tasks.classification import ClassificationTask, evaluate
-from bigincubate.tasks.partial import finished, partial_assembly
+from bigincubate.report.console_tables import ranges
+from bigincubate.report.status import run_status
+from bigincubate.tasks.image_classification.task import ClassificationTask, evaluate
+from bigincubate.training.partial_assembly import finished, partial_assembly
 
 Labs = Callable[..., Any]
 SETS = ("train.max_steps=6", "plan.target_depths=[2, 2, 3]", "plan.meta_depths=[1, 1, 1]")
@@ -105,7 +105,7 @@ def test_it_changes_nothing_that_training_hands_on_or_logs(
     trained: Any, lab: Labs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = lab(*SETS)
-    monkeypatch.setattr("bigincubate.trainer.Trainer.score_partial", lambda *_: None)
+    monkeypatch.setattr("bigincubate.training.trainer.Trainer.score_partial", lambda *_: None)
     for phase, module in (("pretrain", None), ("incubate", 0)):
         other.train(phase, module)
         one, two = (each.weights(phase, module) for each in (trained, other))

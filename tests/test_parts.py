@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from conftest import SMOKE, Command, Lab
 
-from bigincubate.checkpoint.store import load_manifest, save_artifact
 from bigincubate.config import load_recipe
 from bigincubate.data.dataset import DatasetInfo, open_dataset
-from bigincubate.data.parts import cut_by_class, cut_by_file, cut_by_hash, open_for
+from bigincubate.data.partitions import cut_by_class, cut_by_file, cut_by_hash, open_for
 from bigincubate.data.prepare import prepare
 from bigincubate.data.sources import Sample, read_source
 from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, EnvironmentFault
-from bigincubate.rundir import RunDir
-from bigincubate.verify import Verdict, verify_run
-from bigincubate.workflow import ensure_data
+from bigincubate.planning.prepare_run import ensure_data
+from bigincubate.report.verify import Verdict, verify_run
+from bigincubate.storage.artifacts import load_manifest, save_artifact
+from bigincubate.storage.run_directory import RunDir
 
 SAMPLES = [Sample(f"{n}", n * n % 7, np.zeros((1, 1), np.uint8)) for n in range(997)]  # uneven classes
 PARTS = 3  # one more than the smoke recipe has modules
@@ -230,7 +230,7 @@ def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_
 
 
 def test_opening_another_part_is_an_error(recipe: Path, mine: Path, tmp_path: Path, counted: None) -> None:
-    from bigincubate.trainer import Trainer
+    from bigincubate.training.trainer import Trainer
 
     lab = Lab(recipe, tmp_path / "run")
     given = lab.arguments("incubate", 0)
@@ -263,7 +263,7 @@ def test_fewer_parts_than_modules_are_refused_in_one_line(cut: Any, has: str, tm
 def test_from_afar_only_the_description_and_the_part_come_and_only_the_part_is_staged(
     recipe: Path, mine: Path, tmp_path: Path
 ) -> None:
-    from bigincubate.data.stage import staged
+    from bigincubate.data.local_staging import staged
 
     here = tmp_path / "here"
     sets = [f"data.remote={mine}", f"data.path={here}", f"data.stage={tmp_path / 'disk'}"]

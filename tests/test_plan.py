@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigincubate.config import load_recipe, shipped
 from bigincubate.errors import ConfigError
-from bigincubate.plan import cost_plan, count_cost, make_plan, phase_model
+from bigincubate.planning.phases import cost_plan, count_cost, make_plan, phase_model
 
 # GFLOPs an image of end to end, the meta model, and modules 0 to 3 when nothing is wasted
 TABLE = {

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from bigincubate.config import Meta, Model, load_recipe
 from bigincubate.errors import ArtifactError, ConfigError, EnvironmentFault
-from bigincubate.export import export
+from bigincubate.interchange.export import export
+from bigincubate.interchange.official_format import join_stages
+from bigincubate.interchange.pretrained import choose_blocks, pretrained_meta
 from bigincubate.models import Partition, build, family_of
-from bigincubate.official import join_stages
-from bigincubate.pretrained import choose_blocks, pretrained_meta
 
 Labs = Callable[..., Any]
 VIT = "vit_tiny_patch16_224"

@@ -18,13 +18,13 @@ import torch
 from forked import Command, fork_ranks, without_a_name
 from launching import LOUD, PHASES
 
-from bigincubate.checkpoint.lock import start_time
-from bigincubate.checkpoint.manager import verify
-from bigincubate.checkpoint.offline import convert
-from bigincubate.cluster import ranks
-from bigincubate.cluster.env import RunEnv
-from bigincubate.cluster.ranks import Ranks
+from bigincubate.distributed.process_group import RunEnv
 from bigincubate.errors import ConfigError
+from bigincubate.launchers import rank_group as ranks
+from bigincubate.launchers.rank_group import Ranks
+from bigincubate.storage.checkpoint_manager import verify
+from bigincubate.storage.checkpoint_tools import convert
+from bigincubate.storage.lease import start_time
 
 Labs = Callable[..., Any]
 

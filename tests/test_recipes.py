@@ -15,12 +15,12 @@ from timm.layers import resample_abs_pos_embed
 
 from bigincubate import cli
 from bigincubate.config import PHASES, Recipe, load_recipe, reading, shipped
-from bigincubate.data.mixing import mix
 from bigincubate.data.streams import Batch
 from bigincubate.errors import ConfigError
 from bigincubate.models import build, fit_positions
-from bigincubate.plan import count_cost, make_plan, phase_model
-from bigincubate.smoke import smoke
+from bigincubate.planning.phases import count_cost, make_plan, phase_model
+from bigincubate.planning.smoke import smoke
+from bigincubate.tasks.image_classification.mixup import mix
 
 NAMES = sorted(shipped())
 # millions of parameters and GFLOPs (multiply-adds) of a forward, at the size that is fine-tuned
@@ -39,7 +39,7 @@ FIGURES = {
 
 @pytest.mark.parametrize("name", sorted(FIGURES))
 def test_sizes_are_those_that_were_published(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bigincubate import plan
+    from bigincubate.planning import phases as plan
 
     recipe = load_recipe(name)
     cut = make_plan(recipe)

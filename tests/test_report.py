@@ -16,10 +16,10 @@ from forked import run
 
 from bigincubate.files import append_line, read_json
 from bigincubate.report.compare import compare_json, labelled
-from bigincubate.report.facts import RunFacts, read_run
 from bigincubate.report.page import report
+from bigincubate.report.run_data import RunFacts, read_run
 from bigincubate.report.units import duration, percent, quantity
-from bigincubate.verify import verify_run
+from bigincubate.report.verify import verify_run
 
 Labs = Callable[..., Any]
 SETS = ("train.max_steps=6", "log.every_steps=2", "log.eval_every_epochs=1")

@@ -167,10 +167,10 @@ def test_kill_9_before_any_write(reference: Reference, moment: int) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        ("bigincubate.rundir", "PhaseDir.finish"),
-        ("bigincubate.trainer", "save_artifact"),
-        ("bigincubate.trainer", "Trainer.finish"),
-        ("bigincubate.trainer", "Trainer.finish_assembly"),
+        ("bigincubate.storage.run_directory", "PhaseDir.finish"),
+        ("bigincubate.training.trainer", "save_artifact"),
+        ("bigincubate.training.trainer", "Trainer.finish"),
+        ("bigincubate.training.trainer", "Trainer.finish_assembly"),
     ],
     ids=lambda place: place[1],
 )

@@ -21,12 +21,12 @@ import torch
 from forked import Command, die_before, fork_ranks, run
 from rich.console import Console
 
-from bigincubate.cluster import ranks
-from bigincubate.cluster.local import LocalRunner
-from bigincubate.cluster.progress import Reporter
 from bigincubate.errors import Exit
+from bigincubate.launchers import rank_group as ranks
+from bigincubate.launchers.local import LocalRunner
+from bigincubate.launchers.progress import Reporter
 from bigincubate.planning.job_graph import job_graph
-from bigincubate.rundir import RunDir
+from bigincubate.storage.run_directory import RunDir
 
 Labs = Callable[..., Any]
 
@@ -132,7 +132,7 @@ def test_an_export_that_was_cut_off_is_made_again(scratch: FromScratch) -> None:
     export = scratch.run.path / "export"
     files = {file.name: file.read_bytes() for file in export.iterdir()}
     shutil.rmtree(export)
-    killed = run(*scratch.words, before=partial(die_before, "bigincubate.checkpoint.store", "ModelSpec.model_dump"))
+    killed = run(*scratch.words, before=partial(die_before, "bigincubate.storage.artifacts", "ModelSpec.model_dump"))
     assert killed.wait() == -signal.SIGKILL
     assert not export.exists()
     again = run(*scratch.words)

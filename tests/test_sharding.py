@@ -192,7 +192,7 @@ def test_modules_of_different_strategies_assemble(lab: Labs, tmp_path_factory: p
 
 
 def test_what_cannot_be_right_is_refused() -> None:
-    from bigincubate.cluster.env import RunEnv
+    from bigincubate.distributed.process_group import RunEnv
     from bigincubate.sharding import make_sharding
 
     with pytest.raises(ConfigError, match='"none" with 2 ranks'):

@@ -21,7 +21,7 @@ from test_streams import AUGMENT, EPOCH, FORK, data, info, stream, take, whole
 from bigincubate.data import prepare as preparing
 from bigincubate.data import shards
 from bigincubate.data.dataset import DatasetInfo, open_dataset
-from bigincubate.data.locks import runtime_dir
+from bigincubate.data.file_locks import runtime_dir
 from bigincubate.data.streams import Batch, EvalStream
 from bigincubate.errors import EnvironmentFault
 

@@ -26,7 +26,7 @@ from bigincubate.models import (
     set_rates,
 )
 from bigincubate.models.skipping import reads_class_token, skip_unused
-from bigincubate.plan import count_cost, make_plan
+from bigincubate.planning.phases import count_cost, make_plan
 
 VIT = {"embed_dim": 48, "num_heads": 3, "patch_size": 8}
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {

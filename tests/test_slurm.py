@@ -14,9 +14,9 @@ import pytest
 from cluster import ARRAY, Cluster, committed, running, say
 from conftest import Command
 
-from bigincubate.cluster.slurm import queue
-from bigincubate.resources import resource_folder
-from bigincubate.rundir import RunDir
+from bigincubate.config.resources import resource_folder
+from bigincubate.launchers.slurm.client import queue
+from bigincubate.storage.run_directory import RunDir
 
 LONG = pytest.mark.slurm
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from bigincubate.cluster.slurm_env import set_torchrun_variables
 from bigincubate.errors import ConfigError
+from bigincubate.launchers.slurm.environment import set_torchrun_variables
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 STEP = {

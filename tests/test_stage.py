@@ -25,8 +25,8 @@ def copies(tmp_path: Path) -> list[Path]:
 
 
 def test_shards_come_when_they_are_read_and_go_with_their_last_reader(given: Any, tmp_path: Path) -> None:
+    from bigincubate.data.local_staging import staged
     from bigincubate.data.shards import Shards
-    from bigincubate.data.stage import staged
 
     recipe, info = given
     with staged(recipe, info) as (here, copy):
@@ -43,7 +43,7 @@ def test_shards_come_when_they_are_read_and_go_with_their_last_reader(given: Any
 
 
 def test_what_killed_readers_left_goes_with_the_next_one(given: Any, tmp_path: Path) -> None:
-    from bigincubate.data.stage import staged
+    from bigincubate.data.local_staging import staged
 
     recipe, info = given
     with pytest.raises(RuntimeError), staged(recipe, info) as (_, copy):
@@ -60,7 +60,7 @@ def test_what_killed_readers_left_goes_with_the_next_one(given: Any, tmp_path: P
     [("$NODE_DISK", 1e-9, "allowed by data.stage_gib"), ("$NO_SUCH_DISK/x", 1, "no such variable")],
 )
 def test_what_cannot_be_staged_is_said(given: Any, stage: str, gib: float, words: str) -> None:
-    from bigincubate.data.stage import staged
+    from bigincubate.data.local_staging import staged
 
     recipe, info = given
     data = recipe.data.model_copy(update={"stage": stage, "stage_gib": gib})

@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 from conftest import Command
 
-from bigincubate.cluster import settle as ending
-from bigincubate.cluster import slurm, status
-from bigincubate.cluster.sbatch import arrays, sbatch, script, show
-from bigincubate.cluster.settle import settle
-from bigincubate.cluster.slurm import Queued, comment, job_logs, job_name
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.files import append_line, write_json
-from bigincubate.rundir import PhaseDir, RunDir
+from bigincubate.launchers.slurm import client as slurm
+from bigincubate.launchers.slurm import requeue as ending
+from bigincubate.launchers.slurm.client import Queued, comment, job_logs, job_name
+from bigincubate.launchers.slurm.requeue import settle
+from bigincubate.launchers.slurm.sbatch import arrays, sbatch, script, show
+from bigincubate.report import status
+from bigincubate.storage.run_directory import PhaseDir, RunDir
 
 GOLDEN = Path(__file__).with_name("golden") / "submit.txt"
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigincubate.checkpoint.store import load_manifest
 from bigincubate.data.streams import Batch
 from bigincubate.errors import ConfigError
+from bigincubate.storage.artifacts import load_manifest
 
 LOUD = ["mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "loss.label_smoothing=0.1"]
 Labs = Callable[..., Any]
@@ -174,8 +174,8 @@ def test_the_average_is_handed_on_where_asked_and_says_so(lab: Labs) -> None:
     shown = ema.run.phase("pretrain").result
     checker = ema.trainer("pretrain")
     checker.model.load_state_dict(ema.weights("pretrain"))
-    from bigincubate.cluster.env import RunEnv
-    from bigincubate.tasks.classification import evaluate
+    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.tasks.image_classification.task import evaluate
 
     assert evaluate(checker.model, checker.eval_stream, RunEnv())["loss"] == pytest.approx(shown["loss"], abs=1e-9)
 

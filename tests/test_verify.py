@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from forked import run
 
-from bigincubate.checkpoint.lock import owned
-from bigincubate.checkpoint.store import load_artifact, save_artifact
-from bigincubate.cluster.env import RunEnv
-from bigincubate.verify import Verdict, verify_run
+from bigincubate.distributed.process_group import RunEnv
+from bigincubate.report.verify import Verdict, verify_run
+from bigincubate.storage.artifacts import load_artifact, save_artifact
+from bigincubate.storage.lease import owned
 
 Labs = Callable[..., Any]
 GOOD, DAMAGED, STALE, RUNNING, UNFINISHED, ABSENT = Verdict

@@ -12,8 +12,8 @@ from typing import Any
 from forked import Command, fork_ranks
 from test_ranks import children, wait_for
 
-from bigincubate.checkpoint.lock import start_time
-from bigincubate.cluster import watchdog
+from bigincubate.distributed import watchdog
+from bigincubate.storage.lease import start_time
 
 Labs = Callable[..., Any]
 LONG = ["train.max_steps=100000", "log.every_steps=1", "schedule.name=constant"]
@@ -22,7 +22,7 @@ LONG = ["train.max_steps=100000", "log.every_steps=1", "schedule.name=constant"]
 def impatient() -> None:
     """What takes 18 seconds takes two; and one step of rank 1 takes longer than that."""
     watchdog.POLL, watchdog.PATIENCE = 0.1, 20
-    from bigincubate.trainer import Trainer
+    from bigincubate.training.trainer import Trainer
 
     step = Trainer.step
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from launching import LOUD, environment, launch, words
 
-from bigincubate.cluster.env import RunEnv
 from bigincubate.config import Settings, Sharding, Train, load_recipe
+from bigincubate.distributed.process_group import RunEnv
 from bigincubate.errors import ConfigError
 from bigincubate.sharding import make_sharding
 from bigincubate.sharding.zero_config import deepspeed_config, shipped
@@ -216,7 +216,7 @@ def test_without_deepspeed_the_line_says_how_to_get_it(monkeypatch: pytest.Monke
 
 
 def test_deepspeed_is_imported_only_where_it_is_chosen(lab: Labs) -> None:
-    code = "import sys, bigincubate.trainer, bigincubate.sharding.zero; print('deepspeed' in sys.modules)"
+    code = "import sys, bigincubate.training.trainer, bigincubate.sharding.zero; print('deepspeed' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "False"
 

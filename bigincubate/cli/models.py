@@ -35,7 +35,7 @@ def data_prepare(
     """Write images as hashed MDS shards that training streams. Killed and run again, it goes on."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..data.parts import Cut, cut_by_class, cut_by_file, cut_by_hash
+    from ..data.partitions import Cut, cut_by_class, cut_by_file, cut_by_hash
     from ..data.prepare import prepare
 
     ways = {"class": cut_by_class, "hash": cut_by_hash}
@@ -73,13 +73,13 @@ def evaluate(
     """Top-1, top-5 and loss of a finished model on a validation split."""
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"--probe {probe}: there are linear and knn")
-    from ..cluster.env import RunEnv
-    from ..cluster.slurm_env import set_torchrun_variables
     from ..config import Augment
     from ..data.dataset import open_dataset
     from ..data.streams import EvalStream
-    from ..export import load_model
-    from ..tasks.classification import evaluate as score
+    from ..distributed.process_group import RunEnv
+    from ..interchange.export import load_model
+    from ..launchers.slurm.environment import set_torchrun_variables
+    from ..tasks.image_classification.task import evaluate as score
 
     model, spec = load_model(source)
     info = open_dataset(data)
@@ -95,7 +95,7 @@ def evaluate(
         elif env.world > 1:
             raise ConfigError("--probe looks at all features at once: run it in one process")
         else:
-            from ..probe import probe as score_features
+            from ..tasks.image_classification.probe import probe as score_features
 
             classes = len(info.classes)
             scores = score_features(probe, model.to(env.device), stream("train"), stream("val"), classes, env.device)  # type: ignore[arg-type]
@@ -119,8 +119,8 @@ def export(
     """Write a finished model as a folder that timm loads, or as a checkpoint of the official implementation."""
     if form not in ("timm", "official"):
         raise ConfigError(f"--as {form}: there are timm and official")
-    from ..export import export as export_model
-    from ..export import export_official
+    from ..interchange.export import export as export_model
+    from ..interchange.export import export_official
 
     if form == "official":
         export_official(source, out)
@@ -141,8 +141,8 @@ def import_weights(
     from ..config import load_recipe
 
     loaded = load_recipe(recipe, sets or ())
-    from ..importing import import_model, import_part
-    from ..rundir import RunDir
+    from ..storage.run_directory import RunDir
+    from ..training.import_official import import_model, import_part
 
     if part == "model":
         say(f"written to {to}; in Python:\n  {import_model(loaded, files, to)}")

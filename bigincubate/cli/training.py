@@ -38,9 +38,9 @@ def plan(
     loaded = load_recipe(recipe, sets or ())
     if world is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", world):
         raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
-    from ..footprint import footprints, shareable, shares_out
-    from ..plan import cost_plan, make_plan, plan_json
-    from ..workflow import expected_samples
+    from ..planning.memory import footprints, shareable, shares_out
+    from ..planning.phases import cost_plan, make_plan, plan_json
+    from ..planning.prepare_run import expected_samples
 
     worlds = [int(ranks) for ranks in world.split(",")] if world else [n for n in (1, 2, 8) if shareable(loaded, n)]
     cut = make_plan(loaded)
@@ -50,7 +50,7 @@ def plan(
     for row in counted["rows"]:
         row["sharding"] = [asdict(each) for each in spread[row["key"]]]
     if cluster is not None:
-        from ..estimate import critical_path, estimate, read_cluster
+        from ..planning.walltime import critical_path, estimate, read_cluster
 
         there = read_cluster(cluster)
         estimates = estimate(rows, there, lambda row, ranks: shares_out(loaded.settings(row.phase), ranks))
@@ -63,7 +63,7 @@ def plan(
     if as_json:
         print(json.dumps(counted, indent=1))
         return
-    from ..tables import cluster_table, plan_table, sharding_tables
+    from ..report.console_tables import cluster_table, plan_table, sharding_tables
 
     for table in (plan_table(counted), *sharding_tables(counted)):
         console().print(table, "")
@@ -97,20 +97,20 @@ def run(
 ) -> None:
     """Everything, on this machine: meta model, modules, assembly, fine-tuning, export. Run again, it goes on."""
     from ..config import load_recipe
-    from ..smoke import smoke
+    from ..planning.smoke import smoke
 
     loaded = load_recipe(recipe, sets or (), smoke if small else None)
     if co_train:
         from ..experimental.shared_loader.launch import count_parallel_jobs, shared_loader_job
 
         jobs = count_parallel_jobs(loaded, jobs, baseline)
-    from ..cluster.local import LocalRunner
-    from ..cluster.progress import Reporter
-    from ..export import export as export_model
-    from ..export import whole
+    from ..interchange.export import export as export_model
+    from ..interchange.export import whole
+    from ..launchers.local import LocalRunner
+    from ..launchers.progress import Reporter
     from ..planning.job_graph import job_graph
-    from ..rundir import RunDir
-    from ..workflow import ensure_data, ensure_plan
+    from ..planning.prepare_run import ensure_data, ensure_plan
+    from ..storage.run_directory import RunDir
 
     directory, exported = RunDir(run_dir), run_dir / "export"
     directory.open(loaded)
@@ -130,7 +130,7 @@ def run(
     if code is not Exit.DONE:
         fail("not everything is done, for the reasons above; the same command goes on with what is missing", code)
     snippet = None if whole(exported) else export_model(run_dir, exported)
-    from ..tables import summary_table
+    from ..report.console_tables import summary_table
 
     console().print(summary_table(loaded.name, summary))
     say(f"\nmodel:   {exported}" + (f"\n         {snippet}" if snippet else ""))
@@ -152,12 +152,12 @@ def train(
     if phase not in PHASES:
         raise ConfigError(f"--phase {phase}: there are {', '.join(PHASES)}")
     loaded = load_recipe(recipe, sets or ())
-    from ..cluster.env import RunEnv
-    from ..cluster.orphan import die_with_parent
-    from ..cluster.slurm_env import array_index, set_torchrun_variables
-    from ..data.parts import open_for
-    from ..rundir import RunDir
-    from ..workflow import ensure_data, ensure_plan, find_row
+    from ..data.partitions import open_for
+    from ..distributed.parent_death import die_with_parent
+    from ..distributed.process_group import RunEnv
+    from ..launchers.slurm.environment import array_index, set_torchrun_variables
+    from ..planning.prepare_run import ensure_data, ensure_plan, find_row
+    from ..storage.run_directory import RunDir
 
     die_with_parent()
     if module is not None and module != "auto" and not module.isdigit():
@@ -173,8 +173,8 @@ def train(
             cut, rows = ensure_plan(loaded, directory, data)
             row = cut.row(phase, number)
             loaded, data = open_for(loaded, data, number)
-        from ..attempt import train as train_phase
-        from ..data.stage import staged
+        from ..data.local_staging import staged
+        from ..training.run_phase import train as train_phase
 
         with staged(loaded, data) as (here, copy):
             result = train_phase(here, cut, row, find_row(rows, row.phase, number), directory, copy, env)

@@ -1,1 +1,1 @@
-"""Access to private parts of libraries: one module for each library, pinned by tests."""
+"""Private parts of libraries: one file for each library, pinned by tests."""

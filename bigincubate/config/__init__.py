@@ -6,7 +6,6 @@ computed (two runs that differ in one are different experiments), or an *executi
 computed (sharding, workers, micro-batch, logging). Digests, refusals and lineage use identity keys only.
 """
 
-from .jobs import SlurmJob
 from .reading import load_recipe, shipped
 from .recipe import Recipe, differences, is_execution
 from .sections import (
@@ -24,6 +23,7 @@ from .sections import (
     Sharding,
     Train,
 )
+from .slurm import SlurmJob
 
 __all__ = [
     "PHASES",

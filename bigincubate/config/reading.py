@@ -23,7 +23,7 @@ Overlay = Callable[[Recipe], dict[str, Any]]
 def shipped() -> dict[str, Path]:
     """Return the files of the recipes that come with the package, by name."""
     folder = Path(str(resources.files("bigincubate") / "recipes"))
-    return {file.stem: file for file in sorted(folder.glob("*.toml"))}
+    return {file.stem: file for file in sorted(folder.rglob("*.toml"), key=lambda file: file.stem)}
 
 
 def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | None = None) -> Recipe:

@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
-from .jobs import Slurm
 from .sections import (
     PHASES,
     Checkpoint,
@@ -26,6 +25,7 @@ from .sections import (
     Settings,
     execution,
 )
+from .slurm import Slurm
 
 
 class Recipe(Settings):

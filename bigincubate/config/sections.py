@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from ..imports import OBJECT_NAME
+from .objects import OBJECT_NAME
 
 Phase = Literal["pretrain", "incubate", "finetune", "end_to_end"]
 PHASES: tuple[Phase, ...] = get_args(Phase)

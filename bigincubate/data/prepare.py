@@ -22,9 +22,9 @@ from typing import NamedTuple
 from ..errors import EnvironmentFault
 from .chunks import describe, write_chunk
 from .dataset import DESCRIPTION, DatasetInfo, open_dataset, read_json, sync, write_json
+from .file_locks import locked
 from .images import decode, encode
-from .locks import locked
-from .parts import Cut, part_path
+from .partitions import Cut, part_path
 from .sources import Sample, Source, read_source
 from .splits import in_fixed_order
 

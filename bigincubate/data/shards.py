@@ -38,8 +38,8 @@ from streaming.base.world import World
 
 from ..errors import EnvironmentFault
 from .dataset import AGAIN, DatasetInfo
+from .file_locks import locked, runtime_dir
 from .images import decode
-from .locks import locked, runtime_dir
 
 LOCAL = 3  # streaming's state of a shard that can be read
 ROOM = 64 << 20  # bytes of what was decoded that a process may hold; of a split that needs more it holds none

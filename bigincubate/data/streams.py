@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from .. import config
 from ..errors import ConfigError, EnvironmentFault
 from ..seeds import shuffle_seed
-from .augment import set_aside
+from ..tasks.image_classification.augment import set_aside
+from ..tasks.image_classification.views import EvalViews, Finish, Row, TrainViews, collate, stack
 from .dataset import DatasetInfo
-from .views import EvalViews, Finish, Row, TrainViews, collate, stack
 
 
 @dataclass(frozen=True)

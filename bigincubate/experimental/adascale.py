@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..cluster.env import RunEnv
 from ..config import Settings
+from ..distributed.process_group import RunEnv
 from ..errors import ConfigError
 from ..sharding import Sharding
 

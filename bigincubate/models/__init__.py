@@ -1,9 +1,9 @@
 """Models: which timm families are supported, how they are cut into modules, and how tensors move between depths."""
 
+from .activation_checkpointing import checkpoint_activations
 from .attention import choose_attention
 from .build import block_costs, build, default_depths
-from .checkpointing import checkpoint_activations
-from .compiling import compile_blocks
+from .compilation import compile_blocks
 from .drop_path import DropPath, apply_masks, draw_masks, drop_paths, set_rates
 from .families import FAMILIES, Family, family_of
 from .partition import (

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..checkpoint.pieces import Piece, PieceReader
+from ..storage.sharded_tensors import Piece, PieceReader
 
 
 class Ema:

@@ -1,1 +1,1 @@
-"""Planning: what a run consists of, before anything is computed."""
+"""Plan a run: its phases, their costs, memory and time, and the files that a run needs before it computes."""

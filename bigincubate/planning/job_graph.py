@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import Phase
-from ..plan import PlannedRow
+from .phases import PlannedRow
 
 
 @dataclass(frozen=True)

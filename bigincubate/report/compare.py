@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import figures, html
-from .facts import RunFacts, Way
 from .html import NONE, data, figure, flops, loss, table, tag, top1
+from .run_data import RunFacts, Way
 
 Labelled = Sequence[tuple[str, Way]]
 

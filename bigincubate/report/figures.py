@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .facts import COSTS, LEAST, PhaseFacts, Way
+from .run_data import COSTS, LEAST, PhaseFacts, Way
 
 COLOURS = ["#3d7edb", "#e0793a", "#2a9d8f", "#c9507a", "#8f6fc4", "#7c9c3c", "#b58a1b", "#5f8ea8"]
 INK = "#22223b"  # of a picture

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..tables import depths_text
-from ..verify import Finding, Verdict
 from . import figures, html
-from .facts import PhaseFacts, RunFacts, Way
+from .console_tables import depths_text
 from .html import NONE, Markup, data, definitions, figure, flops, join, loss, table, tag, text, top1
-from .story import Moment, story
+from .run_data import PhaseFacts, RunFacts, Way
+from .timeline import Moment, story
 from .units import duration, percent, prefix, quantity, three
+from .verify import Finding, Verdict
 
 
 def report(facts: RunFacts, findings: Sequence[Finding]) -> str:

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..checkpoint.pieces import Piece
-    from ..cluster.env import RunEnv
     from ..config import Settings
+    from ..distributed.process_group import RunEnv
+    from ..storage.sharded_tensors import Piece
 
 
 class Sharding(Protocol):

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..checkpoint.pieces import Piece, whole
-from ..cluster.env import RunEnv
 from ..compat.torch import skip_fused_step_if
+from ..distributed.process_group import RunEnv
+from ..storage.sharded_tensors import Piece, whole
 from .gradients import clip_gradients
 from .state import load_optimizer_state, save_optimizer_state
 

@@ -22,10 +22,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..checkpoint.pieces import Piece, PieceReader
-from ..cluster.env import RunEnv
 from ..config import Fsdp2
+from ..distributed.process_group import RunEnv
 from ..errors import ConfigError
+from ..storage.sharded_tensors import Piece, PieceReader
 from .gradients import clip_gradients
 from .state import load_optimizer_state, save_optimizer_state
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoint.pieces import Piece, whole
-from ..cluster.env import RunEnv
 from ..compat.fairscale import import_fairscale, owner_rank
+from ..distributed.process_group import RunEnv
+from ..storage.sharded_tensors import Piece, whole
 from .state import load_optimizer_state, save_optimizer_state
 
 

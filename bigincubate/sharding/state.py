@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..checkpoint.pieces import Piece
+from ..storage.sharded_tensors import Piece
 
 NUMBER_PREFIX = "number/"
 

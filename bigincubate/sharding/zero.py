@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoint.pieces import Piece, PieceReader
-from ..cluster.env import RunEnv
 from ..compat.deepspeed import flat_slices, import_deepspeed, sync_weights_from_master
+from ..distributed.process_group import RunEnv
 from ..errors import ConfigError
+from ..storage.sharded_tensors import Piece, PieceReader
 from .flat_lamb import client
 from .state import NUMBER_PREFIX, pack_value
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Settings, Sharding
+from ..config.resources import resource_folder
 from ..errors import ConfigError
-from ..resources import resource_folder
 
 # keys with only one allowed value, and the reason: other values are wrong here or untested
 FIXED = {

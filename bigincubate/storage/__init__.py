@@ -1,1 +1,1 @@
-"""Storage: the files of a run directory."""
+"""Files of a run: the run directory, leases, checkpoints, artifacts."""

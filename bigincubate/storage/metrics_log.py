@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..rundir import PhaseDir
+from .run_directory import PhaseDir
 
 
 def last_metrics(folder: PhaseDir) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""What is learned."""
+"""Tasks: the only package that knows inputs, targets, losses and metrics."""

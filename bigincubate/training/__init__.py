@@ -1,1 +1,1 @@
-"""Training one phase: the hooks that a recipe or an environment variable can put into the loop."""
+"""Train one phase: build it, run its steps, record the attempt."""

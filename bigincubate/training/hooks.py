@@ -8,11 +8,11 @@ from typing import Protocol
 
 from torch import nn
 
-from ..cluster.env import RunEnv
 from ..config import Recipe, Settings
+from ..config.objects import load_object
 from ..data.dataset import DatasetInfo
 from ..data.streams import Batch, TrainStream
-from ..imports import load_object
+from ..distributed.process_group import RunEnv
 from ..sharding import Sharding
 
 BATCH_SOURCE = "BIGINCUBATE_BATCH_SOURCE"  # environment variable: "package.module:function"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigincubate.checkpoint.manager import Checkpoint, CheckpointManager
-from bigincubate.checkpoint.store import Manifest, ModelSpec
-from bigincubate.cluster.env import RunEnv
+from bigincubate.distributed.process_group import RunEnv
+from bigincubate.storage.artifacts import Manifest, ModelSpec
+from bigincubate.storage.checkpoint_manager import Checkpoint, CheckpointManager
 
 SPEC = ModelSpec(
     name="vit_tiny_patch16_224",

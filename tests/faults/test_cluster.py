@@ -16,7 +16,7 @@ from ledger import Ledger, Trial
 from parity import launch
 
 from bigincubate.errors import EnvironmentFault
-from bigincubate.rundir import RunDir
+from bigincubate.storage.run_directory import RunDir
 
 SETS = [
     *("train.max_steps=80", "checkpoint.every_steps=5", "log.every_steps=1", "finetune.sharding.strategy=fsdp2"),

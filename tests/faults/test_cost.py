@@ -15,7 +15,7 @@ import torch
 from ledger import Ledger
 from parts import manager
 
-from bigincubate.checkpoint.pieces import snapshot
+from bigincubate.storage.sharded_tensors import snapshot
 
 MIB, SAVES = 256, 12
 Spoil = Callable[[pytest.MonkeyPatch], None]

@@ -10,11 +10,11 @@ import torch
 from ledger import Ledger, Trial
 from parts import MANIFEST, manager
 
-from bigincubate.checkpoint.manager import commit, verify
-from bigincubate.checkpoint.pieces import Piece, write_pieces
-from bigincubate.checkpoint.store import load_artifact, save_artifact
 from bigincubate.errors import ArtifactError
 from bigincubate.files import write_hashed
+from bigincubate.storage.artifacts import load_artifact, save_artifact
+from bigincubate.storage.checkpoint_manager import commit, verify
+from bigincubate.storage.sharded_tensors import Piece, write_pieces
 
 PAGE = 4096
 Files = dict[Path, bytes]

@@ -14,8 +14,8 @@ from disk import Call, recorded
 from ledger import Ledger
 from parts import check_whole, manager, save
 
-from bigincubate.checkpoint.manager import verify
 from bigincubate.errors import EnvironmentFault
+from bigincubate.storage.checkpoint_manager import verify
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 SMALL = 256 * 1024  # bytes of the small file system

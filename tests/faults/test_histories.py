@@ -15,8 +15,8 @@ from disk import Disk, Folder, put, recorded
 from ledger import Ledger, Trial
 from parts import check_whole, manager, save
 
-from bigincubate.checkpoint.manager import verify
 from bigincubate.errors import DamagedError
+from bigincubate.storage.checkpoint_manager import verify
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from launching import LOUD, launch
 from ledger import Ledger
 from test_sharding import STRATEGIES
 
-from bigincubate.checkpoint.pieces import PieceReader
+from bigincubate.storage.sharded_tensors import PieceReader
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("fairscale")

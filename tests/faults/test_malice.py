@@ -22,14 +22,14 @@ from ledger import ROOT, Ledger
 from parts import MANIFEST, manager
 from safetensors.torch import save as tensors_file
 
-from bigincubate.checkpoint.store import load_artifact, save_artifact
 from bigincubate.config import Augment, load_recipe
 from bigincubate.data.dataset import contents_digest, open_dataset
-from bigincubate.data.locks import runtime_dir
+from bigincubate.data.file_locks import runtime_dir
 from bigincubate.data.streams import EvalStream
 from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, DamagedError, EnvironmentFault
-from bigincubate.export import export, load_model
+from bigincubate.interchange.export import export, load_model
 from bigincubate.models import build
+from bigincubate.storage.artifacts import load_artifact, save_artifact
 
 Kind = tuple[str, Callable[[Any], Any], type[BigincubateError] | None]  # None: it does no harm, and does not matter
 NOWHERE, DEEP, HASH = Path("/nowhere"), 100_000, "0" * 64
@@ -512,7 +512,7 @@ def recipe(text: str | bytes) -> Callable[[Any], Any]:
         file.write_bytes(text if isinstance(text, bytes) else f"{text}\n".encode())
 
         def read() -> None:
-            from bigincubate.plan import make_plan
+            from bigincubate.planning.phases import make_plan
 
             make_plan(load_recipe(str(file)))
 

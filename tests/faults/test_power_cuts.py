@@ -17,9 +17,9 @@ from disk import Call, Disk, Folder, Tree, put, recorded
 from ledger import Ledger, Trial
 from parts import MANIFEST, check_whole, manager, save
 
-from bigincubate.checkpoint.store import load_artifact, save_artifact
 from bigincubate.errors import ArtifactError, DamagedError
 from bigincubate.files import read_json, write_json
+from bigincubate.storage.artifacts import load_artifact, save_artifact
 
 Found = Callable[[Path], Any]
 STEPS = (4, 8, 12, 16)

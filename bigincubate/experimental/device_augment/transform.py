@@ -1,7 +1,7 @@
 """Augmentation in two halves: here on the host an image is read, resized and its parameters are drawn; what does
 not change sizes is one operator on the device (`bigincubate.kernels.augment`).
 
-Draws come from the same generators in the same order as in `bigincubate.data.augment`, so with the same seed a view
+Draws come from the same generators in the same order as in `bigincubate.tasks.image_classification.augment`, so with the same seed a view
 gets the same crop, flip, operation, factors and box on either way. Only the noise in an erased box is other noise.
 """
 
@@ -19,22 +19,9 @@ from torch import Tensor
 from torchvision import transforms
 
 from ... import config
-from ...data.augment import corner, resized_crop, shorter_side
-from ...data.mixing import TwoHot, draw
-from .operator import (
-    AMOUNT,
-    BLUR,
-    BOX,
-    COLUMNS,
-    DOWN,
-    FLIP,
-    GREYSCALE,
-    JITTER,
-    NOISE,
-    OPERATION,
-    RIGHT,
-    SOLARISE,
-)
+from ...tasks.image_classification.augment import corner, resized_crop, shorter_side
+from ...tasks.image_classification.mixup import TwoHot, draw
+from .operator import AMOUNT, BLUR, BOX, COLUMNS, DOWN, FLIP, GREYSCALE, JITTER, NOISE, OPERATION, RIGHT, SOLARISE
 from .operator import augment as operator
 
 TAPE = 1 << 20  # numbers of noise; a place among them is exact in float32
@@ -131,7 +118,7 @@ def finish_and_blend(
     seed: int,
     step: int,
 ) -> tuple[Tensor, TwoHot]:
-    """`finish`, mixed as `bigincubate.data.mixing.blend` mixes a micro-batch; and the targets."""
+    """`finish`, mixed as `bigincubate.tasks.image_classification.mixup.blend` mixes a micro-batch; and the targets."""
     ratio, box = draw(mixup, images.shape, seed=seed, step=step)
     if ratio == 1.0:
         return finish(images, parameters, augment), TwoHot(labels, labels, 1.0)

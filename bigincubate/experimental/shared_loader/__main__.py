@@ -8,9 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-from ...cluster.orphan import die_with_parent
-from ...cluster.preempt import StopFlag
 from ...config import load_recipe
+from ...distributed.parent_death import die_with_parent
+from ...distributed.signals import StopFlag
 from ...errors import BigincubateError, ConfigError
 from . import SERVER_NAME
 from .fd_socket import listen
@@ -31,10 +31,10 @@ def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves after the modules
         die_with_parent()
         recipe = load_recipe(recipe_file)
-        from ...data.stage import staged
+        from ...data.local_staging import staged
         from ...data.streams import make_train_stream
-        from ...rundir import RunDir
-        from ...workflow import ensure_data, ensure_plan
+        from ...planning.prepare_run import ensure_data, ensure_plan
+        from ...storage.run_directory import RunDir
         from .client import batch_digest
         from .server import SharedLoaderServer
 

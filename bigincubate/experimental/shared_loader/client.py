@@ -10,10 +10,10 @@ import sys
 from collections.abc import Generator
 from contextlib import closing
 
-from ...cluster.env import RunEnv
 from ...config import Recipe, Settings
 from ...data.dataset import DatasetInfo
 from ...data.streams import Batch, TrainStream
+from ...distributed.process_group import RunEnv
 from ...errors import EnvironmentFault
 from . import SERVER_NAME
 from .fd_socket import connect, recv_message, send_message

@@ -10,9 +10,9 @@ from ...errors import ConfigError
 from . import SERVER_NAME
 
 if TYPE_CHECKING:
-    from ...cluster.local import HelperJob
     from ...config import Recipe
-    from ...rundir import RunDir
+    from ...launchers.local import HelperJob
+    from ...storage.run_directory import RunDir
 
 
 def count_parallel_jobs(recipe: Recipe, jobs: int | None, baseline: bool) -> int:
@@ -39,7 +39,7 @@ def count_parallel_jobs(recipe: Recipe, jobs: int | None, baseline: bool) -> int
 
 def shared_loader_job(run: RunDir) -> HelperJob:
     """Return the server's processes as a helper job."""
-    from ...cluster.local import HelperJob
+    from ...launchers.local import HelperJob
     from ...training.hooks import BATCH_SOURCE
 
     name = {SERVER_NAME: secrets.token_hex(16)}

@@ -1,0 +1,90 @@
+"""Commands that look: at a run, at the recipes, at this machine."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import Exit
+from .app import JsonOption, RunArgument, app, console, fail, say
+
+
+@app.command()
+def status(
+    run_dir: RunArgument,
+    as_json: JsonOption = False,
+    watch: Annotated[bool, typer.Option(help="Again every two seconds, until Ctrl-C.")] = False,
+) -> None:
+    """Where a run stands: state, step, loss, speed and time left of every phase."""
+    from ..report.status import run_status
+    from ..storage.run_directory import RunDir
+
+    directory = RunDir(run_dir)
+    if as_json:
+        print(json.dumps(run_status(directory), indent=1))
+        return
+    from rich.live import Live
+
+    from ..report.console_tables import status_table
+
+    def table() -> Any:
+        return status_table(str(run_dir), run_status(directory))
+
+    if not watch:
+        console().print(table())
+        return
+    with Live(table(), console=console(), auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(2)
+                live.update(table(), refresh=True)
+        except KeyboardInterrupt:
+            pass
+
+
+@app.command()
+def verify(run_dir: RunArgument, as_json: JsonOption = False) -> None:
+    """Hash everything in a run: what is good, damaged, stale or in progress. Exit code 6 where something is damaged,
+    4 where something is stale."""
+    from ..report.verify import Verdict, verify_run
+    from ..storage.run_directory import RunDir
+
+    found = []
+    for each in verify_run(RunDir(run_dir)):
+        found.append(each)
+        if not as_json:
+            say(f"{each.verdict:<14}{each.part:<12}{each.path}" + (f": {each.why}" if each.why else ""))
+    if as_json:
+        print(json.dumps([{**asdict(each), "path": str(each.path)} for each in found], indent=1))
+    for verdict, code in ((Verdict.DAMAGED, Exit.DAMAGED), (Verdict.STALE, Exit.ARTIFACT)):
+        if count := sum(each.verdict is verdict for each in found):
+            fail(f"{count} of {len(found)} {verdict}, as listed; what is good is not touched by that", code)
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that come with the package."""
+    from ..config import load_recipe, shipped
+
+    width = max(map(len, shipped())) + 1
+    for name, file in shipped().items():
+        say(f"{name:<{width}} {load_recipe(name).description}\n{'':<{width}} {file}")
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """What is installed, what is missing, and why it matters."""
+    from .doctor_checks import examine
+
+    checks = examine()
+    if as_json:
+        print(json.dumps(checks, indent=1))
+    else:
+        for check in checks:
+            say(f"{'ok' if check['ok'] else 'missing' if check['needed'] else 'optional':<9}{check['text']}")
+    if any(check["needed"] and not check["ok"] for check in checks):
+        raise typer.Exit(Exit.ENVIRONMENT)

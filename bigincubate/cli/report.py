@@ -1,0 +1,59 @@
+"""Commands that tell what runs came to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import JsonOption, RunArgument, app, console, say
+
+
+@app.command()
+def report(
+    run_dir: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page to write [default: DIR/report.html].")
+    ] = None,
+) -> None:
+    """A page about a run, finished or not: what was trained, scores, curves, costs, what interrupted it. One file."""
+    from ..files import write_text
+    from ..report.page import report as page
+    from ..report.run_data import read_run
+    from ..report.verify import verify_run
+    from ..storage.run_directory import RunDir
+
+    directory, file = RunDir(run_dir), out or run_dir / "report.html"
+    facts = read_run(directory)
+    write_text(file, page(facts, list(verify_run(directory, everything=False))))
+    say(str(file))
+
+
+@app.command()
+def compare(
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Run directories.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Also draw: compare.html and pictures, in this folder.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Runs beside each other: scores of each phase, and what they cost in epochs, images, FLOPs and seconds."""
+    from ..report.compare import compare_json, labelled
+    from ..report.console_tables import compare_table
+    from ..report.run_data import read_run
+    from ..storage.run_directory import RunDir
+
+    ways = labelled([read_run(RunDir(folder)) for folder in run_dirs])
+    rows = compare_json(ways)
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    else:
+        console().print(compare_table(rows))
+    if out is not None:
+        from ..report.compare import write_comparison
+
+        written = write_comparison(ways, out)
+        if not as_json:
+            say("\n".join(map(str, written)))

@@ -1,0 +1,160 @@
+"""Commands that use Slurm."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ArtifactError, EnvironmentFault
+from .app import RecipeArgument, RunArgument, RunDirOption, SetOption, app, console, say
+
+
+@app.command()
+def submit(
+    recipe: RecipeArgument,
+    run_dir: RunDirOption,
+    sets: SetOption = None,
+    baseline: Annotated[bool, typer.Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
+    partition: Annotated[str | None, typer.Option(help="As --set slurm.partition=…")] = None,
+    account: Annotated[str | None, typer.Option(help="As --set slurm.account=…")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print commands and scripts; submit nothing.")] = False,
+) -> None:
+    """Everything, on Slurm: meta model, an array of modules, assembly and fine-tuning. Again: what is missing."""
+    from ..config import load_recipe
+
+    given = [f'slurm.{key}="{value}"' for key, value in (("partition", partition), ("account", account)) if value]
+    loaded = load_recipe(recipe, [*(sets or ()), *given])
+    from ..planning.prepare_run import ensure_data, ensure_plan
+    from ..storage.run_directory import RunDir
+
+    directory = RunDir(run_dir)
+    if dry_run:
+        from ..launchers.slurm.client import DEFAULT_ARRAY, array_size
+        from ..launchers.slurm.sbatch import show
+        from ..planning.phases import make_plan
+
+        size = DEFAULT_ARRAY
+        with contextlib.suppress(EnvironmentFault):  # no Slurm here
+            size = array_size()
+        say(show(loaded, directory, make_plan(loaded).modules, baseline=baseline, size=size))
+        return
+    share(loaded)
+    directory.open(loaded)
+    ensure_plan(loaded, directory, ensure_data(loaded, directory, say))
+    if baseline:
+        directory.note("baseline")
+    proceed(directory)
+
+
+@app.command()
+def scripts(
+    copy: Annotated[Path | None, typer.Option(metavar="DIR", file_okay=False, help="Write them to DIR.")] = None,
+) -> None:
+    """Print where the sbatch scripts are; with --copy, write them to a folder to use or edit them."""
+    from ..config.resources import copy_scripts, resource_folder
+
+    files = copy_scripts(copy) if copy else sorted(resource_folder("slurm").glob("*.sbatch"))
+    say("\n".join(map(str, files)))
+
+
+@app.command()
+def resume(
+    run_dir: RunArgument,
+    gate: Annotated[bool, typer.Option("--gate", hidden=True, help="Called by a gate.")] = False,
+) -> None:
+    """Submit to Slurm what is missing of a run."""
+    from ..storage.run_directory import RunDir
+
+    proceed(RunDir(run_dir), os.environ.get("SLURM_JOB_ID") if gate else None)
+
+
+def proceed(directory: Any, gate: str | None = None) -> None:
+    """Submit what is missing; where nothing is, export."""
+    from ..data.partitions import seen_by
+    from ..files import read_lines
+    from ..interchange.export import export as export_model
+    from ..interchange.export import whole
+    from ..launchers.slurm.scheduler import advance
+    from ..planning.job_graph import job_graph
+    from ..planning.prepare_run import ensure_data, ensure_plan
+
+    loaded = directory.recipe()
+    share(loaded)
+    data = ensure_data(loaded, directory)
+    _, rows = ensure_plan(loaded, directory, data)
+    baseline = any(row["event"] == "baseline" for row in read_lines(directory.path / "events.jsonl"))
+    seen = partial(seen_by, loaded, data)
+    if not advance(loaded, job_graph(rows, baseline=baseline), directory, data=seen, gate=gate, say=say):
+        say(f"watch:   bigincubate status {directory.path} --watch")
+        return
+    exported = directory.path / "export"
+    if not whole(exported):
+        export_model(directory.path, exported)
+    from ..report.console_tables import summary_table
+
+    console().print(summary_table(loaded.name, directory.summary()))
+    say(f"model:   {exported}")
+
+
+def share(recipe: Any) -> None:
+    """What others may do with this run's files. Slurm hands the umask on to the jobs."""
+    if recipe.slurm.umask is not None:
+        os.umask(int(recipe.slurm.umask, 8))
+
+
+@app.command(hidden=True)
+def settle(
+    run_dir: RunArgument,
+    phase: Annotated[str, typer.Option()],
+    job: Annotated[str, typer.Option()],
+    code: Annotated[int, typer.Option()],
+    module: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """The end of a Slurm job: done, requeued, or failed for good."""
+    from typing import cast
+
+    from ..config import Phase
+    from ..launchers.slurm.requeue import settle as end
+    from ..storage.run_directory import RunDir
+
+    code, why = end(RunDir(run_dir).phase(cast("Phase", phase), module), job, code)
+    say(f"job {job}: {why}")
+    raise typer.Exit(code)
+
+
+@app.command()
+def cancel(run_dir: RunArgument) -> None:
+    """Take a run's jobs out of Slurm's queue. What runs writes a checkpoint first; `resume` goes on."""
+    from ..launchers.slurm.client import cancel as take_out
+    from ..storage.run_directory import RunDir
+
+    directory = RunDir(run_dir)
+    directory.recipe()
+    ids = take_out(directory)
+    say(f"cancelled: {', '.join(ids)}" if ids else "nothing of this run is in the queue")
+
+
+@app.command()
+def logs(
+    run_dir: RunArgument,
+    module: Annotated[int | None, typer.Option(min=0, help="Of this module alone.")] = None,
+    lines: Annotated[int, typer.Option(min=1, help="From the end of each.")] = 20,
+    follow: Annotated[bool, typer.Option(help="Go on printing, until Ctrl-C.")] = False,
+) -> None:
+    """The ends of a run's logs, of Slurm jobs and of local processes."""
+    import subprocess
+
+    from ..launchers.slurm.client import job_logs
+    from ..storage.run_directory import RunDir
+
+    pattern = f"modules/{module:02d}/logs/*.log" if module is not None else "**/logs/*.log"
+    files = sorted(run_dir.glob(pattern)) + job_logs(RunDir(run_dir), module)
+    if not files:
+        raise ArtifactError(f"no logs in {run_dir} yet")
+    with contextlib.suppress(KeyboardInterrupt):
+        subprocess.run(["tail", "-n", str(lines), *(["-F"] if follow else []), *map(str, files)], check=False)

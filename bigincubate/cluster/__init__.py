@@ -1,1 +1,0 @@
-"""How a run is spread over processes and machines."""

@@ -1,0 +1,35 @@
+"""Load an object that a recipe or an environment variable names as ``package.module:attribute``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
+
+from ..errors import ConfigError
+
+OBJECT_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+
+
+def load_object(name: str, *, key: str) -> Any:
+    """Return the object that ``name`` refers to, importing its module.
+
+    Args:
+        name: ``"package.module:attribute"``.
+        key: the recipe key or environment variable that holds ``name``, for the error message.
+
+    Raises:
+        ConfigError: ``name`` is malformed, its module cannot be imported, or the module has no such attribute.
+    """
+    if not OBJECT_NAME.fullmatch(name):
+        raise ConfigError(f"{key} = {name!r}: expected package.module:attribute, such as mypackage.extras:MyClass")
+    module, _, attribute = name.partition(":")
+    try:
+        loaded = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"{key} = {name!r}: cannot import {module} ({error}); correct the name, or put its folder on PYTHONPATH"
+        ) from None
+    if not hasattr(loaded, attribute):
+        raise ConfigError(f"{key} = {name!r}: {module} has no attribute {attribute!r}; correct the name")
+    return getattr(loaded, attribute)

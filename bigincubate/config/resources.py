@@ -1,0 +1,45 @@
+"""Files that come with the project outside its Python code: DeepSpeed configurations and sbatch scripts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from ..errors import ConfigError, EnvironmentFault
+
+PACKAGE = Path(__file__).parent
+
+
+def resource_folder(name: Literal["ds_configs", "slurm"]) -> Path:
+    """Return the folder inside the installed package, or else the one at the top level of the checkout.
+
+    Raises:
+        EnvironmentFault: Neither exists.
+    """
+    candidates = [PACKAGE / name, PACKAGE.parent / name]
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    raise EnvironmentFault(f"no folder {name} at {' or '.join(map(str, candidates))}; install bigincubate again")
+
+
+def copy_scripts(destination: Path) -> list[Path]:
+    """Copy the sbatch scripts into a folder, which is created if needed.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ConfigError: A file there differs from the script of the same name; nothing is written.
+    """
+    scripts = {destination / file.name: file.read_bytes() for file in sorted(resource_folder("slurm").glob("*.sbatch"))}
+    changed = [str(file) for file, content in scripts.items() if file.exists() and file.read_bytes() != content]
+    if changed:
+        raise ConfigError(
+            f"--copy {destination}: not overwriting changed files: {', '.join(changed)};"
+            " move them away or name another folder"
+        )
+    destination.mkdir(parents=True, exist_ok=True)
+    for file, content in scripts.items():
+        file.write_bytes(content)
+    return list(scripts)

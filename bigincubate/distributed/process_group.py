@@ -1,0 +1,181 @@
+"""The process group of the ranks of a phase, and the messages that ranks exchange to agree on something."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .. import __version__
+from ..compat.malloc import keep_freed_memory
+from ..errors import BigincubateError, ConfigError
+
+
+@dataclass
+class RunEnv:
+    """The rank of this process and its connection to the other ranks. The default is a world of one on the CPU.
+
+    Attributes:
+        rank: Rank of this process.
+        world: Number of ranks.
+        local_rank: Rank among the processes of this machine.
+        local_world: Number of ranks on this machine.
+        device: Device that this rank computes on.
+        control: A gloo process group for control messages, so that they never wait for the accelerator.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    control: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this is rank 0."""
+        return self.rank == 0
+
+    @classmethod
+    def detect(cls) -> RunEnv:
+        """Join the process group that ``torchrun``'s variables describe; without them, return a world of one.
+
+        On a CPU, freed memory is kept (see :mod:`bigincubate.compat.malloc`).
+
+        Raises:
+            ConfigError: The variables contradict each other, or this machine has fewer GPUs than ranks.
+        """
+        env = os.environ
+        rank, world, local_rank, local_world = 0, 1, 0, 1
+        if "RANK" in env and "WORLD_SIZE" in env:
+            rank, world = read_count("RANK", 0), read_count("WORLD_SIZE", 1)
+            local_rank, local_world = read_count("LOCAL_RANK", 0), read_count("LOCAL_WORLD_SIZE", 1)
+        if not 0 <= rank < world:
+            raise ConfigError(f"RANK={rank} is outside WORLD_SIZE={world}")
+        self = cls(rank, world, local_rank, local_world)
+        if torch.cuda.is_available():
+            if (needed := max(local_world, local_rank + 1)) > (gpus := torch.cuda.device_count()):
+                raise ConfigError(
+                    f"{needed} ranks on this machine, which shows {gpus} GPU{'s' if gpus > 1 else ''}; start at most"
+                    f" {gpus}, or train on the CPU with CUDA_VISIBLE_DEVICES= in the environment"
+                )
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        else:
+            keep_freed_memory()
+        # streaming and torch read these
+        env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_world))
+        if world > 1:
+            env.setdefault("MASTER_ADDR", "127.0.0.1")
+            env.setdefault("MASTER_PORT", "29500")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            self.control = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
+        return self
+
+    def machine(self) -> dict[str, Any]:
+        """Describe what this rank computes with.
+
+        Returns:
+            ``device`` (name), ``world`` (number of ranks), ``threads`` (of this rank, on the CPU), and ``versions`` of
+            the packages that results depend on.
+        """
+        cuda = self.device.type == "cuda"
+        device = torch.cuda.get_device_name(self.device) if cuda else f"CPU ({platform.machine()})"
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "timm", "mosaicml-streaming")}
+        versions = {"bigincubate": __version__, "python": platform.python_version(), **versions}
+        return {"device": device, "world": self.world, "threads": torch.get_num_threads(), "versions": versions}
+
+    def apart(self) -> RunEnv:
+        """Return the same ranks with a new control group, for use by another thread. Called by all ranks together."""
+        return self if self.world == 1 else replace(self, control=dist.new_group(backend="gloo"))
+
+    def close_apart(self) -> None:
+        """Destroy the control group of :meth:`apart`, which also ends its threads."""
+        if self.world > 1:
+            dist.destroy_process_group(self.control)
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Return for each flag whether it is set on any rank."""
+        if self.world == 1:
+            return flags
+        votes = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
+        return tuple(bool(vote) for vote in votes)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's ``value``, which must be picklable."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the ``value`` of every rank, in the order of the ranks."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value, group=self.control)
+        return out
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum ``tensor`` over the ranks, in place, and return it."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """Run the block on rank 0 before the other ranks run it.
+
+        Raises:
+            BigincubateError: On every rank, if the block raised it on rank 0.
+        """
+        problem: BigincubateError | None = None
+        if self.is_main:
+            try:
+                yield
+            except BigincubateError as error:
+                problem = error
+            problem = self.broadcast(problem)
+        else:
+            problem = self.broadcast(None)
+            if problem is None:
+                yield
+        if problem is not None:
+            raise problem
+
+    def barrier(self) -> None:
+        """Wait until every rank has called this."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        """Destroy the process group."""
+        if self.world > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def read_count(name: str, default: int) -> int:
+    """Return an environment variable that holds a non-negative whole number.
+
+    Raises:
+        ConfigError: It holds something else.
+    """
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"the environment variable {name} is {text!r}, not a number")
+    return int(text)
+
+
+def stderr(text: str) -> None:
+    """Print a line on stderr at once."""
+    print(text, file=sys.stderr, flush=True)

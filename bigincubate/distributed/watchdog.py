@@ -1,0 +1,130 @@
+"""Detect a rank that stands still, and end all ranks instead of letting them wait for it.
+
+A thread of each rank increments a counter in the ranks' shared store and reads the counter of the next rank. If that
+counter stands still while the store answers, the next rank is stopped, frozen, or lost with its machine. The rank that
+detects this reports it through the store, and all ranks exit together. The thread counts independently of the training:
+a step, a compilation or an evaluation may take any time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+from ..errors import RankTimeoutError
+from .process_group import RunEnv, stderr
+
+POLL = 2.0  # seconds between two reads
+PATIENCE = 9  # reads in a row without a change after which a rank has timed out
+LEFT = 1 << 40  # added by a rank to its counter when it leaves
+
+
+@contextmanager
+def watched(env: RunEnv, name: str, process: dict[str, Any], record: Callable[[str], None]) -> Iterator[None]:
+    """Let the ranks watch each other while the block runs.
+
+    If a rank stands still, every other rank prints that on stderr and exits at once with the exit code of
+    :class:`RankTimeoutError`: a collective operation that it waits for would never complete.
+
+    Args:
+        env: The ranks.
+        name: A key that was not used before in this store, the same on all ranks.
+        process: ``host`` and ``pid`` of this rank.
+        record: Called with the reason by one of the ranks that still run.
+    """
+    if env.world == 1:
+        yield
+        return
+    watch = Watch(env, name, env.gather(process), record)
+    try:
+        yield
+    finally:
+        watch.stop()
+
+
+class Watch:
+    """The threads of one rank that count and compare.
+
+    Args:
+        env: The ranks.
+        name: Prefix of the keys in the store.
+        processes: ``host`` and ``pid`` of every rank.
+        record: See :func:`watched`.
+    """
+
+    def __init__(self, env: RunEnv, name: str, processes: list[dict[str, Any]], record: Callable[[str], None]) -> None:
+        from torch.distributed import TCPStore
+
+        self.env, self.name, self.processes, self.record = env, name, processes, record
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # a separate connection: that of the process group may be busy for a long time
+        self.store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
+        self.polls = 0
+        self.stopped, self.exiting = threading.Event(), threading.Event()
+        # a store in the launcher's process may be suspended with the launcher while all ranks are alive
+        hosted_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        tasks = [self._count, *([self._watch_host] if hosted_by_rank_0 and not env.is_main else [])]
+        self.threads = [threading.Thread(target=task, daemon=True) for task in tasks]
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop watching before this rank leaves. Do not return if all ranks are about to exit after a timeout."""
+        if self.exiting.is_set():
+            threading.Event().wait()
+        self.stopped.set()
+        for thread in self.threads:
+            thread.join(2 * POLL)  # do not wait for a store that does not answer
+
+    def _count(self) -> None:
+        rank = self.env.rank
+        peer = (rank + 1) % self.env.world
+        own, other, reason = f"{self.name}/{rank}", f"{self.name}/{peer}", f"{self.name}/reason"
+        last_count, unchanged = -1, 0
+        try:
+            while not self.stopped.wait(POLL):
+                self.store.add(own, 1)
+                if self.store.check([reason]):
+                    self._exit(self.store.get(reason).decode())
+                count = self.store.add(other, 0)
+                unchanged = 0 if count != last_count or count >= LEFT else unchanged + 1
+                last_count = count
+                self.polls += 1
+                if unchanged >= PATIENCE:
+                    text = self._describe(peer)
+                    self.store.set(reason, text)
+                    self.record(text)
+                    self._exit(text)
+            self.store.add(own, LEFT)
+        except RuntimeError:
+            return  # the store is gone, and with it a rank or the launcher; the training will fail by itself
+
+    def _watch_host(self) -> None:
+        """Detect that rank 0, which hosts the store, stands still: then every call of the store blocks."""
+        last_polls, unchanged = -1, 0
+        while not self.stopped.wait(POLL) and self.threads[0].is_alive():
+            unchanged = unchanged + 1 if self.polls == last_polls else 0
+            last_polls = self.polls
+            if unchanged >= PATIENCE:
+                text = self._describe(0)
+                if self.env.rank == 1:
+                    self.record(text)
+                self._exit(text)
+
+    def _describe(self, rank: int) -> str:
+        process, seconds = self.processes[rank], PATIENCE * POLL
+        return (
+            f"rank {rank} (process {process['pid']} on {process['host']}) gave no sign of life for {seconds:.0f} s;"
+            " all ranks exit, the same command resumes from the last checkpoint"
+        )
+
+    def _exit(self, text: str) -> NoReturn:
+        self.exiting.set()
+        stderr(f"bigincubate: {text}")
+        time.sleep(1.5 * POLL)  # until all ranks have read the reason: the first one to exit breaks connections
+        os._exit(RankTimeoutError.code)

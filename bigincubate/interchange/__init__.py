@@ -1,0 +1,1 @@
+"""Models in other forms: exported folders, checkpoints of the official implementation, pretrained models."""

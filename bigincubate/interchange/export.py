@@ -1,0 +1,188 @@
+"""From an artifact to a model: to evaluate it, and to hand it to timm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..config import Phase
+from ..errors import ArtifactError, ConfigError
+from ..files import plain_size, read_json
+from ..models import Partition, build, default_depths, family_of
+from ..storage.artifacts import ModelSpec, load_artifact
+from ..storage.run_directory import RunDir
+from .official_format import write_official
+
+SPEC = "bigincubate"  # our part of an exported config.json
+FILES = ("model.safetensors", "config.json")  # of an exported folder; the last one comes last
+
+
+def best_artifact(run: RunDir) -> Path:
+    """The artifact that stands for a run: the fine-tuned model, else the end-to-end one.
+
+    Raises:
+        ArtifactError: the run has neither yet.
+    """
+    phases: tuple[Phase, ...] = ("finetune", "end_to_end")
+    for phase in phases:
+        folder = run.phase(phase).artifact
+        if (folder / "manifest.json").exists():
+            return folder
+    raise ArtifactError(f"{run.path} has no finished model yet; go on with: bigincubate run {run.recipe_file} ...")
+
+
+def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
+    """The model of a run directory, a phase's directory, an artifact, or an exported folder.
+
+    Raises:
+        ArtifactError: there is no whole model there.
+    """
+    if (path / "config.json").exists():
+        return _load_exported(path)
+    if (path / "recipe.toml").exists():
+        path = best_artifact(RunDir(path))
+    elif (path / "artifact").is_dir():
+        path = path / "artifact"
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such directory")
+    tensors, manifest = load_artifact(path)
+    if manifest.kind != "model":
+        raise ArtifactError(f"{path} is module {manifest.module}, a part of a model; give a run or a whole model")
+    return with_weights(manifest.model, tensors, path), manifest.model
+
+
+def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> nn.Module:
+    """The model of this description with these weights.
+
+    Raises:
+        ArtifactError: they are not its weights; ``source`` is named.
+    """
+    depths = tuple(tuple(stages) for stages in spec.depths)
+
+    def built(device: str) -> nn.Module:
+        return build(
+            spec.name, depths, num_classes=spec.num_classes, img_size=spec.img_size, args=spec.args, device=device
+        )
+
+    # shapes alone first: a specification that is no match for its weights costs no memory
+    wanted = {name: tensor.shape for name, tensor in built("meta").state_dict().items()}
+    if odd := sorted(wanted.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}):
+        raise ArtifactError(f"{source} does not hold the model of its description: tensor {odd[0][0]!r} differs")
+    model = built("cpu")
+    model.load_state_dict(tensors)
+    return model
+
+
+def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
+    from safetensors.torch import load_file
+
+    config = read_json(path / "config.json")
+    try:
+        spec = ModelSpec.model_validate((config or {})[SPEC])
+    except (KeyError, ValidationError):
+        raise ArtifactError(f"{path / 'config.json'} was not written by `bigincubate export`") from None
+    file = path / "model.safetensors"
+    try:
+        plain_size(file)
+        return with_weights(spec, load_file(file), file), spec
+    except (OSError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(f"{file} does not hold the model of its config.json: {reason}") from None
+
+
+def whole(folder: Path) -> bool:
+    """Whether an exported folder is complete."""
+    return (folder / FILES[-1]).exists()
+
+
+def export(source: Path, out: Path) -> str:
+    """Write the model of ``source`` as timm's own folder. Gives the Python that loads it.
+
+    Raises:
+        ArtifactError: there is no whole model in ``source``.
+        ConfigError: ``out`` holds something else.
+    """
+    return write_folder(*load_model(source), out)
+
+
+def export_official(source: Path, out: Path) -> None:
+    """Write the model of ``source`` as a checkpoint of the official implementation.
+
+    Raises:
+        ArtifactError: there is no whole model in ``source``.
+        ConfigError: ``out`` exists; or the official implementation has no such model.
+    """
+    model, spec = load_model(source)
+    write_official(out, model.state_dict(), partition_of(spec))
+
+
+def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
+    """Write a model as timm's own folder (``model.safetensors``, ``config.json``). Gives the Python that loads it.
+
+    Raises:
+        ConfigError: ``out`` holds something else.
+    """
+    from timm.models import save_for_hf
+
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or ({file.name for file in out.iterdir()} - set(FILES) and not whole(out))):
+        raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
+    size = [3, spec.img_size, spec.img_size]
+    model.pretrained_cfg = {  # type: ignore[assignment]
+        **getattr(model, "pretrained_cfg", {}),
+        "input_size": size,
+        "num_classes": spec.num_classes,
+        "mean": spec.mean,
+        "std": spec.std,
+        "interpolation": spec.interpolation,
+        "crop_pct": spec.eval_crop,
+    }
+    arguments = timm_arguments(spec)
+    aside = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(aside, ignore_errors=True)
+    save_for_hf(model, str(aside), model_args=arguments, safe_serialization=True)
+    config = json.loads((aside / "config.json").read_text())
+    config[SPEC] = spec.model_dump()
+    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    out.mkdir(exist_ok=True)
+    for name in FILES:
+        (aside / name).replace(out / name)
+    aside.rmdir()
+    shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    if depth := _cut(spec):  # timm has no argument for it
+        return (
+            f"model = timm.create_model({spec.name!r}, {shown}); model.blocks = model.blocks[:{depth}];"
+            f" model.load_state_dict(safetensors.torch.load_file({str(out / FILES[0])!r}))"
+        )
+    overlay = f"dict(file={str(out / 'model.safetensors')!r}, num_classes={spec.num_classes})"
+    return f"timm.create_model({spec.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {shown})"
+
+
+def _cut(spec: ModelSpec) -> int | None:
+    """The number of blocks of a model that timm builds deeper, whatever it is asked for; None for others."""
+    if family_of(spec.name).depth_argument:
+        return None
+    depth = sum(stages[0] for stages in spec.depths)
+    return depth if (depth,) != default_depths(spec.name, spec.args) else None
+
+
+def partition_of(spec: ModelSpec) -> Partition:
+    """The cut of a described model."""
+    return Partition(family_of(spec.name), tuple(tuple(stages) for stages in spec.depths))
+
+
+def timm_arguments(spec: ModelSpec) -> dict[str, object]:
+    """What ``timm.create_model`` needs to build this very model."""
+    partition = partition_of(spec)
+    arguments: dict[str, object] = {"num_classes": spec.num_classes, **spec.args}
+    depth = partition.family.depth_argument
+    if depth:
+        arguments[depth] = list(partition.stage_depths) if partition.family.stages > 1 else partition.stage_depths[0]
+    if partition.family.takes_img_size:
+        arguments["img_size"] = spec.img_size
+    return arguments

@@ -1,0 +1,104 @@
+"""Checkpoints of the official implementation (github.com/LeapLabTHU/Deep-Incubation): their format, read and written.
+
+Such a file is a dictionary written by ``torch.save``. Of interest is ``model_stages``, a list with the state dict of
+each module: stem in the first, norm and head in the last, blocks counted from the module's own start, which is what a
+`Partition` calls local names. Whatever else training left in it (optimizer, scheduler, the model a second time) is not
+looked at. Reading runs no code of a file: tensors and plain containers are all that is unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ArtifactError, ConfigError
+from ..models import Partition
+from ..models.families import Family
+
+# the names of its one model, a plain ViT
+NAMES = re.compile(
+    r"pos_embed|cls_token|(patch_embed\.proj|norm|head|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))"
+    r"\.(weight|bias)"
+)
+
+
+def read_torch(file: Path) -> Any:
+    """What ``torch.save`` wrote, tensors on the host.
+
+    Raises:
+        ArtifactError: missing, damaged, or it takes code to read.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ArtifactError(f"{file}: {error.strerror or error}") from None
+    except Exception as error:  # the unpickler fails with whatever a damaged file makes it stumble over
+        if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise ArtifactError(f"{file} takes code to read ({code[1]}), which is never run: refused") from None
+        raise ArtifactError(f"{file} was not written by torch.save, or is damaged") from None
+
+
+def read_stages(file: Path) -> list[dict[str, Tensor]]:
+    """The state dict of each module, under local names.
+
+    Raises:
+        ArtifactError: as `read_torch`; or it is another kind of checkpoint.
+    """
+    if (stages := stages_of(read_torch(file))) is None:
+        raise ArtifactError(f"{file} has no list model_stages: it is no checkpoint of the official implementation")
+    return stages
+
+
+def stages_of(checkpoint: Any) -> list[dict[str, Tensor]] | None:
+    """The list of modules in what a file holds; None where there is none."""
+    stages = checkpoint.get("model_stages") if isinstance(checkpoint, dict) else None
+    whole = isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
+    return stages if whole and stages and all(is_state_dict(stage) for stage in stages) else None
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether it is a dictionary of named tensors."""
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def join_stages(stages: Sequence[Mapping[str, Tensor]], family: Family) -> dict[str, Tensor]:
+    """The modules as one model, under timm's names.
+
+    Raises:
+        ArtifactError: a tensor has no place in its module.
+        ConfigError: a module has no blocks.
+    """
+    partition = Partition(family, tuple(family.count_blocks(stage) for stage in stages))
+    return {
+        partition.globalise(module, name): tensor
+        for module, stage in enumerate(stages)
+        for name, tensor in stage.items()
+    }
+
+
+def write_official(out: Path, tensors: Mapping[str, Tensor], partition: Partition) -> None:
+    """Write a model as a checkpoint that the official implementation loads (``--finetune``, ``--meta_model``,
+    ``--incubation_models``).
+
+    Raises:
+        ConfigError: ``out`` exists; or the official implementation, which knows a plain ViT alone, has no such model.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another --out")
+    needed = ("cls_token", "norm.weight", "head.weight", "patch_embed.proj.bias", "blocks.0.attn.qkv.bias")
+    odd = [name for name in tensors if not NAMES.fullmatch(name)] + [name for name in needed if name not in tensors]
+    if odd:
+        raise ConfigError(f"the official implementation has plain ViTs only, and tensor {odd[0]!r} tells this from one")
+    stages: list[dict[str, Tensor]] = [{} for _ in range(partition.modules)]
+    for name, tensor in tensors.items():
+        module, local = partition.local(name)
+        stages[module][local] = tensor.detach().cpu().clone()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = out.with_name(f".{out.name}.unfinished")
+    torch.save({"model_stages": stages}, aside)
+    aside.replace(out)

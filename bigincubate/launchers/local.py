@@ -1,0 +1,221 @@
+"""Launcher for a whole run on this machine: each phase has processes of its own, one per rank."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from ..errors import Exit
+from ..planning.job_graph import Job
+from ..storage.run_directory import PhaseDir, RunDir
+from .progress import Reporter
+from .rank_group import Ranks
+
+
+@dataclass
+class HelperJob:
+    """Processes that serve the modules, one per rank, from the start of the first module to the end of the last.
+
+    Modules must train without them too: they may fail to start, or end early.
+
+    Attributes:
+        title: What to call it in messages.
+        log: Name of the log files in the run's ``modules/logs``, without suffix.
+        command: Returns the command line for a number of modules.
+        environment: Variables of these processes.
+        module_environment: Variables of the modules' processes.
+        fallback: What modules do without it, for messages.
+        ranks: The processes, once they are started.
+    """
+
+    title: str
+    log: str
+    command: Callable[[int], list[str]]
+    environment: dict[str, str]
+    module_environment: dict[str, str]
+    fallback: str
+    ranks: Ranks | None = None
+
+    def start(self, folder: Path, nproc: int, modules: int) -> None:
+        """Start the processes.
+
+        Args:
+            folder: Where the log files go.
+            nproc: Number of processes.
+            modules: Number of modules that are about to start.
+
+        Raises:
+            OSError: A process could not be started, or the folder not be made.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        logs = [folder / (f"{self.log}.{rank}.log" if rank else f"{self.log}.log") for rank in range(nproc)]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
+        self.ranks = Ranks(self.command(modules), environment, logs)
+
+    def stop(self) -> None:
+        """Ask the processes to leave, if they were started."""
+        if self.ranks is not None:
+            self.ranks.stop()
+
+
+@dataclass
+class LocalRunner:
+    """Runs a job graph. A job that fails does not stop the jobs that do not need it.
+
+    Attributes:
+        run: The run directory.
+        jobs: Maximum number of phases that run in parallel.
+        reporter: Prints progress.
+        nproc: Number of ranks of each phase.
+        helper: Processes that serve the modules; None: there are none.
+        running: The ranks of running jobs, by the key of the job.
+        stopping: Whether the run has been asked to stop.
+        patience: How many more times a phase may find its directory owned by a previous attempt that was killed.
+    """
+
+    run: RunDir
+    jobs: int
+    reporter: Reporter
+    nproc: int = 1
+    helper: HelperJob | None = None
+    running: dict[str, Ranks] = field(default_factory=dict)
+    stopping: bool = False
+    patience: int = 20
+
+    def execute(self, graph: list[Job]) -> Exit:
+        """Run the jobs that are not done yet.
+
+        Returns:
+            0, or 75 after a stop, or the exit code of the first job that failed.
+        """
+        done = {job.key for job in graph if self.folder(job).result is not None}
+        failed: dict[str, int] = {}
+        waiting = [job for job in graph if job.key not in done]
+        before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while waiting or self.running:
+                ready = self.ready(waiting, done)[: self.jobs - len(self.running)]
+                if modules := sum(job.phase == "incubate" for job in ready):
+                    self.start_helper(modules)
+                for job in ready:
+                    waiting.remove(job)
+                    try:
+                        # cores are divided by the jobs that may run in parallel, not by those that do: a resumed job
+                        # then has as many threads as before and computes the same bits
+                        self.start(job, parallel=min(self.jobs, sum(other.needs == job.needs for other in graph)))
+                    except OSError as error:
+                        failed[job.key] = Exit.ENVIRONMENT
+                        reason = f"{error.filename}: {error.strerror}"
+                        self.reporter.failed(job, Exit.ENVIRONMENT, reason, self.log(job, 0))
+                if not self.running and not self.ready(waiting, done):
+                    break  # the remaining jobs need one that failed, or the run is stopping
+                for job, ranks, code in self.finished(graph):
+                    if code == 0:
+                        done.add(job.key)
+                        self.reporter.done(job, self.folder(job).result or {})
+                    elif code == Exit.PREEMPTED or (self.stopping and code == -signal.SIGTERM):
+                        self.stopping = True  # -SIGTERM: stopped before it could install its handler
+                    elif code == Exit.LOCKED and self.patience:
+                        self.patience -= 1
+                        time.sleep(1)
+                        waiting.append(job)
+                    else:
+                        failed[job.key] = code
+                        self.reporter.failed(job, code, ranks.reason, ranks.log)
+                self.check_helper(waiting)
+                self.reporter.update([(job, self.folder(job)) for job in graph if job.key in self.running])
+                time.sleep(0.2)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            for ranks in self.running.values():  # some are left only after an error in this loop
+                ranks.stop()
+            if self.helper is not None and self.helper.ranks is not None:
+                self.helper.ranks.end()
+        if failed:
+            return Exit(next(iter(failed.values()))) if next(iter(failed.values())) in set(Exit) else Exit.ENVIRONMENT
+        return Exit.PREEMPTED if self.stopping else Exit.DONE
+
+    def ready(self, waiting: list[Job], done: set[str]) -> list[Job]:
+        """Return the waiting jobs that can start now."""
+        return [job for job in waiting if done.issuperset(job.needs)] if not self.stopping else []
+
+    def start(self, job: Job, parallel: int) -> None:
+        """Start the ranks of a job.
+
+        Args:
+            job: The job.
+            parallel: Number of jobs that share the cores of this machine.
+        """
+        logs = [self.log(job, rank) for rank in range(self.nproc)]
+        logs[0].parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "bigincubate", "train", str(self.run.recipe_file)]
+        command += ["--run-dir", str(self.run.path), "--phase", job.phase]
+        command += ["--module", str(job.module)] if job.module is not None else []
+        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        if self.helper is not None and job.phase == "incubate":
+            environment |= self.helper.module_environment
+        # cores are divided among processes, so that they do not compete
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (parallel * self.nproc))))
+        # threads that spin while they wait slow a step down several times when another process is running
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        self.running[job.key] = Ranks(command, environment, logs)
+        if self.stopping:  # since the ranks were being started
+            self.running[job.key].stop()
+        self.reporter.started(job)
+
+    def start_helper(self, modules: int) -> None:
+        """Start the helper job with the first modules. If that fails, modules run without it."""
+        helper = self.helper
+        if helper is None or helper.ranks is not None:
+            return
+        try:
+            helper.start(self.run.path / "modules" / "logs", self.nproc, modules)
+        except OSError as error:
+            self.helper = None
+            reason = f"{error.filename}: {error.strerror}"
+            self.reporter.say(f"{helper.title}: could not be started ({reason}); {helper.fallback}")
+            return
+        if self.stopping:  # asked to while it was started
+            helper.stop()
+
+    def check_helper(self, waiting: list[Job]) -> None:
+        """Stop the helper job once no module needs it; report it if it ended before."""
+        if self.helper is None or (ranks := self.helper.ranks) is None:
+            return
+        if not any(key.startswith("incubate/") for key in (*self.running, *(job.key for job in waiting))):
+            ranks.stop()
+        if ranks.poll() is not None and not ranks.asked:
+            self.reporter.say(f"{self.helper.title}: {ranks.reason}; {self.helper.fallback}")
+            ranks.stop()  # report it once
+
+    def finished(self, graph: list[Job]) -> Iterator[tuple[Job, Ranks, int]]:
+        """Remove the jobs that have ended from ``running``, and yield each with its ranks and exit code."""
+        for job in graph:
+            ranks = self.running.get(job.key)
+            if ranks is not None and (code := ranks.poll()) is not None:
+                del self.running[job.key]
+                yield job, ranks, code
+
+    def folder(self, job: Job) -> PhaseDir:
+        """Return the folder of a job's phase."""
+        return self.run.phase(job.phase, job.module)
+
+    def log(self, job: Job, rank: int) -> Path:
+        """Return the log file of a rank of a job."""
+        return self.folder(job).path / "logs" / (f"train.{rank}.log" if rank else "train.log")
+
+    def _stop(self, number: int, _frame: FrameType | None) -> None:
+        if not self.stopping:
+            self.stopping = True
+            self.reporter.say("stopping: each running phase writes a checkpoint first")
+            for ranks in self.running.values():
+                ranks.stop()
+            if self.helper is not None:
+                self.helper.stop()

@@ -1,0 +1,78 @@
+"""Progress of running phases on the console: live bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..storage.metrics_log import last_metrics
+from ..storage.run_directory import PhaseDir
+
+if TYPE_CHECKING:
+    from ..planning.job_graph import Job
+
+
+class Reporter:
+    """Prints the progress of jobs. Use it as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        """Create a reporter that prints to ``console``."""
+        self.console = console
+        self.bars: dict[str, TaskID] = {}
+        self.tenths: dict[str, int] = {}
+        self.progress = Progress(
+            TextColumn("{task.description:<12}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.percentage:>3.0f}%  {task.completed:>5.0f}/{task.total:.0f} steps"),
+            TextColumn("{task.fields[note]:<26}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> Reporter:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        self.progress.console.print(text, highlight=False, soft_wrap=True)
+
+    def started(self, job: Job) -> None:
+        """Report that a job has started."""
+        if self.console.is_terminal:
+            self.bars[job.key] = self.progress.add_task(job.title, total=max(job.steps, 1), note="starting")
+        else:
+            self.say(f"{job.title}: started")
+
+    def update(self, running: list[tuple[Job, PhaseDir]]) -> None:
+        """Report the newest metrics of the running jobs; without a terminal only every tenth of a phase."""
+        for job, folder in running:
+            row = last_metrics(folder)
+            if "train/loss" not in row:
+                continue
+            note = f"loss {row['train/loss']:.3f}  {row['perf/images_per_sec']:.0f} img/s"
+            if self.console.is_terminal:
+                self.progress.update(self.bars[job.key], completed=row["step"], note=note)
+            elif (tenth := 10 * row["step"] // max(job.steps, 1)) > self.tenths.get(job.key, 0):
+                self.tenths[job.key] = tenth
+                self.say(f"{job.title}: step {row['step']} of {job.steps}, {note}")
+
+    def done(self, job: Job, result: dict[str, Any]) -> None:
+        """Report that a job is done, with its result."""
+        if self.console.is_terminal:
+            note = f"top-1 {result['top1']:.1f}%"
+            self.progress.update(self.bars[job.key], completed=max(job.steps, 1), note=note)
+        else:
+            self.say(f"{job.title}: done, top-1 {result['top1']:.1f}%")
+
+    def failed(self, job: Job, code: int, line: str, log: Path) -> None:
+        """Report that a job has failed, with its exit code, the reason and the log file."""
+        self.say(f"{job.title}: failed (exit {code}): {line}\n  log: {log}")

@@ -1,0 +1,1 @@
+"""Slurm: submit jobs, follow them, requeue them."""

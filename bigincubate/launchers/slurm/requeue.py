@@ -1,0 +1,70 @@
+"""How a Slurm job ends: done, requeued to resume from its checkpoint, or failed.
+
+The exit code of the ranks is not enough: torch and Slurm change it, and a killed rank has none. The files of the run
+directory decide.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+from ...errors import EnvironmentFault, Exit
+from ...files import append_line, read_lines
+from ...storage.run_directory import PhaseDir
+from .client import job_state, requeue
+
+DETERMINISTIC_FAILURES = (Exit.USAGE, Exit.ARTIFACT, Exit.NON_FINITE, Exit.DAMAGED)  # a requeue would fail again
+MAX_REQUEUES_WITHOUT_PROGRESS = 3  # in a row
+LIMITS = (("BIGINCUBATE_RESTARTS", "20"), ("SLURM_RESTART_COUNT", "0"))
+SIGNAL_EXIT_OFFSET = 128  # shells and srun add it to the number of the signal that ended a rank
+
+
+def settle(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
+    """Requeue a job that has ended early, if a requeue can help.
+
+    Args:
+        folder: The folder of the phase that the job ran.
+        job: The job id; for an array task ``ARRAY_INDEX``, and only this task is requeued.
+        code: The exit code of srun.
+
+    Returns:
+        The exit code for the job, and the reason for it.
+    """
+    if folder.result is not None:
+        return Exit.DONE, "done"
+    reason = ended_with(code)
+    if code in DETERMINISTIC_FAILURES:
+        return code, f"{reason}; deterministic failure: not requeued"
+    failed = code or Exit.ENVIRONMENT
+    try:
+        state = job_state(job)
+    except EnvironmentFault as error:
+        return failed, f"{reason}; not requeued: {error}"
+    if state != "RUNNING":  # scancel, a crashed node or the time limit: Slurm or a user has decided what comes next
+        return failed, f"{reason}; Slurm has ended this job: {state}"
+    allowed, restarts = (int(os.environ.get(name, default)) for name, default in LIMITS)
+    if restarts >= allowed:
+        return failed, f"{reason}; not requeued: already requeued {restarts} times (slurm.restarts)"
+    steps = sorted(int(marker.parent.name[5:]) for marker in folder.checkpoints.glob("step-*/COMMITTED"))
+    file, checkpoint = folder.path / "requeues.jsonl", steps[-1] if steps else None
+    before = [row["checkpoint"] for row in read_lines(file) if row["job"] == job]
+    last = before[-MAX_REQUEUES_WITHOUT_PROGRESS:]
+    if len(before) >= MAX_REQUEUES_WITHOUT_PROGRESS and set(last) == {checkpoint}:
+        return failed, f"{reason}; not requeued: no progress in {MAX_REQUEUES_WITHOUT_PROGRESS} requeues"
+    append_line(file, {"time": time.time(), "job": job, "code": code, "checkpoint": checkpoint, "reason": reason})
+    try:
+        requeue(job)
+    except EnvironmentFault as error:
+        return failed, f"{reason}; not requeued: {error}"
+    return failed, f"{reason}; requeued"
+
+
+def ended_with(code: int) -> str:
+    """Describe an exit code of srun in words."""
+    if code == Exit.PREEMPTED:
+        return "stopped with a checkpoint"
+    if code > SIGNAL_EXIT_OFFSET and code - SIGNAL_EXIT_OFFSET in {number.value for number in signal.Signals}:
+        return f"a rank was ended by {signal.Signals(code - SIGNAL_EXIT_OFFSET).name}"
+    return f"exit code {code}"

@@ -1,0 +1,112 @@
+"""The ``sbatch`` commands of a run, the scripts they submit, and the environment variables the scripts read."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ...config import Recipe, SlurmJob
+from ...config.resources import resource_folder
+from ...errors import ConfigError
+from ...storage.run_directory import RunDir
+from .client import DEFAULT_ARRAY, comment, job_name
+
+# options of sbatch that are not named like the key of `SlurmJob`
+OPTION_NAMES = {"ranks": "ntasks-per-node", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem"}
+
+
+def sbatch(
+    recipe: Recipe, run: RunDir, kind: str, *, modules: Sequence[int] = (), offset: int = 0, needs: Sequence[str] = ()
+) -> list[str]:
+    """Return the command that submits a job, as a list of words.
+
+    Args:
+        recipe: The recipe of the run.
+        run: The run directory.
+        kind: ``pretrain``, ``incubate``, ``finetune``, ``end_to_end`` or ``gate``.
+        modules: The modules of an array.
+        offset: Difference between the number of a module and its index in the array.
+        needs: Ids of jobs that must have ended first, successfully or not.
+
+    Raises:
+        ConfigError: If a word has a control character, which could start a new line of a script.
+    """
+    slurm, job, path = recipe.slurm, recipe.slurm.job(kind), run.path.absolute()
+    words = ["sbatch", "--parsable", f"--job-name={job_name(kind, offset)}", f"--comment={comment(run)}"]
+    words.append(f"--output={path / 'slurm' / ('%x_%A_%a.out' if modules else '%x_%j.out')}")
+    for key in SlurmJob.model_fields:
+        value = getattr(job, key)
+        if key != "extra" and value not in (None, 0):
+            words.append(f"--{OPTION_NAMES.get(key, key)}={value}")
+    words += job.extra
+    if modules:
+        limit = f"%{slurm.concurrency}" if slurm.concurrency else ""
+        words.append(f"--array={','.join(str(module - offset) for module in modules)}{limit}")
+    if needs:
+        words.append(f"--dependency=afterany:{':'.join(needs)}")
+    words.append(str(script(kind)))
+    words += [str(path)] if kind == "gate" else [str(run.recipe_file.absolute()), str(path)]
+    for word in [*words, *environment(recipe).values()]:
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in word):
+            raise ConfigError(f"a control character in {word!r}, which would be passed to sbatch; remove it")
+    return words
+
+
+def arrays(modules: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
+    """Split modules into arrays.
+
+    Args:
+        modules: Numbers of the modules.
+        size: Maximum number of indices of an array.
+
+    Yields:
+        The offset of an array and its modules; the index of a module in the array is its number minus the offset.
+    """
+    for offset in sorted({module // size * size for module in modules}):
+        yield offset, [module for module in modules if module // size * size == offset]
+
+
+def script(kind: str) -> Path:
+    """Return the script of a kind of job: ``pretrain``, ``incubate``, ``finetune``, ``end_to_end`` or ``gate``."""
+    return resource_folder("slurm") / f"{kind}.sbatch"
+
+
+def environment(recipe: Recipe, offset: int = 0) -> dict[str, str]:
+    """Return the environment variables that the scripts read.
+
+    Args:
+        recipe: The recipe of the run.
+        offset: Difference between the number of a module and its index in the array.
+    """
+    slurm = recipe.slurm
+    values = {
+        "PYTHON": slurm.python or sys.executable,
+        "BIGINCUBATE_PRELUDE": slurm.prelude,
+        "BIGINCUBATE_CONTAINER": slurm.container,
+        "BIGINCUBATE_RESTARTS": str(slurm.restarts),
+        "BIGINCUBATE_OFFSET": str(offset) if offset else None,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def show(recipe: Recipe, run: RunDir, modules: int, *, baseline: bool, size: int = DEFAULT_ARRAY) -> str:
+    """Return the commands and scripts of a whole run as text, without submitting anything.
+
+    Args:
+        recipe: The recipe of the run.
+        run: The run directory; it need not exist.
+        modules: Number of modules.
+        baseline: Whether to include the end-to-end baseline.
+        size: Slurm's MaxArraySize.
+    """
+    kinds = ["pretrain", "incubate", "gate", "finetune", *(["end_to_end"] if baseline else [])]
+    before = {"incubate": ["PRETRAIN"], "gate": ["INCUBATE"]}
+    parts = [f"# environment: {shlex.join(f'{k}={v}' for k, v in environment(recipe).items())}"]
+    for kind in kinds:
+        for offset, group in arrays(range(modules), size) if kind == "incubate" else [(0, list[int]())]:
+            words = sbatch(recipe, run, kind, modules=group, offset=offset, needs=before.get(kind, ()))
+            parts.append((f"BIGINCUBATE_OFFSET={offset} " if offset else "") + shlex.join(words))
+    parts += [f"\n# ---- {script(kind).name}\n{script(kind).read_text()}" for kind in kinds]
+    return "\n".join(parts)

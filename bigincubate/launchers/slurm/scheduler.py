@@ -1,0 +1,177 @@
+"""Scheduling a run on Slurm: submit the jobs that are missing, and a *gate*, a small job that does so again.
+
+::
+
+    pretrain ──afterany──▶ incubate (array, one task per module) ──afterany──▶ gate ──▶ finetune ──afterany──▶ gate
+
+The gate calls :func:`advance`, as the commands ``submit`` and ``resume`` do. This one function checks
+which phases are done (hashes and lineage) and which jobs are in the queue, and submits the rest. Therefore no job waits
+for a job that cannot succeed, the large allocation of fine-tuning is requested only when all modules are done, and
+submitting again is safe. The number of submissions of each phase is saved before each ``sbatch``; after
+``slurm.rounds`` of them the run stops until a user calls ``resume``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ...config import Recipe
+from ...distributed.process_group import RunEnv
+from ...errors import ArtifactError
+from ...files import read_json, write_json
+from ...planning.job_graph import Job
+from ...storage.artifacts import check_module, load_manifest, verify_artifact
+from ...storage.lease import owned
+from ...storage.run_directory import RunDir
+from .client import array_size, call, clean_environment, queue
+from .sbatch import arrays, environment, sbatch
+
+Say = Callable[[str], None]
+DatasetDigest = Callable[[int | None], str]  # module -> digest of the data it trains on; None: of the whole data set
+
+
+def advance(
+    recipe: Recipe,
+    graph: Sequence[Job],
+    run: RunDir,
+    *,
+    data: DatasetDigest,
+    gate: str | None = None,
+    say: Say = print,
+) -> bool:
+    """Submit the jobs that are neither done nor in the queue, and a gate that runs after them.
+
+    Args:
+        recipe: The recipe of the run.
+        graph: The jobs of the run.
+        run: The run directory.
+        data: Returns the digest of the data that a module trains on.
+        gate: Id of the calling job if that is a gate. None for a call by a user, which resets the numbers of
+            submissions.
+        say: Prints a line.
+
+    Returns:
+        Whether all jobs are done.
+
+    Raises:
+        ArtifactError: If a phase has been submitted as often as the recipe allows.
+        EnvironmentFault: If Slurm does not answer.
+        LockedError: If another process is submitting.
+    """
+    with owned(run.path / "slurm", RunEnv()):
+        submitter = Desk(recipe, run, say, submissions=book(run)["submissions"] if gate else {})
+        missing = [job for job in graph if not _is_valid(job, recipe, run, data)]
+        if not missing:
+            return True
+        if gate and not recipe.slurm.self_submit:
+            say(f"missing: {', '.join(job.title for job in missing)}; continue with: bigincubate resume {run.path}")
+            return False
+        queued = [entry for entry in queue(run) if entry.job != gate]
+        active = {entry.key: {entry.job} for entry in queued if entry.kind != "gate"}
+        # a gate that is running may have read the queue already
+        gate_pending = any(entry.kind == "gate" and entry.state == "PENDING" for entry in queued)
+        absent = [job for job in missing if job.key not in active]
+        modules_missing = any(job.phase == "incubate" for job in missing)
+        ready = [job for job in absent if job.phase != "finetune" or not modules_missing]
+        allowed = [job for job in ready if submitter.submissions.get(job.key, 0) < recipe.slurm.rounds]
+        for phase in ("pretrain", "incubate", "finetune", "end_to_end"):
+            jobs = [job for job in allowed if job.phase == phase]
+            if jobs:
+                needs = sorted(active.get("pretrain", ())) if phase == "incubate" else []
+                ids = submitter.submit(phase, jobs, needs)
+                active |= dict.fromkeys((job.key for job in jobs), ids)
+        gate_needs = sorted(set().union(*active.values()), key=int)
+        if not gate_needs:
+            words = "; ".join(
+                f"{job.title}: submitted {submitter.submissions[job.key]} times{_last_error(job, run)}" for job in ready
+            )
+            raise ArtifactError(f"given up: {words}. Fix the problem, then: bigincubate resume {run.path}")
+        if not gate_pending:
+            submitter.submit("gate", [], gate_needs)
+        if not allowed:
+            say(f"in the queue already: {', '.join(gate_needs)}")
+    return False
+
+
+class Desk:
+    """Submits jobs and records them in ``jobs.json``."""
+
+    def __init__(self, recipe: Recipe, run: RunDir, say: Say, submissions: dict[str, int]) -> None:
+        """Create a submitter.
+
+        Args:
+            recipe: The recipe of the run.
+            run: The run directory.
+            say: Prints a line.
+            submissions: Number of submissions so far, by the key of the phase.
+        """
+        self.recipe, self.run, self.say, self.submissions = recipe, run, say, submissions
+
+    def submit(self, kind: str, jobs: Sequence[Job], needs: Sequence[str]) -> set[str]:
+        """Submit jobs of one kind, modules in as many arrays as Slurm requires, and return the job ids.
+
+        Args:
+            kind: The phase, or ``gate``.
+            jobs: The jobs; none for a gate.
+            needs: Ids of jobs that must have ended first.
+        """
+        self.submissions |= {job.key: self.submissions.get(job.key, 0) + 1 for job in jobs}
+        modules = [job.module for job in jobs if job.module is not None]
+        if not modules:
+            return {self._submit_job(kind, [], 0, needs)}
+        ids: list[str] = []
+        for offset, group in arrays(modules, array_size()):
+            # arrays run one after another where the number of parallel tasks is limited
+            after = ids[-1:] if self.recipe.slurm.concurrency else []
+            ids.append(self._submit_job(kind, group, offset, [*needs, *after]))
+        return set(ids)
+
+    def _submit_job(self, kind: str, modules: Sequence[int], offset: int, needs: Sequence[str]) -> str:
+        command = sbatch(self.recipe, self.run, kind, modules=modules, offset=offset, needs=needs)
+        log = book(self.run) | {"submissions": self.submissions}
+        write_json(self.run.path / "jobs.json", log)  # before sbatch: a count that is lost would allow endless retries
+        job = call(*command, env=clean_environment() | environment(self.recipe, offset)).partition(";")[0]
+        entry = {"job": job, "kind": kind, "modules": list(modules), "needs": list(needs), "time": time.time()}
+        write_json(self.run.path / "jobs.json", {**log, "jobs": [*log["jobs"], entry]})
+        self.run.note("submitted", **entry)
+        which = f" of modules {', '.join(map(str, modules))}" if modules else ""
+        after = f", after {', '.join(needs)}" if needs else ""
+        self.say(f"{kind}{which}: job {job}{after}")
+        return job
+
+
+def book(run: RunDir) -> dict[str, Any]:
+    """Read ``jobs.json``.
+
+    Returns:
+        ``jobs``, the submitted jobs with their dependencies, and ``submissions``, how often each phase has been
+        submitted since a user last called ``submit`` or ``resume``.
+    """
+    return {"jobs": [], "submissions": {}, **(read_json(run.path / "jobs.json") or {})}
+
+
+def _is_valid(job: Job, recipe: Recipe, run: RunDir, data: DatasetDigest) -> bool:
+    """Return whether a phase is done and its artifact is valid; if it is not, mark the phase as not done."""
+    folder = run.phase(job.phase, job.module)
+    if folder.result is None:
+        return False
+    problem = None
+    try:
+        verify_artifact(folder.artifact)
+        if job.phase == "incubate":
+            meta = load_manifest(run.phase("pretrain").artifact).digest
+            problem = check_module(folder.artifact, recipe=recipe.digest, meta=meta, data=data(job.module))
+    except ArtifactError as error:
+        problem = str(error)
+    if problem:
+        run.note("made_again", phase=job.key, reason=problem)
+        (folder.path / "DONE").unlink()
+    return problem is None
+
+
+def _last_error(job: Job, run: RunDir) -> str:
+    attempts = run.phase(job.phase, job.module).attempts()
+    error = attempts[-1].get("error") if attempts else None
+    return f" ({error})" if error else ""

@@ -1,0 +1,323 @@
+"""From a recipe to its phases: a row of data each, with sizes and costs.
+
+==================== ============================= ======================= ===========
+phase                depths of the model           weights it starts from  trainable
+==================== ============================= ======================= ===========
+``pretrain``         meta                          fresh, or `meta.init`   all
+``incubate`` k       meta, module k at target      meta, module k by init  module k
+``finetune``         target                        the K modules           all
+``end_to_end``       target                        fresh                   all
+==================== ============================= ======================= ===========
+
+Costs are counted, not estimated: each phase's model is built without storage and run forwards and backwards under
+``torch.utils.flop_counter`` with the very parameters frozen that training freezes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import Phase, Recipe, Settings
+from ..errors import ConfigError
+from ..models import (
+    Depths,
+    Partition,
+    balanced_cut,
+    block_costs,
+    build,
+    check_depths,
+    default_depths,
+    default_meta,
+    family_of,
+    freeze,
+    normalise_depths,
+    skip_unused,
+)
+from ..models.families import Family
+from ..optim import trained
+from ..seeds import phase_key
+
+Source = Literal["fresh", "meta", "module"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One module of the model that a phase trains: its blocks a stage, and where its weights come from."""
+
+    depths: tuple[int, ...]
+    source: Source
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """One row of the table above. ``module`` is the one that is trained; None: all are."""
+
+    phase: Phase
+    module: int | None
+    slots: tuple[Slot, ...]
+
+    @property
+    def key(self) -> str:
+        return phase_key(self.phase, self.module)
+
+    @property
+    def title(self) -> str:
+        titles = {"pretrain": "meta model", "finetune": "fine-tuning", "end_to_end": "end to end"}
+        return titles.get(self.phase) or f"module {self.module}"
+
+    @property
+    def depths(self) -> Depths:
+        return tuple(slot.depths for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cut of a recipe's model, and its phases in the order of their dependence."""
+
+    family: Family
+    target: Depths
+    meta: Depths
+
+    @property
+    def modules(self) -> int:
+        return len(self.target)
+
+    def row(self, phase: Phase, module: int | None = None) -> PhasePlan:
+        """
+        Raises:
+            ConfigError: ``incubate`` needs a module that exists; other phases take none.
+        """
+        everywhere = range(self.modules)
+        if phase == "incubate":
+            if module is None or module not in everywhere:
+                raise ConfigError(f"--phase incubate needs --module 0 to {self.modules - 1}, or auto (given: {module})")
+            slots = (Slot(self.target[k], "fresh") if k == module else Slot(self.meta[k], "meta") for k in everywhere)
+        elif module is not None:
+            raise ConfigError(f"--module goes with --phase incubate only, not with {phase}")
+        else:
+            depths = self.meta if phase == "pretrain" else self.target
+            slots = (Slot(depths[k], "module" if phase == "finetune" else "fresh") for k in everywhere)
+        return PhasePlan(phase, module, tuple(slots))
+
+    def partial(self, joined: Collection[int]) -> PhasePlan:
+        """The modules ``joined``, incubated, and the meta model's in place of the others. A row that nobody trains."""
+        slots = (
+            Slot(self.target[k], "module") if k in joined else Slot(self.meta[k], "meta") for k in range(self.modules)
+        )
+        return PhasePlan("incubate", None, tuple(slots))
+
+    def rows(self) -> list[PhasePlan]:
+        modules = [self.row("incubate", module) for module in range(self.modules)]
+        return [self.row("pretrain"), *modules, self.row("finetune"), self.row("end_to_end")]
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Cut the recipe's model.
+
+    Raises:
+        ConfigError: the model is not supported, or the depths do not fit it.
+    """
+    model, cut = recipe.model, recipe.plan
+    own = default_depths(model.name, model.args)
+    family = family_of(model.name)
+    if cut.target_depths is not None:
+        target = normalise_depths(cut.target_depths, family.stages, "plan.target_depths")
+    else:
+        assert cut.modules is not None
+        if cut.modules > sum(own):
+            raise ConfigError(f"plan.modules = {cut.modules}, but {model.name} has only {sum(own)} blocks")
+        costs = block_costs(model.name, own, img_size=model.img_size, args=model.args)
+        target = balanced_cut(costs, cut.modules, family.parity)
+    if cut.meta_depths is not None:
+        meta = normalise_depths(cut.meta_depths, family.stages, "plan.meta_depths")
+    else:
+        meta = default_meta(target, family.parity)
+    check_depths(family, target, meta)
+    for phase in ("pretrain", "incubate", "finetune", "end_to_end"):
+        settings = recipe.settings(phase)
+        if settings.model.name != model.name:
+            raise ConfigError(f"{phase}.model.name differs from model.name: a phase cannot change the model")
+    return Plan(family, target, meta)
+
+
+# ------------------------------------------------------------------------------------------------ costs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a row computes with. FLOPs count a multiply-add as two; per image where named so."""
+
+    parameters: int
+    trainable: int
+    forward_flops: int  # an image
+    training_flops: int  # an image: forward, activation gradients, weight gradients
+    activation_bytes: int  # an image: saved for the backward, fp32, fused attention
+    optimizer_bytes: int  # gradients and optimizer state of the trainable parameters, fp32
+    allreduce_bytes: int  # a step, fp32 gradients
+
+
+def _convolution_backward_flops(
+    grad_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, out_shape: Any, **_: Any
+) -> int:
+    """Each gradient of a convolution costs what its forward does: 2 · outputs · (inputs a group) · kernel."""
+    output_mask = rest[-1]
+    forward = 2 * math.prod(grad_shape) * math.prod(w_shape[1:])
+    return forward * (bool(output_mask[0]) + bool(output_mask[1]))
+
+
+# torch's counter takes the weight gradient of a grouped convolution for that of an ungrouped one: for ConvNeXt's
+# depthwise convolutions, as many times too much as there are channels
+CORRECTIONS = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+
+
+def phase_model(row: PhasePlan, settings: Settings, family: Family, *, device: str = "cpu") -> nn.Module:
+    """The row's model, freshly initialised, frozen as the row says."""
+    spec = settings.model
+    model = build(
+        spec.name, row.depths, num_classes=spec.num_classes, img_size=spec.img_size, args=spec.args, device=device
+    )
+    partition = Partition(family, row.depths)
+    freeze(model, partition, row.module)
+    skip_unused(
+        model,
+        partition,
+        subset_drop_path=settings.train.subset_drop_path,
+        last_block_cls_only=settings.train.last_block_cls_only,
+    )
+    return model
+
+
+def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
+    """Count what a row costs, without memory for weights or activations and without data."""
+    model = phase_model(row, settings, plan.family, device="meta").train()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size, channels = settings.model.img_size, settings.model.args.get("in_chans", 3)
+    image = (1, channels, size, size)
+    with FlopCounterMode(display=False, custom_mapping=CORRECTIONS) as counter:
+        loss = model(torch.empty(image, device="meta")).sum()
+        forward = counter.get_total_flops()
+        loss.backward()
+    kept = trained(model, settings)
+    state = sum(tensor.each * math.prod(tensor.shape) + tensor.beside for tensor in kept)
+    return Cost(
+        parameters=sum(p.numel() for p in model.parameters()),
+        trainable=trainable,
+        forward_flops=forward,
+        training_flops=counter.get_total_flops(),
+        activation_bytes=saved_bytes(model, image),
+        optimizer_bytes=4 * trainable + state,
+        allreduce_bytes=4 * trainable,
+    )
+
+
+def saved_bytes(model: nn.Module, image: tuple[int, ...]) -> int:
+    """Bytes that autograd keeps from the forward to the backward, parameters not counted, for one batch of shape
+    ``image``. Runs on fake CPU tensors, so that the kernels chosen are those of a real device (fused attention)."""
+    with FakeTensorMode():
+        state = {
+            name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+            for name, p in model.named_parameters()
+        }
+        state |= {name: torch.empty(b.shape, dtype=b.dtype) for name, b in model.named_buffers()}
+        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
+        held: dict[int, torch.UntypedStorage] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            held[storage._cdata] = storage
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = torch.func.functional_call(model, state, torch.empty(image))
+        total = sum(storage.nbytes() for key, storage in held.items() if key not in own)
+        del output
+        return total
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row with its cost and its length."""
+
+    key: str
+    phase: Phase
+    module: int | None
+    title: str
+    depths: list[list[int]]
+    cost: Cost
+    batch_size: int
+    steps: int
+    epochs: float
+    images: int
+    total_flops: int
+
+
+def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
+    """(optimizer steps of a phase, steps an epoch) for a training split of ``samples``.
+
+    Raises:
+        ConfigError: a batch needs more samples than there are.
+    """
+    per_epoch = samples // (settings.train.batch_size // settings.augment.repeats)
+    if per_epoch == 0:
+        raise ConfigError(f"train.batch_size = {settings.train.batch_size} is more than the {samples} training images")
+    steps = round(settings.train.epochs * per_epoch)
+    return steps if settings.train.max_steps is None else min(steps, settings.train.max_steps), per_epoch
+
+
+def cost_plan(
+    recipe: Recipe, plan: Plan, samples: int, on_row: Callable[[PhasePlan], None] = lambda row: None
+) -> list[PlannedRow]:
+    """Every row with its cost and length, for ``samples`` training images."""
+    rows: list[PlannedRow] = []
+    for row in plan.rows():
+        on_row(row)
+        settings = recipe.settings(row.phase)
+        cost = count_cost(row, settings, plan)
+        steps, per_epoch = phase_steps(settings, samples)
+        if row.phase == "end_to_end" and recipe.end_to_end.budget == "equal_flops":
+            budget = sum(planned.total_flops for planned in rows)
+            steps = math.floor(budget / (cost.training_flops * settings.train.batch_size))
+        images = steps * settings.train.batch_size
+        rows.append(
+            PlannedRow(
+                key=row.key,
+                phase=row.phase,
+                module=row.module,
+                title=row.title,
+                depths=[list(depths) for depths in row.depths],
+                cost=cost,
+                batch_size=settings.train.batch_size,
+                steps=steps,
+                epochs=round(steps / per_epoch, 4),
+                images=images,
+                total_flops=images * cost.training_flops,
+            )
+        )
+    return rows
+
+
+def plan_json(recipe: Recipe, plan: Plan, rows: list[PlannedRow]) -> dict[str, Any]:
+    """``plan.json``: the rows, and the sum against end-to-end training at the recipe's own end-to-end length."""
+    baseline = next(row for row in rows if row.key == "end_to_end")
+    incubation = sum(row.total_flops for row in rows if row.key != "end_to_end")
+    fine = next(row for row in rows if row.key == "finetune")
+    return {
+        "recipe": recipe.name,
+        "digest": recipe.digest,
+        "family": plan.family.name,
+        "target_depths": [list(depths) for depths in plan.target],
+        "meta_depths": [list(depths) for depths in plan.meta],
+        "rows": [asdict(row) for row in rows],
+        "incubation_flops": incubation,
+        "end_to_end_flops": baseline.total_flops,
+        "finetune_share": fine.total_flops / incubation if incubation else 0.0,
+    }

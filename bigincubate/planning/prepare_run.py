@@ -1,0 +1,103 @@
+"""What every command does before it computes: find the data, settle the plan, keep both with the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..config import Phase, Recipe
+from ..data.dataset import DatasetInfo, describe_dataset, open_dataset
+from ..data.partitions import cut_by_class, seen_by
+from ..errors import ConfigError, EnvironmentFault
+from ..files import read_json, write_json
+from ..seeds import phase_key
+from ..storage.run_directory import RunDir
+from .phases import Cost, Plan, PlannedRow, cost_plan, make_plan, plan_json
+
+Report = Callable[[str], None]
+
+
+def data_path(recipe: Recipe, run: RunDir) -> Path:
+    """
+    Raises:
+        EnvironmentFault: the recipe neither says where the data is nor embeds any.
+    """
+    if recipe.data.path is not None:
+        return Path(recipe.data.path)
+    if recipe.data.source is None:
+        raise EnvironmentFault(
+            f"recipe {recipe.name!r} needs data: make it with `bigincubate data prepare SOURCE --out DIR`,"
+            " then add --set data.path=DIR"
+        )
+    return run.path / "data"
+
+
+def ensure_data(
+    recipe: Recipe, run: RunDir, report: Report = lambda text: None, module: int | None = None
+) -> DatasetInfo:
+    """The run's data; embedded data that is missing is prepared, by whoever comes first.
+
+    Args:
+        module: for this module alone, which in a decentralised recipe needs no more of the whole than its description.
+
+    Raises:
+        EnvironmentFault: there is none, or it is not what the recipe expects.
+    """
+    path, modules = data_path(recipe, run), recipe.plan.number
+    if recipe.data.source is not None and not (path / "dataset.json").exists():
+        from ..data.prepare import prepare
+
+        report(f"preparing {recipe.data.source} in {path}")
+        cut = partial(cut_by_class, parts=modules) if recipe.data.decentralised else None
+        prepare(recipe.data.source, path, cut=cut)
+    apart = recipe.data.decentralised and module is not None
+    data = (describe_dataset if apart else open_dataset)(path, recipe.data.remote)
+    seen_by(recipe, data, modules - 1)  # the last module has a part
+    if (found := len(data.classes)) != recipe.model.num_classes:
+        raise ConfigError(f"{path} has {found} classes, but model.num_classes = {recipe.model.num_classes}")
+    return data
+
+
+def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, list[PlannedRow]]:
+    """The run's plan, counted once and kept in ``plan.json``.
+
+    Raises:
+        ConfigError: the run was made with other data.
+    """
+    plan = make_plan(recipe)
+    file = run.path / "plan.json"
+    stored = read_json(file) or None
+    if stored is not None and stored["data"] != data.digest:
+        raise ConfigError(
+            f"{data.path} is not the data that {run.path} was made with ({data.digest[:12]}…, was"
+            f" {stored['data'][:12]}…); use another --run-dir, or the data it had"
+        )
+    if stored is None:
+        rows = cost_plan(recipe, plan, data.samples["train"])
+        parts = list(data.parts) if recipe.data.decentralised else []
+        write_json(file, {**plan_json(recipe, plan, rows), "data": data.digest, "parts": parts})
+        return plan, rows
+    return plan, [planned_row(row) for row in stored["rows"]]
+
+
+def planned_row(stored: dict[str, Any]) -> PlannedRow:
+    return PlannedRow(**{**stored, "cost": Cost(**stored["cost"])})
+
+
+def find_row(rows: list[PlannedRow], phase: Phase, module: int | None) -> PlannedRow:
+    return next(row for row in rows if row.key == phase_key(phase, module))
+
+
+def expected_samples(recipe: Recipe) -> int:
+    """How many training images to plan with when the data need not be there.
+
+    Raises:
+        ConfigError: neither the data nor the recipe says.
+    """
+    if recipe.data.path is not None and (Path(recipe.data.path) / "dataset.json").exists():
+        return open_dataset(Path(recipe.data.path)).samples["train"]
+    if recipe.data.train_samples is None:
+        raise ConfigError("how many training images? Add --set data.train_samples=N, or data.path of prepared data")
+    return recipe.data.train_samples

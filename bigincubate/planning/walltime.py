@@ -1,0 +1,151 @@
+"""Estimate how long a recipe takes on a cluster: counted FLOPs divided by measured rates.
+
+The GPUs are divided among the modules in proportion to their FLOPs. The critical path is the meta model on all GPUs,
+the slowest module on its GPUs, and fine-tuning on all GPUs. FLOPs are counted exactly; the rate of a GPU is measured
+(by the phases of a run) or given by the user. Queues, start-up, evaluation and scaling losses are not included.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import ConfigError
+from ..seeds import phase_key
+from ..storage.run_directory import RunDir
+from .phases import PlannedRow
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """GPUs and their speed.
+
+    Attributes:
+        gpus: number of GPUs.
+        rates: returns the achieved FLOP/s of one GPU in a phase.
+    """
+
+    gpus: int
+    rates: Callable[[PlannedRow], float]
+
+
+@dataclass(frozen=True)
+class PhaseEstimate:
+    """Duration of a phase.
+
+    Attributes:
+        key: key of the phase.
+        title: name of the phase for tables.
+        gpus: number of GPUs.
+        seconds: training time.
+    """
+
+    key: str
+    title: str
+    gpus: int
+    seconds: float
+
+    @property
+    def gpu_seconds(self) -> float:
+        """GPUs times seconds."""
+        return self.gpus * self.seconds
+
+
+def read_cluster(text: str) -> ClusterSpec:
+    """Parse ``--cluster``.
+
+    Args:
+        text: ``nodes=64,gpus=8,tflops=200`` (TFLOP/s that one GPU achieves), or ``nodes=1,gpus=2,rates=RUN`` (rates of
+            the phases of a run that was trained with one rank per phase).
+
+    Raises:
+        ConfigError: the text is invalid, or no phase of the run has finished.
+    """
+    pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    patterns = {"nodes": r"[1-9]\d*", "gpus": r"[1-9]\d*", "tflops": r"\d+(\.\d+)?", "rates": r".+"}
+    one_rate = ("tflops" in pairs) ^ ("rates" in pairs)
+    valid = one_rate and len(pairs) == len(text.split(",")) and pairs.keys() <= patterns.keys()
+    if not valid or not all(re.fullmatch(patterns[key], value) for key, value in pairs.items()):
+        raise ConfigError(
+            f"--cluster {text}: expected nodes=N,gpus=N and tflops=X (achieved by one GPU) or rates=RUN (measured by a"
+            " run), such as nodes=64,gpus=8,tflops=200"
+        )
+    gpus = int(pairs.get("nodes", 1)) * int(pairs.get("gpus", 1))
+    if "tflops" in pairs:
+        if not (flops := 1e12 * float(pairs["tflops"])):
+            raise ConfigError(f"--cluster {text}: tflops must be greater than 0")
+        return ClusterSpec(gpus, lambda row: flops)
+    measured = measured_rates(RunDir(Path(pairs["rates"])))
+
+    def rate(row: PlannedRow) -> float:
+        return measured.get(row.key) or measured.get(row.phase) or sum(measured.values()) / len(measured)
+
+    return ClusterSpec(gpus, rate)
+
+
+def measured_rates(run: RunDir) -> dict[str, float]:
+    """Return the FLOP/s that each finished phase of a run achieved, by its key.
+
+    Raises:
+        ArtifactError: not a run directory.
+        ConfigError: no phase has finished.
+    """
+    recipe = run.recipe()
+    modules = len(list((run.path / "modules").glob("[0-9]*")))
+    phases = [("pretrain", None), *(("incubate", k) for k in range(modules)), ("finetune", None), ("end_to_end", None)]
+    found = {}
+    for phase, module in phases:
+        result = run.phase(phase, module).result  # type: ignore[arg-type]
+        if result and result["seconds"] and result["flops"]:
+            found[phase_key(phase, module)] = result["flops"] / result["seconds"]
+    if not found:
+        raise ConfigError(f"--cluster rates={run.path}: no phase of {recipe.name} has finished; use tflops=X")
+    return found
+
+
+def estimate(
+    rows: Sequence[PlannedRow], cluster: ClusterSpec, fits: Callable[[PlannedRow, int], bool]
+) -> list[PhaseEstimate]:
+    """Return the duration of each phase: modules divide the GPUs, every other phase has all of them.
+
+    Args:
+        rows: rows of the plan.
+        cluster: GPUs and their speed.
+        fits: whether a row's batch can be divided among a number of ranks.
+    """
+
+    def seconds(row: PlannedRow, gpus: int) -> float:
+        return row.total_flops / cluster.rates(row) / gpus
+
+    def usable(row: PlannedRow) -> list[int]:
+        return [n for n in range(1, cluster.gpus + 1) if n == 1 or fits(row, n)]
+
+    modules = {row.key: row for row in rows if row.phase == "incubate"}
+    shares, choices = dict.fromkeys(modules, 1), {key: usable(row) for key, row in modules.items()}
+    while True:  # give more GPUs to the slowest module until there are not enough left
+        slowest = max(modules, key=lambda key: seconds(modules[key], shares[key]))
+        larger = [n for n in choices[slowest] if n > shares[slowest]]
+        if not larger or sum(shares.values()) - shares[slowest] + larger[0] > cluster.gpus:
+            break
+        shares[slowest] = larger[0]
+    gpus = {row.key: shares.get(row.key) or usable(row)[-1] for row in rows}
+    return [PhaseEstimate(row.key, row.title, gpus[row.key], seconds(row, gpus[row.key])) for row in rows]
+
+
+def critical_path(estimates: Sequence[PhaseEstimate], gpus: int) -> float:
+    """Return the seconds from the first step of the meta model to the last step of fine-tuning.
+
+    Modules train in parallel. With fewer GPUs than modules, a free GPU takes the longest remaining module.
+    """
+    modules = [phase for phase in estimates if phase.key.startswith("incubate/")]
+    if sum(phase.gpus for phase in modules) <= gpus:
+        incubation = max(phase.seconds for phase in modules)
+    else:
+        busy_until = [0.0] * gpus
+        for phase in sorted(modules, key=lambda phase: -phase.seconds):
+            heapq.heapreplace(busy_until, busy_until[0] + phase.seconds)
+        incubation = max(busy_until)
+    return incubation + sum(phase.seconds for phase in estimates if phase.key in ("pretrain", "finetune"))

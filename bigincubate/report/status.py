@@ -1,0 +1,103 @@
+"""Status of a run: read from its files, and for its jobs from Slurm's queue."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+from ..errors import ArtifactError, EnvironmentFault
+from ..files import read_json, read_lines
+from ..launchers.slurm.client import Queued, queue
+from ..storage.lease import start_time
+from ..storage.metrics_log import last_metrics
+from ..storage.run_directory import PhaseDir, RunDir
+
+
+def run_status(run: RunDir) -> list[dict[str, Any]]:
+    """Return the status of each phase. If Slurm does not answer, only files are used.
+
+    Returns:
+        A dict per phase: phase (its key), title, state (waiting, queued, running, preempted, failed, died, done), step,
+        steps, percent, loss, top1, images_per_sec, eta_seconds, attempts, restarts, checkpoint, error and node; partial
+        for a module (:attr:`.PhaseDir.partial`); job and queue (Slurm's state, with the reason if it is pending) for a
+        job in the queue.
+
+    Raises:
+        ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
+    """
+    plan = read_json(run.path / "plan.json")
+    if plan is None or "rows" not in plan:
+        run.recipe()
+        raise ArtifactError(f"nothing has run in {run.path} yet")
+    jobs = _jobs(run)
+    rows = []
+    for planned in plan["rows"]:
+        folder = run.phase(planned["phase"], planned["module"])
+        if planned["phase"] == "end_to_end" and not folder.path.exists():
+            continue  # the baseline was not requested
+        rows.append({"phase": planned["key"], "title": planned["title"], **_phase_status(folder, planned)})
+        rows[-1] |= _job_status(rows[-1], folder, jobs)
+    return rows
+
+
+def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a phase's status that its files tell."""
+    attempts, result, metrics = folder.attempts(), folder.result, last_metrics(folder)
+    state = _state(attempts[-1]) if attempts else "waiting"
+    if result is not None:
+        state = "done"
+    step = result["steps"] if result else metrics.get("step", 0)
+    rate = metrics.get("perf/images_per_sec")
+    left = (planned["steps"] - step) * planned["batch_size"]
+    checkpoints = sorted(int(path.parent.name[5:]) for path in folder.checkpoints.glob("step-*/COMMITTED"))
+    return {
+        "state": state,
+        "step": step,
+        "steps": planned["steps"],
+        "percent": 100.0 if result else 100 * step / max(1, planned["steps"]),
+        "loss": metrics.get("train/loss"),
+        "top1": result["top1"] if result else metrics.get("val/top1"),
+        "images_per_sec": rate,
+        "eta_seconds": left / rate if rate and state == "running" else None,
+        "attempts": len(attempts),
+        "partial": folder.partial,
+        "checkpoint": checkpoints[-1] if checkpoints else None,
+        "error": attempts[-1].get("error") if attempts and state == "failed" else None,
+    }
+
+
+def _jobs(run: RunDir) -> dict[str, Queued] | None:
+    """Return the jobs in the queue by phase, or None if nothing was submitted or Slurm does not answer."""
+    if not (run.path / "jobs.json").exists():
+        return None
+    try:
+        return {entry.key: entry for entry in queue(run)}
+    except EnvironmentFault:
+        return None
+
+
+def _job_status(row: dict[str, Any], folder: PhaseDir, jobs: dict[str, Queued] | None) -> dict[str, Any]:
+    """Return the values that the queue corrects: whether a phase waits, runs, or died on another machine."""
+    last: dict[str, Any] = next(iter(folder.attempts()[-1:]), {})
+    status = {"job": None, "queue": None, "node": last.get("host"), "restarts": max(0, row["attempts"] - 1)}
+    if row["state"] != "done" and (requeues := read_lines(folder.path / "requeues.jsonl")):
+        status["error"] = row["error"] or requeues[-1]["reason"]
+    if jobs is None or row["state"] == "done":
+        return status
+    entry = jobs.get(row["phase"])
+    if entry is None:
+        lost = row["state"] == "running" and last.get("job")
+        return status | ({"state": "died", "eta_seconds": None} if lost else {})
+    status |= {"job": entry.job, "queue": entry.state, "node": entry.node or None}
+    if entry.state == "RUNNING":
+        return status
+    return status | {"state": "queued", "eta_seconds": None, "queue": f"{entry.state} ({entry.reason})"}
+
+
+def _state(attempt: dict[str, Any]) -> str:
+    """Return the state of an attempt; ``died`` if its process on this machine is gone."""
+    state: str = attempt["state"]
+    here = attempt["host"] == socket.gethostname()
+    if state == "running" and here and start_time(attempt["pid"]) is None:
+        return "died"
+    return state

@@ -1,0 +1,141 @@
+"""Verification of a run directory: every file is compared with its hashes and its provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from ..config import Recipe
+from ..data.dataset import damaged_shards, open_dataset
+from ..errors import ArtifactError, EnvironmentFault
+from ..files import read_json
+from ..planning.prepare_run import data_path
+from ..storage.artifacts import check_origin, load_manifest, verify_artifact
+from ..storage.checkpoint_tools import survey
+from ..storage.lease import owner
+from ..storage.run_directory import PhaseDir, RunDir
+
+
+class Verdict(StrEnum):
+    """The state of a part of a run directory.
+
+    Attributes:
+        GOOD: The files are what was written.
+        DAMAGED: The files are not what was written.
+        STALE: The files are valid, but were made from data or a model that this run no longer has.
+        RUNNING: A process is writing the files.
+        UNFINISHED: Left by an attempt that ended; the next attempt removes or resumes it.
+        ABSENT: Does not exist yet.
+    """
+
+    GOOD = "good"
+    DAMAGED = "damaged"
+    STALE = "stale"
+    RUNNING = "in progress"
+    UNFINISHED = "unfinished"
+    ABSENT = "not there yet"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The result of verifying one file or folder.
+
+    Attributes:
+        part: ``data``, ``assembled``, or the key of a phase.
+        path: The file or folder.
+        verdict: Its state.
+        why: The reason for the verdict.
+    """
+
+    part: str
+    path: Path
+    verdict: Verdict
+    why: str = ""
+
+
+def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
+    """Verify data, artifacts, results and resume checkpoints by reading all their files.
+
+    Args:
+        run: The run directory.
+        everything: Whether to verify data and checkpoints too, which are far larger than artifacts and results.
+
+    Yields:
+        A finding per file or folder.
+
+    Raises:
+        ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
+    """
+    recipe, plan = run.recipe(), read_json(run.path / "plan.json")
+    if plan is None or not {"rows", "data"} <= plan.keys():
+        raise ArtifactError(f"nothing has run in {run.path} yet")
+    if everything:
+        yield from _data(recipe, run, plan["data"])
+    for row in plan["rows"]:
+        folder = run.phase(row["phase"], row["module"])
+        partitions = row["module"] is not None and plan.get("parts")
+        digest = partitions[row["module"]] if partitions else plan["data"]
+        if folder.path.exists() or row["phase"] != "end_to_end":  # the baseline may not have been requested
+            yield from _phase(row["key"], folder, recipe, run, digest)
+            if everything:
+                yield from _checkpoints(row["key"], folder)
+    if run.assembled.path.exists():
+        yield _artifact("assembled", run.assembled, recipe, run, plan["data"])
+
+
+def _data(recipe: Recipe, run: RunDir, digest: str) -> Iterator[Finding]:
+    path = data_path(recipe, run)
+    try:
+        info = open_dataset(path, recipe.data.remote)
+    except EnvironmentFault as error:
+        yield Finding("data", path, Verdict.DAMAGED, str(error))
+        return
+    if info.digest != digest:
+        yield Finding("data", path, Verdict.STALE, f"{info.digest[:12]}…, the run was made with {digest[:12]}…")
+        return
+    found = [Finding("data", file, Verdict.DAMAGED, why) for file, why in damaged_shards(info)]
+    yield from found or [Finding("data", path, Verdict.GOOD)]
+
+
+def _phase(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -> Iterator[Finding]:
+    alive = owner(folder.path)
+    result = folder.path / "DONE"
+    if result.exists():
+        valid = folder.result is not None
+        why = "" if valid else "holds no result; the phase would resume from its last checkpoint"
+        yield Finding(key, result, Verdict.GOOD if valid else Verdict.DAMAGED, why)
+        yield _artifact(key, folder, recipe, run, data)
+    elif alive:
+        yield Finding(key, folder.path, Verdict.RUNNING, alive)
+    else:
+        yield Finding(key, folder.path, Verdict.UNFINISHED if folder.attempts() else Verdict.ABSENT)
+
+
+def _checkpoints(key: str, folder: PhaseDir) -> Iterator[Finding]:
+    alive = owner(folder.path)
+    if not folder.checkpoints.is_dir() or not any(folder.checkpoints.iterdir()):
+        return
+    for row in survey(folder.path):
+        verdict, why = Verdict.GOOD, ""
+        if not row["committed"]:
+            verdict = Verdict.RUNNING if alive else Verdict.UNFINISHED
+        elif row["problem"]:
+            verdict, why = Verdict.DAMAGED, row["problem"]
+        yield Finding(key, Path(row["path"]), verdict, why)
+
+
+def _artifact(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -> Finding:
+    try:
+        manifest = verify_artifact(folder.artifact)
+    except ArtifactError as error:
+        return Finding(key, folder.artifact, Verdict.DAMAGED, str(error))
+    meta = None
+    if key not in ("pretrain", "end_to_end"):
+        try:
+            meta = load_manifest(run.phase("pretrain").artifact).digest
+        except ArtifactError as error:
+            return Finding(key, folder.artifact, Verdict.STALE, f"its meta model cannot be read: {error}")
+    problem = check_origin(manifest, recipe=recipe.digest, meta=meta, data=data)
+    return Finding(key, folder.artifact, Verdict.STALE if problem else Verdict.GOOD, problem or "")

@@ -1,0 +1,190 @@
+"""Artifacts: the output of a phase, as safetensors under timm's own names, with a manifest of its lineage.
+
+A module holds the parameters of its own blocks under the block indices of the **target**, so that modules are joined by
+the union of their keys, whatever trained them. The folder holds ``weights.safetensors``, ``manifest.json``, and the
+SHA-256 of the latter in ``COMMITTED``, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..config import Settings
+from ..errors import ArtifactError, LockedError
+from ..files import fsync_dir, make_folder, plain_size, sha256, write_hashed, write_text
+from .checkpoint_manager import COMMIT_MARKER, sealed
+from .lease import Claim
+from .sharded_tensors import whole, write_pieces
+
+WEIGHTS = "weights.safetensors"
+
+
+class ModelSpec(BaseModel):
+    """What is needed to build the model again and to preprocess its inputs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    args: dict[str, Any]
+    depths: list[list[Annotated[int, Field(ge=0, le=10_000)]]]  # per module, per stage
+    num_classes: int
+    img_size: int
+    mean: list[float]
+    std: list[float]
+    interpolation: Literal["bicubic", "bilinear"]
+    eval_crop: float
+
+    @classmethod
+    def of(cls, settings: Settings, depths: Sequence[Sequence[int]]) -> ModelSpec:
+        """Return the specification of the model of these depths under the settings of a phase."""
+        model, augment = settings.model, settings.augment
+        return cls(
+            name=model.name,
+            args=model.args,
+            depths=[list(stages) for stages in depths],
+            num_classes=model.num_classes,
+            img_size=model.img_size,
+            mean=augment.mean,
+            std=augment.std,
+            interpolation=augment.interpolation,
+            eval_crop=augment.eval_crop,
+        )
+
+
+class Manifest(BaseModel):
+    """The lineage of an artifact. Digests are SHA-256 in hexadecimal."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal[1] = 1
+    kind: Literal["model", "module"]
+    phase: str
+    module: int | None = None
+    model: ModelSpec
+    weights: Literal["raw", "ema"]
+    recipe: str  # digest of the recipe's identity keys
+    data: str  # digest of the data set
+    meta: str | None = None  # digest of the meta model's weights that a module was trained with
+    digest: str = ""  # of weights.safetensors
+
+
+def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, claim: Claim | None = None) -> Manifest:
+    """Write an artifact completely or not at all. An older artifact is replaced only once the new one is complete.
+
+    Returns:
+        The manifest with the digest of the weights.
+
+    Raises:
+        LockedError: The lease was lost. An older artifact is unchanged.
+    """
+    make_folder(folder.parent)
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of an attempt that died
+        shutil.rmtree(leftover)
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir()
+    entry = write_pieces(temporary / WEIGHTS, {key: whole(value.cpu()) for key, value in tensors.items()})
+    manifest = manifest.model_copy(update={"digest": entry["sha256"]})
+    text = json.dumps(manifest.model_dump(), indent=1) + "\n"
+    write_hashed(temporary / "manifest.json", [text.encode()])
+    write_text(temporary / COMMIT_MARKER, hashlib.sha256(text.encode()).hexdigest())
+    try:
+        (claim or Claim()).check()
+    except LockedError:
+        shutil.rmtree(temporary)
+        raise
+    if folder.exists():
+        shutil.rmtree(_replaced(folder), ignore_errors=True)
+        folder.rename(_replaced(folder))
+    temporary.rename(folder)
+    fsync_dir(folder.parent)
+    shutil.rmtree(_replaced(folder), ignore_errors=True)
+    return manifest
+
+
+def _replaced(folder: Path) -> Path:
+    """Return where the old artifact is between the two renames that replace it."""
+    return folder.with_name(f".{folder.name}.older")
+
+
+def _current(folder: Path) -> Path:
+    """Return where the artifact is: still at :func:`_replaced` if a save died between its renames."""
+    return folder if folder.exists() or not _replaced(folder).exists() else _replaced(folder)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Return the manifest of an artifact.
+
+    Raises:
+        ArtifactError: There is no artifact, or its manifest is invalid.
+    """
+    current = _current(folder)
+    try:
+        return Manifest.model_validate_json(sealed(current))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ArtifactError(f"no artifact in {folder}: {error.filename} is missing") from None
+    except OSError as error:
+        raise ArtifactError(f"{error.filename}: {error.strerror}") from None
+    except ValidationError as error:
+        raise ArtifactError(f"{current / 'manifest.json'}: {error.errors()[0]['msg']}") from None
+
+
+def verify_artifact(folder: Path) -> Manifest:
+    """Return the manifest of an artifact after a check of its weights, which are hashed but not loaded.
+
+    Raises:
+        ArtifactError: A file is missing, or differs from its hash (the message has the file and both hashes).
+    """
+    manifest = load_manifest(folder)
+    file = _current(folder) / WEIGHTS
+    try:
+        plain_size(file)
+        found = sha256(file)
+    except OSError as error:
+        raise ArtifactError(f"{file}: {error.strerror}") from None
+    if found != manifest.digest:
+        raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…: damaged")
+    return manifest
+
+
+def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
+    """Return the tensors and the manifest of an artifact.
+
+    Raises:
+        ArtifactError: See :func:`verify_artifact`.
+    """
+    manifest, file = verify_artifact(folder), _current(folder) / WEIGHTS
+    try:
+        return load_file(file), manifest
+    except OSError as error:
+        raise ArtifactError(f"{file}: {error.strerror}") from None
+    except SafetensorError as error:
+        raise ArtifactError(f"{file}: {error}") from None
+
+
+def check_module(folder: Path, *, recipe: str, meta: str, data: str) -> str | None:
+    """Return why the module in ``folder`` cannot be part of the assembly, or None if it can."""
+    try:
+        return check_origin(load_manifest(folder), recipe=recipe, meta=meta, data=data)
+    except ArtifactError as error:
+        return str(error)
+
+
+def check_origin(manifest: Manifest, *, recipe: str, meta: str | None, data: str) -> str | None:
+    """Return what an artifact was trained from that this run does not have, or None if the lineage is the same."""
+    for name, expected, found in (
+        ("recipe", recipe, manifest.recipe),
+        ("meta model", meta, manifest.meta),
+        ("data", data, manifest.data),
+    ):
+        if expected != found:
+            return f"stale: trained from another {name} ({str(found)[:12]}…, this run's is {str(expected)[:12]}…)"
+    return None

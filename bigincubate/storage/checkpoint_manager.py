@@ -1,0 +1,368 @@
+"""Resume checkpoints: written to a temporary directory, hashed, committed last, verified before they are read.
+
+Training waits only for the copy to the CPU; a thread of each rank writes the files. One save is in progress at a time:
+if the disk is slower than the training, the next save waits for it.
+
+::
+
+    checkpoints/step-00000500/
+      rank-00000.safetensors    the tensors of rank 0
+      state.json                step, seconds, counters
+      manifest.json             size and SHA-256 of every file, the recipe's digest, the world size
+      COMMITTED                 the SHA-256 of manifest.json; written last
+
+A directory without a valid ``COMMITTED`` is ignored. Nothing is overwritten, and nothing is unpickled: tensors are
+safetensors, everything else is JSON.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from ..distributed.process_group import RunEnv, stderr
+from ..errors import ArtifactError, BigincubateError, DamagedError, EnvironmentFault, LockedError
+from ..files import fsync_dir, make_folder, plain_size, read_json, read_small, sha256, write_hashed
+from .lease import Claim
+from .sharded_tensors import Piece, PieceReader, snapshot, write_pieces
+
+STEP_PATTERN = re.compile(r"step-(\d{8,})")
+COMMIT_MARKER = "COMMITTED"
+STATE_FILE = "state.json"
+FileName = Annotated[str, Field(pattern=r"^(rank-[0-9]{5,}\.safetensors|state\.json)$")]  # never a path
+
+
+class FileEntry(BaseModel):
+    """Size and SHA-256 of a file of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    size: int = Field(ge=0)  # bytes
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class CheckpointManifest(BaseModel):
+    """The content of ``manifest.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    format: Literal[1]
+    step: int = Field(ge=0)
+    recipe: str  # digest of its identity keys
+    world: int = Field(ge=1)
+    files: dict[FileName, FileEntry]
+
+    def tensor_files(self, folder: Path) -> list[Path]:
+        """Return the paths of the files that hold tensors, of a checkpoint in ``folder``."""
+        return [folder / name for name in self.files if name != STATE_FILE]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint.
+
+    Attributes:
+        step: Optimizer step after which it was saved.
+        tensors: The tensors of all ranks, read on access.
+        state: The content of ``state.json``.
+    """
+
+    step: int
+    tensors: PieceReader
+    state: dict[str, Any]
+
+
+class CheckpointManager:
+    """The checkpoints of one phase directory.
+
+    Args:
+        folder: The phase's ``checkpoints`` directory.
+        env: The ranks.
+        digest: Digest of the recipe. A checkpoint of another recipe is refused.
+        keep: Number of committed checkpoints to keep (at least 2).
+        claim: Lease on the phase directory. Once it is lost, nothing is committed or removed.
+
+    Raises:
+        LockedError: The lease is lost.
+    """
+
+    def __init__(self, folder: Path, env: RunEnv, *, digest: str, keep: int = 2, claim: Claim | None = None) -> None:
+        self.folder, self.env, self.digest, self.keep = folder, env, digest, keep
+        self.claim = claim or Claim()
+        self._save_env = env.apart()  # messages of saves must not mix with those of the training
+        self._thread: threading.Thread | None = None
+        self._problem: BaseException | None = None
+        self._metrics: dict[str, float] = {}
+        with env.first():
+            if env.is_main:
+                self.claim.check()
+                make_folder(folder)
+                committed = {self._at(step) for step in self.steps()}
+                for path in (*folder.glob(".saving-*"), *folder.glob("step-*")):
+                    if path not in committed:  # an attempt died while it wrote or removed this
+                        shutil.rmtree(path)
+
+    # ------------------------------------------------------------------------------------------ writing
+
+    def start(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
+        """Start to save a checkpoint. Called by all ranks together.
+
+        Tensors are copied to the CPU before this returns, and written and committed while training continues.
+
+        Args:
+            step: Number of optimizer steps done.
+            tensors: What this rank holds, possibly nothing.
+            state: A JSON object; that of rank 0 is saved.
+
+        Raises:
+            EnvironmentFault: The previous save, for which this waits first, failed.
+        """
+        began = time.perf_counter()
+        self.wait()
+        shards, text = snapshot(tensors), json.dumps(state, indent=1)
+        self._thread = threading.Thread(target=self._run, args=(step, shards, text), daemon=True)
+        self._thread.start()
+        self._metrics["checkpoint/blocked_ms"] = 1e3 * (time.perf_counter() - began)
+
+    def wait(self) -> None:
+        """Wait until the last save is committed. Called by all ranks together.
+
+        Raises:
+            EnvironmentFault: A rank could not write. Earlier checkpoints are unchanged.
+            LockedError: The lease is lost. Nothing was committed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._problem is not None:
+            problem, self._problem = self._problem, None
+            raise problem
+
+    def save(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
+        """Save a checkpoint and wait until it is committed; see :meth:`start`."""
+        self.start(step, tensors, state)
+        self.wait()
+
+    def close(self) -> None:
+        """Release the control group, unless a save is still in progress after an error elsewhere."""
+        if self._thread is None or not self._thread.is_alive():
+            self._save_env.close_apart()
+
+    @property
+    def failed(self) -> bool:
+        """Return whether :meth:`wait` would raise. A rank may know before the others do."""
+        return self._problem is not None
+
+    def figures(self) -> dict[str, float]:
+        """Return the metrics of saves since the last call.
+
+        Returns:
+            ``checkpoint/blocked_ms``: how long training was blocked; ``checkpoint/mib_per_sec``: the rate at which this
+            rank wrote.
+        """
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def _run(self, step: int, shards: dict[str, Piece], state: str) -> None:
+        try:
+            self._save(step, shards, state)
+        except BaseException as error:  # raised by wait()
+            self._problem = error
+
+    def _save(self, step: int, shards: dict[str, Piece], state: str) -> None:
+        began, env = time.perf_counter(), self._save_env
+        final = self.folder / f"step-{step:08d}"
+        temporary = self.folder / env.broadcast(f".saving-{step:08d}-{uuid.uuid4().hex[:8]}")
+        files: dict[str, dict[str, Any]] = {}
+        problem = ""
+        try:
+            temporary.mkdir(exist_ok=True)
+            if shards:
+                name = f"rank-{env.rank:05d}.safetensors"
+                files[name] = write_pieces(temporary / name, shards)
+            if env.is_main:
+                files[STATE_FILE] = write_hashed(temporary / STATE_FILE, [state.encode()])
+        except OSError as error:
+            problem = explain(error, temporary)
+        reports = env.gather((files, problem))
+        problem = next((text for _, text in reports if text), "")
+        refusal: BigincubateError | None = None
+        if env.is_main:
+            try:
+                self.claim.check()  # first: a new owner may have removed the files written here
+                if not problem:
+                    if final.exists():  # damaged, so training resumed from an earlier one
+                        shutil.rmtree(final)
+                    entries = {name: entry for report, _ in reports for name, entry in sorted(report.items())}
+                    commit(temporary, final, step=step, digest=self.digest, world=env.world, files=entries)
+                    self._prune(step)
+            except OSError as error:
+                problem = explain(error, final)
+            except LockedError as error:
+                refusal = error
+            if problem and refusal is None:
+                refusal = EnvironmentFault(f"checkpoint of step {step} not written: {problem}; earlier ones are intact")
+                try:
+                    self.claim.check()  # again: a new owner may have removed files that were being written
+                except LockedError as error:
+                    refusal = error
+        refusal = env.broadcast(refusal)
+        if refusal is not None:
+            if env.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise refusal
+        if written := sum(entry["size"] for entry in files.values()):
+            self._metrics["checkpoint/mib_per_sec"] = written / 2**20 / (time.perf_counter() - began)
+
+    def _prune(self, newest: int) -> None:
+        """Remove all but the newest. Those after ``newest`` are damaged, or training would have resumed from them."""
+        kept = [step for step in self.steps() if step <= newest][-self.keep :]
+        for step in set(self.steps()).difference(kept):
+            self.claim.check()
+            remove(self._at(step))
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def steps(self) -> list[int]:
+        """Return the steps of the committed checkpoints, in numeric order."""
+        matches = (STEP_PATTERN.fullmatch(marker.parent.name) for marker in self.folder.glob(f"step-*/{COMMIT_MARKER}"))
+        numbers = {int(match[1]) for match in matches if match}
+        return sorted(
+            step for step in numbers if (self._at(step) / COMMIT_MARKER).exists()
+        )  # ignore other spellings of a number
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest checkpoint that passes verification, or None if there are no checkpoints.
+
+        Damaged checkpoints are skipped and reported on stderr. Called by all ranks together.
+
+        Raises:
+            DamagedError: There are checkpoints, and all are damaged.
+            ArtifactError: The checkpoint belongs to another recipe.
+        """
+        step = self.env.broadcast(self._choose() if self.env.is_main else None)
+        if isinstance(step, str):
+            raise DamagedError(step)
+        if step is None:
+            return None
+        folder = self._at(step)
+        manifest = CheckpointManifest.model_validate_json(read_small(folder / "manifest.json"))
+        if manifest.recipe != self.digest:
+            raise ArtifactError(f"{folder} was saved under another recipe; use another --run-dir, or remove it")
+        return Checkpoint(step, PieceReader(manifest.tensor_files(folder)), read_json(folder / STATE_FILE) or {})
+
+    def _choose(self) -> int | str | None:
+        damaged = []
+        for step in reversed(self.steps()):
+            if (problem := verify(self._at(step))) is None:
+                return step
+            damaged.append(problem)
+            stderr(f"damaged checkpoint, skipped: {problem}")
+        if damaged:
+            return f"every checkpoint in {self.folder} is damaged ({damaged[0]}); remove the folder to start over"
+        return None
+
+    def _at(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+
+def commit(
+    temporary: Path, final: Path, *, step: int, digest: str, world: int, files: dict[str, dict[str, Any]]
+) -> None:
+    """Turn a directory into a committed checkpoint: write the manifest, rename, rename the marker.
+
+    If a new owner has removed ``temporary`` or ``final`` meanwhile, the renames fail and change none of its files.
+
+    Args:
+        temporary: Directory with the files.
+        final: The checkpoint, which must not exist.
+        step: Number of optimizer steps done.
+        digest: Digest of the recipe.
+        world: Number of ranks.
+        files: Size and SHA-256 of each file.
+    """
+    manifest = {"format": 1, "step": step, "recipe": digest, "world": world, "files": files}
+    text = json.dumps(manifest, indent=1)
+    write_hashed(temporary / "manifest.json", [text.encode()])
+    marker = f"{temporary.name}.marker"
+    write_hashed(temporary / marker, [hashlib.sha256(text.encode()).hexdigest().encode()])
+    fsync_dir(temporary)
+    temporary.rename(final)
+    fsync_dir(final.parent)
+    (final / marker).rename(final / COMMIT_MARKER)
+    fsync_dir(final)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint, or the temporary directory of one."""
+    if folder.is_symlink():  # its target is no checkpoint of this run
+        folder.unlink()
+        return
+    (folder / COMMIT_MARKER).unlink(missing_ok=True)  # first: an incomplete directory must not look committed
+    shutil.rmtree(folder)
+
+
+def verify(folder: Path) -> str | None:
+    """Return what is wrong with a committed checkpoint (file, expected and found value), or None if it is valid.
+
+    Nothing outside the directory is opened, nothing without a hash is read, and tensors are not loaded.
+    """
+    file = folder / "manifest.json"
+    try:
+        if folder.is_symlink():
+            return f"{folder} is a symbolic link; refused"
+        manifest = CheckpointManifest.model_validate_json(sealed(folder))
+        if (match := STEP_PATTERN.fullmatch(folder.name)) and int(match[1]) != manifest.step:
+            return f"{file}: step {manifest.step}, expected {int(match[1])}"
+        for name, entry in manifest.files.items():
+            if (size := plain_size(folder / name)) != entry.size:
+                return f"{folder / name}: {size} bytes, expected {entry.size}"
+            if (found := sha256(folder / name)) != entry.sha256:
+                return f"{folder / name}: SHA-256 {found[:12]}…, expected {entry.sha256[:12]}…"
+        state = read_json(folder / STATE_FILE)
+        if state is None or state.get("step", manifest.step) != manifest.step:
+            return f"{folder / STATE_FILE}: not the state of step {manifest.step}"
+        PieceReader(manifest.tensor_files(folder))
+    except OSError as error:
+        return explain(error, folder)
+    except ValidationError as error:
+        return f"{file}: invalid manifest: {error.errors()[0]['msg']}"
+    except ArtifactError as error:
+        return str(error)
+    return None
+
+
+def sealed(folder: Path) -> bytes:
+    """Return the content of ``manifest.json`` after a check against the commit marker.
+
+    Raises:
+        OSError: The manifest or the marker is missing, or not a regular file.
+        ArtifactError: The manifest differs from the hash in the marker.
+    """
+    file, marker = folder / "manifest.json", folder / COMMIT_MARKER
+    if (size := plain_size(marker)) != 64:
+        raise ArtifactError(f"{marker}: {size} bytes, expected 64")
+    text, expected = read_small(file), marker.read_bytes().decode(errors="replace")
+    if (found := hashlib.sha256(text).hexdigest()) != expected:
+        raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {expected[:12]!r}…")
+    return text
+
+
+def explain(error: OSError, path: Path) -> str:
+    """Return a message: the file (``path`` if the error names none), the reason, and the free space of a full disk."""
+    text = f"{error.filename or path}: {error.strerror or error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return text
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    return f"{text} ({shutil.disk_usage(existing).free} bytes free)"

@@ -1,0 +1,146 @@
+"""List, prune and convert resume checkpoints from their files, in one process, while nothing trains them."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from ..distributed.process_group import RunEnv
+from ..errors import ArtifactError, ConfigError, DamagedError
+from ..files import read_json, read_small, write_hashed
+from .checkpoint_manager import COMMIT_MARKER, STATE_FILE, CheckpointManifest, commit, remove, verify
+from .lease import owned
+from .sharded_tensors import Piece, PieceReader, write_pieces
+
+NAME_PATTERN = re.compile(r"(?:step|\.saving)-(\d{8,}).*")
+PATTERNS = ("*", "checkpoints/*", "*/checkpoints/*", "modules/*/checkpoints/*")  # below the directory of a phase or run
+
+
+def survey(path: Path) -> list[dict[str, Any]]:
+    """List the checkpoints below a run directory or the directory of a phase, or the checkpoint ``path`` itself.
+
+    Directories that were never committed are listed too. Every file of a committed checkpoint is read and hashed.
+
+    Returns:
+        One row per checkpoint: path, step, ranks, bytes, committed, problem (None if committed and valid; see
+        :func:`verify`), time (of the last change, seconds since the epoch). Phases are in order, steps in numeric
+        order.
+
+    Raises:
+        ArtifactError: There is none.
+    """
+    if not path.is_dir():
+        raise ArtifactError(f"{path}: no such directory")
+    folders = [path]
+    if not (path / COMMIT_MARKER).exists() and not NAME_PATTERN.fullmatch(path.name):
+        named = {folder: NAME_PATTERN.fullmatch(folder.name) for pattern in PATTERNS for folder in path.glob(pattern)}
+        steps = {folder: int(match[1]) for folder, match in named.items() if match and folder.is_dir()}
+        folders = sorted(steps, key=lambda folder: (folder.parent, steps[folder], folder))
+    rows = [row for folder in folders if (row := _inspect(folder))]
+    if not rows:
+        raise ArtifactError(f"no checkpoints in {path}; give a run directory, a phase's directory or a checkpoint")
+    return rows
+
+
+def _inspect(folder: Path) -> dict[str, Any] | None:
+    """Return the row of a checkpoint, or None if a running phase has removed or renamed it meanwhile."""
+    problem, committed = verify(folder), (folder / COMMIT_MARKER).exists()
+    manifest, name = read_json(folder / "manifest.json") or {}, NAME_PATTERN.fullmatch(folder.name)
+    try:
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
+        return {
+            "path": str(folder),
+            "step": int(name[1]) if name else manifest.get("step"),
+            "ranks": manifest.get("world", sum(file.startswith("rank-") for file in sizes)),
+            "bytes": sum(sizes.values()),
+            "committed": committed,
+            "problem": problem if committed else f"{folder} was never committed",
+            "time": folder.stat().st_mtime,
+        }
+    except FileNotFoundError:
+        return None
+
+
+def prune(path: Path, *, keep: int) -> list[Path]:
+    """Remove all but the newest ``keep`` valid checkpoints of each phase in a run directory, or of one phase.
+
+    Damaged and incomplete checkpoints are removed too, unless all of a phase are damaged.
+
+    Returns:
+        The directories that were removed.
+
+    Raises:
+        ArtifactError: There is no checkpoint.
+        ConfigError: ``path`` is one checkpoint.
+        LockedError: A process trains the phase.
+        DamagedError: Every checkpoint of a phase is damaged. They are kept; other phases are pruned.
+    """
+    checkpoints = [Path(row["path"]) for row in survey(path)]
+    if path in checkpoints:
+        raise ConfigError(f"{path} is one checkpoint; give a run directory or a phase's directory")
+    removed, all_damaged = [], []
+    for folder in dict.fromkeys(checkpoint.parent for checkpoint in checkpoints):
+        with owned(folder.parent, RunEnv()) as claim:
+            rows = {Path(row["path"]): row for row in survey(folder.parent)}
+            valid = [checkpoint for checkpoint, row in rows.items() if row["problem"] is None]
+            if not valid and any(row["committed"] for row in rows.values()):
+                all_damaged.append(str(folder))
+                continue
+            for checkpoint in rows.keys() - set(valid[-keep:]):
+                claim.check()
+                remove(checkpoint)
+                removed.append(checkpoint)
+    if all_damaged:
+        raise DamagedError(f"every checkpoint is damaged in {', '.join(all_damaged)}; they were left as they are")
+    return sorted(removed)
+
+
+def convert(source: Path, out: Path, *, ranks: int = 1) -> None:
+    """Write a checkpoint again as the files of ``ranks`` ranks; of one rank, full tensors in one safetensors file.
+
+    The result is a committed checkpoint that can replace ``source``.
+
+    Raises:
+        ArtifactError: ``source`` is not a committed checkpoint.
+        DamagedError: ``source`` is damaged.
+        ConfigError: ``out`` exists.
+    """
+    if not (source / COMMIT_MARKER).exists():
+        raise ArtifactError(
+            f"{source} is not a committed checkpoint; `bigincubate checkpoint list` shows those of a run"
+        )
+    if problem := verify(source):
+        raise DamagedError(problem)
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another directory, or remove it first")
+    manifest = CheckpointManifest.model_validate_json(read_small(source / "manifest.json"))
+    tensors = PieceReader(manifest.tensor_files(source))
+    temporary = out.with_name(f".saving-{out.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        files = {}
+        for rank in range(ranks):
+            if shards := _split(tensors, rank, ranks):
+                name = f"rank-{rank:05d}.safetensors"
+                files[name] = write_pieces(temporary / name, shards)
+        files[STATE_FILE] = write_hashed(temporary / STATE_FILE, [read_small(source / STATE_FILE)])
+        commit(temporary, out, step=manifest.step, digest=manifest.recipe, world=ranks, files=files)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _split(tensors: PieceReader, rank: int, ranks: int) -> dict[str, Piece]:
+    """Return part ``rank`` of ``ranks`` equal parts of every tensor; of a small tensor, some ranks have nothing."""
+    shards = {}
+    for key, shape in tensors.shapes.items():
+        size = math.prod(shape)
+        length = -(-size // ranks)
+        low, high = min(size, rank * length), min(size, (rank + 1) * length)
+        if low < high:
+            part = tensors.part(key, low, high - low)
+            shards[key] = Piece(part.view(shape) if len(part) == size else part, low, shape)
+    return shards

@@ -1,0 +1,260 @@
+"""Leases: one owner at a time for a directory, without any lock of the file system.
+
+``owners/7.json`` is the seventh lease on the directory; it names the process (host, pid, start time, Slurm job) that
+created it. Exactly one process can create a file, and the number, called the *generation*, is never used again: the
+highest generation counts. The owner touches its file while it lives, and empties it when it leaves. A new lease is
+created only if the owner is provably dead, or gave no sign of life for ``LEASE``. An owner that was only
+suspended or disconnected finds the later lease before it writes anything that lasts, and gives up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from ..distributed.process_group import RunEnv, stderr
+from ..errors import LockedError
+from ..files import read_json, write_text
+
+LEASE = 60.0  # seconds without a sign of life after which an owner of unknown state counts as dead
+HEARTBEAT = 5.0  # seconds between two signs of life
+QUEUE = 3.0  # seconds in which Slurm must answer
+# states of jobs without a running process: ended, or waiting to start (again)
+NOT_RUNNING = {
+    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+    *("TIMEOUT", "PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"),
+}
+
+
+def start_time(pid: int) -> str | None:
+    """Return when a process of this host started, or None if it does not run.
+
+    The start time (clock ticks since boot) and the pid identify a process even after the pid is reused.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+def describe(pid: int) -> dict[str, Any]:
+    """Return what distinguishes a process of this host from all others, past ones and those of other hosts."""
+    env = os.environ
+    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
+    return {
+        "host": socket.gethostname(),
+        "space": _pid_namespace(),
+        "pid": pid,
+        "started": start_time(pid),
+        "cluster": env.get("SLURM_CLUSTER_NAME"),
+        "job": f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID"),
+        "restarts": int(env.get("SLURM_RESTART_COUNT") or 0),
+    }
+
+
+def _pid_namespace() -> str | None:
+    """Return an identifier of this boot and pid namespace. Containers may share the name of their host."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+class Claim:
+    """A lease on a directory, held by rank 0.
+
+    Other ranks hold a lease without a path, which is never lost.
+
+    Attributes:
+        path: The file of the lease.
+        lost: Whether a later lease was seen.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path, self.lost = path, False
+
+    @property
+    def generation(self) -> int:
+        """Return the number of the lease; 0 without a path."""
+        return int(self.path.stem) if self.path else 0
+
+    def held(self) -> bool:
+        """Return whether there is no later lease. Lists the directory, so that no cache can hide one."""
+        if self.path is not None and _newest(self.path.parent) > self.generation:
+            self.lost = True
+        return not self.lost
+
+    def check(self) -> None:
+        """Check that the lease is still held.
+
+        Raises:
+            LockedError: There is a later lease.
+        """
+        if self.path is None or self.held():
+            return
+        folder = self.path.parent
+        new_owner = read_json(folder / f"{_newest(folder)}.json")
+        name = _name(new_owner) if new_owner else "a process that has exited since"
+        raise LockedError(f"{folder.parent} was taken over by {name} while this process was silent; it writes no more")
+
+    def leave(self) -> None:
+        """Release the lease. Its number stays in use. Needs no free space on the disk."""
+        if self.path is not None:
+            with suppress(FileNotFoundError):
+                os.truncate(self.path, 0)
+
+
+@contextmanager
+def owned(folder: Path, env: RunEnv) -> Iterator[Claim]:
+    """Hold the lease on ``folder`` for all ranks together while the block runs.
+
+    Wait for up to ``LEASE`` if only its heartbeat can tell whether the previous owner lives.
+
+    Raises:
+        LockedError: On every rank: another live process, which the message names, owns the folder.
+    """
+    taken = _take(folder) if env.is_main else ""
+    problem = env.broadcast("" if isinstance(taken, Claim) else taken)
+    if problem:
+        raise LockedError(problem)
+    if not isinstance(taken, Claim):
+        yield Claim()
+        return
+    claim, over = taken, threading.Event()
+    assert claim.path is not None
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT):
+            try:
+                os.utime(path)
+                claim.held()
+            except OSError:
+                continue  # the file system may be unavailable for less than LEASE
+
+    path = claim.path
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield claim
+    finally:
+        over.set()
+        thread.join()
+        claim.leave()
+
+
+def _take(folder: Path) -> Claim | str:
+    """Return a new lease, or the reason why there is none: the owner that lives."""
+    owners = folder / "owners"
+    owners.mkdir(parents=True, exist_ok=True)
+    while True:
+        last = _newest(owners)
+        last_path = owners / f"{last}.json"
+        if (owner := read_json(last_path)) and _wait_whether_alive(owner, last_path):
+            return f"{folder} belongs to {_name(owner)}; wait for it, or stop it first"
+        path, content = owners / f"{last + 1}.json", {**describe(os.getpid()), "claim": uuid.uuid4().hex}
+        write_text(path, json.dumps(content, indent=1), exclusive=True)
+        # read it back: a network file system may report a file that was just created as one that already existed
+        if read_json(path) == content:
+            return Claim(path)
+
+
+def _newest(owners: Path) -> int:
+    return max((int(name[:-5]) for name in os.listdir(owners) if name[:-5].isdecimal()), default=0)
+
+
+def _name(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host']}" + (f", job {owner['job']}" if owner["job"] else "")
+
+
+def owner(folder: Path) -> str | None:
+    """Return the name of the process that owns ``folder``, or None, without waiting.
+
+    An owner of unknown state counts until it has been silent for ``LEASE``.
+    """
+    owners = folder / "owners"
+    if not owners.is_dir():
+        return None
+    path = owners / f"{_newest(owners)}.json"
+    found = read_json(path)
+    return _name(found) if found and _is_alive(found, path) is not False else None
+
+
+def _is_alive(owner: dict[str, Any], path: Path) -> bool | None:
+    """Return whether the owner may still write, or None if neither this host, the queue nor its silence tells."""
+    this = describe(os.getpid())
+    same = {key for key in this if owner[key] == this[key] and this[key] is not None}
+    if {"cluster", "job"} <= same and owner["restarts"] < this["restarts"]:
+        return False  # a previous attempt of this job: Slurm ended it before it started this one
+    if {"host", "space"} <= same and owner["started"] is not None:
+        return start_time(owner["pid"]) == owner["started"]
+    silence = _file_system_time(path.parent) - _last_heartbeat(path)
+    if silence > LEASE or ("cluster" in same and owner["job"] and _job_has_ended(owner["job"])):
+        return False
+    return None
+
+
+def _wait_whether_alive(owner: dict[str, Any], path: Path) -> bool:
+    """Return whether the owner may still write. If nothing else tells, wait for its heartbeat."""
+    began, first = time.monotonic(), _last_heartbeat(path)
+    silence = _file_system_time(path.parent) - first
+    if (alive := _is_alive(owner, path)) is not None:
+        return alive
+    announced = False
+    while (waited := time.monotonic() - began) + silence <= LEASE:
+        if _last_heartbeat(path) != first:
+            return bool(read_json(path))  # empty if it has left meanwhile
+        if not announced and waited > 2 * HEARTBEAT:
+            announced = True
+            left = LEASE - silence - waited
+            stderr(f"{path.parent.parent} belonged to {_name(owner)}, which is silent; taking over in {left:.0f} s")
+        time.sleep(min(0.2, HEARTBEAT / 4))
+    return False
+
+
+def _last_heartbeat(path: Path) -> float:
+    """Return the modification time. Of an open file, because a network file system must then refresh its cache."""
+    with path.open() as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def _file_system_time(folder: Path) -> float:
+    """Return the time of the clock that stamps files here, which may be that of another machine.
+
+    Return this machine's time if the folder is not writable.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.utime(file.fileno())
+            return os.fstat(file.fileno()).st_mtime
+    except PermissionError:
+        return time.time()
+
+
+def _job_has_ended(job: str) -> bool:
+    """Return whether Slurm says that no process of a job runs; False if Slurm does not answer."""
+    try:
+        answer = subprocess.run(
+            ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job],
+            capture_output=True,
+            text=True,
+            timeout=QUEUE,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    if "Invalid job id" in answer.stderr:
+        return True  # it ended so long ago that Slurm has forgotten it
+    states = set(answer.stdout.split())
+    return bool(states) and states <= NOT_RUNNING

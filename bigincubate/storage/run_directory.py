@@ -1,0 +1,185 @@
+"""The run directory: one tree with fixed names and no timestamps, so that a restarted job finds its earlier work.
+
+::
+
+    RUN/
+      recipe.toml           the resolved recipe
+      plan.json             depths, sizes and costs of every phase
+      events.jsonl          what happened, one event per line
+      summary.json          the results, one per phase
+      data/                 embedded data only; other data stays where it is
+      meta/                 pre-training of the meta model
+      modules/00 … K-1/     incubation of module k
+      modules/logs/         logs of helper processes that serve the modules, such as a shared loader
+      assembled/            the joined modules, before fine-tuning
+      finetune/  end_to_end/
+        checkpoints/step-00000500/    resume checkpoints
+        artifact/                     the output of the phase: weights.safetensors, manifest.json, COMMITTED
+        metrics.jsonl  tb/  logs/
+        attempts/1.json               running, preempted, failed or done
+        owners/1.json                 the process that owns the folder; the highest number counts
+        partial.json                  of a module: the score of the partial assembly when the module was finished
+        rollback.json                 the step that training went back to after too many non-finite gradients
+        requeues.jsonl                of a Slurm job: why it was requeued, and from which checkpoint it resumes
+        DONE                          the result; written last
+      fleet/                progress of each phase for TensorBoard, under the same tags
+      partial/              the scores in partial.json for TensorBoard, over the number of modules
+      report.html           written by `bigincubate report`
+      slurm/  jobs.json     logs of jobs and their ranks; what was submitted, and how often
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import Phase, Recipe, differences, load_recipe
+from ..errors import ArtifactError, ConfigError
+from ..files import append_line, read_json, write_json, write_text
+
+FOLDERS: dict[str, str] = {"pretrain": "meta", "finetune": "finetune", "end_to_end": "end_to_end"}
+
+
+@dataclass(frozen=True)
+class PhaseDir:
+    """The folder of one phase, or of the incubation of one module.
+
+    Attributes:
+        path: The folder.
+    """
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of the resume checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def artifact(self) -> Path:
+        """Return the folder of the output of the phase."""
+        return self.path / "artifact"
+
+    @property
+    def metrics(self) -> Path:
+        """Return the file of the logged metrics, one JSON object per line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """Return the result of the phase, or None before it is done."""
+        return read_json(self.path / "DONE") or None
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write the result, which marks the phase as done."""
+        write_json(self.path / "DONE", result)
+
+    @property
+    def rollback(self) -> dict[str, Any] | None:
+        """Return the one rollback to a checkpoint (step ``to``) after too many non-finite gradients, or None."""
+        return read_json(self.path / "rollback.json")
+
+    def note_rollback(self, to: int, **fields: Any) -> None:
+        """Write that training went back to the checkpoint of step ``to``."""
+        write_json(self.path / "rollback.json", {"to": to, **fields})
+
+    @property
+    def partial(self) -> dict[str, Any] | None:
+        """Return the score of the partial assembly when this module was finished, or None before.
+
+        The modules in ``joined`` (this one included) were in their places, and the meta model in the others:
+        ``top1``, ``top5`` (percent), ``loss``.
+        """
+        return read_json(self.path / "partial.json")
+
+    def note_partial(self, scores: dict[str, Any]) -> None:
+        """Write the score of the partial assembly."""
+        write_json(self.path / "partial.json", scores)
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return all attempts at this phase, oldest first."""
+        files = sorted((self.path / "attempts").glob("*.json"), key=lambda file: int(file.stem))
+        return [attempt for file in files if (attempt := read_json(file))]
+
+    def record(self, number: int, **fields: Any) -> None:
+        """Write the state of an attempt."""
+        write_json(self.path / "attempts" / f"{number}.json", {"attempt": number, "time": time.time(), **fields})
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The directory of a run.
+
+    Attributes:
+        path: The directory.
+    """
+
+    path: Path
+
+    def phase(self, phase: Phase, module: int | None = None) -> PhaseDir:
+        """Return the folder of a phase; of incubation, that of ``module``."""
+        if phase == "incubate":
+            assert module is not None
+            return PhaseDir(self.path / "modules" / f"{module:02d}")
+        return PhaseDir(self.path / FOLDERS[phase])
+
+    @property
+    def assembled(self) -> PhaseDir:
+        """Return the folder of the assembled model before fine-tuning."""
+        return PhaseDir(self.path / "assembled")
+
+    @property
+    def recipe_file(self) -> Path:
+        """Return the file of the resolved recipe."""
+        return self.path / "recipe.toml"
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Append an event to ``events.jsonl``."""
+        append_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **fields})
+
+    def open(self, recipe: Recipe) -> None:
+        """Create the directory for a recipe, or check that it belongs to this recipe.
+
+        Raises:
+            ConfigError: The directory belongs to a recipe that differs in an identity key, which the message names.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ConfigError(f"{self.path} is a file; give a directory with --run-dir")
+        if not self.recipe_file.exists() and write_text(self.recipe_file, recipe.toml(), exclusive=True):
+            self.note("created", recipe=recipe.name, digest=recipe.digest)
+            return
+        before = self.recipe()
+        if changed := differences(before, recipe):
+            raise ConfigError(
+                f"{self.path} belongs to another experiment, which differs in {'; '.join(changed)}."
+                " Use another --run-dir, or the settings that it was created with"
+            )
+        if moved := differences(before, recipe, execution_keys=True):
+            write_text(self.recipe_file, recipe.toml())
+            self.note("execution_changed", changes=moved)
+
+    def recipe(self) -> Recipe:
+        """Return the resolved recipe.
+
+        Raises:
+            ArtifactError: This is not a run directory.
+        """
+        if not self.recipe_file.exists():
+            raise ArtifactError(f"{self.path} is not a run directory (no recipe.toml in it)")
+        return load_recipe(str(self.recipe_file))
+
+    def summary(self) -> dict[str, Any]:
+        """Return the results so far (None for a phase that is not done), and update ``summary.json``."""
+        modules = sorted((self.path / "modules").glob("[0-9]*"))
+        results: dict[str, Any] = {
+            "meta": self.phase("pretrain").result,
+            "modules": [PhaseDir(folder).result for folder in modules],
+            "assembled": self.assembled.result,
+            "finetune": self.phase("finetune").result,
+            "end_to_end": self.phase("end_to_end").result,
+        }
+        if results != read_json(self.path / "summary.json"):
+            write_json(self.path / "summary.json", results)
+        return results

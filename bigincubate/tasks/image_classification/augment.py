@@ -1,0 +1,189 @@
+"""What happens to an image: parts of torchvision and timm, and randomness that is a pure function.
+
+A transform draws from the global generators of `random`, numpy and torch, as those libraries do. `reseed` makes what
+they draw a function of (seed, epoch, sample, repeat), so that workers, ranks and resumes change nothing.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import RandomResizedCropAndInterpolation, auto_augment
+from timm.data.auto_augment import auto_augment_transform, rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import str_to_interp_mode, str_to_pil_interp
+from torch import Tensor
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from ... import config
+from ...seeds import generator_seed
+
+Transform = Callable[[Image.Image], Tensor]
+_GENERATOR = np.random.MT19937()  # takes the place of numpy's global one inside `set_aside`
+
+
+def reseed(*key: int | str, torch_alone: bool = False) -> None:
+    """The global generators of `random`, numpy and torch (CPU) start from ``key`` and from nothing else; or torch's
+    alone, for a transform that draws from no other."""
+    word = generator_seed(*key)
+    torch.default_generator.manual_seed(word)
+    if not torch_alone:
+        random.seed(word)
+        np.random.seed(word & 0xFFFFFFFF)
+
+
+def draws_from_torch_alone(augment: config.Augment) -> bool:
+    """Whether all that is random comes from torchvision; timm draws from all three."""
+    return augment.crop != "random_resized" and not (augment.rand_augment or augment.three_augment or augment.erase)
+
+
+@contextmanager
+def set_aside() -> Iterator[None]:
+    """Afterwards the global generators are as before (but for the one Gaussian that numpy's may have kept).
+
+    It takes longer than all else that is random about a small image: once a batch will do. Not to be nested.
+    """
+    ours, numpys, torchs = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    try:
+        np.random.set_bit_generator(_GENERATOR)  # a swap: copying numpy's state takes 30 times as long
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_bit_generator(numpys)
+        torch.set_rng_state(torchs)
+
+
+@contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """Inside, the global generators start from ``key``; afterwards they are as before. Not to be nested."""
+    with set_aside():
+        reseed(*key)
+        yield
+
+
+def train_transform(augment: config.Augment, img_size: int) -> Transform:
+    """RGB image -> [3, img_size, img_size] float32, normalised. Random: call it after `reseed`."""
+    steps: list[Callable] = [*picture_steps(augment, img_size), ToNormalized(augment)]
+    if augment.erase:
+        steps.append(RandomErasing(augment.erase, mode="pixel", device="cpu"))
+    return transforms.Compose(steps)
+
+
+def picture_steps(augment: config.Augment, img_size: int) -> list[Callable[[Image.Image], Image.Image]]:
+    """What happens to an image while it is one: RGB image -> RGB image of ``img_size``, step by step.
+
+    Crops: ``random_resized`` (Inception), ``simple`` (DeiT III: shorter side to ``img_size``, reflect-pad, crop),
+    ``pad`` (CIFAR: the same with a black border), ``none`` (the whole image, squeezed).
+    """
+    steps: list[Callable] = [_crop(augment, img_size)]
+    if augment.flip:
+        steps.append(partial(_flip, share=augment.flip))
+    if augment.rand_augment:
+        policy = rand_augment_transform(augment.rand_augment, _colours_and_sizes(augment, img_size))
+        for operation in policy.ops:
+            if operation.aug_fn is auto_augment.posterize:
+                operation.aug_fn = _posterize
+        steps.append(policy)
+    if augment.three_augment:  # DeiT III (arXiv 2204.07118): one of greyscale, solarisation, Gaussian blur
+        steps.append(auto_augment_transform("3a", _colours_and_sizes(augment, img_size)))
+    if augment.color_jitter:
+        steps.append(transforms.ColorJitter(*[augment.color_jitter] * 3))
+    return steps
+
+
+def eval_transform(augment: config.Augment, img_size: int) -> Transform:
+    """RGB image -> [3, img_size, img_size] float32, normalised: the middle of the image, nothing random."""
+    return transforms.Compose(
+        [
+            transforms.Resize(round(img_size / augment.eval_crop), str_to_interp_mode(augment.interpolation)),
+            transforms.CenterCrop(img_size),
+            ToNormalized(augment),
+        ]
+    )
+
+
+class ToNormalized:
+    """RGB image -> [3, H, W] float32, (x / 255 - mean) / std."""
+
+    def __init__(self, augment: config.Augment) -> None:
+        self.mean = torch.tensor(augment.mean).mul(255).view(3, 1, 1)
+        self.std = torch.tensor(augment.std).mul(255).view(3, 1, 1)
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        return self.all([image])[0]
+
+    def all(self, images: Sequence[Image.Image]) -> Tensor:
+        """RGB images of one size -> [n, 3, H, W] float32, the same bits in fewer calls."""
+        width, height = images[0].size
+        pixels = torch.frombuffer(bytearray().join(image.tobytes() for image in images), dtype=torch.uint8)
+        pixels = pixels.view(len(images), height, width, 3).permute(0, 3, 1, 2)
+        return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
+
+
+def _flip(image: Image.Image, share: float) -> Image.Image:
+    """torchvision's RandomHorizontalFlip, which takes three times as long for a small image."""
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(1) < share else image
+
+
+def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
+    """timm's. At full magnitude it keeps no bit, for which old versions of Pillow gave black, and new ones an error."""
+    return auto_augment.posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
+
+
+def _colours_and_sizes(augment: config.Augment, img_size: int) -> dict[str, Any]:
+    """What timm's policies want to know, as timm's own factory of transforms gives it to them."""
+    return {
+        "translate_const": int(img_size * 0.45),
+        "img_mean": tuple(min(255, round(255 * x)) for x in augment.mean),
+        "interpolation": str_to_pil_interp(augment.interpolation),
+    }
+
+
+def resized_crop(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
+    """A part of the image, or all of it, at another size: crops ``random_resized`` and ``none``."""
+    if augment.crop == "none":
+        return transforms.Resize((img_size, img_size), str_to_interp_mode(augment.interpolation))
+    return RandomResizedCropAndInterpolation(
+        img_size, scale=tuple(augment.crop_scale), interpolation=augment.interpolation
+    )
+
+
+def shorter_side(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
+    """The whole image at another size, as crops ``simple`` and ``pad`` begin."""
+    resize = transforms.Resize(img_size, str_to_interp_mode(augment.interpolation))
+    return lambda image: image if min(image.size) == img_size else resize(image)
+
+
+def corner(image: Image.Image, pad: int, img_size: int) -> tuple[int, int]:
+    """Where torchvision's RandomCrop begins, counted from the corner of the image inside its border: top, left."""
+    across, down = (side + 2 * pad - img_size + 1 for side in image.size)  # how many places
+    if across == down == 1:
+        return -pad, -pad
+    if across == down:  # the same two numbers in one call
+        top, left = torch.randint(down, (2,)).tolist()
+    else:
+        top, left = (int(torch.randint(places, (1,))) for places in (down, across))
+    return top - pad, left - pad
+
+
+def _crop(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
+    if augment.crop in ("random_resized", "none"):
+        return resized_crop(augment, img_size)
+    fit, pad = shorter_side(augment, img_size), augment.pad
+
+    def shifted(image: Image.Image) -> Image.Image:
+        image = fit(image)
+        top, left = corner(image, pad, img_size)
+        if augment.crop == "simple" and pad:
+            image, top, left = functional.pad(image, [pad], padding_mode="reflect"), top + pad, left + pad
+        return image.crop((left, top, left + img_size, top + img_size))  # black where there is no image
+
+    return shifted

@@ -1,0 +1,104 @@
+"""Weights of the official implementation in place of a run's own: its meta model, its modules; or a model by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..config import Recipe
+from ..data.partitions import open_for
+from ..distributed.process_group import RunEnv
+from ..errors import ArtifactError, ConfigError
+from ..files import sha256
+from ..interchange.export import with_weights, write_folder
+from ..interchange.official_format import join_stages, read_stages
+from ..models import build, extract, fit_positions
+from ..models.partition import Depths, Partition
+from ..planning.phases import Plan, make_plan
+from ..planning.prepare_run import ensure_data, ensure_plan, find_row
+from ..storage.artifacts import ModelSpec
+from ..storage.run_directory import RunDir
+from .run_phase import train
+
+Part = Literal["meta", "modules"]
+
+
+def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
+    """Write a whole official model as timm's own folder, which `evaluate` and `export` take. It is made for the images
+    of the recipe's fine-tuning: position embeddings of another size are resampled.
+
+    Returns:
+        The Python that loads it.
+
+    Raises:
+        ArtifactError: a file is not one, or not of the recipe's target model.
+        ConfigError: another number of files or modules than expected; ``out`` holds something else.
+    """
+    plan, settings = make_plan(recipe), recipe.settings("finetune")
+    spec, model = ModelSpec.of(settings, plan.target), settings.model
+    tensors = _read(files, plan, plan.target, "target")
+    shapes = build(
+        model.name,
+        plan.target,
+        num_classes=model.num_classes,
+        img_size=model.img_size,
+        args=model.args,
+        device="meta",
+    )
+    named = ", ".join(map(str, files))
+    return write_folder(with_weights(spec, fit_positions(tensors, shapes), Path(named)), spec, out)
+
+
+def import_part(recipe: Recipe, part: Part, files: Sequence[Path], run: RunDir) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Put official weights where a run's own would be: each phase goes through no step, is evaluated, and hands on what
+    it was given.
+
+    Yields:
+        The title and the result of each phase.
+
+    Raises:
+        ArtifactError: a file is not one, or not of these depths and shapes; modules need a meta model in the run.
+        ConfigError: another number of files or modules than expected; a phase has results already.
+        EnvironmentFault: the run's data is missing.
+    """
+    plan = make_plan(recipe)
+    whole = _read(files, plan, *((plan.meta, "meta model") if part == "meta" else (plan.target, "target")))
+    run.open(recipe)
+    data = ensure_data(recipe, run)
+    _, planned = ensure_plan(recipe, run, data)
+    rows = [plan.row("pretrain")] if part == "meta" else [row for row in plan.rows() if row.phase == "incubate"]
+    for row in rows:
+        folder = run.phase(row.phase, row.module)
+        if folder.result or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
+            raise ConfigError(f"{folder.path} holds work of this run already; import into another run directory")
+    sources = {str(file): sha256(file) for file in files}
+    env = RunEnv.detect()
+    try:
+        for row in rows:
+            own = whole if row.module is None else extract(whole, Partition(plan.family, plan.target), row.module)
+            here, seen = open_for(recipe, data, row.module)
+            steps = replace(find_row(planned, row.phase, row.module), steps=0)
+            run.note("imported", phase=row.key, files=sources)
+            yield row.title, train(here, plan, row, steps, run, seen, env, own)
+    finally:
+        env.close()
+
+
+def _read(files: Sequence[Path], plan: Plan, wanted: Depths, what: str) -> dict[str, Tensor]:
+    """All modules out of one file, or module k out of file k, as one model under timm's names."""
+    if len(files) not in (1, plan.modules):
+        raise ConfigError(f"{len(files)} files: give one with all {plan.modules} modules, or a file a module")
+    lists = [read_stages(file) for file in files]
+    for file, stages in zip(files, lists, strict=True):
+        if len(stages) != plan.modules:
+            raise ArtifactError(f"{file} has {len(stages)} modules, the recipe {plan.modules}")
+    stages = [lists[module if len(files) > 1 else 0][module] for module in range(plan.modules)]
+    found = tuple(plan.family.count_blocks(stage) for stage in stages)
+    if found != wanted:
+        shown = [[list(row) if len(row) > 1 else row[0] for row in depths] for depths in (found, wanted)]
+        raise ArtifactError(f"{files[0]} holds modules of {shown[0]} blocks, the recipe's {what} has {shown[1]}")
+    return join_stages(stages, plan.family)

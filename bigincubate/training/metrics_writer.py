@@ -1,0 +1,158 @@
+"""Metrics of a running phase, written to both TensorBoard and ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from ..files import append_line, read_lines, write_text
+from ..storage.run_directory import PhaseDir
+
+FLEET = {"fleet/loss": "train/loss", "fleet/images_per_sec": "perf/images_per_sec"}
+
+
+class Metrics:
+    """Write the metrics of a phase.
+
+    Args:
+        folder: the phase's directory.
+        first: the first optimizer step that will be logged. Rows of earlier attempts from this step on are removed, so
+            that no step appears twice.
+        enabled: False makes every method do nothing; True on rank 0 only.
+        fleet: directory for an overview of all phases in TensorBoard, which has progress and loss of each phase under
+            the same tags.
+        total: optimizer steps of the phase.
+    """
+
+    def __init__(
+        self, folder: PhaseDir, first: int, *, enabled: bool, fleet: Path | None = None, total: int = 0
+    ) -> None:
+        self.file, self.total = folder.metrics, max(1, total)
+        self.writer: SummaryWriter | None = None
+        self.fleet: SummaryWriter | None = None
+        if enabled:
+            _truncate(self.file, first)
+            self.writer = _writer(folder.path / "tb", first)
+            self.restarts = max(0, len(folder.attempts()) - 1)
+            self.fleet = _writer(fleet, first) if fleet else None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write the values of an optimizer step by tag, such as ``train/loss``, ``train/lr`` or ``perf/mfu``."""
+        if self.writer is None:
+            return
+        append_line(self.file, {"step": step, **values})
+        for tag, value in values.items():
+            self.writer.add_scalar(tag, value, step)
+        if self.fleet is not None:
+            known = {name: values[tag] for name, tag in FLEET.items() if tag in values}
+            known |= {"fleet/percent": 100 * step / self.total, "fleet/restarts": self.restarts}
+            for tag, value in known.items():
+                self.fleet.add_scalar(tag, value, step)
+
+    def images(self, step: int, images: Tensor, mean: list[float], std: list[float]) -> None:
+        """Write a batch of model inputs ``[n, 3, H, W]`` to TensorBoard, with the normalization undone."""
+        if self.writer is not None:
+            shape = (1, 3, 1, 1)
+            pixels = images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
+            scale = max(1, 64 // pixels.shape[-1])  # enlarge small images
+            pixels = pixels.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+            self.writer.add_images("inputs", pixels, step)
+
+    def text(self, tag: str, text: str) -> None:
+        """Write Markdown to TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_text(tag, text, 0)
+
+    def flush(self) -> None:
+        """Write buffered values to disk, so that they are not lost if the process ends after a checkpoint."""
+        for writer in filter(None, (self.writer, self.fleet)):
+            writer.flush()
+
+    def close(self) -> None:
+        """Close the writers."""
+        for writer in filter(None, (self.writer, self.fleet)):
+            writer.close()
+
+
+def log_partial(folder: Path, modules: int, scores: dict[str, float]) -> None:
+    """Write the scores of an assembly of ``modules`` modules and the rest of the meta model to TensorBoard."""
+    with _writer(folder, 0) as writer:
+        for key in ("top1", "loss"):
+            writer.add_scalar(f"partial/{key}", scores[key], modules)
+
+
+def _writer(folder: Path, first: int) -> SummaryWriter:
+    if first == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    return SummaryWriter(str(folder), purge_step=first)
+
+
+def _truncate(file: Path, first: int) -> None:
+    rows = read_metrics(file)
+    kept = [row for row in rows if row["step"] < first]
+    if len(kept) < len(rows) or (file.exists() and not file.read_bytes().endswith(b"\n")):
+        write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of ``metrics.jsonl``."""
+    return read_lines(file)
+
+
+class Meter:
+    """Measure throughput between two logged steps.
+
+    Args:
+        flops_per_image: training FLOPs of a sample.
+        device: device that trains.
+    """
+
+    def __init__(self, flops_per_image: int, device: torch.device) -> None:
+        self.flops_per_image, self.device = flops_per_image, device
+        self.peak = _peak_flops(device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval."""
+        self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
+
+    def read(self) -> dict[str, float]:
+        """Return the metrics of the interval and start a new one.
+
+        Returns:
+            Images per second and GFLOP/s over all ranks, fraction of time spent waiting for data, peak memory in GiB
+            and, if the peak rate of the accelerator is known, model FLOPs utilization.
+        """
+        seconds = time.perf_counter() - self.started
+        rate = self.images / seconds
+        values = {
+            "perf/images_per_sec": rate,
+            "perf/gflops": rate * self.flops_per_image / 1e9,
+            "perf/data_wait": self.waited / seconds,
+        }
+        if self.peak:
+            values["perf/mfu"] = rate * self.flops_per_image / self.peak
+        if self.device.type == "cuda":
+            values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        else:
+            import resource
+
+            values["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        self.restart()
+        return values
+
+
+def _peak_flops(device: torch.device) -> float | None:
+    """Return the dense bf16 peak of the accelerator in FLOP/s (vendor data sheets); None if unknown."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "V100": 112e12}
+    return next((peak for key, peak in peaks.items() if key in name), None)
