@@ -19,7 +19,7 @@ from bigincubate.launchers.slurm.sbatch import arrays, sbatch, script, show
 from bigincubate.report import status
 from bigincubate.storage.run_directory import PhaseDir, RunDir
 
-GOLDEN = Path(__file__).with_name("golden") / "submit.txt"
+GOLDEN = Path(__file__).parents[1].joinpath("golden") / "submit.txt"
 
 
 # ------------------------------------------------------------------------------------------------ what is submitted
