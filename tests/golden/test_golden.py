@@ -30,15 +30,18 @@ class Tolerance:
     points: float
 
 
-TOLERANCES = {  # by device and precision
-    ("cpu", "fp32"): Tolerance(loss=2e-4, grad_norm=5e-3, points=5.0),
-    ("cpu", "bf16"): Tolerance(loss=2e-2, grad_norm=1e-1, points=5.0),
+# By device and precision. An AVX-512 machine limited to SSE4 kernels gave differences of at most 2e-7 (losses) and 3e-6
+# (norms) in fp32, 6e-5 and 4e-3 in bf16, and one image of top-5.
+TOLERANCES = {
+    ("cpu", "fp32"): Tolerance(loss=5e-5, grad_norm=5e-4, points=5.0),
+    ("cpu", "bf16"): Tolerance(loss=2e-3, grad_norm=5e-2, points=5.0),
 }
 EQUAL = Tolerance(0.0, 0.0, 0.0)
 IMAGE_TOLERANCE = 1e-3  # of an image's mean and standard deviation, absolute
 
 
 def golden(name: str) -> dict[str, Any]:
+    """Return what was recorded under this name."""
     return json.loads((HERE / f"{name}.json").read_text())
 
 
@@ -73,6 +76,7 @@ class Session:
 
 @pytest.fixture(scope="session")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """Train all cases once."""
     folder = tmp_path_factory.mktemp("golden")
     run_cases(folder)
     return Session(folder, read_cases(folder))
@@ -104,43 +108,53 @@ def test_run_has_the_recorded_phases(session: Session, case: Any) -> None:
 
 @pytest.mark.parametrize("name", golden("streams")["streams"])
 def test_training_stream_is_as_recorded(session: Session, name: str) -> None:
-    """Sample ids are integers and the same everywhere; images where the libraries that make them are the same."""
+    """Sample ids are integers and the same everywhere; images where the libraries that make them are the same.
+
+    Except for the noise of random erasing, which torch draws differently on other CPU types.
+    """
     recorded, found = golden("streams"), session.found["streams"]["streams"][name]
     expected = recorded["streams"][name]
     assert found["ids"] == expected["ids"]
     assert found["labels"] == expected["labels"]
-    if EXACT or recorded["machine"] == machine():
+    here, there = machine(), recorded["machine"]
+    if EXACT or here == there or (name != "convnext" and here["versions"] == there["versions"]):
         assert found["images"] == expected["images"]
-    for here, there in zip(found["images"], expected["images"], strict=True):
+    for image, known in zip(found["images"], expected["images"], strict=True):
         for value in ("mean", "std"):
-            assert here[value] == pytest.approx(there[value], abs=IMAGE_TOLERANCE)
+            assert image[value] == pytest.approx(known[value], abs=IMAGE_TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------------------ and could differ
 
 
 def change_loss(phase: dict[str, Any]) -> None:
+    """Change one loss by a thousandth."""
     phase["train/loss"][4] *= 1.001
 
 
 def change_norm(phase: dict[str, Any]) -> None:
+    """Change one gradient norm by a hundredth."""
     phase["train/grad_norm"][9] *= 1.01
 
 
 def change_score(phase: dict[str, Any]) -> None:
+    """Change the validation loss by a thousandth."""
     phase["scores"]["loss"] *= 1.001
 
 
 def change_top1(phase: dict[str, Any]) -> None:
+    """Change the accuracy by ten percentage points."""
     phase["scores"]["top1"] += 10
 
 
 def drop_step(phase: dict[str, Any]) -> None:
+    """Leave out the last step."""
     for key in ("steps", *compare_losses.TAGS):
         phase[key].pop()
 
 
 def make_nan(phase: dict[str, Any]) -> None:
+    """Make one loss not finite."""
     phase["train/loss"][2] = float("nan")
 
 
@@ -178,12 +192,14 @@ def test_changed_last_bits_and_weights_are_reported_only_where_bits_must_be_equa
 
 
 def compare(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Return the exit code and the output of ``compare_losses.py``."""
     code = compare_losses.main([str(argument) for argument in arguments])
     return code, capsys.readouterr().out
 
 
 @pytest.fixture
 def run(session: Session) -> Path:
+    """Return the run directory of a case."""
     return session.folder / "init-boundary"
 
 
