@@ -138,12 +138,7 @@ class TrainStream:
 
 
 def make_train_stream(
-    recipe: config.Recipe,
-    settings: config.Settings,
-    info: DatasetInfo,
-    rank: int,
-    world: int,
-    features: DatasetInfo | None = None,
+    recipe: config.Recipe, settings: config.Settings, info: DatasetInfo, rank: int, world: int
 ) -> TrainStream:
     """Return the training batches of a phase on one rank.
 
@@ -159,7 +154,6 @@ def make_train_stream(
         batch_size=settings.train.batch_size,
         rank=rank,
         world=world,
-        features=features,
     )
 
 
