@@ -28,7 +28,6 @@ from PIL import Image
 
 from bigincubate.config import Augment, Mixup
 from bigincubate.data.images import decode
-from bigincubate.experimental.device_augment import HalfTransform, finish_and_blend
 from bigincubate.tasks.image_classification.augment import seeded, train_transform
 from bigincubate.tasks.image_classification.mixup import blend
 
@@ -67,7 +66,7 @@ def turns(
     augment: Augment, size: int, files: list[bytes], device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
     """Seconds for a batch, a number a repeat: ``host``, ``halves``, and of these ``host half`` and ``device half``."""
-    whole, half = train_transform(augment, size), HalfTransform(augment, size)
+    whole, half = train_transform(augment, size), DeviceAugment(augment, size)
     labels = torch.arange(len(files), device=device)
 
     def now() -> float:
@@ -85,8 +84,8 @@ def turns(
         start = time.perf_counter()
         images, parameters = (torch.stack(column) for column in zip(*views(half, files), strict=True))
         between = time.perf_counter()
-        images, _ = finish_and_blend(
-            images.to(device), parameters.to(device), labels, augment=augment, mixup=MIXUP, seed=0, step=step
+        images, _ = half.finish_and_mix(
+            images.to(device), parameters.to(device), labels, mixup=MIXUP, seed=0, step=step
         )
         end = now()
         return {"halves": end - start, "host half": between - start, "device half": end - between}

@@ -56,8 +56,7 @@ def read_phase(folder: Path) -> Phase:
     weights = folder / "artifact" / "weights.safetensors"
     phase["weights"] = hash_weights(weights) if weights.exists() else None
     done = folder / "DONE"
-    result = json.loads(done.read_text()) if done.exists() else {}
-    phase["scores"] = {name: result[name] for name in SCORES if name in result}
+    phase["scores"] = json.loads(done.read_text())["metrics"] if done.exists() else {}
     return phase
 
 

@@ -100,36 +100,32 @@ class Lab:
 
     def __init__(self, recipe: Path, folder: Path, *sets: str) -> None:
         from bigincubate.config import load_recipe
-        from bigincubate.planning.prepare_run import ensure_data, ensure_plan
+        from bigincubate.planning.context import open_run
         from bigincubate.storage.run_directory import RunDir
 
         self.recipe = load_recipe(str(recipe), sets)
         self.run = RunDir(folder)
-        self.run.open(self.recipe)
-        self.data = ensure_data(self.recipe, self.run)
-        self.plan, self.rows = ensure_plan(self.recipe, self.run, self.data)
+        opened = open_run(self.recipe, self.run)
+        self.data, self.plan, self.rows = opened.data, opened.plan, opened.rows
 
-    def arguments(self, phase: str, module: int | None = None) -> tuple[Any, ...]:
-        """What `train` takes; a `Trainer` takes a stop flag more."""
-        from bigincubate.data.partitions import open_for
+    def context(self, phase: str, module: int | None = None) -> Any:
+        """Return what a phase is set up with."""
         from bigincubate.distributed.process_group import RunEnv
-        from bigincubate.planning.prepare_run import find_row
+        from bigincubate.planning.context import RunContext
 
-        row = self.plan.row(phase, module)  # type: ignore[arg-type]
-        planned = find_row(self.rows, row.phase, module)
-        recipe, data = open_for(self.recipe, self.data, module)
-        return recipe, self.plan, row, planned, self.run, data, RunEnv.detect()
+        opened = RunContext(self.recipe, self.run, self.data, self.plan, self.rows)
+        return opened.phase(phase, module, RunEnv.detect())  # type: ignore[arg-type]
 
     def train(self, phase: str, module: int | None = None) -> dict[str, Any]:
-        from bigincubate.training.run_phase import train
+        from bigincubate.training.run_phase import train_phase
 
-        return train(*self.arguments(phase, module))
+        return train_phase(self.context(phase, module))
 
     def trainer(self, phase: str, module: int | None = None) -> Any:
         from bigincubate.distributed.signals import StopFlag
         from bigincubate.training.trainer import Trainer
 
-        return Trainer(*self.arguments(phase, module), StopFlag())
+        return Trainer.build(self.context(phase, module), StopFlag())
 
     def weights(self, phase: str, module: int | None = None) -> dict[str, Any]:
         from bigincubate.storage.artifacts import load_artifact

@@ -57,7 +57,7 @@ def data_prepare(
         )
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
     counts += f", {len(info.parts)} parts" if info.parts else ""
-    say(f"{out}: {counts} images of {len(info.classes)} classes; use it with --set data.path={out}")
+    say(f"{out}: {counts} images of {len(info.schema.metadata['classes'])} classes; use it with --set data.path={out}")
 
 
 @app.command()
@@ -73,32 +73,32 @@ def evaluate(
     """Top-1, top-5 and loss of a finished model on a validation split."""
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"--probe {probe}: there are linear and knn")
-    from ..config import Augment
+    from ..config import Data
     from ..data.dataset import open_dataset
-    from ..data.streams import EvalStream
     from ..distributed.process_group import RunEnv
     from ..interchange.export import load_model
-    from ..launchers.slurm.environment import set_torchrun_variables
-    from ..tasks.image_classification.task import evaluate as score
+    from ..tasks.metric import describe_metrics
+    from ..tasks.registry import task_class
 
     model, spec = load_model(source)
+    found = task_class(spec.task)
+    task = found(found.artifact_settings(spec.model, spec.metadata), Data())
     info = open_dataset(data)
-    if probe is None and len(info.classes) != spec.num_classes:
-        raise ConfigError(f"{data} has {len(info.classes)} classes, the model {spec.num_classes}")
-    set_torchrun_variables()
+    if probe is None:
+        task.check_dataset(info)
     env = RunEnv.detect()
-    augment = Augment(mean=spec.mean, std=spec.std, interpolation=spec.interpolation, eval_crop=spec.eval_crop)
-    stream = partial(EvalStream, info, augment=augment, img_size=spec.img_size, batch_size=batch_size)
     try:
         if probe is None:
-            scores = score(model.to(env.device), stream("val", rank=env.rank, world=env.world), env)
+            stream = task.eval_stream(info, "val", rank=env.rank, world=env.world, batch_size=batch_size)
+            scores = task.evaluate(model.to(env.device), stream, env)
         elif env.world > 1:
             raise ConfigError("--probe looks at all features at once: run it in one process")
         else:
             from ..tasks.image_classification.probe import probe as score_features
 
-            classes = len(info.classes)
-            scores = score_features(probe, model.to(env.device), stream("train"), stream("val"), classes, env.device)  # type: ignore[arg-type]
+            train, val = (task.eval_stream(info, split, batch_size=batch_size) for split in ("train", "val"))
+            classes = len(info.schema.metadata["classes"])
+            scores = score_features(probe, model.to(env.device), train, val, classes, env.device)  # type: ignore[arg-type]
     finally:
         env.close()
     if not env.is_main:
@@ -106,8 +106,9 @@ def evaluate(
     if as_json:
         print(json.dumps(scores, indent=1))
     else:
-        loss = f"  loss {scores['loss']:.4f}" if probe is None else f"  ({probe} probe)"
-        say(f"top-1 {scores['top1']:.2f}%  top-5 {scores['top5']:.2f}%{loss}  on {scores['samples']} images of {data}")
+        measured = [metric for metric in task.metrics if metric.name in scores]
+        by = f" ({probe} probe)" if probe else ""
+        say(f"{describe_metrics(measured, scores)}{by} on {scores['samples']} {task.unit} of {data}")
 
 
 @app.command()
@@ -142,12 +143,13 @@ def import_weights(
 
     loaded = load_recipe(recipe, sets or ())
     from ..storage.run_directory import RunDir
+    from ..tasks.metric import describe_metrics
     from ..training.import_official import import_model, import_part
 
     if part == "model":
         say(f"written to {to}; in Python:\n  {import_model(loaded, files, to)}")
     elif part in ("meta", "modules"):
-        for title, result in import_part(loaded, part, files, RunDir(to)):  # type: ignore[arg-type]
-            say(f"{title}: imported, top-1 {result['top1']:.2f}%, loss {result['loss']:.4f}")
+        for context, result in import_part(loaded, part, files, RunDir(to)):  # type: ignore[arg-type]
+            say(f"{context.row.title}: imported, {describe_metrics(context.task.metrics, result['metrics'])}")
     else:
         raise ConfigError(f"--as {part}: there are meta, modules and model")

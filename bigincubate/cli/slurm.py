@@ -29,7 +29,7 @@ def submit(
 
     given = [f'slurm.{key}="{value}"' for key, value in (("partition", partition), ("account", account)) if value]
     loaded = load_recipe(recipe, [*(sets or ()), *given])
-    from ..planning.prepare_run import ensure_data, ensure_plan
+    from ..planning.context import open_run
     from ..storage.run_directory import RunDir
 
     directory = RunDir(run_dir)
@@ -44,8 +44,7 @@ def submit(
         say(show(loaded, directory, make_plan(loaded).modules, baseline=baseline, size=size))
         return
     share(loaded)
-    directory.open(loaded)
-    ensure_plan(loaded, directory, ensure_data(loaded, directory, say))
+    open_run(loaded, directory, report=say)
     if baseline:
         directory.note("baseline")
     proceed(directory)
@@ -80,16 +79,15 @@ def proceed(directory: Any, gate: str | None = None) -> None:
     from ..interchange.export import export as export_model
     from ..interchange.export import whole
     from ..launchers.slurm.scheduler import advance
+    from ..planning.context import open_run
     from ..planning.job_graph import job_graph
-    from ..planning.prepare_run import ensure_data, ensure_plan
 
     loaded = directory.recipe()
     share(loaded)
-    data = ensure_data(loaded, directory)
-    _, rows = ensure_plan(loaded, directory, data)
+    opened = open_run(loaded, directory)
     baseline = any(row["event"] == "baseline" for row in read_lines(directory.path / "events.jsonl"))
-    seen = partial(seen_by, loaded, data)
-    if not advance(loaded, job_graph(rows, baseline=baseline), directory, data=seen, gate=gate, say=say):
+    seen = partial(seen_by, loaded, opened.data)
+    if not advance(loaded, job_graph(opened.rows, baseline=baseline), directory, data=seen, gate=gate, say=say):
         say(f"watch:   bigincubate status {directory.path} --watch")
         return
     exported = directory.path / "export"

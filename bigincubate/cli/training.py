@@ -108,15 +108,13 @@ def run(
     from ..interchange.export import whole
     from ..launchers.local import LocalRunner
     from ..launchers.progress import Reporter
+    from ..planning.context import open_run
     from ..planning.job_graph import job_graph
-    from ..planning.prepare_run import ensure_data, ensure_plan
     from ..storage.run_directory import RunDir
 
     directory, exported = RunDir(run_dir), run_dir / "export"
-    directory.open(loaded)
-    data = ensure_data(loaded, directory, say)
-    _, rows = ensure_plan(loaded, directory, data)
-    graph = job_graph(rows, baseline=baseline)
+    opened = open_run(loaded, directory, report=say)
+    graph = job_graph(opened.rows, baseline=baseline)
     if all(directory.phase(job.phase, job.module).result for job in graph) and whole(exported):
         say(f"{run_dir} is done already")
     with Reporter(console()) as reporter:
@@ -135,7 +133,7 @@ def run(
     console().print(summary_table(loaded.name, summary))
     say(f"\nmodel:   {exported}" + (f"\n         {snippet}" if snippet else ""))
     say(f"curves:  tensorboard --logdir {run_dir}")
-    say(f"next:    bigincubate evaluate {run_dir} --data {data.path}")
+    say(f"next:    bigincubate evaluate {run_dir} --data {opened.data.path}")
 
 
 @app.command()
@@ -152,11 +150,10 @@ def train(
     if phase not in PHASES:
         raise ConfigError(f"--phase {phase}: there are {', '.join(PHASES)}")
     loaded = load_recipe(recipe, sets or ())
-    from ..data.partitions import open_for
     from ..distributed.parent_death import die_with_parent
     from ..distributed.process_group import RunEnv
     from ..launchers.slurm.environment import array_index, set_torchrun_variables
-    from ..planning.prepare_run import ensure_data, ensure_plan, find_row
+    from ..planning.context import open_run
     from ..storage.run_directory import RunDir
 
     die_with_parent()
@@ -166,19 +163,15 @@ def train(
     set_torchrun_variables()
     env = RunEnv.detect()
     try:
-        directory = RunDir(run_dir)
         with env.first():
-            directory.open(loaded)
-            data = ensure_data(loaded, directory, say, number)
-            cut, rows = ensure_plan(loaded, directory, data)
-            row = cut.row(phase, number)
-            loaded, data = open_for(loaded, data, number)
-        from ..data.local_staging import staged
-        from ..training.run_phase import train as train_phase
+            opened = open_run(loaded, RunDir(run_dir), report=say, module=number)
+            context = opened.phase(phase, number, env)
+        from ..tasks.metric import describe_metrics
+        from ..training.run_phase import train_phase
 
-        with staged(loaded, data) as (here, copy):
-            result = train_phase(here, cut, row, find_row(rows, row.phase, number), directory, copy, env)
+        with context.with_local_data() as local:
+            result = train_phase(local)
         if env.is_main:
-            say(f"{row.title}: done, top-1 {result['top1']:.2f}%, loss {result['loss']:.4f}")
+            say(f"{context.row.title}: done, {describe_metrics(context.task.metrics, result['metrics'])}")
     finally:
         env.close()

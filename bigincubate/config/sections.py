@@ -28,7 +28,7 @@ def one_of_or_object(*names: str) -> AfterValidator:
 
     def check(value: str) -> str:
         if value not in names and not OBJECT_NAME.fullmatch(value):
-            raise ValueError(f"expected {', '.join(names)} or package.module:attribute")
+            raise ValueError(f"expected {' or '.join([*names, 'package.module:attribute'])}")
         return value
 
     return AfterValidator(check)
@@ -48,6 +48,13 @@ class Model(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     img_size: Count = 224
     num_classes: Count = 1000
+
+
+class TaskSection(Section):
+    """What is learned."""
+
+    name: Annotated[str, one_of_or_object("image_classification")] = "image_classification"
+    args: dict[str, Any] = Field(default_factory=dict)  # settings of a task from outside this package
 
 
 class Data(Section):
@@ -172,15 +179,13 @@ class Augment(Section):
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
     std: list[float] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
     eval_crop: float = Field(0.875, gt=0, le=1)
-    # all but reading and resizing by one operator on the device. Identity: it does not round to whole grey levels
-    device: bool = False
+    # a class, "package.module:Class", whose objects augment per image on the host and finish per batch on the device
+    batch_transform: Annotated[str, one_of_or_object()] | None = None
 
     @model_validator(mode="after")
     def _one_policy(self) -> Augment:
         if self.rand_augment and self.three_augment:
             raise ValueError("rand_augment and three_augment exclude each other")
-        if self.rand_augment and self.device:
-            raise ValueError("device does three_augment, not rand_augment: set augment.device = false, or the other")
         return self
 
 
@@ -248,6 +253,7 @@ class Sharding(Section):
 class Settings(Section):
     """All settings of one phase."""
 
+    task: TaskSection = TaskSection()
     model: Model = Model()
     train: Train = Train()
     optim: Optim = Optim()
@@ -266,17 +272,13 @@ class Settings(Section):
             raise ValueError(f"train.batch_size = {batch_size} is no multiple of augment.repeats = {repeats}")
         if self.mixup.active and (batch_size // repeats) % 2:
             raise ValueError("mixup pairs the halves of a batch: train.batch_size / augment.repeats must be even")
-        if self.augment.device and self.augment.crop == "simple" and self.augment.pad >= self.model.img_size:
-            raise ValueError(
-                f"augment.device mirrors less than the image: augment.pad = {self.augment.pad} must be below"
-                f" model.img_size = {self.model.img_size}"
-            )
         return self
 
 
 class PhaseSection(Section):
     """The settings that a phase overrides; all others come from the common tables."""
 
+    task: dict[str, Any] = Field(default_factory=dict)
     model: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
     optim: dict[str, Any] = Field(default_factory=dict)

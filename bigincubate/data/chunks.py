@@ -8,26 +8,28 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .dataset import COLUMNS, DESCRIPTION, FORMAT, INDEX, contents_digest, read_json, sync, write_json
+from .dataset import DESCRIPTION, FORMAT, INDEX, RecordSchema, contents_digest, read_json, sync, write_json
 
 
-def write_chunk(folder: Path, rows: Iterable[tuple[bytes, int]]) -> None:
+def write_chunk(folder: Path, columns: dict[str, str], records: Iterable[dict[str, Any]]) -> None:
     """Write a chunk atomically. If another process has written it in the meantime, that chunk is kept.
 
     Args:
         folder: The folder of the chunk.
-        rows: The bytes and the label of each sample.
+        columns: MDS encoding of each column.
+        records: A value for each column.
     """
     from streaming import MDSWriter
 
     temporary = folder.parent.parent / f".tmp-{folder.parent.name}-{folder.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
-    with MDSWriter(columns=COLUMNS, out=str(temporary), hashes=["sha256"]) as writer:
-        for data, label in rows:
-            writer.write({"image": data, "label": label})
+    with MDSWriter(columns=columns, out=str(temporary), hashes=["sha256"]) as writer:
+        for record in records:
+            writer.write(record)
     for file in temporary.iterdir():
         sync(file)
     sync(temporary)
@@ -40,7 +42,7 @@ def write_chunk(folder: Path, rows: Iterable[tuple[bytes, int]]) -> None:
 
 def describe(
     folder: Path,
-    classes: list[str],
+    schema: RecordSchema,
     splits: Mapping[str, Sequence[Path]],
     source: dict[str, Any],
     more: dict[str, Any],
@@ -49,7 +51,7 @@ def describe(
 
     Args:
         folder: The folder of the data set.
-        classes: Names of the classes.
+        schema: What the records are.
         splits: The chunks of each split, in order.
         source: Where the data came from; not part of the digest.
         more: Values for the keys in `dataset.MORE`, if any.
@@ -58,8 +60,8 @@ def describe(
         The digest of the data set.
     """
     merged = {split: _merge_indexes(folder / split, chunks) for split, chunks in splits.items()}
-    digest = contents_digest(classes, merged, more)
-    description = {"format": FORMAT, "source": source, "classes": classes, "splits": merged}
+    digest = contents_digest(schema, merged, more)
+    description = {"format": FORMAT, **asdict(schema), "source": source, "splits": merged}
     write_json(folder / DESCRIPTION, {**description, **more, "digest": digest})
     return digest
 

@@ -24,7 +24,6 @@ from ..files import read_small, sha256
 
 FORMAT = 1
 SPLITS = ("train", "val")
-COLUMNS = {"image": "bytes", "label": "int"}
 DESCRIPTION = "dataset.json"
 INDEX = "index.json"
 MORE = ("parts", "part", "of")  # optional keys of a description: a whole has its parts' digests, a part its number
@@ -40,21 +39,36 @@ BROKEN = (
 
 
 @dataclass(frozen=True)
+class RecordSchema:
+    """What the records of a data set are.
+
+    Attributes:
+        kind: Such as ``"labelled_image"``; a task says which kind it reads.
+        columns: MDS encoding of each column.
+        metadata: What belongs to the records (plain JSON values), such as the names of classes.
+    """
+
+    kind: str
+    columns: dict[str, str]
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """The description of a data set.
 
     Attributes:
         path: The folder.
-        classes: Names of the classes.
+        schema: What its records are.
         samples: Number of samples in each split.
-        digest: SHA-256 (hexadecimal) of classes, images, labels, order and partitions.
+        digest: SHA-256 (hexadecimal) of schema, records, their order and partitions.
         parts: Digests of the partitions of the training samples, if there are any.
         part: If this is a partition, its number.
         of: If this is a partition, the number of training samples of the whole data set.
     """
 
     path: Path
-    classes: list[str]
+    schema: RecordSchema
     samples: dict[str, int]
     digest: str
     parts: Sequence[str] = ()
@@ -85,7 +99,7 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
     info, splits = _described(path)
     try:
         for split in SPLITS:
-            _check_index(path / split, splits[split], present=remote is None)
+            _check_index(path / split, splits[split], info.schema.columns, present=remote is None)
     except BROKEN:
         raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None
     return info
@@ -116,10 +130,11 @@ def _described(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
     try:
         if described["format"] != FORMAT:
             raise EnvironmentFault(f"{path}: data format {described['format']}, this version reads {FORMAT}")
-        classes, splits, digest = described["classes"], described["splits"], described["digest"]
+        schema = RecordSchema(described["kind"], described["columns"], described["metadata"])
+        splits, digest = described["splits"], described["digest"]
         more = {key: described[key] for key in MORE if key in described}
-        expected = contents_digest(classes, splits, more)
-        info = DatasetInfo(path, classes, {split: splits[split]["samples"] for split in SPLITS}, digest, **more)
+        expected = contents_digest(schema, splits, more)
+        info = DatasetInfo(path, schema, {split: splits[split]["samples"] for split in SPLITS}, digest, **more)
     except BROKEN:
         raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None
     if digest != expected:
@@ -136,19 +151,19 @@ def damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
                 yield file, f"SHA-256 {found[:12]}…, expected {expected[:12]}…"
 
 
-def contents_digest(classes: list[str], splits: dict[str, dict[str, Any]], more: dict[str, Any]) -> str:
+def contents_digest(schema: RecordSchema, splits: dict[str, dict[str, Any]], more: dict[str, Any]) -> str:
     """Return the digest of a data set, which does not depend on where the data came from.
 
     Args:
-        classes: Names of the classes.
+        schema: What the records are.
         splits: Number of samples and SHA-256 of the index of each split.
         more: Values for the keys in ``MORE``, if any.
     """
-    text = json.dumps([FORMAT, classes, splits, *([more] if more else [])], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    contents = [FORMAT, schema.kind, schema.columns, schema.metadata, splits, more]
+    return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
+def _check_index(folder: Path, split: dict[str, Any], columns: dict[str, str], *, present: bool) -> None:
     """Refuse an index that names files outside of its folder, or is not the one that was written."""
     file = folder / INDEX
     index = read_json(file)
@@ -158,7 +173,7 @@ def _check_index(folder: Path, split: dict[str, Any], *, present: bool) -> None:
             raise EnvironmentFault(f"{file}: shard {raw['basename']!r} lies outside its folder; refused")
         layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
         foreign = shard["format"] != "mds" or shard["compression"] or shard["zip_data"]
-        if foreign or layout != COLUMNS or "sha256" not in raw["hashes"]:
+        if foreign or layout != columns or "sha256" not in raw["hashes"]:
             raise EnvironmentFault(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data prepare`")
         # a sample takes at least 4 bytes of its shard
         if not 0 <= int(shard["samples"]) <= int(raw["bytes"]) // 4:

@@ -1,4 +1,4 @@
-"""Decoding and encoding of image files."""
+"""Labelled images: the schema of their records, and decoding and encoding of image files."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ import io
 
 from PIL import Image
 
+from .dataset import RecordSchema
+
+LABELLED_IMAGE = "labelled_image"
+LABELLED_IMAGE_COLUMNS = {"image": "bytes", "label": "int"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
+
+
+def labelled_image_schema(classes: list[str]) -> RecordSchema:
+    """Return the schema of images with one label each, an index into ``classes``."""
+    return RecordSchema(LABELLED_IMAGE, LABELLED_IMAGE_COLUMNS, {"classes": classes})
 
 
 def decode(data: bytes) -> Image.Image:

@@ -23,7 +23,7 @@ from ..errors import EnvironmentFault
 from .chunks import describe, write_chunk
 from .dataset import DESCRIPTION, DatasetInfo, open_dataset, read_json, sync, write_json
 from .file_locks import locked
-from .images import decode, encode
+from .images import LABELLED_IMAGE_COLUMNS, decode, encode, labelled_image_schema
 from .partitions import Cut, part_path
 from .sources import Sample, Source, read_source
 from .splits import in_fixed_order
@@ -91,6 +91,7 @@ def _prepare(
     source: Source, out: Path, jobs: int, cut: Cut | None, on_progress: Callable[[int, int], None]
 ) -> DatasetInfo:
     parts = cut(source.splits["train"]) if cut else None
+    schema = labelled_image_schema(source.classes)
     identity = {"kind": source.kind, "fingerprint": source.fingerprint}
     if parts is not None:
         if not all(parts):
@@ -130,11 +131,11 @@ def _prepare(
             for chunk in split_chunks:
                 _link_folder(chunk.folder, folder / split / chunk.folder.name)
         folders = {"train": [chunk.folder for chunk in own], "val": [chunk.folder for chunk in val]}
-        digests.append(describe(folder, source.classes, folders, identity, {"part": number, "of": size}))
+        digests.append(describe(folder, schema, folders, identity, {"part": number, "of": size}))
     if parts:
         sync(out / "parts")
     folders = {"train": [chunk.folder for chunk in train], "val": [chunk.folder for chunk in val]}
-    describe(out, source.classes, folders, identity, {"parts": digests} if parts else {})
+    describe(out, schema, folders, identity, {"parts": digests} if parts else {})
     (out / UNFINISHED).unlink()
     return open_dataset(out)
 
@@ -168,7 +169,8 @@ def _link_folder(folder: Path, other: Path) -> None:
 
 def write_samples(chunk: Chunk) -> int:
     """Write one chunk atomically and return the number of its samples."""
-    write_chunk(chunk.folder, ((_image_bytes(sample), sample.label) for sample in chunk.samples))
+    records = ({"image": _image_bytes(sample), "label": sample.label} for sample in chunk.samples)
+    write_chunk(chunk.folder, LABELLED_IMAGE_COLUMNS, records)
     return len(chunk.samples)
 
 

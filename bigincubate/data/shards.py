@@ -14,8 +14,6 @@ from __future__ import annotations
 import atexit
 import fcntl
 import hashlib
-import itertools
-import mmap
 import os
 import secrets
 import tempfile
@@ -23,38 +21,52 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-from unittest.mock import patch
+from typing import IO, Any, Protocol
 
 import numpy as np
-import torch
-import torch.distributed
-from PIL import Image
-from streaming import StreamingDataset
-from streaming.base import shared
 from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry
-from streaming.base.world import World
 
+from ..compat.streaming import IsolatedStreamingDataset
 from ..errors import EnvironmentFault
 from .dataset import AGAIN, DatasetInfo
 from .file_locks import locked, runtime_dir
-from .images import decode
 
-LOCAL = 3  # streaming's state of a shard that can be read
 ROOM = 64 << 20  # bytes of what was decoded that a process may hold; of a split that needs more it holds none
 APIECE = 2048  # about what Pillow, torch and Python add to it
 DAMAGED = "delete it and prepare or download it again"  # what to do about a damaged shard
 
 
-class Shards(StreamingDataset):
+class RecordDecoder(Protocol):
+    """How a kind of record becomes a sample in memory."""
+
+    def decode(self, record: dict[str, Any]) -> Any:
+        """Return the sample of a record, given the record's columns.
+
+        Raises:
+            ValueError: the record cannot be right; the message says why.
+        """
+
+    def compact(self, sample: Any) -> tuple[Any, int]:
+        """Return a copy of a sample without what its file holds besides, to be kept in memory, and its bytes."""
+
+
+class Shards(IsolatedStreamingDataset):
     """Samples of one split by their index, verified and decoded; iterated, in the order of one rank.
 
     Position j of an epoch belongs to rank j mod ``world``. Neither the number of nodes nor that of workers matters.
     """
 
     def __init__(
-        self, info: DatasetInfo, split: str, *, remote: str | None = None, rank: int = 0, world: int = 1, **order: Any
+        self,
+        info: DatasetInfo,
+        split: str,
+        decoder: RecordDecoder,
+        *,
+        remote: str | None = None,
+        rank: int = 0,
+        world: int = 1,
+        **order: Any,
     ) -> None:
         """``order`` goes to `StreamingDataset`.
 
@@ -62,96 +74,56 @@ class Shards(StreamingDataset):
             EnvironmentFault: the folder for locks belongs to somebody else.
         """
         self.claim = claim()
-        self.folder, self.classes = info.path / split, len(info.classes)
+        self.folder, self.kind, self.decoder = info.path / split, info.schema.kind, decoder
         self.source = f"{remote}/{split}" if remote else None
-        with _alone(self.claim):
-            super().__init__(local=str(info.path), split=split, **order)
-        self._parallel_rank_world = World(1, world, 1, rank)  # whose samples to iterate over, says streaming
+        super().__init__(str(info.path), split, prefix=self.claim, rank=rank, world=world, **order)
         self._names = [str(self._file(number)) for number in range(self.num_shards)]
-        self._held: dict[int, tuple[Image.Image, int]] = {}  # what was decoded, while there is room for it
+        self._held: dict[int, Any] = {}  # decoded samples, while there is room for all of them
         self._room = ROOM
-        # Which shards have been hashed: memory that forked workers share with each other and with later epochs.
-        self._verified = np.frombuffer(mmap.mmap(-1, self.num_shards), np.uint8)
-        # Where the next iteration begins, for workers that outlive an epoch: the epoch, and samples done in it.
-        self._begin = np.frombuffer(mmap.mmap(-1, 16), np.int64)
 
-    def read(self, sample: int) -> tuple[Image.Image, int]:
-        """RGB image, not to be changed, and label.
+    def read(self, sample: int) -> Any:
+        """Return a decoded sample, which must not be changed.
 
         Raises:
-            EnvironmentFault: a shard that is missing or damaged, an image that cannot be decoded.
+            EnvironmentFault: a shard that is missing or damaged, a record that cannot be decoded.
         """
         if sample in self._held:
             return self._held[sample]
-        image, label = self._read(sample)
+        decoded = self._read(sample)
         if self._room > 0:
-            held, size = pixels_alone(image)
+            self._held[sample], size = self.decoder.compact(decoded)
             self._room -= APIECE + size
-            self._held[sample] = held, label
             if self._room <= 0:  # not a small split: a part of it would seldom be asked for
                 self._held.clear()
-        return image, label
+        return decoded
 
-    def _read(self, sample: int) -> tuple[Image.Image, int]:
+    def _read(self, sample: int) -> Any:
         number, row = self.spanner[sample]
-        if not self._verified[number]:
-            self._verify(number)
+        if not self.verified[number]:
+            self.verify_shard(number)
         shard = self.shards[number]
         try:
-            item = shard.decode_sample(row_of(self._names[number], row))
-            if not 0 <= item["label"] < self.classes:
-                raise ValueError(f"label {item['label']} of {self.classes} classes")
-            return decode(item["image"]), item["label"]
+            return self.decoder.decode(shard.decode_sample(row_of(self._names[number], row)))
         except (ValueError, IndexError) as error:
+            what = self.kind.replace("_", " ")
             raise EnvironmentFault(
-                f"{self.folder.name} sample {sample} (row {row} of {self._file(number)}) is not a readable image: "
+                f"{self.folder.name} sample {sample} (row {row} of {self._file(number)}) is not a readable {what}: "
                 f"{error}"
             ) from None
         except OSError as error:
             raise EnvironmentFault(f"{self._file(number)}: {error.strerror}") from None
-
-    # ---- what streaming calls
-
-    def load_state_dict(self, obj: dict[str, Any]) -> None:
-        """Begin the next iteration at ``epoch``, after ``sample_in_epoch`` samples (over all ranks).
-
-        streaming's own way leaves two open files an epoch behind.
-        """
-        self._begin[:] = obj["epoch"], obj["sample_in_epoch"]
-
-    @property
-    def epoch(self) -> int:
-        """Which epoch is iterated over."""
-        return int(self._begin[0])
-
-    def _resume(self, world: World, epoch: int) -> tuple[int, int]:
-        return self.epoch, int(self._begin[1])
-
-    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Fetch and verify ahead of the reader, in a thread of streaming's, where an error would be lost."""
-        if not self._verified[shard_id]:
-            with suppress(Exception):  # the reader meets it again, and raises
-                self._verify(shard_id)
-        self._shard_states[shard_id] = LOCAL
-
-    def _each_sample_id(self, it: Any) -> Iterator[int]:
-        """Where all shards are here and hashed, without streaming's threads, which look ahead at every sample."""
-        if not self._verified.all():
-            return (yield from super()._each_sample_id(it))
-        it.non_blocking_exit()
-        yield from map(int, it.sample_ids[it.sample_ids >= 0])
 
     # ---- shards
 
     def _file(self, number: int) -> Path:
         return self.folder / self.shards[number].raw_data.basename
 
-    def _verify(self, number: int) -> None:
+    def verify_shard(self, number: int) -> None:
         """Have a shard here and hashed. One worker does it, the others wait."""
         file, raw = self._file(number), self.shards[number].raw_data
         stripe = zlib.crc32(os.fsencode(file.resolve())) % 16  # a cache belongs to all jobs of this node
         with locked(runtime_dir() / (f"cache-{stripe}.lock" if self.source else f"{self.claim}-{stripe}.lock")):
-            if self._verified[number]:
+            if self.verified[number]:
                 return
             if self.source and not file.exists():
                 with download(f"{self.source}/{raw.basename}", file) as temporary:
@@ -159,7 +131,7 @@ class Shards(StreamingDataset):
             else:
                 check_hash(file, raw.hashes["sha256"], name=str(file))
             check_offsets(file, self.shards[number].samples)
-            self._verified[number] = 1
+            self.verified[number] = 1
 
 
 def row_of(file: str, row: int) -> bytes:
@@ -171,13 +143,6 @@ def row_of(file: str, row: int) -> bytes:
         return os.pread(descriptor, end - begin, begin)
     finally:
         os.close(descriptor)
-
-
-def pixels_alone(image: Image.Image) -> tuple[Image.Image, int]:
-    """A copy without what its file holds besides (EXIF, profiles, a decoder), and its bytes."""
-    alone = image.copy()
-    alone.info.clear()
-    return alone, 4 * image.width * image.height
 
 
 def check_offsets(file: Path, samples: int) -> None:
@@ -227,18 +192,6 @@ def fetch(remote: str, path: Path, names: Iterable[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ shared memory
-
-
-@contextmanager
-def _alone(number: int) -> Iterator[None]:
-    """Construct as a world of one process, with shared memory named from ``number`` on."""
-    one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    with (
-        patch.dict(os.environ, one),
-        patch.object(torch.distributed, "is_initialized", lambda: False),
-        patch.object(shared.prefix, "_each_prefix_int", lambda: itertools.count(number)),
-    ):
-        yield
 
 
 def claim() -> int:

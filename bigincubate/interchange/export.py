@@ -65,8 +65,9 @@ def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> n
     depths = tuple(tuple(stages) for stages in spec.depths)
 
     def built(device: str) -> nn.Module:
+        model = spec.model
         return build(
-            spec.name, depths, num_classes=spec.num_classes, img_size=spec.img_size, args=spec.args, device=device
+            model.name, depths, num_classes=model.num_classes, img_size=model.img_size, args=model.args, device=device
         )
 
     # shapes alone first: a specification that is no match for its weights costs no memory
@@ -132,15 +133,15 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
     out = out.resolve()
     if out.exists() and (not out.is_dir() or ({file.name for file in out.iterdir()} - set(FILES) and not whole(out))):
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
-    size = [3, spec.img_size, spec.img_size]
+    size = [3, spec.model.img_size, spec.model.img_size]
     model.pretrained_cfg = {  # type: ignore[assignment]
         **getattr(model, "pretrained_cfg", {}),
         "input_size": size,
-        "num_classes": spec.num_classes,
-        "mean": spec.mean,
-        "std": spec.std,
-        "interpolation": spec.interpolation,
-        "crop_pct": spec.eval_crop,
+        "num_classes": spec.model.num_classes,
+        "mean": spec.metadata["mean"],
+        "std": spec.metadata["std"],
+        "interpolation": spec.metadata["interpolation"],
+        "crop_pct": spec.metadata["eval_crop"],
     }
     arguments = timm_arguments(spec)
     aside = out.with_name(f".{out.name}.unfinished")
@@ -156,33 +157,33 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
     shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
     if depth := _cut(spec):  # timm has no argument for it
         return (
-            f"model = timm.create_model({spec.name!r}, {shown}); model.blocks = model.blocks[:{depth}];"
+            f"model = timm.create_model({spec.model.name!r}, {shown}); model.blocks = model.blocks[:{depth}];"
             f" model.load_state_dict(safetensors.torch.load_file({str(out / FILES[0])!r}))"
         )
-    overlay = f"dict(file={str(out / 'model.safetensors')!r}, num_classes={spec.num_classes})"
-    return f"timm.create_model({spec.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {shown})"
+    overlay = f"dict(file={str(out / 'model.safetensors')!r}, num_classes={spec.model.num_classes})"
+    return f"timm.create_model({spec.model.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {shown})"
 
 
 def _cut(spec: ModelSpec) -> int | None:
     """The number of blocks of a model that timm builds deeper, whatever it is asked for; None for others."""
-    if family_of(spec.name).depth_argument:
+    if family_of(spec.model.name).depth_argument:
         return None
     depth = sum(stages[0] for stages in spec.depths)
-    return depth if (depth,) != default_depths(spec.name, spec.args) else None
+    return depth if (depth,) != default_depths(spec.model.name, spec.model.args) else None
 
 
 def partition_of(spec: ModelSpec) -> Partition:
     """The cut of a described model."""
-    return Partition(family_of(spec.name), tuple(tuple(stages) for stages in spec.depths))
+    return Partition(family_of(spec.model.name), tuple(tuple(stages) for stages in spec.depths))
 
 
 def timm_arguments(spec: ModelSpec) -> dict[str, object]:
     """What ``timm.create_model`` needs to build this very model."""
     partition = partition_of(spec)
-    arguments: dict[str, object] = {"num_classes": spec.num_classes, **spec.args}
+    arguments: dict[str, object] = {"num_classes": spec.model.num_classes, **spec.model.args}
     depth = partition.family.depth_argument
     if depth:
         arguments[depth] = list(partition.stage_depths) if partition.family.stages > 1 else partition.stage_depths[0]
     if partition.family.takes_img_size:
-        arguments["img_size"] = spec.img_size
+        arguments["img_size"] = spec.model.img_size
     return arguments

@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import Phase, Recipe
+from ..config import PHASES, Phase, Recipe
 from ..data.dataset import DatasetInfo, describe_dataset, open_dataset
 from ..data.partitions import cut_by_class, seen_by
 from ..errors import ConfigError, EnvironmentFault
 from ..files import read_json, write_json
 from ..seeds import phase_key
 from ..storage.run_directory import RunDir
+from ..tasks.registry import make_task
 from .phases import Cost, Plan, PlannedRow, cost_plan, make_plan, plan_json
 
 Report = Callable[[str], None]
@@ -55,8 +56,8 @@ def ensure_data(
     apart = recipe.data.decentralised and module is not None
     data = (describe_dataset if apart else open_dataset)(path, recipe.data.remote)
     seen_by(recipe, data, modules - 1)  # the last module has a part
-    if (found := len(data.classes)) != recipe.model.num_classes:
-        raise ConfigError(f"{path} has {found} classes, but model.num_classes = {recipe.model.num_classes}")
+    for phase in PHASES:
+        make_task(recipe.settings(phase), recipe.data).check_dataset(data)
     return data
 
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import Settings
+from ..config import Model
 from ..errors import ArtifactError, LockedError
 from ..files import fsync_dir, make_folder, plain_size, sha256, write_hashed, write_text
 from .checkpoint_manager import COMMIT_MARKER, sealed
@@ -31,34 +30,20 @@ WEIGHTS = "weights.safetensors"
 
 
 class ModelSpec(BaseModel):
-    """What is needed to build the model again and to preprocess its inputs."""
+    """What is needed to build a model again, and to evaluate it.
+
+    Attributes:
+        task: name of the task that it was trained for.
+        model: the recipe's model settings.
+        depths: number of blocks, per module and stage.
+        metadata: what the task needs besides, such as the normalization of images.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
-    args: dict[str, Any]
-    depths: list[list[Annotated[int, Field(ge=0, le=10_000)]]]  # per module, per stage
-    num_classes: int
-    img_size: int
-    mean: list[float]
-    std: list[float]
-    interpolation: Literal["bicubic", "bilinear"]
-    eval_crop: float
-
-    @classmethod
-    def of(cls, settings: Settings, depths: Sequence[Sequence[int]]) -> ModelSpec:
-        """Return the specification of the model of these depths under the settings of a phase."""
-        model, augment = settings.model, settings.augment
-        return cls(
-            name=model.name,
-            args=model.args,
-            depths=[list(stages) for stages in depths],
-            num_classes=model.num_classes,
-            img_size=model.img_size,
-            mean=augment.mean,
-            std=augment.std,
-            interpolation=augment.interpolation,
-            eval_crop=augment.eval_crop,
-        )
+    task: str
+    model: Model
+    depths: list[list[Annotated[int, Field(ge=0, le=10_000)]]]
+    metadata: dict[str, Any]
 
 
 class Manifest(BaseModel):

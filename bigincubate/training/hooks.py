@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
 from typing import Protocol
 
 from torch import nn
 
-from ..config import Recipe, Settings
+from ..config import Settings
 from ..config.objects import load_object
-from ..data.dataset import DatasetInfo
-from ..data.streams import Batch, TrainStream
 from ..distributed.process_group import RunEnv
+from ..planning.context import PhaseContext
 from ..sharding import Sharding
+from ..tasks.base import TrainBatches
 
 BATCH_SOURCE = "BIGINCUBATE_BATCH_SOURCE"  # environment variable: "package.module:function"
 
@@ -69,23 +68,7 @@ def make_learning_rate_hook(
     return hook
 
 
-class BatchStream(Protocol):
-    """Where the trainer gets its batches from.
-
-    Attributes:
-        steps_per_epoch: Optimizer steps per epoch.
-    """
-
-    steps_per_epoch: int
-
-    def batches(self, step: int) -> Generator[Batch, None, None]:
-        """Yield the batches from optimizer step ``step`` on."""
-        ...
-
-
-def apply_batch_source(
-    stream: TrainStream, recipe: Recipe, settings: Settings, data: DatasetInfo, env: RunEnv
-) -> BatchStream:
+def apply_batch_source(stream: TrainBatches, context: PhaseContext) -> TrainBatches:
     """Return the stream to train from: ``stream``, or what a batch source makes of it.
 
     A batch source is a function of the same arguments, named by the environment variable `BATCH_SOURCE`. It must yield
@@ -93,15 +76,12 @@ def apply_batch_source(
 
     Args:
         stream: The phase's own stream on this rank.
-        recipe: The recipe of the run.
-        settings: The settings of the phase.
-        data: The data set that the phase sees.
-        env: The ranks of the phase.
+        context: The phase.
 
     Raises:
         ConfigError: The name cannot be loaded.
     """
     if (name := os.environ.pop(BATCH_SOURCE, None)) is None:
         return stream
-    wrapped: BatchStream = load_object(name, key=BATCH_SOURCE)(stream, recipe, settings, data, env)
+    wrapped: TrainBatches = load_object(name, key=BATCH_SOURCE)(stream, context)
     return wrapped

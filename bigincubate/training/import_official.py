@@ -10,19 +10,19 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..config import Recipe
-from ..data.partitions import open_for
 from ..distributed.process_group import RunEnv
 from ..errors import ArtifactError, ConfigError
 from ..files import sha256
 from ..interchange.export import with_weights, write_folder
 from ..interchange.official_format import join_stages, read_stages
-from ..models import build, extract, fit_positions
+from ..models import extract, fit_positions
 from ..models.partition import Depths, Partition
-from ..planning.phases import Plan, make_plan
-from ..planning.prepare_run import ensure_data, ensure_plan, find_row
+from ..planning.context import PhaseContext, open_run
+from ..planning.phases import Plan, make_plan, phase_model
 from ..storage.artifacts import ModelSpec
 from ..storage.run_directory import RunDir
-from .run_phase import train
+from ..tasks.registry import make_task
+from .run_phase import train_phase
 
 Part = Literal["meta", "modules"]
 
@@ -39,26 +39,26 @@ def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
         ConfigError: another number of files or modules than expected; ``out`` holds something else.
     """
     plan, settings = make_plan(recipe), recipe.settings("finetune")
-    spec, model = ModelSpec.of(settings, plan.target), settings.model
-    tensors = _read(files, plan, plan.target, "target")
-    shapes = build(
-        model.name,
-        plan.target,
-        num_classes=model.num_classes,
-        img_size=model.img_size,
-        args=model.args,
-        device="meta",
+    spec = ModelSpec(
+        task=settings.task.name,
+        model=settings.model,
+        depths=[list(stages) for stages in plan.target],
+        metadata=make_task(settings, recipe.data).artifact_metadata(),
     )
+    tensors = _read(files, plan, plan.target, "target")
+    shapes = phase_model(plan.row("finetune"), settings, plan.family, device="meta")
     named = ", ".join(map(str, files))
     return write_folder(with_weights(spec, fit_positions(tensors, shapes), Path(named)), spec, out)
 
 
-def import_part(recipe: Recipe, part: Part, files: Sequence[Path], run: RunDir) -> Iterator[tuple[str, dict[str, Any]]]:
+def import_part(
+    recipe: Recipe, part: Part, files: Sequence[Path], run: RunDir
+) -> Iterator[tuple[PhaseContext, dict[str, Any]]]:
     """Put official weights where a run's own would be: each phase goes through no step, is evaluated, and hands on what
     it was given.
 
     Yields:
-        The title and the result of each phase.
+        The context and the result of each phase.
 
     Raises:
         ArtifactError: a file is not one, or not of these depths and shapes; modules need a meta model in the run.
@@ -67,9 +67,7 @@ def import_part(recipe: Recipe, part: Part, files: Sequence[Path], run: RunDir) 
     """
     plan = make_plan(recipe)
     whole = _read(files, plan, *((plan.meta, "meta model") if part == "meta" else (plan.target, "target")))
-    run.open(recipe)
-    data = ensure_data(recipe, run)
-    _, planned = ensure_plan(recipe, run, data)
+    opened = open_run(recipe, run)
     rows = [plan.row("pretrain")] if part == "meta" else [row for row in plan.rows() if row.phase == "incubate"]
     for row in rows:
         folder = run.phase(row.phase, row.module)
@@ -80,10 +78,10 @@ def import_part(recipe: Recipe, part: Part, files: Sequence[Path], run: RunDir) 
     try:
         for row in rows:
             own = whole if row.module is None else extract(whole, Partition(plan.family, plan.target), row.module)
-            here, seen = open_for(recipe, data, row.module)
-            steps = replace(find_row(planned, row.phase, row.module), steps=0)
+            context = opened.phase(row.phase, row.module, env)
             run.note("imported", phase=row.key, files=sources)
-            yield row.title, train(here, plan, row, steps, run, seen, env, own)
+            context = replace(context, planned=replace(context.planned, steps=0))
+            yield context, train_phase(context, own)
     finally:
         env.close()
 

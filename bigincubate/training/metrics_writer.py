@@ -56,14 +56,11 @@ class Metrics:
             for tag, value in known.items():
                 self.fleet.add_scalar(tag, value, step)
 
-    def images(self, step: int, images: Tensor, mean: list[float], std: list[float]) -> None:
-        """Write a batch of model inputs ``[n, 3, H, W]`` to TensorBoard, with the normalization undone."""
+    def images(self, step: int, images: Tensor) -> None:
+        """Write a batch of images ``[n, 3, H, W]`` with values in 0 to 1 to TensorBoard."""
         if self.writer is not None:
-            shape = (1, 3, 1, 1)
-            pixels = images.float().cpu() * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
-            scale = max(1, 64 // pixels.shape[-1])  # enlarge small images
-            pixels = pixels.clamp(0, 1).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-            self.writer.add_images("inputs", pixels, step)
+            scale = max(1, 64 // images.shape[-1])  # enlarge small images
+            self.writer.add_images("inputs", images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), step)
 
     def text(self, tag: str, text: str) -> None:
         """Write Markdown to TensorBoard."""
@@ -81,11 +78,11 @@ class Metrics:
             writer.close()
 
 
-def log_partial(folder: Path, modules: int, scores: dict[str, float]) -> None:
-    """Write the scores of an assembly of ``modules`` modules and the rest of the meta model to TensorBoard."""
+def log_partial(folder: Path, modules: int, metrics: dict[str, float]) -> None:
+    """Write the metrics of an assembly of ``modules`` modules and the rest of the meta model to TensorBoard."""
     with _writer(folder, 0) as writer:
-        for key in ("top1", "loss"):
-            writer.add_scalar(f"partial/{key}", scores[key], modules)
+        for name, value in metrics.items():
+            writer.add_scalar(f"partial/{name}", value, modules)
 
 
 def _writer(folder: Path, first: int) -> SummaryWriter:
@@ -110,35 +107,40 @@ class Meter:
     """Measure throughput between two logged steps.
 
     Args:
-        flops_per_image: training FLOPs of a sample.
+        flops_per_sample: training FLOPs of a sample.
+        unit: what a sample is called, such as ``"images"``.
         device: device that trains.
+
+    Attributes:
+        waited: seconds spent waiting for data.
+        seen: samples of all ranks.
     """
 
-    def __init__(self, flops_per_image: int, device: torch.device) -> None:
-        self.flops_per_image, self.device = flops_per_image, device
+    def __init__(self, flops_per_sample: int, unit: str, device: torch.device) -> None:
+        self.flops_per_sample, self.unit, self.device = flops_per_sample, unit, device
         self.peak = _peak_flops(device)
         self.restart()
 
     def restart(self) -> None:
         """Start a new interval."""
-        self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
+        self.started, self.waited, self.seen = time.perf_counter(), 0.0, 0
 
     def read(self) -> dict[str, float]:
         """Return the metrics of the interval and start a new one.
 
         Returns:
-            Images per second and GFLOP/s over all ranks, fraction of time spent waiting for data, peak memory in GiB
+            Samples per second and GFLOP/s over all ranks, fraction of time spent waiting for data, peak memory in GiB
             and, if the peak rate of the accelerator is known, model FLOPs utilization.
         """
         seconds = time.perf_counter() - self.started
-        rate = self.images / seconds
+        rate = self.seen / seconds
         values = {
-            "perf/images_per_sec": rate,
-            "perf/gflops": rate * self.flops_per_image / 1e9,
+            f"perf/{self.unit}_per_sec": rate,
+            "perf/gflops": rate * self.flops_per_sample / 1e9,
             "perf/data_wait": self.waited / seconds,
         }
         if self.peak:
-            values["perf/mfu"] = rate * self.flops_per_image / self.peak
+            values["perf/mfu"] = rate * self.flops_per_sample / self.peak
         if self.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         else:

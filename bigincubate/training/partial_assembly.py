@@ -16,43 +16,46 @@ from ..errors import ArtifactError
 from ..files import read_json
 from ..models import choose_attention, extract, fit_positions, insert
 from ..models.partition import Partition
+from ..planning.context import PhaseContext
 from ..planning.phases import phase_model
 from ..storage.artifacts import check_origin, load_artifact, load_manifest, verify_artifact
-from ..storage.run_directory import RunDir
-from ..tasks.image_classification.task import ClassificationTask
 
 
-def finished(task: ClassificationTask, run: RunDir) -> list[int]:
-    """The modules that can be assembled now, by number: whole, and grown from this recipe, meta model and data."""
+def finished_modules(context: PhaseContext) -> list[int]:
+    """Return the modules that can be assembled now: undamaged, from this recipe, meta model and data."""
+    run = context.run
     made = read_json(run.path / "plan.json") or {}
     found = []
-    for module in range(task.plan.modules):
-        with contextlib.suppress(ArtifactError):  # not there yet, or damaged: not this module's concern
+    for module in range(context.plan.modules):
+        with contextlib.suppress(ArtifactError):  # not there yet, or damaged
             manifest = verify_artifact(run.phase("incubate", module).artifact)
             meta = load_manifest(run.phase("pretrain").artifact).digest
             own = made["parts"][module] if made.get("parts") else made["data"]
-            if check_origin(manifest, recipe=task.recipe.digest, meta=meta, data=own) is None:
+            if check_origin(manifest, recipe=context.recipe.digest, meta=meta, data=own) is None:
                 found.append(module)
     return found
 
 
-def partial_assembly(task: ClassificationTask, run: RunDir, joined: list[int], device: torch.device) -> nn.Module:
-    """The modules ``joined`` at their target's depth, the meta model's in place of the others; whole on this device,
-    however the phase is spread over ranks. Draws from no random stream that anybody else reads.
+def build_partial_assembly(context: PhaseContext, joined: list[int]) -> nn.Module:
+    """Build the modules ``joined`` at their target depth, with the meta model's modules in place of the others.
+
+    The model is whole on this rank's device, however the phase is sharded. No random stream of the training is used.
 
     Raises:
-        ArtifactError: an artifact is damaged or has gone.
+        ArtifactError: an artifact is damaged or missing.
     """
-    row = task.plan.partial(joined)
-    partition = Partition(task.plan.family, row.depths)
+    run, family, settings = context.run, context.plan.family, context.settings
+    row = context.plan.partial(joined)
+    partition = Partition(family, row.depths)
     with torch.random.fork_rng(devices=[]):
-        model = phase_model(row, task.settings, task.plan.family)
+        model = phase_model(row, settings, family)
     meta = fit_positions(load_artifact(run.phase("pretrain").artifact)[0], model)
     for module, slot in enumerate(row.slots):
         if slot.source == "meta":
-            insert(model, partition, extract(meta, task.meta, module), task.meta)
+            insert(model, partition, extract(meta, context.meta_partition, module), context.meta_partition)
         else:
-            insert(model, partition, load_artifact(run.phase("incubate", module).artifact)[0], task.target)
-    model.to(device)
-    choose_attention(model, device, task.settings.train.precision)
+            tensors, _ = load_artifact(run.phase("incubate", module).artifact)
+            insert(model, partition, tensors, context.target_partition)
+    model.to(context.env.device)
+    choose_attention(model, context.env.device, settings.train.precision)
     return model

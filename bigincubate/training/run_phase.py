@@ -9,49 +9,37 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import Recipe
-from ..data.dataset import DatasetInfo
-from ..distributed.process_group import RunEnv
 from ..distributed.signals import StopFlag
 from ..distributed.watchdog import watched
 from ..errors import BigincubateError, EnvironmentFault, Preempted
-from ..planning.phases import PhasePlan, Plan, PlannedRow
+from ..planning.context import PhaseContext
 from ..storage.lease import owned
-from ..storage.run_directory import RunDir
 from .trainer import Trainer
 
 
-def train(
-    recipe: Recipe,
-    plan: Plan,
-    row: PhasePlan,
-    planned: PlannedRow,
-    run: RunDir,
-    data: DatasetInfo,
-    env: RunEnv,
-    start: Mapping[str, Tensor] | None = None,
-) -> dict[str, Any]:
-    """Run one phase to its end, from its last checkpoint where there is one, and hand on its artifact.
+def train_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """Train one phase to its end, from its last checkpoint if there is one, and write its artifact.
 
     Args:
-        start: weights to begin with instead of the row's own, as `ClassificationTask.build_model` takes them.
+        context: the phase.
+        start: weights to start from instead of the phase's own, as `build_model` takes them.
 
     Returns:
-        The phase's result: ``top1``, ``top5`` (percent), ``loss``, ``seconds``, ``images``, ``flops``, ``steps``.
+        The phase's result, as `Task.make_result` makes it.
 
     Raises:
-        Preempted: asked to stop; a checkpoint is there.
-        NonFiniteError: more steps than allowed had a gradient that is not finite, again after a rollback.
+        Preempted: training was asked to stop; there is a checkpoint.
+        NonFiniteError: the gradient was not finite in more steps than allowed, again after a rollback.
         LockedError: another live process trains this phase, or has taken it over.
     """
-    folder = run.phase(row.phase, row.module)
+    folder, env, run = context.folder, context.env, context.run
     if (result := env.broadcast(folder.result)) is not None:
         return result
     with owned(folder.path, env) as claim, StopFlag() as stop:
         attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))
         about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
-        strategy = recipe.settings(row.phase).sharding.strategy
-        main = {**env.broadcast({**about, **env.machine()}), "sharding": strategy, "steps": planned.steps}
+        layout = {"sharding": context.settings.sharding.strategy, "steps": context.planned.steps}
+        main = {**env.broadcast({**about, **env.machine()}), **layout}
 
         def note(state: str, **more: Any) -> None:
             folder.record(attempt, state=state, **main, **more)
@@ -64,9 +52,9 @@ def train(
         try:
             with watched(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
                 try:
-                    result = Trainer(recipe, plan, row, planned, run, data, env, stop, claim, start).run()
+                    result = Trainer.build(context, stop, claim, start).run()
                 except (OSError, EnvironmentFault):
-                    claim.check()  # an heir may have taken away what was missed
+                    claim.check()  # a new owner may have removed what was missing
                     raise
         except Preempted:
             record("preempted")
@@ -79,7 +67,7 @@ def train(
                 claim.check()
                 folder.finish(result)
         if env.is_main:
-            run.note("done", phase=row.key, **{key: result[key] for key in ("top1", "steps", "seconds")})
+            run.note("done", phase=context.row.key, **{key: result[key] for key in ("metrics", "steps", "seconds")})
         record("done")
         env.barrier()
     return result

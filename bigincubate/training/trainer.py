@@ -17,37 +17,20 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from ..config import Recipe, Settings
-from ..data.dataset import DatasetInfo
-from ..data.micro_batches import count_micro_batches
-from ..data.partitions import check_view
-from ..data.streams import Batch, EvalStream, make_train_stream
-from ..distributed.process_group import RunEnv, stderr
+from ..data.batch import Batch
+from ..distributed.process_group import stderr
 from ..distributed.signals import StopFlag
 from ..errors import ArtifactError, NonFiniteError, Preempted
-from ..models import (
-    apply_masks,
-    checkpoint_activations,
-    choose_attention,
-    compile_blocks,
-    draw_masks,
-    drop_paths,
-    extract,
-    rename,
-    set_rates,
-)
-from ..optim import Ema, make_optimizer, make_schedule
-from ..planning.phases import PhasePlan, Plan, PlannedRow, phase_steps
-from ..sharding import make_sharding
+from ..models import apply_masks, draw_masks, extract, rename
+from ..planning.context import PhaseContext
 from ..storage.artifacts import Manifest, ModelSpec, save_artifact
 from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
 from ..storage.lease import Claim
-from ..storage.run_directory import PhaseDir, RunDir
+from ..storage.run_directory import PhaseDir
 from ..storage.sharded_tensors import Piece
-from ..tasks.image_classification.task import ClassificationTask, evaluate
-from .hooks import apply_batch_source, make_learning_rate_hook
+from .builder import PhaseComponents, build_phase
 from .metrics_writer import Meter, Metrics, log_partial
-from .partial_assembly import finished, partial_assembly
+from .partial_assembly import build_partial_assembly, finished_modules
 
 
 @dataclass
@@ -55,7 +38,7 @@ class TrainState:
     """All that a phase remembers besides tensors. Random streams and the data position are functions of ``step``."""
 
     step: int = 0
-    images: int = 0
+    seen: int = 0  # samples, with every view of a sample counted
     seconds: float = 0.0  # of training over all attempts
     skipped: int = 0  # steps left out because their gradient was not finite
     lr_hook: dict[str, float] = field(default_factory=dict)  # state of the learning-rate hook
@@ -67,67 +50,49 @@ class Trainer:
 
     def __init__(
         self,
-        recipe: Recipe,
-        plan: Plan,
-        row: PhasePlan,
-        planned: PlannedRow,
-        run: RunDir,
-        data: DatasetInfo,
-        env: RunEnv,
+        context: PhaseContext,
+        parts: PhaseComponents,
+        checkpoints: CheckpointManager,
+        stop: StopFlag,
+        claim: Claim,
+    ) -> None:
+        self.context, self.parts, self.checkpoints, self.stop, self.claim = context, parts, checkpoints, stop, claim
+        self.recipe, self.row, self.planned = context.recipe, context.row, context.planned
+        self.run_dir, self.env, self.data = context.run, context.env, context.data
+        self.settings, self.folder, self.task = context.settings, context.folder, context.task
+        self.model, self.wrapped, self.sharding, self.ema = parts.model, parts.wrapped, parts.sharding, parts.ema
+        self.total = context.planned.steps
+        self.state = TrainState()
+        self.saved = -1  # step of the newest checkpoint
+        self.rollback: dict[str, Any] | None = None
+        self.skipped = torch.zeros((), device=self.env.device)
+
+    @classmethod
+    def build(
+        cls,
+        context: PhaseContext,
         stop: StopFlag,
         claim: Claim | None = None,
         start: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        check_view(recipe, data, row.module)
-        self.recipe, self.row, self.planned, self.run_dir, self.env, self.stop = recipe, row, planned, run, env, stop
-        self.claim = claim or Claim()
-        self.settings: Settings = recipe.settings(row.phase)
-        self.folder = run.phase(row.phase, row.module)
-        self.total = planned.steps
-        self.data = data
-        train = self.settings.train
-        self.micro_batches = count_micro_batches(self.settings, env.world)
+    ) -> Trainer:
+        """Build what the phase trains with, and open its checkpoints. On all ranks together.
 
-        self.task = ClassificationTask(recipe, plan, row, data)
-        self.state = TrainState()
-
-        # one fixed order: weights, freezing, drop-path, placement, recomputation, compilation, sharding, optimizer
-        built, self.meta_digest = self.task.build_model(run, start)
-        drop = self.settings.drop_path
-        set_rates(built, self.task.partition, drop.rates, drop.rate, plan.target, row.module)
-        self.model = built.to(env.device)
-        choose_attention(self.model, env.device, train.precision)
-        units = [block.path for block in self.task.partition.blocks()]
-        checkpoint_activations(self.model, units, self.settings.sharding.activation_checkpointing)
-        if train.compile:
-            compile_blocks(self.model, units)
-        self.sharding = make_sharding(self.settings, env, self.micro_batches)
-        self.lr_hook = make_learning_rate_hook(self.model, self.settings, self.sharding, env, self.micro_batches)
-        self.wrapped = self.sharding.prepare(self.model, units, lambda m: make_optimizer(m, self.settings))
-        self.ema = Ema(self.sharding.shards(), self.settings.ema.decay)
-
-        self.eval_stream = EvalStream(
-            data,
-            "val",
-            self.settings.augment,
-            img_size=self.settings.model.img_size,
-            batch_size=min(256, max(1, train.batch_size // env.world)),
-            rank=env.rank,
-            world=env.world,
-            workers=recipe.data.workers,
-            remote=recipe.data.remote,
+        Args:
+            context: the phase.
+            stop: true once the process was asked to stop.
+            claim: to the phase's folder.
+            start: weights to start from instead of the phase's own, as `build_model` takes them.
+        """
+        claim = claim or Claim()
+        parts = build_phase(context, start)
+        checkpoints = CheckpointManager(
+            context.folder.checkpoints,
+            context.env,
+            digest=context.recipe.digest,
+            keep=context.recipe.checkpoint.keep,
+            claim=claim,
         )
-        stream = make_train_stream(recipe, self.settings, data, env.rank, env.world)
-        self.stream = apply_batch_source(stream, recipe, self.settings, data, env)
-        _, self.per_epoch = phase_steps(self.settings, data.epoch)
-        self.schedule = make_schedule(self.sharding.optimizer, self.settings, self.total, self.per_epoch)
-        self.masked = any(path.drops for path in drop_paths(self.model)) and len(drop_paths(self.model))
-        self.checkpoints = CheckpointManager(
-            self.folder.checkpoints, env, digest=recipe.digest, keep=recipe.checkpoint.keep, claim=self.claim
-        )
-        self.saved = -1  # step of the newest checkpoint
-        self.rollback: dict[str, Any] | None = None
-        self.skipped = torch.zeros((), device=env.device)
+        return cls(context, parts, checkpoints, stop, claim)
 
     # ------------------------------------------------------------------------------------------ the run
 
@@ -179,14 +144,14 @@ class Trainer:
 
     def train(self) -> None:
         """To the last step."""
-        with closing(self.stream.batches(self.state.step)) as batches:
+        with closing(self.parts.train_stream.batches(self.state.step)) as batches:
             self.loop(batches)
 
     def loop(self, batches: Iterator[Batch]) -> None:
         """Over the optimizer steps."""
         log, every = self.recipe.log, self.recipe.checkpoint.every_steps
         state = self.state
-        meter = Meter(self.planned.cost.training_flops, self.env.device)
+        meter = Meter(self.planned.cost.training_flops, self.task.unit, self.env.device)
         clock = time.perf_counter()
         while state.step < self.total:
             stop, failed, lost = self.env.any(bool(self.stop), self.checkpoints.failed, self.claim.lost)
@@ -200,14 +165,13 @@ class Trainer:
             waiting = time.perf_counter()
             batch = next(batches)
             meter.waited += time.perf_counter() - waiting
-            if state.step == 0 and log.images:
-                augment = self.settings.augment
-                self.metrics.images(0, self.task.shown(batch.first(log.images)), augment.mean, augment.std)
+            if state.step == 0 and log.images and (images := self.task.preview(batch.first(log.images))) is not None:
+                self.metrics.images(0, images)
 
             loss, norm = self.step(batch)
             state.step += 1
-            state.images += self.settings.train.batch_size
-            meter.images += self.settings.train.batch_size
+            state.seen += self.settings.train.batch_size
+            meter.seen += self.settings.train.batch_size
 
             values: dict[str, float] = {}
             if state.step % log.every_steps == 0 or state.step == self.total:
@@ -215,8 +179,8 @@ class Trainer:
             if state.step == self.total:
                 state.last = values
                 break
-            if log.eval_every_epochs and state.step % (log.eval_every_epochs * self.per_epoch) == 0:
-                values |= scored(self.evaluate())
+            if log.eval_every_epochs and state.step % (log.eval_every_epochs * self.parts.steps_per_epoch) == 0:
+                values |= self.validation_tags(self.evaluate())
                 meter.restart()
             if values:
                 self.log(values)
@@ -227,7 +191,7 @@ class Trainer:
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One optimizer step. Gives the loss of this rank and the norm of the gradient, both on the device."""
-        self.schedule.step_update(self.state.step)
+        self.parts.schedule.step_update(self.state.step)
         loss = self.forward_backward(batch)
         norm, skipped = self.sharding.step(self.settings.train.clip_grad)
         self.skipped += skipped
@@ -236,20 +200,20 @@ class Trainer:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """The gradient of the mean loss over the batch, micro-batch by micro-batch. Gives that mean."""
-        count = self.micro_batches
-        train = self.settings.train
+        count, num_drop_paths = self.parts.micro_batches, self.parts.num_drop_paths
+        train, step = self.settings.train, self.state.step
         total = torch.zeros((), device=self.env.device)
-        if self.masked:
-            masks = draw_masks(train.seed, self.state.step, self.masked, train.batch_size)
+        if num_drop_paths:
+            masks = draw_masks(train.seed, step, num_drop_paths, train.batch_size)
         for index in range(count):
             last = index == count - 1
-            micro = batch.micro(index, count)
-            if self.masked:  # cut out on the host: it knows the positions, the device need not be asked
-                apply_masks(self.model, masks[:, micro.positions])
-            images, targets = self.task.prepare(micro.to(self.env.device), self.state.step)
+            micro = batch.micro_batch(index, count)
+            if num_drop_paths:  # selected on the host, which knows the positions, so the device is not waited for
+                apply_masks(self.model, masks[:, micro.global_position])
+            micro = micro.to(self.env.device)
             with self.sharding.accumulating(last):
                 with torch.autocast(self.env.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-                    loss = self.task.loss(self.wrapped, images, targets) / count
+                    loss = self.task.loss(self.wrapped, micro, step) / count
                 self.sharding.backward(loss)
             total += loss.detach()
         return total
@@ -264,7 +228,7 @@ class Trainer:
             "train/lr": group["lr"] / group.get("lr_scale", 1.0),  # before layer decay
             "train/grad_norm": norm.item(),
             "train/skipped": self.skipped.item(),
-            **({"train/gain": self.lr_hook.gain} if self.lr_hook else {}),
+            **({"train/gain": self.parts.lr_hook.gain} if self.parts.lr_hook else {}),
             **meter.read(),
         }
 
@@ -300,8 +264,8 @@ class Trainer:
         now = time.perf_counter()
         self.state.seconds += now - clock
         self.state.skipped = int(self.skipped)
-        if self.lr_hook:
-            self.state.lr_hook = self.lr_hook.state()
+        if self.parts.lr_hook:
+            self.state.lr_hook = self.parts.lr_hook.state()
         if self.state.step != self.saved:
             self.checkpoints.start(self.state.step, self.pieces(), asdict(self.state))
             self.saved = self.state.step
@@ -321,8 +285,8 @@ class Trainer:
             if self.rollback and self.rollback["to"] == checkpoint.step:
                 self.state.skipped = 0
             self.skipped.fill_(self.state.skipped)
-            if self.lr_hook:
-                self.lr_hook.load_state(self.state.lr_hook)
+            if self.parts.lr_hook:
+                self.parts.lr_hook.load_state(self.state.lr_hook)
             self.sharding.load(checkpoint.tensors)
             self.ema.load(checkpoint.tensors)
         except (ValueError, LookupError, TypeError, RuntimeError) as error:  # it has the right hashes, and is not ours
@@ -343,50 +307,61 @@ class Trainer:
         return nullcontext()
 
     def score(self) -> dict[str, float]:
-        precision, together = self.settings.train.precision, self.sharding.gathers
-        return evaluate(self.model, self.eval_stream, self.env, precision, together=together)
+        """Evaluate the model as it is."""
+        return self.task.evaluate(
+            self.model, self.parts.eval_stream, self.env, pad_batches_across_ranks=self.sharding.gathers
+        )
+
+    def validation_tags(self, scores: dict[str, float]) -> dict[str, float]:
+        """Return an evaluation under the tags that it is logged with."""
+        return {f"val/{metric.name}": scores[metric.name] for metric in self.task.metrics}
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate, hand on the artifact, give the result."""
+        """Evaluate, write the artifact, and return the result."""
         scores = self.evaluate()
         self.checkpoints.wait()
-        self.log(self.state.last | scored(scores))
+        self.log(self.state.last | self.validation_tags(scores))
         module = self.row.module
         with self.exported_weights():
             tensors = self.sharding.full_state_dict()
-            if module is not None:
-                tensors = rename_to_target(tensors, self.task, module)
+            if module is not None:  # under the target's block indices
+                partition = self.context.partition
+                tensors = rename(extract(tensors, partition, module), partition, self.context.target_partition)
             with self.env.first():
                 if self.env.is_main:
                     self.write_artifact(self.folder, tensors, self.recipe.section(self.row.phase).export)
         if module is not None:
             self.score_partial(module)
         state = self.state
-        return {
-            **scores,
-            "seconds": round(state.seconds, 3),
-            "steps": state.step,
-            "images": state.images,
-            "flops": state.images * self.planned.cost.training_flops,
-        }
+        return self.task.make_result(
+            scores,
+            steps=state.step,
+            seen=state.seen,
+            flops=state.seen * self.planned.cost.training_flops,
+            seconds=round(state.seconds, 3),
+        )
 
     def score_partial(self, module: int) -> None:
-        """How the module does beside those that are finished by now: in ``partial.json``, the events and TensorBoard.
-        Every rank holds the whole model for it, and scores its share of the images."""
-        joined: list[int] = self.env.broadcast(finished(self.task, self.run_dir) if self.env.is_main else None)
-        if module not in joined:  # the meta model that it grew from was replaced meanwhile
+        """Score this module together with all modules that are finished by now, the meta model in place of the others.
+
+        The scores go to ``partial.json``, the events and TensorBoard. Every rank has the whole model for it, and scores
+        its share of the validation split.
+        """
+        joined: list[int] = self.env.broadcast(finished_modules(self.context) if self.env.is_main else None)
+        if module not in joined:  # the meta model that it was trained with has been replaced since
             return
-        model = partial_assembly(self.task, self.run_dir, joined, self.env.device)
-        scores = evaluate(model, self.eval_stream, self.env, self.settings.train.precision)
+        model = build_partial_assembly(self.context, joined)
+        result = self.task.make_result(self.task.evaluate(model, self.parts.eval_stream, self.env))
         with self.env.first():
             if self.env.is_main:
                 self.claim.check()
-                self.folder.note_partial({"joined": joined, "modules": self.task.plan.modules, **scores})
-                log_partial(self.run_dir.path / "partial" / self.folder.path.name, len(joined), scores)
-                self.run_dir.note("partial_assembly", phase=self.row.key, joined=joined, top1=scores["top1"])
+                self.folder.note_partial({"joined": joined, "modules": self.context.plan.modules, **result})
+                folder = self.run_dir.path / "partial" / self.folder.path.name
+                log_partial(folder, len(joined), result["metrics"])
+                self.run_dir.note("partial_assembly", phase=self.row.key, joined=joined, metrics=result["metrics"])
 
     def finish_assembly(self) -> None:
-        """The assembled model as it is before fine-tuning: its score, and itself."""
+        """Score and write the assembled model as it is before fine-tuning."""
         assembled = self.run_dir.assembled
         if self.env.broadcast(assembled.result) is not None:
             return
@@ -395,11 +370,11 @@ class Trainer:
         with self.env.first():
             if self.env.is_main:
                 self.write_artifact(assembled, tensors, "raw")
-                assembled.finish({**scores, "seconds": 0.0, "steps": 0, "images": 0, "flops": 0})
+                assembled.finish(self.task.make_result(scores))
 
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
         module = self.row.module
-        depths = self.task.row.depths if module is None else self.task.plan.target
+        depths = self.row.depths if module is None else self.context.plan.target
         save_artifact(
             folder.artifact,
             tensors,
@@ -407,21 +382,16 @@ class Trainer:
                 kind="model" if module is None else "module",
                 phase=self.row.phase if folder is self.folder else "assembled",
                 module=module,
-                model=ModelSpec.of(self.settings, depths),
+                model=ModelSpec(
+                    task=self.settings.task.name,
+                    model=self.settings.model,
+                    depths=[list(stages) for stages in depths],
+                    metadata=self.task.artifact_metadata(),
+                ),
                 weights=export,
                 recipe=self.recipe.digest,
                 data=self.data.digest,
-                meta=self.meta_digest,
+                meta=self.parts.meta_digest,
             ),
             self.claim,
         )
-
-
-def scored(scores: dict[str, float]) -> dict[str, float]:
-    """An evaluation under the tags that it is logged with."""
-    return {f"val/{key}": scores[key] for key in ("top1", "top5", "loss")}
-
-
-def rename_to_target(tensors: dict[str, Tensor], task: ClassificationTask, module: int) -> dict[str, Tensor]:
-    """Module ``module`` out of a hybrid's tensors, under the target's block indices."""
-    return rename(extract(tensors, task.partition, module), task.partition, task.target)

@@ -16,30 +16,23 @@ def read_stream(run_dir: Path, num_ids: int = 1000, num_images: int = 16) -> dic
     """
     from bigincubate.config import load_recipe
     from bigincubate.data.dataset import open_dataset
-    from bigincubate.data.streams import TrainStream
+    from bigincubate.tasks.registry import make_task
 
     recipe = load_recipe(str(run_dir / "recipe.toml"))
-    settings = recipe.settings("pretrain")
-    stream = TrainStream(
-        open_dataset(run_dir / "data"),
-        recipe.data,
-        settings.augment,
-        img_size=settings.model.img_size,
-        seed=settings.train.seed,
-        batch_size=settings.train.batch_size,
-    )
+    task = make_task(recipe.settings("pretrain"), recipe.data)
+    stream = task.train_stream(open_dataset(run_dir / "data"), rank=0, world=1)
     ids: list[int] = []
     first = None
     for batch in stream.batches(0):
         first = first or batch
-        ids += batch.ids.tolist()
+        ids += batch.sample_ids.tolist()
         if len(ids) >= num_ids:
             break
     assert first is not None
-    images = first.images[:num_images].float().contiguous()
+    images = first["images"][:num_images].float().contiguous()
     return {
         "ids": ids[:num_ids],
-        "labels": first.labels[:num_images].tolist(),
+        "labels": first["labels"][:num_images].tolist(),
         "images": [
             {
                 "sha256": hashlib.sha256(image.numpy().tobytes()).hexdigest(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from bigincubate.config import Augment, Mixup, load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.experimental.device_augment import HalfTransform, finish, finish_and_blend
 from bigincubate.experimental.device_augment.operator import AMOUNT, BOX, COLUMNS, JITTER, NOISE, blur
 from bigincubate.experimental.device_augment.operator import augment as operator
 from bigincubate.tasks.image_classification.augment import seeded, train_transform
@@ -49,7 +49,7 @@ def picture(index: int, width: int = 43, height: int = 36) -> Image.Image:
 def both_ways(policy: dict[str, Any], size: int = SIZE) -> tuple[Tensor, Tensor, Tensor, Augment]:
     """Finished by the host; and by halves: uint8 images and their parameters."""
     augment = Augment(**policy)
-    whole, half = train_transform(augment, size), HalfTransform(augment, size)
+    whole, half = train_transform(augment, size), DeviceAugment(augment, size)
     finished, halves = [], []
     for view in range(VIEWS):
         with seeded(view):
@@ -72,7 +72,7 @@ def levels(a: Tensor, b: Tensor, augment: Augment) -> Tensor:
 def test_images_are_the_hosts_up_to_rounding(name: str) -> None:
     host, images, parameters, augment = both_ways(POLICIES[name])
     assert images.dtype == torch.uint8
-    apart = levels(finish(images, parameters, augment), host, augment)
+    apart = levels(DeviceAugment(augment, SIZE).finish(images, parameters), host, augment)
     assert apart.max() < (LEVELS if augment.color_jitter or augment.three_augment else 0.01)
     assert apart.mean() < 2
 
@@ -81,7 +81,7 @@ def test_what_is_erased_is_the_hosts_box_with_other_noise() -> None:
     policy = {"three_augment": True, "color_jitter": 0.3, "erase": 0.7}
     host, images, parameters, augment = both_ways(policy)
     plain = both_ways({**policy, "erase": 0.0})[0]  # the box is drawn last
-    found = finish(images, parameters, augment)
+    found = DeviceAugment(augment, SIZE).finish(images, parameters)
     boxes = parameters[:, BOX : BOX + 4].int().tolist()
     assert 0 < sum(box == [0, 0, 0, 0] for box in boxes) < VIEWS
     noise = []
@@ -103,7 +103,9 @@ def test_mixing_is_the_hosts(mixup: Mixup) -> None:
     labels, kinds = torch.arange(VIEWS), set()
     for step in range(6):
         expected, targets = blend(host, labels, mixup=mixup, seed=0, step=step)
-        found, pairs = finish_and_blend(images, parameters, labels, augment=augment, mixup=mixup, seed=0, step=step)
+        found, pairs = DeviceAugment(augment, SIZE).finish_and_mix(
+            images, parameters, labels, mixup=mixup, seed=0, step=step
+        )
         assert levels(found, expected, augment).max() < LEVELS
         assert torch.equal(pairs.labels, targets.labels)
         assert torch.equal(pairs.partners, targets.partners)
@@ -191,7 +193,12 @@ def test_the_triton_body_is_at_most_twice_as_wrong_as_eager() -> None:
 # ------------------------------------------------------------------------------------------------ in training
 
 SETS = [
-    *("augment.device=true", "augment.crop=simple", "augment.flip=0.5", "augment.three_augment=true"),
+    *(
+        f"augment.batch_transform={DEVICE_AUGMENT}",
+        "augment.crop=simple",
+        "augment.flip=0.5",
+        "augment.three_augment=true",
+    ),
     *("augment.color_jitter=0.3", "augment.erase=0.5", "mixup.mixup=0.4", "mixup.cutmix=1.0"),
     *("train.max_steps=6", "checkpoint.every_steps=3", "log.every_steps=1"),
 ]
@@ -232,7 +239,7 @@ def test_micro_batches_see_the_same_images(lab: Labs) -> None:
 
 def test_the_trainer_sees_what_the_host_would_show_it(lab: Labs) -> None:
     sets = [*SETS, "augment.erase=0.0"]
-    ours, hosts = lab(*sets), lab(*sets, "augment.device=false")
+    ours, hosts = lab(*sets), lab(*sets[1:])
     (found, _), (expected, _) = (
         one.trainer("pretrain").task.prepare(next(one.trainer("pretrain").stream.batches(1)), 1)
         for one in (ours, hosts)
@@ -244,14 +251,26 @@ def test_the_trainer_sees_what_the_host_would_show_it(lab: Labs) -> None:
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        (["augment.rand_augment=rand-m9-mstd0.5-inc1"], "device does three_augment, not rand_augment"),
+        (["finetune.augment.rand_augment=rand-m9-mstd0.5-inc1"], "rand_augment = .* is not supported"),
         (["augment.crop=simple", "augment.pad=8"], "augment.pad = 8 must be below model.img_size = 8"),
+        (
+            ["finetune.augment.batch_transform=no_such:thing"],
+            "augment.batch_transform = 'no_such:thing': cannot import",
+        ),
     ],
 )
-def test_what_it_cannot_do_is_refused(sets: list[str], says: str) -> None:
+def test_unsupported_settings_are_refused_when_planning(sets: list[str], says: str) -> None:
+    recipe = load_recipe("digits", [f"augment.batch_transform={DEVICE_AUGMENT}", *sets])
     with pytest.raises(ConfigError, match=says) as caught:
-        load_recipe("digits", ["augment.device=true", *sets])
+        make_plan(recipe)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("crop", ["none", "pad", "simple"])
+def test_parameters_without_timm_operations_are_drawn_from_torch_only(crop: str) -> None:
+    before = random.getstate(), str(np.random.get_state()[1:3])
+    DeviceAugment(Augment(crop=crop, color_jitter=0.4), SIZE)(picture(0))
+    assert (random.getstate(), str(np.random.get_state()[1:3])) == before
 
 
 def test_columns_do_not_overlap() -> None:

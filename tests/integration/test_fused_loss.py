@@ -164,5 +164,5 @@ def test_loss_name_that_cannot_be_loaded_is_refused(lab: Labs, name: str, proble
 
 
 def test_loss_name_unknown_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"loss.name: expected cross_entropy, bce or package.module:attribute"):
+    with pytest.raises(ConfigError, match=r"loss.name: expected cross_entropy or bce or package.module:attribute"):
         load_recipe("digits", ["loss.name=focal"])

@@ -26,10 +26,10 @@ PROBE = """
 import sys
 import bigincubate
 from bigincubate.cli import main
-from bigincubate.sharding.zero_config import read, shipped
+from bigincubate.sharding.zero_config import read_config, shipped
 
 print(bigincubate.__file__)
-print(shipped("zero3"), read(shipped("zero3"))["zero_optimization"]["stage"])
+print(shipped("zero3"), read_config(shipped("zero3"))["zero_optimization"]["stage"])
 sys.argv = ["bigincubate", "submit", "digits", "--run-dir", "run", "--dry-run"]
 main()
 """

@@ -316,7 +316,15 @@ def serving(
         server.process.join()
 
 
-@pytest.mark.parametrize("kind", [{}, {"workers": 1}, {"rank": 1, "world": 2}, {"augment": {"device": True}}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"workers": 1},
+        {"rank": 1, "world": 2},
+        {"augment": {"batch_transform": "bigincubate.experimental.device_augment:DeviceAugment"}},
+    ],
+)
 def test_client_yields_the_batches_of_its_own_stream(info: DatasetInfo, kind: dict[str, Any]) -> None:
     with serving(info, steps=48, **kind) as server, closing(server.client().batches(40)) as batches:
         expected = fingerprints(stream(info, **kind).batches(40), 8)  # into another epoch

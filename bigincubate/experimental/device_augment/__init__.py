@@ -1,5 +1,8 @@
-"""Augmentation of a batch on the device."""
+"""Augmentation and mixing of a batch by one operator on the device.
 
-from .transform import HalfTransform, finish, finish_and_blend
+Switched on by ``augment.batch_transform = "bigincubate.experimental.device_augment:DeviceAugment"``.
+"""
 
-__all__ = ["HalfTransform", "finish", "finish_and_blend"]
+from .transform import DeviceAugment
+
+__all__ = ["DeviceAugment"]

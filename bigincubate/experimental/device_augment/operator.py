@@ -1,11 +1,13 @@
-"""Augmentation of a batch on the device: uint8 images and a row of parameters each in, float32 normalised and mixed
-images out, in one pass over memory. Two things are done before that pass: the blur (products with a banded matrix, of
-all rows, for the host does not wait to see which need it) and, in a pass that writes nothing, the mean for contrast.
+"""Augmentation of a batch on the device.
 
-What it computes is Pillow's, without Pillow's rounding to whole grey levels after every operation:
-``ImageOps.solarize``, ``ImageFilter.GaussianBlur`` (three box blurs), ``ImageEnhance`` with factors. Order: crop, flip,
-3-Augment (Touvron et al., DeiT III, 2022, arXiv:2204.07118), colour jitter, normalisation, random erasing (Zhong et
-al., 2017, arXiv:1708.04896), mixup or CutMix. It has no gradient: images are not learned.
+The input is uint8 images and one row of parameters per image, the output float32 normalized and mixed images, in one
+pass over memory. Two things are computed before that pass: the blur (products with a banded matrix, of all rows,
+because the host does not wait to see which need it) and, in a pass that writes nothing, the mean for contrast.
+
+The operations are Pillow's, without Pillow's rounding to whole gray levels after each of them:
+``ImageOps.solarize``, ``ImageFilter.GaussianBlur`` (three box blurs), ``ImageEnhance`` with factors. Their order: crop,
+flip, 3-Augment (Touvron et al., DeiT III, 2022, arXiv:2204.07118), color jitter, normalization, random erasing (Zhong
+et al., 2017, arXiv:1708.04896), mixup or CutMix. There is no gradient, because images are not trained.
 """
 
 from __future__ import annotations
@@ -17,19 +19,19 @@ from torch import Tensor
 
 from ...kernels.launch import on_triton
 
-# Columns of a row of parameters; the Triton body has the same numbers.
-DOWN, RIGHT = 0, 1  # where the crop begins in the image, in pixels; what lies outside is border
-FLIP = 2  # 1: left becomes right
-OPERATION, AMOUNT = 3, 4  # one of 3-Augment's, and what it needs: a threshold, or sigma in pixels
-JITTER = 5  # to 10: three times which of colour jitter's, and its factor, in their order
-BOX = 11  # to 14: what is erased, from top, left to bottom, right; all zero: nothing
-NOISE = 15  # where in `noise` its noise begins
+# Columns of a row of parameters. The Triton body uses the same numbers.
+DOWN, RIGHT = 0, 1  # where the crop starts in the image, in pixels; pixels outside the image are border
+FLIP = 2  # 1: mirror left and right
+OPERATION, AMOUNT = 3, 4  # one of 3-Augment's, and its threshold or its sigma in pixels
+JITTER = 5  # to 10: three pairs of a color jitter operation and its factor, in order
+BOX = 11  # to 14: the erased box, top, left, bottom, right; all zero: none
+NOISE = 15  # where in `noise` its noise starts
 COLUMNS = 16
 
-SOLARISE, GREYSCALE, BLUR = 1, 2, 3
+SOLARIZE, GRAYSCALE, BLUR = 1, 2, 3
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
-LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # Pillow's grey of red, green, blue (ITU-R 601)
-REACH = 2  # pixels that a box blur looks at on each side, for sigma up to 2
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # Pillow's gray of red, green, blue (ITU-R 601)
+REACH = 2  # pixels that a box blur reads on each side, for sigma up to 2
 
 
 @torch.library.triton_op("bigincubate::augment", mutates_args={})
@@ -44,18 +46,20 @@ def augment(
     three_augment: bool,
     jitter: bool,
 ) -> Tensor:
-    """``[n, 3, S, S]`` float32, normalised and mixed (float64 where the parameters are: that is the reference).
+    """Return images ``[n, 3, S, S]`` float32, normalized and mixed (float64 for float64 parameters, as a reference).
 
     Args:
         images: ``[n, 3, S, S]`` uint8.
-        parameters: ``[n, 16]``, the columns above.
-        noise: ``[length]`` standard normal numbers, read in a circle: an erased image takes 3 S S from its own place
-            on; None: nothing is erased.
-        mixing: ``[5]``: the share of the image itself, and a box (top, left, bottom, right) that is all its partner's,
-            who is n/2 rows away; None: not mixed.
-        mean, std: of red, green, blue, in units of 255 grey levels.
-        reflect: the border mirrors the image; false: it is black. At most S - 1 pixels of it.
-        three_augment, jitter: whether any row has such an operation, or factors.
+        parameters: ``[n, 16]``, with the columns above.
+        noise: ``[length]`` standard normal numbers, used as a ring: an erased image takes 3 S S of them from its own
+            start; None: nothing is erased.
+        mixing: ``[5]``: the weight of the image itself, and a box (top, left, bottom, right) in which its partner, n/2
+            rows away, has weight 1; None: not mixed.
+        mean: Of red, green and blue, in units of 255 gray levels.
+        std: Of red, green and blue, in units of 255 gray levels.
+        reflect: Whether the border mirrors the image, by at most S - 1 pixels; otherwise it is black.
+        three_augment: Whether any row has an operation of 3-Augment.
+        jitter: Whether any row has color jitter factors.
     """
     if not on_triton(images):
         return _eager(images, parameters, noise, mixing, mean, std, reflect, three_augment, jitter)
@@ -79,12 +83,12 @@ def _eager(
     x = windows(images, parameters, reflect)
     if three_augment:
         operation, soft = _column(parameters, OPERATION), blur(x, parameters)
-        x = torch.where((operation == SOLARISE) & (x >= _column(parameters, AMOUNT)), 255 - x, x)
-        x = torch.where(operation == GREYSCALE, _grey(x), torch.where(operation == BLUR, soft, x))
+        x = torch.where((operation == SOLARIZE) & (x >= _column(parameters, AMOUNT)), 255 - x, x)
+        x = torch.where(operation == GRAYSCALE, _gray(x), torch.where(operation == BLUR, soft, x))
     for step in range(3 if jitter else 0):
         kind, factor = _column(parameters, JITTER + 2 * step), _column(parameters, JITTER + 2 * step + 1)
-        grey = _grey(x)
-        towards = grey * (kind == SATURATION) + grey.mean((2, 3), keepdim=True) * (kind == CONTRAST)
+        gray = _gray(x)
+        towards = gray * (kind == SATURATION) + gray.mean((2, 3), keepdim=True) * (kind == CONTRAST)
         x = torch.lerp(towards, x, factor).clamp(0, 255)
     x = (x - 255 * x.new_tensor(mean).view(3, 1, 1)) / (255 * x.new_tensor(std).view(3, 1, 1))
     if noise is not None:
@@ -99,7 +103,7 @@ def _eager(
 
 
 def windows(images: Tensor, parameters: Tensor, reflect: bool) -> Tensor:
-    """The crops, flipped where they are to be, in the parameters' dtype: ``[n, 3, S, S]``, 0 to 255."""
+    """Return the crops, some of them flipped, ``[n, 3, S, S]`` in 0 to 255, in the dtype of ``parameters``."""
     size = images.shape[-1]
     at = torch.arange(size, device=images.device)
     down, right, flip = parameters[:, [DOWN, RIGHT, FLIP]].long().unsqueeze(2).unbind(1)
@@ -114,16 +118,18 @@ def windows(images: Tensor, parameters: Tensor, reflect: bool) -> Tensor:
 
 
 def blur(x: Tensor, parameters: Tensor) -> Tensor:
-    """``[b, 3, S, S]`` blurred as Pillow does: three boxes of fractional width along rows, then along columns; beyond
-    its edge an image goes on as it ends. (Gwosdek et al., extended box filtering, SSVM 2011.)"""
+    """Return ``x``, ``[b, 3, S, S]``, blurred as Pillow does: three boxes of fractional width per direction.
+
+    Beyond its edge an image is continued by its last pixel. (Gwosdek et al., extended box filtering, SSVM 2011.)
+    """
     size = x.shape[-1]
     variance = parameters[:, AMOUNT, None, None] ** 2 / 3  # of one box
-    whole = ((12 * variance + 1).sqrt() - 1).div(2).floor()  # pixels on each side that count in full
-    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))  # of the next
+    full = ((12 * variance + 1).sqrt() - 1).div(2).floor()  # pixels on each side that count in full
+    part = (2 * full + 1) * (full * (full + 1) - 3 * variance) / (6 * (variance - (full + 1) ** 2))  # of the next
     at = torch.arange(size, device=x.device)
     beyond = torch.arange(-REACH, size + REACH, device=x.device)
     distance = (at[:, None] - beyond).abs()
-    weights = ((distance <= whole) + part * (distance == whole + 1)) / (2 * (whole + part) + 1)
+    weights = ((distance <= full) + part * (distance == full + 1)) / (2 * (full + part) + 1)
     box = weights.new_zeros(len(x), size, size).index_add(2, beyond.clamp(0, size - 1), weights)
     thrice = (box @ box @ box)[:, None]
     return thrice @ x @ thrice.mT
@@ -133,13 +139,13 @@ def _column(parameters: Tensor, index: int) -> Tensor:
     return parameters[:, index, None, None, None]
 
 
-def _grey(x: Tensor) -> Tensor:
+def _gray(x: Tensor) -> Tensor:
     red, green, blue = x.split(1, dim=1)
     return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
 
 
 def _inside(x: Tensor, top: Tensor, left: Tensor, bottom: Tensor, right: Tensor) -> Tensor:
-    """Which pixels lie in a box of each image, or in one of all: ``[n or 1, 1, S, S]``."""
+    """Return which pixels lie in each image's box, or in one box for all: ``[n or 1, 1, S, S]``."""
     at = torch.arange(x.shape[-1], device=x.device)
     rows = (at >= top[:, None]) & (at < bottom[:, None])
     columns = (at >= left[:, None]) & (at < right[:, None])

@@ -1,8 +1,9 @@
-"""Augmentation in two halves: here on the host an image is read, resized and its parameters are drawn; what does
-not change sizes is one operator on the device (`bigincubate.kernels.augment`).
+"""Augmentation in two halves.
 
-Draws come from the same generators in the same order as in `bigincubate.tasks.image_classification.augment`, so with the same seed a view
-gets the same crop, flip, operation, factors and box on either way. Only the noise in an erased box is other noise.
+On the host an image is read and resized, and its parameters are drawn. Everything that does not change sizes is one
+operator on the device (`operator.augment`). Random numbers come from the same generators in the same order as in
+`tasks.image_classification.augment`, so with the same seed a view has the same crop, flip,
+operation, factors and erased box with either implementation. Only the noise in an erased box differs.
 """
 
 from __future__ import annotations
@@ -19,62 +20,131 @@ from torch import Tensor
 from torchvision import transforms
 
 from ... import config
+from ...errors import ConfigError
 from ...tasks.image_classification.augment import corner, resized_crop, shorter_side
 from ...tasks.image_classification.mixup import TwoHot, draw
-from .operator import AMOUNT, BLUR, BOX, COLUMNS, DOWN, FLIP, GREYSCALE, JITTER, NOISE, OPERATION, RIGHT, SOLARISE
+from .operator import (
+    AMOUNT,
+    BLUR,
+    BOX,
+    COLUMNS,
+    DOWN,
+    FLIP,
+    GRAYSCALE,
+    JITTER,
+    NOISE,
+    OPERATION,
+    RIGHT,
+    SOLARIZE,
+)
 from .operator import augment as operator
 
-TAPE = 1 << 20  # numbers of noise; a place among them is exact in float32
+NOISE_LENGTH = 1 << 20  # random numbers to take noise from; an index below this is exact in float32
 
 
-class HalfTransform:
-    """RGB image -> uint8 [3, img_size, img_size] and its parameters [16] float32. Random: call it after `reseed`."""
+class DeviceAugment:
+    """Augment, normalize and mix a batch of images on the device: a `bigincubate.data.batch_transform.BatchTransform`.
+
+    Results equal those of the host up to rounding: intermediate values are not rounded to whole gray levels.
+
+    Args:
+        augment: The augmentation settings of the phase.
+        img_size: Side of the images in pixels, S.
+
+    Raises:
+        ConfigError: ``rand_augment`` is set, or a reflected border is as large as the image.
+    """
 
     def __init__(self, augment: config.Augment, img_size: int) -> None:
+        if augment.rand_augment:
+            raise ConfigError(
+                f'augment.rand_augment = "{augment.rand_augment}" is not supported by augment.batch_transform ='
+                f" {augment.batch_transform}; use augment.three_augment, or no batch_transform"
+            )
+        if augment.crop == "simple" and augment.pad >= img_size:
+            raise ConfigError(
+                f"augment.pad = {augment.pad} must be below model.img_size = {img_size} with augment.batch_transform ="
+                f" {augment.batch_transform}, which reflects less than the image"
+            )
         self.augment, self.size = augment, img_size
         self.shifts = augment.crop in ("pad", "simple")
-        self.fit = shorter_side(augment, img_size) if self.shifts else resized_crop(augment, img_size)
-        self.colours = transforms.ColorJitter(*[augment.color_jitter] * 3)
+        self.resize = shorter_side(augment, img_size) if self.shifts else resized_crop(augment, img_size)
+        self.color_jitter = transforms.ColorJitter(*[augment.color_jitter] * 3)
         self.erasing = RandomErasing(augment.erase, mode="const", device="cpu")
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        """Return pixels ``[3, S, S]`` uint8 and parameters ``[16]`` float32 of an RGB image.
+
+        It draws from the global random generators, which are to be seeded before.
+        """
         row = [0.0] * COLUMNS
-        image = self.fit(image)
+        image = self.resize(image)
         pixels = np.asarray(image)
         if self.shifts:
-            places = corner(image, self.augment.pad, self.size)
-            # cut as far as there is image; what is left of the shift is the device's, for it has the border
-            top, left = (min(max(at, 0), side - self.size) for at, side in zip(places, pixels.shape, strict=False))
-            row[DOWN], row[RIGHT] = float(places[0] - top), float(places[1] - left)
+            corners = corner(image, self.augment.pad, self.size)
+            # crop as far as the image goes; the rest of the shift is done on the device, which adds the border
+            top, left = (min(max(at, 0), side - self.size) for at, side in zip(corners, pixels.shape, strict=False))
+            row[DOWN], row[RIGHT] = float(corners[0] - top), float(corners[1] - left)
             pixels = pixels[top : top + self.size, left : left + self.size]
-        if self.augment.flip:  # as RandomHorizontalFlip draws
+        if self.augment.flip:  # drawn as RandomHorizontalFlip does
             row[FLIP] = float(torch.rand(1) < self.augment.flip)
         if self.augment.three_augment:
-            row[OPERATION], row[AMOUNT] = _three_augment()
+            row[OPERATION], row[AMOUNT] = _draw_three_augment()
         if self.augment.color_jitter:
-            order, *factors, _ = self.colours.get_params(
-                self.colours.brightness, self.colours.contrast, self.colours.saturation, None
+            order, *factors, _ = self.color_jitter.get_params(
+                self.color_jitter.brightness, self.color_jitter.contrast, self.color_jitter.saturation, None
             )
             kinds = [kind for kind in order.tolist() if kind < 3]  # 3: hue, which is not jittered
             row[JITTER : JITTER + 6] = [float(value) for kind in kinds for value in (kind, factors[kind])]
         if self.augment.erase:
-            seen = _Boxes(self.size)
-            self.erasing(seen)
-            row[BOX : BOX + 4] = seen.box
-            row[NOISE] = float(torch.randint(TAPE, (1,)))
+            recorder = _BoxRecorder(self.size)
+            self.erasing(recorder)
+            row[BOX : BOX + 4] = recorder.box
+            row[NOISE] = float(torch.randint(NOISE_LENGTH, (1,)))
         return torch.from_numpy(pixels.transpose(2, 0, 1).copy()), torch.tensor(row)
 
+    def finish(self, images: Tensor, parameters: Tensor, mixing: Tensor | None = None) -> Tensor:
+        """Return the finished images, ``[n, 3, S, S]`` float32 on the device of ``images``.
 
-def _three_augment() -> tuple[float, float]:
-    """Which operation, and its threshold or sigma, drawn as timm draws from its policy "3a"."""
-    operation = random.choice((SOLARISE, GREYSCALE, BLUR))
+        Args:
+            images: ``[n, 3, S, S]`` uint8.
+            parameters: ``[n, 16]`` float32 on the same device.
+            mixing: As `operator.augment` takes it; None to mix nothing.
+        """
+        return operator(
+            images,
+            parameters,
+            _noise(images.device) if self.augment.erase else None,
+            mixing,
+            self.augment.mean,
+            self.augment.std,
+            self.augment.crop == "simple",
+            self.augment.three_augment,
+            self.augment.color_jitter > 0,
+        )
+
+    def finish_and_mix(
+        self, images: Tensor, parameters: Tensor, labels: Tensor, *, mixup: config.Mixup, seed: int, step: int
+    ) -> tuple[Tensor, TwoHot]:
+        """Return the finished images, mixed as `mixup.blend` mixes, and their targets."""
+        ratio, box = draw(mixup, images.shape, seed=seed, step=step)
+        if ratio == 1.0:
+            return self.finish(images, parameters), TwoHot(labels, labels, 1.0)
+        top, bottom, left, right = box or (0, 0, 0, 0)
+        mixing = torch.tensor([1.0 if box else ratio, top, left, bottom, right]).to(images.device, non_blocking=True)
+        return self.finish(images, parameters, mixing), TwoHot(labels, labels.roll(len(labels) // 2, 0), ratio)
+
+
+def _draw_three_augment() -> tuple[float, float]:
+    """Return the operation and its threshold or sigma, drawn as timm draws from its policy "3a"."""
+    operation = random.choice((SOLARIZE, GRAYSCALE, BLUR))
     if operation == BLUR:
         return operation, random.uniform(0.1, 2.0)
     return operation, 128.0
 
 
-class _Boxes:
-    """An image for timm's RandomErasing that remembers what was erased."""
+class _BoxRecorder:
+    """Stands in for an image in timm's RandomErasing and records which box is erased."""
 
     dtype = torch.float32
 
@@ -89,45 +159,7 @@ class _Boxes:
         self.box = [float(edge) for edge in (rows.start, columns.start, rows.stop, columns.stop)]
 
 
-def finish(images: Tensor, parameters: Tensor, augment: config.Augment, mixing: Tensor | None = None) -> Tensor:
-    """The other half: [n, 3, S, S] float32 where the images are.
-
-    Args:
-        images: [n, 3, S, S] uint8. parameters: [n, 16] float32, on the same device. mixing: see the operator.
-    """
-    return operator(
-        images,
-        parameters,
-        _tape(images.device) if augment.erase else None,
-        mixing,
-        augment.mean,
-        augment.std,
-        augment.crop == "simple",
-        augment.three_augment,
-        augment.color_jitter > 0,
-    )
-
-
-def finish_and_blend(
-    images: Tensor,
-    parameters: Tensor,
-    labels: Tensor,
-    *,
-    augment: config.Augment,
-    mixup: config.Mixup,
-    seed: int,
-    step: int,
-) -> tuple[Tensor, TwoHot]:
-    """`finish`, mixed as `bigincubate.tasks.image_classification.mixup.blend` mixes a micro-batch; and the targets."""
-    ratio, box = draw(mixup, images.shape, seed=seed, step=step)
-    if ratio == 1.0:
-        return finish(images, parameters, augment), TwoHot(labels, labels, 1.0)
-    top, bottom, left, right = box or (0, 0, 0, 0)
-    mixing = torch.tensor([1.0 if box else ratio, top, left, bottom, right]).to(images.device, non_blocking=True)
-    return finish(images, parameters, augment, mixing), TwoHot(labels, labels.roll(len(labels) // 2, 0), ratio)
-
-
 @cache
-def _tape(device: torch.device) -> Tensor:
-    """The same standard normal numbers everywhere."""
-    return torch.randn(TAPE, generator=torch.Generator().manual_seed(0)).to(device)
+def _noise(device: torch.device) -> Tensor:
+    """Return the same standard normal numbers on every device."""
+    return torch.randn(NOISE_LENGTH, generator=torch.Generator().manual_seed(0)).to(device)

@@ -21,17 +21,17 @@ def _three(channel, red, green, blue):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _grey(pixels, channel):  # type: ignore[no-untyped-def]
+def _gray(pixels, channel):  # type: ignore[no-untyped-def]
     luma = _three(channel, 0.2989959716796875, 0.587005615234375, 0.1139984130859375)  # Pillow's, over 65536
     return tl.sum(pixels * luma, 0)[None, :]
 
 
 @triton.jit
-def _coloured(  # type: ignore[no-untyped-def]
-    images, parameters, blurred, grey_mean, image, offsets, size,
+def _color(  # type: ignore[no-untyped-def]
+    images, parameters, blurred, gray_mean, image, offsets, size,
     REFLECT: tl.constexpr, OPERATE: tl.constexpr, JITTER: tl.constexpr,
 ):  # fmt: skip
-    """Pixels, 0 to 255, and their grey as contrast meets it. Columns of the parameters: see operator.py."""
+    """Return pixels in 0 to 255 and their gray before contrast. Columns of the parameters: see operator.py."""
     own, plane, channel = parameters + image * 16, size * size, tl.arange(0, 4)[:, None]
     first, inside = image.to(tl.int64) * 3 * plane, (offsets < plane) & (channel < 3)
     y, x = offsets // size, offsets % size
@@ -46,40 +46,40 @@ def _coloured(  # type: ignore[no-untyped-def]
         # a tile as well: the interpreter cannot spread what comes of comparing scalars
         operation = tl.load(own + 3).to(tl.int32) + tl.zeros_like(offsets)
         pixels = tl.where((operation == 1) & (pixels >= tl.load(own + 4)), 255 - pixels, pixels)
-        pixels = tl.where(operation == 2, _grey(pixels, channel), pixels)
+        pixels = tl.where(operation == 2, _gray(pixels, channel), pixels)
         soft = inside & (operation == 3)
         pixels = tl.where(soft, tl.load(blurred + first + channel * plane + offsets, mask=soft, other=0), pixels)
-    met = _grey(pixels, channel)
+    met = _gray(pixels, channel)
     if JITTER:
         for step in tl.static_range(3):
-            kind, factor, grey = tl.load(own + 5 + 2 * step), tl.load(own + 6 + 2 * step), _grey(pixels, channel)
-            met = tl.where(kind == 1, grey, met)
-            towards = tl.where(kind == 2, grey, tl.where(kind == 1, grey_mean, 0.0))
+            kind, factor, gray = tl.load(own + 5 + 2 * step), tl.load(own + 6 + 2 * step), _gray(pixels, channel)
+            met = tl.where(kind == 1, gray, met)
+            towards = tl.where(kind == 2, gray, tl.where(kind == 1, gray_mean, 0.0))
             pixels = tl.minimum(tl.maximum(towards + factor * (pixels - towards), 0.0), 255.0)
     return pixels, met
 
 
 @triton.jit
-def _grey_means(  # type: ignore[no-untyped-def]
+def _gray_means(  # type: ignore[no-untyped-def]
     images, parameters, blurred, out, size, REFLECT: tl.constexpr, OPERATE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Of each image as contrast meets it; contrast itself, and what comes after it, does not change that."""
+    """Store the mean gray of each image before contrast, which contrast and later operations do not change."""
     image, total = tl.program_id(0), 0.0
     for start in range(0, size * size, BLOCK):
         offsets = start + tl.arange(0, BLOCK)[None, :]
-        _, grey = _coloured(images, parameters, blurred, 0.0, image, offsets, size, REFLECT, OPERATE, True)
-        total += tl.sum(tl.where(offsets < size * size, grey, 0.0))
+        _, gray = _color(images, parameters, blurred, 0.0, image, offsets, size, REFLECT, OPERATE, True)
+        total += tl.sum(tl.where(offsets < size * size, gray, 0.0))
     tl.store(out + image, total / (size * size))
 
 
 @triton.jit
-def _finished(  # type: ignore[no-untyped-def]
+def _finish(  # type: ignore[no-untyped-def]
     images, parameters, blurred, means, noise, image, offsets, size, length, mean0, mean1, mean2, std0, std1, std2,
     REFLECT: tl.constexpr, OPERATE: tl.constexpr, JITTER: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
-    """Coloured, normalised, erased."""
-    grey_mean = tl.load(means + image) if JITTER else 0.0
-    pixels, _ = _coloured(images, parameters, blurred, grey_mean, image, offsets, size, REFLECT, OPERATE, JITTER)
+    """Return pixels with color operations, normalized and erased."""
+    gray_mean = tl.load(means + image) if JITTER else 0.0
+    pixels, _ = _color(images, parameters, blurred, gray_mean, image, offsets, size, REFLECT, OPERATE, JITTER)
     channel = tl.arange(0, 4)[:, None]
     pixels = (pixels - _three(channel, mean0, mean1, mean2)) / tl.where(
         channel < 3, _three(channel, std0, std1, std2), 1
@@ -100,13 +100,13 @@ def _augment(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     image, plane, channel = tl.program_id(0), size * size, tl.arange(0, 4)[:, None]
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    pixels = _finished(
+    pixels = _finish(
         images, parameters, blurred, means, noise, image, offsets, size, length,
         mean0, mean1, mean2, std0, std1, std2, REFLECT, OPERATE, JITTER, ERASE,
     )  # fmt: skip
     if MIX:
         partner = (image + count - count // 2) % count  # as a roll by half the batch
-        partners = _finished(
+        partners = _finish(
             images, parameters, blurred, means, noise, partner, offsets, size, length,
             mean0, mean1, mean2, std0, std1, std2, REFLECT, OPERATE, JITTER, ERASE,
         )  # fmt: skip
@@ -129,9 +129,10 @@ def augment(
     reflect: bool,
     jitter: bool,
 ) -> Tensor:
-    """See `operator.augment`; ``blurred``: every image as it would be with its blur, None without 3-Augment.
+    """See `operator.augment`; a tensor that is None is replaced by a pointer that is never read.
 
-    What is not given is a pointer that is never followed.
+    Args:
+        blurred: Every image with its blur, like ``images`` in float32; None without 3-Augment.
     """
     images, parameters = images.contiguous(), parameters.contiguous()
     count, size, operate = len(images), images.shape[-1], blurred is not None
@@ -140,7 +141,7 @@ def augment(
     tape = out if noise is None else noise
     means = torch.empty(count, dtype=torch.float32, device=images.device)
     if jitter:
-        wrap_triton(_grey_means)[(count,)](images, parameters, soft, means, size, reflect, operate, TILE)
+        wrap_triton(_gray_means)[(count,)](images, parameters, soft, means, size, reflect, operate, TILE)
     wrap_triton(_augment)[(count, triton.cdiv(size * size, TILE))](
         images, parameters, soft, means, tape, means if mixing is None else mixing, out, count, size, tape.numel(),
         *(255 * value for value in mean), *(255 * value for value in std),

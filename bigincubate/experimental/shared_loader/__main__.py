@@ -31,20 +31,17 @@ def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves after the modules
         die_with_parent()
         recipe = load_recipe(recipe_file)
-        from ...data.local_staging import staged
-        from ...data.streams import make_train_stream
-        from ...planning.prepare_run import ensure_data, ensure_plan
+        from ...planning.context import open_run
         from ...storage.run_directory import RunDir
         from .client import batch_digest
         from .server import SharedLoaderServer
 
         run = RunDir(run_dir)
-        data = ensure_data(recipe, run)
-        _, rows = ensure_plan(recipe, run, data)
-        steps = max(row.steps for row in rows if row.phase == "incubate")
-        with staged(recipe, data) as (staged_recipe, staged_data):
-            inputs = (staged_recipe, staged_recipe.settings("incubate"), staged_data, rank, world)
-            stream, digest = make_train_stream(*inputs), batch_digest(*inputs)
+        opened = open_run(recipe, run)
+        steps = max(row.steps for row in opened.rows if row.phase == "incubate")
+        with opened.phase("incubate", 0).with_local_data() as context:
+            stream = context.task.train_stream(context.data, rank=rank, world=world)
+            digest = batch_digest(context, rank, world)
             server = SharedLoaderServer(listener, stream, digest, clients=clients, steps=steps)
             server.serve(lambda: stop)
     print(f"{server.batches_made} batches made, {server.batches_sent} sent", flush=True)

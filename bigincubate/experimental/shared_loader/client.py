@@ -10,11 +10,10 @@ import sys
 from collections.abc import Generator
 from contextlib import closing
 
-from ...config import Recipe, Settings
-from ...data.dataset import DatasetInfo
-from ...data.streams import Batch, TrainStream
-from ...distributed.process_group import RunEnv
+from ...data.batch import Batch
 from ...errors import EnvironmentFault
+from ...planning.context import PhaseContext
+from ...tasks.base import TrainBatches
 from . import SERVER_NAME
 from .fd_socket import connect, recv_message, send_message
 from .packing import unpack_batch
@@ -22,25 +21,25 @@ from .packing import unpack_batch
 TIMEOUT = 180.0  # seconds without a message after which a client gives the server up
 
 
-def use_shared_loader(
-    stream: TrainStream, recipe: Recipe, settings: Settings, data: DatasetInfo, env: RunEnv
-) -> SharedLoaderClient:
+def use_shared_loader(stream: TrainBatches, context: PhaseContext) -> SharedLoaderClient:
     """Return ``stream`` with its batches taken from the shared loader: a batch source (see `training.hooks`)."""
+    env = context.env
     connection = connect(os.environ.pop(SERVER_NAME, ""), env.rank)
-    return SharedLoaderClient(stream, connection, batch_digest(recipe, settings, data, env.rank, env.world))
+    return SharedLoaderClient(stream, connection, batch_digest(context, env.rank, env.world))
 
 
-def batch_digest(recipe: Recipe, settings: Settings, data: DatasetInfo, rank: int, world: int) -> str:
+def batch_digest(context: PhaseContext, rank: int, world: int) -> str:
     """Return the SHA-256 of everything that a rank's batches depend on."""
+    recipe, settings, data = context.recipe, context.settings, context.data
     order = {key: value for key, value in recipe.identity.items() if key.startswith("data.")}
-    transform = [settings.augment.model_dump(), settings.model.img_size]
+    transform = [settings.task.model_dump(), settings.augment.model_dump(), settings.model.model_dump()]
     share = [settings.train.seed, settings.train.batch_size, rank, world]
     text = json.dumps([data.digest, order, transform, share], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 class SharedLoaderClient:
-    """A `TrainStream` whose batches come from the shared loader, as long as that works.
+    """A `TrainBatches` whose batches come from the shared loader, as long as that works.
 
     If the server is missing, ends, refuses or is too late, the client continues at the same step with its own stream.
     A batch is a function of the step, so the bits are the same.
@@ -53,7 +52,7 @@ class SharedLoaderClient:
     """
 
     def __init__(
-        self, own: TrainStream, connection: socket.socket | None, digest: str, *, timeout: float = TIMEOUT
+        self, own: TrainBatches, connection: socket.socket | None, digest: str, *, timeout: float = TIMEOUT
     ) -> None:
         self.steps_per_epoch = own.steps_per_epoch
         self._own, self._connection, self._digest, self._timeout = own, connection, digest, timeout

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from ...data.streams import Batch
+from ...data.batch import Batch
 
 ALIGNMENT = 64  # bytes, as torch's own memory has: sums may depend on it
+
+BOOKKEEPING = ("sample_ids", "global_position", "rank_sample_index")
 
 Layout = dict[str, tuple[str, list[int], int]]  # column name -> dtype, shape, offset in bytes
 
@@ -21,7 +22,7 @@ def pack_batch(batch: Batch) -> tuple[Layout, int]:
     """Return the layout of a batch and the descriptor of new memory that holds it."""
     layout: Layout = {}
     size = 0
-    columns = {name: column for name in _column_names() if (column := getattr(batch, name)) is not None}
+    columns = {**batch.columns, **{name: getattr(batch, name) for name in BOOKKEEPING}}
     for name, column in columns.items():
         layout[name] = (str(column.dtype).removeprefix("torch."), list(column.shape), size)
         size += math.ceil(column.nbytes / ALIGNMENT) * ALIGNMENT
@@ -43,16 +44,13 @@ def unpack_batch(layout: Layout, descriptor: int) -> Batch:
         memory = mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     finally:
         os.close(descriptor)
-    columns = {name: _view(memory, *layout[name]) for name in _column_names() if name in layout}
+    columns = {name: _view(memory, *entry) for name, entry in layout.items()}
     if torch.cuda.is_available():
         columns = {name: column.pin_memory() for name, column in columns.items()}
-    return Batch(**columns)
+    bookkeeping = {name: columns.pop(name) for name in BOOKKEEPING}
+    return Batch(columns, **bookkeeping)
 
 
 def _view(memory: mmap.mmap, dtype: str, shape: list[int], offset: int) -> Tensor:
     flat = torch.frombuffer(memory, dtype=getattr(torch, dtype), count=math.prod(shape), offset=offset)
     return flat.view(shape)
-
-
-def _column_names() -> list[str]:
-    return [field.name for field in fields(Batch)]

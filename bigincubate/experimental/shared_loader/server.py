@@ -11,8 +11,9 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...data.streams import Batch, TrainStream
+from ...data.batch import Batch
 from ...errors import EnvironmentFault
+from ...tasks.base import TrainBatches
 from .fd_socket import accept, recv_message, send_message
 from .packing import pack_batch
 
@@ -51,7 +52,7 @@ class SharedLoaderServer:
     def __init__(
         self,
         listener: socket.socket,
-        stream: TrainStream,
+        stream: TrainBatches,
         digest: str,
         *,
         clients: int,

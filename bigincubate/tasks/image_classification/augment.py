@@ -6,13 +6,10 @@ they draw a function of (seed, epoch, sample, repeat), so that workers, ranks an
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import RandomResizedCropAndInterpolation, auto_augment
@@ -24,49 +21,15 @@ from torchvision import transforms
 from torchvision.transforms import functional
 
 from ... import config
-from ...seeds import generator_seed
 
 Transform = Callable[[Image.Image], Tensor]
-_GENERATOR = np.random.MT19937()  # takes the place of numpy's global one inside `set_aside`
-
-
-def reseed(*key: int | str, torch_alone: bool = False) -> None:
-    """The global generators of `random`, numpy and torch (CPU) start from ``key`` and from nothing else; or torch's
-    alone, for a transform that draws from no other."""
-    word = generator_seed(*key)
-    torch.default_generator.manual_seed(word)
-    if not torch_alone:
-        random.seed(word)
-        np.random.seed(word & 0xFFFFFFFF)
 
 
 def draws_from_torch_alone(augment: config.Augment) -> bool:
     """Whether all that is random comes from torchvision; timm draws from all three."""
-    return augment.crop != "random_resized" and not (augment.rand_augment or augment.three_augment or augment.erase)
-
-
-@contextmanager
-def set_aside() -> Iterator[None]:
-    """Afterwards the global generators are as before (but for the one Gaussian that numpy's may have kept).
-
-    It takes longer than all else that is random about a small image: once a batch will do. Not to be nested.
-    """
-    ours, numpys, torchs = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
-    try:
-        np.random.set_bit_generator(_GENERATOR)  # a swap: copying numpy's state takes 30 times as long
-        yield
-    finally:
-        random.setstate(ours)
-        np.random.set_bit_generator(numpys)
-        torch.set_rng_state(torchs)
-
-
-@contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
-    """Inside, the global generators start from ``key``; afterwards they are as before. Not to be nested."""
-    with set_aside():
-        reseed(*key)
-        yield
+    return augment.crop != "random_resized" and not (
+        augment.batch_transform or augment.rand_augment or augment.three_augment or augment.erase
+    )
 
 
 def train_transform(augment: config.Augment, img_size: int) -> Transform:

@@ -16,8 +16,8 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, one_hot
 from torch import Tensor
 
 from ... import config
+from ...data.rng import seeded
 from ...seeds import MIX
-from .augment import seeded
 
 
 @dataclass(frozen=True)

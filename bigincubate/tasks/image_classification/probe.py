@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...data.streams import Batch
+from ...data.batch import Batch
 
 Probe = Literal["linear", "knn"]
 
@@ -20,10 +20,10 @@ def pooled_features(model: nn.Module, batches: Iterable[Batch], device: torch.de
     model.eval()
     features, labels = [], []
     for batch in batches:
-        images = batch.images.to(device)
+        images = batch["images"].to(device)
         pooled = model.forward_head(model.forward_features(images), pre_logits=True)  # type: ignore[operator]
         features.append(pooled.float().cpu())
-        labels.append(batch.labels)
+        labels.append(batch["labels"])
     return torch.cat(features), torch.cat(labels)
 
 

@@ -1,106 +1,125 @@
-"""What is read of a sample: its views in training, and the one of validation."""
+"""Labelled images as rows of a batch: augmented views in training, the middle of the image in validation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import Compose
 
 from ... import config
-from ...data.dataset import DatasetInfo
-from ...data.shards import Shards
-from ...errors import EnvironmentFault
-from ...experimental.device_augment import HalfTransform
-from .augment import ToNormalized, draws_from_torch_alone, eval_transform, picture_steps, reseed, train_transform
+from ...data.images import decode
+from ...data.rng import reseed
+from .augment import ToNormalized, draws_from_torch_alone, eval_transform, picture_steps, train_transform
+from .batch_transform import load_batch_transform
 
-View = tuple[Any, ...]  # an image, or a tensor such as pixels [3, H, W], and what else the batch has of it: parameters
-Row = tuple[list[View], int, int]  # R views, label, id
-Finish = Callable[[Sequence[Any]], Tensor]  # n images or tensors -> [n, ...]
+LabelledImage = tuple[Image.Image, int]
+View = tuple[Any, ...]  # an image or pixels [3, H, W], with the parameters of a batch transform if there is one; label
 
 
-class TrainViews(Shards):
-    """Samples as training sees them; iterated, in its order. Random: inside `set_aside`."""
+class LabelledImages:
+    """Decode labelled images; the transforms below say what is shown of them.
 
-    def __init__(
-        self,
-        info: DatasetInfo,
-        augment: config.Augment,
-        img_size: int,
-        *,
-        seed: int,
-        **order: Any,
-    ) -> None:
-        super().__init__(info, "train", **order)
-        self.seed, self.repeats, self.different = seed, augment.repeats, augment.views
+    Args:
+        classes: number of classes.
+    """
+
+    views_per_sample = 1
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+
+    def decode(self, record: dict[str, Any]) -> LabelledImage:
+        """Return an RGB image and its label.
+
+        Raises:
+            ValueError: the label is out of range, or the image cannot be read.
+        """
+        if not 0 <= record["label"] < self.classes:
+            raise ValueError(f"label {record['label']} of {self.classes} classes")
+        return decode(record["image"]), record["label"]
+
+    def compact(self, sample: LabelledImage) -> tuple[LabelledImage, int]:
+        """Return a copy without what the file holds besides (EXIF, profiles, a decoder), and its bytes."""
+        image, label = sample
+        pixels = image.copy()
+        pixels.info.clear()
+        return (pixels, label), 4 * pixels.width * pixels.height
+
+
+class TrainTransform(LabelledImages):
+    """Augmented views. Random: iterate inside `set_aside`.
+
+    Args:
+        augment: the augmentations.
+        img_size: side of a view in pixels.
+        seed: of the phase.
+        classes: number of classes.
+    """
+
+    def __init__(self, augment: config.Augment, img_size: int, *, seed: int, classes: int) -> None:
+        super().__init__(classes)
+        self.seed, self.views_per_sample, self.distinct_epochs = seed, augment.repeats, augment.views
         self.transform, self.finish = _halves(augment, img_size)
         self.torch_alone = draws_from_torch_alone(augment)
 
-    def __getitem__(self, at: Any) -> Row | EnvironmentFault:
-        epoch = self.epoch if self.different is None else self.epoch % self.different
-        try:
-            image, label = self.read(at)
-        except EnvironmentFault as fault:
-            return fault
+    def views(self, sample: LabelledImage, epoch: int, sample_id: int) -> list[View]:
+        """Return views that are a function of (seed, epoch, sample_id, view)."""
+        image, label = sample
+        if self.distinct_epochs is not None:
+            epoch %= self.distinct_epochs
         views = []
-        for view in range(self.repeats):
-            reseed(self.seed, epoch, at, view, torch_alone=self.torch_alone)
-            views.append(self.transform(image))
-        return views, label, at
+        for view in range(self.views_per_sample):
+            reseed(self.seed, epoch, sample_id, view, torch_alone=self.torch_alone)
+            views.append((*self.transform(image), label))
+        return views
+
+    def collate(self, views: Sequence[View]) -> dict[str, Tensor]:
+        """Return ``images`` [n, 3, H, W], ``labels`` [n] int64, and ``augment_params`` of a batch transform."""
+        images, *params, labels = zip(*views, strict=True)
+        columns = {"images": self.finish(images), "labels": torch.tensor(labels)}
+        return columns | ({"augment_params": torch.stack(params[0])} if params else {})
 
 
-class EvalViews(Dataset[Row | EnvironmentFault]):
-    """The samples ``ids`` of a split, each with its one view."""
+class EvalTransform(LabelledImages):
+    """The middle of the image, nothing random.
 
-    def __init__(
-        self,
-        info: DatasetInfo,
-        split: str,
-        augment: config.Augment,
-        img_size: int,
-        ids: range,
-        *,
-        remote: str | None = None,
-    ) -> None:
-        self.shards, self.ids = Shards(info, split, remote=remote), ids
+    Args:
+        augment: size of the middle, interpolation and normalization.
+        img_size: side of a view in pixels.
+        classes: number of classes.
+    """
+
+    def __init__(self, augment: config.Augment, img_size: int, *, classes: int) -> None:
+        super().__init__(classes)
         self.transform = eval_transform(augment, img_size)
 
-    def __len__(self) -> int:
-        return len(self.ids)
+    def views(self, sample: LabelledImage, epoch: int, sample_id: int) -> list[View]:
+        """Return the one view."""
+        image, label = sample
+        return [(self.transform(image), label)]
 
-    def __getitem__(self, at: int) -> Row | EnvironmentFault:
-        try:
-            image, label = self.shards.read(self.ids[at])
-        except EnvironmentFault as fault:
-            return fault
-        return [(self.transform(image),)], label, self.ids[at]
+    def collate(self, views: Sequence[View]) -> dict[str, Tensor]:
+        """Return ``images`` [n, 3, H, W] float32 and ``labels`` [n] int64."""
+        images, labels = zip(*views, strict=True)
+        return {"images": torch.stack(images), "labels": torch.tensor(labels)}
 
 
-def _halves(augment: config.Augment, img_size: int) -> tuple[Callable[[Image.Image], View], Finish]:
-    """What is done image by image, and what with all of a batch at once."""
-    if augment.device:
-        return HalfTransform(augment, img_size), stack
-    if augment.erase:  # with noise, drawn image by image, on pixels that are normalised
+def _halves(
+    augment: config.Augment, img_size: int
+) -> tuple[Callable[[Image.Image], View], Callable[[Sequence[Any]], Tensor]]:
+    """Return what is done image by image, and what with all images of a batch at once."""
+    if (transform := load_batch_transform(augment, img_size)) is not None:
+        return transform, _stack
+    if augment.erase:  # with noise, drawn image by image, on pixels that are normalized
         whole = train_transform(augment, img_size)
-        return lambda image: (whole(image),), stack
+        return lambda image: (whole(image),), _stack
     pictures = Compose(picture_steps(augment, img_size))
     return lambda image: (pictures(image),), ToNormalized(augment).all
 
 
-def stack(columns: Sequence[Tensor]) -> Tensor:
+def _stack(columns: Sequence[Tensor]) -> Tensor:
     return torch.stack(tuple(columns))
-
-
-def collate(finish: Finish, rows: list[Row | EnvironmentFault]) -> tuple[Any, ...]:
-    """Columns of views, labels, ids. A fault travels as a value: raised, it would arrive wrapped in a traceback."""
-    for row in rows:
-        if isinstance(row, EnvironmentFault):
-            return (), row
-    views, labels, ids = zip(*rows, strict=True)
-    images, *more = zip(*chain.from_iterable(views), strict=True)
-    return (finish(images), *map(stack, more)), torch.tensor(labels), torch.tensor(ids)

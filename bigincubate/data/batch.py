@@ -1,0 +1,54 @@
+"""A batch: named tensors, and where each of their rows belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch, n rows.
+
+    A row is one view of a sample; in training each sample has R views (repeated augmentation).
+
+    Attributes:
+        columns: the task's own tensors by name, each ``[n, ...]``.
+        sample_ids: ``[n]`` int64, index of the sample in its split.
+        global_position: ``[n]`` int64, p in the global batch; view v of its sample j has p = j * R + v.
+        rank_sample_index: ``[n]`` int64, which of the rank's samples, i; on rank r of W it is j = i * W + r.
+    """
+
+    columns: dict[str, Tensor]
+    sample_ids: Tensor
+    global_position: Tensor
+    rank_sample_index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.columns[name]
+
+    def micro_batch(self, index: int, count: int) -> Batch:
+        """Return micro-batch ``index`` of ``count``: the samples i with i mod count = index, all their views."""
+        if count == 1:
+            return self
+        rows = (self.rank_sample_index % count == index).nonzero().squeeze(1)
+        return self.map(lambda column: column[rows])
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return a copy on ``device``; a copy from pinned memory does not wait for it."""
+        return self.map(lambda column: column.to(device, non_blocking=True))
+
+    def first(self, count: int) -> Batch:
+        """Return the first ``count`` rows."""
+        return self.map(lambda column: column[:count])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """Return a batch with ``function`` applied to every tensor."""
+        columns = {name: function(column) for name, column in self.columns.items()}
+        return Batch(columns, *map(function, (self.sample_ids, self.global_position, self.rank_sample_index)))

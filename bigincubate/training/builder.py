@@ -1,0 +1,206 @@
+"""From a phase's context to what is trained: weights, freezing, placement, sharding, optimizer, data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from timm.scheduler.scheduler import Scheduler
+from torch import Tensor, nn
+
+from ..data.micro_batches import count_micro_batches
+from ..data.partitions import seen_by
+from ..errors import ArtifactError
+from ..interchange.pretrained import pretrained_meta
+from ..models import (
+    assemble,
+    checkpoint_activations,
+    choose_attention,
+    compile_blocks,
+    drop_paths,
+    extract,
+    fit_positions,
+    initialise,
+    insert,
+    set_rates,
+)
+from ..optim import Ema, make_optimizer, make_schedule
+from ..planning.context import PhaseContext
+from ..planning.phases import phase_model, phase_steps
+from ..seeds import INIT, stable_seed
+from ..sharding import Sharding, make_sharding
+from ..storage.artifacts import check_module, load_artifact, load_manifest
+from ..storage.run_directory import RunDir
+from ..tasks.base import EvalBatches, TrainBatches
+from .hooks import LearningRateHook, apply_batch_source, make_learning_rate_hook
+
+
+@dataclass
+class PhaseComponents:
+    """What a phase trains with, on one rank.
+
+    Attributes:
+        model: the model on its device.
+        wrapped: the model as the strategy calls it.
+        meta_digest: digest of the meta model that the phase uses; None: it uses none.
+        sharding: the strategy.
+        lr_hook: scales the learning rate of each step; None: nothing does.
+        ema: the moving average of the trainable parameters.
+        schedule: the learning rate by optimizer step.
+        train_stream: the training batches.
+        eval_stream: this rank's share of the validation split.
+        steps_per_epoch: optimizer steps of an epoch.
+        micro_batches: number of micro-batches of a rank.
+        num_drop_paths: number of drop-path modules to draw masks for; 0: nothing is dropped.
+    """
+
+    model: nn.Module
+    wrapped: nn.Module
+    meta_digest: str | None
+    sharding: Sharding
+    lr_hook: LearningRateHook | None
+    ema: Ema
+    schedule: Scheduler
+    train_stream: TrainBatches
+    eval_stream: EvalBatches
+    steps_per_epoch: int
+    micro_batches: int
+    num_drop_paths: int
+
+
+def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> PhaseComponents:
+    """Build what a phase trains with. On all ranks together.
+
+    The order is fixed: weights, freezing, drop-path, placement, activation checkpointing, compilation, sharding,
+    optimizer.
+
+    Args:
+        context: the phase.
+        start: as for :func:`build_model`.
+
+    Raises:
+        ArtifactError: an earlier phase has not handed on what this one needs.
+        ConfigError: settings that do not go together.
+    """
+    settings, env, task = context.settings, context.env, context.task
+    micro_batches = count_micro_batches(settings, env.world)
+    model, meta_digest = build_model(context, start)
+    drop, partition = settings.drop_path, context.partition
+    set_rates(model, partition, drop.rates, drop.rate, context.plan.target, context.row.module)
+    model = model.to(env.device)
+    choose_attention(model, env.device, settings.train.precision)
+    blocks = [block.path for block in partition.blocks()]
+    checkpoint_activations(model, blocks, settings.sharding.activation_checkpointing)
+    if settings.train.compile:
+        compile_blocks(model, blocks)
+    sharding = make_sharding(settings, env, micro_batches)
+    lr_hook = make_learning_rate_hook(model, settings, sharding, env, micro_batches)
+    wrapped = sharding.prepare(model, blocks, lambda built: make_optimizer(built, settings))
+    ema = Ema(sharding.shards(), settings.ema.decay)
+    eval_stream = task.eval_stream(context.data, "val", rank=env.rank, world=env.world)
+    train_stream = apply_batch_source(task.train_stream(context.data, rank=env.rank, world=env.world), context)
+    _, steps_per_epoch = phase_steps(settings, context.data.epoch)
+    schedule = make_schedule(sharding.optimizer, settings, context.planned.steps, steps_per_epoch)
+    paths = drop_paths(model)
+    return PhaseComponents(
+        model=model,
+        wrapped=wrapped,
+        meta_digest=meta_digest,
+        sharding=sharding,
+        lr_hook=lr_hook,
+        ema=ema,
+        schedule=schedule,
+        train_stream=train_stream,
+        eval_stream=eval_stream,
+        steps_per_epoch=steps_per_epoch,
+        micro_batches=micro_batches,
+        num_drop_paths=len(paths) if any(path.drops for path in paths) else 0,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ the model
+
+
+def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, str | None]:
+    """Build the phase's model with the weights it starts from, frozen as the phase says.
+
+    Args:
+        context: the phase.
+        start: what the trainable part starts from instead: a module's tensors under the target's names, or all tensors
+            of another phase's model.
+
+    Returns:
+        The model on the CPU, and the digest of the meta model that it uses (None: it uses none).
+
+    Raises:
+        ArtifactError: an earlier phase has not handed on what this one needs; the message has the command.
+    """
+    row, recipe, partition, family = context.row, context.recipe, context.partition, context.plan.family
+    settings = context.settings
+    torch.manual_seed(stable_seed(settings.train.seed, INIT, row.key))
+    model = phase_model(row, settings, family)
+    sources = {slot.source for slot in row.slots}
+    digest = None
+    if "meta" in sources:
+        meta, digest = load_meta_model(context)
+        meta = fit_positions(meta, model)
+        for module, slot in enumerate(row.slots):
+            if slot.source == "meta":
+                insert(model, partition, extract(meta, context.meta_partition, module), context.meta_partition)
+        assert row.module is not None
+        initialise(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
+    if "module" in sources:
+        digest = meta_model_digest(context.run)
+        assembled = assemble(list(_load_modules(context, digest)), model.state_dict())
+        model.load_state_dict(fit_positions(assembled, model))
+    if start is None and row.phase == "pretrain" and recipe.meta.init is not None:
+        start = pretrained_meta(recipe.meta, settings.model, partition, model.state_dict())
+    if start is not None:
+        names = partition if row.module is None else context.target_partition
+        insert(model, partition, fit_positions(start, model), names)
+    return model, digest
+
+
+def meta_model_digest(run: RunDir) -> str:
+    """Return the digest of the run's meta model.
+
+    Raises:
+        ArtifactError: it is not there; the message has the command.
+    """
+    try:
+        return load_manifest(run.phase("pretrain").artifact).digest
+    except ArtifactError:
+        raise ArtifactError(
+            f"the meta model is missing in {run.path}; make it with:"
+            f" bigincubate train {run.recipe_file} --run-dir {run.path} --phase pretrain"
+        ) from None
+
+
+def load_meta_model(context: PhaseContext) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors of the run's meta model, and its digest.
+
+    Raises:
+        ArtifactError: it is not there, or damaged.
+    """
+    meta_model_digest(context.run)
+    tensors, manifest = load_artifact(context.run.phase("pretrain").artifact)
+    return tensors, manifest.digest
+
+
+def _load_modules(context: PhaseContext, meta: str) -> Iterable[dict[str, Tensor]]:
+    run, recipe = context.run, context.recipe
+    folders = [run.phase("incubate", module).artifact for module in range(context.plan.modules)]
+    problems: dict[int, str] = {}
+    for module, folder in enumerate(folders):
+        seen = seen_by(recipe, context.data, module)
+        if problem := check_module(folder, recipe=recipe.digest, meta=meta, data=seen):
+            problems[module] = problem
+    if problems:
+        listed = "; ".join(f"module {module}: {problem}" for module, problem in problems.items())
+        first = next(iter(problems))
+        raise ArtifactError(
+            f"cannot assemble: {listed}. Make it with: bigincubate train {run.recipe_file}"
+            f" --run-dir {run.path} --phase incubate --module {first}"
+        )
+    return (load_artifact(folder)[0] for folder in folders)
