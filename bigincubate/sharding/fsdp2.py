@@ -35,7 +35,7 @@ class FullyShard:
 
     Shards are fp32 and gradients are reduced in fp32. With bf16 precision, weights are gathered in fp32 and autocast
     works as under other strategies. With ``gather_bf16`` they are gathered in bf16, half the bytes; block inputs are
-    then bf16 too, and norms are computed in bf16.
+    then bf16 too, and normalization layers compute in bf16.
 
     Args:
         env: the process group.
