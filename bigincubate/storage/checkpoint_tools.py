@@ -27,8 +27,8 @@ def survey(path: Path) -> list[dict[str, Any]]:
 
     Returns:
         One row per checkpoint: path, step, ranks, bytes, committed, problem (None if committed and valid; see
-        :func:`verify`), time (of the last change, seconds since the epoch). Phases are in order, steps in numeric
-        order.
+        :func:`verify`), time (last change, in seconds since the epoch). Phases are in order, and steps in
+        numeric order.
 
     Raises:
         ArtifactError: There is none.
