@@ -3,7 +3,7 @@
     python benchmarks/cost_to_accuracy.py digits
     python benchmarks/cost_to_accuracy.py digits --budgets 1 --ways incubated fresh grow end-to-end layer-scale
     python benchmarks/cost_to_accuracy.py benchmarks/cifar20-deep.toml --set data.path=data/cifar20 --budgets 1 \
-        --ways incubated decentralised end-to-end layer-scale
+        --ways incubated decentralized end-to-end layer-scale
 
 A budget is a share of the recipe's epochs, in each of its phases; training end to end always has the FLOPs of the whole
 incubation of the same budget. Every run is a run of the command line, in a folder of its own under OUT: what is done
@@ -38,7 +38,7 @@ WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # a way: the comma
     "boundary": (("run", "--jobs", "1"), ('incubate.init="boundary"',)),
     "grow": (("run", "--jobs", "1"), ('incubate.init="grow"',)),
     "not incubated": (("run", "--jobs", "1"), ("incubate.train.max_steps=0",)),  # modules as they are initialised
-    "decentralised": (("run", "--jobs", "1"), ("data.decentralised=true",)),
+    "decentralized": (("run", "--jobs", "1"), ("data.decentralized=true",)),
     "end-to-end": (END_TO_END, ()),
     "layer-scale": (END_TO_END, ("model.args.init_values=1e-4",)),  # end to end, well conditioned
 }
@@ -68,7 +68,7 @@ def train(trial: Trial, recipe: Recipe, asked: argparse.Namespace) -> dict[str, 
         stdout=subprocess.DEVNULL,
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
-    found = RunDir(folder).summary()
+    found = RunDir(folder).update_summary()
     whole = "end_to_end" not in command
     phases = [found["meta"], *found["modules"], found["finetune"]] if whole else [found["end_to_end"]]
     on_the_way = {}

@@ -26,9 +26,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from bigincubate.config import Augment, Mixup
-from bigincubate.data.images import decode
-from bigincubate.tasks.image_classification.augment import seeded, train_transform
+from bigincubate.config import AugmentConfig, MixupConfig
+from bigincubate.data.images import decode_image
+from bigincubate.data.rng import seeded_rng
+from bigincubate.experimental.device_augment import DeviceAugment
+from bigincubate.tasks.image_classification.augment import train_transform
 from bigincubate.tasks.image_classification.mixup import blend
 
 DEIT = {"crop": "random_resized", "flip": 0.5, "color_jitter": 0.3, "erase": 0.25}
@@ -39,7 +41,7 @@ CASES: dict[str, tuple[dict[str, Any], int, tuple[int, int]]] = {  # augmentatio
     "32, 3-Augment, jitter": (DEIT_3, 32, (32, 32)),
     "32, shift, flip": ({"crop": "pad"}, 32, (32, 32)),
 }
-MIXUP = Mixup(mixup=0.8, cutmix=1.0)
+MIXUP = MixupConfig(mixup=0.8, cutmix=1.0)
 
 
 def jpegs(count: int, size: tuple[int, int]) -> list[bytes]:
@@ -57,13 +59,13 @@ def jpegs(count: int, size: tuple[int, int]) -> list[bytes]:
 def views(transform: Callable[[Image.Image], Any], files: list[bytes]) -> list[Any]:
     made = []
     for at, file in enumerate(files):
-        with seeded(0, at):
-            made.append(transform(decode(file)))
+        with seeded_rng(0, at):
+            made.append(transform(decode_image(file)))
     return made
 
 
 def turns(
-    augment: Augment, size: int, files: list[bytes], device: torch.device, repeats: int
+    augment: AugmentConfig, size: int, files: list[bytes], device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
     """Seconds for a batch, a number a repeat: ``host``, ``halves``, and of these ``host half`` and ``device half``."""
     whole, half = train_transform(augment, size), DeviceAugment(augment, size)
@@ -111,7 +113,7 @@ def main() -> None:
     print("| what | host | halves | host half | device half | times less on the host | least to most |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for case, (policy, size, shape) in CASES.items():
-        seconds = turns(Augment(**policy), size, jpegs(asked.batch, shape), device, asked.repeats)
+        seconds = turns(AugmentConfig(**policy), size, jpegs(asked.batch, shape), device, asked.repeats)
         rate = {name: asked.batch / statistics.median(found) for name, found in seconds.items()}
         less = sorted(own / half for own, half in zip(seconds["host"], seconds["host half"], strict=True))
         rows.append({"case": case, **rate, "less": statistics.median(less), "least": less[0], "most": less[-1]})

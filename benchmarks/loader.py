@@ -66,7 +66,7 @@ def make_jpegs(
 def trainer_of(settings: dict[str, Any], sets: list[str]) -> Any:
     """A trainer before its first step: a recipe, a phase, a module, data and a folder for runs; and further keys."""
     from bigincubate.config import load_recipe
-    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.distributed.signals import StopFlag
     from bigincubate.planning.prepare_run import ensure_data, ensure_plan, find_row
     from bigincubate.storage.run_directory import RunDir
@@ -74,8 +74,8 @@ def trainer_of(settings: dict[str, Any], sets: list[str]) -> Any:
     from bigincubate.training.trainer import Trainer
 
     recipe = load_recipe(settings["recipe"], [*settings["sets"], f"data.path={settings['data']}", *sets])
-    run, env = RunDir(Path(tempfile.mkdtemp(dir=settings["folder"]))), RunEnv.detect()
-    run.open(recipe)
+    run, env = RunDir(Path(tempfile.mkdtemp(dir=settings["folder"]))), DistributedContext.detect()
+    run.open_for_recipe(recipe)
     data = ensure_data(recipe, run)
     plan, rows = ensure_plan(recipe, run, data)
     if settings["module"] is not None:
@@ -113,7 +113,7 @@ def sample_cost(data: Path, recipe: str, sets: list[str], room: int) -> float:
     from bigincubate.data.dataset import open_dataset
     from bigincubate.data.streams import TrainStream
 
-    shards.ROOM = room
+    shards.DECODED_CACHE_BYTES = room
     loaded = load_recipe(recipe, sets)
     chosen = loaded.settings("pretrain")
     info, size = open_dataset(data), chosen.model.img_size
@@ -128,11 +128,13 @@ def sample_cost(data: Path, recipe: str, sets: list[str], room: int) -> float:
 
 
 def print_samples(folder: Path) -> None:
-    from bigincubate.data.shards import ROOM
+    from bigincubate.data.shards import DECODED_CACHE_BYTES
 
     print("| sample | held decoded, µs | decoded anew, µs |\n| --- | ---: | ---: |")
     for recipe, kind, sets in (("digits", "PNG 8x8", []), ("cifar100-mini", "JPEG 32x32", CASES[JPEG]["sets"])):
-        held, anew = (sample_cost(folder / recipe, recipe, [*sets, "data.workers=0"], room) for room in (ROOM, 0))
+        held, anew = (
+            sample_cost(folder / recipe, recipe, [*sets, "data.workers=0"], room) for room in (DECODED_CACHE_BYTES, 0)
+        )
         print(f"| {kind} | {held:.0f} | {anew:.0f} |", flush=True)
 
 
@@ -148,14 +150,14 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.worker:
         return serve(contestant(asked.worker[0], json.loads(asked.worker[1])))
-    from bigincubate.data.prepare import prepare
+    from bigincubate.data.prepare import prepare_dataset
 
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        prepare("digits", folder / "digits")
+        prepare_dataset("digits", folder / "digits")
         make_jpegs(folder / "jpegs")
-        prepare(str(folder / "jpegs"), folder / "cifar100-mini")
+        prepare_dataset(str(folder / "jpegs"), folder / "cifar100-mini")
         if asked.samples:
             return print_samples(folder)
         print("| step | workers | ms a step | in memory | overhead | least to most |")

@@ -10,7 +10,7 @@ import torch
 from duel import Contestant
 
 from bigincubate.config import load_recipe
-from bigincubate.distributed.process_group import RunEnv
+from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.models import (
     Partition,
     apply_masks,
@@ -51,7 +51,7 @@ mixup = 0.8
 cutmix = 1.0
 [drop_path]
 rate = {drop_path}
-rates = "hybrid"
+ramp_over = "hybrid"
 [sharding]
 strategy = "none"
 """
@@ -99,12 +99,12 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
         torch.set_num_threads(settings["threads"])
     torch.manual_seed(0)
     loaded = recipe(settings, skip=skip, compiled=compiled)
-    plan, env = make_plan(loaded), RunEnv.detect()
+    plan, env = make_plan(loaded), DistributedContext.detect()
     row = plan.row(phase, module)
     chosen = loaded.settings(phase)
     model = phase_model(row, chosen, plan.family)
     partition = Partition(plan.family, row.depths)
-    set_rates(model, partition, chosen.drop_path.rates, chosen.drop_path.rate, plan.target, row.module)
+    set_rates(model, partition, chosen.drop_path.ramp_over, chosen.drop_path.rate, plan.target, row.module)
     model = model.to(env.device).train()
     choose_attention(model, env.device, settings["precision"])
     units = [block.path for block in partition.blocks()]
@@ -132,7 +132,7 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
             return torch.nn.functional.cross_entropy(wrapped(mixed).float(), targets)
 
     def step() -> None:
-        with sharding.accumulating(True):
+        with sharding.gradient_sync(True):
             sharding.backward(forward())
         sharding.step(settings["clip"])
         state["step"] += 1

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
-from bigincubate.config import load_recipe, shipped
+from bigincubate.config import list_shipped_recipes, load_recipe
 from bigincubate.planning.phases import cost_plan, make_plan, plan_json
 
 
@@ -29,7 +29,7 @@ def main() -> None:
         "| GPU-hours, both | MiB a rank + an image |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name in asked.names or shipped():
+    for name in asked.names or list_shipped_recipes():
         recipe = load_recipe(name)
         plan = make_plan(recipe)
         assert recipe.data.train_samples is not None

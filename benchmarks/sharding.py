@@ -106,14 +106,14 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
     import torch
     from torch.nn import functional as F
 
-    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.models import Partition
     from bigincubate.optim import Ema, make_optimizer
     from bigincubate.planning.phases import make_plan, phase_model
     from bigincubate.sharding import make_sharding
-    from bigincubate.sharding.memory_profile import Collectives, peak_bytes
+    from bigincubate.sharding.memory_profile import CollectiveCounter, peak_bytes
 
-    env = RunEnv.detect()
+    env = DistributedContext.detect()
     if env.world > 1 and strategy in PACKAGES:
         os.environ.setdefault("DS_ACCELERATOR", env.device.type)
         importlib.import_module(PACKAGES[strategy])  # its code is not what a model weighs
@@ -130,14 +130,14 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
     sharding = make_sharding(loaded.sharding, settings.train, env, count)
     units = [block.path for block in Partition(plan.family, row.depths).blocks()]
     wrapped = sharding.prepare(model, units, lambda m: make_optimizer(m, settings))
-    ema = Ema(sharding.shards(), settings.ema.decay)
+    ema = Ema(sharding.local_shards(), settings.ema.decay)
     images = torch.randn(share, 3, asked.img_size, asked.img_size, device=env.device)
     labels = torch.randint(100, (share,), device=env.device)
 
     def step() -> None:
         for index in range(count):
             last = index == count - 1
-            with sharding.accumulating(last):
+            with sharding.gradient_sync(last):
                 with torch.autocast(env.device.type, torch.bfloat16, enabled=asked.precision == "bf16"):
                     output = wrapped(images[index::count])
                 loss = F.cross_entropy(output.float(), labels[index::count]) / count
@@ -151,7 +151,7 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
         model.train()
     step()
     step()
-    with Collectives() as collectives:
+    with CollectiveCounter() as collectives:
         step()
     peak = peak_bytes(step, env.device)
     seconds = []
@@ -201,13 +201,13 @@ def launch(asked: argparse.Namespace, strategy: str, nproc: int) -> dict[str, An
 
 def planned(asked: argparse.Namespace) -> dict[tuple[str, int], Any]:
     """The plan's footprints by strategy and number of ranks."""
-    from bigincubate.planning.memory import footprints
+    from bigincubate.planning.memory import estimate_footprints
     from bigincubate.planning.phases import cost_plan, make_plan
 
     loaded = recipe(asked, "ddp")
     plan = make_plan(loaded)
     rows = [row for row in cost_plan(loaded, plan, 50_000) if (row.phase, row.module) == place(asked)]
-    every = footprints(loaded, plan, rows, sorted({1, asked.nproc}))
+    every = estimate_footprints(loaded, plan, rows, sorted({1, asked.nproc}))
     return {(each.strategy, each.world): each for each in every[rows[0].key]}
 
 

@@ -37,25 +37,25 @@ class ConfigError(BigincubateError):
     code = Exit.USAGE
 
 
-class EnvironmentFault(BigincubateError):
+class ExternalError(BigincubateError):
     """Base class of problems with the data, the machine or the installation."""
 
     code = Exit.ENVIRONMENT
 
 
-class DataError(EnvironmentFault):
+class DataError(ExternalError):
     """Data, or weights from elsewhere, are missing, damaged or cannot be downloaded."""
 
 
-class SystemResourceError(EnvironmentFault):
+class SystemResourceError(ExternalError):
     """The machine or the cluster cannot provide what is needed: disk space, a directory, an answer from Slurm."""
 
 
-class RankTimeoutError(EnvironmentFault):
+class RankTimeoutError(ExternalError):
     """A rank gave no sign of life for too long."""
 
 
-class MissingDependencyError(EnvironmentFault):
+class MissingDependencyError(ExternalError):
     """A program or a Python package that is needed is not installed."""
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-SMALL = 2**26  # bytes; no file that is read into memory at once has a reason to be larger
+MAX_SMALL_FILE_BYTES = 2**26  # bytes; no file that is read into memory at once has a reason to be larger
 
 
 def make_folder(folder: Path) -> None:
@@ -24,7 +24,7 @@ def make_folder(folder: Path) -> None:
         fsync_dir(created.parent)
 
 
-def plain_size(path: Path) -> int:
+def regular_file_size(path: Path) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
@@ -37,14 +37,14 @@ def plain_size(path: Path) -> int:
     return status.st_size
 
 
-def read_small(path: Path) -> bytes:
-    """Return the content of a regular file of at most ``SMALL`` bytes.
+def read_small_file(path: Path) -> bytes:
+    """Return the content of a regular file of at most ``MAX_SMALL_FILE_BYTES`` bytes.
 
     Raises:
-        OSError: See :func:`plain_size`; or the file is larger.
+        OSError: See :func:`regular_file_size`; or the file is larger.
     """
-    if (size := plain_size(path)) > SMALL:
-        raise OSError(errno.EFBIG, f"{size} bytes, expected at most {SMALL}", str(path))
+    if (size := regular_file_size(path)) > MAX_SMALL_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"{size} bytes, expected at most {MAX_SMALL_FILE_BYTES}", str(path))
     return path.read_bytes()
 
 
@@ -88,14 +88,14 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file, or None if the file is missing or holds no JSON object."""
     try:
-        value = json.loads(read_small(path))
+        value = json.loads(read_small_file(path))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects that :func:`append_line` wrote, without a last line that a crash truncated."""
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects that :func:`append_json_line` wrote, without a last line that a crash truncated."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -105,7 +105,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def append_line(path: Path, value: Any) -> None:
+def append_json_line(path: Path, value: Any) -> None:
     """Append a JSON object as one line, in one write, so that lines of several processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -115,7 +115,7 @@ def append_line(path: Path, value: Any) -> None:
         os.close(handle)
 
 
-def write_hashed(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
+def write_and_hash(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
     """Write bytes-like ``chunks`` in order and fsync the file. A second thread hashes each chunk as it is written.
 
     Returns:
@@ -141,7 +141,7 @@ def fsync_dir(folder: Path) -> None:
         os.close(handle)
 
 
-def sha256(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

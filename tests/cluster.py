@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bigincubate.launchers.slurm.client import Queued, queue
+from bigincubate.launchers.slurm.client import QueuedJob, list_queued_jobs
 from bigincubate.storage.run_directory import PhaseDir, RunDir
 
 SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
@@ -102,12 +102,12 @@ def ranks(run: RunDir, phase: str, module: int | None = None) -> list[int]:
     return processes(run, "train", phase, *(["--module", str(module)] if module is not None else []))
 
 
-def running(run: RunDir, key: str) -> Queued | None:
+def running(run: RunDir, key: str) -> QueuedJob | None:
     """The job of a phase, where it runs."""
-    return next((entry for entry in queue(run) if entry.key == key and entry.state == "RUNNING"), None)
+    return next((entry for entry in list_queued_jobs(run) if entry.key == key and entry.state == "RUNNING"), None)
 
 
-def nodes(entry: Queued) -> list[str]:
+def nodes(entry: QueuedJob) -> list[str]:
     return say("scontrol", "show", "hostnames", entry.node).split()
 
 

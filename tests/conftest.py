@@ -64,10 +64,10 @@ def smoke(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits' training part as MDS shards, prepared once a session."""
-    from bigincubate.data.prepare import prepare
+    from bigincubate.data.prepare import prepare_dataset
 
     out = tmp_path_factory.mktemp("digits") / "data"
-    prepare("digits-dev", out)
+    prepare_dataset("digits-dev", out)
     return out
 
 
@@ -110,11 +110,11 @@ class Lab:
 
     def context(self, phase: str, module: int | None = None) -> Any:
         """Return what a phase is set up with."""
-        from bigincubate.distributed.process_group import RunEnv
+        from bigincubate.distributed.process_group import DistributedContext
         from bigincubate.planning.context import RunContext
 
         opened = RunContext(self.recipe, self.run, self.data, self.plan, self.rows)
-        return opened.phase(phase, module, RunEnv.detect())  # type: ignore[arg-type]
+        return opened.phase(phase, module, DistributedContext.detect())  # type: ignore[arg-type]
 
     def train(self, phase: str, module: int | None = None) -> dict[str, Any]:
         from bigincubate.training.run_phase import train_phase

@@ -17,7 +17,7 @@ RANKS = Path(__file__).with_name("ranks.py")
 AT_ONCE = 25
 # all that is random, and a log of every step
 LOUD = ["mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "loss.label_smoothing=0.1", "augment.erase=0.3"]
-LOUD += ["log.every_steps=1", "ema.decay=0.9", "augment.repeats=2"]
+LOUD += ["log.every_steps=1", "ema.decay=0.9", "augment.repeated_aug=2"]
 PHASES = [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]
 
 

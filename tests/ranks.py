@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from bigincubate.cli import main
-from bigincubate.sharding.memory_profile import Collectives, alive, held
+from bigincubate.sharding.memory_profile import CollectiveCounter, bytes_by_role, live_storages
 from bigincubate.storage.checkpoint_manager import CheckpointManager
 from bigincubate.training import trainer
 
@@ -71,10 +71,10 @@ def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
     init, step = trainer.Trainer.__init__, trainer.Trainer.step
 
     def measured(self: trainer.Trainer) -> dict[str, Any]:
-        pieces = [piece.tensor for piece in self.ema.shards.values()]
-        parts = held(self.model, self.sharding.optimizer, pieces, self.ema.average.values())
+        shards = [shard.tensor for shard in self.ema.shards.values()]
+        parts = bytes_by_role(self.model, self.sharding.optimizer, shards, self.ema.average.values())
         known = {address for part in parts.values() for address in part}
-        rest = {address: size for address, size in alive(self.env.device).items() if address not in known}
+        rest = {address: size for address, size in live_storages(self.env.device).items() if address not in known}
         sizes = {name: sum(part.values()) for name, part in parts.items()}
         return sizes | {"rest": [size for size in rest.values() if size > 1024]}
 
@@ -86,19 +86,19 @@ def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
     def watched(self: trainer.Trainer, batch: Any) -> Any:
         if self.state.step != at:
             return step(self, batch)
-        accumulating, update = self.sharding.accumulating, self.sharding.step
+        gradient_sync, update = self.sharding.gradient_sync, self.sharding.step
 
         def last(is_last: bool) -> Any:
             if is_last:
                 found["summed"] = measured(self)
-            return accumulating(is_last)
+            return gradient_sync(is_last)
 
         def over(max_norm: float) -> Any:
             found["held"] = measured(self)
             return update(max_norm)
 
-        with pytest.MonkeyPatch.context() as inner, Collectives() as collectives:
-            inner.setattr(self.sharding, "accumulating", last)
+        with pytest.MonkeyPatch.context() as inner, CollectiveCounter() as collectives:
+            inner.setattr(self.sharding, "gradient_sync", last)
             inner.setattr(self.sharding, "step", over)
             ended = step(self, batch)
         found["sent"] = dict(collectives.bytes)
@@ -115,7 +115,7 @@ def write_again(patch: pytest.MonkeyPatch, folder: str) -> None:
     def restored(self: trainer.Trainer, checkpoint: Any) -> None:
         restore(self, checkpoint)
         saves = CheckpointManager(Path(folder), self.env, digest=self.recipe.digest)
-        saves.save(checkpoint.step, self.pieces(), dataclasses.asdict(self.state))
+        saves.save(checkpoint.step, self.checkpoint_tensors(), dataclasses.asdict(self.state))
         saves.close()
 
     patch.setattr(trainer.Trainer, "restore", restored)
@@ -156,18 +156,18 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate(job: dict[str, Any]) -> dict[str, Any]:
     """Scores of an artifact on the first ``samples`` of the validation split."""
-    from bigincubate.config import Augment
+    from bigincubate.config import AugmentConfig
     from bigincubate.data.dataset import open_dataset
     from bigincubate.data.streams import EvalStream
-    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.interchange.export import load_model
     from bigincubate.tasks.image_classification import task as classification
 
-    env = RunEnv.detect()
+    env = DistributedContext.detect()
     model, spec = load_model(Path(job["evaluate"]))
     info = open_dataset(job["data"])
     info = dataclasses.replace(info, samples={**info.samples, "val": job["samples"]})
-    augment = Augment(mean=spec.mean, std=spec.std, eval_crop=spec.eval_crop)
+    augment = AugmentConfig(mean=spec.mean, std=spec.std, eval_crop=spec.eval_crop)
     stream = EvalStream(info, "val", augment, img_size=spec.img_size, batch_size=32, rank=env.rank, world=env.world)
     scores = classification.evaluate(model, stream, env)
     env.close()

@@ -16,9 +16,9 @@ from .app import CheckpointsArgument, JsonOption, checkpoint_app, console, say
 def checkpoint_list(folder: CheckpointsArgument, as_json: JsonOption = False) -> None:
     """Every checkpoint: step, ranks, bytes, when; whether it was committed, and whether its hashes are right."""
     from ..report.console_tables import checkpoint_table
-    from ..storage.checkpoint_tools import survey
+    from ..storage.checkpoint_tools import list_checkpoints
 
-    rows = survey(folder)
+    rows = list_checkpoints(folder)
     if as_json:
         print(json.dumps(rows, indent=1))
     else:
@@ -28,14 +28,14 @@ def checkpoint_list(folder: CheckpointsArgument, as_json: JsonOption = False) ->
 @checkpoint_app.command("verify")
 def checkpoint_verify(folder: CheckpointsArgument) -> None:
     """Hash every file of every committed checkpoint; exit code 6 where one is damaged."""
-    from ..storage.checkpoint_tools import survey
+    from ..storage.checkpoint_tools import list_checkpoints
 
-    rows = [row for row in survey(folder) if row["committed"]]
+    rows = [row for row in list_checkpoints(folder) if row["committed"]]
     if not rows:
         raise ArtifactError(f"no checkpoint in {folder} was ever committed")
     for row in rows:
         if row["problem"] is None:
-            say(f"sound  {row['path']}")
+            say(f"valid  {row['path']}")
     if damaged := [row["problem"] for row in rows if row["problem"] is not None]:
         raise DamagedError(f"{len(damaged)} of {len(rows)} damaged: {'; '.join(damaged)}")
 
@@ -47,21 +47,23 @@ def checkpoint_convert(
     ranks: Annotated[int, typer.Option(min=1, help="Files to spread it over; 1: whole tensors in one file.")] = 1,
 ) -> None:
     """Rewrite a checkpoint as the files of so many ranks. Resuming does not need it: any phase takes up any layout."""
-    from ..storage.checkpoint_tools import convert
 
-    convert(checkpoint, out, ranks=ranks)
+    from ..storage.checkpoint_tools import convert_checkpoint
+
+    convert_checkpoint(checkpoint, out, ranks=ranks)
     say(f"{out}: the checkpoint of {checkpoint} as {ranks} file{'s' if ranks > 1 else ''} of tensors")
 
 
 @checkpoint_app.command("prune")
 def checkpoint_prune(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or a phase's.")],
-    keep: Annotated[int, typer.Option(min=1, help="The newest sound ones to keep of each phase.")] = 2,
+    keep: Annotated[int, typer.Option(min=1, help="The newest valid ones to keep of each phase.")] = 2,
 ) -> None:
     """Remove old checkpoints, damaged ones, and what was never finished. Not of a phase that somebody trains."""
-    from ..storage.checkpoint_tools import prune
 
-    removed = prune(folder, keep=keep)
+    from ..storage.checkpoint_tools import prune_checkpoints
+
+    removed = prune_checkpoints(folder, keep=keep)
     for path in removed:
         say(f"removed  {path}")
     if not removed:

@@ -68,10 +68,10 @@ def verify(run_dir: RunArgument, as_json: JsonOption = False) -> None:
 @app.command()
 def recipes() -> None:
     """The recipes that come with the package."""
-    from ..config import load_recipe, shipped
+    from ..config import list_shipped_recipes, load_recipe
 
-    width = max(map(len, shipped())) + 1
-    for name, file in shipped().items():
+    width = max(map(len, list_shipped_recipes())) + 1
+    for name, file in list_shipped_recipes().items():
         say(f"{name:<{width}} {load_recipe(name).description}\n{'':<{width}} {file}")
 
 

@@ -25,7 +25,7 @@ def data_prepare(
         float, typer.Option(min=0.0, max=0.9, help="Of each class, where the tree has no validation part.")
     ] = 0.2,
     parts: Annotated[
-        int | None, typer.Option(min=1, help="Also cut the training images into so many parts: data.decentralised.")
+        int | None, typer.Option(min=1, help="Also cut the training images into so many parts: data.decentralized.")
     ] = None,
     balanced: Annotated[str, typer.Option(help="How --parts cuts: class (evenly) or hash (of the name).")] = "class",
     by: Annotated[
@@ -35,24 +35,26 @@ def data_prepare(
     """Write images as hashed MDS shards that training streams. Killed and run again, it goes on."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..data.partitions import Cut, cut_by_class, cut_by_file, cut_by_hash
-    from ..data.prepare import prepare
+    from ..data.partitions import PartitionFunction, partition_by_class, partition_by_hash, partition_from_file
+    from ..data.prepare import prepare_dataset
 
-    ways = {"class": cut_by_class, "hash": cut_by_hash}
+    ways = {"class": partition_by_class, "hash": partition_by_hash}
     if balanced not in ways:
         raise ConfigError(f"--balanced {balanced}: there are class and hash")
     if by is not None and parts is not None:
         raise ConfigError("--by FILE says which parts there are: leave out --parts")
-    cut: Cut | None = partial(cut_by_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
+    cut: PartitionFunction | None = (
+        partial(partition_from_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
+    )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(), disable=not console().is_terminal) as progress:
         bar = progress.add_task("preparing", total=None)
-        info = prepare(
+        info = prepare_dataset(
             source,
             out,
             jobs=jobs,
             val_fraction=val_fraction,
-            cut=cut,
+            partition=cut,
             on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
         )
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
@@ -73,20 +75,20 @@ def evaluate(
     """Top-1, top-5 and loss of a finished model on a validation split."""
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"--probe {probe}: there are linear and knn")
-    from ..config import Data
+    from ..config import DataConfig
     from ..data.dataset import open_dataset
-    from ..distributed.process_group import RunEnv
+    from ..distributed.process_group import DistributedContext
     from ..interchange.export import load_model
     from ..tasks.metric import describe_metrics
     from ..tasks.registry import task_class
 
     model, spec = load_model(source)
     found = task_class(spec.task)
-    task = found(found.artifact_settings(spec.model, spec.metadata), Data())
+    task = found(found.artifact_settings(spec.model, spec.metadata), DataConfig())
     info = open_dataset(data)
     if probe is None:
         task.check_dataset(info)
-    env = RunEnv.detect()
+    env = DistributedContext.detect()
     try:
         if probe is None:
             stream = task.eval_stream(info, "val", rank=env.rank, world=env.world, batch_size=batch_size)

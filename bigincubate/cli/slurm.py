@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import ArtifactError, EnvironmentFault
+from ..errors import ArtifactError, ExternalError
 from .app import RecipeArgument, RunArgument, RunDirOption, SetOption, app, console, say
 
 
@@ -34,19 +34,19 @@ def submit(
 
     directory = RunDir(run_dir)
     if dry_run:
-        from ..launchers.slurm.client import DEFAULT_ARRAY, array_size
-        from ..launchers.slurm.sbatch import show
+        from ..launchers.slurm.client import DEFAULT_MAX_ARRAY_SIZE, query_max_array_size
+        from ..launchers.slurm.sbatch import format_submission
         from ..planning.phases import make_plan
 
-        size = DEFAULT_ARRAY
-        with contextlib.suppress(EnvironmentFault):  # no Slurm here
-            size = array_size()
-        say(show(loaded, directory, make_plan(loaded).modules, baseline=baseline, size=size))
+        size = DEFAULT_MAX_ARRAY_SIZE
+        with contextlib.suppress(ExternalError):  # no Slurm here
+            size = query_max_array_size()
+        say(format_submission(loaded, directory, make_plan(loaded).modules, baseline=baseline, size=size))
         return
     share(loaded)
     open_run(loaded, directory, report=say)
     if baseline:
-        directory.note("baseline")
+        directory.log_event("baseline")
     proceed(directory)
 
 
@@ -74,20 +74,22 @@ def resume(
 
 def proceed(directory: Any, gate: str | None = None) -> None:
     """Submit what is missing; where nothing is, export."""
-    from ..data.partitions import seen_by
-    from ..files import read_lines
+    from ..data.partitions import dataset_digest_for_module
+    from ..files import read_json_lines
     from ..interchange.export import export as export_model
     from ..interchange.export import whole
-    from ..launchers.slurm.scheduler import advance
+    from ..launchers.slurm.scheduler import submit_missing_jobs
     from ..planning.context import open_run
-    from ..planning.job_graph import job_graph
+    from ..planning.job_graph import build_job_graph
 
-    loaded = directory.recipe()
+    loaded = directory.load_recipe()
     share(loaded)
     opened = open_run(loaded, directory)
-    baseline = any(row["event"] == "baseline" for row in read_lines(directory.path / "events.jsonl"))
-    seen = partial(seen_by, loaded, opened.data)
-    if not advance(loaded, job_graph(opened.rows, baseline=baseline), directory, data=seen, gate=gate, say=say):
+    baseline = any(row["event"] == "baseline" for row in read_json_lines(directory.path / "events.jsonl"))
+    seen = partial(dataset_digest_for_module, loaded, opened.data)
+    if not submit_missing_jobs(
+        loaded, build_job_graph(opened.rows, baseline=baseline), directory, data=seen, gate=gate, say=say
+    ):
         say(f"watch:   bigincubate status {directory.path} --watch")
         return
     exported = directory.path / "export"
@@ -95,7 +97,7 @@ def proceed(directory: Any, gate: str | None = None) -> None:
         export_model(directory.path, exported)
     from ..report.console_tables import summary_table
 
-    console().print(summary_table(loaded.name, directory.summary()))
+    console().print(summary_table(loaded.name, directory.update_summary()))
     say(f"model:   {exported}")
 
 
@@ -106,7 +108,7 @@ def share(recipe: Any) -> None:
 
 
 @app.command(hidden=True)
-def settle(
+def handle_job_exit(
     run_dir: RunArgument,
     phase: Annotated[str, typer.Option()],
     job: Annotated[str, typer.Option()],
@@ -117,10 +119,10 @@ def settle(
     from typing import cast
 
     from ..config import Phase
-    from ..launchers.slurm.requeue import settle as end
+    from ..launchers.slurm.requeue import handle_job_exit as handle
     from ..storage.run_directory import RunDir
 
-    code, why = end(RunDir(run_dir).phase(cast("Phase", phase), module), job, code)
+    code, why = handle(RunDir(run_dir).phase(cast("Phase", phase), module), job, code)
     say(f"job {job}: {why}")
     raise typer.Exit(code)
 
@@ -128,12 +130,12 @@ def settle(
 @app.command()
 def cancel(run_dir: RunArgument) -> None:
     """Take a run's jobs out of Slurm's queue. What runs writes a checkpoint first; `resume` goes on."""
-    from ..launchers.slurm.client import cancel as take_out
+    from ..launchers.slurm.client import cancel_jobs
     from ..storage.run_directory import RunDir
 
     directory = RunDir(run_dir)
-    directory.recipe()
-    ids = take_out(directory)
+    directory.load_recipe()
+    ids = cancel_jobs(directory)
     say(f"cancelled: {', '.join(ids)}" if ids else "nothing of this run is in the queue")
 
 
@@ -147,11 +149,11 @@ def logs(
     """The ends of a run's logs, of Slurm jobs and of local processes."""
     import subprocess
 
-    from ..launchers.slurm.client import job_logs
+    from ..launchers.slurm.client import list_job_logs
     from ..storage.run_directory import RunDir
 
     pattern = f"modules/{module:02d}/logs/*.log" if module is not None else "**/logs/*.log"
-    files = sorted(run_dir.glob(pattern)) + job_logs(RunDir(run_dir), module)
+    files = sorted(run_dir.glob(pattern)) + list_job_logs(RunDir(run_dir), module)
     if not files:
         raise ArtifactError(f"no logs in {run_dir} yet")
     with contextlib.suppress(KeyboardInterrupt):

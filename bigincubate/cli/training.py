@@ -38,26 +38,32 @@ def plan(
     loaded = load_recipe(recipe, sets or ())
     if world is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", world):
         raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
-    from ..planning.memory import footprints, shareable, shares_out
+    from ..planning.memory import all_batches_divisible, batch_divisible, estimate_footprints
     from ..planning.phases import cost_plan, make_plan, plan_json
     from ..planning.prepare_run import expected_samples
 
-    worlds = [int(ranks) for ranks in world.split(",")] if world else [n for n in (1, 2, 8) if shareable(loaded, n)]
+    worlds = (
+        [int(ranks) for ranks in world.split(",")]
+        if world
+        else [n for n in (1, 2, 8) if all_batches_divisible(loaded, n)]
+    )
     cut = make_plan(loaded)
     rows = cost_plan(loaded, cut, expected_samples(loaded))
     counted = plan_json(loaded, cut, rows)
-    spread = footprints(loaded, cut, rows, worlds)
+    spread = estimate_footprints(loaded, cut, rows, worlds)
     for row in counted["rows"]:
         row["sharding"] = [asdict(each) for each in spread[row["key"]]]
     if cluster is not None:
-        from ..planning.walltime import critical_path, estimate, read_cluster
+        from ..planning.walltime import critical_path_seconds, estimate_walltime, parse_cluster
 
-        there = read_cluster(cluster)
-        estimates = estimate(rows, there, lambda row, ranks: shares_out(loaded.settings(row.phase), ranks))
+        there = parse_cluster(cluster)
+        estimates = estimate_walltime(
+            rows, there, lambda row, ranks: batch_divisible(loaded.settings(row.phase), ranks)
+        )
         counted["cluster"] = {
             "gpus": there.gpus,
             "phases": [asdict(each) for each in estimates],
-            "seconds": critical_path(estimates, there.gpus),
+            "seconds": critical_path_seconds(estimates, there.gpus),
             "gpu_seconds": sum(each.gpu_seconds for each in estimates if each.key != "end_to_end"),
         }
     if as_json:
@@ -107,21 +113,21 @@ def run(
     from ..interchange.export import export as export_model
     from ..interchange.export import whole
     from ..launchers.local import LocalRunner
-    from ..launchers.progress import Reporter
+    from ..launchers.progress import ProgressReporter
     from ..planning.context import open_run
-    from ..planning.job_graph import job_graph
+    from ..planning.job_graph import build_job_graph
     from ..storage.run_directory import RunDir
 
     directory, exported = RunDir(run_dir), run_dir / "export"
     opened = open_run(loaded, directory, report=say)
-    graph = job_graph(opened.rows, baseline=baseline)
+    graph = build_job_graph(opened.rows, baseline=baseline)
     if all(directory.phase(job.phase, job.module).result for job in graph) and whole(exported):
         say(f"{run_dir} is done already")
-    with Reporter(console()) as reporter:
+    with ProgressReporter(console()) as reporter:
         helper = shared_loader_job(directory) if co_train else None
         runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, nproc, helper)
         code = runner.execute(graph)
-    summary = directory.summary()
+    summary = directory.update_summary()
     if code is Exit.PREEMPTED:
         say(f"stopped; nothing is lost. Go on with the same command:\n  {command_line()}")
         raise typer.Exit(code)
@@ -150,20 +156,20 @@ def train(
     if phase not in PHASES:
         raise ConfigError(f"--phase {phase}: there are {', '.join(PHASES)}")
     loaded = load_recipe(recipe, sets or ())
-    from ..distributed.parent_death import die_with_parent
-    from ..distributed.process_group import RunEnv
+    from ..distributed.parent_death import stop_with_parent
+    from ..distributed.process_group import DistributedContext
     from ..launchers.slurm.environment import array_index, set_torchrun_variables
     from ..planning.context import open_run
     from ..storage.run_directory import RunDir
 
-    die_with_parent()
+    stop_with_parent()
     if module is not None and module != "auto" and not module.isdigit():
         raise ConfigError(f"--module {module}: expected a number, or auto")
     number = array_index() if module == "auto" else None if module is None else int(module)
     set_torchrun_variables()
-    env = RunEnv.detect()
+    env = DistributedContext.detect()
     try:
-        with env.first():
+        with env.main_process_first():
             opened = open_run(loaded, RunDir(run_dir), report=say, module=number)
             context = opened.phase(phase, number, env)
         from ..tasks.metric import describe_metrics

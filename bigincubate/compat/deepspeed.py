@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..errors import EnvironmentFault
+from ..errors import MissingDependencyError
 
 
 class FlatSlice(NamedTuple):
@@ -36,7 +36,7 @@ def import_deepspeed(device_type: str) -> Any:
     """Import DeepSpeed for ``device_type`` without its warnings and log messages.
 
     Raises:
-        EnvironmentFault: DeepSpeed is not installed.
+        MissingDependencyError: DeepSpeed is not installed.
     """
     os.environ.setdefault("DS_ACCELERATOR", device_type)
     logger = logging.getLogger("DeepSpeed")
@@ -45,7 +45,7 @@ def import_deepspeed(device_type: str) -> Any:
             warnings.simplefilter("ignore")
             import deepspeed
     except ImportError as error:
-        raise EnvironmentFault(
+        raise MissingDependencyError(
             f"sharding.strategy = \"zero…\" needs DeepSpeed ({error}): pip install 'bigincubate[deepspeed]'"
         ) from None
     logger.setLevel(logging.CRITICAL)

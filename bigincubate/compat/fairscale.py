@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import EnvironmentFault
+from ..errors import MissingDependencyError
 
 
 def import_fairscale() -> tuple[Any, Any]:
     """Import fairscale and return its classes ``OSS`` and ``ShardedDataParallel``.
 
     Raises:
-        EnvironmentFault: fairscale is not installed.
+        MissingDependencyError: fairscale is not installed.
     """
     try:
         from fairscale.nn.data_parallel import ShardedDataParallel
         from fairscale.optim import OSS
     except ImportError as error:
-        raise EnvironmentFault(
+        raise MissingDependencyError(
             f"sharding.strategy = \"oss\" needs fairscale ({error}): pip install 'bigincubate[fairscale]'"
         ) from None
     return OSS, ShardedDataParallel

@@ -9,7 +9,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 MAX_MMAP_THRESHOLD = 32 * 2**20  # bytes; malloc accepts no higher value
 
 
-def keep_freed_memory() -> bool:
+def disable_malloc_trim() -> bool:
     """Make ``malloc`` keep freed blocks of up to 32 MiB instead of returning them to the kernel.
 
     A training step on a CPU frees its activations, and the next step allocates as many bytes. Memory that was returned

@@ -6,43 +6,43 @@ computed (two runs that differ in one are different experiments), or an *executi
 computed (sharding, workers, micro-batch, logging). Digests, refusals and lineage use identity keys only.
 """
 
-from .reading import load_recipe, shipped
+from .reading import list_shipped_recipes, load_recipe
 from .recipe import Recipe, differences, is_execution
 from .sections import (
     PHASES,
-    Augment,
-    Data,
-    Fsdp2,
-    Meta,
-    Mixup,
-    Model,
-    Optim,
+    AugmentConfig,
+    DataConfig,
+    Fsdp2Config,
+    MetaConfig,
+    MixupConfig,
+    ModelConfig,
+    OptimConfig,
     Phase,
-    Schedule,
+    ScheduleConfig,
     Settings,
-    Sharding,
-    Train,
+    ShardingConfig,
+    TrainConfig,
 )
-from .slurm import SlurmJob
+from .slurm import SlurmJobConfig
 
 __all__ = [
     "PHASES",
-    "Augment",
-    "Data",
-    "Fsdp2",
-    "Meta",
-    "Mixup",
-    "Model",
-    "Optim",
+    "AugmentConfig",
+    "DataConfig",
+    "Fsdp2Config",
+    "MetaConfig",
+    "MixupConfig",
+    "ModelConfig",
+    "OptimConfig",
     "Phase",
     "Recipe",
-    "Schedule",
+    "ScheduleConfig",
     "Settings",
-    "Sharding",
-    "SlurmJob",
-    "Train",
+    "ShardingConfig",
+    "SlurmJobConfig",
+    "TrainConfig",
     "differences",
     "is_execution",
+    "list_shipped_recipes",
     "load_recipe",
-    "shipped",
 ]

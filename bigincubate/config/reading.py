@@ -20,7 +20,7 @@ MAX_BYTES, MAX_NESTING = 2**20, 20  # of a recipe file
 Overlay = Callable[[Recipe], dict[str, Any]]
 
 
-def shipped() -> dict[str, Path]:
+def list_shipped_recipes() -> dict[str, Path]:
     """Return the files of the recipes that come with the package, by name."""
     folder = Path(str(resources.files("bigincubate") / "recipes"))
     return {file.stem: file for file in sorted(folder.rglob("*.toml"), key=lambda file: file.stem)}
@@ -49,7 +49,7 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | 
     raw.setdefault("name", file.stem)
     recipe: Recipe = _validate(Recipe, raw, "", where)
     for phase in PHASES:
-        own = recipe.section(phase)
+        own = recipe.phase_overrides(phase)
         merged = {}
         for key in Settings.model_fields:
             common, over = getattr(recipe, key), getattr(own, key)
@@ -76,12 +76,12 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{file}: tables or lists nested more than {MAX_NESTING} deep")
     if (name := raw.pop("base", None)) is None:
         return raw
-    if not isinstance(name, str) or name not in shipped():
-        raise ConfigError(f"{file}: base = {name!r}: no shipped recipe; known are {', '.join(shipped())}")
+    if not isinstance(name, str) or name not in list_shipped_recipes():
+        raise ConfigError(f"{file}: base = {name!r}: no shipped recipe; known are {', '.join(list_shipped_recipes())}")
     chain = (*above, file)
-    if shipped()[name] in chain:
+    if list_shipped_recipes()[name] in chain:
         raise ConfigError(f"{file}: base = {name!r} is circular, through {' and '.join(map(str, chain))}")
-    base = _read(shipped()[name], chain)
+    base = _read(list_shipped_recipes()[name], chain)
     base.pop("name", None)
     model = raw.get("model")
     if isinstance(model, dict) and "name" in model and isinstance(base.get("model"), dict):
@@ -103,7 +103,7 @@ def _nesting(value: Any) -> int:
 
 
 def _find(name_or_path: str) -> Path:
-    known = shipped()
+    known = list_shipped_recipes()
     if name_or_path in known:
         return known[name_or_path]
     path = Path(name_or_path)

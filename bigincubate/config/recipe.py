@@ -13,45 +13,45 @@ from pydantic import BaseModel, Field
 
 from .sections import (
     PHASES,
-    Checkpoint,
-    Data,
-    EndToEnd,
-    Incubate,
-    Log,
-    Meta,
+    CheckpointConfig,
+    DataConfig,
+    EndToEndConfig,
+    IncubateConfig,
+    LogConfig,
+    MetaConfig,
     Phase,
-    PhaseSection,
-    Plan,
+    PhaseConfig,
+    PlanConfig,
     Settings,
-    execution,
+    execution_field,
 )
-from .slurm import Slurm
+from .slurm import SlurmConfig
 
 
 class Recipe(Settings):
     """One experiment: common settings, and what each phase overrides. :meth:`settings` resolves them for a phase."""
 
     name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = execution("")
-    data: Data = Data()
-    plan: Plan
-    meta: Meta = Meta()
-    pretrain: PhaseSection = PhaseSection()
-    incubate: Incubate = Incubate()
-    finetune: PhaseSection = PhaseSection()
-    end_to_end: EndToEnd = EndToEnd()
-    log: Log = Log()
-    checkpoint: Checkpoint = Checkpoint()
-    slurm: Slurm = Slurm()
+    description: str = execution_field("")
+    data: DataConfig = DataConfig()
+    plan: PlanConfig
+    meta: MetaConfig = MetaConfig()
+    pretrain: PhaseConfig = PhaseConfig()
+    incubate: IncubateConfig = IncubateConfig()
+    finetune: PhaseConfig = PhaseConfig()
+    end_to_end: EndToEndConfig = EndToEndConfig()
+    log: LogConfig = LogConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    slurm: SlurmConfig = SlurmConfig()
 
-    def section(self, phase: Phase) -> PhaseSection:
+    def phase_overrides(self, phase: Phase) -> PhaseConfig:
         """Return what a phase overrides."""
-        overrides: PhaseSection = getattr(self, phase)
+        overrides: PhaseConfig = getattr(self, phase)
         return overrides
 
     def settings(self, phase: Phase) -> Settings:
         """Return the settings of a phase: its own values over the common ones."""
-        own = self.section(phase)
+        own = self.phase_overrides(phase)
         return Settings(
             **{
                 key: type(getattr(self, key)).model_validate(merge(getattr(self, key).model_dump(), getattr(own, key)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ConfigError, EnvironmentFault
+from ..errors import ConfigError, ExternalError
 
 PACKAGE = Path(__file__).parent
 
@@ -14,13 +14,13 @@ def resource_folder(name: Literal["ds_configs", "slurm"]) -> Path:
     """Return the folder inside the installed package, or else the one at the top level of the checkout.
 
     Raises:
-        EnvironmentFault: Neither exists.
+        ExternalError: Neither exists.
     """
     candidates = [PACKAGE / name, PACKAGE.parent / name]
     for folder in candidates:
         if folder.is_dir():
             return folder
-    raise EnvironmentFault(f"no folder {name} at {' or '.join(map(str, candidates))}; install bigincubate again")
+    raise ExternalError(f"no folder {name} at {' or '.join(map(str, candidates))}; install bigincubate again")
 
 
 def copy_scripts(destination: Path) -> list[Path]:

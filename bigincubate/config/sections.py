@@ -18,7 +18,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 StageDepths = list[int] | list[list[int]]
 
 
-def execution(default: Any, **constraints: Any) -> Any:
+def execution_field(default: Any, **constraints: Any) -> Any:
     """Return a pydantic field that is an execution key: it says where or how to compute, never what."""
     return Field(default, json_schema_extra={"execution": True}, **constraints)
 
@@ -34,14 +34,14 @@ def one_of_or_object(*names: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-class Section(BaseModel):
+class ConfigTable(BaseModel):
     """Base class of the tables: strict types, unknown keys refused, immutable."""
 
     # defaults are validated too, so that 0 and 0.0 are the same recipe
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
 
 
-class Model(Section):
+class ModelConfig(ConfigTable):
     """The timm model and the arguments of its constructor."""
 
     name: str = "vit_base_patch16_224"
@@ -50,30 +50,30 @@ class Model(Section):
     num_classes: Count = 1000
 
 
-class TaskSection(Section):
+class TaskConfig(ConfigTable):
     """What is learned."""
 
     name: Annotated[str, one_of_or_object("image_classification")] = "image_classification"
     args: dict[str, Any] = Field(default_factory=dict)  # settings of a task from outside this package
 
 
-class Data(Section):
+class DataConfig(ConfigTable):
     """Where the samples are and in which order they are read."""
 
     source: Literal["digits", "digits-dev", "made-up"] | None = None  # embedded data, prepared if missing
-    path: str | None = execution(None)  # a prepared folder; None: RUN_DIR/data, only for embedded data
-    remote: str | None = execution(None)  # a URL of the streaming library, downloaded into `path`
-    stage: str | None = execution(None)  # shards are copied to this disk of the node: "$TMPDIR"
-    stage_gib: NonNegative | None = execution(None)  # larger data is refused; None: the free space
-    workers: int = execution(0, ge=0)
+    path: str | None = execution_field(None)  # a prepared folder; None: RUN_DIR/data, only for embedded data
+    remote: str | None = execution_field(None)  # a URL of the streaming library, downloaded into `path`
+    local_cache: str | None = execution_field(None)  # shards are copied to this disk of the node: "$TMPDIR"
+    local_cache_gib: NonNegative | None = execution_field(None)  # larger data is refused; None: the free space
+    workers: int = execution_field(0, ge=0)
     train_samples: Count | None = None  # expected number: lets `plan` run without the data, which is checked against it
-    decentralised: bool = False  # module k trains only on partition k, for as many steps as without
+    decentralized: bool = False  # module k trains only on partition k, for as many steps as without
     canonical_nodes: Count = 1
     shuffle: Literal["py1e", "py1s", "py1br", "py2s"] = "py1e"
     shuffle_block_size: Count = 1 << 18
 
 
-class Plan(Section):
+class PlanConfig(ConfigTable):
     """How the target model is cut. Depths: one number per module, or one list over stages per module."""
 
     modules: Count | None = None
@@ -86,7 +86,7 @@ class Plan(Section):
         return self.modules or len(self.target_depths or ())
 
     @model_validator(mode="after")
-    def _consistent(self) -> Plan:
+    def _consistent(self) -> PlanConfig:
         if self.target_depths is None and self.meta_depths is not None:
             raise ValueError("meta_depths needs target_depths too")
         if self.modules and self.target_depths and self.modules != len(self.target_depths):
@@ -96,7 +96,7 @@ class Plan(Section):
         return self
 
 
-class Meta(Section):
+class MetaConfig(ConfigTable):
     """The weights that the meta model starts from, instead of fresh ones; the phase ``pretrain`` then trains it."""
 
     # "timm:NAME", which timm may download, or the path of a run, an export, a .safetensors or .pth file
@@ -105,7 +105,7 @@ class Meta(Section):
     select: str | list[int] | list[list[int]] | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Meta:
+    def _consistent(self) -> MetaConfig:
         if self.init in ("", "timm:"):
             raise ValueError('init is a path, or "timm:" with the name of a model')
         if self.select is not None and self.init is None:
@@ -124,7 +124,7 @@ def _in_order(select: Any) -> bool:
     return select[0] >= 0 and all(before < after for before, after in pairwise(select))
 
 
-class Train(Section):
+class TrainConfig(ConfigTable):
     """Length, batch and precision of a phase."""
 
     lr: NonNegative = 1e-3
@@ -135,13 +135,15 @@ class Train(Section):
     clip_grad: NonNegative = 1.0  # global L2 norm; 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
     max_nonfinite: int = Field(10, ge=0)  # skipped steps allowed; with more, one rollback, then exit 5
-    micro_batch: Count | None = execution(None)  # maximum samples per forward pass of a rank; None: its whole share
-    compile: bool = execution(False)  # torch.compile for each block, and for a loss named package.module:function
-    subset_drop_path: bool = execution(False)  # drop-path computes branches only for the samples that are kept
-    last_block_cls_only: bool = execution(False)  # the last block computes only the class token
+    micro_batch: Count | None = execution_field(
+        None
+    )  # maximum samples per forward pass of a rank; None: its whole share
+    compile: bool = execution_field(False)  # torch.compile for each block, and for a loss named package.module:function
+    subset_drop_path: bool = execution_field(False)  # drop-path computes branches only for the samples that are kept
+    last_block_cls_only: bool = execution_field(False)  # the last block computes only the class token
 
 
-class Optim(Section):
+class OptimConfig(ConfigTable):
     """Any optimizer that timm can make."""
 
     name: str = "adamw"
@@ -153,7 +155,7 @@ class Optim(Section):
     lr_base_batch: Count = 512  # the batch size that train.lr is for, under "linear" and "sqrt"
 
 
-class Schedule(Section):
+class ScheduleConfig(ConfigTable):
     """The learning-rate schedule of a phase."""
 
     name: Literal["cosine", "constant"] = "cosine"
@@ -162,7 +164,7 @@ class Schedule(Section):
     min_lr: NonNegative = 1e-6
 
 
-class Augment(Section):
+class AugmentConfig(ConfigTable):
     """Augmentation of training images, with the names of timm and of the DeiT papers."""
 
     crop: Literal["random_resized", "simple", "pad", "none"] = "random_resized"
@@ -173,8 +175,8 @@ class Augment(Section):
     rand_augment: str | None = None  # e.g. "rand-m9-mstd0.5-inc1"
     three_augment: bool = False
     erase: Unit = 0.0
-    repeats: Count = 1  # repeated augmentation: views of each sample in a batch
-    views: Count | None = None  # epochs with different augmentations, then they repeat; None: all differ
+    repeated_aug: Count = 1  # repeated augmentation: views of each sample in a batch
+    distinct_epochs: Count | None = None  # epochs with different augmentations, then they repeat; None: all differ
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
     std: list[float] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
@@ -183,13 +185,13 @@ class Augment(Section):
     batch_transform: Annotated[str, one_of_or_object()] | None = None
 
     @model_validator(mode="after")
-    def _one_policy(self) -> Augment:
+    def _one_policy(self) -> AugmentConfig:
         if self.rand_augment and self.three_augment:
             raise ValueError("rand_augment and three_augment exclude each other")
         return self
 
 
-class Mixup(Section):
+class MixupConfig(ConfigTable):
     """Mixup and CutMix, drawn once per global batch."""
 
     mixup: NonNegative = 0.0  # alpha of the Beta distribution; 0: off
@@ -203,7 +205,7 @@ class Mixup(Section):
         return self.prob > 0 and (self.mixup > 0 or self.cutmix > 0)
 
 
-class DropPathSection(Section):
+class DropPathConfig(ConfigTable):
     """Stochastic depth: the rate of the last block, and the model over whose depth the rates increase linearly.
 
     ``target``: each block has the rate that it will have in the target model, and meta blocks have none.
@@ -211,10 +213,10 @@ class DropPathSection(Section):
     """
 
     rate: float = Field(0.0, ge=0, lt=1)
-    rates: Literal["target", "hybrid"] = "target"
+    ramp_over: Literal["target", "hybrid"] = "target"
 
 
-class Loss(Section):
+class LossConfig(ConfigTable):
     """The loss of a phase.
 
     ``name`` is ``"cross_entropy"``, ``"bce"`` (binary cross-entropy per class, as in DeiT III), or a function
@@ -225,57 +227,57 @@ class Loss(Section):
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # share of the target that is spread evenly over all classes
 
 
-class Ema(Section):
+class EmaConfig(ConfigTable):
     """Exponential moving average of the weights."""
 
     decay: float = Field(0.0, ge=0, lt=1)  # 0: no moving average
 
 
-class Fsdp2(Section):
+class Fsdp2Config(ConfigTable):
     """Options of ``strategy = "fsdp2"``."""
 
-    replicas: Count = execution(1)  # weights are sharded over world / replicas ranks; for example one per node
-    reshard_after_forward: bool = execution(True)  # false: gathered weights are kept until the backward pass
-    shard_frozen: bool = execution(False)  # true: frozen weights are sharded too, and gathered in every forward
-    gather_bf16: bool = execution(False)  # true, with train.precision = "bf16": weights are gathered as bf16
-    cpu_offload: bool = execution(False)  # keep weights, gradients and optimizer state in host memory
+    replicas: Count = execution_field(1)  # weights are sharded over world / replicas ranks; for example one per node
+    reshard_after_forward: bool = execution_field(True)  # false: gathered weights are kept until the backward pass
+    shard_frozen: bool = execution_field(False)  # true: frozen weights are sharded too, and gathered in every forward
+    gather_bf16: bool = execution_field(False)  # true, with train.precision = "bf16": weights are gathered as bf16
+    cpu_offload: bool = execution_field(False)  # keep weights, gradients and optimizer state in host memory
 
 
-class Sharding(Section):
+class ShardingConfig(ConfigTable):
     """How a phase is distributed over ranks. Options of other strategies are ignored."""
 
-    strategy: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "oss"] = execution("ddp")
-    fsdp2: Fsdp2 = Fsdp2()
-    deepspeed_config: str | None = execution(None)  # zero1 to zero3: path or shipped name of a DeepSpeed file
-    activation_checkpointing: Literal["none", "every", "selective"] = execution("none")
+    strategy: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "oss"] = execution_field("ddp")
+    fsdp2: Fsdp2Config = Fsdp2Config()
+    deepspeed_config: str | None = execution_field(None)  # zero1 to zero3: path or shipped name of a DeepSpeed file
+    activation_checkpointing: Literal["none", "full", "selective"] = execution_field("none")
 
 
-class Settings(Section):
+class Settings(ConfigTable):
     """All settings of one phase."""
 
-    task: TaskSection = TaskSection()
-    model: Model = Model()
-    train: Train = Train()
-    optim: Optim = Optim()
-    schedule: Schedule = Schedule()
-    augment: Augment = Augment()
-    mixup: Mixup = Mixup()
-    drop_path: DropPathSection = DropPathSection()
-    loss: Loss = Loss()
-    ema: Ema = Ema()
-    sharding: Sharding = Sharding()
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    augment: AugmentConfig = AugmentConfig()
+    mixup: MixupConfig = MixupConfig()
+    drop_path: DropPathConfig = DropPathConfig()
+    loss: LossConfig = LossConfig()
+    ema: EmaConfig = EmaConfig()
+    sharding: ShardingConfig = ShardingConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        batch_size, repeats = self.train.batch_size, self.augment.repeats
+        batch_size, repeats = self.train.batch_size, self.augment.repeated_aug
         if batch_size % repeats:
-            raise ValueError(f"train.batch_size = {batch_size} is no multiple of augment.repeats = {repeats}")
+            raise ValueError(f"train.batch_size = {batch_size} is no multiple of augment.repeated_aug = {repeats}")
         if self.mixup.active and (batch_size // repeats) % 2:
-            raise ValueError("mixup pairs the halves of a batch: train.batch_size / augment.repeats must be even")
+            raise ValueError("mixup pairs the halves of a batch: train.batch_size / augment.repeated_aug must be even")
         return self
 
 
-class PhaseSection(Section):
+class PhaseConfig(ConfigTable):
     """The settings that a phase overrides; all others come from the common tables."""
 
     task: dict[str, Any] = Field(default_factory=dict)
@@ -292,28 +294,28 @@ class PhaseSection(Section):
     export: Literal["raw", "ema"] = "raw"  # which weights become the artifact of the phase
 
 
-class Incubate(PhaseSection):
+class IncubateConfig(PhaseConfig):
     """The incubation of the modules, and what a module's new blocks start from."""
 
     init: Literal["fresh", "boundary", "grow"] = "fresh"
 
 
-class EndToEnd(PhaseSection):
+class EndToEndConfig(PhaseConfig):
     """The end-to-end baseline: with the training FLOPs of the whole incubation, or with a length of its own."""
 
     budget: Literal["equal_flops", "epochs"] = "equal_flops"
 
 
-class Log(Section):
+class LogConfig(ConfigTable):
     """Logging and evaluation during a phase."""
 
-    every_steps: Count = execution(50)
-    eval_every_epochs: int = execution(0, ge=0)  # 0: only at the end of the phase
-    images: int = execution(8, ge=0)  # augmented inputs shown in TensorBoard
+    every_steps: Count = execution_field(50)
+    eval_every_epochs: int = execution_field(0, ge=0)  # 0: only at the end of the phase
+    images: int = execution_field(8, ge=0)  # augmented inputs shown in TensorBoard
 
 
-class Checkpoint(Section):
+class CheckpointConfig(ConfigTable):
     """Resume checkpoints."""
 
-    every_steps: Count = execution(500)
-    keep: int = execution(2, ge=2)
+    every_steps: Count = execution_field(500)
+    keep: int = execution_field(2, ge=2)

@@ -6,49 +6,49 @@ from typing import Any
 
 from pydantic import ValidationError, model_validator
 
-from .sections import Count, Section, execution
+from .sections import ConfigTable, Count, execution_field
 
 
-class SlurmJob(Section):
+class SlurmJobConfig(ConfigTable):
     """The resources that a job requests from Slurm. What is None is left to the defaults of the site."""
 
-    nodes: Count = execution(1)
-    ranks: Count = execution(1)  # per node; one per GPU
-    gpus: int = execution(0, ge=0)  # per node
-    cpus: Count | None = execution(None)  # per rank
-    memory: str | None = execution(None)  # per node: "64G"
-    time: str | None = execution(None)  # time limit, "2-00:00:00"; a job that is not done by then is requeued
-    partition: str | None = execution(None)
-    account: str | None = execution(None)
-    qos: str | None = execution(None)
-    constraint: str | None = execution(None)
-    extra: list[str] = execution([])  # more options of sbatch: ["--exclusive"]
+    nodes: Count = execution_field(1)
+    ranks: Count = execution_field(1)  # per node; one per GPU
+    gpus: int = execution_field(0, ge=0)  # per node
+    cpus: Count | None = execution_field(None)  # per rank
+    memory: str | None = execution_field(None)  # per node: "64G"
+    time: str | None = execution_field(None)  # time limit, "2-00:00:00"; a job that is not done by then is requeued
+    partition: str | None = execution_field(None)
+    account: str | None = execution_field(None)
+    qos: str | None = execution_field(None)
+    constraint: str | None = execution_field(None)
+    extra: list[str] = execution_field([])  # more options of sbatch: ["--exclusive"]
 
 
-class Slurm(SlurmJob):
+class SlurmConfig(SlurmJobConfig):
     """How ``submit`` makes jobs. Tables such as ``[slurm.incubate]`` override the common keys for one kind of job."""
 
-    pretrain: dict[str, Any] = execution({})
-    incubate: dict[str, Any] = execution({})
-    finetune: dict[str, Any] = execution({})
-    end_to_end: dict[str, Any] = execution({})
-    gate: dict[str, Any] = execution({})
-    concurrency: Count | None = execution(None)  # array tasks that run in parallel; None: no limit
-    prelude: str | None = execution(None)  # a script that jobs source first: modules, conda, proxies
-    python: str | None = execution(None)  # None: the interpreter that submits
-    container: str | None = execution(None)  # a prefix of the python command: "apptainer exec --nv image.sif"
-    umask: str | None = execution(None, pattern="^0?[0-7]{3}$")  # "007": a run that a group shares
-    self_submit: bool = execution(True)  # false: jobs may not call sbatch; the gate prints what to do
-    rounds: Count = execution(3)  # how often a phase is submitted before a user must call `resume`
-    restarts: int = execution(20, ge=0)  # how often a job requeues itself
+    pretrain: dict[str, Any] = execution_field({})
+    incubate: dict[str, Any] = execution_field({})
+    finetune: dict[str, Any] = execution_field({})
+    end_to_end: dict[str, Any] = execution_field({})
+    gate: dict[str, Any] = execution_field({})
+    array_parallelism: Count | None = execution_field(None)  # array tasks that run in parallel; None: no limit
+    setup_script: str | None = execution_field(None)  # a script that jobs source first: modules, conda, proxies
+    python: str | None = execution_field(None)  # None: the interpreter that submits
+    container: str | None = execution_field(None)  # a prefix of the python command: "apptainer exec --nv image.sif"
+    umask: str | None = execution_field(None, pattern="^0?[0-7]{3}$")  # "007": a run that a group shares
+    submit_from_jobs: bool = execution_field(True)  # false: jobs may not call sbatch; the gate prints what to do
+    max_submissions: Count = execution_field(3)  # how often a phase is submitted before a user must call `resume`
+    max_requeues: int = execution_field(20, ge=0)  # how often a job requeues itself
 
     @model_validator(mode="after")
-    def _validate_jobs(self) -> Slurm:
+    def _validate_jobs(self) -> SlurmConfig:
         for kind in ("pretrain", "incubate", "finetune", "end_to_end", "gate"):
             self.job(kind)
         return self
 
-    def job(self, kind: str) -> SlurmJob:
+    def job(self, kind: str) -> SlurmJobConfig:
         """Return the resources of a kind of job: its own keys over the common ones.
 
         Args:
@@ -57,11 +57,11 @@ class Slurm(SlurmJob):
         Raises:
             ValueError: If a key is wrong.
         """
-        common = {key: getattr(self, key) for key in SlurmJob.model_fields}
+        common = {key: getattr(self, key) for key in SlurmJobConfig.model_fields}
         gate: dict[str, Any] = {"nodes": 1, "ranks": 1, "gpus": 0, "memory": None, "extra": []}
         defaults = common | (gate if kind == "gate" else {})
         try:
-            return SlurmJob.model_validate({**defaults, **getattr(self, kind)})
+            return SlurmJobConfig.model_validate({**defaults, **getattr(self, kind)})
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .dataset import DESCRIPTION, FORMAT, INDEX, RecordSchema, contents_digest, read_json, sync, write_json
+from .dataset import DESCRIPTION, FORMAT, INDEX, RecordSchema, compute_dataset_digest, fsync_path, read_json, write_json
 
 
 def write_chunk(folder: Path, columns: dict[str, str], records: Iterable[dict[str, Any]]) -> None:
@@ -31,16 +31,16 @@ def write_chunk(folder: Path, columns: dict[str, str], records: Iterable[dict[st
         for record in records:
             writer.write(record)
     for file in temporary.iterdir():
-        sync(file)
-    sync(temporary)
+        fsync_path(file)
+    fsync_path(temporary)
     if folder.exists():
         shutil.rmtree(temporary)
         return
     temporary.rename(folder)
-    sync(folder.parent)
+    fsync_path(folder.parent)
 
 
-def describe(
+def write_description(
     folder: Path,
     schema: RecordSchema,
     splits: Mapping[str, Sequence[Path]],
@@ -54,13 +54,13 @@ def describe(
         schema: What the records are.
         splits: The chunks of each split, in order.
         source: Where the data came from; not part of the digest.
-        more: Values for the keys in `dataset.MORE`, if any.
+        more: Values for the keys in `dataset.OPTIONAL_KEYS`, if any.
 
     Returns:
         The digest of the data set.
     """
     merged = {split: _merge_indexes(folder / split, chunks) for split, chunks in splits.items()}
-    digest = contents_digest(schema, merged, more)
+    digest = compute_dataset_digest(schema, merged, more)
     description = {"format": FORMAT, **asdict(schema), "source": source, "splits": merged}
     write_json(folder / DESCRIPTION, {**description, **more, "digest": digest})
     return digest

@@ -19,16 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import EnvironmentFault
-from ..files import read_small, sha256
+from ..errors import DataError
+from ..files import hash_file, read_small_file
 
 FORMAT = 1
 SPLITS = ("train", "val")
 DESCRIPTION = "dataset.json"
 INDEX = "index.json"
-MORE = ("parts", "part", "of")  # optional keys of a description: a whole has its parts' digests, a part its number
-AGAIN = "delete the folder and prepare the data again"
-BROKEN = (
+OPTIONAL_KEYS = (
+    "parts",
+    "part",
+    "of",
+)  # optional keys of a description: a whole has its parts' digests, a part its number
+REPREPARE_HINT = "delete the folder and prepare the data again"
+INVALID_JSON_ERRORS = (
     KeyError,
     TypeError,
     ValueError,
@@ -89,7 +93,7 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
         remote: A URL from which a missing description and its indexes are downloaded.
 
     Raises:
-        EnvironmentFault: If there is no data set, or its description, an index or a shard is damaged.
+        DataError: If there is no data set, or its description, an index or a shard is damaged.
     """
     path = Path(path)
     if remote and not (path / DESCRIPTION).exists():
@@ -100,8 +104,8 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
     try:
         for split in SPLITS:
             _check_index(path / split, splits[split], info.schema.columns, present=remote is None)
-    except BROKEN:
-        raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None
+    except INVALID_JSON_ERRORS:
+        raise DataError(f"{path}: its description is damaged; {REPREPARE_HINT}") from None
     return info
 
 
@@ -113,7 +117,7 @@ def describe_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo
         remote: A URL from which a missing description is downloaded.
 
     Raises:
-        EnvironmentFault: If there is no description, or it is damaged.
+        DataError: If there is no description, or it is damaged.
     """
     path = Path(path)
     if remote and not (path / DESCRIPTION).exists():
@@ -125,39 +129,39 @@ def describe_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo
 
 def _described(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
     if not (path / DESCRIPTION).exists():
-        raise EnvironmentFault(f"no data in {path}: make it with `bigincubate data prepare SOURCE --out {path}`")
+        raise DataError(f"no data in {path}: make it with `bigincubate data prepare SOURCE --out {path}`")
     described = read_json(path / DESCRIPTION)
     try:
         if described["format"] != FORMAT:
-            raise EnvironmentFault(f"{path}: data format {described['format']}, this version reads {FORMAT}")
+            raise DataError(f"{path}: data format {described['format']}, this version reads {FORMAT}")
         schema = RecordSchema(described["kind"], described["columns"], described["metadata"])
         splits, digest = described["splits"], described["digest"]
-        more = {key: described[key] for key in MORE if key in described}
-        expected = contents_digest(schema, splits, more)
+        more = {key: described[key] for key in OPTIONAL_KEYS if key in described}
+        expected = compute_dataset_digest(schema, splits, more)
         info = DatasetInfo(path, schema, {split: splits[split]["samples"] for split in SPLITS}, digest, **more)
-    except BROKEN:
-        raise EnvironmentFault(f"{path}: its description is damaged; {AGAIN}") from None
+    except INVALID_JSON_ERRORS:
+        raise DataError(f"{path}: its description is damaged; {REPREPARE_HINT}") from None
     if digest != expected:
-        raise EnvironmentFault(f"{path / DESCRIPTION} is damaged: its digest does not match; {AGAIN}")
+        raise DataError(f"{path / DESCRIPTION} is damaged: its digest does not match; {REPREPARE_HINT}")
     return info, splits
 
 
-def damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
+def find_damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
     """Yield each shard whose SHA-256 differs from the index, with the reason. Shards not yet downloaded are skipped."""
     for split in SPLITS:
         for shard in read_json(info.path / split / INDEX)["shards"]:
             file, expected = info.path / split / shard["raw_data"]["basename"], shard["raw_data"]["hashes"]["sha256"]
-            if file.exists() and (found := sha256(file)) != expected:
+            if file.exists() and (found := hash_file(file)) != expected:
                 yield file, f"SHA-256 {found[:12]}…, expected {expected[:12]}…"
 
 
-def contents_digest(schema: RecordSchema, splits: dict[str, dict[str, Any]], more: dict[str, Any]) -> str:
+def compute_dataset_digest(schema: RecordSchema, splits: dict[str, dict[str, Any]], more: dict[str, Any]) -> str:
     """Return the digest of a data set, which does not depend on where the data came from.
 
     Args:
         schema: What the records are.
         splits: Number of samples and SHA-256 of the index of each split.
-        more: Values for the keys in ``MORE``, if any.
+        more: Values for the keys in ``OPTIONAL_KEYS``, if any.
     """
     contents = [FORMAT, schema.kind, schema.columns, schema.metadata, splits, more]
     return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
@@ -170,19 +174,21 @@ def _check_index(folder: Path, split: dict[str, Any], columns: dict[str, str], *
     for shard in index["shards"]:
         raw = shard["raw_data"]
         if not _inside(folder, raw["basename"]):
-            raise EnvironmentFault(f"{file}: shard {raw['basename']!r} lies outside its folder; refused")
+            raise DataError(f"{file}: shard {raw['basename']!r} lies outside its folder; refused")
         layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
         foreign = shard["format"] != "mds" or shard["compression"] or shard["zip_data"]
         if foreign or layout != columns or "sha256" not in raw["hashes"]:
-            raise EnvironmentFault(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data prepare`")
+            raise DataError(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data prepare`")
         # a sample takes at least 4 bytes of its shard
         if not 0 <= int(shard["samples"]) <= int(raw["bytes"]) // 4:
-            raise EnvironmentFault(f"{file}: shard {raw['basename']!r} cannot hold {shard['samples']} samples; {AGAIN}")
+            raise DataError(
+                f"{file}: shard {raw['basename']!r} cannot hold {shard['samples']} samples; {REPREPARE_HINT}"
+            )
         if present:
             _check_size(folder / raw["basename"], raw["bytes"])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     if digest != split["index"] or split["samples"] != sum(shard["samples"] for shard in index["shards"]):
-        raise EnvironmentFault(f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; {AGAIN}")
+        raise DataError(f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; {REPREPARE_HINT}")
 
 
 def _inside(folder: Path, name: str) -> bool:
@@ -193,25 +199,25 @@ def _inside(folder: Path, name: str) -> bool:
 
 def _check_size(file: Path, expected: int) -> None:
     if not file.is_file():
-        raise EnvironmentFault(f"{file} is missing; {AGAIN}")
+        raise DataError(f"{file} is missing; {REPREPARE_HINT}")
     if file.stat().st_size != expected:
-        raise EnvironmentFault(f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; {AGAIN}")
+        raise DataError(f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; {REPREPARE_HINT}")
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        EnvironmentFault: If the file is missing, unreadable, or has no JSON object.
+        DataError: If the file is missing, unreadable, or has no JSON object.
     """
     try:
-        value = json.loads(read_small(file))
+        value = json.loads(read_small_file(file))
     except OSError as error:
-        raise EnvironmentFault(f"{file}: {error.strerror}; {AGAIN}") from None
+        raise DataError(f"{file}: {error.strerror}; {REPREPARE_HINT}") from None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise EnvironmentFault(f"{file} is damaged: not a JSON object; {AGAIN}")
+        raise DataError(f"{file} is damaged: not a JSON object; {REPREPARE_HINT}")
     return value
 
 
@@ -224,11 +230,11 @@ def write_json(file: Path, value: dict[str, Any]) -> str:
         out.flush()
         os.fsync(out.fileno())
     temporary.replace(file)
-    sync(file.parent)
+    fsync_path(file.parent)
     return hashlib.sha256(data).hexdigest()
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Wait until a file, or the names in a folder, have been written to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import EnvironmentFault
+from ..errors import DataError
 
 
 @contextmanager
-def locked(file: Path) -> Iterator[None]:
+def file_lock(file: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``file`` while the block runs. Processes forked by the block hold it too.
 
     Args:
@@ -31,10 +31,10 @@ def runtime_dir() -> Path:
     """Return this user's folder for locks on this node; create it if it is missing.
 
     Raises:
-        EnvironmentFault: A folder of that name belongs to another user.
+        DataError: A folder of that name belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"bigincubate-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise EnvironmentFault(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
+        raise DataError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
     return folder

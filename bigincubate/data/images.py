@@ -19,7 +19,7 @@ def labelled_image_schema(classes: list[str]) -> RecordSchema:
     return RecordSchema(LABELLED_IMAGE, LABELLED_IMAGE_COLUMNS, {"classes": classes})
 
 
-def decode(data: bytes) -> Image.Image:
+def decode_image(data: bytes) -> Image.Image:
     """Return the first frame of an image file as an RGB image.
 
     Raises:
@@ -33,7 +33,7 @@ def decode(data: bytes) -> Image.Image:
         raise ValueError(str(error) or type(error).__name__) from None
 
 
-def encode(pixels: Image.Image) -> bytes:
+def encode_png(pixels: Image.Image) -> bytes:
     """Return an image as an uncompressed PNG: lossless, fast to read, and independent of the version of zlib."""
     out = io.BytesIO()
     pixels.save(out, "PNG", compress_level=0)

@@ -14,41 +14,43 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..config import Recipe
-from ..errors import EnvironmentFault
+from ..errors import DataError, SystemResourceError
 from .dataset import INDEX, SPLITS, DatasetInfo, open_dataset, read_json
 
 
 @contextmanager
-def staged(recipe: Recipe, info: DatasetInfo) -> Iterator[tuple[Recipe, DatasetInfo]]:
-    """Provide the recipe and the data set to train with: a local copy if the recipe sets ``data.stage``.
+def use_local_cache(recipe: Recipe, info: DatasetInfo) -> Iterator[tuple[Recipe, DatasetInfo]]:
+    """Provide the recipe and the data set to train with: a local copy if the recipe sets ``data.local_cache``.
 
     Args:
         recipe: The recipe of the run.
         info: The data set to copy.
 
     Yields:
-        The recipe with the path of the copy, and the copy; or the arguments without ``data.stage``.
+        The recipe with the path of the copy, and the copy; or the arguments without ``data.local_cache``.
 
     Raises:
-        EnvironmentFault: If an environment variable in ``data.stage`` is not set, or the data is larger than
-            ``data.stage_gib`` or than the free space.
+        SystemResourceError: If an environment variable in ``data.local_cache`` is not set, or the data is larger than
+            ``data.local_cache_gib`` or than the free space.
     """
-    if recipe.data.stage is None:
+    if recipe.data.local_cache is None:
         yield recipe, info
         return
-    place = Path(os.path.expandvars(recipe.data.stage))
+    place = Path(os.path.expandvars(recipe.data.local_cache))
     if "$" in str(place):
-        raise EnvironmentFault(f"data.stage = {recipe.data.stage}: the environment has no such variable here; set it")
+        raise SystemResourceError(
+            f"data.local_cache = {recipe.data.local_cache}: the environment has no such variable here; set it"
+        )
     place.mkdir(parents=True, exist_ok=True)
     folder = place / f"bigincubate-{os.getuid()}-{info.digest[:16]}"
     source = recipe.data.remote or str(info.path.absolute())
     with _reader_lock(folder):
-        _check_size(info, folder, recipe.data.stage_gib)
+        _check_size(info, folder, recipe.data.local_cache_gib)
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
         here = open_dataset(folder, source)
         if here.digest != info.digest:
-            raise EnvironmentFault(f"{folder} is not a copy of {source}; delete it")
+            raise DataError(f"{folder} is not a copy of {source}; delete it")
         data = recipe.data.model_copy(update={"path": str(folder), "remote": source})
         yield recipe.model_copy(update={"data": data}), here
 
@@ -75,8 +77,8 @@ def _check_size(info: DatasetInfo, folder: Path, limit_gib: float | None) -> Non
     free = shutil.disk_usage(folder.parent).free + here
     allowed = free if limit_gib is None else min(free, int(limit_gib * 2**30))
     if size > allowed:
-        limit = "free on that disk" if allowed == free else "allowed by data.stage_gib"
-        raise EnvironmentFault(
+        limit = "free on that disk" if allowed == free else "allowed by data.local_cache_gib"
+        raise SystemResourceError(
             f"the data has {size / 2**30:.3g} GiB, {allowed / 2**30:.3g} GiB are {limit} ({folder.parent}); train"
-            " without data.stage"
+            " without data.local_cache"
         )

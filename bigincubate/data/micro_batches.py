@@ -6,8 +6,8 @@ from .. import config
 from ..errors import ConfigError
 
 
-def check_layout(
-    mixup: config.Mixup, *, batch_size: int, repeats: int = 1, world: int = 1, micro_batches: int = 1
+def check_mixing_layout(
+    mixup: config.MixupConfig, *, batch_size: int, repeats: int = 1, world: int = 1, micro_batches: int = 1
 ) -> None:
     """Refuse a layout that would put two samples that are mixed with each other into different micro-batches.
 
@@ -24,7 +24,7 @@ def check_layout(
     samples, parts = batch_size // repeats, 2 * world * micro_batches
     if mixup.active and samples % parts:
         raise ConfigError(
-            f"mixup pairs samples inside a micro-batch: train.batch_size / augment.repeats = {samples} must be a "
+            f"mixup pairs samples inside a micro-batch: train.batch_size / augment.repeated_aug = {samples} must be a "
             f"multiple of {parts} (2 x {world} ranks x {micro_batches} micro-batches)"
         )
 
@@ -39,11 +39,11 @@ def count_micro_batches(settings: config.Settings, world: int) -> int:
     Raises:
         ConfigError: If the batch cannot be divided evenly.
     """
-    train, repeats = settings.train, settings.augment.repeats
+    train, repeats = settings.train, settings.augment.repeated_aug
     distinct = train.batch_size // repeats
     if distinct % world:
         raise ConfigError(
-            f"train.batch_size / augment.repeats = {distinct} cannot be shared by {world} ranks;"
+            f"train.batch_size / augment.repeated_aug = {distinct} cannot be shared by {world} ranks;"
             f" use a multiple of {world}"
         )
     share = distinct // world
@@ -52,5 +52,5 @@ def count_micro_batches(settings: config.Settings, world: int) -> int:
         raise ConfigError(
             f"train.micro_batch = {train.micro_batch} does not divide a rank's share of {share * repeats} evenly"
         )
-    check_layout(settings.mixup, batch_size=train.batch_size, repeats=repeats, world=world, micro_batches=count)
+    check_mixing_layout(settings.mixup, batch_size=train.batch_size, repeats=repeats, world=world, micro_batches=count)
     return count

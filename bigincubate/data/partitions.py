@@ -15,23 +15,23 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..config import Recipe
-from ..errors import ConfigError, EnvironmentFault
+from ..errors import ConfigError, DataError
 from ..seeds import partition_number
 from .dataset import DatasetInfo, open_dataset
 from .sources import Sample
-from .splits import in_fixed_order
+from .splits import sort_by_name_hash
 
 # training samples -> the samples of each partition
-Cut = Callable[[Sequence[Sample]], list[list[Sample]]]
+PartitionFunction = Callable[[Sequence[Sample]], list[list[Sample]]]
 
 
-def cut_by_class(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+def partition_by_class(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     """Partition samples evenly: the sizes of partitions differ by at most one sample, in total and in each class."""
-    dealt = sorted(in_fixed_order(samples), key=lambda sample: sample.label)
+    dealt = sorted(sort_by_name_hash(samples), key=lambda sample: sample.label)
     return [dealt[part::parts] for part in range(parts)]
 
 
-def cut_by_hash(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
+def partition_by_hash(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     """Partition samples by a hash of their names: a sample stays in its partition when others are added."""
     cut: list[list[Sample]] = [[] for _ in range(parts)]
     for sample in samples:
@@ -39,7 +39,7 @@ def cut_by_hash(samples: Sequence[Sample], parts: int) -> list[list[Sample]]:
     return cut
 
 
-def cut_by_file(samples: Sequence[Sample], file: Path) -> list[list[Sample]]:
+def partition_from_file(samples: Sequence[Sample], file: Path) -> list[list[Sample]]:
     """Partition samples as a file says.
 
     Args:
@@ -48,22 +48,22 @@ def cut_by_file(samples: Sequence[Sample], file: Path) -> list[list[Sample]]:
             from 0 and may have different sizes.
 
     Raises:
-        EnvironmentFault: If the file cannot be read, or does not list each sample exactly once.
+        DataError: If the file cannot be read, or does not list each sample exactly once.
     """
     assigned: dict[str, int] = {}
     names = {sample.name for sample in samples}
     for number, (name, part) in enumerate(_read_rows(file), start=1):
         if name not in names or name in assigned:
             why = "is listed twice" if name in assigned else "is not a training sample of this source"
-            raise EnvironmentFault(f"{file}, row {number}: {name!r} {why}")
+            raise DataError(f"{file}, row {number}: {name!r} {why}")
         try:
             assigned[name] = int(part)
         except ValueError:
-            raise EnvironmentFault(f"{file}, row {number}: the part {part!r} is not an integer") from None
+            raise DataError(f"{file}, row {number}: the part {part!r} is not an integer") from None
         if not 0 <= assigned[name] < len(names):
-            raise EnvironmentFault(f"{file}, row {number}: no part {part} of {len(names)} samples; parts count from 0")
+            raise DataError(f"{file}, row {number}: no part {part} of {len(names)} samples; parts count from 0")
     if missing := names - assigned.keys():
-        raise EnvironmentFault(f"{file} leaves out {len(missing)} training samples, such as {min(missing)!r}")
+        raise DataError(f"{file} leaves out {len(missing)} training samples, such as {min(missing)!r}")
     cut: list[list[Sample]] = [[] for _ in range(max(assigned.values()) + 1)]
     for sample in samples:
         cut[assigned[sample.name]].append(sample)
@@ -79,11 +79,11 @@ def _read_rows(file: Path) -> Iterable[tuple[str, str]]:
             else:
                 rows = [(row["sample"], str(row["part"])) for row in map(json.loads, text)]
     except OSError as error:
-        raise EnvironmentFault(f"{file}: {error.strerror}") from None
+        raise DataError(f"{file}: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, csv.Error):
         rows = []
     if not rows:
-        raise EnvironmentFault(
+        raise DataError(
             f'{file}: expected CSV (*.csv) with the columns sample,part, or lines like {{"sample": "…", "part": 0}}'
         )
     return rows
@@ -92,12 +92,12 @@ def _read_rows(file: Path) -> Iterable[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------ what a phase may read
 
 
-def part_path(whole: Path | str, part: int) -> str:
+def partition_path(whole: Path | str, part: int) -> str:
     """Return the path or URL of a partition, given the path or URL of the whole data set."""
     return f"{whole}/parts/{part:02d}"
 
 
-def seen_by(recipe: Recipe, data: DatasetInfo, module: int | None) -> str:
+def dataset_digest_for_module(recipe: Recipe, data: DatasetInfo, module: int | None) -> str:
     """Return the digest of the data set that a module trains on.
 
     Args:
@@ -108,18 +108,18 @@ def seen_by(recipe: Recipe, data: DatasetInfo, module: int | None) -> str:
     Raises:
         ConfigError: If the recipe is decentralized and the data has no partition for this module.
     """
-    if module is None or not recipe.data.decentralised:
+    if module is None or not recipe.data.decentralized:
         return data.digest
     if module >= len(data.parts):
         parts = f"{len(data.parts)} parts" if data.parts else "no parts"
         raise ConfigError(
-            f"{data.path} has {parts}, but with data.decentralised module {module} trains only on part {module}: "
+            f"{data.path} has {parts}, but with data.decentralized module {module} trains only on part {module}: "
             "prepare it with --parts, at least one part per module"
         )
     return data.parts[module]
 
 
-def open_for(recipe: Recipe, data: DatasetInfo, module: int | None) -> tuple[Recipe, DatasetInfo]:
+def open_module_partition(recipe: Recipe, data: DatasetInfo, module: int | None) -> tuple[Recipe, DatasetInfo]:
     """Return the recipe and the data set with which to train a module or another phase.
 
     For a module of a decentralized recipe that is only its partition; the whole data set need not exist here.
@@ -130,24 +130,24 @@ def open_for(recipe: Recipe, data: DatasetInfo, module: int | None) -> tuple[Rec
         module: Index of the module; None for a phase that trains on the whole data set.
 
     Raises:
-        EnvironmentFault: If the partition is missing, damaged, or not part of this data set.
+        DataError: If the partition is missing, damaged, or not part of this data set.
     """
-    wanted = seen_by(recipe, data, module)
+    wanted = dataset_digest_for_module(recipe, data, module)
     if wanted == data.digest:
         return recipe, data
     assert module is not None
-    here = part_path(data.path, module)
-    remote = part_path(recipe.data.remote, module) if recipe.data.remote else None
+    here = partition_path(data.path, module)
+    remote = partition_path(recipe.data.remote, module) if recipe.data.remote else None
     part = open_dataset(here, remote)
     if (part.digest, part.part) != (wanted, module):
-        raise EnvironmentFault(
+        raise DataError(
             f"{here} is not part {module} of {data.path} ({part.digest[:12]}…, expected {wanted[:12]}…), and module "
             f"{module} may see no other"
         )
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": here, "remote": remote})}), part
 
 
-def check_view(recipe: Recipe, data: DatasetInfo, module: int | None) -> None:
+def assert_partition_allowed(recipe: Recipe, data: DatasetInfo, module: int | None) -> None:
     """Refuse to train on data that a phase must not see. This is the last check before samples are read.
 
     Args:
@@ -159,8 +159,8 @@ def check_view(recipe: Recipe, data: DatasetInfo, module: int | None) -> None:
         ConfigError: If a module of a decentralized recipe would read anything but its partition, or another phase a
             partition.
     """
-    if recipe.data.decentralised and data.part != module:
+    if recipe.data.decentralized and data.part != module:
         given = "the whole" if data.part is None else f"part {data.part}"
         phase = "this phase" if module is None else f"module {module}"
         allowed = "the whole" if module is None else f"part {module}"
-        raise ConfigError(f"{phase} was given {given} of the data and may see only {allowed} (data.decentralised)")
+        raise ConfigError(f"{phase} was given {given} of the data and may see only {allowed} (data.decentralized)")

@@ -19,16 +19,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import EnvironmentFault
-from .chunks import describe, write_chunk
-from .dataset import DESCRIPTION, DatasetInfo, open_dataset, read_json, sync, write_json
-from .file_locks import locked
-from .images import LABELLED_IMAGE_COLUMNS, decode, encode, labelled_image_schema
-from .partitions import Cut, part_path
+from ..errors import DataError, SystemResourceError
+from .chunks import write_chunk, write_description
+from .dataset import DESCRIPTION, DatasetInfo, fsync_path, open_dataset, read_json, write_json
+from .file_locks import file_lock
+from .images import LABELLED_IMAGE_COLUMNS, decode_image, encode_png, labelled_image_schema
+from .partitions import PartitionFunction, partition_path
 from .sources import Sample, Source, read_source
-from .splits import in_fixed_order
+from .splits import sort_by_name_hash
 
-CHUNK = 2048  # samples
+CHUNK_SAMPLES = 2048
 UNFINISHED = ".preparing.json"
 
 
@@ -46,13 +46,13 @@ class Chunk(NamedTuple):
     part: int = 0
 
 
-def prepare(
+def prepare_dataset(
     source: str,
     out: Path,
     *,
     jobs: int = 1,
     val_fraction: float = 0.2,
-    cut: Cut | None = None,
+    partition: PartitionFunction | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DatasetInfo:
     """Write ``source`` as MDS shards to ``out``, unless they exist. A second process waits for the first one.
@@ -62,52 +62,52 @@ def prepare(
         out: A folder that is missing, empty, or has been prepared from the same source, completely or partly.
         jobs: Number of processes; the result has the same bits for any number.
         val_fraction: Share of each class to hold out if a folder of images has no validation split.
-        cut: Partitions the training samples; each partition is written as a data set too.
+        partition: Partitions the training samples; each partition is written as a data set too.
         on_progress: Called with the number of samples done and the total.
 
     Returns:
         The description of the data set.
 
     Raises:
-        EnvironmentFault: If the source does not exist, an image cannot be read, or ``out`` has other files.
+        DataError: If the source does not exist, an image cannot be read, or ``out`` has other files.
     """
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with locked(out.with_name(f".{out.name}.lock")):
-            return _prepare(read_source(source, val_fraction), out, jobs, cut, on_progress or (lambda *_: None))
+        with file_lock(out.with_name(f".{out.name}.lock")):
+            return _prepare(read_source(source, val_fraction), out, jobs, partition, on_progress or (lambda *_: None))
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        raise EnvironmentFault(
+        raise SystemResourceError(
             f"cannot prepare {source}: {what}; fix the problem, then run the same command again to resume"
         ) from None
     except BrokenProcessPool:
-        raise EnvironmentFault(
+        raise SystemResourceError(
             f"a process that prepared {source} was killed (out of memory?); run the same command again to resume"
         ) from None
 
 
 def _prepare(
-    source: Source, out: Path, jobs: int, cut: Cut | None, on_progress: Callable[[int, int], None]
+    source: Source, out: Path, jobs: int, partition: PartitionFunction | None, on_progress: Callable[[int, int], None]
 ) -> DatasetInfo:
-    parts = cut(source.splits["train"]) if cut else None
+    parts = partition(source.splits["train"]) if partition else None
     schema = labelled_image_schema(source.classes)
     identity = {"kind": source.kind, "fingerprint": source.fingerprint}
     if parts is not None:
         if not all(parts):
-            raise EnvironmentFault(f"part {parts.index([])} would have no samples: use fewer parts")
+            raise DataError(f"part {parts.index([])} would have no samples: use fewer parts")
         names = [sorted(sample.name for sample in part) for part in parts]
         identity["parts"] = hashlib.sha256(repr(names).encode()).hexdigest()
     for mark in (DESCRIPTION, UNFINISHED):
         if (out / mark).exists() and read_json(out / mark).get("source") != identity:
-            raise EnvironmentFault(
+            raise DataError(
                 f"{out} holds data from another source, or in other parts: delete it, or use another folder"
             )
     if (out / DESCRIPTION).exists():
         (out / UNFINISHED).unlink(missing_ok=True)
         return open_dataset(out)
     if not (out / UNFINISHED).exists() and out.exists() and any(out.iterdir()):
-        raise EnvironmentFault(f"{out} holds other files: use an empty or a new folder")
+        raise DataError(f"{out} holds other files: use an empty or a new folder")
     out.mkdir(exist_ok=True)
     write_json(out / UNFINISHED, {"source": identity})
     for leftover in (*out.glob(".tmp-*"), *out.glob("parts")):
@@ -125,17 +125,17 @@ def _prepare(
 
     digests, size = [], len(source.splits["train"])
     for number in range(len(parts or [])):
-        folder = Path(part_path(out, number))
+        folder = Path(partition_path(out, number))
         own = [chunk for chunk in train if chunk.part == number]
         for split, split_chunks in (("train", own), ("val", val)):
             for chunk in split_chunks:
                 _link_folder(chunk.folder, folder / split / chunk.folder.name)
         folders = {"train": [chunk.folder for chunk in own], "val": [chunk.folder for chunk in val]}
-        digests.append(describe(folder, schema, folders, identity, {"part": number, "of": size}))
+        digests.append(write_description(folder, schema, folders, identity, {"part": number, "of": size}))
     if parts:
-        sync(out / "parts")
+        fsync_path(out / "parts")
     folders = {"train": [chunk.folder for chunk in train], "val": [chunk.folder for chunk in val]}
-    describe(out, schema, folders, identity, {"parts": digests} if parts else {})
+    write_description(out, schema, folders, identity, {"parts": digests} if parts else {})
     (out / UNFINISHED).unlink()
     return open_dataset(out)
 
@@ -144,10 +144,10 @@ def _chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
     """Return the chunks of a split, numbered consecutively; each has samples of one partition."""
     folder.mkdir(exist_ok=True)
     groups = [
-        (part, ordered[begin : begin + CHUNK])
+        (part, ordered[begin : begin + CHUNK_SAMPLES])
         for part, samples in enumerate(parts)
-        for ordered in [in_fixed_order(samples)]
-        for begin in range(0, len(ordered), CHUNK)
+        for ordered in [sort_by_name_hash(samples)]
+        for begin in range(0, len(ordered), CHUNK_SAMPLES)
     ]
     return [Chunk(folder / f"{number:05}", group, part) for number, (part, group) in enumerate(groups)]
 
@@ -160,8 +160,8 @@ def _link_folder(folder: Path, other: Path) -> None:
             os.link(file, other / file.name)
         except OSError:
             shutil.copyfile(file, other / file.name)
-            sync(other / file.name)
-    sync(other)
+            fsync_path(other / file.name)
+    fsync_path(other)
 
 
 # ------------------------------------------------------------------------------------------------ one chunk
@@ -179,12 +179,12 @@ def _image_bytes(sample: Sample) -> bytes:
     if not isinstance(sample.image, str):
         from PIL import Image
 
-        return encode(Image.fromarray(sample.image))
+        return encode_png(Image.fromarray(sample.image))
     data = Path(sample.image).read_bytes()
     try:
-        decode(data)
+        decode_image(data)
     except ValueError as error:
-        raise EnvironmentFault(f"{sample.image} is not a readable image ({error}): repair or remove it") from None
+        raise DataError(f"{sample.image} is not a readable image ({error}): repair or remove it") from None
     return data
 
 

@@ -11,10 +11,10 @@ import torch
 
 from ..seeds import generator_seed
 
-_GENERATOR = np.random.MT19937()  # replaces numpy's global one inside `set_aside`
+_GENERATOR = np.random.MT19937()  # replaces numpy's global one inside `preserve_rng_state`
 
 
-def reseed(*key: int | str, torch_alone: bool = False) -> None:
+def seed_rng(*key: int | str, torch_alone: bool = False) -> None:
     """Seed the global generators of `random`, numpy and torch (CPU) from ``key`` only.
 
     Args:
@@ -29,7 +29,7 @@ def reseed(*key: int | str, torch_alone: bool = False) -> None:
 
 
 @contextmanager
-def set_aside() -> Iterator[None]:
+def preserve_rng_state() -> Iterator[None]:
     """Restore the global generators afterwards (except for the one Gaussian that numpy may have cached).
 
     It takes longer than all other random work on a small image, so use it once per batch. It cannot be nested.
@@ -45,8 +45,8 @@ def set_aside() -> Iterator[None]:
 
 
 @contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
+def seeded_rng(*key: int | str) -> Iterator[None]:
     """Run a block with the global generators seeded from ``key``, and restore them. It cannot be nested."""
-    with set_aside():
-        reseed(*key)
+    with preserve_rng_state():
+        seed_rng(*key)
         yield

@@ -28,12 +28,12 @@ from streaming.base.storage import CloudDownloader
 from streaming.base.util import retry
 
 from ..compat.streaming import IsolatedStreamingDataset
-from ..errors import EnvironmentFault
-from .dataset import AGAIN, DatasetInfo
-from .file_locks import locked, runtime_dir
+from ..errors import DataError
+from .dataset import REPREPARE_HINT, DatasetInfo
+from .file_locks import file_lock, runtime_dir
 
-ROOM = 64 << 20  # bytes of what was decoded that a process may hold; of a split that needs more it holds none
-APIECE = 2048  # about what Pillow, torch and Python add to it
+DECODED_CACHE_BYTES = 64 << 20  # per process; a split that needs more is not kept decoded
+PER_IMAGE_OVERHEAD = 2048  # bytes, about what Pillow, torch and Python add to an image
 DAMAGED = "delete it and prepare or download it again"  # what to do about a damaged shard
 
 
@@ -71,7 +71,7 @@ class Shards(IsolatedStreamingDataset):
         """``order`` goes to `StreamingDataset`.
 
         Raises:
-            EnvironmentFault: the folder for locks belongs to somebody else.
+            SystemResourceError: the folder for locks belongs to somebody else.
         """
         self.claim = claim()
         self.folder, self.kind, self.decoder = info.path / split, info.schema.kind, decoder
@@ -79,20 +79,20 @@ class Shards(IsolatedStreamingDataset):
         super().__init__(str(info.path), split, prefix=self.claim, rank=rank, world=world, **order)
         self._names = [str(self._file(number)) for number in range(self.num_shards)]
         self._held: dict[int, Any] = {}  # decoded samples, while there is room for all of them
-        self._room = ROOM
+        self._room = DECODED_CACHE_BYTES
 
     def read(self, sample: int) -> Any:
         """Return a decoded sample, which must not be changed.
 
         Raises:
-            EnvironmentFault: a shard that is missing or damaged, a record that cannot be decoded.
+            DataError: a shard that is missing or damaged, a record that cannot be decoded.
         """
         if sample in self._held:
             return self._held[sample]
         decoded = self._read(sample)
         if self._room > 0:
             self._held[sample], size = self.decoder.compact(decoded)
-            self._room -= APIECE + size
+            self._room -= PER_IMAGE_OVERHEAD + size
             if self._room <= 0:  # not a small split: a part of it would seldom be asked for
                 self._held.clear()
         return decoded
@@ -106,12 +106,12 @@ class Shards(IsolatedStreamingDataset):
             return self.decoder.decode(shard.decode_sample(row_of(self._names[number], row)))
         except (ValueError, IndexError) as error:
             what = self.kind.replace("_", " ")
-            raise EnvironmentFault(
+            raise DataError(
                 f"{self.folder.name} sample {sample} (row {row} of {self._file(number)}) is not a readable {what}: "
                 f"{error}"
             ) from None
         except OSError as error:
-            raise EnvironmentFault(f"{self._file(number)}: {error.strerror}") from None
+            raise DataError(f"{self._file(number)}: {error.strerror}") from None
 
     # ---- shards
 
@@ -122,7 +122,7 @@ class Shards(IsolatedStreamingDataset):
         """Have a shard here and hashed. One worker does it, the others wait."""
         file, raw = self._file(number), self.shards[number].raw_data
         stripe = zlib.crc32(os.fsencode(file.resolve())) % 16  # a cache belongs to all jobs of this node
-        with locked(runtime_dir() / (f"cache-{stripe}.lock" if self.source else f"{self.claim}-{stripe}.lock")):
+        with file_lock(runtime_dir() / (f"cache-{stripe}.lock" if self.source else f"{self.claim}-{stripe}.lock")):
             if self.verified[number]:
                 return
             if self.source and not file.exists():
@@ -149,21 +149,21 @@ def check_offsets(file: Path, samples: int) -> None:
     """Refuse a shard whose samples would lie outside it, or one in another."""
     begins = np.fromfile(file, np.uint32, samples + 2)[1:].astype(np.int64)
     if len(begins) <= samples or begins[-1] != file.stat().st_size or (np.diff(begins) < 0).any():
-        raise EnvironmentFault(f"{file} is no shard of {samples} samples; {AGAIN}")
+        raise DataError(f"{file} is no shard of {samples} samples; {REPREPARE_HINT}")
 
 
 def check_hash(file: Path, expected: str, *, name: str) -> None:
     """
     Raises:
-        EnvironmentFault: it cannot be read, or is not what was written.
+        DataError: it cannot be read, or is not what was written.
     """
     try:
         with file.open("rb") as data:
             found = hashlib.file_digest(data, "sha256").hexdigest()
     except OSError as error:
-        raise EnvironmentFault(f"{name}: {error.strerror}; {DAMAGED}") from None
+        raise DataError(f"{name}: {error.strerror}; {DAMAGED}") from None
     if found != expected:
-        raise EnvironmentFault(f"{name} is damaged: SHA-256 {found}, expected {expected}; {DAMAGED}")
+        raise DataError(f"{name} is damaged: SHA-256 {found}, expected {expected}; {DAMAGED}")
 
 
 # ------------------------------------------------------------------------------------------------ remote
@@ -177,7 +177,7 @@ def download(url: str, file: Path) -> Iterator[Path]:
         try:
             retry(num_attempts=3)(lambda: CloudDownloader.direct_download(url, str(temporary)))()
         except Exception as error:  # whatever the storage library raises
-            raise EnvironmentFault(f"cannot download {url}: {error}") from None
+            raise DataError(f"cannot download {url}: {error}") from None
         yield temporary
         temporary.replace(file)
     finally:
@@ -201,7 +201,7 @@ def claim() -> int:
     is dead, and what it left in shared memory is removed; streaming's own clean-up removes that of the living too.
     """
     folder = runtime_dir()
-    with locked(folder / "claims"):
+    with file_lock(folder / "claims"):
         for file in folder.glob("*.claim"):
             # BlockingIOError: its owner lives; FileNotFoundError: it went by itself just now
             with suppress(BlockingIOError, FileNotFoundError), file.open() as other:

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import EnvironmentFault
+from ..errors import DataError
 from .images import SUFFIXES
-from .splits import hold_out, in_fixed_order
+from .splits import sort_by_name_hash, split_train_val
 
 EMBEDDED = ("digits", "digits-dev", "made-up")
 VALIDATION_FOLDERS = ("val", "validation", "test")
@@ -75,7 +75,7 @@ def read_source(source: str, val_fraction: float) -> Source:
         val_fraction: Share of each class to hold out if a folder of images has no validation split.
 
     Raises:
-        EnvironmentFault: If the source is missing, empty, of an unknown kind, or damaged.
+        DataError: If the source is missing, empty, of an unknown kind, or damaged.
     """
     if source == "made-up":
         return _made_up()
@@ -88,8 +88,8 @@ def read_source(source: str, val_fraction: float) -> Source:
         return _cifar_folder(path) or _image_tree(path, val_fraction)
     known = "a folder of images by class, a CIFAR-10 or CIFAR-100 python archive, or " + " or ".join(EMBEDDED)
     if path.exists():
-        raise EnvironmentFault(f"{source}: unknown kind of source; expected {known}")
-    raise EnvironmentFault(f"no such source: {source}; expected {known}")
+        raise DataError(f"{source}: unknown kind of source; expected {known}")
+    raise DataError(f"no such source: {source}; expected {known}")
 
 
 # ------------------------------------------------------------------------------------------------ digits
@@ -105,9 +105,9 @@ def _digits(*, development: bool) -> Source:
     data = load_digits()
     pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
     samples = [Sample(f"{n}", int(label), pixels[n]) for n, label in enumerate(data.target)]
-    splits = hold_out(in_fixed_order(samples), 0.2)
+    splits = split_train_val(sort_by_name_hash(samples), 0.2)
     if development:
-        splits = hold_out(splits["train"], 0.2)
+        splits = split_train_val(splits["train"], 0.2)
     return Source("digits-dev" if development else "digits", [str(n) for n in range(10)], splits)
 
 
@@ -116,7 +116,7 @@ def _made_up() -> Source:
     random = np.random.RandomState(0)  # the only generator whose numbers numpy guarantees never to change
     colors, noise = random.randint(0, 128, (10, 1, 1, 3)), random.randint(0, 128, (320, 40, 40, 3))
     samples = [Sample(f"{n}", n % 10, (noise[n] + colors[n % 10]).astype(np.uint8)) for n in range(320)]
-    return Source("made-up", [str(n) for n in range(10)], hold_out(in_fixed_order(samples), 0.2))
+    return Source("made-up", [str(n) for n in range(10)], split_train_val(sort_by_name_hash(samples), 0.2))
 
 
 # ------------------------------------------------------------------------------------------------ image trees
@@ -132,17 +132,17 @@ def _image_tree(root: Path, val_fraction: float) -> Source:
         parts = {"train": root / "train" if folders == ["train"] else root}
     classes = _folders(parts["train"])
     if not classes:
-        raise EnvironmentFault(
+        raise DataError(
             f"no images in {root}: expected {root}/CLASS/*.jpg, or {root}/train/CLASS/* and {root}/val/CLASS/*"
         )
     splits = {split: _scan(root, folder, classes) for split, folder in parts.items()}
     for label, name in enumerate(classes):
         if not any(sample.label == label for sample in splits["train"]):
-            raise EnvironmentFault(f"no images in {parts['train'] / name}: remove the folder or fill it")
+            raise DataError(f"no images in {parts['train'] / name}: remove the folder or fill it")
     if "val" not in splits:
-        splits = hold_out(in_fixed_order(splits["train"]), val_fraction)
+        splits = split_train_val(sort_by_name_hash(splits["train"]), val_fraction)
     if not splits["val"]:
-        raise EnvironmentFault(f"no images in {parts['val']}")
+        raise DataError(f"no images in {parts['val']}")
     return Source("images", classes, splits)
 
 
@@ -153,7 +153,7 @@ def _folders(root: Path) -> list[str]:
 def _scan(root: Path, folder: Path, classes: list[str]) -> list[Sample]:
     unknown = sorted(set(_folders(folder)) - set(classes))
     if unknown:
-        raise EnvironmentFault(f"{folder / unknown[0]}: no training images have this class; remove the folder")
+        raise DataError(f"{folder / unknown[0]}: no training images have this class; remove the folder")
     samples = []
     for label, name in enumerate(classes):
         files = []
@@ -182,9 +182,9 @@ def _cifar_archive(archive: Path) -> Source:
 
             source = _cifar(members, read, str(archive))
     except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise EnvironmentFault(f"{archive} is damaged: {error}; download it again") from None
+        raise DataError(f"{archive} is damaged: {error}; download it again") from None
     if source is None:
-        raise EnvironmentFault(f"{archive}: not a CIFAR-10 or CIFAR-100 python archive; unpack it and try again")
+        raise DataError(f"{archive}: not a CIFAR-10 or CIFAR-100 python archive; unpack it and try again")
     return source
 
 
@@ -208,7 +208,7 @@ def _cifar(names: Iterable[str], read: Callable[[str], bytes], where: str) -> So
             }
             return Source(kind, [name.decode() for name in labels], splits)
         except (pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
-            raise EnvironmentFault(f"{where}: refused, not a {kind} archive as published: {error}") from None
+            raise DataError(f"{where}: refused, not a {kind} archive as published: {error}") from None
     return None
 
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .sources import Sample
 
 
-def hold_out(samples: list[Sample], fraction: float) -> dict[str, list[Sample]]:
+def split_train_val(samples: list[Sample], fraction: float) -> dict[str, list[Sample]]:
     """Split samples into ``"train"`` and ``"val"``; the last samples of each class are for validation.
 
     The validation split has ceil(n * fraction) samples. Classes share that number in proportion to their sizes, by the
@@ -38,6 +38,6 @@ def hold_out(samples: list[Sample], fraction: float) -> dict[str, list[Sample]]:
     return splits
 
 
-def in_fixed_order(samples: Iterable[Sample]) -> list[Sample]:
+def sort_by_name_hash(samples: Iterable[Sample]) -> list[Sample]:
     """Return the samples sorted by the hash of their names: a shuffle that no library version can change."""
     return sorted(samples, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())

@@ -14,11 +14,11 @@ from streaming import StreamingDataLoader
 from torch.utils.data import DataLoader
 
 from .. import config
-from ..errors import ConfigError, EnvironmentFault
+from ..errors import ConfigError, DataError, ExternalError
 from ..seeds import shuffle_seed
 from .batch import Batch
 from .dataset import DatasetInfo
-from .rng import set_aside
+from .rng import preserve_rng_state
 from .views import EvalViews, Row, SampleTransform, TrainViews, collate
 
 
@@ -40,7 +40,7 @@ class TrainStream:
     def __init__(
         self,
         info: DatasetInfo,
-        data: config.Data,
+        data: config.DataConfig,
         transform: SampleTransform,
         *,
         seed: int,
@@ -54,7 +54,7 @@ class TrainStream:
         self._distinct = batch_size // transform.views_per_sample  # samples of a global batch
         if self._distinct % world:
             raise ConfigError(
-                f"train.batch_size / augment.repeats = {self._distinct} cannot be shared evenly by {world} ranks"
+                f"train.batch_size / augment.repeated_aug = {self._distinct} cannot be shared evenly by {world} ranks"
             )
         self.steps_per_epoch = samples // self._distinct
         if not self.steps_per_epoch:
@@ -86,7 +86,7 @@ class TrainStream:
         """Batches from optimizer step ``step`` on. One iterator at a time.
 
         Raises:
-            EnvironmentFault: a shard or an image that cannot be read.
+            DataError: a shard or an image that cannot be read.
         """
         while True:
             epoch, done = divmod(step, self.steps_per_epoch)
@@ -121,7 +121,7 @@ class EvalStream:
         self._rank, self._world, self._batch_size = rank, world, batch_size
         ids = range(rank, info.samples[split], world)
         views = EvalViews(info, split, transform, ids, remote=remote)
-        self._loader: DataLoader[Row | EnvironmentFault] = DataLoader(
+        self._loader: DataLoader[Row | ExternalError] = DataLoader(
             views, **_loading(workers, transform), batch_size=batch_size
         )
 
@@ -132,7 +132,7 @@ class EvalStream:
         """Batches in the order of ids.
 
         Raises:
-            EnvironmentFault: a shard or an image that cannot be read.
+            DataError: a shard or an image that cannot be read.
         """
         for number, rows in enumerate(self._loader):
             yield _batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
@@ -144,7 +144,7 @@ class EvalStream:
 def _set_aside(loaded: Iterator[Any]) -> Iterator[Any]:
     """The same. What it draws from the global generators between two batches is not seen outside."""
     while True:
-        with set_aside():
+        with preserve_rng_state():
             rows = next(loaded, None)
         if rows is None:
             return
@@ -153,7 +153,7 @@ def _set_aside(loaded: Iterator[Any]) -> Iterator[Any]:
 
 def _batch(rows: tuple[Any, Any], *, rank: int, world: int, views_per_sample: int = 1, first: int = 0) -> Batch:
     columns, ids = rows
-    if isinstance(ids, EnvironmentFault):
+    if isinstance(ids, DataError):
         raise ids
     local = torch.arange(first, first + len(ids)).repeat_interleave(views_per_sample)
     positions = (local * world + rank) * views_per_sample + torch.arange(views_per_sample).repeat(len(ids))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..errors import EnvironmentFault
+from ..errors import ExternalError
 from .dataset import DatasetInfo
 from .shards import RecordDecoder, Shards
 
@@ -37,21 +37,21 @@ class SampleTransform(RecordDecoder, Protocol):
 
 
 class TrainViews(Shards):
-    """Training samples as views, in the order of one rank. Iterate inside `set_aside`."""
+    """Training samples as views, in the order of one rank. Iterate inside `preserve_rng_state`."""
 
     def __init__(self, info: DatasetInfo, transform: SampleTransform, **order: Any) -> None:
         super().__init__(info, "train", transform, **order)
         self.transform = transform
 
-    def __getitem__(self, at: Any) -> Row | EnvironmentFault:
+    def __getitem__(self, at: Any) -> Row | ExternalError:
         try:
             sample = self.read(at)
-        except EnvironmentFault as fault:
+        except ExternalError as fault:
             return fault
         return self.transform.views(sample, self.epoch, at), at
 
 
-class EvalViews(Dataset[Row | EnvironmentFault]):
+class EvalViews(Dataset[Row | ExternalError]):
     """The samples ``ids`` of a split, one view each."""
 
     def __init__(
@@ -62,21 +62,21 @@ class EvalViews(Dataset[Row | EnvironmentFault]):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, at: int) -> Row | EnvironmentFault:
+    def __getitem__(self, at: int) -> Row | ExternalError:
         try:
             sample = self.shards.read(self.ids[at])
-        except EnvironmentFault as fault:
+        except ExternalError as fault:
             return fault
         return self.transform.views(sample, 0, self.ids[at]), self.ids[at]
 
 
-def collate(transform: SampleTransform, rows: list[Row | EnvironmentFault]) -> tuple[Any, Any]:
+def collate(transform: SampleTransform, rows: list[Row | ExternalError]) -> tuple[Any, Any]:
     """Return columns and sample ids ``[n]``, or None and the first fault.
 
     A fault travels as a value: raised in a worker, it would arrive wrapped in a traceback.
     """
     for row in rows:
-        if isinstance(row, EnvironmentFault):
+        if isinstance(row, ExternalError):
             return None, row
     views, ids = zip(*rows, strict=True)
     return transform.collate(list(chain.from_iterable(views))), torch.tensor(ids)

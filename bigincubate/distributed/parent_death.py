@@ -11,7 +11,7 @@ PARENT_VARIABLE = "BIGINCUBATE_PARENT"  # environment variable with the pid of t
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with_parent() -> None:
+def stop_with_parent() -> None:
     """Have SIGTERM sent to this process when the parent process named by ``PARENT_VARIABLE`` ends.
 
     A training process then writes a checkpoint and exits, as when Slurm asks it to stop. Only Linux supports this;

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__
-from ..compat.malloc import keep_freed_memory
+from ..compat.malloc import disable_malloc_trim
 from ..errors import BigincubateError, ConfigError
 
 
 @dataclass
-class RunEnv:
+class DistributedContext:
     """The rank of this process and its connection to the other ranks. The default is a world of one on the CPU.
 
     Attributes:
@@ -45,7 +45,7 @@ class RunEnv:
         return self.rank == 0
 
     @classmethod
-    def detect(cls) -> RunEnv:
+    def detect(cls) -> DistributedContext:
         """Join the process group that ``torchrun``'s variables describe; without them, return a world of one.
 
         On a CPU, freed memory is kept (see :mod:`bigincubate.compat.malloc`).
@@ -70,7 +70,7 @@ class RunEnv:
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
         else:
-            keep_freed_memory()
+            disable_malloc_trim()
         # streaming and torch read these
         env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_world))
         if world > 1:
@@ -80,7 +80,7 @@ class RunEnv:
             self.control = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
         return self
 
-    def machine(self) -> dict[str, Any]:
+    def describe_machine(self) -> dict[str, Any]:
         """Describe what this rank computes with.
 
         Returns:
@@ -93,16 +93,16 @@ class RunEnv:
         versions = {"bigincubate": __version__, "python": platform.python_version(), **versions}
         return {"device": device, "world": self.world, "threads": torch.get_num_threads(), "versions": versions}
 
-    def apart(self) -> RunEnv:
+    def clone_control_group(self) -> DistributedContext:
         """Return the same ranks with a new control group, for use by another thread. Called by all ranks together."""
         return self if self.world == 1 else replace(self, control=dist.new_group(backend="gloo"))
 
-    def close_apart(self) -> None:
-        """Destroy the control group of :meth:`apart`, which also ends its threads."""
+    def close_control_group(self) -> None:
+        """Destroy the control group of :meth:`clone_control_group`, which also ends its threads."""
         if self.world > 1:
             dist.destroy_process_group(self.control)
 
-    def any(self, *flags: bool) -> tuple[bool, ...]:
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """Return for each flag whether it is set on any rank."""
         if self.world == 1:
             return flags
@@ -126,14 +126,14 @@ class RunEnv:
         dist.all_gather_object(out, value, group=self.control)
         return out
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum ``tensor`` over the ranks, in place, and return it."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     @contextmanager
-    def first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Run the block on rank 0 before the other ranks run it.
 
         Raises:
@@ -176,6 +176,6 @@ def read_count(name: str, default: int) -> int:
     return int(text)
 
 
-def stderr(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Print a line on stderr at once."""
     print(text, file=sys.stderr, flush=True)

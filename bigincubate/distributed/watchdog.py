@@ -17,15 +17,17 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from ..errors import RankTimeoutError
-from .process_group import RunEnv, stderr
+from .process_group import DistributedContext, print_stderr
 
-POLL = 2.0  # seconds between two reads
-PATIENCE = 9  # reads in a row without a change after which a rank has timed out
+POLL_SECONDS = 2.0  # seconds between two reads
+MAX_UNCHANGED_POLLS = 9  # reads in a row without a change after which a rank has timed out
 LEFT = 1 << 40  # added by a rank to its counter when it leaves
 
 
 @contextmanager
-def watched(env: RunEnv, name: str, process: dict[str, Any], record: Callable[[str], None]) -> Iterator[None]:
+def watch_ranks(
+    env: DistributedContext, name: str, process: dict[str, Any], record: Callable[[str], None]
+) -> Iterator[None]:
     """Let the ranks watch each other while the block runs.
 
     If a rank stands still, every other rank prints that on stderr and exits at once with the exit code of
@@ -40,24 +42,26 @@ def watched(env: RunEnv, name: str, process: dict[str, Any], record: Callable[[s
     if env.world == 1:
         yield
         return
-    watch = Watch(env, name, env.gather(process), record)
+    watch = RankWatchdog(env, name, env.gather(process), record)
     try:
         yield
     finally:
         watch.stop()
 
 
-class Watch:
+class RankWatchdog:
     """The threads of one rank that count and compare.
 
     Args:
         env: The ranks.
         name: Prefix of the keys in the store.
         processes: ``host`` and ``pid`` of every rank.
-        record: See :func:`watched`.
+        record: See :func:`watch_ranks`.
     """
 
-    def __init__(self, env: RunEnv, name: str, processes: list[dict[str, Any]], record: Callable[[str], None]) -> None:
+    def __init__(
+        self, env: DistributedContext, name: str, processes: list[dict[str, Any]], record: Callable[[str], None]
+    ) -> None:
         from torch.distributed import TCPStore
 
         self.env, self.name, self.processes, self.record = env, name, processes, record
@@ -79,7 +83,7 @@ class Watch:
             threading.Event().wait()
         self.stopped.set()
         for thread in self.threads:
-            thread.join(2 * POLL)  # do not wait for a store that does not answer
+            thread.join(2 * POLL_SECONDS)  # do not wait for a store that does not answer
 
     def _count(self) -> None:
         rank = self.env.rank
@@ -87,7 +91,7 @@ class Watch:
         own, other, reason = f"{self.name}/{rank}", f"{self.name}/{peer}", f"{self.name}/reason"
         last_count, unchanged = -1, 0
         try:
-            while not self.stopped.wait(POLL):
+            while not self.stopped.wait(POLL_SECONDS):
                 self.store.add(own, 1)
                 if self.store.check([reason]):
                     self._exit(self.store.get(reason).decode())
@@ -95,7 +99,7 @@ class Watch:
                 unchanged = 0 if count != last_count or count >= LEFT else unchanged + 1
                 last_count = count
                 self.polls += 1
-                if unchanged >= PATIENCE:
+                if unchanged >= MAX_UNCHANGED_POLLS:
                     text = self._describe(peer)
                     self.store.set(reason, text)
                     self.record(text)
@@ -107,17 +111,17 @@ class Watch:
     def _watch_host(self) -> None:
         """Detect that rank 0, which hosts the store, stands still: then every call of the store blocks."""
         last_polls, unchanged = -1, 0
-        while not self.stopped.wait(POLL) and self.threads[0].is_alive():
+        while not self.stopped.wait(POLL_SECONDS) and self.threads[0].is_alive():
             unchanged = unchanged + 1 if self.polls == last_polls else 0
             last_polls = self.polls
-            if unchanged >= PATIENCE:
+            if unchanged >= MAX_UNCHANGED_POLLS:
                 text = self._describe(0)
                 if self.env.rank == 1:
                     self.record(text)
                 self._exit(text)
 
     def _describe(self, rank: int) -> str:
-        process, seconds = self.processes[rank], PATIENCE * POLL
+        process, seconds = self.processes[rank], MAX_UNCHANGED_POLLS * POLL_SECONDS
         return (
             f"rank {rank} (process {process['pid']} on {process['host']}) gave no sign of life for {seconds:.0f} s;"
             " all ranks exit, the same command resumes from the last checkpoint"
@@ -125,6 +129,6 @@ class Watch:
 
     def _exit(self, text: str) -> NoReturn:
         self.exiting.set()
-        stderr(f"bigincubate: {text}")
-        time.sleep(1.5 * POLL)  # until all ranks have read the reason: the first one to exit breaks connections
+        print_stderr(f"bigincubate: {text}")
+        time.sleep(1.5 * POLL_SECONDS)  # until all ranks have read the reason: the first one to exit breaks connections
         os._exit(RankTimeoutError.code)

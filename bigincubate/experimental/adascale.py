@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Settings
-from ..distributed.process_group import RunEnv
+from ..distributed.process_group import DistributedContext
 from ..errors import ConfigError
 from ..sharding import Sharding
 
@@ -65,7 +65,7 @@ class AdaScale:
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, sharding: Sharding, env: RunEnv, micro_batches: int
+        self, model: nn.Module, settings: Settings, sharding: Sharding, env: DistributedContext, micro_batches: int
     ) -> None:
         self.sharding, self.env = sharding, env
         self.contributions = env.world * micro_batches
@@ -74,7 +74,7 @@ class AdaScale:
                 f'optim.lr_scaling = "{settings.optim.lr_scaling}" compares the gradients of a step, and here'
                 f" a step has only one; use more ranks or train.micro_batch <= {settings.train.batch_size // 2}"
             )
-        sharding.before_update(self.scale_learning_rates)
+        sharding.register_pre_step_hook(self.scale_learning_rates)
         self.micro_batches = micro_batches
         self.decay = max(0.0, 1 - self.contributions / 1000)
         self.power = 1.0 if any(word in settings.optim.name.lower() for word in SGD) else 0.5
@@ -96,7 +96,7 @@ class AdaScale:
         Args:
             norm: Norm of the mean gradient, a scalar.
         """
-        total = self.env.sum(torch.stack(self.norms).double().square().sum()).item()
+        total = self.env.sum_over_ranks(torch.stack(self.norms).double().square().sum()).item()
         self.norms.clear()
         count = self.contributions
         mean_square = total * self.micro_batches**2 / count  # a micro-batch's loss was divided by their number

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import Phase
 from ..errors import ArtifactError, ConfigError
-from ..files import plain_size, read_json
+from ..files import read_json, regular_file_size
 from ..models import Partition, build, default_depths, family_of
 from ..storage.artifacts import ModelSpec, load_artifact
 from ..storage.run_directory import RunDir
@@ -89,7 +89,7 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
         raise ArtifactError(f"{path / 'config.json'} was not written by `bigincubate export`") from None
     file = path / "model.safetensors"
     try:
-        plain_size(file)
+        regular_file_size(file)
         return with_weights(spec, load_file(file), file), spec
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]

@@ -11,15 +11,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..config import Meta, Model
-from ..errors import ArtifactError, ConfigError, EnvironmentFault
+from ..config import MetaConfig, ModelConfig
+from ..errors import ArtifactError, ConfigError, DataError
 from ..models import Family, Partition, family_of
 from .export import load_model
 from .official_format import is_state_dict, join_stages, read_torch, stages_of
 
 
 def pretrained_meta(
-    meta: Meta, settings: Model, partition: Partition, fresh: Mapping[str, Tensor]
+    meta: MetaConfig, settings: ModelConfig, partition: Partition, fresh: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The tensors of a meta model made of a pretrained one, under the meta model's names.
 
@@ -35,7 +35,7 @@ def pretrained_meta(
     Raises:
         ConfigError: timm has no such weights; it is of another family or width; ``meta.select`` does not fit.
         ArtifactError: the file or folder is missing or damaged.
-        EnvironmentFault: the weights cannot be downloaded.
+        DataError: the weights cannot be downloaded.
     """
     assert meta.init is not None
     source = _load(meta.init, settings, partition.family)
@@ -108,7 +108,7 @@ def _in(stage: int, stages: tuple[int, ...]) -> str:
     return f" in stage {stage}" if len(stages) > 1 else ""
 
 
-def _load(init: str, settings: Model, family: Family) -> nn.Module:
+def _load(init: str, settings: ModelConfig, family: Family) -> nn.Module:
     """The pretrained model as timm builds and loads it."""
     arguments: dict[str, Any] = {**settings.args}
     if family.takes_img_size:
@@ -127,7 +127,7 @@ def _load(init: str, settings: Model, family: Family) -> nn.Module:
     try:
         model: nn.Module = timm.create_model(name, pretrained=True, **arguments)
     except OSError as error:
-        raise EnvironmentFault(f"meta.init = {init!r} cannot be fetched: {_line(error)}") from None
+        raise DataError(f"meta.init = {init!r} cannot be fetched: {_line(error)}") from None
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"meta.init = {init!r} cannot be loaded: {_line(error)}") from None
     return model

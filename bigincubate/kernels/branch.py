@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .launch import on_triton
+from .launch import use_triton
 
 
 @torch.library.triton_op("bigincubate::add_branch", mutates_args={})
@@ -31,7 +31,7 @@ def add_branch(x: Tensor, branch: Tensor, kept: Tensor, scale: Tensor, gamma: Te
     Returns:
         A new tensor of the shape and dtype of ``x``.
     """
-    if not on_triton(x):
+    if not use_triton(x):
         return _eager(x, branch, kept, scale, gamma)
     from . import bodies
 

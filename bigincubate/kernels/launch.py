@@ -7,6 +7,6 @@ import os
 from torch import Tensor
 
 
-def on_triton(x: Tensor) -> bool:
+def use_triton(x: Tensor) -> bool:
     """Return whether to run the Triton kernel: on a GPU, or in Triton's interpreter (``TRITON_INTERPRET=1``)."""
     return x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"

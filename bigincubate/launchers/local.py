@@ -14,8 +14,8 @@ from types import FrameType
 from ..errors import Exit
 from ..planning.job_graph import Job
 from ..storage.run_directory import PhaseDir, RunDir
-from .progress import Reporter
-from .rank_group import Ranks
+from .progress import ProgressReporter
+from .rank_group import RankGroup
 
 
 @dataclass
@@ -40,7 +40,7 @@ class HelperJob:
     environment: dict[str, str]
     module_environment: dict[str, str]
     fallback: str
-    ranks: Ranks | None = None
+    ranks: RankGroup | None = None
 
     def start(self, folder: Path, nproc: int, modules: int) -> None:
         """Start the processes.
@@ -56,7 +56,7 @@ class HelperJob:
         folder.mkdir(parents=True, exist_ok=True)
         logs = [folder / (f"{self.log}.{rank}.log" if rank else f"{self.log}.log") for rank in range(nproc)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
-        self.ranks = Ranks(self.command(modules), environment, logs)
+        self.ranks = RankGroup(self.command(modules), environment, logs)
 
     def stop(self) -> None:
         """Ask the processes to leave, if they were started."""
@@ -81,10 +81,10 @@ class LocalRunner:
 
     run: RunDir
     jobs: int
-    reporter: Reporter
+    reporter: ProgressReporter
     nproc: int = 1
     helper: HelperJob | None = None
-    running: dict[str, Ranks] = field(default_factory=dict)
+    running: dict[str, RankGroup] = field(default_factory=dict)
     stopping: bool = False
     patience: int = 20
 
@@ -94,13 +94,13 @@ class LocalRunner:
         Returns:
             0, or 75 after a stop, or the exit code of the first job that failed.
         """
-        done = {job.key for job in graph if self.folder(job).result is not None}
+        done = {job.key for job in graph if self._phase_dir(job).result is not None}
         failed: dict[str, int] = {}
         waiting = [job for job in graph if job.key not in done]
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while waiting or self.running:
-                ready = self.ready(waiting, done)[: self.jobs - len(self.running)]
+                ready = self._ready_jobs(waiting, done)[: self.jobs - len(self.running)]
                 if modules := sum(job.phase == "incubate" for job in ready):
                     self.start_helper(modules)
                 for job in ready:
@@ -108,17 +108,17 @@ class LocalRunner:
                     try:
                         # cores are divided by the jobs that may run in parallel, not by those that do: a resumed job
                         # then has as many threads as before and computes the same bits
-                        self.start(job, parallel=min(self.jobs, sum(other.needs == job.needs for other in graph)))
+                        self._start_job(job, parallel=min(self.jobs, sum(other.needs == job.needs for other in graph)))
                     except OSError as error:
                         failed[job.key] = Exit.ENVIRONMENT
                         reason = f"{error.filename}: {error.strerror}"
-                        self.reporter.failed(job, Exit.ENVIRONMENT, reason, self.log(job, 0))
-                if not self.running and not self.ready(waiting, done):
+                        self.reporter.failed(job, Exit.ENVIRONMENT, reason, self._log_file(job, 0))
+                if not self.running and not self._ready_jobs(waiting, done):
                     break  # the remaining jobs need one that failed, or the run is stopping
-                for job, ranks, code in self.finished(graph):
+                for job, ranks, code in self._pop_finished(graph):
                     if code == 0:
                         done.add(job.key)
-                        self.reporter.done(job, self.folder(job).result or {})
+                        self.reporter.done(job, self._phase_dir(job).result or {})
                     elif code == Exit.PREEMPTED or (self.stopping and code == -signal.SIGTERM):
                         self.stopping = True  # -SIGTERM: stopped before it could install its handler
                     elif code == Exit.LOCKED and self.patience:
@@ -129,7 +129,7 @@ class LocalRunner:
                         failed[job.key] = code
                         self.reporter.failed(job, code, ranks.reason, ranks.log)
                 self.check_helper(waiting)
-                self.reporter.update([(job, self.folder(job)) for job in graph if job.key in self.running])
+                self.reporter.update([(job, self._phase_dir(job)) for job in graph if job.key in self.running])
                 time.sleep(0.2)
         finally:
             for number, handler in before.items():
@@ -137,23 +137,23 @@ class LocalRunner:
             for ranks in self.running.values():  # some are left only after an error in this loop
                 ranks.stop()
             if self.helper is not None and self.helper.ranks is not None:
-                self.helper.ranks.end()
+                self.helper.ranks.shut_down()
         if failed:
             return Exit(next(iter(failed.values()))) if next(iter(failed.values())) in set(Exit) else Exit.ENVIRONMENT
         return Exit.PREEMPTED if self.stopping else Exit.DONE
 
-    def ready(self, waiting: list[Job], done: set[str]) -> list[Job]:
+    def _ready_jobs(self, waiting: list[Job], done: set[str]) -> list[Job]:
         """Return the waiting jobs that can start now."""
         return [job for job in waiting if done.issuperset(job.needs)] if not self.stopping else []
 
-    def start(self, job: Job, parallel: int) -> None:
+    def _start_job(self, job: Job, parallel: int) -> None:
         """Start the ranks of a job.
 
         Args:
             job: The job.
             parallel: Number of jobs that share the cores of this machine.
         """
-        logs = [self.log(job, rank) for rank in range(self.nproc)]
+        logs = [self._log_file(job, rank) for rank in range(self.nproc)]
         logs[0].parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "bigincubate", "train", str(self.run.recipe_file)]
         command += ["--run-dir", str(self.run.path), "--phase", job.phase]
@@ -165,7 +165,7 @@ class LocalRunner:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (parallel * self.nproc))))
         # threads that spin while they wait slow a step down several times when another process is running
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        self.running[job.key] = Ranks(command, environment, logs)
+        self.running[job.key] = RankGroup(command, environment, logs)
         if self.stopping:  # since the ranks were being started
             self.running[job.key].stop()
         self.reporter.started(job)
@@ -191,11 +191,11 @@ class LocalRunner:
             return
         if not any(key.startswith("incubate/") for key in (*self.running, *(job.key for job in waiting))):
             ranks.stop()
-        if ranks.poll() is not None and not ranks.asked:
+        if ranks.poll() is not None and not ranks.stop_requested:
             self.reporter.say(f"{self.helper.title}: {ranks.reason}; {self.helper.fallback}")
             ranks.stop()  # report it once
 
-    def finished(self, graph: list[Job]) -> Iterator[tuple[Job, Ranks, int]]:
+    def _pop_finished(self, graph: list[Job]) -> Iterator[tuple[Job, RankGroup, int]]:
         """Remove the jobs that have ended from ``running``, and yield each with its ranks and exit code."""
         for job in graph:
             ranks = self.running.get(job.key)
@@ -203,13 +203,13 @@ class LocalRunner:
                 del self.running[job.key]
                 yield job, ranks, code
 
-    def folder(self, job: Job) -> PhaseDir:
+    def _phase_dir(self, job: Job) -> PhaseDir:
         """Return the folder of a job's phase."""
         return self.run.phase(job.phase, job.module)
 
-    def log(self, job: Job, rank: int) -> Path:
+    def _log_file(self, job: Job, rank: int) -> Path:
         """Return the log file of a rank of a job."""
-        return self.folder(job).path / "logs" / (f"train.{rank}.log" if rank else "train.log")
+        return self._phase_dir(job).path / "logs" / (f"train.{rank}.log" if rank else "train.log")
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         if not self.stopping:

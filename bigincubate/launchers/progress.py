@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..storage.metrics_log import last_metrics
+from ..storage.metrics_log import read_last_metrics
 from ..storage.run_directory import PhaseDir
 
 if TYPE_CHECKING:
     from ..planning.job_graph import Job
 
 
-class Reporter:
+class ProgressReporter:
     """Prints the progress of jobs. Use it as a context manager."""
 
     def __init__(self, console: Console) -> None:
@@ -34,7 +34,7 @@ class Reporter:
             disable=not console.is_terminal,
         )
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> ProgressReporter:
         self.progress.start()
         return self
 
@@ -55,7 +55,7 @@ class Reporter:
     def update(self, running: list[tuple[Job, PhaseDir]]) -> None:
         """Report the newest metrics of the running jobs; without a terminal only every tenth of a phase."""
         for job, folder in running:
-            row = last_metrics(folder)
+            row = read_last_metrics(folder)
             if "train/loss" not in row:
                 continue
             note = f"loss {row['train/loss']:.3f}  {row['perf/images_per_sec']:.0f} img/s"

@@ -14,13 +14,13 @@ from typing import Any
 from ..distributed.parent_death import PARENT_VARIABLE
 from ..errors import Exit
 
-FOLLOW = 10.0  # seconds after the first rank's exit until the remaining ranks are asked to stop
-GRACE = 10.0  # seconds after that until they are killed
+FOLLOW_SECONDS = 10.0  # seconds after the first rank's exit until the remaining ranks are asked to stop
+GRACE_SECONDS = 10.0  # seconds after that until they are killed
 NO_STORE: tuple[Any, dict[str, str]] = (None, {})  # for a single rank
 SPECIFIC_CODES = set(Exit) - {Exit.DONE, Exit.PREEMPTED}  # exit codes that name a reason
 
 
-class Ranks:
+class RankGroup:
     """The same command in one process per log file.
 
     Each process finds its rank in ``torchrun``'s environment variables, and stops when this process ends (see
@@ -41,9 +41,9 @@ class Ranks:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.exit_codes: dict[int, int] = {}  # by rank, in the order in which they were seen
         self.terminated: set[int] = set()  # ranks that were made to exit because they did not follow the others
-        self.asked = False
+        self.stop_requested = False
         self.first_exit = 0.0  # when the first exit was seen
-        self.store, store_variables = rendezvous() if world > 1 else NO_STORE
+        self.store, store_variables = create_rendezvous_store() if world > 1 else NO_STORE
         try:
             for rank, log in enumerate(logs):
                 numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
@@ -69,15 +69,15 @@ class Ranks:
 
     def stop(self) -> None:
         """Ask every rank to write a checkpoint and exit. Only the first call does anything."""
-        if not self.asked:
-            self.asked = True
+        if not self.stop_requested:
+            self.stop_requested = True
             for process in self.processes:
                 process.send_signal(signal.SIGTERM)
 
-    def end(self) -> None:
+    def shut_down(self) -> None:
         """Ask every rank to exit, and wait until all have. Those that take too long are killed."""
         self.stop()
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + GRACE_SECONDS
         while self.poll() is None:
             if time.monotonic() > deadline:
                 for process in self.processes:
@@ -87,18 +87,20 @@ class Ranks:
     def poll(self) -> int | None:
         """Return the exit code of the group, or None while a rank runs.
 
-        Ranks exit together: once one has, the others have some time to follow before they are made to.
+        RankGroup exit together: once one has, the others have some time to follow before they are made to.
         """
         for rank, process in enumerate(self.processes):
             if rank not in self.exit_codes and (code := process.poll()) is not None:
                 self.first_exit = self.first_exit if self.exit_codes else time.monotonic()
                 self.exit_codes[rank] = code
         if len(self.exit_codes) == len(self.processes):
-            return self.exit_codes[self.cause]
+            return self.exit_codes[self.cause_rank]
         if self.exit_codes:
-            overdue = time.monotonic() - self.first_exit - FOLLOW
+            overdue = time.monotonic() - self.first_exit - FOLLOW_SECONDS
             for rank in set(range(len(self.processes))).difference(self.exit_codes):
-                if overdue > GRACE or suspended(self.processes[rank].pid):  # a suspended rank cannot exit by itself
+                if overdue > GRACE_SECONDS or is_suspended(
+                    self.processes[rank].pid
+                ):  # a suspended rank cannot exit by itself
                     self.terminated.add(rank)
                     self.processes[rank].kill()
                 elif overdue > 0 and rank not in self.terminated:
@@ -107,7 +109,7 @@ class Ranks:
         return None
 
     @property
-    def cause(self) -> int:
+    def cause_rank(self) -> int:
         """Return the rank whose exit explains best why the group ended.
 
         In this order: a rank that reported a specific error (the lowest one); one that was stopped before it had
@@ -116,7 +118,7 @@ class Ranks:
 
         def explanatory_power(rank: int) -> tuple[int, ...]:
             code = self.exit_codes[rank]
-            specific, not_begun = code in SPECIFIC_CODES, self.asked and code == -signal.SIGTERM
+            specific, not_begun = code in SPECIFIC_CODES, self.stop_requested and code == -signal.SIGTERM
             crashed = code not in (Exit.DONE, Exit.PREEMPTED)
             return (specific, -rank * specific, not_begun, code < 0, crashed, code != Exit.DONE)
 
@@ -125,18 +127,18 @@ class Ranks:
     @property
     def log(self) -> Path:
         """Return the log of the rank that explains why the group ended."""
-        return self.logs[self.cause]
+        return self.logs[self.cause_rank]
 
     @property
     def reason(self) -> str:
         """Return one line that says why the group ended."""
-        code = self.exit_codes[self.cause]
-        text = last_line(self.log) if code >= 0 else f"ended by signal {-code} ({signal.strsignal(-code)})"
+        code = self.exit_codes[self.cause_rank]
+        text = last_log_line(self.log) if code >= 0 else f"ended by signal {-code} ({signal.strsignal(-code)})"
         alike = len(set(self.exit_codes.values())) == 1 and not self.terminated
-        return text if alike else f"rank {self.cause}: {text}"
+        return text if alike else f"rank {self.cause_rank}: {text}"
 
 
-def rendezvous() -> tuple[Any, dict[str, str]]:
+def create_rendezvous_store() -> tuple[Any, dict[str, str]]:
     """Create a store in which the ranks of this machine find each other.
 
     Its port is bound before any rank starts, no host name is resolved, and it listens only on the loopback interface.
@@ -159,7 +161,7 @@ def rendezvous() -> tuple[Any, dict[str, str]]:
     }
 
 
-def suspended(pid: int) -> bool:
+def is_suspended(pid: int) -> bool:
     """Return whether a process of this host is stopped (SIGSTOP)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
@@ -167,7 +169,7 @@ def suspended(pid: int) -> bool:
         return False
 
 
-def last_line(log: Path) -> str:
+def last_log_line(log: Path) -> str:
     """Return the last line of a log that is not blank."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     return lines[-1] if lines else "no output"

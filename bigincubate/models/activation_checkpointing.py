@@ -29,7 +29,7 @@ KEPT = [
 
 
 def checkpoint_activations(model: nn.Module, blocks: Iterable[str], how: str) -> None:
-    """Make the blocks at these paths forget their activations: ``"every"`` one of them, or ``"selective"``, which keeps
+    """Make the blocks at these paths recompute activations: ``"full"`` all of them, or ``"selective"``, which keeps
     the results of matrix products and attention. ``"none"`` changes nothing. Names of parameters stay as they are."""
     if how == "none":
         return

@@ -2,6 +2,6 @@
 
 from .ema import Ema
 from .optimizer import make_optimizer, make_schedule, scaled_lr
-from .state_size import ParamInfo, trained
+from .state_size import ParamInfo, trainable_param_info
 
-__all__ = ["Ema", "ParamInfo", "make_optimizer", "make_schedule", "scaled_lr", "trained"]
+__all__ = ["Ema", "ParamInfo", "make_optimizer", "make_schedule", "scaled_lr", "trainable_param_info"]

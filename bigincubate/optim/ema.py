@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ..storage.sharded_tensors import Piece, PieceReader
+from ..storage.sharded_tensors import ShardedTensorReader, TensorShard
 
 
 class Ema:
@@ -19,7 +19,7 @@ class Ema:
         decay: weight of the average in an update; 0 turns averaging off.
     """
 
-    def __init__(self, shards: Mapping[str, Piece], decay: float) -> None:
+    def __init__(self, shards: Mapping[str, TensorShard], decay: float) -> None:
         self.decay = decay
         self.shards = dict(shards) if decay else {}
         self.average = {name: shard.tensor.clone() for name, shard in self.shards.items()}
@@ -31,18 +31,18 @@ class Ema:
             weights = [shard.tensor for shard in self.shards.values()]
             torch._foreach_lerp_(list(self.average.values()), weights, 1 - self.decay)
 
-    def save(self) -> dict[str, Piece]:
+    def save(self) -> dict[str, TensorShard]:
         """Return the average for a checkpoint, under keys ``ema/NAME``."""
         return {
-            f"ema/{name}": Piece(value, self.shards[name].offset, self.shards[name].shape)
+            f"ema/{name}": TensorShard(value, self.shards[name].offset, self.shards[name].shape)
             for name, value in self.average.items()
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the average from a checkpoint of any strategy and world size."""
-        assert isinstance(tensors, PieceReader)
+        assert isinstance(tensors, ShardedTensorReader)
         for name, value in self.average.items():
-            part = tensors.part(f"ema/{name}", self.shards[name].offset, value.numel())
+            part = tensors.read_range(f"ema/{name}", self.shards[name].offset, value.numel())
             value.copy_(part.view(value.shape))
 
     @contextmanager

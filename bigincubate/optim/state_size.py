@@ -25,18 +25,18 @@ class ParamInfo:
         name: name in the model.
         shape: shape of the parameter.
         group: index of the optimizer's parameter group; -1 if the parameter is frozen.
-        each: bytes per element in state tensors of the parameter's shape.
-        beside: bytes in state tensors of other shapes.
+        state_bytes_per_element: bytes per element in state tensors of the parameter's shape.
+        extra_state_bytes: bytes in state tensors of other shapes.
     """
 
     name: str
     shape: tuple[int, ...]
     group: int
-    each: int
-    beside: int
+    state_bytes_per_element: int
+    extra_state_bytes: int
 
 
-def trained(
+def trainable_param_info(
     model: nn.Module, settings: Settings, wrap: Callable[[Optimizer], Optimizer] = lambda optimizer: optimizer
 ) -> list[ParamInfo]:
     """Return the trainable parameters in the optimizer's order, with the size of their optimizer state.

@@ -9,9 +9,9 @@ from functools import cached_property
 
 from ..config import Phase, Recipe, Settings
 from ..data.dataset import DatasetInfo
-from ..data.local_staging import staged
-from ..data.partitions import check_view, open_for
-from ..distributed.process_group import RunEnv
+from ..data.local_staging import use_local_cache
+from ..data.partitions import assert_partition_allowed, open_module_partition
+from ..distributed.process_group import DistributedContext
 from ..models.partition import Partition
 from ..storage.run_directory import PhaseDir, RunDir
 from ..tasks.base import Task
@@ -40,7 +40,7 @@ class PhaseContext:
     planned: PlannedRow
     run: RunDir
     data: DatasetInfo
-    env: RunEnv
+    env: DistributedContext
 
     @cached_property
     def settings(self) -> Settings:
@@ -74,8 +74,8 @@ class PhaseContext:
 
     @contextmanager
     def with_local_data(self) -> Iterator[PhaseContext]:
-        """Yield a context whose data is a copy on a disk of this node, where ``data.stage`` asks for one."""
-        with staged(self.recipe, self.data) as (recipe, data):
+        """Yield a context whose data is a copy on a disk of this node, where ``data.local_cache`` asks for one."""
+        with use_local_cache(self.recipe, self.data) as (recipe, data):
             yield replace(self, recipe=recipe, data=data)
 
 
@@ -97,17 +97,19 @@ class RunContext:
     plan: Plan
     rows: list[PlannedRow]
 
-    def phase(self, phase: Phase, module: int | None = None, env: RunEnv | None = None) -> PhaseContext:
+    def phase(self, phase: Phase, module: int | None = None, env: DistributedContext | None = None) -> PhaseContext:
         """Return the context of a phase, with the data that it may see.
 
         Raises:
             ConfigError: there is no such phase, or its data is not what it may see.
-            EnvironmentFault: a module's part of the data is missing or damaged.
+            DataError: a module's part of the data is missing or damaged.
         """
         row = self.plan.row(phase, module)
-        recipe, data = open_for(self.recipe, self.data, module)
-        check_view(recipe, data, module)
-        return PhaseContext(recipe, self.plan, row, find_row(self.rows, phase, module), self.run, data, env or RunEnv())
+        recipe, data = open_module_partition(self.recipe, self.data, module)
+        assert_partition_allowed(recipe, data, module)
+        return PhaseContext(
+            recipe, self.plan, row, find_row(self.rows, phase, module), self.run, data, env or DistributedContext()
+        )
 
 
 def open_run(
@@ -123,9 +125,9 @@ def open_run(
 
     Raises:
         ConfigError: the directory belongs to another recipe, or was made with other data.
-        EnvironmentFault: there is no data, or it is not what the recipe expects.
+        DataError: there is no data, or it is not what the recipe expects.
     """
-    run.open(recipe)
+    run.open_for_recipe(recipe)
     data = ensure_data(recipe, run, report, module)
     plan, rows = ensure_plan(recipe, run, data)
     return RunContext(recipe, run, data, plan, rows)

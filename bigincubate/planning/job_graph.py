@@ -30,7 +30,7 @@ class Job:
     steps: int
 
 
-def job_graph(rows: Sequence[PlannedRow], *, baseline: bool) -> list[Job]:
+def build_job_graph(rows: Sequence[PlannedRow], *, baseline: bool) -> list[Job]:
     """Return the jobs of a plan, each with the jobs that it needs.
 
     The modules need the meta model, fine-tuning needs all modules, and the end-to-end baseline needs nothing.

@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import PHASES, Recipe, Settings, Sharding
+from ..config import PHASES, Recipe, Settings, ShardingConfig
 from ..errors import ConfigError
 from ..models import Partition
-from ..optim import ParamInfo, trained
+from ..optim import ParamInfo, trainable_param_info
 from ..sharding.communication import LocalNumel, StrategyLayout, replicated, strategy_layouts
-from ..sharding.flat_lamb import client
+from ..sharding.flat_lamb import flat_slice_optimizer
 from ..sharding.zero_config import read_config, resolve_config_path
 from .phases import PhasePlan, Plan, PlannedRow, phase_model
 
 FP32_BYTES = 4
-NAMES = tuple(strategy_layouts({}, "pretrain", 1))
+STRATEGY_NAMES = tuple(strategy_layouts({}, "pretrain", 1))
 
 
 @dataclass(frozen=True)
-class Footprint:
+class RankFootprint:
     """Bytes on the rank that needs the most, for one strategy and world size.
 
     Attributes:
@@ -84,9 +84,9 @@ class PhaseTensors:
 def phase_tensors(row: PhasePlan, settings: Settings, plan: Plan) -> PhaseTensors:
     """Return the parameters of a row's model without allocating any of them."""
     model = phase_model(row, settings, plan.family, device="meta")
-    trainable = trained(model, settings)
+    trainable = trainable_param_info(model, settings)
     try:
-        flat = trained(model, settings, client)
+        flat = trainable_param_info(model, settings, flat_slice_optimizer)
     except ConfigError:
         flat = None
     frozen = [
@@ -101,42 +101,42 @@ def phase_tensors(row: PhasePlan, settings: Settings, plan: Plan) -> PhaseTensor
     return PhaseTensors(trainable, flat, frozen, buffers, [rest, *units])
 
 
-def footprints(
+def estimate_footprints(
     recipe: Recipe, plan: Plan, rows: Iterable[PlannedRow], worlds: Iterable[int]
-) -> dict[str, list[Footprint]]:
+) -> dict[str, list[RankFootprint]]:
     """Return the footprints of each row by its key: one per world size and strategy that supports the optimizer.
 
     Raises:
         ConfigError: a phase's batch size is not divisible by a world size.
     """
-    found: dict[str, list[Footprint]] = {}
+    found: dict[str, list[RankFootprint]] = {}
     for planned in rows:
         settings = recipe.settings(planned.phase)
         tensors = phase_tensors(plan.row(planned.phase, planned.module), settings, plan)
         found[planned.key] = [
             _estimate_footprint(name, settings, planned, tensors, world)
             for world in worlds
-            for name in NAMES
+            for name in STRATEGY_NAMES
             if tensors.flat is not None or not name.startswith("zero")
         ]
     return found
 
 
-def shareable(recipe: Recipe, world: int) -> bool:
+def all_batches_divisible(recipe: Recipe, world: int) -> bool:
     """Return whether the batch of every phase can be divided among ``world`` ranks."""
-    return all(shares_out(recipe.settings(phase), world) for phase in PHASES)
+    return all(batch_divisible(recipe.settings(phase), world) for phase in PHASES)
 
 
-def shares_out(settings: Settings, world: int) -> bool:
+def batch_divisible(settings: Settings, world: int) -> bool:
     """Return whether a phase's batch can be divided among ``world`` ranks."""
-    return settings.train.batch_size // settings.augment.repeats % world == 0
+    return settings.train.batch_size // settings.augment.repeated_aug % world == 0
 
 
 def _estimate_footprint(
     name: str, settings: Settings, planned: PlannedRow, tensors: PhaseTensors, world: int
-) -> Footprint:
+) -> RankFootprint:
     train = settings.train
-    if not shares_out(settings, world):
+    if not batch_divisible(settings, world):
         raise ConfigError(f"--world {world}: train.batch_size = {train.batch_size} is not divisible by {world} ranks")
     local_batch = train.batch_size // world
     micro_batches = -(-local_batch // (train.micro_batch or local_batch))
@@ -154,7 +154,7 @@ def _estimate_footprint(
         return FP32_BYTES * size
 
     def state(tensor: ParamInfo, size: int) -> int:
-        return tensor.each * size + tensor.beside * (size > 0)
+        return tensor.state_bytes_per_element * size + tensor.extra_state_bytes * (size > 0)
 
     gradients, full = (max_bytes(numel, trainable, fp32) for numel in (layout.gradients, replicated))
     if micro_batches > 1:
@@ -176,7 +176,7 @@ def _estimate_footprint(
         times = cost.times * (micro_batches if cost.per == "micro_batch" else 1)
         numel = cost.payload_numel(trainable if cost.tensors == "trainable" else all_tensors, world)
         collectives[cost.kind] = collectives.get(cost.kind, 0) + FP32_BYTES * times * numel
-    return Footprint(
+    return RankFootprint(
         strategy=name,
         world=world,
         micro_batches=micro_batches,
@@ -188,7 +188,7 @@ def _estimate_footprint(
     )
 
 
-def zero_section(sharding: Sharding, strategy: str) -> dict[str, Any]:
+def zero_section(sharding: ShardingConfig, strategy: str) -> dict[str, Any]:
     """Return ``zero_optimization`` of a strategy's DeepSpeed file; empty for other strategies.
 
     The file is the recipe's if the recipe chooses this strategy, else the shipped one.
@@ -196,6 +196,6 @@ def zero_section(sharding: Sharding, strategy: str) -> dict[str, Any]:
     if not strategy.startswith("zero"):
         return {}
     if sharding.strategy != strategy:
-        sharding = Sharding.model_validate({"strategy": strategy})
+        sharding = ShardingConfig.model_validate({"strategy": strategy})
     section: dict[str, Any] = read_config(resolve_config_path(sharding)).get("zero_optimization", {})
     return section

@@ -43,7 +43,7 @@ from ..models import (
     skip_unused,
 )
 from ..models.families import Family
-from ..optim import trained
+from ..optim import trainable_param_info
 from ..seeds import phase_key
 
 Source = Literal["fresh", "meta", "module"]
@@ -206,8 +206,8 @@ def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
         loss = model(torch.empty(image, device="meta")).sum()
         forward = counter.get_total_flops()
         loss.backward()
-    kept = trained(model, settings)
-    state = sum(tensor.each * math.prod(tensor.shape) + tensor.beside for tensor in kept)
+    kept = trainable_param_info(model, settings)
+    state = sum(tensor.state_bytes_per_element * math.prod(tensor.shape) + tensor.extra_state_bytes for tensor in kept)
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         trainable=trainable,
@@ -266,7 +266,7 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
     Raises:
         ConfigError: a batch needs more samples than there are.
     """
-    per_epoch = samples // (settings.train.batch_size // settings.augment.repeats)
+    per_epoch = samples // (settings.train.batch_size // settings.augment.repeated_aug)
     if per_epoch == 0:
         raise ConfigError(f"train.batch_size = {settings.train.batch_size} is more than the {samples} training images")
     steps = round(settings.train.epochs * per_epoch)

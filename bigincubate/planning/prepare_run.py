@@ -9,8 +9,8 @@ from typing import Any
 
 from ..config import PHASES, Phase, Recipe
 from ..data.dataset import DatasetInfo, describe_dataset, open_dataset
-from ..data.partitions import cut_by_class, seen_by
-from ..errors import ConfigError, EnvironmentFault
+from ..data.partitions import dataset_digest_for_module, partition_by_class
+from ..errors import ConfigError, DataError
 from ..files import read_json, write_json
 from ..seeds import phase_key
 from ..storage.run_directory import RunDir
@@ -23,12 +23,12 @@ Report = Callable[[str], None]
 def data_path(recipe: Recipe, run: RunDir) -> Path:
     """
     Raises:
-        EnvironmentFault: the recipe neither says where the data is nor embeds any.
+        DataError: the recipe neither says where the data is nor embeds any.
     """
     if recipe.data.path is not None:
         return Path(recipe.data.path)
     if recipe.data.source is None:
-        raise EnvironmentFault(
+        raise DataError(
             f"recipe {recipe.name!r} needs data: make it with `bigincubate data prepare SOURCE --out DIR`,"
             " then add --set data.path=DIR"
         )
@@ -41,21 +41,21 @@ def ensure_data(
     """The run's data; embedded data that is missing is prepared, by whoever comes first.
 
     Args:
-        module: for this module alone, which in a decentralised recipe needs no more of the whole than its description.
+        module: for this module alone, which in a decentralized recipe needs no more of the whole than its description.
 
     Raises:
-        EnvironmentFault: there is none, or it is not what the recipe expects.
+        DataError: there is none, or it is not what the recipe expects.
     """
     path, modules = data_path(recipe, run), recipe.plan.number
     if recipe.data.source is not None and not (path / "dataset.json").exists():
-        from ..data.prepare import prepare
+        from ..data.prepare import prepare_dataset
 
         report(f"preparing {recipe.data.source} in {path}")
-        cut = partial(cut_by_class, parts=modules) if recipe.data.decentralised else None
-        prepare(recipe.data.source, path, cut=cut)
-    apart = recipe.data.decentralised and module is not None
+        cut = partial(partition_by_class, parts=modules) if recipe.data.decentralized else None
+        prepare_dataset(recipe.data.source, path, partition=cut)
+    apart = recipe.data.decentralized and module is not None
     data = (describe_dataset if apart else open_dataset)(path, recipe.data.remote)
-    seen_by(recipe, data, modules - 1)  # the last module has a part
+    dataset_digest_for_module(recipe, data, modules - 1)  # the last module has a part
     for phase in PHASES:
         make_task(recipe.settings(phase), recipe.data).check_dataset(data)
     return data
@@ -77,7 +77,7 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
         )
     if stored is None:
         rows = cost_plan(recipe, plan, data.samples["train"])
-        parts = list(data.parts) if recipe.data.decentralised else []
+        parts = list(data.parts) if recipe.data.decentralized else []
         write_json(file, {**plan_json(recipe, plan, rows), "data": data.digest, "parts": parts})
         return plan, rows
     return plan, [planned_row(row) for row in stored["rows"]]

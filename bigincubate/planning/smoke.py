@@ -41,13 +41,13 @@ def smoke(recipe: Recipe) -> dict[str, Any]:
             "schedule": {"warmup_epochs": min(warmup, 2 * batch / SAMPLES)},  # two steps
         }
 
-    tables: dict[str, Any] = small(model.img_size, 16 * recipe.augment.repeats, recipe.schedule.warmup_epochs)
+    tables: dict[str, Any] = small(model.img_size, 16 * recipe.augment.repeated_aug, recipe.schedule.warmup_epochs)
     for phase in PHASES:
         settings = recipe.settings(phase)
-        tables[phase] = small(sizes[phase], 16 * settings.augment.repeats, settings.schedule.warmup_epochs)
+        tables[phase] = small(sizes[phase], 16 * settings.augment.repeated_aug, settings.schedule.warmup_epochs)
     tables["meta"] = dict.fromkeys(("init", "select"))  # pretrained weights are wider
     tables["model"]["args"] = NARROW[family.name]
     made_up = {"source": "made-up", "train_samples": SAMPLES, "workers": 0}
-    tables["data"] = {**made_up, **dict.fromkeys(("path", "remote", "stage"))}
+    tables["data"] = {**made_up, **dict.fromkeys(("path", "remote", "local_cache"))}
     tables["log"], tables["checkpoint"] = {"every_steps": 2}, {"every_steps": 4}
     return tables

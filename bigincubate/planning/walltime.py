@@ -54,7 +54,7 @@ class PhaseEstimate:
         return self.gpus * self.seconds
 
 
-def read_cluster(text: str) -> ClusterSpec:
+def parse_cluster(text: str) -> ClusterSpec:
     """Parse ``--cluster``.
 
     Args:
@@ -78,7 +78,7 @@ def read_cluster(text: str) -> ClusterSpec:
         if not (flops := 1e12 * float(pairs["tflops"])):
             raise ConfigError(f"--cluster {text}: tflops must be greater than 0")
         return ClusterSpec(gpus, lambda row: flops)
-    measured = measured_rates(RunDir(Path(pairs["rates"])))
+    measured = measured_flops_per_second(RunDir(Path(pairs["rates"])))
 
     def rate(row: PlannedRow) -> float:
         return measured.get(row.key) or measured.get(row.phase) or sum(measured.values()) / len(measured)
@@ -86,14 +86,14 @@ def read_cluster(text: str) -> ClusterSpec:
     return ClusterSpec(gpus, rate)
 
 
-def measured_rates(run: RunDir) -> dict[str, float]:
+def measured_flops_per_second(run: RunDir) -> dict[str, float]:
     """Return the FLOP/s that each finished phase of a run achieved, by its key.
 
     Raises:
         ArtifactError: not a run directory.
         ConfigError: no phase has finished.
     """
-    recipe = run.recipe()
+    recipe = run.load_recipe()
     modules = len(list((run.path / "modules").glob("[0-9]*")))
     phases = [("pretrain", None), *(("incubate", k) for k in range(modules)), ("finetune", None), ("end_to_end", None)]
     found = {}
@@ -106,7 +106,7 @@ def measured_rates(run: RunDir) -> dict[str, float]:
     return found
 
 
-def estimate(
+def estimate_walltime(
     rows: Sequence[PlannedRow], cluster: ClusterSpec, fits: Callable[[PlannedRow, int], bool]
 ) -> list[PhaseEstimate]:
     """Return the duration of each phase: modules divide the GPUs, every other phase has all of them.
@@ -135,7 +135,7 @@ def estimate(
     return [PhaseEstimate(row.key, row.title, gpus[row.key], seconds(row, gpus[row.key])) for row in rows]
 
 
-def critical_path(estimates: Sequence[PhaseEstimate], gpus: int) -> float:
+def critical_path_seconds(estimates: Sequence[PhaseEstimate], gpus: int) -> float:
     """Return the seconds from the first step of the meta model to the last step of fine-tuning.
 
     Modules train in parallel. With fewer GPUs than modules, a free GPU takes the longest remaining module.

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from ..config import Recipe
-from ..files import read_json, read_lines
+from ..files import read_json, read_json_lines
 from ..storage.run_directory import RunDir
 from .status import run_status
 
@@ -159,7 +159,7 @@ def read_run(run: RunDir) -> RunFacts:
     Raises:
         ArtifactError: not a run directory, or nothing has been planned in it yet.
     """
-    recipe, status = run.recipe(), {row["phase"]: row for row in run_status(run)}
+    recipe, status = run.load_recipe(), {row["phase"]: row for row in run_status(run)}
     plan = read_json(run.path / "plan.json")
     assert plan is not None  # else there is no status
     phases = {row["key"]: _phase(run, row, status[row["key"]]) for row in plan["rows"] if row["key"] in status}
@@ -168,10 +168,10 @@ def read_run(run: RunDir) -> RunFacts:
     if baseline is not None:
         ways.append(Way("end to end", [baseline], None))
     begun = [way for way in ways if any(phase.begun for phase in way.phases)]
-    return RunFacts(run, recipe, plan, begun or ways[:1], read_lines(run.path / "events.jsonl"))
+    return RunFacts(run, recipe, plan, begun or ways[:1], read_json_lines(run.path / "events.jsonl"))
 
 
 def _phase(run: RunDir, planned: dict[str, Any], status: dict[str, Any]) -> PhaseFacts:
     folder = run.phase(planned["phase"], planned["module"])
-    requeues = read_lines(folder.path / "requeues.jsonl")
-    return PhaseFacts(planned, status, folder.result, folder.attempts(), requeues, read_lines(folder.metrics))
+    requeues = read_json_lines(folder.path / "requeues.jsonl")
+    return PhaseFacts(planned, status, folder.result, folder.read_attempts(), requeues, read_json_lines(folder.metrics))

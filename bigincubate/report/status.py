@@ -5,11 +5,11 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-from ..errors import ArtifactError, EnvironmentFault
-from ..files import read_json, read_lines
-from ..launchers.slurm.client import Queued, queue
-from ..storage.lease import start_time
-from ..storage.metrics_log import last_metrics
+from ..errors import ArtifactError, ExternalError
+from ..files import read_json, read_json_lines
+from ..launchers.slurm.client import QueuedJob, list_queued_jobs
+from ..storage.lease import process_start_time
+from ..storage.metrics_log import read_last_metrics
 from ..storage.run_directory import PhaseDir, RunDir
 
 
@@ -27,7 +27,7 @@ def run_status(run: RunDir) -> list[dict[str, Any]]:
     """
     plan = read_json(run.path / "plan.json")
     if plan is None or "rows" not in plan:
-        run.recipe()
+        run.load_recipe()
         raise ArtifactError(f"nothing has run in {run.path} yet")
     jobs = _jobs(run)
     rows = []
@@ -42,7 +42,7 @@ def run_status(run: RunDir) -> list[dict[str, Any]]:
 
 def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a phase's status that its files tell."""
-    attempts, result, metrics = folder.attempts(), folder.result, last_metrics(folder)
+    attempts, result, metrics = folder.read_attempts(), folder.result, read_last_metrics(folder)
     state = _state(attempts[-1]) if attempts else "waiting"
     if result is not None:
         state = "done"
@@ -66,21 +66,21 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _jobs(run: RunDir) -> dict[str, Queued] | None:
+def _jobs(run: RunDir) -> dict[str, QueuedJob] | None:
     """Return the jobs in the queue by phase, or None if nothing was submitted or Slurm does not answer."""
     if not (run.path / "jobs.json").exists():
         return None
     try:
-        return {entry.key: entry for entry in queue(run)}
-    except EnvironmentFault:
+        return {entry.key: entry for entry in list_queued_jobs(run)}
+    except ExternalError:
         return None
 
 
-def _job_status(row: dict[str, Any], folder: PhaseDir, jobs: dict[str, Queued] | None) -> dict[str, Any]:
+def _job_status(row: dict[str, Any], folder: PhaseDir, jobs: dict[str, QueuedJob] | None) -> dict[str, Any]:
     """Return the values that the queue corrects: whether a phase waits, runs, or died on another machine."""
-    last: dict[str, Any] = next(iter(folder.attempts()[-1:]), {})
+    last: dict[str, Any] = next(iter(folder.read_attempts()[-1:]), {})
     status = {"job": None, "queue": None, "node": last.get("host"), "restarts": max(0, row["attempts"] - 1)}
-    if row["state"] != "done" and (requeues := read_lines(folder.path / "requeues.jsonl")):
+    if row["state"] != "done" and (requeues := read_json_lines(folder.path / "requeues.jsonl")):
         status["error"] = row["error"] or requeues[-1]["reason"]
     if jobs is None or row["state"] == "done":
         return status
@@ -98,6 +98,6 @@ def _state(attempt: dict[str, Any]) -> str:
     """Return the state of an attempt; ``died`` if its process on this machine is gone."""
     state: str = attempt["state"]
     here = attempt["host"] == socket.gethostname()
-    if state == "running" and here and start_time(attempt["pid"]) is None:
+    if state == "running" and here and process_start_time(attempt["pid"]) is None:
         return "died"
     return state

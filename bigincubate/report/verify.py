@@ -8,13 +8,13 @@ from enum import StrEnum
 from pathlib import Path
 
 from ..config import Recipe
-from ..data.dataset import damaged_shards, open_dataset
-from ..errors import ArtifactError, EnvironmentFault
+from ..data.dataset import find_damaged_shards, open_dataset
+from ..errors import ArtifactError, DataError
 from ..files import read_json
 from ..planning.prepare_run import data_path
-from ..storage.artifacts import check_origin, load_manifest, verify_artifact
-from ..storage.checkpoint_tools import survey
-from ..storage.lease import owner
+from ..storage.artifacts import check_lineage, load_manifest, verify_artifact
+from ..storage.checkpoint_tools import list_checkpoints
+from ..storage.lease import current_owner
 from ..storage.run_directory import PhaseDir, RunDir
 
 
@@ -68,7 +68,7 @@ def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
     Raises:
         ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
     """
-    recipe, plan = run.recipe(), read_json(run.path / "plan.json")
+    recipe, plan = run.load_recipe(), read_json(run.path / "plan.json")
     if plan is None or not {"rows", "data"} <= plan.keys():
         raise ArtifactError(f"nothing has run in {run.path} yet")
     if everything:
@@ -89,18 +89,18 @@ def _data(recipe: Recipe, run: RunDir, digest: str) -> Iterator[Finding]:
     path = data_path(recipe, run)
     try:
         info = open_dataset(path, recipe.data.remote)
-    except EnvironmentFault as error:
+    except DataError as error:
         yield Finding("data", path, Verdict.DAMAGED, str(error))
         return
     if info.digest != digest:
         yield Finding("data", path, Verdict.STALE, f"{info.digest[:12]}…, the run was made with {digest[:12]}…")
         return
-    found = [Finding("data", file, Verdict.DAMAGED, why) for file, why in damaged_shards(info)]
+    found = [Finding("data", file, Verdict.DAMAGED, why) for file, why in find_damaged_shards(info)]
     yield from found or [Finding("data", path, Verdict.GOOD)]
 
 
 def _phase(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -> Iterator[Finding]:
-    alive = owner(folder.path)
+    alive = current_owner(folder.path)
     result = folder.path / "DONE"
     if result.exists():
         valid = folder.result is not None
@@ -110,14 +110,14 @@ def _phase(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -
     elif alive:
         yield Finding(key, folder.path, Verdict.RUNNING, alive)
     else:
-        yield Finding(key, folder.path, Verdict.UNFINISHED if folder.attempts() else Verdict.ABSENT)
+        yield Finding(key, folder.path, Verdict.UNFINISHED if folder.read_attempts() else Verdict.ABSENT)
 
 
 def _checkpoints(key: str, folder: PhaseDir) -> Iterator[Finding]:
-    alive = owner(folder.path)
+    alive = current_owner(folder.path)
     if not folder.checkpoints.is_dir() or not any(folder.checkpoints.iterdir()):
         return
-    for row in survey(folder.path):
+    for row in list_checkpoints(folder.path):
         verdict, why = Verdict.GOOD, ""
         if not row["committed"]:
             verdict = Verdict.RUNNING if alive else Verdict.UNFINISHED
@@ -137,5 +137,5 @@ def _artifact(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str
             meta = load_manifest(run.phase("pretrain").artifact).digest
         except ArtifactError as error:
             return Finding(key, folder.artifact, Verdict.STALE, f"its meta model cannot be read: {error}")
-    problem = check_origin(manifest, recipe=recipe.digest, meta=meta, data=data)
+    problem = check_lineage(manifest, recipe=recipe.digest, meta=meta, data=data)
     return Finding(key, folder.artifact, Verdict.STALE if problem else Verdict.GOOD, problem or "")

@@ -17,8 +17,8 @@ from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..config import Settings
-    from ..distributed.process_group import RunEnv
-    from ..storage.sharded_tensors import Piece
+    from ..distributed.process_group import DistributedContext
+    from ..storage.sharded_tensors import TensorShard
 
 
 class Sharding(Protocol):
@@ -26,11 +26,11 @@ class Sharding(Protocol):
 
     Attributes:
         optimizer: the optimizer whose ``param_groups`` have the learning rates. Set by :meth:`prepare`.
-        gathers: whether the forward runs collectives, so that all ranks must call it equally often.
+        forward_is_collective: whether the forward runs collectives, so that all ranks must call it equally often.
     """
 
     optimizer: Optimizer
-    gathers: bool
+    forward_is_collective: bool
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
@@ -46,7 +46,7 @@ class Sharding(Protocol):
             The module to call in training.
         """
 
-    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+    def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
         """Return the context for forward and backward of a micro-batch: gradients are reduced in the last one only."""
 
     def backward(self, loss: Tensor) -> None:
@@ -64,7 +64,7 @@ class Sharding(Protocol):
             The norm before clipping and whether the update was skipped, both scalars on the device.
         """
 
-    def before_update(self, hook: Callable[[Tensor], None]) -> None:
+    def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Call a function before every update on all ranks.
 
         Args:
@@ -74,13 +74,13 @@ class Sharding(Protocol):
             ConfigError: the strategy never has the full gradients of a rank's own samples.
         """
 
-    def shards(self) -> dict[str, Piece]:
+    def local_shards(self) -> dict[str, TensorShard]:
         """Return this rank's shards of the trainable parameters by name: the tensors themselves, not copies."""
 
-    def publish(self) -> None:
+    def sync_weights_from_master(self) -> None:
         """Copy values that were written to the local shards into the weights that the model computes with."""
 
-    def save(self) -> dict[str, Tensor | Piece]:
+    def save(self) -> dict[str, Tensor | TensorShard]:
         """Return this rank's part of weights and optimizer state for a checkpoint, without communication.
 
         Keys are those of :mod:`.state`. Empty if other ranks have everything.
@@ -93,7 +93,7 @@ class Sharding(Protocol):
         """Return all parameters and persistent buffers, unsharded, in fp32 on the CPU. Collective."""
 
 
-def make_sharding(settings: Settings, env: RunEnv, micro_batches: int = 1) -> Sharding:
+def make_sharding(settings: Settings, env: DistributedContext, micro_batches: int = 1) -> Sharding:
     """Return the strategy that ``settings`` choose. With one process, every strategy is :class:`.ddp.Replicated`.
 
     Args:
@@ -117,7 +117,7 @@ def make_sharding(settings: Settings, env: RunEnv, micro_batches: int = 1) -> Sh
     if chosen.strategy == "zero3" and chosen.activation_checkpointing == "selective":
         # weights are gathered inside the recomputed region, differently in each of the two passes
         raise ConfigError(
-            'sharding.strategy = "zero3" fails with activation_checkpointing = "selective"; use "every" or "fsdp2"'
+            'sharding.strategy = "zero3" fails with activation_checkpointing = "selective"; use "full" or "fsdp2"'
         )
     if chosen.strategy.startswith("zero"):
         from .zero_config import deepspeed_config

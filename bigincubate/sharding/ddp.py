@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..compat.torch import skip_fused_step_if
-from ..distributed.process_group import RunEnv
-from ..storage.sharded_tensors import Piece, whole
+from ..distributed.process_group import DistributedContext
+from ..storage.sharded_tensors import TensorShard, full_tensor
 from .gradients import clip_gradients
 from .state import load_optimizer_state, save_optimizer_state
 
@@ -28,9 +28,9 @@ class Replicated:
     """
 
     optimizer: Optimizer
-    gathers = False
+    forward_is_collective = False
 
-    def __init__(self, env: RunEnv, micro_batches: int = 1) -> None:
+    def __init__(self, env: DistributedContext, micro_batches: int = 1) -> None:
         self.env, self.micro_batches = env, micro_batches
         self.ddp: DistributedDataParallel | None = None
         self.pre_step_hook: Callable[[Tensor], None] | None = None
@@ -57,7 +57,7 @@ class Replicated:
             )
         return self.ddp
 
-    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+    def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
         """Return a context without communication except for the last micro-batch."""
         return self.ddp.no_sync() if self.ddp and not last else nullcontext()
 
@@ -80,22 +80,22 @@ class Replicated:
         self.optimizer.zero_grad(set_to_none=self.ddp is None)
         return norm, skip
 
-    def before_update(self, hook: Callable[[Tensor], None]) -> None:
+    def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Call ``hook`` before every update."""
         self.pre_step_hook = hook
 
-    def shards(self) -> dict[str, Piece]:
+    def local_shards(self) -> dict[str, TensorShard]:
         """Return the trainable parameters, which are not sharded."""
-        return {name: whole(parameter) for name, parameter in self.trainable.items()}
+        return {name: full_tensor(parameter) for name, parameter in self.trainable.items()}
 
-    def publish(self) -> None:
+    def sync_weights_from_master(self) -> None:
         """Do nothing: the model computes with the local shards."""
 
-    def save(self) -> dict[str, Tensor | Piece]:
+    def save(self) -> dict[str, Tensor | TensorShard]:
         """Return weights and optimizer state on rank 0."""
         if not self.env.is_main:
             return {}
-        tensors: dict[str, Tensor | Piece] = {f"model/{name}": p.detach() for name, p in self.trainable.items()}
+        tensors: dict[str, Tensor | TensorShard] = {f"model/{name}": p.detach() for name, p in self.trainable.items()}
         return tensors | save_optimizer_state(self.optimizer, self.trainable, lambda _, value: value)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:

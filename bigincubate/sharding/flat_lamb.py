@@ -69,7 +69,7 @@ def trust_ratio(parameter: Tensor, update: Tensor, *, clip: bool) -> Tensor:
     return ratio.clamp(max=1.0) if clip else ratio
 
 
-def client(optimizer: Optimizer) -> Optimizer:
+def flat_slice_optimizer(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer that DeepSpeed runs on flat slices in place of ``optimizer``.
 
     Raises:

@@ -22,10 +22,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ..config import Fsdp2
-from ..distributed.process_group import RunEnv
+from ..config import Fsdp2Config
+from ..distributed.process_group import DistributedContext
 from ..errors import ConfigError
-from ..storage.sharded_tensors import Piece, PieceReader
+from ..storage.sharded_tensors import ShardedTensorReader, TensorShard
 from .gradients import clip_gradients
 from .state import load_optimizer_state, save_optimizer_state
 
@@ -47,9 +47,9 @@ class FullyShard:
     """
 
     optimizer: Optimizer
-    gathers = True
+    forward_is_collective = True
 
-    def __init__(self, env: RunEnv, choices: Fsdp2, precision: str) -> None:
+    def __init__(self, env: DistributedContext, choices: Fsdp2Config, precision: str) -> None:
         self.env, self.choices = env, choices
         if env.world % choices.replicas:
             raise ConfigError(f"sharding.fsdp2.replicas = {choices.replicas} does not divide {env.world} ranks")
@@ -86,7 +86,7 @@ class FullyShard:
         return model
 
     @contextmanager
-    def accumulating(self, last: bool) -> Iterator[None]:
+    def gradient_sync(self, last: bool) -> Iterator[None]:
         """Reduce gradients and free gathered weights in the last micro-batch only."""
         self.wrapped.set_requires_gradient_sync(last)
         self.wrapped.set_is_last_backward(last)
@@ -110,35 +110,37 @@ class FullyShard:
         self.optimizer.zero_grad()
         return norm, skip
 
-    def before_update(self, hook: Callable[[Tensor], None]) -> None:
+    def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Raise ConfigError: gradients are reduced and sharded before the hook could read them."""
         raise ConfigError(
             "optim.lr_scaling: a learning-rate hook needs the whole gradients of each rank's own samples, which"
             ' sharding.strategy = "fsdp2" does not have; use "ddp" or "oss"'
         )
 
-    def shards(self) -> dict[str, Piece]:
+    def local_shards(self) -> dict[str, TensorShard]:
         """Return this rank's shards."""
         return {name: _dim0_shard(parameter, parameter) for name, parameter in self.trainable.items()}
 
-    def publish(self) -> None:
+    def sync_weights_from_master(self) -> None:
         """Do nothing: the model computes with the local shards."""
 
-    def save(self) -> dict[str, Tensor | Piece]:
+    def save(self) -> dict[str, Tensor | TensorShard]:
         """Return this rank's shards of weights and optimizer state; empty except in the first replica."""
         if not self.first_replica:
             return {}
-        tensors: dict[str, Tensor | Piece] = {f"model/{name}": piece for name, piece in self.shards().items()}
+        tensors: dict[str, Tensor | TensorShard] = {
+            f"model/{name}": shard for name, shard in self.local_shards().items()
+        }
         return tensors | save_optimizer_state(self.optimizer, self.trainable, _dim0_shard, counters=self.env.is_main)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore this rank's shards of weights and optimizer state."""
-        assert isinstance(tensors, PieceReader)
+        assert isinstance(tensors, ShardedTensorReader)
 
         def part(parameter: Tensor, key: str) -> Tensor:
             assert isinstance(parameter, DTensor)
             own = _dim0_shard(parameter, parameter)
-            flat = tensors.part(key, own.offset, own.tensor.numel()).to(own.tensor.device)
+            flat = tensors.read_range(key, own.offset, own.tensor.numel()).to(own.tensor.device)
             local = flat.view(own.tensor.shape).clone()
             mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
             return DTensor.from_local(local, mesh, parameter.placements, shape=shape, stride=stride)
@@ -156,7 +158,7 @@ class FullyShard:
         }
 
 
-def _dim0_shard(parameter: Tensor, value: Tensor) -> Piece:
+def _dim0_shard(parameter: Tensor, value: Tensor) -> TensorShard:
     """Return this rank's shard of ``value``, which is sharded like ``parameter``.
 
     ``fully_shard`` splits dimension 0 into equal chunks; the last ones may be smaller or empty.
@@ -166,4 +168,4 @@ def _dim0_shard(parameter: Tensor, value: Tensor) -> Piece:
     mesh, rows = parameter.device_mesh, parameter.shape[0]
     dim = mesh.ndim - 1  # with replicas the mesh has a dimension before the one that shards
     start = min(mesh.get_local_rank(dim) * -(-rows // mesh.size(dim)), rows)
-    return Piece(value.to_local().detach(), start * math.prod(parameter.shape[1:]), tuple(parameter.shape))
+    return TensorShard(value.to_local().detach(), start * math.prod(parameter.shape[1:]), tuple(parameter.shape))

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compat.fairscale import import_fairscale, owner_rank
-from ..distributed.process_group import RunEnv
-from ..storage.sharded_tensors import Piece, whole
+from ..distributed.process_group import DistributedContext
+from ..storage.sharded_tensors import TensorShard, full_tensor
 from .state import load_optimizer_state, save_optimizer_state
 
 
@@ -21,9 +21,9 @@ class OptimizerStateSharding:
     """fairscale's OSS with ShardedDataParallel: ZeRO stage 2 at the granularity of parameters."""
 
     optimizer: Optimizer
-    gathers = False
+    forward_is_collective = False
 
-    def __init__(self, env: RunEnv) -> None:
+    def __init__(self, env: DistributedContext) -> None:
         self.env = env
         self.pre_step_hook: Callable[[Tensor], None] | None = None
 
@@ -33,7 +33,7 @@ class OptimizerStateSharding:
         """Create the sharded optimizer and wrap the model.
 
         Raises:
-            EnvironmentFault: fairscale is not installed.
+            MissingDependencyError: fairscale is not installed.
         """
         OSS, ShardedDataParallel = import_fairscale()
         self.model = model
@@ -49,7 +49,7 @@ class OptimizerStateSharding:
         self.wrapped.refresh_trainable()
         return self.wrapped
 
-    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+    def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
         """Return a context without communication except for the last micro-batch."""
         return nullcontext() if last else self.wrapped.no_sync()
 
@@ -64,7 +64,7 @@ class OptimizerStateSharding:
         square = torch.zeros((), device=self.env.device, dtype=torch.float32)
         if grads:
             square += torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))) ** 2
-        norm = self.env.sum(square).sqrt()
+        norm = self.env.sum_over_ranks(square).sqrt()
         if self.pre_step_hook:
             self.pre_step_hook(norm)
         skip = ~torch.isfinite(norm)
@@ -76,20 +76,20 @@ class OptimizerStateSharding:
         self.optimizer.zero_grad(set_to_none=False)
         return norm, skip
 
-    def before_update(self, hook: Callable[[Tensor], None]) -> None:
+    def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Call ``hook`` before every update."""
         self.pre_step_hook = hook
 
-    def shards(self) -> dict[str, Piece]:
+    def local_shards(self) -> dict[str, TensorShard]:
         """Return the trainable parameters, which are not sharded."""
-        return {name: whole(parameter) for name, parameter in self.trainable.items()}
+        return {name: full_tensor(parameter) for name, parameter in self.trainable.items()}
 
-    def publish(self) -> None:
+    def sync_weights_from_master(self) -> None:
         """Do nothing: the model computes with the local shards."""
 
-    def save(self) -> dict[str, Tensor | Piece]:
+    def save(self) -> dict[str, Tensor | TensorShard]:
         """Return weights and optimizer state of the parameters that this rank owns."""
-        tensors: dict[str, Tensor | Piece] = {f"model/{name}": p.detach() for name, p in self.owned.items()}
+        tensors: dict[str, Tensor | TensorShard] = {f"model/{name}": p.detach() for name, p in self.owned.items()}
         state = save_optimizer_state(self.oss.optim, self.owned, lambda _, value: value)
         return tensors | {key: value for key, value in state.items() if "group/" not in key or self.env.is_main}
 

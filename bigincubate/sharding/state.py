@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..storage.sharded_tensors import Piece
+from ..storage.sharded_tensors import TensorShard
 
 NUMBER_PREFIX = "number/"
 
 # (parameter, state tensor of the same shape) -> this rank's shard of the state tensor
-ShardState = Callable[[Tensor, Tensor], Tensor | Piece]
+ShardState = Callable[[Tensor, Tensor], Tensor | TensorShard]
 # (parameter, key in the checkpoint) -> this rank's shard as the optimizer stores it
 LoadShard = Callable[[Tensor, str], Tensor]
 
 
 def save_optimizer_state(
     optimizer: Optimizer, parameters: Mapping[str, Tensor], shard: ShardState, *, counters: bool = True
-) -> dict[str, Tensor | Piece]:
+) -> dict[str, Tensor | TensorShard]:
     """Return the optimizer state on this rank for a checkpoint.
 
     Args:
@@ -35,7 +35,7 @@ def save_optimizer_state(
         shard: returns this rank's shard of a state tensor that has the shape of its parameter.
         counters: whether to include values that are equal on all ranks, such as step counts.
     """
-    tensors: dict[str, Tensor | Piece] = {}
+    tensors: dict[str, Tensor | TensorShard] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

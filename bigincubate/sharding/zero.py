@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compat.deepspeed import flat_slices, import_deepspeed, sync_weights_from_master
-from ..distributed.process_group import RunEnv
+from ..distributed.process_group import DistributedContext
 from ..errors import ConfigError
-from ..storage.sharded_tensors import Piece, PieceReader
-from .flat_lamb import client
+from ..storage.sharded_tensors import ShardedTensorReader, TensorShard
+from .flat_lamb import flat_slice_optimizer
 from .state import NUMBER_PREFIX, pack_value
 
 
@@ -44,9 +44,9 @@ class ParamSlice:
     flat: Tensor
     start: int
 
-    def of(self, flat: Tensor) -> Piece:
+    def of(self, flat: Tensor) -> TensorShard:
         """Return this part as a view of ``flat``, a tensor with the layout of the master tensor."""
-        return Piece(flat.detach().narrow(0, self.start, self.length), self.offset, self.shape)
+        return TensorShard(flat.detach().narrow(0, self.start, self.length), self.offset, self.shape)
 
 
 class Zero:
@@ -59,10 +59,10 @@ class Zero:
 
     optimizer: Optimizer
 
-    def __init__(self, env: RunEnv, config: dict[str, Any]) -> None:
+    def __init__(self, env: DistributedContext, config: dict[str, Any]) -> None:
         self.env, self.config = env, config
         self.stage: int = config["zero_optimization"]["stage"]
-        self.gathers = self.stage == 3
+        self.forward_is_collective = self.stage == 3
         self.accumulation = ExitStack()  # open while gradients accumulate without communication
 
     def prepare(
@@ -72,11 +72,11 @@ class Zero:
 
         Raises:
             ConfigError: the optimizer needs whole tensors.
-            EnvironmentFault: DeepSpeed is not installed.
+            MissingDependencyError: DeepSpeed is not installed.
         """
         self.deepspeed = import_deepspeed(self.env.device.type)
         self.model = model
-        self.optimizer = client(make_optimizer(model))
+        self.optimizer = flat_slice_optimizer(make_optimizer(model))
         trainable = {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
         shapes = {name: tuple(parameter.shape) for parameter, name in trainable.items()}
         self.engine, self.zero, _, _ = self.deepspeed.initialize(
@@ -91,7 +91,7 @@ class Zero:
         return wrapped
 
     @contextmanager
-    def accumulating(self, last: bool) -> Iterator[None]:
+    def gradient_sync(self, last: bool) -> Iterator[None]:
         """Accumulate full gradients on each rank, and reduce them when the last micro-batch is done."""
         if not last and not self.engine.inside_no_sync_ctxt:
             self.accumulation.enter_context(self.engine.coalesce_grad_reduction())
@@ -110,24 +110,24 @@ class Zero:
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.env.device, dtype=torch.float32)
         return norm, torch.tensor(self.zero.overflow, device=self.env.device)
 
-    def before_update(self, hook: Callable[[Tensor], None]) -> None:
+    def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Raise ConfigError: DeepSpeed computes the norm and updates in one call."""
         raise ConfigError(
             "optim.lr_scaling: a learning-rate hook runs between the backward pass and the update, which"
             f' sharding.strategy = "zero{self.stage}" does in one call; use "ddp" or "oss"'
         )
 
-    def shards(self) -> dict[str, Piece]:
+    def local_shards(self) -> dict[str, TensorShard]:
         """Return this rank's parts of the fp32 master tensors."""
         return {part.name: part.of(part.flat) for part in self.slices}
 
-    def publish(self) -> None:
+    def sync_weights_from_master(self) -> None:
         """Copy the fp32 master tensors into the weights of the model. Collective."""
         sync_weights_from_master(self.zero, self.stage)
 
-    def save(self) -> dict[str, Tensor | Piece]:
+    def save(self) -> dict[str, Tensor | TensorShard]:
         """Return this rank's parts of master weights and optimizer state."""
-        tensors: dict[str, Tensor | Piece] = {}
+        tensors: dict[str, Tensor | TensorShard] = {}
         for part in self.slices:
             tensors[f"model/{part.name}"] = part.of(part.flat)
             for key, value in self.optimizer.state.get(part.flat, {}).items():
@@ -144,9 +144,9 @@ class Zero:
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore this rank's parts of master weights and optimizer state, then the weights of the model."""
-        assert isinstance(tensors, PieceReader)
+        assert isinstance(tensors, ShardedTensorReader)
         for part in self.slices:
-            part.of(part.flat).tensor.copy_(tensors.part(f"model/{part.name}", part.offset, part.length))
+            part.of(part.flat).tensor.copy_(tensors.read_range(f"model/{part.name}", part.offset, part.length))
         by_name = {part.name: part for part in self.slices}
         for path, shape in tensors.shapes.items():
             kind, _, rest = path.removeprefix(NUMBER_PREFIX).partition("/")
@@ -161,13 +161,13 @@ class Zero:
                     state[key] = tensors[path].to(part.flat.device if fused else "cpu", copy=True)
                 else:
                     flat = state.setdefault(key, torch.zeros_like(part.flat))
-                    part.of(flat).tensor.copy_(tensors.part(path, part.offset, part.length))
+                    part.of(flat).tensor.copy_(tensors.read_range(path, part.offset, part.length))
             elif kind == "group":
                 for index, group in enumerate(self.optimizer.param_groups):
                     if group.get("origin", index) == int(name):
                         number = path.startswith(NUMBER_PREFIX)
                         group["step"] = tensors[path].item() if number else tensors[path].clone()
-        self.publish()
+        self.sync_weights_from_master()
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return all parameters and persistent buffers on the CPU. Collective in stage 3."""

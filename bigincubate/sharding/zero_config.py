@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..config import Settings, Sharding
+from ..config import Settings, ShardingConfig
 from ..config.resources import resource_folder
 from ..errors import ConfigError
 
@@ -89,13 +89,13 @@ def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> d
     }
 
 
-def resolve_config_path(sharding: Sharding) -> Path:
+def resolve_config_path(sharding: ShardingConfig) -> Path:
     """Return the file for ``sharding.deepspeed_config``, a shipped name or a path; default: the strategy's file."""
     given = sharding.deepspeed_config or sharding.strategy
-    return known if (known := shipped(given)).exists() else Path(given)
+    return known if (known := shipped_config_path(given)).exists() else Path(given)
 
 
-def shipped(strategy: str) -> Path:
+def shipped_config_path(strategy: str) -> Path:
     """Return the path of a shipped file: ``zero1``, ``zero2``, ``zero3`` or ``zero3_offload``."""
     return resource_folder("ds_configs") / f"{strategy}.json"
 

@@ -19,14 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import Model
+from ..config import ModelConfig
 from ..errors import ArtifactError, LockedError
-from ..files import fsync_dir, make_folder, plain_size, sha256, write_hashed, write_text
-from .checkpoint_manager import COMMIT_MARKER, sealed
-from .lease import Claim
-from .sharded_tensors import whole, write_pieces
+from ..files import fsync_dir, hash_file, make_folder, regular_file_size, write_and_hash, write_text
+from .checkpoint_manager import COMMIT_MARKER, read_committed_manifest
+from .lease import Lease
+from .sharded_tensors import full_tensor, write_sharded_tensors
 
-WEIGHTS = "weights.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
 
 
 class ModelSpec(BaseModel):
@@ -41,12 +41,12 @@ class ModelSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     task: str
-    model: Model
+    model: ModelConfig
     depths: list[list[Annotated[int, Field(ge=0, le=10_000)]]]
     metadata: dict[str, Any]
 
 
-class Manifest(BaseModel):
+class ArtifactManifest(BaseModel):
     """The lineage of an artifact. Digests are SHA-256 in hexadecimal."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,7 +62,9 @@ class Manifest(BaseModel):
     digest: str = ""  # of weights.safetensors
 
 
-def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, claim: Claim | None = None) -> Manifest:
+def save_artifact(
+    folder: Path, tensors: dict[str, Tensor], manifest: ArtifactManifest, lease: Lease | None = None
+) -> ArtifactManifest:
     """Write an artifact completely or not at all. An older artifact is replaced only once the new one is complete.
 
     Returns:
@@ -76,13 +78,15 @@ def save_artifact(folder: Path, tensors: dict[str, Tensor], manifest: Manifest, 
         shutil.rmtree(leftover)
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
-    entry = write_pieces(temporary / WEIGHTS, {key: whole(value.cpu()) for key, value in tensors.items()})
+    entry = write_sharded_tensors(
+        temporary / WEIGHTS_FILE, {key: full_tensor(value.cpu()) for key, value in tensors.items()}
+    )
     manifest = manifest.model_copy(update={"digest": entry["sha256"]})
     text = json.dumps(manifest.model_dump(), indent=1) + "\n"
-    write_hashed(temporary / "manifest.json", [text.encode()])
+    write_and_hash(temporary / "manifest.json", [text.encode()])
     write_text(temporary / COMMIT_MARKER, hashlib.sha256(text.encode()).hexdigest())
     try:
-        (claim or Claim()).check()
+        (lease or Lease()).check()
     except LockedError:
         shutil.rmtree(temporary)
         raise
@@ -105,7 +109,7 @@ def _current(folder: Path) -> Path:
     return folder if folder.exists() or not _replaced(folder).exists() else _replaced(folder)
 
 
-def load_manifest(folder: Path) -> Manifest:
+def load_manifest(folder: Path) -> ArtifactManifest:
     """Return the manifest of an artifact.
 
     Raises:
@@ -113,7 +117,7 @@ def load_manifest(folder: Path) -> Manifest:
     """
     current = _current(folder)
     try:
-        return Manifest.model_validate_json(sealed(current))
+        return ArtifactManifest.model_validate_json(read_committed_manifest(current))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"no artifact in {folder}: {error.filename} is missing") from None
     except OSError as error:
@@ -122,17 +126,17 @@ def load_manifest(folder: Path) -> Manifest:
         raise ArtifactError(f"{current / 'manifest.json'}: {error.errors()[0]['msg']}") from None
 
 
-def verify_artifact(folder: Path) -> Manifest:
+def verify_artifact(folder: Path) -> ArtifactManifest:
     """Return the manifest of an artifact after a check of its weights, which are hashed but not loaded.
 
     Raises:
         ArtifactError: A file is missing, or differs from its hash (the message has the file and both hashes).
     """
     manifest = load_manifest(folder)
-    file = _current(folder) / WEIGHTS
+    file = _current(folder) / WEIGHTS_FILE
     try:
-        plain_size(file)
-        found = sha256(file)
+        regular_file_size(file)
+        found = hash_file(file)
     except OSError as error:
         raise ArtifactError(f"{file}: {error.strerror}") from None
     if found != manifest.digest:
@@ -140,13 +144,13 @@ def verify_artifact(folder: Path) -> Manifest:
     return manifest
 
 
-def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
+def load_artifact(folder: Path) -> tuple[dict[str, Tensor], ArtifactManifest]:
     """Return the tensors and the manifest of an artifact.
 
     Raises:
         ArtifactError: See :func:`verify_artifact`.
     """
-    manifest, file = verify_artifact(folder), _current(folder) / WEIGHTS
+    manifest, file = verify_artifact(folder), _current(folder) / WEIGHTS_FILE
     try:
         return load_file(file), manifest
     except OSError as error:
@@ -155,15 +159,15 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], Manifest]:
         raise ArtifactError(f"{file}: {error}") from None
 
 
-def check_module(folder: Path, *, recipe: str, meta: str, data: str) -> str | None:
+def check_module_lineage(folder: Path, *, recipe: str, meta: str, data: str) -> str | None:
     """Return why the module in ``folder`` cannot be part of the assembly, or None if it can."""
     try:
-        return check_origin(load_manifest(folder), recipe=recipe, meta=meta, data=data)
+        return check_lineage(load_manifest(folder), recipe=recipe, meta=meta, data=data)
     except ArtifactError as error:
         return str(error)
 
 
-def check_origin(manifest: Manifest, *, recipe: str, meta: str | None, data: str) -> str | None:
+def check_lineage(manifest: ArtifactManifest, *, recipe: str, meta: str | None, data: str) -> str | None:
     """Return what an artifact was trained from that this run does not have, or None if the lineage is the same."""
     for name, expected, found in (
         ("recipe", recipe, manifest.recipe),

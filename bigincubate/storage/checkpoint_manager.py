@@ -33,11 +33,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ..distributed.process_group import RunEnv, stderr
-from ..errors import ArtifactError, BigincubateError, DamagedError, EnvironmentFault, LockedError
-from ..files import fsync_dir, make_folder, plain_size, read_json, read_small, sha256, write_hashed
-from .lease import Claim
-from .sharded_tensors import Piece, PieceReader, snapshot, write_pieces
+from ..distributed.process_group import DistributedContext, print_stderr
+from ..errors import (
+    ArtifactError,
+    BigincubateError,
+    DamagedError,
+    LockedError,
+    SystemResourceError,
+)
+from ..files import fsync_dir, hash_file, make_folder, read_json, read_small_file, regular_file_size, write_and_hash
+from .lease import Lease
+from .sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
 
 STEP_PATTERN = re.compile(r"step-(\d{8,})")
 COMMIT_MARKER = "COMMITTED"
@@ -79,7 +85,7 @@ class Checkpoint:
     """
 
     step: int
-    tensors: PieceReader
+    tensors: ShardedTensorReader
     state: dict[str, Any]
 
 
@@ -91,31 +97,33 @@ class CheckpointManager:
         env: The ranks.
         digest: Digest of the recipe. A checkpoint of another recipe is refused.
         keep: Number of committed checkpoints to keep (at least 2).
-        claim: Lease on the phase directory. Once it is lost, nothing is committed or removed.
+        lease: Lease on the phase directory. Once it is lost, nothing is committed or removed.
 
     Raises:
         LockedError: The lease is lost.
     """
 
-    def __init__(self, folder: Path, env: RunEnv, *, digest: str, keep: int = 2, claim: Claim | None = None) -> None:
+    def __init__(
+        self, folder: Path, env: DistributedContext, *, digest: str, keep: int = 2, lease: Lease | None = None
+    ) -> None:
         self.folder, self.env, self.digest, self.keep = folder, env, digest, keep
-        self.claim = claim or Claim()
-        self._save_env = env.apart()  # messages of saves must not mix with those of the training
+        self.lease = lease or Lease()
+        self._save_env = env.clone_control_group()  # messages of saves must not mix with those of the training
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
         self._metrics: dict[str, float] = {}
-        with env.first():
+        with env.main_process_first():
             if env.is_main:
-                self.claim.check()
+                self.lease.check()
                 make_folder(folder)
-                committed = {self._at(step) for step in self.steps()}
+                committed = {self._at(step) for step in self.committed_steps()}
                 for path in (*folder.glob(".saving-*"), *folder.glob("step-*")):
                     if path not in committed:  # an attempt died while it wrote or removed this
                         shutil.rmtree(path)
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def start(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
+    def start_save(self, step: int, tensors: Mapping[str, Tensor | TensorShard], state: dict[str, Any]) -> None:
         """Start to save a checkpoint. Called by all ranks together.
 
         Tensors are copied to the CPU before this returns, and written and committed while training continues.
@@ -126,11 +134,11 @@ class CheckpointManager:
             state: A JSON object; that of rank 0 is saved.
 
         Raises:
-            EnvironmentFault: The previous save, for which this waits first, failed.
+            SystemResourceError: The previous save, for which this waits first, failed.
         """
         began = time.perf_counter()
         self.wait()
-        shards, text = snapshot(tensors), json.dumps(state, indent=1)
+        shards, text = copy_to_cpu(tensors), json.dumps(state, indent=1)
         self._thread = threading.Thread(target=self._run, args=(step, shards, text), daemon=True)
         self._thread.start()
         self._metrics["checkpoint/blocked_ms"] = 1e3 * (time.perf_counter() - began)
@@ -139,7 +147,7 @@ class CheckpointManager:
         """Wait until the last save is committed. Called by all ranks together.
 
         Raises:
-            EnvironmentFault: A rank could not write. Earlier checkpoints are unchanged.
+            SystemResourceError: A rank could not write. Earlier checkpoints are unchanged.
             LockedError: The lease is lost. Nothing was committed.
         """
         if self._thread is not None:
@@ -149,22 +157,22 @@ class CheckpointManager:
             problem, self._problem = self._problem, None
             raise problem
 
-    def save(self, step: int, tensors: Mapping[str, Tensor | Piece], state: dict[str, Any]) -> None:
-        """Save a checkpoint and wait until it is committed; see :meth:`start`."""
-        self.start(step, tensors, state)
+    def save(self, step: int, tensors: Mapping[str, Tensor | TensorShard], state: dict[str, Any]) -> None:
+        """Save a checkpoint and wait until it is committed; see :meth:`start_save`."""
+        self.start_save(step, tensors, state)
         self.wait()
 
     def close(self) -> None:
         """Release the control group, unless a save is still in progress after an error elsewhere."""
         if self._thread is None or not self._thread.is_alive():
-            self._save_env.close_apart()
+            self._save_env.close_control_group()
 
     @property
     def failed(self) -> bool:
         """Return whether :meth:`wait` would raise. A rank may know before the others do."""
         return self._problem is not None
 
-    def figures(self) -> dict[str, float]:
+    def pop_metrics(self) -> dict[str, float]:
         """Return the metrics of saves since the last call.
 
         Returns:
@@ -174,13 +182,13 @@ class CheckpointManager:
         metrics, self._metrics = self._metrics, {}
         return metrics
 
-    def _run(self, step: int, shards: dict[str, Piece], state: str) -> None:
+    def _run(self, step: int, shards: dict[str, TensorShard], state: str) -> None:
         try:
             self._save(step, shards, state)
         except BaseException as error:  # raised by wait()
             self._problem = error
 
-    def _save(self, step: int, shards: dict[str, Piece], state: str) -> None:
+    def _save(self, step: int, shards: dict[str, TensorShard], state: str) -> None:
         began, env = time.perf_counter(), self._save_env
         final = self.folder / f"step-{step:08d}"
         temporary = self.folder / env.broadcast(f".saving-{step:08d}-{uuid.uuid4().hex[:8]}")
@@ -190,31 +198,33 @@ class CheckpointManager:
             temporary.mkdir(exist_ok=True)
             if shards:
                 name = f"rank-{env.rank:05d}.safetensors"
-                files[name] = write_pieces(temporary / name, shards)
+                files[name] = write_sharded_tensors(temporary / name, shards)
             if env.is_main:
-                files[STATE_FILE] = write_hashed(temporary / STATE_FILE, [state.encode()])
+                files[STATE_FILE] = write_and_hash(temporary / STATE_FILE, [state.encode()])
         except OSError as error:
-            problem = explain(error, temporary)
+            problem = describe_os_error(error, temporary)
         reports = env.gather((files, problem))
         problem = next((text for _, text in reports if text), "")
         refusal: BigincubateError | None = None
         if env.is_main:
             try:
-                self.claim.check()  # first: a new owner may have removed the files written here
+                self.lease.check()  # first: a new owner may have removed the files written here
                 if not problem:
                     if final.exists():  # damaged, so training resumed from an earlier one
                         shutil.rmtree(final)
                     entries = {name: entry for report, _ in reports for name, entry in sorted(report.items())}
-                    commit(temporary, final, step=step, digest=self.digest, world=env.world, files=entries)
+                    commit_checkpoint(temporary, final, step=step, digest=self.digest, world=env.world, files=entries)
                     self._prune(step)
             except OSError as error:
-                problem = explain(error, final)
+                problem = describe_os_error(error, final)
             except LockedError as error:
                 refusal = error
             if problem and refusal is None:
-                refusal = EnvironmentFault(f"checkpoint of step {step} not written: {problem}; earlier ones are intact")
+                refusal = SystemResourceError(
+                    f"checkpoint of step {step} not written: {problem}; earlier ones are intact"
+                )
                 try:
-                    self.claim.check()  # again: a new owner may have removed files that were being written
+                    self.lease.check()  # again: a new owner may have removed files that were being written
                 except LockedError as error:
                     refusal = error
         refusal = env.broadcast(refusal)
@@ -227,14 +237,14 @@ class CheckpointManager:
 
     def _prune(self, newest: int) -> None:
         """Remove all but the newest. Those after ``newest`` are damaged, or training would have resumed from them."""
-        kept = [step for step in self.steps() if step <= newest][-self.keep :]
-        for step in set(self.steps()).difference(kept):
-            self.claim.check()
-            remove(self._at(step))
+        kept = [step for step in self.committed_steps() if step <= newest][-self.keep :]
+        for step in set(self.committed_steps()).difference(kept):
+            self.lease.check()
+            remove_checkpoint(self._at(step))
 
     # ------------------------------------------------------------------------------------------ reading
 
-    def steps(self) -> list[int]:
+    def committed_steps(self) -> list[int]:
         """Return the steps of the committed checkpoints, in numeric order."""
         matches = (STEP_PATTERN.fullmatch(marker.parent.name) for marker in self.folder.glob(f"step-*/{COMMIT_MARKER}"))
         numbers = {int(match[1]) for match in matches if match}
@@ -242,7 +252,7 @@ class CheckpointManager:
             step for step in numbers if (self._at(step) / COMMIT_MARKER).exists()
         )  # ignore other spellings of a number
 
-    def latest(self) -> Checkpoint | None:
+    def load_latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that passes verification, or None if there are no checkpoints.
 
         Damaged checkpoints are skipped and reported on stderr. Called by all ranks together.
@@ -257,18 +267,20 @@ class CheckpointManager:
         if step is None:
             return None
         folder = self._at(step)
-        manifest = CheckpointManifest.model_validate_json(read_small(folder / "manifest.json"))
+        manifest = CheckpointManifest.model_validate_json(read_small_file(folder / "manifest.json"))
         if manifest.recipe != self.digest:
             raise ArtifactError(f"{folder} was saved under another recipe; use another --run-dir, or remove it")
-        return Checkpoint(step, PieceReader(manifest.tensor_files(folder)), read_json(folder / STATE_FILE) or {})
+        return Checkpoint(
+            step, ShardedTensorReader(manifest.tensor_files(folder)), read_json(folder / STATE_FILE) or {}
+        )
 
     def _choose(self) -> int | str | None:
         damaged = []
-        for step in reversed(self.steps()):
-            if (problem := verify(self._at(step))) is None:
+        for step in reversed(self.committed_steps()):
+            if (problem := verify_checkpoint(self._at(step))) is None:
                 return step
             damaged.append(problem)
-            stderr(f"damaged checkpoint, skipped: {problem}")
+            print_stderr(f"damaged checkpoint, skipped: {problem}")
         if damaged:
             return f"every checkpoint in {self.folder} is damaged ({damaged[0]}); remove the folder to start over"
         return None
@@ -277,7 +289,7 @@ class CheckpointManager:
         return self.folder / f"step-{step:08d}"
 
 
-def commit(
+def commit_checkpoint(
     temporary: Path, final: Path, *, step: int, digest: str, world: int, files: dict[str, dict[str, Any]]
 ) -> None:
     """Turn a directory into a committed checkpoint: write the manifest, rename, rename the marker.
@@ -294,9 +306,9 @@ def commit(
     """
     manifest = {"format": 1, "step": step, "recipe": digest, "world": world, "files": files}
     text = json.dumps(manifest, indent=1)
-    write_hashed(temporary / "manifest.json", [text.encode()])
+    write_and_hash(temporary / "manifest.json", [text.encode()])
     marker = f"{temporary.name}.marker"
-    write_hashed(temporary / marker, [hashlib.sha256(text.encode()).hexdigest().encode()])
+    write_and_hash(temporary / marker, [hashlib.sha256(text.encode()).hexdigest().encode()])
     fsync_dir(temporary)
     temporary.rename(final)
     fsync_dir(final.parent)
@@ -304,7 +316,7 @@ def commit(
     fsync_dir(final)
 
 
-def remove(folder: Path) -> None:
+def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint, or the temporary directory of one."""
     if folder.is_symlink():  # its target is no checkpoint of this run
         folder.unlink()
@@ -313,7 +325,7 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def verify(folder: Path) -> str | None:
+def verify_checkpoint(folder: Path) -> str | None:
     """Return what is wrong with a committed checkpoint (file, expected and found value), or None if it is valid.
 
     Nothing outside the directory is opened, nothing without a hash is read, and tensors are not loaded.
@@ -322,20 +334,20 @@ def verify(folder: Path) -> str | None:
     try:
         if folder.is_symlink():
             return f"{folder} is a symbolic link; refused"
-        manifest = CheckpointManifest.model_validate_json(sealed(folder))
+        manifest = CheckpointManifest.model_validate_json(read_committed_manifest(folder))
         if (match := STEP_PATTERN.fullmatch(folder.name)) and int(match[1]) != manifest.step:
             return f"{file}: step {manifest.step}, expected {int(match[1])}"
         for name, entry in manifest.files.items():
-            if (size := plain_size(folder / name)) != entry.size:
+            if (size := regular_file_size(folder / name)) != entry.size:
                 return f"{folder / name}: {size} bytes, expected {entry.size}"
-            if (found := sha256(folder / name)) != entry.sha256:
+            if (found := hash_file(folder / name)) != entry.sha256:
                 return f"{folder / name}: SHA-256 {found[:12]}…, expected {entry.sha256[:12]}…"
         state = read_json(folder / STATE_FILE)
         if state is None or state.get("step", manifest.step) != manifest.step:
             return f"{folder / STATE_FILE}: not the state of step {manifest.step}"
-        PieceReader(manifest.tensor_files(folder))
+        ShardedTensorReader(manifest.tensor_files(folder))
     except OSError as error:
-        return explain(error, folder)
+        return describe_os_error(error, folder)
     except ValidationError as error:
         return f"{file}: invalid manifest: {error.errors()[0]['msg']}"
     except ArtifactError as error:
@@ -343,7 +355,7 @@ def verify(folder: Path) -> str | None:
     return None
 
 
-def sealed(folder: Path) -> bytes:
+def read_committed_manifest(folder: Path) -> bytes:
     """Return the content of ``manifest.json`` after a check against the commit marker.
 
     Raises:
@@ -351,15 +363,15 @@ def sealed(folder: Path) -> bytes:
         ArtifactError: The manifest differs from the hash in the marker.
     """
     file, marker = folder / "manifest.json", folder / COMMIT_MARKER
-    if (size := plain_size(marker)) != 64:
+    if (size := regular_file_size(marker)) != 64:
         raise ArtifactError(f"{marker}: {size} bytes, expected 64")
-    text, expected = read_small(file), marker.read_bytes().decode(errors="replace")
+    text, expected = read_small_file(file), marker.read_bytes().decode(errors="replace")
     if (found := hashlib.sha256(text).hexdigest()) != expected:
         raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {expected[:12]!r}…")
     return text
 
 
-def explain(error: OSError, path: Path) -> str:
+def describe_os_error(error: OSError, path: Path) -> str:
     """Return a message: the file (``path`` if the error names none), the reason, and the free space of a full disk."""
     text = f"{error.filename or path}: {error.strerror or error}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):

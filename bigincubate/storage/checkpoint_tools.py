@@ -9,25 +9,32 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ..distributed.process_group import RunEnv
+from ..distributed.process_group import DistributedContext
 from ..errors import ArtifactError, ConfigError, DamagedError
-from ..files import read_json, read_small, write_hashed
-from .checkpoint_manager import COMMIT_MARKER, STATE_FILE, CheckpointManifest, commit, remove, verify
-from .lease import owned
-from .sharded_tensors import Piece, PieceReader, write_pieces
+from ..files import read_json, read_small_file, write_and_hash
+from .checkpoint_manager import (
+    COMMIT_MARKER,
+    STATE_FILE,
+    CheckpointManifest,
+    commit_checkpoint,
+    remove_checkpoint,
+    verify_checkpoint,
+)
+from .lease import acquire_lease
+from .sharded_tensors import ShardedTensorReader, TensorShard, write_sharded_tensors
 
 NAME_PATTERN = re.compile(r"(?:step|\.saving)-(\d{8,}).*")
 PATTERNS = ("*", "checkpoints/*", "*/checkpoints/*", "modules/*/checkpoints/*")  # below the directory of a phase or run
 
 
-def survey(path: Path) -> list[dict[str, Any]]:
+def list_checkpoints(path: Path) -> list[dict[str, Any]]:
     """List the checkpoints below a run directory or the directory of a phase, or the checkpoint ``path`` itself.
 
     Directories that were never committed are listed too. Every file of a committed checkpoint is read and hashed.
 
     Returns:
         One row per checkpoint: path, step, ranks, bytes, committed, problem (None if committed and valid; see
-        :func:`verify`), time (last change, in seconds since the epoch). Phases are in order, and steps in
+        :func:`verify_checkpoint`), time (last change, in seconds since the epoch). Phases are in order, and steps in
         numeric order.
 
     Raises:
@@ -48,7 +55,7 @@ def survey(path: Path) -> list[dict[str, Any]]:
 
 def _inspect(folder: Path) -> dict[str, Any] | None:
     """Return the row of a checkpoint, or None if a running phase has removed or renamed it meanwhile."""
-    problem, committed = verify(folder), (folder / COMMIT_MARKER).exists()
+    problem, committed = verify_checkpoint(folder), (folder / COMMIT_MARKER).exists()
     manifest, name = read_json(folder / "manifest.json") or {}, NAME_PATTERN.fullmatch(folder.name)
     try:
         sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
@@ -65,7 +72,7 @@ def _inspect(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def prune(path: Path, *, keep: int) -> list[Path]:
+def prune_checkpoints(path: Path, *, keep: int) -> list[Path]:
     """Remove all but the newest ``keep`` valid checkpoints of each phase in a run directory, or of one phase.
 
     Damaged and incomplete checkpoints are removed too, unless all of a phase are damaged.
@@ -79,27 +86,27 @@ def prune(path: Path, *, keep: int) -> list[Path]:
         LockedError: A process trains the phase.
         DamagedError: Every checkpoint of a phase is damaged. They are kept; other phases are pruned.
     """
-    checkpoints = [Path(row["path"]) for row in survey(path)]
+    checkpoints = [Path(row["path"]) for row in list_checkpoints(path)]
     if path in checkpoints:
         raise ConfigError(f"{path} is one checkpoint; give a run directory or a phase's directory")
     removed, all_damaged = [], []
     for folder in dict.fromkeys(checkpoint.parent for checkpoint in checkpoints):
-        with owned(folder.parent, RunEnv()) as claim:
-            rows = {Path(row["path"]): row for row in survey(folder.parent)}
+        with acquire_lease(folder.parent, DistributedContext()) as lease:
+            rows = {Path(row["path"]): row for row in list_checkpoints(folder.parent)}
             valid = [checkpoint for checkpoint, row in rows.items() if row["problem"] is None]
             if not valid and any(row["committed"] for row in rows.values()):
                 all_damaged.append(str(folder))
                 continue
             for checkpoint in rows.keys() - set(valid[-keep:]):
-                claim.check()
-                remove(checkpoint)
+                lease.check()
+                remove_checkpoint(checkpoint)
                 removed.append(checkpoint)
     if all_damaged:
         raise DamagedError(f"every checkpoint is damaged in {', '.join(all_damaged)}; they were left as they are")
     return sorted(removed)
 
 
-def convert(source: Path, out: Path, *, ranks: int = 1) -> None:
+def convert_checkpoint(source: Path, out: Path, *, ranks: int = 1) -> None:
     """Write a checkpoint again as the files of ``ranks`` ranks; of one rank, full tensors in one safetensors file.
 
     The result is a committed checkpoint that can replace ``source``.
@@ -113,12 +120,12 @@ def convert(source: Path, out: Path, *, ranks: int = 1) -> None:
         raise ArtifactError(
             f"{source} is not a committed checkpoint; `bigincubate checkpoint list` shows those of a run"
         )
-    if problem := verify(source):
+    if problem := verify_checkpoint(source):
         raise DamagedError(problem)
     if out.exists():
         raise ConfigError(f"{out} exists; choose another directory, or remove it first")
-    manifest = CheckpointManifest.model_validate_json(read_small(source / "manifest.json"))
-    tensors = PieceReader(manifest.tensor_files(source))
+    manifest = CheckpointManifest.model_validate_json(read_small_file(source / "manifest.json"))
+    tensors = ShardedTensorReader(manifest.tensor_files(source))
     temporary = out.with_name(f".saving-{out.name}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
@@ -126,14 +133,14 @@ def convert(source: Path, out: Path, *, ranks: int = 1) -> None:
         for rank in range(ranks):
             if shards := _split(tensors, rank, ranks):
                 name = f"rank-{rank:05d}.safetensors"
-                files[name] = write_pieces(temporary / name, shards)
-        files[STATE_FILE] = write_hashed(temporary / STATE_FILE, [read_small(source / STATE_FILE)])
-        commit(temporary, out, step=manifest.step, digest=manifest.recipe, world=ranks, files=files)
+                files[name] = write_sharded_tensors(temporary / name, shards)
+        files[STATE_FILE] = write_and_hash(temporary / STATE_FILE, [read_small_file(source / STATE_FILE)])
+        commit_checkpoint(temporary, out, step=manifest.step, digest=manifest.recipe, world=ranks, files=files)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _split(tensors: PieceReader, rank: int, ranks: int) -> dict[str, Piece]:
+def _split(tensors: ShardedTensorReader, rank: int, ranks: int) -> dict[str, TensorShard]:
     """Return part ``rank`` of ``ranks`` equal parts of every tensor; of a small tensor, some ranks have nothing."""
     shards = {}
     for key, shape in tensors.shapes.items():
@@ -141,6 +148,6 @@ def _split(tensors: PieceReader, rank: int, ranks: int) -> dict[str, Piece]:
         length = -(-size // ranks)
         low, high = min(size, rank * length), min(size, (rank + 1) * length)
         if low < high:
-            part = tensors.part(key, low, high - low)
-            shards[key] = Piece(part.view(shape) if len(part) == size else part, low, shape)
+            part = tensors.read_range(key, low, high - low)
+            shards[key] = TensorShard(part.view(shape) if len(part) == size else part, low, shape)
     return shards

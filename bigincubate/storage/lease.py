@@ -3,7 +3,7 @@
 ``owners/7.json`` is the seventh lease on the directory; it names the process (host, pid, start time, Slurm job) that
 created it. Exactly one process can create a file, and the number, called the *generation*, is never used again: the
 highest generation counts. The owner touches its file while it lives, and empties it when it leaves. A new lease is
-created only if the owner is provably dead, or gave no sign of life for ``LEASE``. An owner that was only
+created only if the owner is provably dead, or gave no sign of life for ``LEASE_SECONDS``. An owner that was only
 suspended or disconnected finds the later lease before it writes anything that lasts, and gives up.
 """
 
@@ -22,13 +22,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..distributed.process_group import RunEnv, stderr
+from ..distributed.process_group import DistributedContext, print_stderr
 from ..errors import LockedError
 from ..files import read_json, write_text
 
-LEASE = 60.0  # seconds without a sign of life after which an owner of unknown state counts as dead
-HEARTBEAT = 5.0  # seconds between two signs of life
-QUEUE = 3.0  # seconds in which Slurm must answer
+LEASE_SECONDS = 60.0  # seconds without a sign of life after which an owner of unknown state counts as dead
+HEARTBEAT_SECONDS = 5.0  # seconds between two signs of life
+SQUEUE_TIMEOUT = 3.0  # seconds in which Slurm must answer
 # states of jobs without a running process: ended, or waiting to start (again)
 NOT_RUNNING = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
@@ -36,7 +36,7 @@ NOT_RUNNING = {
 }
 
 
-def start_time(pid: int) -> str | None:
+def process_start_time(pid: int) -> str | None:
     """Return when a process of this host started, or None if it does not run.
 
     The start time (clock ticks since boot) and the pid identify a process even after the pid is reused.
@@ -49,7 +49,7 @@ def start_time(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def describe(pid: int) -> dict[str, Any]:
+def describe_process(pid: int) -> dict[str, Any]:
     """Return what distinguishes a process of this host from all others, past ones and those of other hosts."""
     env = os.environ
     array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
@@ -57,7 +57,7 @@ def describe(pid: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "space": _pid_namespace(),
         "pid": pid,
-        "started": start_time(pid),
+        "started": process_start_time(pid),
         "cluster": env.get("SLURM_CLUSTER_NAME"),
         "job": f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID"),
         "restarts": int(env.get("SLURM_RESTART_COUNT") or 0),
@@ -72,7 +72,7 @@ def _pid_namespace() -> str | None:
         return None
 
 
-class Claim:
+class Lease:
     """A lease on a directory, held by rank 0.
 
     Other ranks hold a lease without a path, which is never lost.
@@ -90,7 +90,7 @@ class Claim:
         """Return the number of the lease; 0 without a path."""
         return int(self.path.stem) if self.path else 0
 
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Return whether there is no later lease. Lists the directory, so that no cache can hide one."""
         if self.path is not None and _newest(self.path.parent) > self.generation:
             self.lost = True
@@ -102,14 +102,14 @@ class Claim:
         Raises:
             LockedError: There is a later lease.
         """
-        if self.path is None or self.held():
+        if self.path is None or self.is_held():
             return
         folder = self.path.parent
         new_owner = read_json(folder / f"{_newest(folder)}.json")
         name = _name(new_owner) if new_owner else "a process that has exited since"
         raise LockedError(f"{folder.parent} was taken over by {name} while this process was silent; it writes no more")
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Release the lease. Its number stays in use. Needs no free space on the disk."""
         if self.path is not None:
             with suppress(FileNotFoundError):
@@ -117,44 +117,44 @@ class Claim:
 
 
 @contextmanager
-def owned(folder: Path, env: RunEnv) -> Iterator[Claim]:
+def acquire_lease(folder: Path, env: DistributedContext) -> Iterator[Lease]:
     """Hold the lease on ``folder`` for all ranks together while the block runs.
 
-    Wait for up to ``LEASE`` if only its heartbeat can tell whether the previous owner lives.
+    Wait for up to ``LEASE_SECONDS`` if only its heartbeat can tell whether the previous owner lives.
 
     Raises:
         LockedError: On every rank: another live process, which the message names, owns the folder.
     """
-    taken = _take(folder) if env.is_main else ""
-    problem = env.broadcast("" if isinstance(taken, Claim) else taken)
+    taken = _try_acquire(folder) if env.is_main else ""
+    problem = env.broadcast("" if isinstance(taken, Lease) else taken)
     if problem:
         raise LockedError(problem)
-    if not isinstance(taken, Claim):
-        yield Claim()
+    if not isinstance(taken, Lease):
+        yield Lease()
         return
-    claim, over = taken, threading.Event()
-    assert claim.path is not None
+    lease, over = taken, threading.Event()
+    assert lease.path is not None
 
     def beat() -> None:
-        while not over.wait(HEARTBEAT):
+        while not over.wait(HEARTBEAT_SECONDS):
             try:
                 os.utime(path)
-                claim.held()
+                lease.is_held()
             except OSError:
-                continue  # the file system may be unavailable for less than LEASE
+                continue  # the file system may be unavailable for less than LEASE_SECONDS
 
-    path = claim.path
+    path = lease.path
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
-        yield claim
+        yield lease
     finally:
         over.set()
         thread.join()
-        claim.leave()
+        lease.release()
 
 
-def _take(folder: Path) -> Claim | str:
+def _try_acquire(folder: Path) -> Lease | str:
     """Return a new lease, or the reason why there is none: the owner that lives."""
     owners = folder / "owners"
     owners.mkdir(parents=True, exist_ok=True)
@@ -163,11 +163,11 @@ def _take(folder: Path) -> Claim | str:
         last_path = owners / f"{last}.json"
         if (owner := read_json(last_path)) and _wait_whether_alive(owner, last_path):
             return f"{folder} belongs to {_name(owner)}; wait for it, or stop it first"
-        path, content = owners / f"{last + 1}.json", {**describe(os.getpid()), "claim": uuid.uuid4().hex}
+        path, content = owners / f"{last + 1}.json", {**describe_process(os.getpid()), "claim": uuid.uuid4().hex}
         write_text(path, json.dumps(content, indent=1), exclusive=True)
         # read it back: a network file system may report a file that was just created as one that already existed
         if read_json(path) == content:
-            return Claim(path)
+            return Lease(path)
 
 
 def _newest(owners: Path) -> int:
@@ -178,10 +178,10 @@ def _name(owner: dict[str, Any]) -> str:
     return f"process {owner['pid']} on {owner['host']}" + (f", job {owner['job']}" if owner["job"] else "")
 
 
-def owner(folder: Path) -> str | None:
+def current_owner(folder: Path) -> str | None:
     """Return the name of the process that owns ``folder``, or None, without waiting.
 
-    An owner of unknown state counts until it has been silent for ``LEASE``.
+    An owner of unknown state counts until it has been silent for ``LEASE_SECONDS``.
     """
     owners = folder / "owners"
     if not owners.is_dir():
@@ -193,14 +193,14 @@ def owner(folder: Path) -> str | None:
 
 def _is_alive(owner: dict[str, Any], path: Path) -> bool | None:
     """Return whether the owner may still write, or None if neither this host, the queue nor its silence tells."""
-    this = describe(os.getpid())
+    this = describe_process(os.getpid())
     same = {key for key in this if owner[key] == this[key] and this[key] is not None}
     if {"cluster", "job"} <= same and owner["restarts"] < this["restarts"]:
         return False  # a previous attempt of this job: Slurm ended it before it started this one
     if {"host", "space"} <= same and owner["started"] is not None:
-        return start_time(owner["pid"]) == owner["started"]
+        return process_start_time(owner["pid"]) == owner["started"]
     silence = _file_system_time(path.parent) - _last_heartbeat(path)
-    if silence > LEASE or ("cluster" in same and owner["job"] and _job_has_ended(owner["job"])):
+    if silence > LEASE_SECONDS or ("cluster" in same and owner["job"] and _job_has_ended(owner["job"])):
         return False
     return None
 
@@ -212,14 +212,16 @@ def _wait_whether_alive(owner: dict[str, Any], path: Path) -> bool:
     if (alive := _is_alive(owner, path)) is not None:
         return alive
     announced = False
-    while (waited := time.monotonic() - began) + silence <= LEASE:
+    while (waited := time.monotonic() - began) + silence <= LEASE_SECONDS:
         if _last_heartbeat(path) != first:
             return bool(read_json(path))  # empty if it has left meanwhile
-        if not announced and waited > 2 * HEARTBEAT:
+        if not announced and waited > 2 * HEARTBEAT_SECONDS:
             announced = True
-            left = LEASE - silence - waited
-            stderr(f"{path.parent.parent} belonged to {_name(owner)}, which is silent; taking over in {left:.0f} s")
-        time.sleep(min(0.2, HEARTBEAT / 4))
+            left = LEASE_SECONDS - silence - waited
+            print_stderr(
+                f"{path.parent.parent} belonged to {_name(owner)}, which is silent; taking over in {left:.0f} s"
+            )
+        time.sleep(min(0.2, HEARTBEAT_SECONDS / 4))
     return False
 
 
@@ -249,7 +251,7 @@ def _job_has_ended(job: str) -> bool:
             ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job],
             capture_output=True,
             text=True,
-            timeout=QUEUE,
+            timeout=SQUEUE_TIMEOUT,
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -10,7 +10,7 @@ from typing import Any
 from .run_directory import PhaseDir
 
 
-def last_metrics(folder: PhaseDir) -> dict[str, Any]:
+def read_last_metrics(folder: PhaseDir) -> dict[str, Any]:
     """Return the newest value of each metric in the last rows that a phase logged, or an empty dict."""
     values: dict[str, Any] = {}
     for line in _read_tail(folder.metrics).splitlines():

@@ -37,7 +37,7 @@ from typing import Any
 
 from ..config import Phase, Recipe, differences, load_recipe
 from ..errors import ArtifactError, ConfigError
-from ..files import append_line, read_json, write_json, write_text
+from ..files import append_json_line, read_json, write_json, write_text
 
 FOLDERS: dict[str, str] = {"pretrain": "meta", "finetune": "finetune", "end_to_end": "end_to_end"}
 
@@ -72,7 +72,7 @@ class PhaseDir:
         """Return the result of the phase, or None before it is done."""
         return read_json(self.path / "DONE") or None
 
-    def finish(self, result: dict[str, Any]) -> None:
+    def write_result(self, result: dict[str, Any]) -> None:
         """Write the result, which marks the phase as done."""
         write_json(self.path / "DONE", result)
 
@@ -81,7 +81,7 @@ class PhaseDir:
         """Return the one rollback to a checkpoint (step ``to``) after too many non-finite gradients, or None."""
         return read_json(self.path / "rollback.json")
 
-    def note_rollback(self, to: int, **fields: Any) -> None:
+    def write_rollback(self, to: int, **fields: Any) -> None:
         """Write that training went back to the checkpoint of step ``to``."""
         write_json(self.path / "rollback.json", {"to": to, **fields})
 
@@ -94,16 +94,16 @@ class PhaseDir:
         """
         return read_json(self.path / "partial.json")
 
-    def note_partial(self, scores: dict[str, Any]) -> None:
+    def write_partial(self, scores: dict[str, Any]) -> None:
         """Write the score of the partial assembly."""
         write_json(self.path / "partial.json", scores)
 
-    def attempts(self) -> list[dict[str, Any]]:
+    def read_attempts(self) -> list[dict[str, Any]]:
         """Return all attempts at this phase, oldest first."""
         files = sorted((self.path / "attempts").glob("*.json"), key=lambda file: int(file.stem))
         return [attempt for file in files if (attempt := read_json(file))]
 
-    def record(self, number: int, **fields: Any) -> None:
+    def write_attempt(self, number: int, **fields: Any) -> None:
         """Write the state of an attempt."""
         write_json(self.path / "attempts" / f"{number}.json", {"attempt": number, "time": time.time(), **fields})
 
@@ -135,11 +135,11 @@ class RunDir:
         """Return the file of the resolved recipe."""
         return self.path / "recipe.toml"
 
-    def note(self, event: str, **fields: Any) -> None:
+    def log_event(self, event: str, **fields: Any) -> None:
         """Append an event to ``events.jsonl``."""
-        append_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **fields})
+        append_json_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **fields})
 
-    def open(self, recipe: Recipe) -> None:
+    def open_for_recipe(self, recipe: Recipe) -> None:
         """Create the directory for a recipe, or check that it belongs to this recipe.
 
         Raises:
@@ -148,9 +148,9 @@ class RunDir:
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; give a directory with --run-dir")
         if not self.recipe_file.exists() and write_text(self.recipe_file, recipe.toml(), exclusive=True):
-            self.note("created", recipe=recipe.name, digest=recipe.digest)
+            self.log_event("created", recipe=recipe.name, digest=recipe.digest)
             return
-        before = self.recipe()
+        before = self.load_recipe()
         if changed := differences(before, recipe):
             raise ConfigError(
                 f"{self.path} belongs to another experiment, which differs in {'; '.join(changed)}."
@@ -158,9 +158,9 @@ class RunDir:
             )
         if moved := differences(before, recipe, execution_keys=True):
             write_text(self.recipe_file, recipe.toml())
-            self.note("execution_changed", changes=moved)
+            self.log_event("execution_changed", changes=moved)
 
-    def recipe(self) -> Recipe:
+    def load_recipe(self) -> Recipe:
         """Return the resolved recipe.
 
         Raises:
@@ -170,7 +170,7 @@ class RunDir:
             raise ArtifactError(f"{self.path} is not a run directory (no recipe.toml in it)")
         return load_recipe(str(self.recipe_file))
 
-    def summary(self) -> dict[str, Any]:
+    def update_summary(self) -> dict[str, Any]:
         """Return the results so far (None for a phase that is not done), and update ``summary.json``."""
         modules = sorted((self.path / "modules").glob("[0-9]*"))
         results: dict[str, Any] = {

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ArtifactError
-from ..files import write_hashed
+from ..files import write_and_hash
 
 DTYPES = {
     torch.float64: "F64",
@@ -40,7 +40,7 @@ Layout = TypeAdapter(dict[str, tuple[Count, tuple[Count, ...]]])
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorShard:
     """A contiguous range of elements of a logical tensor.
 
     Attributes:
@@ -54,28 +54,28 @@ class Piece:
     shape: tuple[int, ...]
 
 
-def whole(tensor: Tensor) -> Piece:
+def full_tensor(tensor: Tensor) -> TensorShard:
     """Return a shard that holds all elements of ``tensor``."""
-    return Piece(tensor.detach(), 0, tuple(tensor.shape))
+    return TensorShard(tensor.detach(), 0, tuple(tensor.shape))
 
 
-def snapshot(tensors: Mapping[str, Tensor | Piece]) -> dict[str, Piece]:
+def copy_to_cpu(tensors: Mapping[str, Tensor | TensorShard]) -> dict[str, TensorShard]:
     """Copy tensors to the CPU. Later changes of the tensors do not affect the copies."""
     copies = {}
     for key, value in tensors.items():
-        shard = value if isinstance(value, Piece) else whole(value)
+        shard = value if isinstance(value, TensorShard) else full_tensor(value)
         tensor = shard.tensor.detach()
-        copies[key] = Piece(tensor.to("cpu", copy=True).contiguous(), shard.offset, tuple(shard.shape))
+        copies[key] = TensorShard(tensor.to("cpu", copy=True).contiguous(), shard.offset, tuple(shard.shape))
     return copies
 
 
-def write_pieces(path: Path, shards: Mapping[str, Piece]) -> dict[str, Any]:
+def write_sharded_tensors(path: Path, shards: Mapping[str, TensorShard]) -> dict[str, Any]:
     """Write the shards of one rank, which must be on the CPU, to a safetensors file.
 
     Unlike the library's own writer, this makes no second copy in memory, and hashes while it writes.
 
     Returns:
-        The manifest entry of the file; see :func:`bigincubate.files.write_hashed`.
+        The manifest entry of the file; see :func:`bigincubate.files.write_and_hash`.
     """
     layout, header, tensors, end = {}, {}, [], 0
     # wide types first: then each tensor begins at a multiple of its element size
@@ -89,14 +89,14 @@ def write_pieces(path: Path, shards: Mapping[str, Piece]) -> dict[str, Any]:
         tensors.append(tensor.reshape(-1).view(torch.uint8).numpy())
     text = json.dumps({"__metadata__": {LAYOUT: json.dumps(layout)}, **header}).encode()
     text += b" " * (-len(text) % 8)
-    return write_hashed(path, [len(text).to_bytes(8, "little"), text, *tensors])
+    return write_and_hash(path, [len(text).to_bytes(8, "little"), text, *tensors])
 
 
-class PieceReader(Mapping[str, Tensor]):
+class ShardedTensorReader(Mapping[str, Tensor]):
     """The logical tensors in the files of all ranks, in full or in part. Loads nothing before it is asked for.
 
     Args:
-        files: Files of :func:`write_pieces`.
+        files: Files of :func:`write_sharded_tensors`.
 
     Attributes:
         shapes: Shape of each logical tensor.
@@ -136,9 +136,9 @@ class PieceReader(Mapping[str, Tensor]):
         if key not in self.shapes:
             raise ArtifactError(f"the checkpoint has no tensor {key!r}")
         shape = self.shapes[key]
-        return self.part(key, 0, math.prod(shape)).view(shape)
+        return self.read_range(key, 0, math.prod(shape)).view(shape)
 
-    def part(self, key: str, offset: int, length: int) -> Tensor:
+    def read_range(self, key: str, offset: int, length: int) -> Tensor:
         """Return ``length`` elements of the flattened tensor ``key``, starting at ``offset``; shape [length]."""
         found: list[tuple[int, Tensor]] = []
         for start, size, file in sorted(self._ranges.get(key, []), key=lambda entry: entry[0]):

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from ..config import Data, Model, Settings
+from ..config import DataConfig, ModelConfig, Settings
 from ..errors import ConfigError
 from .metric import Metric
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
     from ..data.dataset import DatasetInfo
-    from ..distributed.process_group import RunEnv
+    from ..distributed.process_group import DistributedContext
 
 
 class TrainBatches(Protocol):
@@ -56,7 +56,7 @@ class Task(ABC):
     unit: ClassVar[str]
     record_kind: ClassVar[str]
 
-    def __init__(self, settings: Settings, data: Data) -> None:
+    def __init__(self, settings: Settings, data: DataConfig) -> None:
         self.settings, self.data = settings, data
 
     def check_dataset(self, info: DatasetInfo) -> None:
@@ -98,7 +98,7 @@ class Task(ABC):
         self,
         model: nn.Module,
         batches: EvalBatches,
-        env: RunEnv,
+        env: DistributedContext,
         *,
         pad_batches_across_ranks: bool = False,
     ) -> dict[str, float]:
@@ -144,6 +144,6 @@ class Task(ABC):
         return {}
 
     @classmethod
-    def artifact_settings(cls, model: Model, metadata: dict[str, Any]) -> Settings:
+    def artifact_settings(cls, model: ModelConfig, metadata: dict[str, Any]) -> Settings:
         """Return settings to evaluate a finished model with, given what :meth:`artifact_metadata` returned."""
         return Settings(model=model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..config import Data, Settings
+from ..config import DataConfig, Settings
 from ..config.objects import load_object
 from .base import Task
 
@@ -22,7 +22,7 @@ def task_class(name: str) -> type[Task]:
     return found
 
 
-def make_task(settings: Settings, data: Data) -> Task:
+def make_task(settings: Settings, data: DataConfig) -> Task:
     """Return the task of a phase with these settings.
 
     Raises:

@@ -10,7 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ..data.micro_batches import count_micro_batches
-from ..data.partitions import seen_by
+from ..data.partitions import dataset_digest_for_module
 from ..errors import ArtifactError
 from ..interchange.pretrained import pretrained_meta
 from ..models import (
@@ -30,7 +30,7 @@ from ..planning.context import PhaseContext
 from ..planning.phases import phase_model, phase_steps
 from ..seeds import INIT, stable_seed
 from ..sharding import Sharding, make_sharding
-from ..storage.artifacts import check_module, load_artifact, load_manifest
+from ..storage.artifacts import check_module_lineage, load_artifact, load_manifest
 from ..storage.run_directory import RunDir
 from ..tasks.base import EvalBatches, TrainBatches
 from .hooks import LearningRateHook, apply_batch_source, make_learning_rate_hook
@@ -87,7 +87,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     micro_batches = count_micro_batches(settings, env.world)
     model, meta_digest = build_model(context, start)
     drop, partition = settings.drop_path, context.partition
-    set_rates(model, partition, drop.rates, drop.rate, context.plan.target, context.row.module)
+    set_rates(model, partition, drop.ramp_over, drop.rate, context.plan.target, context.row.module)
     model = model.to(env.device)
     choose_attention(model, env.device, settings.train.precision)
     blocks = [block.path for block in partition.blocks()]
@@ -97,7 +97,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     sharding = make_sharding(settings, env, micro_batches)
     lr_hook = make_learning_rate_hook(model, settings, sharding, env, micro_batches)
     wrapped = sharding.prepare(model, blocks, lambda built: make_optimizer(built, settings))
-    ema = Ema(sharding.shards(), settings.ema.decay)
+    ema = Ema(sharding.local_shards(), settings.ema.decay)
     eval_stream = task.eval_stream(context.data, "val", rank=env.rank, world=env.world)
     train_stream = apply_batch_source(task.train_stream(context.data, rank=env.rank, world=env.world), context)
     _, steps_per_epoch = phase_steps(settings, context.data.epoch)
@@ -193,8 +193,8 @@ def _load_modules(context: PhaseContext, meta: str) -> Iterable[dict[str, Tensor
     folders = [run.phase("incubate", module).artifact for module in range(context.plan.modules)]
     problems: dict[int, str] = {}
     for module, folder in enumerate(folders):
-        seen = seen_by(recipe, context.data, module)
-        if problem := check_module(folder, recipe=recipe.digest, meta=meta, data=seen):
+        seen = dataset_digest_for_module(recipe, context.data, module)
+        if problem := check_module_lineage(folder, recipe=recipe.digest, meta=meta, data=seen):
             problems[module] = problem
     if problems:
         listed = "; ".join(f"module {module}: {problem}" for module, problem in problems.items())

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..config import Settings
 from ..config.objects import load_object
-from ..distributed.process_group import RunEnv
+from ..distributed.process_group import DistributedContext
 from ..planning.context import PhaseContext
 from ..sharding import Sharding
 from ..tasks.base import TrainBatches
@@ -21,7 +21,7 @@ class LearningRateHook(Protocol):
     """Multiplies the learning rates of each step by a gain that it computes from the gradients.
 
     ``optim.lr_scaling = "package.module:Class"`` chooses one. The class registers itself with
-    `Sharding.before_update`; the trainer logs its gain and keeps its state in checkpoints.
+    `Sharding.register_pre_step_hook`; the trainer logs its gain and keeps its state in checkpoints.
 
     Args:
         model: The model with its parameters frozen as in training, before the sharding wraps it.
@@ -32,7 +32,7 @@ class LearningRateHook(Protocol):
     """
 
     def __init__(
-        self, model: nn.Module, settings: Settings, sharding: Sharding, env: RunEnv, micro_batches: int
+        self, model: nn.Module, settings: Settings, sharding: Sharding, env: DistributedContext, micro_batches: int
     ) -> None: ...
 
     @property
@@ -54,7 +54,7 @@ class LearningRateHook(Protocol):
 
 
 def make_learning_rate_hook(
-    model: nn.Module, settings: Settings, sharding: Sharding, env: RunEnv, micro_batches: int
+    model: nn.Module, settings: Settings, sharding: Sharding, env: DistributedContext, micro_batches: int
 ) -> LearningRateHook | None:
     """Return the hook that ``optim.lr_scaling`` names, or None for a built-in rule.
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..config import Recipe
-from ..distributed.process_group import RunEnv
+from ..distributed.process_group import DistributedContext
 from ..errors import ArtifactError, ConfigError
-from ..files import sha256
+from ..files import hash_file
 from ..interchange.export import with_weights, write_folder
 from ..interchange.official_format import join_stages, read_stages
 from ..models import extract, fit_positions
@@ -63,7 +63,7 @@ def import_part(
     Raises:
         ArtifactError: a file is not one, or not of these depths and shapes; modules need a meta model in the run.
         ConfigError: another number of files or modules than expected; a phase has results already.
-        EnvironmentFault: the run's data is missing.
+        DataError: the run's data is missing.
     """
     plan = make_plan(recipe)
     whole = _read(files, plan, *((plan.meta, "meta model") if part == "meta" else (plan.target, "target")))
@@ -73,13 +73,13 @@ def import_part(
         folder = run.phase(row.phase, row.module)
         if folder.result or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
             raise ConfigError(f"{folder.path} holds work of this run already; import into another run directory")
-    sources = {str(file): sha256(file) for file in files}
-    env = RunEnv.detect()
+    sources = {str(file): hash_file(file) for file in files}
+    env = DistributedContext.detect()
     try:
         for row in rows:
             own = whole if row.module is None else extract(whole, Partition(plan.family, plan.target), row.module)
             context = opened.phase(row.phase, row.module, env)
-            run.note("imported", phase=row.key, files=sources)
+            run.log_event("imported", phase=row.key, files=sources)
             context = replace(context, planned=replace(context.planned, steps=0))
             yield context, train_phase(context, own)
     finally:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from ..files import append_line, read_lines, write_text
+from ..files import append_json_line, read_json_lines, write_text
 from ..storage.run_directory import PhaseDir
 
 FLEET = {"fleet/loss": "train/loss", "fleet/images_per_sec": "perf/images_per_sec"}
 
 
-class Metrics:
+class MetricsWriter:
     """Write the metrics of a phase.
 
     Args:
@@ -40,14 +40,14 @@ class Metrics:
         if enabled:
             _truncate(self.file, first)
             self.writer = _writer(folder.path / "tb", first)
-            self.restarts = max(0, len(folder.attempts()) - 1)
+            self.restarts = max(0, len(folder.read_attempts()) - 1)
             self.fleet = _writer(fleet, first) if fleet else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write the values of an optimizer step by tag, such as ``train/loss``, ``train/lr`` or ``perf/mfu``."""
         if self.writer is None:
             return
-        append_line(self.file, {"step": step, **values})
+        append_json_line(self.file, {"step": step, **values})
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
         if self.fleet is not None:
@@ -56,13 +56,13 @@ class Metrics:
             for tag, value in known.items():
                 self.fleet.add_scalar(tag, value, step)
 
-    def images(self, step: int, images: Tensor) -> None:
+    def add_images(self, step: int, images: Tensor) -> None:
         """Write a batch of images ``[n, 3, H, W]`` with values in 0 to 1 to TensorBoard."""
         if self.writer is not None:
             scale = max(1, 64 // images.shape[-1])  # enlarge small images
             self.writer.add_images("inputs", images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), step)
 
-    def text(self, tag: str, text: str) -> None:
+    def add_text(self, tag: str, text: str) -> None:
         """Write Markdown to TensorBoard."""
         if self.writer is not None:
             self.writer.add_text(tag, text, 0)
@@ -78,7 +78,7 @@ class Metrics:
             writer.close()
 
 
-def log_partial(folder: Path, modules: int, metrics: dict[str, float]) -> None:
+def log_partial_assembly(folder: Path, modules: int, metrics: dict[str, float]) -> None:
     """Write the metrics of an assembly of ``modules`` modules and the rest of the meta model to TensorBoard."""
     with _writer(folder, 0) as writer:
         for name, value in metrics.items():
@@ -100,10 +100,10 @@ def _truncate(file: Path, first: int) -> None:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """Return the rows of ``metrics.jsonl``."""
-    return read_lines(file)
+    return read_json_lines(file)
 
 
-class Meter:
+class ThroughputMeter:
     """Measure throughput between two logged steps.
 
     Args:

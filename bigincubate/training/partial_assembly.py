@@ -18,7 +18,7 @@ from ..models import choose_attention, extract, fit_positions, insert
 from ..models.partition import Partition
 from ..planning.context import PhaseContext
 from ..planning.phases import phase_model
-from ..storage.artifacts import check_origin, load_artifact, load_manifest, verify_artifact
+from ..storage.artifacts import check_lineage, load_artifact, load_manifest, verify_artifact
 
 
 def finished_modules(context: PhaseContext) -> list[int]:
@@ -31,7 +31,7 @@ def finished_modules(context: PhaseContext) -> list[int]:
             manifest = verify_artifact(run.phase("incubate", module).artifact)
             meta = load_manifest(run.phase("pretrain").artifact).digest
             own = made["parts"][module] if made.get("parts") else made["data"]
-            if check_origin(manifest, recipe=context.recipe.digest, meta=meta, data=own) is None:
+            if check_lineage(manifest, recipe=context.recipe.digest, meta=meta, data=own) is None:
                 found.append(module)
     return found
 

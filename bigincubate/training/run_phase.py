@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed.signals import StopFlag
-from ..distributed.watchdog import watched
-from ..errors import BigincubateError, EnvironmentFault, Preempted
+from ..distributed.watchdog import watch_ranks
+from ..errors import BigincubateError, ExternalError, Preempted
 from ..planning.context import PhaseContext
-from ..storage.lease import owned
+from ..storage.lease import acquire_lease
 from .trainer import Trainer
 
 
@@ -35,14 +35,14 @@ def train_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     folder, env, run = context.folder, context.env, context.run
     if (result := env.broadcast(folder.result)) is not None:
         return result
-    with owned(folder.path, env) as claim, StopFlag() as stop:
-        attempt = env.broadcast(1 + max((before["attempt"] for before in folder.attempts()), default=0))
+    with acquire_lease(folder.path, env) as lease, StopFlag() as stop:
+        attempt = env.broadcast(1 + max((before["attempt"] for before in folder.read_attempts()), default=0))
         about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         layout = {"sharding": context.settings.sharding.strategy, "steps": context.planned.steps}
-        main = {**env.broadcast({**about, **env.machine()}), **layout}
+        main = {**env.broadcast({**about, **env.describe_machine()}), **layout}
 
         def note(state: str, **more: Any) -> None:
-            folder.record(attempt, state=state, **main, **more)
+            folder.write_attempt(attempt, state=state, **main, **more)
 
         def record(state: str, **more: Any) -> None:
             if env.is_main:
@@ -50,11 +50,11 @@ def train_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
 
         record("running")
         try:
-            with watched(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
+            with watch_ranks(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
                 try:
-                    result = Trainer.build(context, stop, claim, start).run()
-                except (OSError, EnvironmentFault):
-                    claim.check()  # a new owner may have removed what was missing
+                    result = Trainer.build(context, stop, lease, start).run()
+                except (OSError, ExternalError):
+                    lease.check()  # a new owner may have removed what was missing
                     raise
         except Preempted:
             record("preempted")
@@ -62,12 +62,14 @@ def train_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         except BaseException as error:
             record("failed", error=str(error) if isinstance(error, BigincubateError) else repr(error))
             raise
-        with env.first():
+        with env.main_process_first():
             if env.is_main:
-                claim.check()
-                folder.finish(result)
+                lease.check()
+                folder.write_result(result)
         if env.is_main:
-            run.note("done", phase=context.row.key, **{key: result[key] for key in ("metrics", "steps", "seconds")})
+            run.log_event(
+                "done", phase=context.row.key, **{key: result[key] for key in ("metrics", "steps", "seconds")}
+            )
         record("done")
         env.barrier()
     return result

@@ -18,18 +18,18 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..distributed.process_group import stderr
+from ..distributed.process_group import print_stderr
 from ..distributed.signals import StopFlag
 from ..errors import ArtifactError, NonFiniteError, Preempted
 from ..models import apply_masks, draw_masks, extract, rename
 from ..planning.context import PhaseContext
-from ..storage.artifacts import Manifest, ModelSpec, save_artifact
+from ..storage.artifacts import ArtifactManifest, ModelSpec, save_artifact
 from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
-from ..storage.lease import Claim
+from ..storage.lease import Lease
 from ..storage.run_directory import PhaseDir
-from ..storage.sharded_tensors import Piece
+from ..storage.sharded_tensors import TensorShard
 from .builder import PhaseComponents, build_phase
-from .metrics_writer import Meter, Metrics, log_partial
+from .metrics_writer import MetricsWriter, ThroughputMeter, log_partial_assembly
 from .partial_assembly import build_partial_assembly, finished_modules
 
 
@@ -54,9 +54,9 @@ class Trainer:
         parts: PhaseComponents,
         checkpoints: CheckpointManager,
         stop: StopFlag,
-        claim: Claim,
+        lease: Lease,
     ) -> None:
-        self.context, self.parts, self.checkpoints, self.stop, self.claim = context, parts, checkpoints, stop, claim
+        self.context, self.parts, self.checkpoints, self.stop, self.lease = context, parts, checkpoints, stop, lease
         self.recipe, self.row, self.planned = context.recipe, context.row, context.planned
         self.run_dir, self.env, self.data = context.run, context.env, context.data
         self.settings, self.folder, self.task = context.settings, context.folder, context.task
@@ -72,7 +72,7 @@ class Trainer:
         cls,
         context: PhaseContext,
         stop: StopFlag,
-        claim: Claim | None = None,
+        lease: Lease | None = None,
         start: Mapping[str, Tensor] | None = None,
     ) -> Trainer:
         """Build what the phase trains with, and open its checkpoints. On all ranks together.
@@ -80,31 +80,31 @@ class Trainer:
         Args:
             context: the phase.
             stop: true once the process was asked to stop.
-            claim: to the phase's folder.
+            lease: to the phase's folder.
             start: weights to start from instead of the phase's own, as `build_model` takes them.
         """
-        claim = claim or Claim()
+        lease = lease or Lease()
         parts = build_phase(context, start)
         checkpoints = CheckpointManager(
             context.folder.checkpoints,
             context.env,
             digest=context.recipe.digest,
             keep=context.recipe.checkpoint.keep,
-            claim=claim,
+            lease=lease,
         )
-        return cls(context, parts, checkpoints, stop, claim)
+        return cls(context, parts, checkpoints, stop, lease)
 
     # ------------------------------------------------------------------------------------------ the run
 
     def run(self) -> dict[str, Any]:
         """From the last checkpoint to the result."""
-        if (checkpoint := self.checkpoints.latest()) is not None:
+        if (checkpoint := self.checkpoints.load_latest()) is not None:
             self.restore(checkpoint)
         elif self.row.phase == "finetune":
             self.finish_assembly()
         self.metrics = self.open_metrics()
         if self.state.step == 0:
-            self.metrics.text("recipe", f"```\n{self.recipe.toml()}\n```")
+            self.metrics.add_text("recipe", f"```\n{self.recipe.toml()}\n```")
         try:
             try:
                 self.train()
@@ -116,28 +116,30 @@ class Trainer:
             self.metrics.close()
             self.checkpoints.close()
 
-    def open_metrics(self) -> Metrics:
+    def open_metrics(self) -> MetricsWriter:
         # the last step is logged after its checkpoint, together with the evaluation
         done = 0 < self.state.step < self.total
         fleet = self.run_dir.path / "fleet" / self.folder.path.relative_to(self.run_dir.path)
-        return Metrics(self.folder, self.state.step + done, enabled=self.env.is_main, fleet=fleet, total=self.total)
+        return MetricsWriter(
+            self.folder, self.state.step + done, enabled=self.env.is_main, fleet=fleet, total=self.total
+        )
 
     def roll_back(self, error: NonFiniteError) -> None:
-        """Go back to the last sound checkpoint, once in a phase, and count skipped steps anew. What cannot be undone by
+        """Go back to the last valid checkpoint, once in a phase, and count skipped steps anew. What cannot be undone by
         that (data, settings) comes again; a passing fault does not.
 
         Raises:
             NonFiniteError: ``error``, where there is no checkpoint, or this was done before, by any attempt.
         """
         self.checkpoints.wait()
-        checkpoint = None if self.rollback else self.checkpoints.latest()
+        checkpoint = None if self.rollback else self.checkpoints.load_latest()
         if checkpoint is None:
             raise error
-        self.check_claim()
+        self.check_lease()
         if self.env.is_main:  # before anything else, so that nobody goes back twice, whenever this process is killed
-            self.folder.note_rollback(checkpoint.step, at=self.state.step)
-            self.run_dir.note("rolled_back", phase=self.row.key, step=self.state.step, to=checkpoint.step)
-            stderr(f"{error}; once more from the checkpoint of step {checkpoint.step}")
+            self.folder.write_rollback(checkpoint.step, at=self.state.step)
+            self.run_dir.log_event("rolled_back", phase=self.row.key, step=self.state.step, to=checkpoint.step)
+            print_stderr(f"{error}; once more from the checkpoint of step {checkpoint.step}")
         self.metrics.close()
         self.restore(checkpoint)
         self.metrics = self.open_metrics()
@@ -151,13 +153,13 @@ class Trainer:
         """Over the optimizer steps."""
         log, every = self.recipe.log, self.recipe.checkpoint.every_steps
         state = self.state
-        meter = Meter(self.planned.cost.training_flops, self.task.unit, self.env.device)
+        meter = ThroughputMeter(self.planned.cost.training_flops, self.task.unit, self.env.device)
         clock = time.perf_counter()
         while state.step < self.total:
-            stop, failed, lost = self.env.any(bool(self.stop), self.checkpoints.failed, self.claim.lost)
+            stop, failed, lost = self.env.any_rank(bool(self.stop), self.checkpoints.failed, self.lease.lost)
             if failed or lost:
                 self.checkpoints.wait()
-                self.check_claim()
+                self.check_lease()
             if stop:
                 self.save(clock)
                 self.checkpoints.wait()
@@ -166,7 +168,7 @@ class Trainer:
             batch = next(batches)
             meter.waited += time.perf_counter() - waiting
             if state.step == 0 and log.images and (images := self.task.preview(batch.first(log.images))) is not None:
-                self.metrics.images(0, images)
+                self.metrics.add_images(0, images)
 
             loss, norm = self.step(batch)
             state.step += 1
@@ -211,7 +213,7 @@ class Trainer:
             if num_drop_paths:  # selected on the host, which knows the positions, so the device is not waited for
                 apply_masks(self.model, masks[:, micro.global_position])
             micro = micro.to(self.env.device)
-            with self.sharding.accumulating(last):
+            with self.sharding.gradient_sync(last):
                 with torch.autocast(self.env.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                     loss = self.task.loss(self.wrapped, micro, step) / count
                 self.sharding.backward(loss)
@@ -220,11 +222,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------ around it
 
-    def measure(self, loss: Tensor, norm: Tensor, meter: Meter) -> dict[str, float]:
+    def measure(self, loss: Tensor, norm: Tensor, meter: ThroughputMeter) -> dict[str, float]:
         """What is logged of a step; the only place, besides checkpoints, where the host waits for the device."""
         group = self.sharding.optimizer.param_groups[0]
         return {
-            "train/loss": self.env.sum(loss.double()).item() / self.env.world,
+            "train/loss": self.env.sum_over_ranks(loss.double()).item() / self.env.world,
             "train/lr": group["lr"] / group.get("lr_scale", 1.0),  # before layer decay
             "train/grad_norm": norm.item(),
             "train/skipped": self.skipped.item(),
@@ -234,18 +236,18 @@ class Trainer:
 
     def log(self, values: dict[str, float]) -> None:
         """Numbers of this step, unless the log is somebody else's by now."""
-        if self.claim.held():
-            self.metrics.log(self.state.step, values | self.checkpoints.figures())
+        if self.lease.is_held():
+            self.metrics.log(self.state.step, values | self.checkpoints.pop_metrics())
 
-    def check_claim(self) -> None:
+    def check_lease(self) -> None:
         """On all ranks together.
 
         Raises:
             LockedError: this phase was taken over.
         """
-        with self.env.first():
+        with self.env.main_process_first():
             if self.env.is_main:
-                self.claim.check()
+                self.lease.check()
 
     def check_finite(self) -> None:
         allowed = self.settings.train.max_nonfinite
@@ -267,15 +269,15 @@ class Trainer:
         if self.parts.lr_hook:
             self.state.lr_hook = self.parts.lr_hook.state()
         if self.state.step != self.saved:
-            self.checkpoints.start(self.state.step, self.pieces(), asdict(self.state))
+            self.checkpoints.start_save(self.state.step, self.checkpoint_tensors(), asdict(self.state))
             self.saved = self.state.step
         return now
 
-    def pieces(self) -> dict[str, Tensor | Piece]:
+    def checkpoint_tensors(self) -> dict[str, Tensor | TensorShard]:
         """This rank's part of a checkpoint."""
-        pieces = self.sharding.save()
+        tensors = self.sharding.save()
         # a rank averages what it trains, and writes the average of what it writes
-        return pieces | {key: value for key, value in self.ema.save().items() if f"model/{key[4:]}" in pieces}
+        return tensors | {key: value for key, value in self.ema.save().items() if f"model/{key[4:]}" in tensors}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         self.saved = checkpoint.step
@@ -302,14 +304,14 @@ class Trainer:
 
     def exported_weights(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the weights that the phase exports, raw or averaged."""
-        if self.recipe.section(self.row.phase).export == "ema":
-            return self.ema.applied(self.sharding.publish)
+        if self.recipe.phase_overrides(self.row.phase).export == "ema":
+            return self.ema.applied(self.sharding.sync_weights_from_master)
         return nullcontext()
 
     def score(self) -> dict[str, float]:
         """Evaluate the model as it is."""
         return self.task.evaluate(
-            self.model, self.parts.eval_stream, self.env, pad_batches_across_ranks=self.sharding.gathers
+            self.model, self.parts.eval_stream, self.env, pad_batches_across_ranks=self.sharding.forward_is_collective
         )
 
     def validation_tags(self, scores: dict[str, float]) -> dict[str, float]:
@@ -327,9 +329,9 @@ class Trainer:
             if module is not None:  # under the target's block indices
                 partition = self.context.partition
                 tensors = rename(extract(tensors, partition, module), partition, self.context.target_partition)
-            with self.env.first():
+            with self.env.main_process_first():
                 if self.env.is_main:
-                    self.write_artifact(self.folder, tensors, self.recipe.section(self.row.phase).export)
+                    self.write_artifact(self.folder, tensors, self.recipe.phase_overrides(self.row.phase).export)
         if module is not None:
             self.score_partial(module)
         state = self.state
@@ -352,13 +354,13 @@ class Trainer:
             return
         model = build_partial_assembly(self.context, joined)
         result = self.task.make_result(self.task.evaluate(model, self.parts.eval_stream, self.env))
-        with self.env.first():
+        with self.env.main_process_first():
             if self.env.is_main:
-                self.claim.check()
-                self.folder.note_partial({"joined": joined, "modules": self.context.plan.modules, **result})
+                self.lease.check()
+                self.folder.write_partial({"joined": joined, "modules": self.context.plan.modules, **result})
                 folder = self.run_dir.path / "partial" / self.folder.path.name
-                log_partial(folder, len(joined), result["metrics"])
-                self.run_dir.note("partial_assembly", phase=self.row.key, joined=joined, metrics=result["metrics"])
+                log_partial_assembly(folder, len(joined), result["metrics"])
+                self.run_dir.log_event("partial_assembly", phase=self.row.key, joined=joined, metrics=result["metrics"])
 
     def finish_assembly(self) -> None:
         """Score and write the assembled model as it is before fine-tuning."""
@@ -367,10 +369,10 @@ class Trainer:
             return
         scores = self.score()
         tensors = self.sharding.full_state_dict()
-        with self.env.first():
+        with self.env.main_process_first():
             if self.env.is_main:
                 self.write_artifact(assembled, tensors, "raw")
-                assembled.finish(self.task.make_result(scores))
+                assembled.write_result(self.task.make_result(scores))
 
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
         module = self.row.module
@@ -378,7 +380,7 @@ class Trainer:
         save_artifact(
             folder.artifact,
             tensors,
-            Manifest(
+            ArtifactManifest(
                 kind="model" if module is None else "module",
                 phase=self.row.phase if folder is self.folder else "assembled",
                 module=module,
@@ -393,5 +395,5 @@ class Trainer:
                 data=self.data.digest,
                 meta=self.parts.meta_digest,
             ),
-            self.claim,
+            self.lease,
         )

@@ -13,8 +13,8 @@ import torch
 from launching import LOUD, launch, words
 from torch import Tensor, nn
 
-from bigincubate.config import Optim, Settings, Train
-from bigincubate.distributed.process_group import RunEnv
+from bigincubate.config import OptimConfig, Settings, TrainConfig
+from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError, Preempted
 from bigincubate.experimental.adascale import AdaScale
 from bigincubate.optim import make_optimizer
@@ -54,9 +54,9 @@ def by_the_paper(steps: Sequence[Tensor]) -> list[float]:
 def accumulated(gradients: Tensor, name: str = "sgd") -> tuple[list[float], list[float]]:
     """Gains and learning rates (0.1 without) of a model whose gradients [steps, S, n] are given."""
     model = nn.Linear(gradients.shape[2], 1, bias=False)
-    settings = Settings(train=Train(lr=0.1), optim=Optim(name=name, lr_scaling=ADASCALE))
-    sharding = Replicated(RunEnv())
-    scale = AdaScale(model, settings, sharding, RunEnv(), gradients.shape[1])
+    settings = Settings(train=TrainConfig(lr=0.1), optim=OptimConfig(name=name, lr_scaling=ADASCALE))
+    sharding = Replicated(DistributedContext())
+    scale = AdaScale(model, settings, sharding, DistributedContext(), gradients.shape[1])
     sharding.prepare(model, [], lambda m: make_optimizer(m, settings))
     gains, rates = [], []
     for step in gradients:

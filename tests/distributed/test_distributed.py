@@ -41,9 +41,10 @@ class Ranks:
         }
         owner = self.locked.run.phase("pretrain").path / "owners" / "1.json"
         owner.parent.mkdir(parents=True)
-        from bigincubate.storage.lease import describe
 
-        owner.write_text(json.dumps(describe(1)))
+        from bigincubate.storage.lease import describe_process
+
+        owner.write_text(json.dumps(describe_process(1)))
         jobs["locked"] = words(self.locked, "pretrain")
         jobs["no data"] = words(self.odd, "pretrain", None, "--set", "data.path=/nowhere")
         jobs["no modules"] = words(self.odd, "finetune", None, "--set", f"data.path={digits}")
@@ -109,7 +110,7 @@ def test_evaluation_counts_each_sample_once(ranks: Ranks, digits: Path, samples:
     """For a number that two ranks cannot share evenly, and one of which a rank gets nothing."""
     import dataclasses
 
-    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.tasks.image_classification.task import evaluate
 
     trainer = ranks.single.trainer("finetune")
@@ -121,7 +122,7 @@ def test_evaluation_counts_each_sample_once(ranks: Ranks, digits: Path, samples:
         img_size=8,
         batch_size=samples,
     )
-    alone = evaluate(trainer.model, stream, RunEnv())
+    alone = evaluate(trainer.model, stream, DistributedContext())
     for scores in ranks.outcomes[f"evaluate {samples}"]:
         assert scores["samples"] == samples
         assert (scores["top1"], scores["top5"]) == (alone["top1"], alone["top5"])
@@ -138,7 +139,7 @@ def test_ranks_score_a_partial_assembly_together(ranks: Ranks) -> None:
 def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(ranks: Ranks) -> None:
     assert ranks.codes("stopped") == [75, 75]
     folder = ranks.stopped.run.phase("pretrain")
-    assert [attempt["state"] for attempt in folder.attempts()] == ["preempted"]
+    assert [attempt["state"] for attempt in folder.read_attempts()] == ["preempted"]
     assert (folder.checkpoints / "step-00000007" / "COMMITTED").exists()
     manifest = json.loads((folder.checkpoints / "step-00000007" / "manifest.json").read_text())
     assert manifest["world"] == 2
@@ -148,7 +149,7 @@ def test_one_process_goes_on_where_two_ranks_stopped(ranks: Ranks) -> None:
     folder = ranks.stopped.run.phase("pretrain")
     if folder.result is None:
         ranks.stopped.train("pretrain")
-    assert len(folder.attempts()) == 2
+    assert len(folder.read_attempts()) == 2
     rows = ranks.stopped.log("pretrain")
     assert [row["step"] for row in rows] == list(range(1, 13))
     single = ranks.single.log("pretrain")
@@ -158,8 +159,8 @@ def test_one_process_goes_on_where_two_ranks_stopped(ranks: Ranks) -> None:
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_alike(ranks: Ranks) -> None:
     assert ranks.codes("poisoned") == [5, 5]
     folder = ranks.poisoned.run.phase("pretrain")
-    assert folder.attempts()[-1]["state"] == "failed"
-    assert "not finite in 3 of 3 steps since the rollback to step 8" in folder.attempts()[-1]["error"]
+    assert folder.read_attempts()[-1]["state"] == "failed"
+    assert "not finite in 3 of 3 steps since the rollback to step 8" in folder.read_attempts()[-1]["error"]
     assert json.loads((folder.path / "rollback.json").read_text()) == {"to": 8, "at": 9}
 
 
@@ -179,12 +180,12 @@ def test_under_torchrun_a_stop_is_recorded_and_nothing_is_left_locked(lab: Labs)
     with subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True) as launched:
         while len(long.log("pretrain")) < 3:
             assert launched.poll() is None, launched.stderr.read()  # type: ignore[union-attr]
-        os.kill(folder.attempts()[0]["pid"], signal.SIGTERM)  # rank 0 alone
+        os.kill(folder.read_attempts()[0]["pid"], signal.SIGTERM)  # rank 0 alone
         _, err = launched.communicate(timeout=120)
     assert launched.returncode != 0
     assert "Traceback" not in err.partition("ChildFailedError")[0].partition("Traceback")[0]
     assert err.count("with a checkpoint") == 2
-    assert [attempt["state"] for attempt in folder.attempts()] == ["preempted"]
+    assert [attempt["state"] for attempt in folder.read_attempts()] == ["preempted"]
     assert (folder.path / "owners" / "1.json").read_text() == ""
     stopped = max(row["step"] for row in long.log("pretrain"))
     assert (folder.checkpoints / f"step-{stopped:08d}" / "COMMITTED").exists()

@@ -18,13 +18,13 @@ import torch
 from forked import Command, fork_ranks, without_a_name
 from launching import LOUD, PHASES
 
-from bigincubate.distributed.process_group import RunEnv
+from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError
 from bigincubate.launchers import rank_group as ranks
-from bigincubate.launchers.rank_group import Ranks
-from bigincubate.storage.checkpoint_manager import verify
-from bigincubate.storage.checkpoint_tools import convert
-from bigincubate.storage.lease import start_time
+from bigincubate.launchers.rank_group import RankGroup
+from bigincubate.storage.checkpoint_manager import verify_checkpoint
+from bigincubate.storage.checkpoint_tools import convert_checkpoint
+from bigincubate.storage.lease import process_start_time
 
 Labs = Callable[..., Any]
 
@@ -51,9 +51,9 @@ sys.exit(int(told))
 """
 
 
-def told(folder: Path, *what: object) -> Ranks:
+def told(folder: Path, *what: object) -> RankGroup:
     logs = [folder / f"{rank}.log" for rank in range(len(what))]
-    return Ranks([sys.executable, "-c", AS_TOLD, *map(str, what)], dict(os.environ), logs)
+    return RankGroup([sys.executable, "-c", AS_TOLD, *map(str, what)], dict(os.environ), logs)
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
@@ -63,7 +63,7 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def end(group: Ranks) -> int:
+def end(group: RankGroup) -> int:
     """Its exit code."""
     wait_for(lambda: group.poll() is not None)
     code = group.poll()
@@ -76,8 +76,8 @@ def end(group: Ranks) -> int:
 
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "FOLLOW", 0.3)
-    monkeypatch.setattr(ranks, "GRACE", 0.3)
+    monkeypatch.setattr(ranks, "FOLLOW_SECONDS", 0.3)
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.3)
 
 
 def test_each_learns_who_it_is_and_where_the_others_are(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch: pytest.Monkey
     for name, value in (("RANK", 0), ("WORLD_SIZE", 4), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 4)):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(ConfigError, match="4 ranks on this machine, which shows 2 GPUs; start at most 2") as caught:
-        RunEnv.detect()
+        DistributedContext.detect()
     assert "\n" not in str(caught.value)
 
 
@@ -211,13 +211,13 @@ class Together:
         assert self.stopped.until(lambda: self.reached(6)), self.stopped.out + self.stopped.err
         self.stopped.send(signal.SIGTERM)
         self.stopped_code = self.stopped.wait()
-        self.first_attempt = self.phase.attempts()
+        self.first_attempt = self.phase.read_attempts()
         self.logs = {log.name: log.read_text() for log in sorted((self.phase.path / "logs").iterdir())}
 
         original = sorted(self.phase.checkpoints.glob("step-*"))[-1]
         self.original = shutil.copytree(original, folder / "original")
         shutil.rmtree(original)
-        convert(self.original, original)
+        convert_checkpoint(self.original, original)
         self.alone = self.double.copy(folder / "alone")
 
         self.killed = self.launched()
@@ -225,14 +225,14 @@ class Together:
         self.ranks = self.pids(self.killed)
         os.kill(self.ranks[1], signal.SIGKILL)
         self.killed_code = self.killed.wait()
-        self.second_attempt = self.phase.attempts()[-1]
+        self.second_attempt = self.phase.read_attempts()[-1]
 
         self.orphaned = self.launched()
         assert self.orphaned.until(lambda: self.reached(24)), self.orphaned.out + self.orphaned.err
         orphans = self.pids(self.orphaned)
         self.orphaned.kill()
-        wait_for(lambda: not any(start_time(pid) for pid in orphans))
-        self.third_attempt = self.phase.attempts()[-1]
+        wait_for(lambda: not any(process_start_time(pid) for pid in orphans))
+        self.third_attempt = self.phase.read_attempts()[-1]
 
         self.last = self.launched()
         self.last_code = self.last.wait(300)
@@ -264,7 +264,7 @@ def test_a_stop_is_one_checkpoint_of_both_and_exit_75(together: Together) -> Non
     assert sorted(together.logs) == ["train.1.log", "train.log"]
     assert all(log.count("with a checkpoint") == 1 for log in together.logs.values())
     assert json.loads((together.original / "manifest.json").read_text())["world"] == 2
-    assert verify(together.original) is None
+    assert verify_checkpoint(together.original) is None
 
 
 def test_a_killed_rank_ends_the_other_and_is_named(together: Together) -> None:

@@ -12,7 +12,7 @@ import torch
 from launching import LOUD, digest, launch, words
 from parity import OPTIMIZERS, Case, Parity
 
-from bigincubate.config import Fsdp2, Settings, Sharding, Train, load_recipe
+from bigincubate.config import Fsdp2Config, Settings, ShardingConfig, TrainConfig, load_recipe
 from bigincubate.errors import ConfigError
 
 pytest.importorskip("deepspeed")
@@ -41,13 +41,13 @@ THINNED = [
         Case(strategy, "finetune", "lamb", "bf16"),
     )
 ] + [
-    Case("ddp", more=(f"{CHECKPOINTING}=every",)),
+    Case("ddp", more=(f"{CHECKPOINTING}=full",)),
     Case("fsdp2", more=("sharding.fsdp2.shard_frozen=true", f"{CHECKPOINTING}=selective")),
     Case("fsdp2", more=("sharding.fsdp2.reshard_after_forward=false", "sharding.fsdp2.cpu_offload=true")),
     Case("fsdp2", "incubate", "lamb", "bf16", more=("sharding.fsdp2.gather_bf16=true",)),
     Case("ddp", more=SKIPPING),
-    Case("fsdp2", "finetune", more=(*SKIPPING, f"{CHECKPOINTING}=every")),
-    Case("zero3", more=("sharding.deepspeed_config=zero3_offload", f"{CHECKPOINTING}=every")),
+    Case("fsdp2", "finetune", more=(*SKIPPING, f"{CHECKPOINTING}=full")),
+    Case("zero3", more=("sharding.deepspeed_config=zero3_offload", f"{CHECKPOINTING}=full")),
 ]
 FULL = (
     [
@@ -56,7 +56,7 @@ FULL = (
     ]
     + [
         Case(strategy, phase, more=(f"{CHECKPOINTING}={how}",))
-        for strategy, phase, how in itertools.product(STRATEGIES, PHASES, ("every", "selective"))
+        for strategy, phase, how in itertools.product(STRATEGIES, PHASES, ("full", "selective"))
         if (strategy, how) != ("zero3", "selective")
     ]
     + [
@@ -192,23 +192,26 @@ def test_modules_of_different_strategies_assemble(lab: Labs, tmp_path_factory: p
 
 
 def test_what_cannot_be_right_is_refused() -> None:
-    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.sharding import make_sharding
 
     with pytest.raises(ConfigError, match='"none" with 2 ranks'):
-        make_sharding(Settings(sharding=Sharding(strategy="none")), RunEnv(world=2))
-    pairs = Settings(sharding=Sharding(strategy="fsdp2", fsdp2=Fsdp2(replicas=2)))
+        make_sharding(Settings(sharding=ShardingConfig(strategy="none")), DistributedContext(world=2))
+    pairs = Settings(sharding=ShardingConfig(strategy="fsdp2", fsdp2=Fsdp2Config(replicas=2)))
     with pytest.raises(ConfigError, match="replicas = 2 does not divide 3 ranks"):
-        make_sharding(pairs, RunEnv(world=3))
+        make_sharding(pairs, DistributedContext(world=3))
     with pytest.raises(ConfigError, match=r"zero3.*train\.compile"):
-        make_sharding(Settings(sharding=Sharding(strategy="zero3"), train=Train(compile=True)), RunEnv(world=2))
+        make_sharding(
+            Settings(sharding=ShardingConfig(strategy="zero3"), train=TrainConfig(compile=True)),
+            DistributedContext(world=2),
+        )
     for key in ("subset_drop_path", "last_block_cls_only"):
-        settings = Settings(sharding=Sharding(strategy="zero3"), train=Train.model_validate({key: True}))
+        settings = Settings(sharding=ShardingConfig(strategy="zero3"), train=TrainConfig.model_validate({key: True}))
         with pytest.raises(ConfigError, match=rf"zero3.*train\.{key}"):
-            make_sharding(settings, RunEnv(world=2))
-    half = Settings(sharding=Sharding(strategy="zero3", activation_checkpointing="selective"))
+            make_sharding(settings, DistributedContext(world=2))
+    half = Settings(sharding=ShardingConfig(strategy="zero3", activation_checkpointing="selective"))
     with pytest.raises(ConfigError, match=r"zero3.*selective"):
-        make_sharding(half, RunEnv(world=2))
+        make_sharding(half, DistributedContext(world=2))
     with pytest.raises(ConfigError, match="Input should be 'none', 'ddp'"):
         load_recipe("digits", ["sharding.strategy=fsdp1"])
 

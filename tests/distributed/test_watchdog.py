@@ -13,7 +13,7 @@ from forked import Command, fork_ranks
 from test_ranks import children, wait_for
 
 from bigincubate.distributed import watchdog
-from bigincubate.storage.lease import start_time
+from bigincubate.storage.lease import process_start_time
 
 Labs = Callable[..., Any]
 LONG = ["train.max_steps=100000", "log.every_steps=1", "schedule.name=constant"]
@@ -21,7 +21,7 @@ LONG = ["train.max_steps=100000", "log.every_steps=1", "schedule.name=constant"]
 
 def impatient() -> None:
     """What takes 18 seconds takes two; and one step of rank 1 takes longer than that."""
-    watchdog.POLL, watchdog.PATIENCE = 0.1, 20
+    watchdog.POLL_SECONDS, watchdog.MAX_UNCHANGED_POLLS = 0.1, 20
     from bigincubate.training.trainer import Trainer
 
     step = Trainer.step
@@ -53,20 +53,20 @@ def test_of_two_ranks_of_a_launcher_one_is_stopped(lab: Labs) -> None:
     wait_for(lambda: len(long.log("pretrain")) > before)
     launcher.send(signal.SIGCONT)
 
-    main = folder.attempts()[0]["pid"]
+    main = folder.read_attempts()[0]["pid"]
     (other,) = [pid for pid in children(launcher.pid) if pid != main]
     os.kill(other, signal.SIGSTOP)
     try:
         assert launcher.wait(60) == 3, launcher.out
     except (AssertionError, TimeoutError):
         for pid in (main, other):
-            if start_time(pid) is not None:  # nobody else would end it
+            if process_start_time(pid) is not None:  # nobody else would end it
                 os.kill(pid, signal.SIGKILL)
         raise
     named = f"rank 1 (process {other} on {socket.gethostname()}) gave no sign of life for 2 s"
     assert f"meta model: failed (exit 3): rank 0: bigincubate: {named}" in launcher.out
-    assert [start_time(pid) for pid in (main, other)] == [None, None]
-    (attempt,) = folder.attempts()
+    assert [process_start_time(pid) for pid in (main, other)] == [None, None]
+    (attempt,) = folder.read_attempts()
     assert (attempt["state"], attempt["pid"]) == ("failed", main)
     assert attempt["error"].startswith(named)
 
@@ -93,7 +93,7 @@ def test_the_rank_that_hosts_the_store_is_stopped(lab: Labs) -> None:
         assert ranks[1].wait(60) == 3, ranks[1].err
         named = f"rank 0 (process {ranks[0].pid} on {socket.gethostname()}) gave no sign of life for 2 s"
         assert f"bigincubate: {named}" in ranks[1].err
-        (attempt,) = folder.attempts()
+        (attempt,) = folder.read_attempts()
         assert (attempt["state"], attempt["pid"]) == ("failed", ranks[0].pid)
         assert attempt["error"].startswith(named)
     finally:
@@ -101,4 +101,4 @@ def test_the_rank_that_hosts_the_store_is_stopped(lab: Labs) -> None:
 
 
 def test_a_silent_rank_is_found_within_half_a_minute() -> None:
-    assert (watchdog.PATIENCE + 1) * watchdog.POLL + 2.5 * watchdog.POLL <= 30
+    assert (watchdog.MAX_UNCHANGED_POLLS + 1) * watchdog.POLL_SECONDS + 2.5 * watchdog.POLL_SECONDS <= 30

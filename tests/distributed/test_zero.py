@@ -14,11 +14,11 @@ import pytest
 import torch
 from launching import LOUD, environment, launch, words
 
-from bigincubate.config import Settings, Sharding, Train, load_recipe
-from bigincubate.distributed.process_group import RunEnv
+from bigincubate.config import Settings, ShardingConfig, TrainConfig, load_recipe
+from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError
 from bigincubate.sharding import make_sharding
-from bigincubate.sharding.zero_config import deepspeed_config, shipped
+from bigincubate.sharding.zero_config import deepspeed_config, shipped_config_path
 
 pytest.importorskip("deepspeed")
 
@@ -37,7 +37,7 @@ class Spread:
 
     def __init__(self, lab: Labs, folder: Path) -> None:
         # in a model as small as this one, stage 3 would keep every parameter whole
-        cut = json.loads(shipped("zero3").read_text())
+        cut = json.loads(shipped_config_path("zero3").read_text())
         cut["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         cut["gradient_clipping"] = "auto"
         every = folder / "every.json"
@@ -131,8 +131,8 @@ REFUSED = {
 
 
 def configured(file: Path, **train: Any) -> dict[str, Any]:
-    sharding = Sharding(strategy="zero2", deepspeed_config=str(file))
-    settings = Settings(sharding=sharding, train=Train(batch_size=32, **train))
+    sharding = ShardingConfig(strategy="zero2", deepspeed_config=str(file))
+    settings = Settings(sharding=sharding, train=TrainConfig(batch_size=32, **train))
     return deepspeed_config(settings, world=2, micro_batches=2)
 
 
@@ -174,7 +174,9 @@ def test_one_process_is_told_of_a_contradiction_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text('{"gradient_clipping": 3}')
     with pytest.raises(ConfigError, match="gradient_clipping"):
-        make_sharding(Settings(sharding=Sharding(strategy="zero1", deepspeed_config=str(file))), RunEnv())
+        make_sharding(
+            Settings(sharding=ShardingConfig(strategy="zero1", deepspeed_config=str(file))), DistributedContext()
+        )
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop", "lion"])
@@ -185,10 +187,10 @@ def test_optimizers_that_are_let_through_treat_elements_alone(name: str) -> None
     torch.manual_seed(0)
     start, gradients = torch.randn(12), torch.randn(4, 12)
     whole, halves = [torch.nn.Parameter(start.clone())], [torch.nn.Parameter(part.clone()) for part in start.split(6)]
-    from bigincubate.sharding.zero import client
+    from bigincubate.sharding.flat_lamb import flat_slice_optimizer
 
     for parameters in (whole, halves):
-        optimizer = client(create_optimizer_v2(parameters, opt=name, lr=0.1, weight_decay=0.1))
+        optimizer = flat_slice_optimizer(create_optimizer_v2(parameters, opt=name, lr=0.1, weight_decay=0.1))
         for gradient in gradients:
             for parameter, part in zip(parameters, gradient.split(12 // len(parameters)), strict=True):
                 parameter.grad = part.clone()
@@ -200,18 +202,18 @@ def test_optimizers_that_are_let_through_treat_elements_alone(name: str) -> None
 def test_optimizers_that_need_whole_tensors_are_refused(name: str) -> None:
     from timm.optim import create_optimizer_v2
 
-    from bigincubate.sharding.zero import client
+    from bigincubate.sharding.flat_lamb import flat_slice_optimizer
 
     with pytest.raises(ConfigError, match="whole tensors"):
-        client(create_optimizer_v2(torch.nn.Linear(3, 3), opt=name, lr=0.1))
+        flat_slice_optimizer(create_optimizer_v2(torch.nn.Linear(3, 3), opt=name, lr=0.1))
 
 
 def test_without_deepspeed_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from bigincubate.compat.deepspeed import import_deepspeed
-    from bigincubate.errors import EnvironmentFault
+    from bigincubate.errors import MissingDependencyError
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(EnvironmentFault, match=r"pip install 'bigincubate\[deepspeed\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'bigincubate\[deepspeed\]'"):
         import_deepspeed("cpu")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigincubate.distributed.process_group import RunEnv
-from bigincubate.storage.artifacts import Manifest, ModelSpec
+from bigincubate.distributed.process_group import DistributedContext
+from bigincubate.storage.artifacts import ArtifactManifest, ModelSpec
 from bigincubate.storage.checkpoint_manager import Checkpoint, CheckpointManager
 
 SPEC = ModelSpec(
@@ -23,11 +23,11 @@ SPEC = ModelSpec(
     interpolation="bicubic",
     eval_crop=1.0,
 )
-MANIFEST = Manifest(kind="model", phase="finetune", model=SPEC, weights="raw", recipe="r" * 64, data="d" * 64)
+MANIFEST = ArtifactManifest(kind="model", phase="finetune", model=SPEC, weights="raw", recipe="r" * 64, data="d" * 64)
 
 
 def manager(folder: Path, **options: Any) -> CheckpointManager:
-    return CheckpointManager(folder / "checkpoints", RunEnv(), digest="d" * 64, **options)
+    return CheckpointManager(folder / "checkpoints", DistributedContext(), digest="d" * 64, **options)
 
 
 def tensors(step: int, size: int = 6) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ ROWS = (
         "history",
         "random histories",
         "Saves, power cuts at random moments of a save and of its pruning, restarts, and damage to the newest.",
-        "the newest sound checkpoint is never gone",
+        "the newest valid checkpoint is never gone",
         full=10_000,
         few=200,
         total=("saves", "power cuts", "damaged"),

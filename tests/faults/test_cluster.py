@@ -15,7 +15,7 @@ from conftest import Command
 from ledger import Ledger, Trial
 from parity import launch
 
-from bigincubate.errors import EnvironmentFault
+from bigincubate.errors import ExternalError
 from bigincubate.storage.run_directory import RunDir
 
 SETS = [
@@ -64,7 +64,7 @@ class Struck:
                 if strike(self):
                     self.faults.remove(fault)
                     self.done[name] += 1
-            except EnvironmentFault:  # Slurm is busy
+            except ExternalError:  # Slurm is busy
                 continue
         return (self.run.path / "export" / "model.safetensors").exists()
 
@@ -128,7 +128,7 @@ def test_one_submit_ends_in_the_model_whatever_happens(
             finally:
                 bigincubate("cancel", run.path)
             check(run, calm)
-            attempts = sum(len(run.phase(phase, module).attempts()) for phase, module in PHASES)  # type: ignore[arg-type]
+            attempts = sum(len(run.phase(phase, module).read_attempts()) for phase, module in PHASES)  # type: ignore[arg-type]
             hits = {name.replace(" ", "_"): count for name, count in struck.done.items()}
             assert sum(hits.values()) >= 2, f"the run was over before it was struck: {hits}"
             seconds = round(time.monotonic() - began)

@@ -15,7 +15,7 @@ import torch
 from ledger import Ledger
 from parts import manager
 
-from bigincubate.storage.sharded_tensors import snapshot
+from bigincubate.storage.sharded_tensors import copy_to_cpu
 
 MIB, SAVES = 256, 12
 Spoil = Callable[[pytest.MonkeyPatch], None]
@@ -64,7 +64,7 @@ def test_cost(ledger: Ledger, tmp_path: Path) -> None:
             rounds = [{way: save(way, step) for way in ways} for step in range(SAVES)]  # in turn: the disk's moods
             whole, unhashed, unsynced, bare = (median(each[way] for each in rounds[1:]) for way in ways)
             began = time.perf_counter()
-            snapshot(tensors)
+            copy_to_cpu(tensors)
             copied = time.perf_counter() - began
             figures = {
                 "hashing, % of a save": 100 * (1 - unhashed / whole),

@@ -11,10 +11,10 @@ from ledger import Ledger, Trial
 from parts import MANIFEST, manager
 
 from bigincubate.errors import ArtifactError
-from bigincubate.files import write_hashed
+from bigincubate.files import write_and_hash
 from bigincubate.storage.artifacts import load_artifact, save_artifact
-from bigincubate.storage.checkpoint_manager import commit, verify
-from bigincubate.storage.sharded_tensors import Piece, write_pieces
+from bigincubate.storage.checkpoint_manager import commit_checkpoint, verify_checkpoint
+from bigincubate.storage.sharded_tensors import TensorShard, write_sharded_tensors
 
 PAGE = 4096
 Files = dict[Path, bytes]
@@ -31,9 +31,11 @@ def files(tmp_path: Path) -> Files:
         parts = {}
         for rank in range(2):
             name = f"rank-{rank:05d}.safetensors"
-            parts[name] = write_pieces(aside / name, {"w": Piece(torch.randn(3000), 3000 * rank, (6000,))})
-        parts["state.json"] = write_hashed(aside / "state.json", [b'{"step": %d}' % step])
-        commit(aside, folder / f"step-{step:08d}", step=step, digest="d" * 64, world=2, files=parts)
+            parts[name] = write_sharded_tensors(
+                aside / name, {"w": TensorShard(torch.randn(3000), 3000 * rank, (6000,))}
+            )
+        parts["state.json"] = write_and_hash(aside / "state.json", [b'{"step": %d}' % step])
+        commit_checkpoint(aside, folder / f"step-{step:08d}", step=step, digest="d" * 64, world=2, files=parts)
     for name in ("one", "two"):
         save_artifact(tmp_path / name, {"w": torch.randn(3000)}, MANIFEST.model_copy(update={"phase": name}))
     found = {file: file.read_bytes() for file in sorted(tmp_path.rglob("*")) if file.is_file()}
@@ -80,12 +82,12 @@ def check_found(touched: list[Path], root: Path) -> None:
             assert str(folder) in str(caught.value)
             assert "\n" not in str(caught.value)
             continue
-        problem = verify(folder)
+        problem = verify_checkpoint(folder)
         assert problem is not None, touched
         assert str(folder) in problem
         assert "\n" not in problem
     if {file.parent.name for file in touched} == {"step-00000008"} and touched[0].exists():
-        newest = manager(root).latest()
+        newest = manager(root).load_latest()
         assert newest is not None
         assert newest.step == 4
 
@@ -103,11 +105,14 @@ def test_damage_is_found(ledger: Ledger, files: Files, tmp_path: Path, capsys: p
                     file.write_bytes(files[file])
     ledger.check()
     for folder in whole:  # and nothing is found where nothing is
-        assert (verify(folder) if folder.name.startswith("step") else load_artifact(folder)[0].keys()) in (None, {"w"})
+        assert (verify_checkpoint(folder) if folder.name.startswith("step") else load_artifact(folder)[0].keys()) in (
+            None,
+            {"w"},
+        )
 
 
 def test_a_checkpoint_under_another_steps_name_is_refused(files: Files, tmp_path: Path) -> None:
     old, new = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (4, 8))
     new.rename(tmp_path / "aside")
     old.rename(new)
-    assert "step 4, expected 8" in str(verify(new))
+    assert "step 4, expected 8" in str(verify_checkpoint(new))

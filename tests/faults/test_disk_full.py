@@ -14,8 +14,8 @@ from disk import Call, recorded
 from ledger import Ledger
 from parts import check_whole, manager, save
 
-from bigincubate.errors import EnvironmentFault
-from bigincubate.storage.checkpoint_manager import verify
+from bigincubate.errors import SystemResourceError
+from bigincubate.storage.checkpoint_manager import verify_checkpoint
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 SMALL = 256 * 1024  # bytes of the small file system
@@ -51,7 +51,7 @@ def fail_everywhere(folder: Path, number: int) -> int:
             try:
                 save(saves, 12)
                 problem = None
-            except EnvironmentFault as fault:
+            except SystemResourceError as fault:
                 problem = str(fault)
         if failing.left > 0:
             assert problem is None
@@ -62,10 +62,10 @@ def fail_everywhere(folder: Path, number: int) -> int:
         assert str(root) in problem, where
         assert "\n" not in problem
         assert ("bytes free" in problem) == (number != errno.EIO), where
-        assert verify(saves.folder / "step-00000008") is None, where
-        assert check_whole(manager(root).latest()) in (8, 12), where
+        assert verify_checkpoint(saves.folder / "step-00000008") is None, where
+        assert check_whole(manager(root).load_latest()) in (8, 12), where
         save(saves, 13)
-        assert check_whole(manager(root).latest()) == 13, where
+        assert check_whole(manager(root).load_latest()) == 13, where
         shutil.rmtree(root)
 
 
@@ -91,14 +91,14 @@ def fill(small: Path) -> int:
         try:
             save(saves, step, size)
             continue
-        except EnvironmentFault as fault:
+        except SystemResourceError as fault:
             said = str(fault)
         refused += 1
         for part in ("No space left on device", f"{small}/checkpoints/.saving-", "bytes free"):
             assert part in said
-        assert verify(saves.folder / "step-00000008") is None
+        assert verify_checkpoint(saves.folder / "step-00000008") is None
     assert refused == 1
-    assert check_whole(manager(small).latest()) == 10
+    assert check_whole(manager(small).load_latest()) == 10
     return refused
 
 

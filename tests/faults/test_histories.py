@@ -1,4 +1,4 @@
-"""Random histories of saves, power cuts, restarts and damage: the newest sound checkpoint is never gone."""
+"""Random histories of saves, power cuts, restarts and damage: the newest valid checkpoint is never gone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ledger import Ledger, Trial
 from parts import check_whole, manager, save
 
 from bigincubate.errors import DamagedError
-from bigincubate.storage.checkpoint_manager import verify
+from bigincubate.storage.checkpoint_manager import verify_checkpoint
 
 
 @pytest.fixture
@@ -40,9 +40,9 @@ def content(folder: Path) -> dict[str, Any]:
     return {path.name: content(path) if path.is_dir() else path.read_bytes() for path in folder.iterdir()}
 
 
-def sound(root: Path) -> list[int]:
+def valid(root: Path) -> list[int]:
     folders = sorted((root / "checkpoints").glob("step-*"))
-    return [int(folder.name[5:]) for folder in folders if verify(folder) is None]
+    return [int(folder.name[5:]) for folder in folders if verify_checkpoint(folder) is None]
 
 
 class History:
@@ -59,11 +59,11 @@ class History:
 
     def start(self) -> None:
         """A new process."""
-        before = sound(self.root)
+        before = valid(self.root)
         self.saves = manager(self.root, keep=self.keep)
-        assert set(before) <= set(sound(self.root))
+        assert set(before) <= set(valid(self.root))
         try:
-            found = check_whole(self.saves.latest())
+            found = check_whole(self.saves.load_latest())
         except DamagedError:
             assert self.lost
             shutil.rmtree(self.saves.folder)  # as the message says
@@ -97,7 +97,7 @@ class History:
 
     def damage(self) -> None:
         """Of the newest checkpoint, while nothing runs."""
-        steps = sound(self.root)
+        steps = valid(self.root)
         if not steps:
             return
         file = self.dice.choice(sorted((self.saves.folder / f"step-{steps[-1]:08d}").iterdir()))

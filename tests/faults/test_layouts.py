@@ -14,7 +14,7 @@ from launching import LOUD, launch
 from ledger import Ledger
 from test_sharding import STRATEGIES
 
-from bigincubate.storage.sharded_tensors import PieceReader
+from bigincubate.storage.sharded_tensors import ShardedTensorReader
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("fairscale")
@@ -30,7 +30,7 @@ def words(lab: Any, strategy: str) -> list[str]:
 
 
 def tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
-    return dict(PieceReader(sorted((checkpoints / f"step-{HALF:08d}").glob("*.safetensors"))))
+    return dict(ShardedTensorReader(sorted((checkpoints / f"step-{HALF:08d}").glob("*.safetensors"))))
 
 
 @pytest.fixture

@@ -22,11 +22,17 @@ from ledger import ROOT, Ledger
 from parts import MANIFEST, manager
 from safetensors.torch import save as tensors_file
 
-from bigincubate.config import Augment, load_recipe
-from bigincubate.data.dataset import contents_digest, open_dataset
+from bigincubate.config import AugmentConfig, load_recipe
+from bigincubate.data.dataset import compute_dataset_digest, open_dataset
 from bigincubate.data.file_locks import runtime_dir
 from bigincubate.data.streams import EvalStream
-from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, DamagedError, EnvironmentFault
+from bigincubate.errors import (
+    ArtifactError,
+    BigincubateError,
+    ConfigError,
+    DamagedError,
+    DataError,
+)
 from bigincubate.interchange.export import export, load_model
 from bigincubate.models import build
 from bigincubate.storage.artifacts import load_artifact, save_artifact
@@ -124,7 +130,7 @@ class Checkpoint:
         return self.folder
 
     def read(self) -> None:
-        newest = manager(self.place.inside).latest()
+        newest = manager(self.place.inside).load_latest()
         assert newest is not None
         assert {key: newest.tensors[key].sum().item() for key in newest.tensors} == {"w": 2}
 
@@ -174,7 +180,7 @@ def manifest_with(**fields: Any) -> Callable[[Any], Any]:
 
 
 def named(name: Callable[[Any], str]) -> Callable[[Any], Any]:
-    """A manifest that names a sound file elsewhere."""
+    """A manifest that names a valid file elsewhere."""
 
     def spoil(place: Any) -> Any:
         checkpoint, data = Checkpoint(place), tensors_file({"w": torch.ones(2)})
@@ -242,7 +248,7 @@ def other_digits(place: Any) -> Any:
     checkpoint.write().rename(checkpoint.folder.with_name("step-٠٠٠٠٠٠٠٨"))
 
     def read() -> None:
-        assert manager(place.inside).latest() is None
+        assert manager(place.inside).load_latest() is None
 
     return read
 
@@ -275,9 +281,9 @@ CHECKPOINTS: list[Kind] = [
     ("sizes that do not fit shapes", rank_file(lambda p: header({"w": entry(0, 8, [3])}, bytes(8))), DamagedError),
     ("shape beyond 64 bits", rank_file(lambda p: header({"w": entry(0, 8, [2**62] * 3)}, bytes(8))), DamagedError),
     ("nested header", rank_file(lambda place: header(deep())), DamagedError),
-    ("piece at a negative offset", rank_file(lambda place: layout('{"w": [-4, [8]]}')), DamagedError),
-    ("piece beyond its tensor", rank_file(lambda place: layout('{"w": [7, [8]]}')), DamagedError),
-    ("piece of a huge tensor", rank_file(lambda place: layout('{"w": [0, [1099511627776]]}')), ArtifactError),
+    ("shard at a negative offset", rank_file(lambda place: layout('{"w": [-4, [8]]}')), DamagedError),
+    ("shard beyond its tensor", rank_file(lambda place: layout('{"w": [7, [8]]}')), DamagedError),
+    ("shard of a huge tensor", rank_file(lambda place: layout('{"w": [0, [1099511627776]]}')), ArtifactError),
     ("layout of other types", rank_file(lambda place: layout('{"w": {"a": "b"}}')), DamagedError),
     ("nested layout", rank_file(lambda place: layout(deep().decode())), DamagedError),
     ("nested manifest", manifest_file(deep('{"a":', "}")), DamagedError),
@@ -423,13 +429,13 @@ def dataset(place: Any, data: bytes, *, raw: dict[str, Any] | None = None, index
         text = index if isinstance(index, bytes) else json.dumps({"shards": [one], "version": 2}).encode()
         (folder / split / "index.json").write_bytes(text)
         splits[split] = {"index": hashlib.sha256(text).hexdigest(), "samples": one["samples"]}
-    digest = contents_digest(["a", "b"], splits, {})
+    digest = compute_dataset_digest(["a", "b"], splits, {})
     text = json.dumps({"format": 1, "classes": ["a", "b"], "splits": splits, "digest": digest})
     (folder / "dataset.json").write_text(text)
 
     def read() -> None:
         info = open_dataset(folder)
-        for batch in EvalStream(info, "val", Augment(eval_crop=1.0), img_size=8, batch_size=1):
+        for batch in EvalStream(info, "val", AugmentConfig(eval_crop=1.0), img_size=8, batch_size=1):
             assert batch.images.shape == (1, 3, 8, 8)
 
     return read
@@ -479,27 +485,27 @@ ZIPPED = {"basename": "../../outside/shard.mds", "bytes": 1, "hashes": {"sha256"
 
 DATA: list[Kind] = [
     ("data as it should be", of_samples(SOUND), None),
-    ("index names ../", elsewhere("../../../outside/shard.mds"), EnvironmentFault),
-    ("index names an absolute path", elsewhere("OUTSIDE/shard.mds"), EnvironmentFault),
-    ("shard linked", spoiled_data(shard_outside), EnvironmentFault),
-    ("index linked", spoiled_data(lambda p, f: moved_outside("index.json")(p, f / "val")), EnvironmentFault),
-    ("description linked", spoiled_data(moved_outside("dataset.json")), EnvironmentFault),
-    ("pickled columns", of_samples(SOUND, column_encodings=["pkl", "int"]), EnvironmentFault),
-    ("a compressed shard", of_samples(SOUND, compression="zstd", zip_data=ZIPPED), EnvironmentFault),
-    ("a compressed shard that is not said to be", of_samples(SOUND, zip_data=ZIPPED), EnvironmentFault),
-    ("more samples than bytes", of_samples(SOUND, samples=10**15), EnvironmentFault),
-    ("fewer samples than none", of_samples(SOUND, samples=-1), EnvironmentFault),
-    ("samples in words", of_samples(SOUND, samples="many"), EnvironmentFault),
-    ("nested index", of_samples(SOUND, index=deep()), EnvironmentFault),
-    ("nested description", spoiled_data(put("dataset.json", lambda place: deep())), EnvironmentFault),
-    ("sample beyond the shard", of_samples(SOUND, offsets=[12, 2**31]), EnvironmentFault),
-    ("sample that ends before it begins", of_samples(SOUND, offsets=[2**31, 12]), EnvironmentFault),
-    ("image longer than its sample", of_samples(struct.pack("<I", 2**31) + PIXEL), EnvironmentFault),
-    ("label of no class", of_samples(sample(PIXEL, 10**9)), EnvironmentFault),
-    ("negative label", of_samples(sample(PIXEL, -1)), EnvironmentFault),
-    ("image bomb", of_samples(sample(png(60_000, 60_000), 1)), EnvironmentFault),
-    ("PostScript as image", of_samples(sample(EPS, 1)), EnvironmentFault),
-    ("pickle as image", of_samples(sample(pickle.dumps(Payload(NOWHERE)), 1)), EnvironmentFault),
+    ("index names ../", elsewhere("../../../outside/shard.mds"), DataError),
+    ("index names an absolute path", elsewhere("OUTSIDE/shard.mds"), DataError),
+    ("shard linked", spoiled_data(shard_outside), DataError),
+    ("index linked", spoiled_data(lambda p, f: moved_outside("index.json")(p, f / "val")), DataError),
+    ("description linked", spoiled_data(moved_outside("dataset.json")), DataError),
+    ("pickled columns", of_samples(SOUND, column_encodings=["pkl", "int"]), DataError),
+    ("a compressed shard", of_samples(SOUND, compression="zstd", zip_data=ZIPPED), DataError),
+    ("a compressed shard that is not said to be", of_samples(SOUND, zip_data=ZIPPED), DataError),
+    ("more samples than bytes", of_samples(SOUND, samples=10**15), DataError),
+    ("fewer samples than none", of_samples(SOUND, samples=-1), DataError),
+    ("samples in words", of_samples(SOUND, samples="many"), DataError),
+    ("nested index", of_samples(SOUND, index=deep()), DataError),
+    ("nested description", spoiled_data(put("dataset.json", lambda place: deep())), DataError),
+    ("sample beyond the shard", of_samples(SOUND, offsets=[12, 2**31]), DataError),
+    ("sample that ends before it begins", of_samples(SOUND, offsets=[2**31, 12]), DataError),
+    ("image longer than its sample", of_samples(struct.pack("<I", 2**31) + PIXEL), DataError),
+    ("label of no class", of_samples(sample(PIXEL, 10**9)), DataError),
+    ("negative label", of_samples(sample(PIXEL, -1)), DataError),
+    ("image bomb", of_samples(sample(png(60_000, 60_000), 1)), DataError),
+    ("PostScript as image", of_samples(sample(EPS, 1)), DataError),
+    ("pickle as image", of_samples(sample(pickle.dumps(Payload(NOWHERE)), 1)), DataError),
 ]
 
 
@@ -593,9 +599,9 @@ def trainer(lab: Callable[..., Any]) -> Any:
 def test_a_checkpoint_with_the_right_hashes_that_does_not_fit_is_one_line(trainer: Any) -> None:
     """What only the trainer can tell: values of the wrong type, tensors of the wrong shape, places that are not."""
     trainer.checkpoints.save(0, trainer.sharding.save() | trainer.ema.save(), {"step": 0})
-    sound = trainer.checkpoints.latest()
-    trainer.restore(sound)
-    tensors = {key: sound.tensors[key] for key in sound.tensors}
+    valid = trainer.checkpoints.load_latest()
+    trainer.restore(valid)
+    tensors = {key: valid.tensors[key] for key in valid.tensors}
     name = next(key for key in tensors if key.startswith("model/") and tensors[key].ndim == 2)
     for step, (state, own) in enumerate(
         [
@@ -608,9 +614,9 @@ def test_a_checkpoint_with_the_right_hashes_that_does_not_fit_is_one_line(traine
         ],
         start=1,
     ):
-        trainer.checkpoints.save(step, {**tensors, **own}, {**sound.state, "step": step, **state})
+        trainer.checkpoints.save(step, {**tensors, **own}, {**valid.state, "step": step, **state})
         with pytest.raises(ArtifactError, match="does not fit") as caught:
-            trainer.restore(trainer.checkpoints.latest())
+            trainer.restore(trainer.checkpoints.load_latest())
         assert "\n" not in str(caught.value)
 
 

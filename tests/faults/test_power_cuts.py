@@ -35,10 +35,10 @@ def checkpoints(root: Path, mark: Callable[[Any], None]) -> None:
 
 def newest(root: Path) -> int | None:
     """And what is saved next is there next."""
-    found = check_whole(manager(root).latest())
+    found = check_whole(manager(root).load_latest())
     again = manager(root)
     save(again, 24)
-    assert check_whole(manager(root).latest()) == 24
+    assert check_whole(manager(root).load_latest()) == 24
     assert not list(again.folder.glob(".saving-*"))
     return found
 

@@ -31,7 +31,7 @@ def of_a_launcher(trial: Trial, long: Any) -> None:
     launcher = Command(*words, before=fork_ranks)
     steps = trial.random.randrange(1, 30)
     assert launcher.until(lambda: len(long.log("pretrain")) >= steps), launcher.out
-    main = long.run.phase("pretrain").attempts()[0]["pid"]
+    main = long.run.phase("pretrain").read_attempts()[0]["pid"]
     ranks = {0: main, 1: next(pid for pid in children(launcher.pid) if pid != main)}
     stopped = trial.random.choice((0, 1))
     began = time.monotonic()

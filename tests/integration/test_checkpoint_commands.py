@@ -17,12 +17,12 @@ from forked import run
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bigincubate.distributed.process_group import RunEnv
-from bigincubate.files import write_hashed
-from bigincubate.storage.checkpoint_manager import CheckpointManager, commit, verify
-from bigincubate.storage.checkpoint_tools import convert, survey
-from bigincubate.storage.lease import owned
-from bigincubate.storage.sharded_tensors import Piece, PieceReader, snapshot, write_pieces
+from bigincubate.distributed.process_group import DistributedContext
+from bigincubate.files import write_and_hash
+from bigincubate.storage.checkpoint_manager import CheckpointManager, commit_checkpoint, verify_checkpoint
+from bigincubate.storage.checkpoint_tools import convert_checkpoint, list_checkpoints
+from bigincubate.storage.lease import acquire_lease
+from bigincubate.storage.sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
 
 Labs = Callable[..., Any]
 
@@ -84,7 +84,7 @@ def test_a_runs_checkpoints_are_listed_with_their_state(mine: Any) -> None:
 
 def test_a_phase_its_checkpoints_and_one_of_them_are_listed_too(mine: Any) -> None:
     def steps(folder: Path) -> list[int]:
-        return [row["step"] for row in survey(folder)]
+        return [row["step"] for row in list_checkpoints(folder)]
 
     phase = mine.run.path / "modules" / "01"
     assert steps(phase) == steps(phase / "checkpoints") == [8, 12]
@@ -92,11 +92,11 @@ def test_a_phase_its_checkpoints_and_one_of_them_are_listed_too(mine: Any) -> No
 
 
 def test_steps_are_in_numeric_order(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path / "checkpoints", RunEnv(), digest="d")
+    checkpoints = CheckpointManager(tmp_path / "checkpoints", DistributedContext(), digest="d")
     for number in (100_000_000, 99_999_999):
         checkpoints.save(number, {"w": torch.ones(2)}, {})
         (checkpoints.folder / f"step-{number:08d}").rename(tmp_path / f"step-{number:08d}")
-    assert [row["step"] for row in survey(tmp_path)] == [99_999_999, 100_000_000]
+    assert [row["step"] for row in list_checkpoints(tmp_path)] == [99_999_999, 100_000_000]
 
 
 # ------------------------------------------------------------------------------------------------ verify
@@ -107,7 +107,7 @@ def test_all_sound(mine: Any) -> None:
     assert (verified.wait(), verified.err) == (0, "")
     phases = ("meta", "modules/01")
     assert verified.out.splitlines() == [
-        f"sound  {step(mine, number, phase)}" for phase in phases for number in (8, 12)
+        f"valid  {step(mine, number, phase)}" for phase in phases for number in (8, 12)
     ]
 
 
@@ -123,7 +123,7 @@ def test_each_damaged_one_is_named_in_one_line(mine: Any) -> None:
         found = verified.err.partition(f"{file}: SHA-256 ")[2]
         assert f"expected {expected[:12]}" in found
         assert not found.startswith(expected[:12])
-    assert verified.out.count("sound") == 2
+    assert verified.out.count("valid") == 2
     assert run("checkpoint", "verify", step(mine, 12, "modules/01")).wait() == 0
 
 
@@ -145,17 +145,17 @@ def spread(folder: Path, world: int) -> Path:
     files = {}
     for rank in range(world):
         rows = LOGICAL["model/matrix"].tensor_split(world)
-        piece = Piece(rows[rank], 3 * sum(len(part) for part in rows[:rank]), (7, 3))
+        shard = TensorShard(rows[rank], 3 * sum(len(part) for part in rows[:rank]), (7, 3))
         rest = {key: value for key, value in LOGICAL.items() if rank == 0 or key == "model/vector"}
         name = f"rank-{rank:05d}.safetensors"
-        files[name] = write_pieces(aside / name, snapshot({**rest, "model/matrix": piece}))
-    files["state.json"] = write_hashed(aside / "state.json", [b'{"step": 4}'])
-    commit(aside, folder / "step-00000004", step=4, digest="d", world=world, files=files)
+        files[name] = write_sharded_tensors(aside / name, copy_to_cpu({**rest, "model/matrix": shard}))
+    files["state.json"] = write_and_hash(aside / "state.json", [b'{"step": 4}'])
+    commit_checkpoint(aside, folder / "step-00000004", step=4, digest="d", world=world, files=files)
     return folder / "step-00000004"
 
 
-def tensors_of(folder: Path) -> PieceReader:
-    return PieceReader(sorted(folder.glob("*.safetensors")))
+def tensors_of(folder: Path) -> ShardedTensorReader:
+    return ShardedTensorReader(sorted(folder.glob("*.safetensors")))
 
 
 def same(found: Any, expected: Any) -> bool:
@@ -169,8 +169,8 @@ def same(found: Any, expected: Any) -> bool:
 @pytest.mark.parametrize("ranks", [1, 2, 4, 30])
 def test_every_tensor_keeps_its_bits_dtype_and_shape(world: int, ranks: int, tmp_path: Path) -> None:
     source, out = spread(tmp_path, world), tmp_path / "deep" / "converted"
-    convert(source, out, ranks=ranks)
-    assert verify(out) is None
+    convert_checkpoint(source, out, ranks=ranks)
+    assert verify_checkpoint(out) is None
     assert same(dict(tensors_of(out)), LOGICAL)
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["step"], manifest["recipe"], manifest["world"]) == (4, "d", ranks)
@@ -181,11 +181,11 @@ def test_every_tensor_keeps_its_bits_dtype_and_shape(world: int, ranks: int, tmp
     ]
     assert sum(sizes) == 21 + 1  # no element twice
     assert max(sizes) == -(-21 // ranks)
-    assert verify(source) is None
+    assert verify_checkpoint(source) is None
 
 
 def test_one_file_needs_safetensors_alone(tmp_path: Path) -> None:
-    convert(spread(tmp_path, 3), tmp_path / "out")
+    convert_checkpoint(spread(tmp_path, 3), tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".safetensors") == [
         "rank-00000.safetensors"
     ]
@@ -205,7 +205,7 @@ def test_a_phase_resumes_with_the_same_bits_from_what_was_converted(mine: Any, t
     (tmp_path / "three").rename(original)
     mine.train("incubate", 1)
     assert [row["step"] for row in mine.log("incubate", 1)] == [2, 4, 6, 8, 10, 12]
-    assert len(folder.attempts()) == 2
+    assert len(folder.read_attempts()) == 2
     assert same(mine.weights("incubate", 1), trained.weights("incubate", 1))
     assert same(dict(tensors_of(step(mine, 12, "modules/01"))), dict(tensors_of(step(trained, 12, "modules/01"))))
 
@@ -238,9 +238,9 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="No space left"):
-        convert(source, tmp_path / "out")
+        convert_checkpoint(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
-    assert verify(source) is None
+    assert verify_checkpoint(source) is None
 
 
 # ------------------------------------------------------------------------------------------------ prune
@@ -248,7 +248,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
 def test_old_damaged_and_unfinished_ones_go_and_sound_ones_stay(tmp_path: Path) -> None:
     folder = tmp_path / "meta" / "checkpoints"
-    checkpoints = CheckpointManager(folder, RunEnv(), digest="d", keep=9)
+    checkpoints = CheckpointManager(folder, DistributedContext(), digest="d", keep=9)
     for number in (4, 8, 12, 16, 20):
         checkpoints.save(number, LOGICAL, {"step": number})
     flip_a_bit(folder / "step-00000020" / "rank-00000.safetensors")
@@ -272,15 +272,15 @@ def test_where_all_are_damaged_none_is_removed(mine: Any) -> None:
         f"bigincubate: every checkpoint is damaged in {mine.run.path / 'meta' / 'checkpoints'};"
         " they were left as they are\n"
     )
-    assert [row["step"] for row in survey(mine.run.path)] == [8, 12, 12]  # of the module, the newest
+    assert [row["step"] for row in list_checkpoints(mine.run.path)] == [8, 12, 12]  # of the module, the newest
 
 
 def test_what_somebody_trains_is_left_alone(mine: Any) -> None:
-    with owned(mine.run.path / "meta", RunEnv()):
+    with acquire_lease(mine.run.path / "meta", DistributedContext()):
         pruned = run("checkpoint", "prune", mine.run.path, "--keep", 1)
         assert pruned.wait() == 7
         assert f"process {os.getpid()} on" in pruned.err
-    assert [row["step"] for row in survey(mine.run.path / "meta")] == [8, 12]
+    assert [row["step"] for row in list_checkpoints(mine.run.path / "meta")] == [8, 12]
 
 
 def test_one_checkpoint_is_not_pruned(mine: Any) -> None:

@@ -17,7 +17,7 @@ from forked import Command, run
 
 from bigincubate import __version__
 from bigincubate.cli import main
-from bigincubate.config import shipped
+from bigincubate.config import list_shipped_recipes
 
 Labs = Callable[..., Any]
 Called = Callable[..., Any]
@@ -44,7 +44,7 @@ def done(lab: Labs) -> Any:
     made = lab("train.max_steps=2", "log.every_steps=1")
     for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
         made.train(phase, module)
-    made.run.summary()
+    made.run.update_summary()
     return made
 
 
@@ -360,7 +360,7 @@ def test_plan(call: Called) -> None:
 def test_recipes(call: Called) -> None:
     code, out, _ = call("recipes")
     assert code == 0
-    for name, file in shipped().items():
+    for name, file in list_shipped_recipes().items():
         assert name in out
         assert str(file) in out
 

@@ -23,10 +23,10 @@ from PIL import Image
 
 from bigincubate.data import prepare as preparing
 from bigincubate.data.dataset import open_dataset
-from bigincubate.data.prepare import prepare
+from bigincubate.data.prepare import prepare_dataset
 from bigincubate.data.sources import Sample, read_source, safe_unpickle
-from bigincubate.data.splits import hold_out
-from bigincubate.errors import EnvironmentFault
+from bigincubate.data.splits import split_train_val
+from bigincubate.errors import DataError
 
 FORK = multiprocessing.get_context("fork")
 
@@ -61,14 +61,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparing, "CHUNK", 32)
+    monkeypatch.setattr(preparing, "CHUNK_SAMPLES", 32)
 
 
 # ------------------------------------------------------------------------------------------------ sources
 
 
 def test_class_folders_are_split_by_class_and_kept_byte_by_byte(tree: Path, tmp_path: Path) -> None:
-    info = prepare(str(tree), tmp_path / "out", val_fraction=0.3)
+    info = prepare_dataset(str(tree), tmp_path / "out", val_fraction=0.3)
     assert info == open_dataset(tmp_path / "out")
     assert (info.classes, info.samples) == (["a", "b", "c"], {"train": 147, "val": 63})
     stored = {split: samples(tmp_path / "out", split) for split in ("train", "val")}
@@ -83,7 +83,7 @@ def test_a_validation_folder_is_used_as_it_is(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree" / "train", 5)
     write_tree(tmp_path / "tree" / "validation", 2, "ab")
     (tmp_path / "tree" / "train" / "a" / "notes.txt").write_text("no image")
-    assert prepare(str(tmp_path / "tree"), tmp_path / "out").samples == {"train": 15, "val": 4}
+    assert prepare_dataset(str(tmp_path / "tree"), tmp_path / "out").samples == {"train": 15, "val": 4}
 
 
 FIRST_HELD_OUT = [552, 1722, 536, 1667]  # the split must be the same with any version of any library
@@ -92,7 +92,7 @@ FIRST_HELD_OUT = [552, 1722, 536, 1667]  # the split must be the same with any v
 def test_digits_hold_out_a_fixed_fifth_of_each_digit(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
-    info = prepare("digits", tmp_path / "digits")
+    info = prepare_dataset("digits", tmp_path / "digits")
     assert info.samples == {"train": 1437, "val": 360}
     source = read_source("digits", 0.2)
     target = load_digits().target
@@ -118,7 +118,7 @@ def test_digits_for_development_never_show_the_held_out_part() -> None:
 
 def test_held_out_shares_follow_the_class_sizes() -> None:
     rows = [Sample(f"{n}", label, "") for label, size in enumerate((10, 5, 3)) for n in range(size)]
-    splits = hold_out(rows, 0.2)
+    splits = split_train_val(rows, 0.2)
     assert [[s.label for s in splits["val"]].count(label) for label in range(3)] == [2, 1, 1]
     assert len(splits["train"]) == 14
 
@@ -136,8 +136,8 @@ def test_a_source_that_holds_nothing_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EnvironmentFault, match=message) as fault:
-        prepare(make(tmp_path), tmp_path / "out")
+    with pytest.raises(DataError, match=message) as fault:
+        prepare_dataset(make(tmp_path), tmp_path / "out")
     assert "\n" not in str(fault.value)
 
 
@@ -146,9 +146,9 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path, small_chunks: No
     tree = write_tree(tmp_path / "tree", 20)
     broken = tree / "b" / "0003.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    with pytest.raises(EnvironmentFault, match=r"b/0003\.png is not a readable image"):
-        prepare(str(tree), tmp_path / "out", jobs=jobs)
-    with pytest.raises(EnvironmentFault, match="no data in"):
+    with pytest.raises(DataError, match=r"b/0003\.png is not a readable image"):
+        prepare_dataset(str(tree), tmp_path / "out", jobs=jobs)
+    with pytest.raises(DataError, match="no data in"):
         open_dataset(tmp_path / "out")
 
 
@@ -157,8 +157,8 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path, small_chunks: No
 
 def test_processes_do_not_change_a_bit(tree: Path, tmp_path: Path, small_chunks: None) -> None:
     seen: list[tuple[int, int]] = []
-    one = prepare(str(tree), tmp_path / "one", on_progress=lambda *progress: seen.append(progress))
-    three = prepare(str(tree), tmp_path / "three", jobs=3)
+    one = prepare_dataset(str(tree), tmp_path / "one", on_progress=lambda *progress: seen.append(progress))
+    three = prepare_dataset(str(tree), tmp_path / "three", jobs=3)
     assert one.digest == three.digest
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
     assert seen[0] == (0, 210)
@@ -176,13 +176,13 @@ def _die_at_the_hundredth_image(source: str, out: Path, jobs: int) -> None:
                 os.killpg(0, signal.SIGKILL)
 
     os.setpgid(0, 0)
-    preparing.decode = decode_or_die  # type: ignore[assignment]
-    prepare(source, out, jobs=jobs)
+    preparing.decode_image = decode_or_die  # type: ignore[assignment]
+    prepare_dataset(source, out, jobs=jobs)
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_killed_it_goes_on_from_the_finished_chunks(tree: Path, tmp_path: Path, small_chunks: None, jobs: int) -> None:
-    prepare(str(tree), tmp_path / "whole")
+    prepare_dataset(str(tree), tmp_path / "whole")
     child = FORK.Process(target=_die_at_the_hundredth_image, args=(str(tree), tmp_path / "out", jobs))
     child.start()
     child.join()
@@ -191,7 +191,7 @@ def test_killed_it_goes_on_from_the_finished_chunks(tree: Path, tmp_path: Path, 
     assert finished
     assert any((tmp_path / "out").glob(".tmp-*"))  # it died inside a chunk
     seen: list[int] = []
-    prepare(str(tree), tmp_path / "out", jobs=jobs, on_progress=lambda done, _: seen.append(done))
+    prepare_dataset(str(tree), tmp_path / "out", jobs=jobs, on_progress=lambda done, _: seen.append(done))
     assert seen[0] == 32 * len(finished)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -199,13 +199,13 @@ def test_killed_it_goes_on_from_the_finished_chunks(tree: Path, tmp_path: Path, 
 def test_a_worker_does_not_outlive_its_parent_nor_keep_the_lock(tree: Path, tmp_path: Path, small_chunks: None) -> None:
     def die_alone(source: str, out: Path) -> None:
         os.setpgid(0, 0)
-        prepare(source, out, jobs=2, on_progress=lambda done, _: done and os.kill(os.getpid(), signal.SIGKILL))
+        prepare_dataset(source, out, jobs=2, on_progress=lambda done, _: done and os.kill(os.getpid(), signal.SIGKILL))
 
     child = FORK.Process(target=die_alone, args=(str(tree), tmp_path / "out"))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    second = FORK.Process(target=prepare, args=(str(tree), tmp_path / "out"))
+    second = FORK.Process(target=prepare_dataset, args=(str(tree), tmp_path / "out"))
     second.start()
     second.join(20)
     second.kill()  # where it still waits for the lock
@@ -216,7 +216,7 @@ def test_a_worker_does_not_outlive_its_parent_nor_keep_the_lock(tree: Path, tmp_
 
 def _prepare_and_tell(source: str, out: Path, tell: Any) -> None:
     seen: list[int] = []
-    info = prepare(source, out, on_progress=lambda done, _: seen.append(done))
+    info = prepare_dataset(source, out, on_progress=lambda done, _: seen.append(done))
     tell.put((info.digest, len(seen)))
 
 
@@ -235,18 +235,18 @@ def test_of_two_at_once_one_prepares_and_the_other_waits(tree: Path, tmp_path: P
 
 def test_what_is_there_from_another_source_is_refused(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare(str(tree), out)
+    prepare_dataset(str(tree), out)
     before = contents(out)
-    prepare(str(tree), out)  # the same: nothing to do
-    with pytest.raises(EnvironmentFault, match="holds data from another source"):
-        prepare("digits", out)
-    with pytest.raises(EnvironmentFault, match="holds data from another source"):
-        prepare(str(tree), out, val_fraction=0.5)
+    prepare_dataset(str(tree), out)  # the same: nothing to do
+    with pytest.raises(DataError, match="holds data from another source"):
+        prepare_dataset("digits", out)
+    with pytest.raises(DataError, match="holds data from another source"):
+        prepare_dataset(str(tree), out, val_fraction=0.5)
     assert contents(out) == before
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("do not delete")
-    with pytest.raises(EnvironmentFault, match="holds other files"):
-        prepare(str(tree), tmp_path / "thesis")
+    with pytest.raises(DataError, match="holds other files"):
+        prepare_dataset(str(tree), tmp_path / "thesis")
     assert [file.name for file in (tmp_path / "thesis").iterdir()] == ["chapter1.tex"]
 
 
@@ -295,10 +295,10 @@ def write_archive(file: Path, members: dict[str, bytes], folder: str) -> Path:
 def test_cifar_100_packed_and_unpacked_without_loss(tmp_path: Path) -> None:
     pixels, members = cifar100()
     archive = write_archive(tmp_path / "cifar-100-python.tar.gz", members, "cifar-100-python")
-    packed = prepare(str(archive), tmp_path / "packed")
+    packed = prepare_dataset(str(archive), tmp_path / "packed")
     with tarfile.open(archive) as tar:
         tar.extractall(tmp_path, filter="data")
-    unpacked = prepare(str(tmp_path / "cifar-100-python"), tmp_path / "unpacked")
+    unpacked = prepare_dataset(str(tmp_path / "cifar-100-python"), tmp_path / "unpacked")
     assert packed.digest == unpacked.digest
     assert packed.classes == ["apple", "bear", "cloud", "dinosaur"]
     expected = {(row.reshape(3, 32, 32).transpose(1, 2, 0).tobytes(), n % 4) for n, row in enumerate(pixels)}
@@ -313,7 +313,7 @@ def test_cifar_10_in_its_five_batches(tmp_path: Path) -> None:
     for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]:
         (folder / name).write_bytes(pickle.dumps(part, protocol=2))
     (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"plane", b"car"]}, protocol=2))
-    info = prepare(str(folder), tmp_path / "out")
+    info = prepare_dataset(str(folder), tmp_path / "out")
     assert (info.classes, info.samples) == (["plane", "car"], {"train": 20, "val": 4})
 
 
@@ -329,8 +329,8 @@ def test_an_archive_that_would_run_something_is_refused_unrun(tmp_path: Path) ->
     _, members = cifar100()
     evil = pickle.dumps({"data": Evil(tmp_path / "ran")}, protocol=2)
     archive = write_archive(tmp_path / "evil.tar.gz", {**members, "train": evil}, "cifar-100-python")
-    with pytest.raises(EnvironmentFault, match=r"refused, .*it asks for (posix|os)\.system"):
-        prepare(str(archive), tmp_path / "out")
+    with pytest.raises(DataError, match=r"refused, .*it asks for (posix|os)\.system"):
+        prepare_dataset(str(archive), tmp_path / "out")
     assert not (tmp_path / "ran").exists()
 
 
@@ -343,8 +343,8 @@ def test_the_unpickler_builds_no_function_of_python_itself(name: str) -> None:
 def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "cifar.tar.gz", cifar100()[1], "cifar-100-python")
     archive.write_bytes(archive.read_bytes()[:5000])
-    with pytest.raises(EnvironmentFault, match=r"cifar\.tar\.gz is damaged"):
-        prepare(str(archive), tmp_path / "out")
+    with pytest.raises(DataError, match=r"cifar\.tar\.gz is damaged"):
+        prepare_dataset(str(archive), tmp_path / "out")
 
 
 # ------------------------------------------------------------------------------------------------ what is there
@@ -352,7 +352,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
 
 @pytest.fixture
 def prepared(tree: Path, tmp_path: Path) -> Path:
-    prepare(str(tree), tmp_path / "data")
+    prepare_dataset(str(tree), tmp_path / "data")
     return tmp_path / "data"
 
 
@@ -366,14 +366,14 @@ def point_shard_at(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "00000/../../outside"])
 def test_an_index_that_leads_outside_is_refused(prepared: Path, name: str) -> None:
     point_shard_at(prepared, name)
-    with pytest.raises(EnvironmentFault, match="lies outside its folder"):
+    with pytest.raises(DataError, match="lies outside its folder"):
         open_dataset(prepared)
 
 
 def test_a_link_that_leads_outside_is_refused(prepared: Path, tmp_path: Path) -> None:
     shutil.move(prepared / "train" / "00000", tmp_path / "outside")
     (prepared / "train" / "00000").symlink_to(tmp_path / "outside")
-    with pytest.raises(EnvironmentFault, match="lies outside its folder"):
+    with pytest.raises(DataError, match="lies outside its folder"):
         open_dataset(prepared)
 
 
@@ -392,7 +392,7 @@ def test_damage_is_named(prepared: Path, file: str, change: Any, message: str) -
     data = (prepared / file).read_bytes()
     assert change(data) != data
     (prepared / file).write_bytes(change(data))
-    with pytest.raises(EnvironmentFault, match=message) as fault:
+    with pytest.raises(DataError, match=message) as fault:
         open_dataset(prepared)
     assert "\n" not in str(fault.value)
 

@@ -16,14 +16,18 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from bigincubate.config import Augment, Mixup, load_recipe
+from bigincubate.config import AugmentConfig, MixupConfig, load_recipe
+from bigincubate.data.rng import seeded_rng
 from bigincubate.errors import ConfigError
+from bigincubate.experimental.device_augment import DeviceAugment
 from bigincubate.experimental.device_augment.operator import AMOUNT, BOX, COLUMNS, JITTER, NOISE, blur
 from bigincubate.experimental.device_augment.operator import augment as operator
-from bigincubate.tasks.image_classification.augment import seeded, train_transform
+from bigincubate.planning.phases import make_plan
+from bigincubate.tasks.image_classification.augment import train_transform
 from bigincubate.tasks.image_classification.mixup import blend, draw
 
 Labs = Callable[..., Any]
+DEVICE_AUGMENT = "bigincubate.experimental.device_augment:DeviceAugment"
 SIZE, VIEWS = 32, 24
 POLICIES: dict[str, dict[str, Any]] = {
     "flip and random resized crop": {},
@@ -46,21 +50,21 @@ def picture(index: int, width: int = 43, height: int = 36) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def both_ways(policy: dict[str, Any], size: int = SIZE) -> tuple[Tensor, Tensor, Tensor, Augment]:
+def both_ways(policy: dict[str, Any], size: int = SIZE) -> tuple[Tensor, Tensor, Tensor, AugmentConfig]:
     """Finished by the host; and by halves: uint8 images and their parameters."""
-    augment = Augment(**policy)
+    augment = AugmentConfig(**policy)
     whole, half = train_transform(augment, size), DeviceAugment(augment, size)
     finished, halves = [], []
     for view in range(VIEWS):
-        with seeded(view):
+        with seeded_rng(view):
             finished.append(whole(picture(view)))
-        with seeded(view):
+        with seeded_rng(view):
             halves.append(half(picture(view)))
     images, parameters = (torch.stack(column) for column in zip(*halves, strict=True))
     return torch.stack(finished), images, parameters, augment
 
 
-def levels(a: Tensor, b: Tensor, augment: Augment) -> Tensor:
+def levels(a: Tensor, b: Tensor, augment: AugmentConfig) -> Tensor:
     """How many grey levels apart."""
     return (a - b).abs() * torch.tensor(augment.std).view(3, 1, 1) * 255
 
@@ -97,8 +101,8 @@ def test_what_is_erased_is_the_hosts_box_with_other_noise() -> None:
     assert len(drawn.unique()) > 0.9 * len(drawn)
 
 
-@pytest.mark.parametrize("mixup", [Mixup(mixup=0.8), Mixup(cutmix=1.0), Mixup(mixup=0.8, prob=0.5)])
-def test_mixing_is_the_hosts(mixup: Mixup) -> None:
+@pytest.mark.parametrize("mixup", [MixupConfig(mixup=0.8), MixupConfig(cutmix=1.0), MixupConfig(mixup=0.8, prob=0.5)])
+def test_mixing_is_the_hosts(mixup: MixupConfig) -> None:
     host, images, parameters, augment = both_ways(POLICIES["three-augment and jitter"])
     labels, kinds = torch.arange(VIEWS), set()
     for step in range(6):
@@ -269,7 +273,7 @@ def test_unsupported_settings_are_refused_when_planning(sets: list[str], says: s
 @pytest.mark.parametrize("crop", ["none", "pad", "simple"])
 def test_parameters_without_timm_operations_are_drawn_from_torch_only(crop: str) -> None:
     before = random.getstate(), str(np.random.get_state()[1:3])
-    DeviceAugment(Augment(crop=crop, color_jitter=0.4), SIZE)(picture(0))
+    DeviceAugment(AugmentConfig(crop=crop, color_jitter=0.4), SIZE)(picture(0))
     assert (random.getstate(), str(np.random.get_state()[1:3])) == before
 
 

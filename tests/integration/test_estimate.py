@@ -12,7 +12,12 @@ import pytest
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.planning.phases import cost_plan, make_plan
-from bigincubate.planning.walltime import critical_path, estimate, measured_rates, read_cluster
+from bigincubate.planning.walltime import (
+    critical_path_seconds,
+    estimate_walltime,
+    measured_flops_per_second,
+    parse_cluster,
+)
 
 Command = Callable[..., Any]
 
@@ -24,8 +29,8 @@ def rows() -> list[Any]:
 
 
 def test_gpus_go_where_the_flops_are(rows: list[Any]) -> None:
-    cluster = read_cluster("nodes=8,gpus=8,tflops=100")
-    found = {each.key: each for each in estimate(rows, cluster, lambda row, ranks: True)}
+    cluster = parse_cluster("nodes=8,gpus=8,tflops=100")
+    found = {each.key: each for each in estimate_walltime(rows, cluster, lambda row, ranks: True)}
     shares = [found[f"incubate/{k}"].gpus for k in range(4)]
     assert sum(shares) == 64
     assert shares == sorted(shares, reverse=True)  # module 0 computes most
@@ -35,26 +40,28 @@ def test_gpus_go_where_the_flops_are(rows: list[Any]) -> None:
     planned = {row.key: row for row in rows}
     assert found["pretrain"].gpus == found["finetune"].gpus == 64
     assert found["pretrain"].seconds == pytest.approx(planned["pretrain"].total_flops / 100e12 / 64)
-    path = critical_path(list(found.values()), 64)
+    path = critical_path_seconds(list(found.values()), 64)
     assert path == pytest.approx(found["pretrain"].seconds + max(times) + found["finetune"].seconds)
 
 
 def test_a_batch_that_cannot_be_cut_so_leaves_gpus_idle(rows: list[Any]) -> None:
-    cluster = read_cluster("nodes=1,gpus=24,tflops=100")
-    found = {each.key: each for each in estimate(rows, cluster, lambda row, ranks: row.batch_size % ranks == 0)}
+    cluster = parse_cluster("nodes=1,gpus=24,tflops=100")
+    found = {
+        each.key: each for each in estimate_walltime(rows, cluster, lambda row, ranks: row.batch_size % ranks == 0)
+    }
     assert found["pretrain"].gpus == 16  # of 24, for a batch of 2048
     assert [found[f"incubate/{k}"].gpus for k in range(4)] == [8, 8, 4, 4]
 
 
 def test_with_fewer_gpus_than_modules_they_take_turns(rows: list[Any]) -> None:
-    cluster = read_cluster("gpus=2,tflops=100")
-    found = estimate(rows, cluster, lambda row, ranks: True)
+    cluster = parse_cluster("gpus=2,tflops=100")
+    found = estimate_walltime(rows, cluster, lambda row, ranks: True)
     seconds = {each.key: each.seconds for each in found}
     alone = [seconds[f"incubate/{k}"] for k in range(4)]
-    path = critical_path(found, 2) - seconds["pretrain"] - seconds["finetune"]
+    path = critical_path_seconds(found, 2) - seconds["pretrain"] - seconds["finetune"]
     assert max(path, sum(alone) / 2) == path
     assert path == pytest.approx(alone[0] + alone[3])  # the longest first: 0 and 1, then 2 and 3
-    assert critical_path(estimate(rows, read_cluster("gpus=1,tflops=100"), lambda *_: True), 1) > path
+    assert critical_path_seconds(estimate_walltime(rows, parse_cluster("gpus=1,tflops=100"), lambda *_: True), 1) > path
 
 
 @pytest.mark.parametrize(
@@ -62,7 +69,7 @@ def test_with_fewer_gpus_than_modules_they_take_turns(rows: list[Any]) -> None:
 )
 def test_anything_else_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match="expected nodes=N,gpus=N and tflops=X"):
-        read_cluster(text)
+        parse_cluster(text)
 
 
 def test_rates_are_those_of_a_run(lab: Any, tmp_path: Path, bigincubate: Command) -> None:
@@ -70,7 +77,7 @@ def test_rates_are_those_of_a_run(lab: Any, tmp_path: Path, bigincubate: Command
     one.train("pretrain", None)
     run = one.run
     result = run.phase("pretrain").result
-    assert measured_rates(run) == {"pretrain": result["flops"] / result["seconds"]}
+    assert measured_flops_per_second(run) == {"pretrain": result["flops"] / result["seconds"]}
     ended = bigincubate("plan", str(run.recipe_file), "--cluster", f"gpus=1,rates={run.path}", "--json")
     assert ended.returncode == 0, ended.stderr
     phases = {each["key"]: each for each in json.loads(ended.stdout)["cluster"]["phases"]}

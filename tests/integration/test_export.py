@@ -17,7 +17,7 @@ from torch import nn
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.interchange.export import best_artifact, export, load_model, timm_arguments
 from bigincubate.models import build
-from bigincubate.storage.artifacts import Manifest, ModelSpec, save_artifact
+from bigincubate.storage.artifacts import ArtifactManifest, ModelSpec, save_artifact
 from bigincubate.storage.run_directory import RunDir
 
 CASES: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def artifact(name: str, folder: Path, seed: int = 0) -> ModelSpec:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    manifest = Manifest(kind="model", phase="finetune", model=spec, weights="raw", recipe="r", data="d")
+    manifest = ArtifactManifest(kind="model", phase="finetune", model=spec, weights="raw", recipe="r", data="d")
     save_artifact(folder, model.state_dict(), manifest)
     return spec
 

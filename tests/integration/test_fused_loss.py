@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bigincubate.config import Mixup, load_recipe
+from bigincubate.config import MixupConfig, load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.experimental.fused_loss import soft_cross_entropy
 from bigincubate.experimental.fused_loss.operator import _soft_cross_entropy
@@ -94,7 +94,7 @@ class Shapes(TorchDispatchMode):
 def test_targets_are_never_written_down() -> None:
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([1, 0, 2, 2])
     with Shapes((4, CLASSES)) as seen:
-        _, targets = blend(images, labels, mixup=Mixup(mixup=0.8), seed=0, step=0)
+        _, targets = blend(images, labels, mixup=MixupConfig(mixup=0.8), seed=0, step=0)
         assert seen.count == 0
         targets.dense(CLASSES, SMOOTHING)
         assert seen.count > 0

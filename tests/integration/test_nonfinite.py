@@ -79,7 +79,7 @@ def test_it_goes_back_to_the_last_checkpoint_once(lab: Labs) -> None:
     assert events(failing) == [(5, 4)]
     assert [row["step"] for row in failing.log("pretrain")] == [1, 2, 3, 4, 5, 6, 7]
     assert [row["train/skipped"] for row in failing.log("pretrain")] == [0, 1, 1, 1, 1, 1, 2]
-    assert trainer.checkpoints.steps() == [4]
+    assert trainer.checkpoints.committed_steps() == [4]
     again = failing.trainer("pretrain")
     poisoned(again, {4, 6})
     with again.stop, pytest.raises(NonFiniteError, match="in 2 of 3 steps since"):
@@ -139,7 +139,7 @@ def test_no_checkpoint_holds_more_skipped_steps_than_allowed(lab: Labs) -> None:
     poisoned(trainer, {1})
     with trainer.stop, pytest.raises(NonFiniteError):
         trainer.run()
-    assert trainer.checkpoints.steps() == []
+    assert trainer.checkpoints.committed_steps() == []
 
 
 def test_the_count_of_skipped_steps_survives_a_resume(lab: Labs) -> None:

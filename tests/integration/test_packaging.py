@@ -16,7 +16,7 @@ from conftest import Command
 
 import bigincubate as package
 from bigincubate.config import resources
-from bigincubate.errors import EnvironmentFault
+from bigincubate.errors import MissingDependencyError
 
 ROOT = Path(package.__file__).parents[1]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -26,10 +26,10 @@ PROBE = """
 import sys
 import bigincubate
 from bigincubate.cli import main
-from bigincubate.sharding.zero_config import read_config, shipped
+from bigincubate.sharding.zero_config import read_config, shipped_config_path
 
 print(bigincubate.__file__)
-print(shipped("zero3"), read_config(shipped("zero3"))["zero_optimization"]["stage"])
+print(shipped_config_path("zero3"), read_config(shipped_config_path("zero3"))["zero_optimization"]["stage"])
 sys.argv = ["bigincubate", "submit", "digits", "--run-dir", "run", "--dry-run"]
 main()
 """
@@ -148,7 +148,7 @@ def test_installation_finds_scripts_and_deepspeed_files(
 def test_missing_folder_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message names both places and the remedy."""
     monkeypatch.setattr(resources, "PACKAGE", tmp_path / "bigincubate")
-    with pytest.raises(EnvironmentFault, match=r"no folder slurm at .*install bigincubate again$"):
+    with pytest.raises(MissingDependencyError, match=r"no folder slurm at .*install bigincubate again$"):
         resources.resource_folder("slurm")
 
 

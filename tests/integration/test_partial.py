@@ -12,7 +12,7 @@ import torch
 from forked import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from bigincubate.files import read_lines
+from bigincubate.files import read_json_lines
 from bigincubate.report.console_tables import ranges
 from bigincubate.report.status import run_status
 from bigincubate.tasks.image_classification.task import ClassificationTask, evaluate
@@ -71,7 +71,7 @@ def test_a_partial_assembly_computes_with_the_modules_and_the_meta_model(trained
 
 
 def test_it_is_told_in_the_events_in_tensorboard_and_by_status(trained: Any) -> None:
-    told = [row for row in read_lines(trained.run.path / "events.jsonl") if row["event"] == "partial_assembly"]
+    told = [row for row in read_json_lines(trained.run.path / "events.jsonl") if row["event"] == "partial_assembly"]
     assert [row["phase"] for row in told] == ["incubate/2", "incubate/0", "incubate/1"]
     assert [row["top1"] for row in told] == [partial(trained, module)["top1"] for module in (2, 0, 1)]
     reader = EventAccumulator(str(trained.run.path / "partial" / "00")).Reload()

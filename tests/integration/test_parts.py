@@ -1,4 +1,4 @@
-"""Decentralised data: parts that do not overlap, and modules that see their own and nothing else."""
+"""Decentralized data: parts that do not overlap, and modules that see their own and nothing else."""
 
 from __future__ import annotations
 
@@ -15,10 +15,20 @@ from conftest import SMOKE, Command, Lab
 
 from bigincubate.config import load_recipe
 from bigincubate.data.dataset import DatasetInfo, open_dataset
-from bigincubate.data.partitions import cut_by_class, cut_by_file, cut_by_hash, open_for
-from bigincubate.data.prepare import prepare
+from bigincubate.data.partitions import (
+    open_module_partition,
+    partition_by_class,
+    partition_by_hash,
+    partition_from_file,
+)
+from bigincubate.data.prepare import prepare_dataset
 from bigincubate.data.sources import Sample, read_source
-from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, EnvironmentFault
+from bigincubate.errors import (
+    ArtifactError,
+    BigincubateError,
+    ConfigError,
+    DataError,
+)
 from bigincubate.planning.prepare_run import ensure_data
 from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_manifest, save_artifact
@@ -40,7 +50,7 @@ def images(info: DatasetInfo, split: str = "train") -> list[bytes]:
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 9])
 def test_by_class_parts_differ_by_one_sample_at_most_in_each_class_and_in_all(parts: int) -> None:
-    cut = cut_by_class(SAMPLES, parts)
+    cut = partition_by_class(SAMPLES, parts)
     assert sorted(sample.name for part in cut for sample in part) == sorted(sample.name for sample in SAMPLES)
     counts = [Counter(sample.label for sample in part) for part in cut]
     assert all(max(each) - min(each) <= 1 for each in ([count[label] for count in counts] for label in range(7)))
@@ -48,12 +58,12 @@ def test_by_class_parts_differ_by_one_sample_at_most_in_each_class_and_in_all(pa
 
 
 def test_by_class_a_part_is_no_run_of_neighbours() -> None:
-    names = sorted(int(sample.name) for sample in cut_by_class(SAMPLES, 4)[0])
+    names = sorted(int(sample.name) for sample in partition_by_class(SAMPLES, 4)[0])
     assert len({b - a for a, b in pairwise(names)}) > 5
 
 
 def test_by_hash_a_sample_stays_in_its_part_when_others_come() -> None:
-    before, after = (cut_by_hash(SAMPLES[:count], 3) for count in (500, 997))
+    before, after = (partition_by_hash(SAMPLES[:count], 3) for count in (500, 997))
     assert [[s.name for s in part if int(s.name) < 500] for part in after] == [[s.name for s in p] for p in before]
     assert all(len(part) > 250 for part in after)
 
@@ -66,7 +76,7 @@ def test_by_file_parts_are_as_uneven_as_the_file_says(name: str, tmp_path: Path)
         file.write_text("sample,part\n" + "".join(f"{name},{part}\n" for name, part in told))
     else:
         file.write_text("".join(json.dumps({"sample": name, "part": part}) + "\n" for name, part in told))
-    assert [len(part) for part in cut_by_file(SAMPLES, file)] == [900, 97]
+    assert [len(part) for part in partition_from_file(SAMPLES, file)] == [900, 97]
 
 
 @pytest.mark.parametrize(
@@ -83,8 +93,8 @@ def test_by_file_parts_are_as_uneven_as_the_file_says(name: str, tmp_path: Path)
 )
 def test_a_file_that_does_not_fit_the_source_is_refused(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text(text)
-    with pytest.raises(EnvironmentFault, match=says):
-        cut_by_file(SAMPLES, tmp_path / "mine.csv")
+    with pytest.raises(DataError, match=says):
+        partition_from_file(SAMPLES, tmp_path / "mine.csv")
 
 
 # ------------------------------------------------------------------------------------------------ preparing
@@ -93,7 +103,7 @@ def test_a_file_that_does_not_fit_the_source_is_refused(text: str, says: str, tm
 @pytest.fixture(scope="module")
 def parted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("parted") / "data"
-    prepare("digits-dev", out, cut=lambda samples: cut_by_class(samples, PARTS))
+    prepare_dataset("digits-dev", out, partition=lambda samples: partition_by_class(samples, PARTS))
     return out
 
 
@@ -124,10 +134,10 @@ def test_nothing_is_stored_twice(parted: Path) -> None:
 
 def test_other_parts_in_the_same_folder_are_refused_and_the_same_are_there_already(parted: Path) -> None:
     before = open_dataset(parted)
-    assert prepare("digits-dev", parted, cut=lambda samples: cut_by_class(samples, PARTS)) == before
-    for cut in (None, lambda samples: cut_by_class(samples, 2)):
-        with pytest.raises(EnvironmentFault, match="or in other parts"):
-            prepare("digits-dev", parted, cut=cut)
+    assert prepare_dataset("digits-dev", parted, partition=lambda samples: partition_by_class(samples, PARTS)) == before
+    for cut in (None, lambda samples: partition_by_class(samples, 2)):
+        with pytest.raises(DataError, match="or in other parts"):
+            prepare_dataset("digits-dev", parted, partition=cut)
 
 
 def test_preparing_that_was_killed_among_the_parts_goes_on(mine: Path) -> None:
@@ -135,20 +145,20 @@ def test_preparing_that_was_killed_among_the_parts_goes_on(mine: Path) -> None:
     (mine / "dataset.json").rename(mine / ".preparing.json")
     shutil.rmtree(mine / "parts" / "02")
     shutil.rmtree(mine / "parts" / "01" / "val")
-    assert prepare("digits-dev", mine, cut=lambda samples: cut_by_class(samples, PARTS)) == before
+    assert prepare_dataset("digits-dev", mine, partition=lambda samples: partition_by_class(samples, PARTS)) == before
     assert open_dataset(mine / "parts" / "02").digest == before.parts[2]
 
 
 def test_a_part_does_not_pass_for_another(mine: Path) -> None:
     file = mine / "parts" / "01" / "dataset.json"
     file.write_text(file.read_text().replace('"part": 1', '"part": 0'))
-    with pytest.raises(EnvironmentFault, match="its digest does not match"):
+    with pytest.raises(DataError, match="its digest does not match"):
         open_dataset(mine / "parts" / "01")
 
 
 def test_an_empty_part_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFault, match="part 1 would have no samples"):
-        prepare("digits-dev", tmp_path / "data", cut=lambda samples: [list(samples), []])
+    with pytest.raises(DataError, match="part 1 would have no samples"):
+        prepare_dataset("digits-dev", tmp_path / "data", partition=lambda samples: [list(samples), []])
 
 
 def test_the_command_cuts_and_refuses_two_ways_at_once(tmp_path: Path, bigincubate: Command) -> None:
@@ -169,9 +179,9 @@ def test_the_command_cuts_and_refuses_two_ways_at_once(tmp_path: Path, bigincuba
 
 @pytest.fixture
 def recipe(mine: Path, tmp_path: Path) -> Path:
-    """The smoke recipe, decentralised, an epoch a phase."""
+    """The smoke recipe, decentralized, an epoch a phase."""
     file = tmp_path / "dmt.toml"
-    text = SMOKE.replace('source = "digits-dev"', f'path = "{mine}"\ndecentralised = true')
+    text = SMOKE.replace('source = "digits-dev"', f'path = "{mine}"\ndecentralized = true')
     file.write_text(text.replace("epochs = 100\nmax_steps = 12", "epochs = 1") + "[schedule]\nwarmup_epochs = 0.2\n")
     return file
 
@@ -187,7 +197,7 @@ def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_
     parts = [set(images(open_dataset(mine / "parts" / f"{number:02d}"))) for number in range(PARTS)]
     for other in ("train", "val", "parts/00", "parts/02"):
         shutil.rmtree(mine / other)
-    with pytest.raises(EnvironmentFault):
+    with pytest.raises(DataError):
         ensure_data(lab.recipe, lab.run)
     assert ensure_data(lab.recipe, lab.run, module=1).digest == lab.data.digest
 
@@ -212,7 +222,7 @@ def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_
     assert rates[0] < rates[1] < rates[2] > rates[-1]
     assert round(0.2 * steps) >= 6 > round(0.2 * steps / PARTS)
     assert load_manifest(lab.run.phase("incubate", 1).artifact).data == lab.data.parts[1]
-    with pytest.raises(EnvironmentFault, match=r"no data in .*parts/00"):
+    with pytest.raises(DataError, match=r"no data in .*parts/00"):
         lab.train("incubate", 0)
 
     # all of it is needed to fine-tune; and a module that saw another part is refused by name
@@ -247,15 +257,17 @@ def test_opening_another_part_is_an_error(recipe: Path, mine: Path, tmp_path: Pa
     # a part in another's place
     shutil.rmtree(mine / "parts/00")
     (mine / "parts/01").rename(mine / "parts/00")
-    with pytest.raises(EnvironmentFault, match="is not part 0"):
-        open_for(lab.recipe, lab.data, 0)
+    with pytest.raises(DataError, match="is not part 0"):
+        open_module_partition(lab.recipe, lab.data, 0)
 
 
-@pytest.mark.parametrize(("cut", "has"), [(None, "no parts"), (lambda samples: cut_by_class(samples, 1), "1 parts")])
+@pytest.mark.parametrize(
+    ("cut", "has"), [(None, "no parts"), (lambda samples: partition_by_class(samples, 1), "1 parts")]
+)
 def test_fewer_parts_than_modules_are_refused_in_one_line(cut: Any, has: str, tmp_path: Path) -> None:
-    prepare("digits-dev", tmp_path / "data", cut=cut)
+    prepare_dataset("digits-dev", tmp_path / "data", partition=cut)
     (tmp_path / "smoke.toml").write_text(SMOKE)
-    recipe = load_recipe(str(tmp_path / "smoke.toml"), [f"data.path={tmp_path / 'data'}", "data.decentralised=true"])
+    recipe = load_recipe(str(tmp_path / "smoke.toml"), [f"data.path={tmp_path / 'data'}", "data.decentralized=true"])
     with pytest.raises(BigincubateError, match=rf"has {has}, .*prepare it with --parts"):
         ensure_data(recipe, RunDir(tmp_path / "run"))
 
@@ -263,19 +275,19 @@ def test_fewer_parts_than_modules_are_refused_in_one_line(cut: Any, has: str, tm
 def test_from_afar_only_the_description_and_the_part_come_and_only_the_part_is_staged(
     recipe: Path, mine: Path, tmp_path: Path
 ) -> None:
-    from bigincubate.data.local_staging import staged
+    from bigincubate.data.local_staging import use_local_cache
 
     here = tmp_path / "here"
-    sets = [f"data.remote={mine}", f"data.path={here}", f"data.stage={tmp_path / 'disk'}"]
+    sets = [f"data.remote={mine}", f"data.path={here}", f"data.local_cache={tmp_path / 'disk'}"]
     loaded = load_recipe(str(recipe), sets)
     data = ensure_data(loaded, RunDir(tmp_path / "run"), module=1)
-    own, part = open_for(loaded, data, 1)
+    own, part = open_module_partition(loaded, data, 1)
     assert {str(file.relative_to(here)) for file in here.rglob("*.json")} == {
         "dataset.json",
         *(f"parts/01/{name}" for name in ("dataset.json", "train/index.json", "val/index.json")),
     }
     assert own.digest == loaded.digest
-    with staged(own, part) as (there, copy):
+    with use_local_cache(own, part) as (there, copy):
         from bigincubate.data.shards import Shards
 
         assert (copy.part, copy.digest) == (1, data.parts[1])
@@ -284,6 +296,6 @@ def test_from_afar_only_the_description_and_the_part_come_and_only_the_part_is_s
 
 def test_made_up_data_is_cut_for_the_modules_by_itself(tmp_path: Path) -> None:
     (tmp_path / "smoke.toml").write_text(SMOKE)
-    sets = ["data.source=made-up", "data.decentralised=true"]
+    sets = ["data.source=made-up", "data.decentralized=true"]
     data = ensure_data(load_recipe(str(tmp_path / "smoke.toml"), sets), RunDir(tmp_path / "run"))
     assert (data.samples, len(data.parts)) == ({"train": 256, "val": 64}, 2)

@@ -16,8 +16,12 @@ from test_export import artifact
 from test_official import save, stages
 from torch import Tensor
 
-from bigincubate.config import Meta, Model, load_recipe
-from bigincubate.errors import ArtifactError, ConfigError, EnvironmentFault
+from bigincubate.config import MetaConfig, ModelConfig, load_recipe
+from bigincubate.errors import (
+    ArtifactError,
+    ConfigError,
+    DataError,
+)
 from bigincubate.interchange.export import export
 from bigincubate.interchange.official_format import join_stages
 from bigincubate.interchange.pretrained import choose_blocks, pretrained_meta
@@ -49,12 +53,12 @@ def publish(hub: Path, name: str, *files: Path) -> None:
 def meta_of(init: str, select: Any = None, depths: Any = ((1,), (1,)), **model: Any) -> tuple[dict[str, Tensor], Any]:
     """What the meta model starts from, and the fresh one."""
     model = {"name": VIT, "args": ARGS, "img_size": 8, "num_classes": 10} | model
-    settings = Model(**model)
+    settings = ModelConfig(**model)
     torch.manual_seed(7)
     sizes = {key: model[key] for key in ("args", "img_size", "num_classes")}
     fresh = build(model["name"], depths, **sizes).state_dict()
     partition = Partition(family_of(model["name"]), depths)
-    return pretrained_meta(Meta(init=init, select=select), settings, partition, fresh), fresh
+    return pretrained_meta(MetaConfig(init=init, select=select), settings, partition, fresh), fresh
 
 
 def test_a_model_of_the_hub_is_loaded_by_timm_and_tuned(lab: Labs, hub: Path, tmp_path: Path) -> None:
@@ -75,7 +79,7 @@ def test_a_model_of_the_hub_is_loaded_by_timm_and_tuned(lab: Labs, hub: Path, tm
 
 
 def test_weights_that_are_not_in_reach(hub: Path) -> None:
-    with pytest.raises(EnvironmentFault, match="cannot be fetched") as caught:
+    with pytest.raises(DataError, match="cannot be fetched") as caught:
         meta_of(f"timm:{VIT}", args={})
     assert "\n" not in str(caught.value)
     for name, says in (("timm:vit_tinny", "Unknown model"), ("timm:vit_tiny_patch16_18x2", "cannot be loaded")):

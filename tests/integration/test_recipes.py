@@ -14,7 +14,7 @@ from conftest import SMOKE, Lab
 from timm.layers import resample_abs_pos_embed
 
 from bigincubate import cli
-from bigincubate.config import PHASES, Recipe, load_recipe, reading, shipped
+from bigincubate.config import PHASES, Recipe, list_shipped_recipes, load_recipe, reading
 from bigincubate.data.streams import Batch
 from bigincubate.errors import ConfigError
 from bigincubate.models import build, fit_positions
@@ -22,7 +22,7 @@ from bigincubate.planning.phases import count_cost, make_plan, phase_model
 from bigincubate.planning.smoke import smoke
 from bigincubate.tasks.image_classification.mixup import mix
 
-NAMES = sorted(shipped())
+NAMES = sorted(list_shipped_recipes())
 # millions of parameters and GFLOPs (multiply-adds) of a forward, at the size that is fine-tuned
 FIGURES = {
     "imagenet-vit-b": (87, 17.6),  # Deep Incubation, table 1
@@ -56,7 +56,7 @@ def test_every_recipe_plans_and_would_be_submitted(
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    assert shipped()[name].read_text().startswith("# ")  # where it comes from
+    assert list_shipped_recipes()[name].read_text().startswith("# ")  # where it comes from
     for phase in PHASES:  # each batch is one that eight ranks can share, mixing partners together
         assert recipe.settings(phase).train.batch_size % 16 == 0
     cut = make_plan(recipe)
@@ -103,7 +103,7 @@ def test_a_base_that_is_missing_or_comes_back_to_itself_is_one_line(
         file.write_text(f"base = {base}\n")
         with pytest.raises(ConfigError, match=r"mine\.toml: base = .*no shipped recipe; known are .*digits"):
             load_recipe(str(file))
-    monkeypatch.setattr(reading, "shipped", lambda: {name: tmp_path / f"{name}.toml" for name in "ab"})
+    monkeypatch.setattr(reading, "list_shipped_recipes", lambda: {name: tmp_path / f"{name}.toml" for name in "ab"})
     (tmp_path / "a.toml").write_text('base = "b"\n')
     (tmp_path / "b.toml").write_text('base = "a"\n')
     with pytest.raises(ConfigError, match=r"b\.toml: base = 'a' is circular") as caught:
@@ -184,7 +184,7 @@ def kept(recipe: Recipe) -> dict[str, Any]:
         for phase in PHASES
         for key in ("optim", "augment", "mixup", "drop_path", "loss")
     }
-    return {**own, **phases, "model": recipe.model.name, "decentralised": recipe.data.decentralised}
+    return {**own, **phases, "model": recipe.model.name, "decentralized": recipe.data.decentralized}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -208,14 +208,14 @@ def test_smoke_leaves_a_users_own_settings_and_touches_no_data_of_theirs(tmp_pat
     file = tmp_path / "mine.toml"
     file.write_text(SMOKE.replace('source = "digits-dev"', f'path = "{tmp_path}"\nstage = "/disk"'))
     small = load_recipe(str(file), ["train.max_steps=50", "pretrain.train.max_steps=3"], smoke)
-    assert (small.data.source, small.data.path, small.data.stage) == ("made-up", None, None)
+    assert (small.data.source, small.data.path, small.data.local_cache) == ("made-up", None, None)
     assert (small.settings("pretrain").train.max_steps, small.train.max_steps) == (3, 50)
 
 
 def test_a_large_recipe_runs_end_to_end_when_small(tmp_path: Path, counted: None) -> None:
-    """Every phase of ViT-B on decentralised data with DeiT III's loss, fine-tuned on larger images."""
+    """Every phase of ViT-B on decentralized data with DeiT III's loss, fine-tuned on larger images."""
     file = tmp_path / "recipe.toml"
-    sets = ["data.decentralised=true", "loss.name=bce", "train.precision=fp32"]
+    sets = ["data.decentralized=true", "loss.name=bce", "train.precision=fp32"]
     file.write_text(load_recipe("imagenet-vit-b-384", sets, smoke).toml())
     lab = Lab(file, tmp_path / "run")
     lab.train("pretrain")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from forked import run
 
-from bigincubate.files import append_line, read_json
+from bigincubate.files import append_json_line, read_json
 from bigincubate.report.compare import compare_json, labelled
 from bigincubate.report.page import report
 from bigincubate.report.run_data import RunFacts, read_run
@@ -80,11 +80,11 @@ def done(lab: Labs) -> Any:
     made = lab(*SETS)
     made.train("pretrain")
     trainer = made.trainer("incubate", 0)
-    made.run.phase("incubate", 0).record(1, state="preempted", host="elsewhere", pid=1, job="17", steps=6)
+    made.run.phase("incubate", 0).write_attempt(1, state="preempted", host="elsewhere", pid=1, job="17", steps=6)
     del trainer
     for phase, module in (("incubate", 0), ("incubate", 1), ("finetune", None), ("end_to_end", None)):
         made.train(phase, module)
-    made.run.summary()
+    made.run.update_summary()
     return made
 
 
@@ -173,7 +173,7 @@ def test_what_is_damaged_is_told_on_the_page(done: Any, tmp_path: Path) -> None:
 
 def test_text_of_others_cannot_become_markup(done: Any, tmp_path: Path) -> None:
     mine = done.copy(tmp_path / "<b>run")
-    append_line(mine.run.path / "events.jsonl", {"time": time.time(), "event": "cancelled", "jobs": ["<script>"]})
+    append_json_line(mine.run.path / "events.jsonl", {"time": time.time(), "event": "cancelled", "jobs": ["<script>"]})
     page = page_of(mine.run)
     assert "cancelled: jobs <script>" in page.text
     assert not {"script", "b>run"} & {tag for tag, _ in page.tags}
@@ -202,7 +202,7 @@ def test_the_commands(done: Any, tmp_path: Path) -> None:
     assert as_json.wait() == 0
     rows = json.loads(as_json.out)
     assert [(row["run"], row["missing"]) for row in rows][2] == ("other", ["fine-tuning"])
-    summary = mine.run.summary()
+    summary = mine.run.update_summary()
     phases = [summary["meta"], *summary["modules"], summary["finetune"]]
     assert rows[0]["flops"] == sum(phase["flops"] for phase in phases)
     assert rows[0]["seconds"] == pytest.approx(sum(phase["seconds"] for phase in phases))

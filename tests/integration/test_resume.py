@@ -81,7 +81,7 @@ def check_same(other: Any, reference: Reference, phase: str, module: int | None)
 
 
 def attempts(lab: Any, phase: str, module: int | None = None) -> list[dict[str, Any]]:
-    return lab.run.phase(phase, module).attempts()  # type: ignore[no-any-return]
+    return lab.run.phase(phase, module).read_attempts()  # type: ignore[no-any-return]
 
 
 def reached(lab: Any, step: int, phase: str, module: int | None = None) -> Callable[[], bool]:
@@ -102,10 +102,10 @@ def kill_at_random(other: Any, phase: str, module: int | None, seed: int, kills:
         return lambda: seen.update(folder.checkpoints.glob(".saving-*")) or len(seen) >= wanted
 
     def begun(attempts: int) -> Callable[[], bool]:
-        return lambda: len(folder.attempts()) > attempts
+        return lambda: len(folder.read_attempts()) > attempts
 
     for number in range(kills):
-        before = len(folder.attempts())
+        before = len(folder.read_attempts())
         command = Command(*other.command(phase, module))
         command.until(begun(before))
         if number % 2:
@@ -167,7 +167,7 @@ def test_kill_9_before_any_write(reference: Reference, moment: int) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        ("bigincubate.storage.run_directory", "PhaseDir.finish"),
+        ("bigincubate.storage.run_directory", "PhaseDir.write_result"),
         ("bigincubate.training.trainer", "save_artifact"),
         ("bigincubate.training.trainer", "Trainer.finish"),
         ("bigincubate.training.trainer", "Trainer.finish_assembly"),

@@ -24,8 +24,8 @@ from rich.console import Console
 from bigincubate.errors import Exit
 from bigincubate.launchers import rank_group as ranks
 from bigincubate.launchers.local import LocalRunner
-from bigincubate.launchers.progress import Reporter
-from bigincubate.planning.job_graph import job_graph
+from bigincubate.launchers.progress import ProgressReporter
+from bigincubate.planning.job_graph import build_job_graph
 from bigincubate.storage.run_directory import RunDir
 
 Labs = Callable[..., Any]
@@ -125,7 +125,7 @@ def test_run_again_it_is_done(scratch: FromScratch) -> None:
     assert "is done already" in scratch.second.out
     assert "started" not in scratch.second.out
     assert "fine-tuned" in scratch.second.out
-    assert [len(scratch.run.phase("incubate", module).attempts()) for module in (0, 1)] == [1, 1]
+    assert [len(scratch.run.phase("incubate", module).read_attempts()) for module in (0, 1)] == [1, 1]
 
 
 def test_an_export_that_was_cut_off_is_made_again(scratch: FromScratch) -> None:
@@ -197,7 +197,7 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes_with_the_same_bits(pl
     assert f"bigincubate run {other.run.recipe_file} --run-dir {other.run.path} --jobs 2" in launched.command.out
     assert "failed" not in launched.command.out
     for place in modules:
-        assert [attempt["state"] for attempt in other.run.phase(*place).attempts()] == ["preempted"]
+        assert [attempt["state"] for attempt in other.run.phase(*place).read_attempts()] == ["preempted"]
         steps = [row["step"] for row in other.log(*place)]
         assert 10 <= steps[-1] < 150
 
@@ -205,8 +205,10 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes_with_the_same_bits(pl
     children = []
 
     def both_run() -> bool:
-        children[:] = [attempts[-1]["pid"] for place in modules if (attempts := other.run.phase(*place).attempts())]
-        return all(len(other.run.phase(*place).attempts()) == 2 for place in modules)
+        children[:] = [
+            attempts[-1]["pid"] for place in modules if (attempts := other.run.phase(*place).read_attempts())
+        ]
+        return all(len(other.run.phase(*place).read_attempts()) == 2 for place in modules)
 
     assert launched.command.until(both_run, pause=0.01), launched.command.out
     launched.command.kill()
@@ -267,8 +269,8 @@ def test_a_module_whose_folder_cannot_be_made_does_not_stop_the_others(plain: An
 
 def test_a_terminal_gets_a_live_bar_for_each_phase(plain: Any) -> None:
     screen = io.StringIO()
-    graph = job_graph(plain.rows, baseline=False)[:2]
-    with Reporter(Console(file=screen, force_terminal=True, width=160)) as reporter:
+    graph = build_job_graph(plain.rows, baseline=False)[:2]
+    with ProgressReporter(Console(file=screen, force_terminal=True, width=160)) as reporter:
         for job in graph:
             reporter.started(job)
         folders = [(job, plain.run.phase(job.phase, job.module)) for job in graph]
@@ -287,12 +289,12 @@ def test_a_terminal_gets_a_live_bar_for_each_phase(plain: Any) -> None:
 
 
 def test_the_graph_is_meta_model_then_modules_then_fine_tuning(plain: Any) -> None:
-    graph = {job.key: job for job in job_graph(plain.rows, baseline=True)}
+    graph = {job.key: job for job in build_job_graph(plain.rows, baseline=True)}
     assert list(graph) == ["pretrain", "incubate/0", "incubate/1", "finetune", "end_to_end"]
     assert graph["pretrain"].needs == graph["end_to_end"].needs == ()
     assert graph["incubate/1"].needs == ("pretrain",)
     assert graph["finetune"].needs == ("incubate/0", "incubate/1")
-    assert "end_to_end" not in {job.key for job in job_graph(plain.rows, baseline=False)}
+    assert "end_to_end" not in {job.key for job in build_job_graph(plain.rows, baseline=False)}
 
 
 class Started:
@@ -307,7 +309,7 @@ class Started:
         if code == 0:
             phase: Any = self.command[self.command.index("--phase") + 1]
             run_dir = RunDir(Path(self.command[self.command.index("--run-dir") + 1]))
-            run_dir.phase(phase, int(self.module) if self.module != "-" else None).finish({"top1": 1.0})
+            run_dir.phase(phase, int(self.module) if self.module != "-" else None).write_result({"top1": 1.0})
         return code
 
     @property
@@ -324,8 +326,10 @@ def executed(lab: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, nproc: in
     codes.clear()
     codes.update({key.removeprefix("m"): code for key, code in ends.items()})
     monkeypatch.setattr(ranks.subprocess, "Popen", Started)
-    with Reporter(Console(quiet=True)) as reporter:
-        return LocalRunner(lab.run, jobs, reporter, nproc, patience=0).execute(job_graph(lab.rows, baseline=False))
+    with ProgressReporter(Console(quiet=True)) as reporter:
+        return LocalRunner(lab.run, jobs, reporter, nproc, patience=0).execute(
+            build_job_graph(lab.rows, baseline=False)
+        )
 
 
 @pytest.mark.parametrize(

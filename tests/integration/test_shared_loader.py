@@ -23,10 +23,10 @@ import pytest
 import torch
 from forked import Command, fork_ranks, run
 
-from bigincubate.config import Augment, Data
+from bigincubate.config import AugmentConfig, DataConfig
 from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.streams import Batch, TrainStream
-from bigincubate.errors import EnvironmentFault
+from bigincubate.errors import ExternalError
 from bigincubate.experimental.shared_loader.client import SharedLoaderClient
 from bigincubate.experimental.shared_loader.fd_socket import connect, listen
 from bigincubate.experimental.shared_loader.packing import pack_batch, unpack_batch
@@ -63,7 +63,7 @@ class CoTrained:
         assert self.command.until(reached, pause=0.01), self.command.out + self.command.err
 
     def pid(self, module: int) -> int:
-        return int(self.lab.run.phase("incubate", module).attempts()[-1]["pid"])
+        return int(self.lab.run.phase("incubate", module).read_attempts()[-1]["pid"])
 
     @property
     def server_pid(self) -> int:
@@ -234,7 +234,7 @@ def test_co_training_server_that_cannot_start_modules_use_their_own_loader(
     [
         (["--jobs", 1], "--co-train: 2 modules train in parallel; use --jobs 2, or omit --co-train"),
         (["--jobs", 2, "--baseline"], "--co-train: 2 modules and the baseline train in parallel; use --jobs 3,"),
-        (["--set", "data.decentralised=true"], "--co-train: with data.decentralised each module has its own data"),
+        (["--set", "data.decentralized=true"], "--co-train: with data.decentralized each module has its own data"),
     ],
 )
 def test_co_training_impossible_options_are_refused(fast: Path, tmp_path: Path, words: list[object], line: str) -> None:
@@ -262,8 +262,8 @@ def info(digits: Path) -> DatasetInfo:
 
 
 def stream(info: DatasetInfo, **options: Any) -> TrainStream:
-    augment = Augment(crop="pad", pad=1, erase=0.25, eval_crop=1.0, **options.pop("augment", {}))
-    data = Data(workers=options.pop("workers", 0))
+    augment = AugmentConfig(crop="pad", pad=1, erase=0.25, eval_crop=1.0, **options.pop("augment", {}))
+    data = DataConfig(workers=options.pop("workers", 0))
     return TrainStream(info, data, augment, img_size=8, seed=0, batch_size=32, **options)
 
 
@@ -468,6 +468,6 @@ def test_server_sends_a_data_fault_to_the_client(digits: Path, tmp_path: Path) -
     (shard,) = info.path.glob("train/**/*.mds")
     shard.unlink()
     with serving(info, clients=1) as server:
-        with pytest.raises(EnvironmentFault, match=r"shard.*No such file"):
+        with pytest.raises(ExternalError, match=r"shard.*No such file"):
             next(server.client().batches(0))
         assert server.end() == (0, 0)

@@ -15,7 +15,7 @@ from cluster import ARRAY, Cluster, committed, running, say
 from conftest import Command
 
 from bigincubate.config.resources import resource_folder
-from bigincubate.launchers.slurm.client import queue
+from bigincubate.launchers.slurm.client import list_queued_jobs
 from bigincubate.storage.run_directory import RunDir
 
 LONG = pytest.mark.slurm
@@ -51,7 +51,9 @@ def test_two_submits_at_the_same_moment_make_one_run(
     slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
     """With more modules than an array of this cluster holds, and a limit to how many train at a time."""
-    sets = words("plan.target_depths=[1,1,1]", "plan.meta_depths=[1,1,1]", "slurm.concurrency=1", "slurm.extra=['-H']")
+    sets = words(
+        "plan.target_depths=[1,1,1]", "plan.meta_depths=[1,1,1]", "slurm.array_parallelism=1", "slurm.extra=['-H']"
+    )
     command = [sys.executable, "-m", "bigincubate", "submit", str(fast), "--run-dir", str(run.path), *sets]
     racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ended = [(process.communicate(timeout=300), process.returncode) for process in racing]
@@ -62,7 +64,7 @@ def test_two_submits_at_the_same_moment_make_one_run(
     assert (first["modules"], rest["modules"]) == ([0, 1], [2])
     assert ARRAY == 2
     assert rest["needs"] == [jobs(run)[0]["job"], first["job"]]
-    assert Counter(entry.key for entry in queue(run)) == Counter(
+    assert Counter(entry.key for entry in list_queued_jobs(run)) == Counter(
         ["pretrain", "incubate/0", "incubate/1", "incubate/2", "gate"]
     )
     rows = json.loads(bigincubate("status", run.path, "--json").stdout)
@@ -73,7 +75,7 @@ def test_two_submits_at_the_same_moment_make_one_run(
     assert (again.returncode, len(jobs(run))) == (0, 4)
     assert "in the queue already" in again.stdout
     assert "cancelled: " in bigincubate("cancel", run.path).stdout
-    slurm.wait(lambda: not queue(run))
+    slurm.wait(lambda: not list_queued_jobs(run))
 
 
 @LONG
@@ -86,7 +88,7 @@ def test_before_its_time_limit_a_job_is_told_and_goes_on_in_a_requeue(
     assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
     folder = run.phase("pretrain")
     slurm.wait(lambda: folder.result)
-    attempts = folder.attempts()
+    attempts = folder.read_attempts()
     assert len(attempts) > 1
     assert [attempt["state"] for attempt in attempts] == ["preempted"] * (len(attempts) - 1) + ["done"]
     assert len({attempt["job"] for attempt in attempts}) == 1
@@ -100,12 +102,14 @@ def test_a_module_that_failed_is_submitted_again_by_the_gate_alone(
     blocked.parent.mkdir(parents=True)
     blocked.write_text("no directory")  # module 1 cannot be trained
     assert bigincubate("submit", fast, "--run-dir", run.path, *words("train.max_steps=2")).returncode == 0
-    slurm.wait(lambda: run.phase("pretrain").result and "incubate/1" not in {entry.key for entry in queue(run)})
+    slurm.wait(
+        lambda: run.phase("pretrain").result and "incubate/1" not in {entry.key for entry in list_queued_jobs(run)}
+    )
     blocked.unlink()
-    slurm.wait(lambda: exported(run) and not queue(run))
+    slurm.wait(lambda: exported(run) and not list_queued_jobs(run))
     assert kinds(run) == ["pretrain", "incubate", "gate", "incubate", "gate", "finetune", "gate"]
     assert jobs(run)[3]["modules"] == [1]
-    assert len(run.phase("incubate", 0).attempts()) == 1
+    assert len(run.phase("incubate", 0).read_attempts()) == 1
 
 
 @LONG
@@ -115,15 +119,15 @@ def test_a_module_that_fails_again_and_again_is_given_up_and_healed_by_resume(
     blocked = run.path / "modules" / "01"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("no directory")
-    sets = words("slurm.rounds=2", "train.max_steps=2")
+    sets = words("slurm.max_submissions=2", "train.max_steps=2")
     assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
-    slurm.wait(lambda: not queue(run))
+    slurm.wait(lambda: not list_queued_jobs(run))
     logs = "".join(file.read_text() for file in sorted((run.path / "slurm").glob("*gate*.out")))
     assert "given up: module 1: submitted 2 times" in logs
     assert run.phase("incubate", 0).result is not None
     blocked.unlink()
     assert bigincubate("resume", run.path).returncode == 0
-    slurm.wait(lambda: exported(run) and not queue(run))
+    slurm.wait(lambda: exported(run) and not list_queued_jobs(run))
     assert jobs(run)[5]["modules"] == [1]
 
 
@@ -131,13 +135,13 @@ def test_a_module_that_fails_again_and_again_is_given_up_and_healed_by_resume(
 def test_a_site_without_sbatch_in_jobs_is_told_what_to_type(
     slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
-    sets = words("slurm.self_submit=false", "train.max_steps=2")
+    sets = words("slurm.submit_from_jobs=false", "train.max_steps=2")
     assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
-    slurm.wait(lambda: not queue(run))
+    slurm.wait(lambda: not list_queued_jobs(run))
     logs = "".join(file.read_text() for file in (run.path / "slurm").glob("*gate*.out"))
     assert f"missing: fine-tuning; continue with: bigincubate resume {run.path}" in logs
     assert bigincubate("resume", run.path).returncode == 0
-    slurm.wait(lambda: exported(run) and not queue(run))
+    slurm.wait(lambda: exported(run) and not list_queued_jobs(run))
     assert kinds(run) == ["pretrain", "incubate", "gate", "finetune", "gate"]
 
 
@@ -155,11 +159,11 @@ def test_the_controller_restarts_and_what_a_person_ends_stays_ended(
     subprocess.run(["scancel", entry.job], check=True)
     slurm.wait(lambda: kinds(run).count("pretrain") == 2)
     assert "requeued" not in "".join(file.read_text() for file in (run.path / "slurm").glob("*pretrain*.out"))
-    slurm.wait(lambda: running(run, "pretrain") and len(folder.attempts()) == 2)
+    slurm.wait(lambda: running(run, "pretrain") and len(folder.read_attempts()) == 2)
     row = json.loads(bigincubate("status", run.path, "--json").stdout)[0]
     assert (row["queue"], row["node"], row["restarts"]) == ("RUNNING", running(run, "pretrain").node, 1)
     assert "cancelled: " in bigincubate("cancel", run.path).stdout
-    slurm.wait(lambda: not queue(run))
+    slurm.wait(lambda: not list_queued_jobs(run))
     assert "nothing of this run" in bigincubate("cancel", run.path).stdout
     assert folder.result is None
     assert "pretrain" in bigincubate("logs", run.path).stdout

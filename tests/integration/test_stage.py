@@ -11,13 +11,13 @@ import pytest
 
 from bigincubate.config import Recipe, load_recipe
 from bigincubate.data.dataset import DatasetInfo, open_dataset
-from bigincubate.errors import EnvironmentFault
+from bigincubate.errors import ExternalError
 
 
 @pytest.fixture
 def given(fast: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Recipe, DatasetInfo]:
     monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
-    return load_recipe(str(fast), ["data.stage=$NODE_DISK/mine"]), open_dataset(digits)
+    return load_recipe(str(fast), ["data.local_cache=$NODE_DISK/mine"]), open_dataset(digits)
 
 
 def copies(tmp_path: Path) -> list[Path]:
@@ -25,15 +25,15 @@ def copies(tmp_path: Path) -> list[Path]:
 
 
 def test_shards_come_when_they_are_read_and_go_with_their_last_reader(given: Any, tmp_path: Path) -> None:
-    from bigincubate.data.local_staging import staged
+    from bigincubate.data.local_staging import use_local_cache
     from bigincubate.data.shards import Shards
 
     recipe, info = given
-    with staged(recipe, info) as (here, copy):
+    with use_local_cache(recipe, info) as (here, copy):
         assert here.digest == recipe.digest
         assert copies(tmp_path) == [copy.path]
         assert list(copy.path.rglob("*.mds")) == []
-        with staged(recipe, info) as (other, same):
+        with use_local_cache(recipe, info) as (other, same):
             assert same.path == copy.path
             read = Shards(same, "val", remote=other.data.remote).read(3)
         assert list(copy.path.glob("val/**/*.mds")) != []  # the other one has left, this one still reads
@@ -43,28 +43,28 @@ def test_shards_come_when_they_are_read_and_go_with_their_last_reader(given: Any
 
 
 def test_what_killed_readers_left_goes_with_the_next_one(given: Any, tmp_path: Path) -> None:
-    from bigincubate.data.local_staging import staged
+    from bigincubate.data.local_staging import use_local_cache
 
     recipe, info = given
-    with pytest.raises(RuntimeError), staged(recipe, info) as (_, copy):
+    with pytest.raises(RuntimeError), use_local_cache(recipe, info) as (_, copy):
         raise RuntimeError
     copy.path.mkdir()
     (copy.path / "left").touch()
-    with staged(recipe, info):
+    with use_local_cache(recipe, info):
         pass
     assert copies(tmp_path) == []
 
 
 @pytest.mark.parametrize(
-    ("stage", "gib", "words"),
-    [("$NODE_DISK", 1e-9, "allowed by data.stage_gib"), ("$NO_SUCH_DISK/x", 1, "no such variable")],
+    ("cache", "gib", "words"),
+    [("$NODE_DISK", 1e-9, "allowed by data.local_cache_gib"), ("$NO_SUCH_DISK/x", 1, "no such variable")],
 )
-def test_what_cannot_be_staged_is_said(given: Any, stage: str, gib: float, words: str) -> None:
-    from bigincubate.data.local_staging import staged
+def test_what_cannot_be_staged_is_said(given: Any, cache: str, gib: float, words: str) -> None:
+    from bigincubate.data.local_staging import use_local_cache
 
     recipe, info = given
-    data = recipe.data.model_copy(update={"stage": stage, "stage_gib": gib})
-    with pytest.raises(EnvironmentFault, match=words), staged(recipe.model_copy(update={"data": data}), info):
+    data = recipe.data.model_copy(update={"local_cache": cache, "local_cache_gib": gib})
+    with pytest.raises(ExternalError, match=words), use_local_cache(recipe.model_copy(update={"data": data}), info):
         pass
 
 
@@ -73,7 +73,7 @@ def test_training_from_a_copy_gives_the_same_weights(
 ) -> None:
     plain, copied = lab(), lab()
     plain.train("pretrain")
-    ended = bigincubate(*copied.command("pretrain"), "--set", f"data.stage={tmp_path}/disk/mine")
+    ended = bigincubate(*copied.command("pretrain"), "--set", f"data.local_cache={tmp_path}/disk/mine")
     assert ended.returncode == 0, ended.stderr
     digests = [
         json.loads((one.run.phase("pretrain").artifact / "manifest.json").read_text())["digest"]

@@ -10,12 +10,12 @@ from conftest import Command
 
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.files import append_line, write_json
+from bigincubate.files import append_json_line, write_json
 from bigincubate.launchers.slurm import client as slurm
-from bigincubate.launchers.slurm import requeue as ending
-from bigincubate.launchers.slurm.client import Queued, comment, job_logs, job_name
-from bigincubate.launchers.slurm.requeue import settle
-from bigincubate.launchers.slurm.sbatch import arrays, sbatch, script, show
+from bigincubate.launchers.slurm import requeue_job as ending
+from bigincubate.launchers.slurm.client import QueuedJob, job_name, list_job_logs, run_comment
+from bigincubate.launchers.slurm.requeue import handle_job_exit
+from bigincubate.launchers.slurm.sbatch import build_sbatch_command, find_script, format_submission, split_into_arrays
 from bigincubate.report import status
 from bigincubate.storage.run_directory import PhaseDir, RunDir
 
@@ -30,14 +30,14 @@ def test_commands_and_scripts_are_the_golden_ones(fast: Path, tmp_path: Path) ->
     sets = [
         "slurm.python=/opt/python",
         "slurm.time=1:00:00",
-        "slurm.concurrency=2",
+        "slurm.array_parallelism=2",
         "slurm.finetune.nodes=2",
         "slurm.gpus=4",
         "slurm.ranks=4",
     ]
-    recipe = load_recipe(str(fast), [*sets, 'slurm.extra=["--exclusive"]', "slurm.prelude=/site/set up.sh"])
-    text = show(recipe, RunDir(tmp_path / "a run"), 2, baseline=True)
-    text = text.replace(str(tmp_path), "/TMP").replace(str(script("gate").parent), "/SCRIPTS")
+    recipe = load_recipe(str(fast), [*sets, 'slurm.extra=["--exclusive"]', "slurm.setup_script=/site/set up.sh"])
+    text = format_submission(recipe, RunDir(tmp_path / "a run"), 2, baseline=True)
+    text = text.replace(str(tmp_path), "/TMP").replace(str(find_script("gate").parent), "/SCRIPTS")
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.parent.mkdir(exist_ok=True)
         GOLDEN.write_text(text)
@@ -49,7 +49,7 @@ def test_control_characters_never_reach_sbatch(fast: Path, tmp_path: Path, table
     file = tmp_path / "recipe.toml"
     file.write_text(f"{fast.read_text()}[slurm]\n{table}\n")
     with pytest.raises(ConfigError, match="a control character in"):
-        sbatch(load_recipe(str(file)), RunDir(tmp_path), "incubate", modules=[0])
+        build_sbatch_command(load_recipe(str(file)), RunDir(tmp_path), "incubate", modules=[0])
 
 
 def test_a_wrong_key_of_a_kind_of_job_is_named(fast: Path) -> None:
@@ -66,29 +66,29 @@ def test_a_wrong_key_of_a_kind_of_job_is_named(fast: Path) -> None:
 def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A Slurm that says of every job that it runs, and notes what it was asked to requeue."""
     asked: list[str] = []
-    monkeypatch.setattr(ending, "job_state", lambda job: "RUNNING")
-    monkeypatch.setattr(ending, "requeue", asked.append)
+    monkeypatch.setattr(ending, "query_job_state", lambda job: "RUNNING")
+    monkeypatch.setattr(ending, "requeue_job", asked.append)
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     return asked
 
 
 @pytest.mark.parametrize("code", [2, 4, 5, 6])
 def test_what_would_end_the_same_is_not_requeued(tmp_path: Path, code: int, requeued: list[str]) -> None:
-    assert settle(PhaseDir(tmp_path), "1", code)[0] == code
+    assert handle_job_exit(PhaseDir(tmp_path), "1", code)[0] == code
     assert requeued == []
 
 
 def test_a_phase_that_is_done_is_done_whatever_srun_says(tmp_path: Path, requeued: list[str]) -> None:
-    PhaseDir(tmp_path).finish({"top1": 1})
-    assert settle(PhaseDir(tmp_path), "1", 137)[0] == 0
+    PhaseDir(tmp_path).write_result({"top1": 1})
+    assert handle_job_exit(PhaseDir(tmp_path), "1", 137)[0] == 0
     assert requeued == []
 
 
 def test_what_slurm_has_ended_is_not_requeued(
     tmp_path: Path, requeued: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ending, "job_state", lambda job: "COMPLETING")
-    assert settle(PhaseDir(tmp_path), "1", 75) == (
+    monkeypatch.setattr(ending, "query_job_state", lambda job: "COMPLETING")
+    assert handle_job_exit(PhaseDir(tmp_path), "1", 75) == (
         75,
         "stopped with a checkpoint; Slurm has ended this job: COMPLETING",
     )
@@ -96,10 +96,13 @@ def test_what_slurm_has_ended_is_not_requeued(
 
 
 def test_restarts_are_bounded(tmp_path: Path, requeued: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("BIGINCUBATE_RESTARTS", "2")
+    monkeypatch.setenv("BIGINCUBATE_MAX_REQUEUES", "2")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    code, why = settle(PhaseDir(tmp_path), "1", 137)
-    assert (code, why) == (137, "a rank was ended by SIGKILL; not requeued: already requeued 2 times (slurm.restarts)")
+    code, why = handle_job_exit(PhaseDir(tmp_path), "1", 137)
+    assert (code, why) == (
+        137,
+        "a rank was ended by SIGKILL; not requeued: already requeued 2 times (slurm.max_requeues)",
+    )
     assert requeued == []
 
 
@@ -109,19 +112,21 @@ def test_three_restarts_without_a_new_checkpoint_are_enough(tmp_path: Path, requ
         marker = folder.checkpoints / f"step-{step:08d}" / "COMMITTED"
         marker.parent.mkdir(parents=True, exist_ok=True)
         marker.touch()
-        assert "; requeued" in settle(folder, "4_1", 137)[1]
-    assert "no progress in 3 requeues" in settle(folder, "4_1", 137)[1]
+        assert "; requeued" in handle_job_exit(folder, "4_1", 137)[1]
+    assert "no progress in 3 requeues" in handle_job_exit(folder, "4_1", 137)[1]
     assert requeued == ["4_1"] * 4
-    assert "; requeued" in settle(folder, "9_1", 137)[1]  # a job that a person submitted afterwards counts anew
+    assert (
+        "; requeued" in handle_job_exit(folder, "9_1", 137)[1]
+    )  # a job that a person submitted afterwards counts anew
 
 
 # ------------------------------------------------------------------------------------------------ many modules
 
 
 def test_modules_beyond_an_array_come_in_another_one(fast: Path, tmp_path: Path) -> None:
-    assert list(arrays([0, 3, 999, 1000, 2500], 1000)) == [(0, [0, 3, 999]), (1000, [1000]), (2000, [2500])]
-    recipe = load_recipe(str(fast), ["slurm.concurrency=8"])
-    words = sbatch(recipe, RunDir(tmp_path), "incubate", modules=[1000, 1007], offset=1000)
+    assert list(split_into_arrays([0, 3, 999, 1000, 2500], 1000)) == [(0, [0, 3, 999]), (1000, [1000]), (2000, [2500])]
+    recipe = load_recipe(str(fast), ["slurm.array_parallelism=8"])
+    words = build_sbatch_command(recipe, RunDir(tmp_path), "incubate", modules=[1000, 1007], offset=1000)
     assert "--array=0,7%8" in words
     assert "--job-name=bigincubate-incubate+1000" in words
 
@@ -132,12 +137,12 @@ def test_logs_are_known_by_their_module(tmp_path: Path) -> None:
     names = ["incubate_5_7.out", "incubate_5_7.1.out", "incubate+1000_6_7.out", "incubate_7_1.out", "gate_7.out"]
     for name in names:
         (folder / f"bigincubate-{name}").touch()
-    assert [file.name for file in job_logs(RunDir(tmp_path), 7)] == [
+    assert [file.name for file in list_job_logs(RunDir(tmp_path), 7)] == [
         "bigincubate-incubate_5_7.1.out",
         "bigincubate-incubate_5_7.out",
     ]
-    assert [file.name for file in job_logs(RunDir(tmp_path), 1007)] == ["bigincubate-incubate+1000_6_7.out"]
-    assert len(job_logs(RunDir(tmp_path))) == len(names)
+    assert [file.name for file in list_job_logs(RunDir(tmp_path), 1007)] == ["bigincubate-incubate+1000_6_7.out"]
+    assert len(list_job_logs(RunDir(tmp_path))) == len(names)
     assert job_name("incubate", 1000) == "bigincubate-incubate+1000"
 
 
@@ -157,7 +162,7 @@ def test_a_dry_run_shows_everything_and_makes_nothing(fast: Path, tmp_path: Path
 
 
 def test_the_queue_is_read_past_the_jobs_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, theirs = (comment(RunDir(tmp_path / name)) for name in ("run", "other"))
+    mine, theirs = (run_comment(RunDir(tmp_path / name)) for name in ("run", "other"))
     lines = [
         f"5|7|RUNNING|bigincubate-incubate+1000|n2|None|{mine}",
         f"5|8|COMPLETING|bigincubate-incubate+1000|n2|None|{mine}",
@@ -166,10 +171,10 @@ def test_the_queue_is_read_past_the_jobs_of_others(tmp_path: Path, monkeypatch: 
         "8|N/A|PENDING|a|b||Priority|a comment",
         "of two lines",
     ]
-    monkeypatch.setattr(slurm, "call", lambda *words: "\n".join(lines))
-    assert slurm.queue(RunDir(tmp_path / "run")) == [
-        Queued("5", "incubate", 1007, "RUNNING", "n2", "None"),
-        Queued("6", "gate", None, "PENDING", "", "Dependency"),
+    monkeypatch.setattr(slurm, "run_slurm_command", lambda *words: "\n".join(lines))
+    assert slurm.list_queued_jobs(RunDir(tmp_path / "run")) == [
+        QueuedJob("5", "incubate", 1007, "RUNNING", "n2", "None"),
+        QueuedJob("6", "gate", None, "PENDING", "", "Dependency"),
     ]
 
 
@@ -186,20 +191,20 @@ def test_a_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, mo
         },
     )
     running = {"state": "running", "host": "n1", "pid": 1, "job": "5"}
-    run.phase("pretrain").record(1, **running)
-    run.phase("incubate", 0).record(1, **running)
-    run.phase("incubate", 0).record(2, **running)
-    append_line(run.phase("incubate", 0).path / "requeues.jsonl", {"reason": "a rank was ended by SIGKILL"})
+    run.phase("pretrain").write_attempt(1, **running)
+    run.phase("incubate", 0).write_attempt(1, **running)
+    run.phase("incubate", 0).write_attempt(2, **running)
+    append_json_line(run.phase("incubate", 0).path / "requeues.jsonl", {"reason": "a rank was ended by SIGKILL"})
     queued = [
-        Queued("5", "incubate", 0, "RUNNING", "n2", "None"),
-        Queued("5", "incubate", 1, "PENDING", "", "Resources"),
+        QueuedJob("5", "incubate", 0, "RUNNING", "n2", "None"),
+        QueuedJob("5", "incubate", 1, "PENDING", "", "Resources"),
     ]
 
     def shown() -> dict[str, list[object]]:
         keys = ("state", "job", "queue", "node", "restarts", "error")
         return {row["phase"]: [row[key] for key in keys] for row in status.run_status(run)}
 
-    monkeypatch.setattr(status, "queue", lambda run: queued)
+    monkeypatch.setattr(status, "list_queued_jobs", lambda run: queued)
     alone = shown()
     assert alone["incubate/0"] == ["running", None, None, "n1", 1, "a rank was ended by SIGKILL"]
     write_json(run.path / "jobs.json", {})

@@ -30,7 +30,7 @@ def losses(lab: Any, phase: str = "pretrain", module: int | None = None) -> list
 @pytest.fixture(scope="module")
 def trained(lab: Labs) -> Any:
     """Meta model and module 1, with every source of randomness on, each step logged."""
-    done = lab(*LOUD, "log.every_steps=1", "log.eval_every_epochs=0", "incubate.drop_path.rates=hybrid")
+    done = lab(*LOUD, "log.every_steps=1", "log.eval_every_epochs=0", "incubate.drop_path.ramp_over=hybrid")
     done.train("pretrain")
     done.train("incubate", 1)
     return done
@@ -43,7 +43,7 @@ def trained(lab: Labs) -> Any:
 @pytest.mark.parametrize("repeats", [1, 2])
 def test_micro_batches_make_one_batch(lab: Labs, count: int, repeats: int) -> None:
     """The same losses and weights, with augmentation, mixing and stochastic depth."""
-    sets = [*LOUD, "log.every_steps=1", f"augment.repeats={repeats}", "mixup.prob=1.0", "augment.erase=0.3"]
+    sets = [*LOUD, "log.every_steps=1", f"augment.repeated_aug={repeats}", "mixup.prob=1.0", "augment.erase=0.3"]
     sets += ["optim.name=sgd", "train.lr=0.05"]  # plain: AdamW divides rounding errors by small numbers
     whole, parts = lab(*sets), lab(*sets, f"train.micro_batch={32 // count}")
     assert parts.trainer("pretrain").micro_batches == count
@@ -64,7 +64,7 @@ def test_a_micro_batch_that_does_not_divide_is_refused(lab: Labs) -> None:
 
 
 def test_repeats_show_each_sample_so_often_and_count_as_images(lab: Labs) -> None:
-    repeated = lab("augment.repeats=4", "mixup.mixup=0.0")
+    repeated = lab("augment.repeated_aug=4", "mixup.mixup=0.0")
     trainer = repeated.trainer("pretrain")
     batch = next(trainer.stream.batches(0))
     assert len(batch) == 32
@@ -164,7 +164,7 @@ def test_the_average_is_handed_on_where_asked_and_says_so(lab: Labs) -> None:
     for each in (raw, ema):
         each.train("pretrain")
     trainer = raw.trainer("pretrain")
-    trainer.restore(trainer.checkpoints.latest())
+    trainer.restore(trainer.checkpoints.load_latest())
     assert same(raw.weights("pretrain"), trainer.model.state_dict())
     assert same(ema.weights("pretrain"), trainer.ema.average)
     assert not same(raw.weights("pretrain"), ema.weights("pretrain"))
@@ -174,10 +174,12 @@ def test_the_average_is_handed_on_where_asked_and_says_so(lab: Labs) -> None:
     shown = ema.run.phase("pretrain").result
     checker = ema.trainer("pretrain")
     checker.model.load_state_dict(ema.weights("pretrain"))
-    from bigincubate.distributed.process_group import RunEnv
+    from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.tasks.image_classification.task import evaluate
 
-    assert evaluate(checker.model, checker.eval_stream, RunEnv())["loss"] == pytest.approx(shown["loss"], abs=1e-9)
+    assert evaluate(checker.model, checker.eval_stream, DistributedContext())["loss"] == pytest.approx(
+        shown["loss"], abs=1e-9
+    )
 
 
 def test_the_average_is_that_of_the_weights_after_each_step(lab: Labs) -> None:
@@ -290,13 +292,13 @@ def test_a_result_has_what_the_summary_shows(trained: Any) -> None:
     flops = next(row for row in trained.rows if row.key == "pretrain").cost.training_flops
     assert result["flops"] == 384 * flops
     assert result["samples"] == trained.data.samples["val"]
-    summary = trained.run.summary()
+    summary = trained.run.update_summary()
     assert summary["meta"] == result
     assert json.loads((trained.run.path / "summary.json").read_text()) == summary
 
 
 def test_same_seed_same_bits_other_seed_other_bits(trained: Any, lab: Labs) -> None:
-    sets = [*LOUD, "incubate.drop_path.rates=hybrid"]
+    sets = [*LOUD, "incubate.drop_path.ramp_over=hybrid"]
     again, other = lab(*sets), lab(*sets, "train.seed=1")
     for each in (again, other):
         each.train("pretrain")

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from forked import run
 
-from bigincubate.distributed.process_group import RunEnv
+from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_artifact, save_artifact
-from bigincubate.storage.lease import owned
+from bigincubate.storage.lease import acquire_lease
 
 Labs = Callable[..., Any]
 GOOD, DAMAGED, STALE, RUNNING, UNFINISHED, ABSENT = Verdict
@@ -109,7 +109,7 @@ def test_what_is_not_done_is_told_apart(mine: Any) -> None:
     shutil.rmtree(mine.run.path / "finetune")
     for part in ("00", "01"):
         (mine.run.path / "modules" / part / "checkpoints" / ".saving-00000006-abc").mkdir()
-    with owned(mine.run.path / "modules" / "01", RunEnv()):
+    with acquire_lease(mine.run.path / "modules" / "01", DistributedContext()):
         found = verdicts(mine)
     assert (found["incubate/0", "00"], found["incubate/0", ".saving-00000006-abc"]) == (UNFINISHED, UNFINISHED)
     assert (found["incubate/1", "01"], found["incubate/1", ".saving-00000006-abc"]) == (RUNNING, RUNNING)

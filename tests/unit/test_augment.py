@@ -12,12 +12,12 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import transforms
 
-from bigincubate.config import Augment
-from bigincubate.data.images import decode, encode
+from bigincubate.config import AugmentConfig
+from bigincubate.data.images import decode_image, encode_png
+from bigincubate.data.rng import seeded_rng
 from bigincubate.tasks.image_classification.augment import (
     draws_from_torch_alone,
     eval_transform,
-    seeded,
     train_transform,
 )
 
@@ -40,9 +40,9 @@ def draws() -> tuple[Any, ...]:
 
 
 def views(policy: dict[str, Any], *key: int, count: int = 8, size: int = 32) -> Tensor:
-    transform, out = train_transform(Augment(**policy), size), []
+    transform, out = train_transform(AugmentConfig(**policy), size), []
     for view in range(count):
-        with seeded(*key, view):
+        with seeded_rng(*key, view):
             out.append(transform(picture()))
     return torch.stack(out)
 
@@ -52,7 +52,7 @@ def views(policy: dict[str, Any], *key: int, count: int = 8, size: int = 32) -> 
 
 def test_what_is_drawn_depends_on_the_key_alone() -> None:
     def drawn(*key: int) -> tuple[Any, ...]:
-        with seeded(*key):
+        with seeded_rng(*key):
             return draws()
 
     first = drawn(0, 1, 2, 3)
@@ -71,7 +71,7 @@ def test_the_global_generators_go_on_as_if_nothing_had_happened(policy: dict[str
     expected = draws()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     views(policy, 0, 0, 0)
-    with pytest.raises(ZeroDivisionError), seeded(1):
+    with pytest.raises(ZeroDivisionError), seeded_rng(1):
         _ = draws()[0] / 0
     assert draws() == expected
 
@@ -91,7 +91,7 @@ def test_a_view_is_a_pure_function(policy: dict[str, Any]) -> None:
 @pytest.mark.parametrize("crop", ["none", "pad", "simple"])
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
 def test_what_is_said_to_draw_from_torch_alone_does(crop: str, jitter: float) -> None:
-    augment = Augment(crop=crop, color_jitter=jitter)
+    augment = AugmentConfig(crop=crop, color_jitter=jitter)
     assert draws_from_torch_alone(augment)
     before = random.getstate(), np.random.get_state()[1:3]
     train_transform(augment, 32)(picture())
@@ -103,29 +103,29 @@ def test_what_is_said_to_draw_from_torch_alone_does(crop: str, jitter: float) ->
     "more", [{"rand_augment": "rand-m9"}, {"three_augment": True}, {"erase": 0.5}, {"crop": "random_resized"}]
 )
 def test_timm_draws_from_other_generators_too(more: dict[str, Any]) -> None:
-    assert not draws_from_torch_alone(Augment(**{"crop": "pad", **more}))
+    assert not draws_from_torch_alone(AugmentConfig(**{"crop": "pad", **more}))
 
 
 # ------------------------------------------------------------------------------------------------ policies
 
 
-def normalized(image: Image.Image, augment: Augment) -> Tensor:
+def normalized(image: Image.Image, augment: AugmentConfig) -> Tensor:
     return transforms.Normalize(augment.mean, augment.std)(transforms.ToTensor()(image))
 
 
 def test_pixels_are_normalised_as_torchvision_does() -> None:
-    augment = Augment(crop="none", flip=0.0)
+    augment = AugmentConfig(crop="none", flip=0.0)
     image = picture(32, 32)
     assert torch.allclose(train_transform(augment, 32)(image), normalized(image, augment), atol=1e-6)
 
 
 def test_pad_crops_the_bordered_image() -> None:
-    augment = Augment(crop="pad", pad=2, flip=0.0)
+    augment = AugmentConfig(crop="pad", pad=2, flip=0.0)
     image = picture(32, 32)
     windows = normalized(ImageOps.expand(image, 2), augment).unfold(1, 32, 1).unfold(2, 32, 1)
     places = set()
     for view in range(40):
-        with seeded(view):
+        with seeded_rng(view):
             crop = train_transform(augment, 32)(image)
         found = (windows.permute(1, 2, 0, 3, 4) - crop).abs().amax((2, 3, 4)).lt(1e-5).nonzero().tolist()
         assert len(found) == 1
@@ -134,10 +134,10 @@ def test_pad_crops_the_bordered_image() -> None:
 
 
 def test_simple_reflects_at_the_border() -> None:
-    augment = Augment(crop="simple", flip=0.0)
+    augment = AugmentConfig(crop="simple", flip=0.0)
     white = Image.new("RGB", (32, 32), (255, 255, 255))
     for view in range(10):
-        with seeded(view):
+        with seeded_rng(view):
             assert train_transform(augment, 32)(white).std((1, 2)).max() < 1e-5  # a black border would show
 
 
@@ -146,7 +146,7 @@ def test_simple_reflects_at_the_border() -> None:
 def test_shifts_are_those_of_torchvision(crop: str, size: tuple[int, int], pad: int) -> None:
     if crop == "simple":
         pad = min(pad, 31)  # nothing to reflect beyond
-    ours = Augment(crop=crop, pad=pad, flip=0.5, interpolation="bicubic", mean=[0.0] * 3, std=[1 / 255] * 3)
+    ours = AugmentConfig(crop=crop, pad=pad, flip=0.5, interpolation="bicubic", mean=[0.0] * 3, std=[1 / 255] * 3)
     theirs = transforms.Compose(
         [
             transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
@@ -156,20 +156,20 @@ def test_shifts_are_those_of_torchvision(crop: str, size: tuple[int, int], pad: 
         ]
     )
     for view in range(12):
-        with seeded(view):
+        with seeded_rng(view):
             expected = theirs(picture(*size))
-        with seeded(view):
+        with seeded_rng(view):
             assert torch.equal(train_transform(ours, 32)(picture(*size)).round().byte(), expected)
 
 
 def test_three_augment_is_one_of_grey_solarised_blurred() -> None:
-    augment = Augment(crop="none", flip=0.0, three_augment=True, mean=[0.0] * 3, std=[1.0] * 3)
+    augment = AugmentConfig(crop="none", flip=0.0, three_augment=True, mean=[0.0] * 3, std=[1.0] * 3)
     image = picture(32, 32)
     plain = normalized(image, augment)
     solarised = normalized(ImageOps.solarize(image, 128), augment)
     kinds = []
     for view in range(60):
-        with seeded(view):
+        with seeded_rng(view):
             seen = train_transform(augment, 32)(image)
         grey = torch.equal(seen[0], seen[1]) and torch.equal(seen[1], seen[2])
         blurred = bool(seen.std() < 0.97 * plain.std())
@@ -179,9 +179,9 @@ def test_three_augment_is_one_of_grey_solarised_blurred() -> None:
 
 
 def test_erasing_fills_a_box_with_noise() -> None:
-    augment = Augment(crop="none", flip=0.0, erase=1.0)
-    plain = train_transform(Augment(crop="none", flip=0.0), 32)(picture(32, 32))
-    with seeded(1):
+    augment = AugmentConfig(crop="none", flip=0.0, erase=1.0)
+    plain = train_transform(AugmentConfig(crop="none", flip=0.0), 32)(picture(32, 32))
+    with seeded_rng(1):
         erased = train_transform(augment, 32)(picture(32, 32))
     changed = (erased != plain).any(0).nonzero()
     (top, left), (bottom, right) = changed.amin(0), changed.amax(0) + 1
@@ -190,28 +190,28 @@ def test_erasing_fills_a_box_with_noise() -> None:
 
 def test_flip_mirrors_half_of_the_views() -> None:
     image = picture(32, 32)
-    plain = train_transform(Augment(crop="none", flip=0.0), 32)(image)
-    seen = [torch.equal(view, plain) for view in views_of(image, Augment(crop="none"), 60)]
-    mirrored = [torch.equal(view, plain.flip(2)) for view in views_of(image, Augment(crop="none"), 60)]
+    plain = train_transform(AugmentConfig(crop="none", flip=0.0), 32)(image)
+    seen = [torch.equal(view, plain) for view in views_of(image, AugmentConfig(crop="none"), 60)]
+    mirrored = [torch.equal(view, plain.flip(2)) for view in views_of(image, AugmentConfig(crop="none"), 60)]
     assert [not s for s in seen] == mirrored
     assert 15 < sum(mirrored) < 45
 
 
-def views_of(image: Image.Image, augment: Augment, count: int) -> list[Tensor]:
+def views_of(image: Image.Image, augment: AugmentConfig, count: int) -> list[Tensor]:
     transform, out = train_transform(augment, 32), []
     for view in range(count):
-        with seeded(view):
+        with seeded_rng(view):
             out.append(transform(image))
     return out
 
 
 def test_evaluation_takes_the_middle() -> None:
-    augment = Augment(eval_crop=0.5)
+    augment = AugmentConfig(eval_crop=0.5)
     image = picture(96, 64)
     assert torch.allclose(
         eval_transform(augment, 32)(image), normalized(image.crop((32, 16, 64, 48)), augment), atol=1e-6
     )
-    assert eval_transform(Augment(), 32)(picture(17, 90)).shape == (3, 32, 32)
+    assert eval_transform(AugmentConfig(), 32)(picture(17, 90)).shape == (3, 32, 32)
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -223,22 +223,22 @@ def test_every_kind_of_file_becomes_rgb(mode: str) -> None:
 
     out = io.BytesIO()
     picture().convert(mode).save(out, "TIFF")
-    assert decode(out.getvalue()).mode == "RGB"
+    assert decode_image(out.getvalue()).mode == "RGB"
 
 
 def test_png_keeps_every_pixel() -> None:
-    assert decode(encode(picture())).tobytes() == picture().tobytes()
+    assert decode_image(encode_png(picture())).tobytes() == picture().tobytes()
 
 
-@pytest.mark.parametrize("data", [b"", b"no image", encode(picture())[:200]])
+@pytest.mark.parametrize("data", [b"", b"no image", encode_png(picture())[:200]])
 def test_what_is_not_an_image_is_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
-        decode(data)
+        decode_image(data)
 
 
 def test_posterising_to_no_bits_is_black_and_not_an_error() -> None:
     """RandAugment of magnitude 9 with noise reaches magnitude 10 for one image in a thousand."""
-    transform: Any = train_transform(Augment(rand_augment="rand-m10-inc1"), 32)
+    transform: Any = train_transform(AugmentConfig(rand_augment="rand-m10-inc1"), 32)
     (posterize,) = (op for op in transform.transforms[2].ops if op.name == "PosterizeIncreasing")
     posterize.prob = 1.0
     assert not np.array(posterize(picture())).any()

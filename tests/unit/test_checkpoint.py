@@ -16,16 +16,20 @@ import torch
 from parts import MANIFEST
 from torch import Tensor
 
-from bigincubate.distributed.process_group import RunEnv
-from bigincubate.errors import ArtifactError, DamagedError, EnvironmentFault
+from bigincubate.distributed.process_group import DistributedContext
+from bigincubate.errors import (
+    ArtifactError,
+    DamagedError,
+    SystemResourceError,
+)
 from bigincubate.storage import artifacts as store
-from bigincubate.storage.artifacts import check_module, load_artifact, save_artifact
-from bigincubate.storage.checkpoint_manager import CheckpointManager, verify
-from bigincubate.storage.sharded_tensors import PieceReader, snapshot, write_pieces
+from bigincubate.storage.artifacts import check_module_lineage, load_artifact, save_artifact
+from bigincubate.storage.checkpoint_manager import CheckpointManager, verify_checkpoint
+from bigincubate.storage.sharded_tensors import ShardedTensorReader, copy_to_cpu, write_sharded_tensors
 
 
 def manager(folder: Path, keep: int = 2, digest: str = "d" * 64) -> CheckpointManager:
-    return CheckpointManager(folder / "checkpoints", RunEnv(), digest=digest, keep=keep)
+    return CheckpointManager(folder / "checkpoints", DistributedContext(), digest=digest, keep=keep)
 
 
 def tensors(step: int) -> dict[str, Tensor]:
@@ -47,7 +51,7 @@ def flip_a_bit(file: Path) -> None:
 
 def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     saved(tmp_path, 7)
-    checkpoint = manager(tmp_path).latest()
+    checkpoint = manager(tmp_path).load_latest()
     assert checkpoint is not None
     assert (checkpoint.step, checkpoint.state) == (7, {"step": 7})
     assert checkpoint.tensors.keys() == tensors(7).keys()
@@ -55,20 +59,20 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
-    assert manager(tmp_path).latest() is None
+    assert manager(tmp_path).load_latest() is None
 
 
 def test_the_newest_is_so_by_number_not_by_name(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 99_999_998, 99_999_999, 100_000_000)
-    assert checkpoints.steps() == [99_999_999, 100_000_000]  # and the oldest went
-    newest = manager(tmp_path).latest()
+    assert checkpoints.committed_steps() == [99_999_999, 100_000_000]  # and the oldest went
+    newest = manager(tmp_path).load_latest()
     assert newest is not None
     assert newest.step == 100_000_000
 
 
 def test_only_the_newest_stay(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2, 3, 4, 5, keep=3)
-    assert checkpoints.steps() == [3, 4, 5]
+    assert checkpoints.committed_steps() == [3, 4, 5]
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == [f"step-{step:08d}" for step in (3, 4, 5)]
 
 
@@ -78,7 +82,7 @@ def test_a_flipped_bit_anywhere_is_named_and_the_one_before_is_used(
 ) -> None:
     checkpoints = saved(tmp_path, 4, 8)
     flip_a_bit(checkpoints.folder / "step-00000008" / name)
-    newest = manager(tmp_path).latest()
+    newest = manager(tmp_path).load_latest()
     assert newest is not None
     assert newest.step == 4
     said = capsys.readouterr().err
@@ -100,17 +104,17 @@ def test_a_flipped_bit_anywhere_is_named_and_the_one_before_is_used(
 )
 def test_other_damage_is_seen_too(spoil: Callable[[Path], Any], tmp_path: Path) -> None:
     folder = saved(tmp_path, 4).folder / "step-00000004"
-    assert verify(folder) is None
+    assert verify_checkpoint(folder) is None
     spoil(folder)
-    assert "step-00000004" in str(verify(folder))
+    assert "step-00000004" in str(verify_checkpoint(folder))
 
 
 def test_every_one_damaged_is_an_error_of_its_own(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 4, 8)
-    for step in checkpoints.steps():
+    for step in checkpoints.committed_steps():
         flip_a_bit(checkpoints.folder / f"step-{step:08d}" / "rank-00000.safetensors")
     with pytest.raises(DamagedError, match=r"every checkpoint in .* is damaged") as caught:
-        manager(tmp_path).latest()
+        manager(tmp_path).load_latest()
     assert caught.value.code == 6
 
 
@@ -119,7 +123,7 @@ def test_a_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_pa
     (checkpoints.folder / "step-00000008" / "COMMITTED").unlink()
     (checkpoints.folder / ".saving-00000012-abc").mkdir()
     again = manager(tmp_path)
-    newest = again.latest()
+    newest = again.load_latest()
     assert newest is not None
     assert newest.step == 4
     assert [path.name for path in again.folder.iterdir()] == ["step-00000004"]
@@ -128,7 +132,7 @@ def test_a_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_pa
 def test_another_recipes_checkpoint_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, 4)
     with pytest.raises(ArtifactError, match="another recipe"):
-        manager(tmp_path, digest="e" * 64).latest()
+        manager(tmp_path, digest="e" * 64).load_latest()
 
 
 def test_damaged_ones_never_displace_a_sound_one(tmp_path: Path) -> None:
@@ -138,8 +142,8 @@ def test_damaged_ones_never_displace_a_sound_one(tmp_path: Path) -> None:
         flip_a_bit(tmp_path / "checkpoints" / f"step-{step:08d}" / "rank-00000.safetensors")
     checkpoints = manager(tmp_path, keep=2)
     checkpoints.save(5, tensors(5), {"step": 5})
-    assert checkpoints.steps() == [4, 5]
-    newest = manager(tmp_path).latest()
+    assert checkpoints.committed_steps() == [4, 5]
+    newest = manager(tmp_path).load_latest()
     assert newest is not None
     assert newest.step == 5
 
@@ -148,7 +152,7 @@ def test_a_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> No
     checkpoints = saved(tmp_path, 4, 8)
     flip_a_bit(checkpoints.folder / "step-00000008" / "state.json")
     checkpoints.save(8, tensors(8), {"step": 8})
-    assert verify(checkpoints.folder / "step-00000008") is None
+    assert verify_checkpoint(checkpoints.folder / "step-00000008") is None
 
 
 def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,11 +162,11 @@ def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "open", full)
-    with pytest.raises(EnvironmentFault, match=r"step 8 not written: .*No space left.*earlier ones are intact"):
+    with pytest.raises(SystemResourceError, match=r"step 8 not written: .*No space left.*earlier ones are intact"):
         checkpoints.save(8, tensors(8), {"step": 8})
     monkeypatch.undo()
     assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000004"]
-    assert verify(checkpoints.folder / "step-00000004") is None
+    assert verify_checkpoint(checkpoints.folder / "step-00000004") is None
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,18 +175,18 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda handle: (disk.wait(), fsync(handle))[1])
     weights = torch.zeros(3)
-    checkpoints.start(1, {"model/w": weights}, {"step": 1})
+    checkpoints.start_save(1, {"model/w": weights}, {"step": 1})
     weights += 1
-    assert checkpoints.steps() == []
+    assert checkpoints.committed_steps() == []
     assert not checkpoints.failed
     threading.Timer(0.2, disk.set).start()
-    checkpoints.start(2, {"model/w": weights}, {"step": 2})
-    assert checkpoints.steps()[0] == 1
-    assert checkpoints.figures()["checkpoint/blocked_ms"] > 100  # the disk was slow
+    checkpoints.start_save(2, {"model/w": weights}, {"step": 2})
+    assert checkpoints.committed_steps()[0] == 1
+    assert checkpoints.pop_metrics()["checkpoint/blocked_ms"] > 100  # the disk was slow
     checkpoints.wait()
-    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.committed_steps() == [1, 2]
     for step in (1, 2):
-        reader = PieceReader([checkpoints.folder / f"step-{step:08d}" / "rank-00000.safetensors"])
+        reader = ShardedTensorReader([checkpoints.folder / f"step-{step:08d}" / "rank-00000.safetensors"])
         assert torch.equal(reader["model/w"], torch.full((3,), float(step - 1)))
 
 
@@ -196,7 +200,7 @@ def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
         "number": torch.tensor(2**40),
         "w": torch.randn(2, 3).t(),
     }
-    entry = write_pieces(tmp_path / "file", snapshot(written))
+    entry = write_sharded_tensors(tmp_path / "file", copy_to_cpu(written))
     data = (tmp_path / "file").read_bytes()
     assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     found = load_file(tmp_path / "file")
@@ -245,14 +249,14 @@ def test_death_at_every_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path: Pat
                 break
             except Died:
                 pass
-        newest = manager(folder).latest()
+        newest = manager(folder).load_latest()
         assert newest is not None
         assert newest.step in (8, 12), calls
         assert torch.equal(newest.tensors["model/w"], tensors(newest.step)["model/w"])
         again = manager(folder)
-        assert len(again.steps()) >= 2, calls  # none goes before its successor is committed
+        assert len(again.committed_steps()) >= 2, calls  # none goes before its successor is committed
         again.save(13, tensors(13), {"step": 13})
-        assert len(again.steps()) == 2
+        assert len(again.committed_steps()) == 2
         assert len(list(again.folder.iterdir())) == 2, calls  # no litter
     assert moments > 10
     assert {"fsync", "rename", "unlink", "rmtree"} <= set(calls)
@@ -273,7 +277,7 @@ def test_an_artifact_comes_back_with_its_manifest(tmp_path: Path) -> None:
 
 def test_a_damaged_artifact_is_named(tmp_path: Path) -> None:
     save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
-    flip_a_bit(tmp_path / "artifact" / store.WEIGHTS)
+    flip_a_bit(tmp_path / "artifact" / store.WEIGHTS_FILE)
     with pytest.raises(ArtifactError, match=r"weights\.safetensors: SHA-256 .* expected .*damaged"):
         load_artifact(tmp_path / "artifact")
 
@@ -292,7 +296,7 @@ def test_a_missing_artifact_or_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no artifact in"):
         load_artifact(tmp_path / "nowhere")
     save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
-    (tmp_path / "artifact" / store.WEIGHTS).unlink()
+    (tmp_path / "artifact" / store.WEIGHTS_FILE).unlink()
     with pytest.raises(ArtifactError, match=r"weights\.safetensors"):
         load_artifact(tmp_path / "artifact")
 
@@ -300,9 +304,9 @@ def test_a_missing_artifact_or_weights_are_refused(tmp_path: Path) -> None:
 def test_a_module_of_another_lineage_is_stale(tmp_path: Path) -> None:
     save_artifact(tmp_path / "artifact", tensors(1), MODULE)
     own = {"recipe": "r" * 64, "meta": "m" * 64, "data": "d" * 64}
-    assert check_module(tmp_path / "artifact", **own) is None
+    assert check_module_lineage(tmp_path / "artifact", **own) is None
     for key, word in (("recipe", "recipe"), ("meta", "meta model"), ("data", "data")):
-        problem = check_module(tmp_path / "artifact", **{**own, key: "x" * 64})
+        problem = check_module_lineage(tmp_path / "artifact", **{**own, key: "x" * 64})
         assert f"another {word}" in str(problem)
 
 

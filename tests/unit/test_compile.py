@@ -21,7 +21,7 @@ Labs = Callable[..., Any]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("how", ["none", "every", "selective"])
+@pytest.mark.parametrize("how", ["none", "full", "selective"])
 def test_compiled_blocks_give_the_same_losses(lab: Labs, how: str) -> None:
     sets = ["train.max_steps=4", "log.every_steps=1", "plan.target_depths=[4, 4]", "drop_path.rate=0.3"]
     plain, compiled = lab(*sets), lab(*sets, "train.compile=true", f"sharding.activation_checkpointing={how}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bigincubate.config import differences, is_execution, load_recipe, shipped
+from bigincubate.config import differences, is_execution, list_shipped_recipes, load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.storage.run_directory import RunDir
 
@@ -25,7 +25,7 @@ from bigincubate.storage.run_directory import RunDir
         ("train.lr=nan", "train.lr: Input should be a finite number"),
         ("plan.modules=3", "modules = 3, but target_depths lists 4"),
         ("incubate.export=ema", "needs incubate.ema.decay"),
-        ("augment.repeats=3", "no multiple of augment.repeats = 3"),
+        ("augment.repeated_aug=3", "no multiple of augment.repeated_aug = 3"),
         ("data.source=imagenet", "data.source: Input should be 'digits', 'digits-dev' or 'made-up'"),
         ("train=3", "train: Input should be a valid dictionary"),
         ("train.lr", "expected KEY=VALUE"),
@@ -83,7 +83,7 @@ def test_whole_and_decimal_numbers_are_the_same_recipe() -> None:
     assert one.digest == other.digest
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", sorted(list_shipped_recipes()))
 def test_a_written_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     file = tmp_path / "recipe.toml"
@@ -112,17 +112,17 @@ def test_keys_are_identity_or_execution(key: str, expected: bool) -> None:
 def test_a_run_directory_refuses_another_identity_and_shows_it(smoke: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     recipe = load_recipe(str(smoke))
-    run.open(recipe)
+    run.open_for_recipe(recipe)
     with pytest.raises(ConfigError, match=r"train\.lr: 0\.002 -> 0\.5"):
-        run.open(load_recipe(str(smoke), ["train.lr=0.5"]))
-    assert run.recipe() == recipe
+        run.open_for_recipe(load_recipe(str(smoke), ["train.lr=0.5"]))
+    assert run.load_recipe() == recipe
 
 
 def test_a_run_directory_notes_changed_execution_keys(smoke: Path, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    run.open(load_recipe(str(smoke)))
+    run.open_for_recipe(load_recipe(str(smoke)))
     changed = load_recipe(str(smoke), ["log.every_steps=3"])
-    run.open(changed)
+    run.open_for_recipe(changed)
     assert '"log.every_steps: 2 -> 3"' in (run.path / "events.jsonl").read_text()
-    assert run.recipe().log.every_steps == 3
-    assert differences(run.recipe(), changed, execution_keys=True) == []
+    assert run.load_recipe().log.every_steps == 3
+    assert differences(run.load_recipe(), changed, execution_keys=True) == []

@@ -13,17 +13,17 @@ from launching import launch, words
 
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.optim import make_optimizer, trained
-from bigincubate.planning.memory import NAMES, Footprint, footprints
+from bigincubate.optim import make_optimizer, trainable_param_info
+from bigincubate.planning.memory import STRATEGY_NAMES, RankFootprint, estimate_footprints
 from bigincubate.planning.phases import phase_model
-from bigincubate.sharding.zero_config import shipped
+from bigincubate.sharding.zero_config import shipped_config_path
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("fairscale")
 
 Labs = Callable[..., Any]
 PHASES = [("pretrain", None, 16), ("incubate", 1, 8), ("finetune", None, 8)]  # phase, module, micro-batch
-CASES = [(strategy, phase) for strategy in NAMES for phase, _, _ in PHASES]
+CASES = [(strategy, phase) for strategy in STRATEGY_NAMES for phase, _, _ in PHASES]
 SHORT = ["train.max_steps=2", "log.images=0"]
 BUCKET = 500_000  # elements
 IMAGES = 24 * 1024  # bytes: a batch as it came and as it was mixed
@@ -37,9 +37,9 @@ class Ranks:
         base = lab(*SHORT)
         for phase, module in [("pretrain", None), ("incubate", 0), ("incubate", 1)]:
             base.train(phase, module)
-        self.planned: dict[tuple[str, str], Footprint] = {}
+        self.planned: dict[tuple[str, str], RankFootprint] = {}
         jobs = {}
-        for strategy in NAMES:
+        for strategy in STRATEGY_NAMES:
             double = lab(*SHORT)
             for phase, module, micro in PHASES:
                 sets = [f"sharding.strategy={strategy}", f"train.micro_batch={micro}"]
@@ -50,7 +50,7 @@ class Ranks:
                 jobs[strategy, phase] = {**words(run, phase, module, *more), "watch": 1}
                 recipe = load_recipe(str(base.run.recipe_file), sets)
                 row = next(row for row in base.rows if (row.phase, row.module) == (phase, module))
-                every = footprints(recipe, base.plan, [row], [2])[row.key]
+                every = estimate_footprints(recipe, base.plan, [row], [2])[row.key]
                 self.planned[strategy, phase] = next(each for each in every if each.strategy == strategy)
         for option in ("shard_frozen=true", "reshard_after_forward=false"):
             more = ["--set", FSDP2, "--set", "train.micro_batch=8", "--set", f"sharding.fsdp2.{option}"]
@@ -68,7 +68,7 @@ class Ranks:
 
 def small(strategy: str, folder: Path) -> Path:
     """The shipped file with a bucket, and with ZeRO-3's limit of what is kept whole, for a model as small as this."""
-    config = json.loads(shipped(strategy).read_text())
+    config = json.loads(shipped_config_path(strategy).read_text())
     config["zero_optimization"]["reduce_bucket_size"] = BUCKET
     if strategy == "zero3":
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
@@ -154,7 +154,8 @@ def test_optimizer_state_is_what_a_real_step_makes(lab: Labs, name: str) -> None
     settings = one.recipe.settings("incubate")
     row = one.plan.row("incubate", 1)
     counted = {
-        each.name: each for each in trained(phase_model(row, settings, one.plan.family, device="meta"), settings)
+        each.name: each
+        for each in trainable_param_info(phase_model(row, settings, one.plan.family, device="meta"), settings)
     }
     model = phase_model(row, settings, one.plan.family)
     optimizer = make_optimizer(model, settings)
@@ -166,19 +167,19 @@ def test_optimizer_state_is_what_a_real_step_makes(lab: Labs, name: str) -> None
     for name, parameter in model.named_parameters():
         tensors = [value for value in optimizer.state.get(parameter, {}).values() if torch.is_tensor(value)]
         each = counted.get(name)
-        expected = each.each * parameter.numel() + each.beside if each else 0
+        expected = each.state_bytes_per_element * parameter.numel() + each.extra_state_bytes if each else 0
         assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == expected, name
 
 
 def test_zero_leaves_out_what_it_refuses_and_one_process_is_alike_under_all(lab: Labs) -> None:
     one = lab("optim.name=adafactor")
     recipe, plan, rows = one.recipe, one.plan, one.rows[:1]
-    found = footprints(recipe, plan, rows, [1, 2])[rows[0].key]
+    found = estimate_footprints(recipe, plan, rows, [1, 2])[rows[0].key]
     assert [each.strategy for each in found] == ["ddp", "oss", "fsdp2"] * 2
     assert len({(each.total, each.sent) for each in found if each.world == 1}) == 1
     assert found[0].sent == 0
     with pytest.raises(ConfigError, match="--world 3"):
-        footprints(recipe, plan, rows, [3])
+        estimate_footprints(recipe, plan, rows, [3])
 
 
 def test_modules_that_are_alike_share_a_line_and_refused_strategies_have_none() -> None:

@@ -13,9 +13,9 @@ import pytest
 STEPS = """
 import resource
 import torch
-from bigincubate.distributed.process_group import RunEnv
+from bigincubate.distributed.process_group import DistributedContext
 
-RunEnv.detect()
+DistributedContext.detect()
 
 def step():
     held = [torch.ones(size, 2**18) for size in (1, 7, 15, 30, 30, 30, 30)]  # MiB

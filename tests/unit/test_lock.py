@@ -21,37 +21,37 @@ import torch
 from forked import Command, run
 from parts import MANIFEST
 
-from bigincubate.distributed.process_group import RunEnv
-from bigincubate.errors import EnvironmentFault, LockedError
-from bigincubate.storage import lease as lock
+from bigincubate.distributed.process_group import DistributedContext
+from bigincubate.errors import LockedError, SystemResourceError
+from bigincubate.storage import lease as lease_module
 from bigincubate.storage.artifacts import load_artifact, save_artifact
-from bigincubate.storage.checkpoint_manager import CheckpointManager, verify
-from bigincubate.storage.lease import owned, start_time
+from bigincubate.storage.checkpoint_manager import CheckpointManager, verify_checkpoint
+from bigincubate.storage.lease import acquire_lease, process_start_time
 
 HERE = socket.gethostname()
 
 
 def owner(folder: Path, number: int = 1, **fields: Any) -> Path:
-    """Somebody else's claim on ``folder``."""
+    """Somebody else's lease on ``folder``."""
     file = folder / "owners" / f"{number}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**lock.describe(1), **fields}))
+    file.write_text(json.dumps({**lease_module.describe_process(1), **fields}))
     return file
 
 
 def owner_of(folder: Path) -> tuple[int, dict[str, Any]]:
-    """The claim that counts."""
+    """The lease that counts."""
     file = max((folder / "owners").glob("[0-9]*.json"), key=lambda file: int(file.stem))
     return int(file.stem), json.loads(file.read_text() or "{}")
 
 
 def test_an_owner_is_named_while_it_lives_and_gone_afterwards(tmp_path: Path) -> None:
-    with owned(tmp_path / "phase", RunEnv()) as claim:
+    with acquire_lease(tmp_path / "phase", DistributedContext()) as lease:
         number, mine = owner_of(tmp_path / "phase")
-        assert (number, mine["host"], mine["pid"]) == (claim.generation, HERE, os.getpid()) == (1, HERE, os.getpid())
+        assert (number, mine["host"], mine["pid"]) == (lease.generation, HERE, os.getpid()) == (1, HERE, os.getpid())
         with (
             pytest.raises(LockedError, match=f"belongs to process {os.getpid()} on {HERE}"),
-            owned(tmp_path / "phase", RunEnv()),
+            acquire_lease(tmp_path / "phase", DistributedContext()),
         ):
             pass
         assert owner_of(tmp_path / "phase") == (number, mine)  # the refused one took nothing away
@@ -60,15 +60,18 @@ def test_an_owner_is_named_while_it_lives_and_gone_afterwards(tmp_path: Path) ->
 
 
 def test_it_is_given_back_after_an_error_and_its_number_never_used_again(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), owned(tmp_path, RunEnv()):
+    with pytest.raises(KeyError), acquire_lease(tmp_path, DistributedContext()):
         raise KeyError
-    with owned(tmp_path, RunEnv()) as claim:
-        assert claim.generation == 2
+    with acquire_lease(tmp_path, DistributedContext()) as lease:
+        assert lease.generation == 2
 
 
 def test_a_live_process_here_is_respected_however_long_it_was_silent(tmp_path: Path) -> None:
     os.utime(owner(tmp_path, job="41_2"), (0, 0))
-    with pytest.raises(LockedError, match=rf"process 1 on {HERE}, job 41_2"), owned(tmp_path, RunEnv()):
+    with (
+        pytest.raises(LockedError, match=rf"process 1 on {HERE}, job 41_2"),
+        acquire_lease(tmp_path, DistributedContext()),
+    ):
         pass
 
 
@@ -76,24 +79,24 @@ def test_a_dead_process_here_is_replaced_at_once(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     owner(tmp_path, pid=gone.pid, started="1")
-    with owned(tmp_path, RunEnv()):
+    with acquire_lease(tmp_path, DistributedContext()):
         assert owner_of(tmp_path)[1]["pid"] == os.getpid()
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_the_owner(tmp_path: Path) -> None:
     owner(tmp_path, started="7")  # process 1 lives, but this is not when it started
-    with owned(tmp_path, RunEnv()):
+    with acquire_lease(tmp_path, DistributedContext()):
         pass
 
 
 def test_a_zombie_is_dead(tmp_path: Path) -> None:
     child = subprocess.Popen(["sleep", "60"])
-    started = start_time(child.pid)
+    started = process_start_time(child.pid)
     assert started is not None
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # it is dead, and stays a zombie
     owner(tmp_path, pid=child.pid, started=started)
-    with owned(tmp_path, RunEnv()):
+    with acquire_lease(tmp_path, DistributedContext()):
         pass
     child.wait()
 
@@ -126,7 +129,7 @@ def test_a_live_owner_of_which_only_its_heartbeat_is_known_is_respected(fields: 
     with (
         beating(owner(tmp_path, **{**ELSEWHERE, "host": HERE, **fields})),
         pytest.raises(LockedError, match=f"process 5 on {fields.get('host', HERE)};"),
-        owned(tmp_path, RunEnv()),
+        acquire_lease(tmp_path, DistributedContext()),
     ):
         pass
 
@@ -134,56 +137,60 @@ def test_a_live_owner_of_which_only_its_heartbeat_is_known_is_respected(fields: 
 def test_a_silent_one_is_replaced_after_its_lease_and_not_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    silent(owner(tmp_path, **ELSEWHERE), lock.LEASE + 1)
-    with owned(tmp_path, RunEnv()) as claim:
-        assert claim.generation == 2
-    monkeypatch.setattr(lock, "LEASE", 1.0)
+    silent(owner(tmp_path, **ELSEWHERE), lease_module.LEASE_SECONDS + 1)
+    with acquire_lease(tmp_path, DistributedContext()) as lease:
+        assert lease.generation == 2
+    monkeypatch.setattr(lease_module, "LEASE_SECONDS", 1.0)
     file = owner(tmp_path, 3, **ELSEWHERE)
-    with owned(tmp_path, RunEnv()) as claim:
+    with acquire_lease(tmp_path, DistributedContext()) as lease:
         assert time.time() - file.stat().st_mtime > 1.0
-        assert claim.generation == 4
-    assert lock.HEARTBEAT * 2 <= 10  # a live one is heard within ten seconds
+        assert lease.generation == 4
+    assert lease_module.HEARTBEAT_SECONDS * 2 <= 10  # a live one is heard within ten seconds
 
 
 def test_the_lease_runs_by_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1e12)
-    with beating(owner(tmp_path, **ELSEWHERE)), pytest.raises(LockedError), owned(tmp_path, RunEnv()):
+    with (
+        beating(owner(tmp_path, **ELSEWHERE)),
+        pytest.raises(LockedError),
+        acquire_lease(tmp_path, DistributedContext()),
+    ):
         pass
 
 
 def test_a_live_owner_renews_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "HEARTBEAT", 0.01)
-    with owned(tmp_path, RunEnv()):
+    monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.01)
+    with acquire_lease(tmp_path, DistributedContext()):
         file = tmp_path / "owners" / "1.json"
         os.utime(file, (0, 0))
         for _ in range(3000):
             if file.stat().st_mtime:
                 break
             time.sleep(0.01)
-        assert time.time() - file.stat().st_mtime < lock.LEASE
-    assert lock.LEASE > 3 * 5.0  # a beat or two may be lost
+        assert time.time() - file.stat().st_mtime < lease_module.LEASE_SECONDS
+    assert lease_module.LEASE_SECONDS > 3 * 5.0  # a beat or two may be lost
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}"])
-def test_a_damaged_claim_is_nobodys(text: str, tmp_path: Path) -> None:
+def test_damaged_lease_has_no_owner(text: str, tmp_path: Path) -> None:
     owner(tmp_path).write_text(text)
-    with owned(tmp_path, RunEnv()):
+    with acquire_lease(tmp_path, DistributedContext()):
         pass
 
 
-def test_of_many_that_claim_at_once_one_gets_it(tmp_path: Path) -> None:
-    """Each is as of another host: nothing but the claim keeps them apart."""
+def test_lease_requested_by_many_at_once_goes_to_one(tmp_path: Path) -> None:
+    """Each is as of another host: nothing but the lease keeps them apart."""
     owner(tmp_path, pid=2**22 + 1, started="1")
     start = threading.Barrier(8)
 
-    def claim(_: int) -> Any:
+    def acquire(_: int) -> Any:
         start.wait()
-        return lock._take(tmp_path)
+        return lease_module._try_acquire(tmp_path)
 
     with ThreadPoolExecutor(8) as pool:
-        outcomes = list(pool.map(claim, range(8)))
-    claims = [outcome for outcome in outcomes if isinstance(outcome, lock.Claim)]
-    assert [claim.generation for claim in claims] == [2]
+        outcomes = list(pool.map(acquire, range(8)))
+    leases = [outcome for outcome in outcomes if isinstance(outcome, lease_module.Lease)]
+    assert [lease.generation for lease in leases] == [2]
     assert sum("belongs to process" in str(outcome) for outcome in outcomes) == 7
 
 
@@ -210,20 +217,23 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     return become
 
 
-def test_a_requeued_job_takes_over_from_its_own_ghost_at_once(job: Callable[..., None], tmp_path: Path) -> None:
+def test_requeued_job_takes_over_from_its_previous_attempt_at_once(job: Callable[..., None], tmp_path: Path) -> None:
     job(SLURM_JOB_ID="41", SLURM_ARRAY_JOB_ID="41", SLURM_ARRAY_TASK_ID="2", SLURM_RESTART_COUNT="1")
-    ghost = {**ELSEWHERE, "cluster": "here", "job": "41_2", "restarts": 0}
-    for number, place in ((1, {}), (3, {"host": HERE, "pid": 1, "started": start_time(1)})):
-        with beating(owner(tmp_path, number, **{**ghost, **place})), owned(tmp_path, RunEnv()) as claim:
+    previous = {**ELSEWHERE, "cluster": "here", "job": "41_2", "restarts": 0}
+    for number, place in ((1, {}), (3, {"host": HERE, "pid": 1, "started": process_start_time(1)})):
+        with (
+            beating(owner(tmp_path, number, **{**previous, **place})),
+            acquire_lease(tmp_path, DistributedContext()) as lease,
+        ):
             mine = owner_of(tmp_path)[1]
             assert (mine["job"], mine["restarts"]) == ("41_2", 1)
-            assert claim.generation == number + 1
-    # another task, another cluster, a later restart: no ghosts of ours
+            assert lease.generation == number + 1
+    # another task, another cluster, a later restart: not a previous attempt of this job
     for number, other in ((5, {"job": "41_3"}), (6, {"cluster": "there"}), (7, {"restarts": 1}), (8, {"restarts": 2})):
         with (
-            beating(owner(tmp_path, number, **{**ghost, **other})),
+            beating(owner(tmp_path, number, **{**previous, **other})),
             pytest.raises(LockedError, match=rf"on elsewhere, job {other.get('job', '41_2')};"),
-            owned(tmp_path, RunEnv()),
+            acquire_lease(tmp_path, DistributedContext()),
         ):
             pass
 
@@ -246,25 +256,25 @@ def test_a_job_that_the_queue_calls_ended_is_replaced_at_once(
     job(answer, error, SLURM_JOB_ID="50")
     file = owner(tmp_path, **ELSEWHERE, cluster="here", job="41_2")
     if ended:
-        with owned(tmp_path, RunEnv()) as claim:
-            assert claim.generation == 2
+        with acquire_lease(tmp_path, DistributedContext()) as lease:
+            assert lease.generation == 2
         assert (tmp_path / "bin" / "asked").read_text().split()[-2:] == ["--jobs", "41_2"]
         return
-    with beating(file), pytest.raises(LockedError, match="job 41_2"), owned(tmp_path, RunEnv()):
+    with beating(file), pytest.raises(LockedError, match="job 41_2"), acquire_lease(tmp_path, DistributedContext()):
         pass
 
 
 def test_a_queue_that_does_not_answer_is_not_waited_for(
     job: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert lock.QUEUE + lock.HEARTBEAT <= 10
-    monkeypatch.setattr(lock, "QUEUE", 0.2)
+    assert lease_module.SQUEUE_TIMEOUT + lease_module.HEARTBEAT_SECONDS <= 10
+    monkeypatch.setattr(lease_module, "SQUEUE_TIMEOUT", 0.2)
     job("RUNNING", SLURM_JOB_ID="50")
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     with (
         beating(owner(tmp_path, **ELSEWHERE, cluster="here", job="41_2")),
         pytest.raises(LockedError),
-        owned(tmp_path, RunEnv()),
+        acquire_lease(tmp_path, DistributedContext()),
     ):
         pass
 
@@ -273,8 +283,8 @@ def test_a_queue_that_does_not_answer_is_not_waited_for(
 
 
 def test_an_owner_that_was_superseded_commits_and_prunes_nothing(tmp_path: Path) -> None:
-    with owned(tmp_path, RunEnv()) as claim:
-        checkpoints = CheckpointManager(tmp_path / "checkpoints", RunEnv(), digest="d", claim=claim)
+    with acquire_lease(tmp_path, DistributedContext()) as lease:
+        checkpoints = CheckpointManager(tmp_path / "checkpoints", DistributedContext(), digest="d", lease=lease)
         for step in (1, 2):
             checkpoints.save(step, {"w": torch.ones(2)}, {})
         owner(tmp_path, 2, **ELSEWHERE)
@@ -284,37 +294,37 @@ def test_an_owner_that_was_superseded_commits_and_prunes_nothing(tmp_path: Path)
         with pytest.raises(LockedError):
             checkpoints._prune(1)
         with pytest.raises(LockedError):
-            CheckpointManager(tmp_path / "checkpoints", RunEnv(), digest="d", claim=claim)
-        assert [folder.name for folder in (tmp_path / "checkpoints").iterdir() if not verify(folder)] == [
+            CheckpointManager(tmp_path / "checkpoints", DistributedContext(), digest="d", lease=lease)
+        assert [folder.name for folder in (tmp_path / "checkpoints").iterdir() if not verify_checkpoint(folder)] == [
             folder.name for folder in (tmp_path / "checkpoints").iterdir()
         ]
-        assert checkpoints.steps() == [1, 2]
+        assert checkpoints.committed_steps() == [1, 2]
         save_artifact(tmp_path / "artifact", {"w": torch.ones(2)}, MANIFEST)
         with pytest.raises(LockedError):
-            save_artifact(tmp_path / "artifact", {"w": torch.zeros(2)}, MANIFEST, claim)
+            save_artifact(tmp_path / "artifact", {"w": torch.zeros(2)}, MANIFEST, lease)
         assert load_artifact(tmp_path / "artifact")[0]["w"].tolist() == [1, 1]
     assert owner_of(tmp_path)[1]["host"] == "elsewhere"  # whose it stays
 
 
 @pytest.mark.parametrize("moment", ["aside", "final"])
-def test_one_superseded_in_the_midst_of_a_commit_leaves_its_heirs_checkpoint_alone(
+def test_lease_superseded_during_commit_keeps_new_owner_checkpoint(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Held between two of its renames, until the heir has committed the same step."""
-    first, heir = (CheckpointManager(tmp_path, RunEnv(), digest="d") for _ in range(2))
+    """Held between two of its renames, until the new owner has committed the same step."""
+    first, new_owner = (CheckpointManager(tmp_path, DistributedContext(), digest="d") for _ in range(2))
     rename = Path.rename
 
     def held(self: Path, target: Path) -> Path:
         if self.is_dir() == (moment == "aside"):
             monkeypatch.setattr(Path, "rename", rename)
-            heir = CheckpointManager(tmp_path, RunEnv(), digest="d")
-            heir.save(4, {"w": torch.ones(2)}, {})
+            new_owner = CheckpointManager(tmp_path, DistributedContext(), digest="d")
+            new_owner.save(4, {"w": torch.ones(2)}, {})
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", held)
-    with pytest.raises(EnvironmentFault, match="No such file"):
+    with pytest.raises(SystemResourceError, match="No such file"):
         first.save(4, {"w": torch.zeros(2)}, {})
-    checkpoint = heir.latest()
+    checkpoint = new_owner.load_latest()
     assert checkpoint is not None
     assert checkpoint.tensors["w"].tolist() == [1, 1]
     assert [folder.name for folder in tmp_path.iterdir()] == ["step-00000004"]
@@ -344,11 +354,11 @@ def test_two_at_once_on_one_phase(lab: Callable[..., Any]) -> None:
     assert proceeding.until(lambda: list(folder.checkpoints.glob("step-*/COMMITTED")))
     proceeding.kill()
     assert owner_of(folder.path)[1]["pid"] == proceeding.pid
-    assert len(folder.attempts()) == 1  # the refused one was no attempt
-    heir = Command(*shared.command("pretrain"))
-    assert heir.until(lambda: len(folder.attempts()) == 2)
-    assert owner_of(folder.path)[1]["pid"] == heir.pid
-    heir.kill()
+    assert len(folder.read_attempts()) == 1  # the refused one was no attempt
+    new_owner = Command(*shared.command("pretrain"))
+    assert new_owner.until(lambda: len(folder.read_attempts()) == 2)
+    assert owner_of(folder.path)[1]["pid"] == new_owner.pid
+    new_owner.kill()
 
 
 def test_modules_do_not_lock_each_other(lab: Callable[..., Any]) -> None:
@@ -367,7 +377,7 @@ def test_the_lock_is_free_after_a_phase(lab: Callable[..., Any]) -> None:
 def as_of(host: str, lease: float) -> None:
     """This process runs on another host, and takes others for dead after a shorter time."""
     socket.gethostname = lambda: host
-    lock.LEASE, lock.HEARTBEAT = lease, lease / 4
+    lease_module.LEASE_SECONDS, lease_module.HEARTBEAT_SECONDS = lease, lease / 4
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -381,8 +391,8 @@ def test_a_stopped_owner_that_was_superseded_wakes_up_and_changes_nothing(lab: C
     assert first.until(lambda: list(folder.checkpoints.glob("step-*/COMMITTED")))
     first.send(signal.SIGSTOP)
     try:
-        heir = Command(*shared.command("pretrain"), before=partial(as_of, HERE, 1.0))
-        assert heir.wait() == 0, heir.err
+        new_owner = Command(*shared.command("pretrain"), before=partial(as_of, HERE, 1.0))
+        assert new_owner.wait() == 0, new_owner.err
         before = contents(shared.run.path)
     finally:
         first.send(signal.SIGCONT)

@@ -10,13 +10,13 @@ import torch
 from timm.data import Mixup as TimmMixup
 from torch import Tensor
 
-from bigincubate.config import Mixup
-from bigincubate.data.micro_batches import check_layout
+from bigincubate.config import MixupConfig
+from bigincubate.data.micro_batches import check_mixing_layout
+from bigincubate.data.rng import seeded_rng
 from bigincubate.errors import ConfigError
-from bigincubate.tasks.image_classification.augment import seeded
 from bigincubate.tasks.image_classification.mixup import draw, mix
 
-BOTH = Mixup(mixup=0.8, cutmix=1.0)
+BOTH = MixupConfig(mixup=0.8, cutmix=1.0)
 CLASSES = 7
 
 
@@ -25,18 +25,20 @@ def batch(rows: int) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, 3, 8, 8, generator=generator), torch.randint(CLASSES, (rows,), generator=generator)
 
 
-def mixed(images: Tensor, labels: Tensor, step: int, mixup: Mixup = BOTH, seed: int = 0) -> tuple[Tensor, Tensor]:
+def mixed(images: Tensor, labels: Tensor, step: int, mixup: MixupConfig = BOTH, seed: int = 0) -> tuple[Tensor, Tensor]:
     return mix(images, labels, mixup=mixup, smoothing=0.1, num_classes=CLASSES, seed=seed, step=step)
 
 
-@pytest.mark.parametrize("mixup", [BOTH, Mixup(mixup=0.4), Mixup(cutmix=1.0), Mixup(mixup=0.2, cutmix=0.5, prob=0.5)])
-def test_two_rows_are_mixed_as_timm_mixes_them(mixup: Mixup) -> None:
+@pytest.mark.parametrize(
+    "mixup", [BOTH, MixupConfig(mixup=0.4), MixupConfig(cutmix=1.0), MixupConfig(mixup=0.2, cutmix=0.5, prob=0.5)]
+)
+def test_two_rows_are_mixed_as_timm_mixes_them(mixup: MixupConfig) -> None:
     """Of two rows each is the other's partner, here as in timm."""
     rule = TimmMixup(mixup.mixup, mixup.cutmix, prob=mixup.prob, label_smoothing=0.1, num_classes=CLASSES)
     changed = 0
     for step in range(20):
         images, labels = batch(2)
-        with seeded("mix", 0, step):
+        with seeded_rng("mix", 0, step):
             expected = rule(images.clone(), labels)
         found = mixed(images, labels, step, mixup)
         assert torch.equal(found[0], expected[0])
@@ -93,7 +95,7 @@ def test_what_is_drawn_depends_on_seed_and_step_alone() -> None:
 
 def test_without_mixing_targets_are_smoothed_labels() -> None:
     images, labels = batch(5)
-    found, targets = mixed(images, labels, 0, Mixup())
+    found, targets = mixed(images, labels, 0, MixupConfig())
     assert found is images
     expected = torch.full((5, CLASSES), 0.1 / CLASSES)
     expected[torch.arange(5), labels] = 0.9 + 0.1 / CLASSES
@@ -101,7 +103,7 @@ def test_without_mixing_targets_are_smoothed_labels() -> None:
 
 
 def test_a_layout_that_parts_partners_is_refused() -> None:
-    check_layout(BOTH, batch_size=48, repeats=3, world=2, micro_batches=4)
-    check_layout(Mixup(), batch_size=6, world=2, micro_batches=3)
+    check_mixing_layout(BOTH, batch_size=48, repeats=3, world=2, micro_batches=4)
+    check_mixing_layout(MixupConfig(), batch_size=6, world=2, micro_batches=3)
     with pytest.raises(ConfigError, match=r"= 24 must be a multiple of 16 \(2 x 2 ranks x 4 micro-batches\)"):
-        check_layout(BOTH, batch_size=72, repeats=3, world=2, micro_batches=4)
+        check_mixing_layout(BOTH, batch_size=72, repeats=3, world=2, micro_batches=4)

@@ -10,13 +10,13 @@ import torch
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
-from bigincubate.config import Optim, Schedule, Settings, Train
-from bigincubate.distributed.process_group import RunEnv
+from bigincubate.config import OptimConfig, ScheduleConfig, Settings, TrainConfig
+from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError
 from bigincubate.models import Partition, build, family_of, freeze
 from bigincubate.optim import Ema, make_optimizer, make_schedule, scaled_lr
 from bigincubate.sharding.ddp import Replicated
-from bigincubate.storage.sharded_tensors import Piece, whole
+from bigincubate.storage.sharded_tensors import TensorShard, full_tensor
 
 EMBEDDINGS = {"pos_embed", "cls_token", "reg_token", "dist_token"}
 
@@ -24,7 +24,9 @@ EMBEDDINGS = {"pos_embed", "cls_token", "reg_token", "dist_token"}
 def settings(lr: float = 1e-3, batch_size: int = 256, **optim: Any) -> Settings:
     schedule = optim.pop("schedule", {})
     return Settings(
-        train=Train(lr=lr, batch_size=batch_size), optim=Optim(**optim), schedule=Schedule.model_validate(schedule)
+        train=TrainConfig(lr=lr, batch_size=batch_size),
+        optim=OptimConfig(**optim),
+        schedule=ScheduleConfig.model_validate(schedule),
     )
 
 
@@ -234,7 +236,7 @@ def test_what_an_optimizer_remembers_survives_a_checkpoint(name: str) -> None:
     betas = [0.9, 0.99, 0.999] if "adan" in name else [0.9, 0.999]
 
     def prepared() -> tuple[nn.Module, Replicated]:
-        model, sharding = vit(), Replicated(RunEnv())
+        model, sharding = vit(), Replicated(DistributedContext())
         sharding.prepare(model, [], lambda m: make_optimizer(m, settings(name=name, betas=betas)))
         return model, sharding
 
@@ -260,7 +262,7 @@ def test_what_an_optimizer_remembers_survives_a_checkpoint(name: str) -> None:
 
 
 def prepared(name: str = "adamw", **optim: Any) -> tuple[nn.Module, Replicated]:
-    model, sharding = vit(), Replicated(RunEnv())
+    model, sharding = vit(), Replicated(DistributedContext())
     sharding.prepare(model, [], lambda m: make_optimizer(m, settings(name=name, **optim)))
     return model, sharding
 
@@ -318,9 +320,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float,
 # ------------------------------------------------------------------------------------------------ averages
 
 
-def shards(model: nn.Module) -> dict[str, Piece]:
+def shards(model: nn.Module) -> dict[str, TensorShard]:
     """What a single process has of the parameters that train."""
-    return {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: full_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def test_the_average_follows_its_formula() -> None:

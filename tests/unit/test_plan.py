@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigincubate.config import load_recipe, shipped
+from bigincubate.config import list_shipped_recipes, load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.planning.phases import cost_plan, count_cost, make_plan, phase_model
 
@@ -90,7 +90,7 @@ def test_saved_activations_equal_those_of_a_real_forward() -> None:
         del output
 
 
-@pytest.mark.parametrize("name", sorted(shipped()))
+@pytest.mark.parametrize("name", sorted(list_shipped_recipes()))
 def test_every_shipped_recipe_is_built(name: str) -> None:
     recipe = load_recipe(name)
     plan = make_plan(recipe)

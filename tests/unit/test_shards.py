@@ -23,7 +23,7 @@ from bigincubate.data import shards
 from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.file_locks import runtime_dir
 from bigincubate.data.streams import Batch, EvalStream
-from bigincubate.errors import EnvironmentFault
+from bigincubate.errors import DataError
 
 fixtures = (data, info, whole)
 
@@ -42,7 +42,7 @@ def flip_a_bit(file: Path) -> None:
 
 
 def fault_of(run: Callable[[], Any]) -> str:
-    with pytest.raises(EnvironmentFault) as fault:
+    with pytest.raises(DataError) as fault:
         run()
     assert "\n" not in str(fault.value)
     return str(fault.value)
@@ -88,9 +88,9 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path, monkeypatch: pyt
         (tmp_path / "tree" / f"{row % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), row).save(tmp_path / "tree" / f"{row % 2}" / f"{row}.png")
     (tmp_path / "tree" / "0" / "9.png").write_bytes(b"broken")
-    monkeypatch.setattr(preparing, "decode", lambda data: None)  # as if it had been fine when it was prepared
-    monkeypatch.setattr(preparing, "CHUNK", 10)
-    info = preparing.prepare(str(tmp_path / "tree"), tmp_path / "data")
+    monkeypatch.setattr(preparing, "decode_image", lambda data: None)  # as if it had been fine when it was prepared
+    monkeypatch.setattr(preparing, "CHUNK_SAMPLES", 10)
+    info = preparing.prepare_dataset(str(tmp_path / "tree"), tmp_path / "data")
     split = "train" if b"broken" in b"".join(f.read_bytes() for f in (info.path / "train").rglob("*.mds")) else "val"
     message = fault_of(lambda: list(EvalStream(info, split, AUGMENT, img_size=8, batch_size=4, workers=workers)))
     shard = next(file for file in info.path.rglob("*.mds") if b"broken" in file.read_bytes())
@@ -133,11 +133,13 @@ def test_a_remote_without_data_is_one_line(tmp_path: Path, monkeypatch: pytest.M
 # ------------------------------------------------------------------------------------------------ held
 
 
-@pytest.mark.parametrize(("room", "times"), [(64 << 20, 1), (100 * shards.APIECE, 2)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("room", "times"), [(64 << 20, 1), (100 * shards.PER_IMAGE_OVERHEAD, 2)], ids=["small", "large"]
+)
 def test_a_small_split_is_decoded_once_and_a_large_one_every_time(
     info: DatasetInfo, room: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards, "ROOM", room)
+    monkeypatch.setattr(shards, "DECODED_CACHE_BYTES", room)
     decoded, decode = [], shards.decode
     monkeypatch.setattr(shards, "decode", lambda data: decoded.append(data) or decode(data))
     split = shards.Shards(info, "train")
@@ -155,7 +157,7 @@ def test_what_is_held_are_pixels_alone(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), "red").save(
             tmp_path / "tree" / split / "one" / "a.jpg", exif=exif, icc_profile=b"y" * 9000
         )
-    split = shards.Shards(preparing.prepare(str(tmp_path / "tree"), tmp_path / "data"), "train")
+    split = shards.Shards(preparing.prepare_dataset(str(tmp_path / "tree"), tmp_path / "data"), "train")
     read, (held, _) = split.read(0)[0], split.read(0)
     assert read.info["exif"]
     assert type(held) is Image.Image
@@ -212,13 +214,13 @@ def test_a_rank_waits_for_no_other(info: DatasetInfo, whole: list[Batch], tmp_pa
 
 SCRIPT = """
     import os, sys, time
-    from bigincubate.config import Augment, Data
+    from bigincubate.config import AugmentConfig, DataConfig
     from bigincubate.data.dataset import open_dataset
     from bigincubate.data.streams import EvalStream, TrainStream
 
     info = open_dataset(sys.argv[1])
-    augment = Augment(crop="pad", eval_crop=1.0)
-    stream = TrainStream(info, Data(workers=2), augment, img_size=8, seed=0, batch_size=16)
+    augment = AugmentConfig(crop="pad", eval_crop=1.0)
+    stream = TrainStream(info, DataConfig(workers=2), augment, img_size=8, seed=0, batch_size=16)
     batches = stream.batches(0)
     for _ in range(70):
         next(batches)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bigincubate.config import Augment, Data
+from bigincubate.config import AugmentConfig, DataConfig
 from bigincubate.data import prepare as preparing
 from bigincubate.data import shards
 from bigincubate.data.dataset import DatasetInfo, open_dataset
@@ -26,7 +26,7 @@ FORK = multiprocessing.get_context("fork")
 SAMPLES, HELD_OUT = 1003, 37  # primes: multiples of nothing
 BATCH = 16
 EPOCH = SAMPLES // BATCH
-AUGMENT = Augment(crop="pad", pad=1, erase=0.25, color_jitter=0.2, eval_crop=1.0)
+AUGMENT = AugmentConfig(crop="pad", pad=1, erase=0.25, color_jitter=0.2, eval_crop=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{row:04}.png")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparing, "CHUNK", 128)
-        preparing.prepare(str(root / "tree"), root / "data")
+        patch.setattr(preparing, "CHUNK_SAMPLES", 128)
+        preparing.prepare_dataset(str(root / "tree"), root / "data")
     return root / "data"
 
 
@@ -50,9 +50,9 @@ def info(data: Path) -> DatasetInfo:
 
 
 def stream(
-    info: DatasetInfo, workers: int = 0, augment: Augment = AUGMENT, seed: int = 0, **options: Any
+    info: DatasetInfo, workers: int = 0, augment: AugmentConfig = AUGMENT, seed: int = 0, **options: Any
 ) -> TrainStream:
-    data = Data(workers=workers, **{k: options.pop(k) for k in list(options) if k in Data.model_fields})
+    data = DataConfig(workers=workers, **{k: options.pop(k) for k in list(options) if k in DataConfig.model_fields})
     options.setdefault("batch_size", BATCH)
     return TrainStream(info, data, augment, img_size=8, seed=seed, **options)
 
@@ -100,7 +100,7 @@ def test_no_algorithm_repeats_a_sample(info: DatasetInfo, shuffle: str, nodes: i
 
 
 def test_labels_and_images_belong_to_the_ids(info: DatasetInfo, whole: list[Batch]) -> None:
-    plain = Augment(crop="none", flip=0.0, eval_crop=1.0)
+    plain = AugmentConfig(crop="none", flip=0.0, eval_crop=1.0)
     shown = {
         int(i): (x, int(y))
         for b in take(stream(info, augment=plain), EPOCH)
@@ -154,8 +154,8 @@ def test_a_seed_has_shuffles_of_its_own(digits: Path) -> None:
     """Not those of its neighbour an epoch later, which is what adding the epoch to the seed would give."""
     info = open_dataset(digits)
     assert len(list((digits / "train").rglob("*.mds"))) == 1  # the order of the shards would hide it
-    later = take(stream(info, augment=Augment(crop="none")), 1, step=info.samples["train"] // BATCH)
-    assert not torch.equal(take(stream(info, augment=Augment(crop="none"), seed=1), 1)[0].ids, later[0].ids)
+    later = take(stream(info, augment=AugmentConfig(crop="none")), 1, step=info.samples["train"] // BATCH)
+    assert not torch.equal(take(stream(info, augment=AugmentConfig(crop="none"), seed=1), 1)[0].ids, later[0].ids)
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -172,7 +172,7 @@ def test_ranks_share_the_batch_of_one(info: DatasetInfo, whole: list[Batch], wor
 
 
 def test_views_of_a_sample_stay_together(info: DatasetInfo, whole: list[Batch]) -> None:
-    augment = AUGMENT.model_copy(update={"repeats": 3})
+    augment = AUGMENT.model_copy(update={"repeated_aug": 3})
     world, micros = 2, 4
     for rank in range(world):
         batch = take(stream(info, augment=augment, batch_size=3 * BATCH, rank=rank, world=world), 1)[0]
@@ -240,7 +240,7 @@ def test_the_global_generators_are_left_alone(info: DatasetInfo) -> None:
         assert draws() == expected
 
 
-@pytest.mark.parametrize("room", [0, 100 * (8 * 8 * 4 + shards.APIECE), shards.ROOM])
+@pytest.mark.parametrize("room", [0, 100 * (8 * 8 * 4 + shards.PER_IMAGE_OVERHEAD), shards.DECODED_CACHE_BYTES])
 def test_a_small_split_is_decoded_once(
     info: DatasetInfo, whole: list[Batch], monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
@@ -251,13 +251,13 @@ def test_a_small_split_is_decoded_once(
         decoded.append(data)
         return decode(data)
 
-    monkeypatch.setattr(shards, "ROOM", room)
+    monkeypatch.setattr(shards, "DECODED_CACHE_BYTES", room)
     monkeypatch.setattr(shards, "decode", counted)
     source = stream(info)
     assert same(take(source, 2 * EPOCH), whole[: 2 * EPOCH])
     held = len(source._loader.dataset._held)
     seen = len(torch.cat([batch.ids for batch in whole[: 2 * EPOCH]]).unique())
-    fits = room >= SAMPLES * (8 * 8 * 4 + shards.APIECE)
+    fits = room >= SAMPLES * (8 * 8 * 4 + shards.PER_IMAGE_OVERHEAD)
     assert (len(decoded), held) == ((seen, seen) if fits else (2 * EPOCH * BATCH, 0))
 
 
@@ -265,7 +265,7 @@ def test_many_epochs_leave_no_files_open(info: DatasetInfo) -> None:
     def open_files() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    batches = stream(info, augment=Augment(crop="none"), batch_size=800).batches(0)
+    batches = stream(info, augment=AugmentConfig(crop="none"), batch_size=800).batches(0)
     next(batches)
     before = open_files()
     list(islice(batches, 4))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...kernels.launch import on_triton
+from ...kernels.launch import use_triton
 
 # Columns of a row of parameters. The Triton body uses the same numbers.
 DOWN, RIGHT = 0, 1  # where the crop starts in the image, in pixels; pixels outside the image are border
@@ -61,7 +61,7 @@ def augment(
         three_augment: Whether any row has an operation of 3-Augment.
         jitter: Whether any row has color jitter factors.
     """
-    if not on_triton(images):
+    if not use_triton(images):
         return _eager(images, parameters, noise, mixing, mean, std, reflect, three_augment, jitter)
     from . import triton_bodies
 

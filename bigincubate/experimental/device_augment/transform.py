@@ -55,7 +55,7 @@ class DeviceAugment:
         ConfigError: ``rand_augment`` is set, or a reflected border is as large as the image.
     """
 
-    def __init__(self, augment: config.Augment, img_size: int) -> None:
+    def __init__(self, augment: config.AugmentConfig, img_size: int) -> None:
         if augment.rand_augment:
             raise ConfigError(
                 f'augment.rand_augment = "{augment.rand_augment}" is not supported by augment.batch_transform ='
@@ -124,7 +124,7 @@ class DeviceAugment:
         )
 
     def finish_and_mix(
-        self, images: Tensor, parameters: Tensor, labels: Tensor, *, mixup: config.Mixup, seed: int, step: int
+        self, images: Tensor, parameters: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: int, step: int
     ) -> tuple[Tensor, TwoHot]:
         """Return the finished images, mixed as `mixup.blend` mixes, and their targets."""
         ratio, box = draw(mixup, images.shape, seed=seed, step=step)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.launch import on_triton
+from ...kernels.launch import use_triton
 
 
 def soft_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> Tensor:
@@ -41,7 +41,7 @@ def _soft_cross_entropy(
     logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Return the losses ``[rows]`` and the logsumexp of each row, which the backward pass needs."""
-    if not on_triton(logits):
+    if not use_triton(logits):
         return _eager(logits, first, second, share, smoothing)
     from . import triton_bodies
 
@@ -53,7 +53,7 @@ def _soft_cross_entropy_backward(
     grad: Tensor, logits: Tensor, normalizer: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
 ) -> Tensor:
     """Return the gradient of the logits from that of the losses ``[rows]``."""
-    if not on_triton(logits):
+    if not use_triton(logits):
         return _eager_backward(grad, logits, normalizer, first, second, share, smoothing)
     from . import triton_bodies
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ...config import load_recipe
-from ...distributed.parent_death import die_with_parent
+from ...distributed.parent_death import stop_with_parent
 from ...distributed.signals import StopFlag
 from ...errors import BigincubateError, ConfigError
 from . import SERVER_NAME
@@ -29,7 +29,7 @@ def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
     rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
     with StopFlag() as stop, listen(os.environ[SERVER_NAME], rank) as listener:  # before any module looks for it
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves after the modules
-        die_with_parent()
+        stop_with_parent()
         recipe = load_recipe(recipe_file)
         from ...planning.context import open_run
         from ...storage.run_directory import RunDir
@@ -46,7 +46,7 @@ def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
             server.serve(lambda: stop)
     print(f"{server.batches_made} batches made, {server.batches_sent} sent", flush=True)
     if rank == 0:
-        run.note("shared_loader", made=server.batches_made, sent=server.batches_sent)
+        run.log_event("shared_loader", made=server.batches_made, sent=server.batches_sent)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import closing
 
 from ...data.batch import Batch
-from ...errors import EnvironmentFault
+from ...errors import DataError
 from ...planning.context import PhaseContext
 from ...tasks.base import TrainBatches
 from . import SERVER_NAME
@@ -65,7 +65,7 @@ class SharedLoaderClient:
         One iterator at a time. Only the first one uses the server, which does not go back to earlier steps.
 
         Raises:
-            EnvironmentFault: A shard or an image cannot be read, here or by the server.
+            DataError: A shard or an image cannot be read, here or by the server.
         """
         with closing(self._received(step)) as received:
             for batch in received:
@@ -87,7 +87,7 @@ class SharedLoaderClient:
                     while "wait" in message:
                         message, descriptors = recv_message(connection)
                     if "fault" in message:
-                        raise EnvironmentFault(message["fault"])
+                        raise DataError(message["fault"])
                     if message.get("step") != step:
                         raise ConnectionError(message.get("refused", "it sent another step"))
                     yield unpack_batch(message["layout"], descriptors[0])

@@ -29,8 +29,8 @@ def count_parallel_jobs(recipe: Recipe, jobs: int | None, baseline: bool) -> int
     needed = recipe.plan.number + baseline
     if not sys.platform.startswith("linux"):
         raise ConfigError("--co-train: the shared memory that it uses exists on Linux only; omit it")
-    if recipe.data.decentralised:
-        raise ConfigError("--co-train: with data.decentralised each module has its own data; omit one of them")
+    if recipe.data.decentralized:
+        raise ConfigError("--co-train: with data.decentralized each module has its own data; omit one of them")
     if jobs is not None and jobs < needed:
         what = f"{recipe.plan.number} modules{' and the baseline' if baseline else ''}"
         raise ConfigError(f"--co-train: {what} train in parallel; use --jobs {needed}, or omit --co-train")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...data.batch import Batch
-from ...errors import EnvironmentFault
+from ...errors import ExternalError
 from ...tasks.base import TrainBatches
 from .fd_socket import accept, recv_message, send_message
 from .packing import pack_batch
@@ -177,7 +177,7 @@ class SharedLoaderServer:
         receivers = [client for client in self._clients if 0 <= client.step <= self._step]
         try:
             batch = next(self._batches)
-        except EnvironmentFault as fault:
+        except ExternalError as fault:
             self._batches = None
             for client in receivers:
                 self._dismiss(client, fault=str(fault))

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...errors import EnvironmentFault
+from ...errors import MissingDependencyError, SystemResourceError
 from ...storage.run_directory import RunDir
 
 JOB_NAME_PREFIX = "bigincubate-"
-DEFAULT_ARRAY = 1001  # Slurm's default for MaxArraySize
+DEFAULT_MAX_ARRAY_SIZE = 1001  # Slurm's default for MaxArraySize
 ENDED_STATES = {
     *("BOOT_FAIL", "CANCELLED", "COMPLETED", "COMPLETING", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"),
     *("REVOKED", "TIMEOUT"),
@@ -22,7 +22,7 @@ ENDED_STATES = {
 
 
 @dataclass(frozen=True)
-class Queued:
+class QueuedJob:
     """A job or an array task of a run that has not ended.
 
     Attributes:
@@ -47,7 +47,7 @@ class Queued:
         return self.kind if self.module is None else f"{self.kind}/{self.module}"
 
 
-def call(*words: str, env: Mapping[str, str] | None = None) -> str:
+def run_slurm_command(*words: str, env: Mapping[str, str] | None = None) -> str:
     """Run one of Slurm's programs and return what it printed.
 
     Args:
@@ -55,21 +55,24 @@ def call(*words: str, env: Mapping[str, str] | None = None) -> str:
         env: The environment of the program; None for that of this process.
 
     Raises:
-        EnvironmentFault: If the program is missing, fails, or does not answer within two minutes.
+        MissingDependencyError: If the program is not installed.
+        SystemResourceError: If it fails, or does not answer within two minutes.
     """
     if shutil.which(words[0]) is None:
-        raise EnvironmentFault(f"{words[0]} not found: this command needs Slurm; without Slurm use `bigincubate run`")
+        raise MissingDependencyError(
+            f"{words[0]} not found: this command needs Slurm; without Slurm use `bigincubate run`"
+        )
     try:
         ended = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=120)
     except subprocess.TimeoutExpired:
-        raise EnvironmentFault(f"{words[0]} does not answer; try again later") from None
+        raise SystemResourceError(f"{words[0]} does not answer; try again later") from None
     if ended.returncode:
         lines = [line for line in ended.stderr.splitlines() if line.strip()]
-        raise EnvironmentFault(f"{words[0]} failed: {lines[-1] if lines else ended.returncode}")
+        raise SystemResourceError(f"{words[0]} failed: {lines[-1] if lines else ended.returncode}")
     return ended.stdout.strip()
 
 
-def comment(run: RunDir) -> str:
+def run_comment(run: RunDir) -> str:
     """Return the comment by which all jobs of a run are recognized, whichever user submitted them."""
     return str(run.path.resolve())
 
@@ -79,54 +82,54 @@ def job_name(kind: str, offset: int = 0) -> str:
     return f"{JOB_NAME_PREFIX}{kind}" + (f"+{offset}" if offset else "")
 
 
-def queue(run: RunDir) -> list[Queued]:
+def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
     """Return the jobs of a run that are in the queue, recognized by their name and comment.
 
     Raises:
-        EnvironmentFault: If Slurm does not answer.
+        SystemResourceError: If Slurm does not answer.
     """
     found = []
-    for line in call("squeue", "--noheader", "--array", "--format=%F|%K|%T|%j|%N|%r|%k").splitlines():
+    for line in run_slurm_command("squeue", "--noheader", "--array", "--format=%F|%K|%T|%j|%N|%r|%k").splitlines():
         fields = line.split("|", 6)
         if len(fields) < 7:
             continue  # part of a comment of several lines, of another user's job
         job, index, state, name, node, reason, job_comment = fields
-        if job_comment == comment(run) and name.startswith(JOB_NAME_PREFIX) and state not in ENDED_STATES:
+        if job_comment == run_comment(run) and name.startswith(JOB_NAME_PREFIX) and state not in ENDED_STATES:
             kind, _, offset = name.removeprefix(JOB_NAME_PREFIX).partition("+")
             module = int(offset or 0) + int(index) if kind == "incubate" else None
-            found.append(Queued(job, kind, module, state, node, reason))
+            found.append(QueuedJob(job, kind, module, state, node, reason))
     return found
 
 
-def job_state(job: str) -> str:
+def query_job_state(job: str) -> str:
     """Return Slurm's state of a job or an array task (``12_3``), such as ``RUNNING`` or ``COMPLETING``.
 
     Raises:
-        EnvironmentFault: If Slurm does not answer or no longer knows the job.
+        SystemResourceError: If Slurm does not answer or no longer knows the job.
     """
-    return call("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job)
+    return run_slurm_command("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job)
 
 
-def requeue(job: str) -> None:
+def requeue_job(job: str) -> None:
     """Requeue a job or an array task.
 
     Raises:
-        EnvironmentFault: If Slurm refuses.
+        SystemResourceError: If Slurm refuses.
     """
-    call("scontrol", "requeue", job)
+    run_slurm_command("scontrol", "requeue", job)
 
 
-def array_size() -> int:
+def query_max_array_size() -> int:
     """Return Slurm's MaxArraySize: the indices of an array are below it.
 
     Raises:
-        EnvironmentFault: If Slurm does not answer.
+        SystemResourceError: If Slurm does not answer.
     """
-    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"), re.MULTILINE)
-    return int(found[1]) if found else DEFAULT_ARRAY
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", run_slurm_command("scontrol", "show", "config"), re.MULTILINE)
+    return int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE
 
 
-def job_logs(run: RunDir, module: int | None = None) -> list[Path]:
+def list_job_logs(run: RunDir, module: int | None = None) -> list[Path]:
     """Return the logs of jobs and of their ranks, of the whole run or of one module."""
     files = sorted((run.path / "slurm").glob(f"{JOB_NAME_PREFIX}*.out"))
     return [file for file in files if module is None or _module_of_log(file) == module]
@@ -138,20 +141,22 @@ def _module_of_log(log: Path) -> int | None:
     return int(found[1] or 0) + int(found[2]) if found else None
 
 
-def cancel(run: RunDir) -> list[str]:
+def cancel_jobs(run: RunDir) -> list[str]:
     """Cancel all jobs of a run and return their ids. Running jobs write a checkpoint first.
 
     Raises:
-        EnvironmentFault: If Slurm does not answer.
+        SystemResourceError: If Slurm does not answer.
     """
     # gates first, so that none submits new jobs in the meantime
-    ids = list(dict.fromkeys(entry.job for entry in sorted(queue(run), key=lambda entry: entry.kind != "gate")))
+    ids = list(
+        dict.fromkeys(entry.job for entry in sorted(list_queued_jobs(run), key=lambda entry: entry.kind != "gate"))
+    )
     if ids:
-        call("scancel", *ids)
-        run.note("cancelled", jobs=ids)
+        run_slurm_command("scancel", *ids)
+        run.log_event("cancelled", jobs=ids)
     return ids
 
 
-def clean_environment() -> dict[str, str]:
+def environment_outside_job() -> dict[str, str]:
     """Return the environment without the variables of the Slurm job that this process may be part of."""
     return {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}

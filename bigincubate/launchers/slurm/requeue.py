@@ -10,18 +10,18 @@ import os
 import signal
 import time
 
-from ...errors import EnvironmentFault, Exit
-from ...files import append_line, read_lines
+from ...errors import Exit, ExternalError
+from ...files import append_json_line, read_json_lines
 from ...storage.run_directory import PhaseDir
-from .client import job_state, requeue
+from .client import query_job_state, requeue_job
 
 DETERMINISTIC_FAILURES = (Exit.USAGE, Exit.ARTIFACT, Exit.NON_FINITE, Exit.DAMAGED)  # a requeue would fail again
 MAX_REQUEUES_WITHOUT_PROGRESS = 3  # in a row
-LIMITS = (("BIGINCUBATE_RESTARTS", "20"), ("SLURM_RESTART_COUNT", "0"))
+LIMITS = (("BIGINCUBATE_MAX_REQUEUES", "20"), ("SLURM_RESTART_COUNT", "0"))
 SIGNAL_EXIT_OFFSET = 128  # shells and srun add it to the number of the signal that ended a rank
 
 
-def settle(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
+def handle_job_exit(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
     """Requeue a job that has ended early, if a requeue can help.
 
     Args:
@@ -34,34 +34,34 @@ def settle(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
     """
     if folder.result is not None:
         return Exit.DONE, "done"
-    reason = ended_with(code)
+    reason = describe_exit_code(code)
     if code in DETERMINISTIC_FAILURES:
         return code, f"{reason}; deterministic failure: not requeued"
     failed = code or Exit.ENVIRONMENT
     try:
-        state = job_state(job)
-    except EnvironmentFault as error:
+        state = query_job_state(job)
+    except ExternalError as error:
         return failed, f"{reason}; not requeued: {error}"
     if state != "RUNNING":  # scancel, a crashed node or the time limit: Slurm or a user has decided what comes next
         return failed, f"{reason}; Slurm has ended this job: {state}"
     allowed, restarts = (int(os.environ.get(name, default)) for name, default in LIMITS)
     if restarts >= allowed:
-        return failed, f"{reason}; not requeued: already requeued {restarts} times (slurm.restarts)"
+        return failed, f"{reason}; not requeued: already requeued {restarts} times (slurm.max_requeues)"
     steps = sorted(int(marker.parent.name[5:]) for marker in folder.checkpoints.glob("step-*/COMMITTED"))
     file, checkpoint = folder.path / "requeues.jsonl", steps[-1] if steps else None
-    before = [row["checkpoint"] for row in read_lines(file) if row["job"] == job]
+    before = [row["checkpoint"] for row in read_json_lines(file) if row["job"] == job]
     last = before[-MAX_REQUEUES_WITHOUT_PROGRESS:]
     if len(before) >= MAX_REQUEUES_WITHOUT_PROGRESS and set(last) == {checkpoint}:
         return failed, f"{reason}; not requeued: no progress in {MAX_REQUEUES_WITHOUT_PROGRESS} requeues"
-    append_line(file, {"time": time.time(), "job": job, "code": code, "checkpoint": checkpoint, "reason": reason})
+    append_json_line(file, {"time": time.time(), "job": job, "code": code, "checkpoint": checkpoint, "reason": reason})
     try:
-        requeue(job)
-    except EnvironmentFault as error:
+        requeue_job(job)
+    except ExternalError as error:
         return failed, f"{reason}; not requeued: {error}"
     return failed, f"{reason}; requeued"
 
 
-def ended_with(code: int) -> str:
+def describe_exit_code(code: int) -> str:
     """Describe an exit code of srun in words."""
     if code == Exit.PREEMPTED:
         return "stopped with a checkpoint"

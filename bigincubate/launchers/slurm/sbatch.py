@@ -7,17 +7,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ...config import Recipe, SlurmJob
+from ...config import Recipe, SlurmJobConfig
 from ...config.resources import resource_folder
 from ...errors import ConfigError
 from ...storage.run_directory import RunDir
-from .client import DEFAULT_ARRAY, comment, job_name
+from .client import DEFAULT_MAX_ARRAY_SIZE, job_name, run_comment
 
-# options of sbatch that are not named like the key of `SlurmJob`
+# options of sbatch that are not named like the key of `SlurmJobConfig`
 OPTION_NAMES = {"ranks": "ntasks-per-node", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem"}
 
 
-def sbatch(
+def build_sbatch_command(
     recipe: Recipe, run: RunDir, kind: str, *, modules: Sequence[int] = (), offset: int = 0, needs: Sequence[str] = ()
 ) -> list[str]:
     """Return the command that submits a job, as a list of words.
@@ -34,27 +34,27 @@ def sbatch(
         ConfigError: If a word has a control character, which could start a new line of a script.
     """
     slurm, job, path = recipe.slurm, recipe.slurm.job(kind), run.path.absolute()
-    words = ["sbatch", "--parsable", f"--job-name={job_name(kind, offset)}", f"--comment={comment(run)}"]
+    words = ["sbatch", "--parsable", f"--job-name={job_name(kind, offset)}", f"--comment={run_comment(run)}"]
     words.append(f"--output={path / 'slurm' / ('%x_%A_%a.out' if modules else '%x_%j.out')}")
-    for key in SlurmJob.model_fields:
+    for key in SlurmJobConfig.model_fields:
         value = getattr(job, key)
         if key != "extra" and value not in (None, 0):
             words.append(f"--{OPTION_NAMES.get(key, key)}={value}")
     words += job.extra
     if modules:
-        limit = f"%{slurm.concurrency}" if slurm.concurrency else ""
+        limit = f"%{slurm.array_parallelism}" if slurm.array_parallelism else ""
         words.append(f"--array={','.join(str(module - offset) for module in modules)}{limit}")
     if needs:
         words.append(f"--dependency=afterany:{':'.join(needs)}")
-    words.append(str(script(kind)))
+    words.append(str(find_script(kind)))
     words += [str(path)] if kind == "gate" else [str(run.recipe_file.absolute()), str(path)]
-    for word in [*words, *environment(recipe).values()]:
+    for word in [*words, *script_environment(recipe).values()]:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in word):
             raise ConfigError(f"a control character in {word!r}, which would be passed to sbatch; remove it")
     return words
 
 
-def arrays(modules: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
+def split_into_arrays(modules: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
     """Split modules into arrays.
 
     Args:
@@ -68,12 +68,12 @@ def arrays(modules: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]
         yield offset, [module for module in modules if module // size * size == offset]
 
 
-def script(kind: str) -> Path:
+def find_script(kind: str) -> Path:
     """Return the script of a kind of job: ``pretrain``, ``incubate``, ``finetune``, ``end_to_end`` or ``gate``."""
     return resource_folder("slurm") / f"{kind}.sbatch"
 
 
-def environment(recipe: Recipe, offset: int = 0) -> dict[str, str]:
+def script_environment(recipe: Recipe, offset: int = 0) -> dict[str, str]:
     """Return the environment variables that the scripts read.
 
     Args:
@@ -83,15 +83,17 @@ def environment(recipe: Recipe, offset: int = 0) -> dict[str, str]:
     slurm = recipe.slurm
     values = {
         "PYTHON": slurm.python or sys.executable,
-        "BIGINCUBATE_PRELUDE": slurm.prelude,
+        "BIGINCUBATE_SETUP_SCRIPT": slurm.setup_script,
         "BIGINCUBATE_CONTAINER": slurm.container,
-        "BIGINCUBATE_RESTARTS": str(slurm.restarts),
+        "BIGINCUBATE_MAX_REQUEUES": str(slurm.max_requeues),
         "BIGINCUBATE_OFFSET": str(offset) if offset else None,
     }
     return {key: value for key, value in values.items() if value is not None}
 
 
-def show(recipe: Recipe, run: RunDir, modules: int, *, baseline: bool, size: int = DEFAULT_ARRAY) -> str:
+def format_submission(
+    recipe: Recipe, run: RunDir, modules: int, *, baseline: bool, size: int = DEFAULT_MAX_ARRAY_SIZE
+) -> str:
     """Return the commands and scripts of a whole run as text, without submitting anything.
 
     Args:
@@ -103,10 +105,10 @@ def show(recipe: Recipe, run: RunDir, modules: int, *, baseline: bool, size: int
     """
     kinds = ["pretrain", "incubate", "gate", "finetune", *(["end_to_end"] if baseline else [])]
     before = {"incubate": ["PRETRAIN"], "gate": ["INCUBATE"]}
-    parts = [f"# environment: {shlex.join(f'{k}={v}' for k, v in environment(recipe).items())}"]
+    parts = [f"# environment: {shlex.join(f'{k}={v}' for k, v in script_environment(recipe).items())}"]
     for kind in kinds:
-        for offset, group in arrays(range(modules), size) if kind == "incubate" else [(0, list[int]())]:
-            words = sbatch(recipe, run, kind, modules=group, offset=offset, needs=before.get(kind, ()))
+        for offset, group in split_into_arrays(range(modules), size) if kind == "incubate" else [(0, list[int]())]:
+            words = build_sbatch_command(recipe, run, kind, modules=group, offset=offset, needs=before.get(kind, ()))
             parts.append((f"BIGINCUBATE_OFFSET={offset} " if offset else "") + shlex.join(words))
-    parts += [f"\n# ---- {script(kind).name}\n{script(kind).read_text()}" for kind in kinds]
+    parts += [f"\n# ---- {find_script(kind).name}\n{find_script(kind).read_text()}" for kind in kinds]
     return "\n".join(parts)

@@ -4,11 +4,11 @@
 
     pretrain ──afterany──▶ incubate (array, one task per module) ──afterany──▶ gate ──▶ finetune ──afterany──▶ gate
 
-The gate calls :func:`advance`, as the commands ``submit`` and ``resume`` do. This one function checks
+The gate calls :func:`submit_missing_jobs`, as the commands ``submit`` and ``resume`` do. This one function checks
 which phases are done (hashes and lineage) and which jobs are in the queue, and submits the rest. Therefore no job waits
 for a job that cannot succeed, the large allocation of fine-tuning is requested only when all modules are done, and
 submitting again is safe. The number of submissions of each phase is saved before each ``sbatch``; after
-``slurm.rounds`` of them the run stops until a user calls ``resume``.
+``slurm.max_submissions`` of them the run stops until a user calls ``resume``.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ...config import Recipe
-from ...distributed.process_group import RunEnv
+from ...distributed.process_group import DistributedContext
 from ...errors import ArtifactError
 from ...files import read_json, write_json
 from ...planning.job_graph import Job
-from ...storage.artifacts import check_module, load_manifest, verify_artifact
-from ...storage.lease import owned
+from ...storage.artifacts import check_module_lineage, load_manifest, verify_artifact
+from ...storage.lease import acquire_lease
 from ...storage.run_directory import RunDir
-from .client import array_size, call, clean_environment, queue
-from .sbatch import arrays, environment, sbatch
+from .client import environment_outside_job, list_queued_jobs, query_max_array_size, run_slurm_command
+from .sbatch import build_sbatch_command, script_environment, split_into_arrays
 
 Say = Callable[[str], None]
 DatasetDigest = Callable[[int | None], str]  # module -> digest of the data it trains on; None: of the whole data set
 
 
-def advance(
+def submit_missing_jobs(
     recipe: Recipe,
     graph: Sequence[Job],
     run: RunDir,
@@ -57,25 +57,25 @@ def advance(
 
     Raises:
         ArtifactError: If a phase has been submitted as often as the recipe allows.
-        EnvironmentFault: If Slurm does not answer.
+        SystemResourceError: If Slurm does not answer.
         LockedError: If another process is submitting.
     """
-    with owned(run.path / "slurm", RunEnv()):
-        submitter = Desk(recipe, run, say, submissions=book(run)["submissions"] if gate else {})
+    with acquire_lease(run.path / "slurm", DistributedContext()):
+        submitter = JobSubmitter(recipe, run, say, submissions=read_submission_log(run)["submissions"] if gate else {})
         missing = [job for job in graph if not _is_valid(job, recipe, run, data)]
         if not missing:
             return True
-        if gate and not recipe.slurm.self_submit:
+        if gate and not recipe.slurm.submit_from_jobs:
             say(f"missing: {', '.join(job.title for job in missing)}; continue with: bigincubate resume {run.path}")
             return False
-        queued = [entry for entry in queue(run) if entry.job != gate]
+        queued = [entry for entry in list_queued_jobs(run) if entry.job != gate]
         active = {entry.key: {entry.job} for entry in queued if entry.kind != "gate"}
         # a gate that is running may have read the queue already
         gate_pending = any(entry.kind == "gate" and entry.state == "PENDING" for entry in queued)
         absent = [job for job in missing if job.key not in active]
         modules_missing = any(job.phase == "incubate" for job in missing)
         ready = [job for job in absent if job.phase != "finetune" or not modules_missing]
-        allowed = [job for job in ready if submitter.submissions.get(job.key, 0) < recipe.slurm.rounds]
+        allowed = [job for job in ready if submitter.submissions.get(job.key, 0) < recipe.slurm.max_submissions]
         for phase in ("pretrain", "incubate", "finetune", "end_to_end"):
             jobs = [job for job in allowed if job.phase == phase]
             if jobs:
@@ -95,7 +95,7 @@ def advance(
     return False
 
 
-class Desk:
+class JobSubmitter:
     """Submits jobs and records them in ``jobs.json``."""
 
     def __init__(self, recipe: Recipe, run: RunDir, say: Say, submissions: dict[str, int]) -> None:
@@ -122,27 +122,29 @@ class Desk:
         if not modules:
             return {self._submit_job(kind, [], 0, needs)}
         ids: list[str] = []
-        for offset, group in arrays(modules, array_size()):
+        for offset, group in split_into_arrays(modules, query_max_array_size()):
             # arrays run one after another where the number of parallel tasks is limited
-            after = ids[-1:] if self.recipe.slurm.concurrency else []
+            after = ids[-1:] if self.recipe.slurm.array_parallelism else []
             ids.append(self._submit_job(kind, group, offset, [*needs, *after]))
         return set(ids)
 
     def _submit_job(self, kind: str, modules: Sequence[int], offset: int, needs: Sequence[str]) -> str:
-        command = sbatch(self.recipe, self.run, kind, modules=modules, offset=offset, needs=needs)
-        log = book(self.run) | {"submissions": self.submissions}
+        command = build_sbatch_command(self.recipe, self.run, kind, modules=modules, offset=offset, needs=needs)
+        log = read_submission_log(self.run) | {"submissions": self.submissions}
         write_json(self.run.path / "jobs.json", log)  # before sbatch: a count that is lost would allow endless retries
-        job = call(*command, env=clean_environment() | environment(self.recipe, offset)).partition(";")[0]
+        job = run_slurm_command(
+            *command, env=environment_outside_job() | script_environment(self.recipe, offset)
+        ).partition(";")[0]
         entry = {"job": job, "kind": kind, "modules": list(modules), "needs": list(needs), "time": time.time()}
         write_json(self.run.path / "jobs.json", {**log, "jobs": [*log["jobs"], entry]})
-        self.run.note("submitted", **entry)
+        self.run.log_event("submitted", **entry)
         which = f" of modules {', '.join(map(str, modules))}" if modules else ""
         after = f", after {', '.join(needs)}" if needs else ""
         self.say(f"{kind}{which}: job {job}{after}")
         return job
 
 
-def book(run: RunDir) -> dict[str, Any]:
+def read_submission_log(run: RunDir) -> dict[str, Any]:
     """Read ``jobs.json``.
 
     Returns:
@@ -162,16 +164,16 @@ def _is_valid(job: Job, recipe: Recipe, run: RunDir, data: DatasetDigest) -> boo
         verify_artifact(folder.artifact)
         if job.phase == "incubate":
             meta = load_manifest(run.phase("pretrain").artifact).digest
-            problem = check_module(folder.artifact, recipe=recipe.digest, meta=meta, data=data(job.module))
+            problem = check_module_lineage(folder.artifact, recipe=recipe.digest, meta=meta, data=data(job.module))
     except ArtifactError as error:
         problem = str(error)
     if problem:
-        run.note("made_again", phase=job.key, reason=problem)
+        run.log_event("made_again", phase=job.key, reason=problem)
         (folder.path / "DONE").unlink()
     return problem is None
 
 
 def _last_error(job: Job, run: RunDir) -> str:
-    attempts = run.phase(job.phase, job.module).attempts()
+    attempts = run.phase(job.phase, job.module).read_attempts()
     error = attempts[-1].get("error") if attempts else None
     return f" ({error})" if error else ""

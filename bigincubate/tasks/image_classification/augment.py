@@ -1,6 +1,6 @@
 """What happens to an image: parts of torchvision and timm, and randomness that is a pure function.
 
-A transform draws from the global generators of `random`, numpy and torch, as those libraries do. `reseed` makes what
+A transform draws from the global generators of `random`, numpy and torch, as those libraries do. `seed_rng` makes what
 they draw a function of (seed, epoch, sample, repeat), so that workers, ranks and resumes change nothing.
 """
 
@@ -25,22 +25,22 @@ from ... import config
 Transform = Callable[[Image.Image], Tensor]
 
 
-def draws_from_torch_alone(augment: config.Augment) -> bool:
+def draws_from_torch_alone(augment: config.AugmentConfig) -> bool:
     """Whether all that is random comes from torchvision; timm draws from all three."""
     return augment.crop != "random_resized" and not (
         augment.batch_transform or augment.rand_augment or augment.three_augment or augment.erase
     )
 
 
-def train_transform(augment: config.Augment, img_size: int) -> Transform:
-    """RGB image -> [3, img_size, img_size] float32, normalised. Random: call it after `reseed`."""
+def train_transform(augment: config.AugmentConfig, img_size: int) -> Transform:
+    """RGB image -> [3, img_size, img_size] float32, normalised. Random: call it after `seed_rng`."""
     steps: list[Callable] = [*picture_steps(augment, img_size), ToNormalized(augment)]
     if augment.erase:
         steps.append(RandomErasing(augment.erase, mode="pixel", device="cpu"))
     return transforms.Compose(steps)
 
 
-def picture_steps(augment: config.Augment, img_size: int) -> list[Callable[[Image.Image], Image.Image]]:
+def picture_steps(augment: config.AugmentConfig, img_size: int) -> list[Callable[[Image.Image], Image.Image]]:
     """What happens to an image while it is one: RGB image -> RGB image of ``img_size``, step by step.
 
     Crops: ``random_resized`` (Inception), ``simple`` (DeiT III: shorter side to ``img_size``, reflect-pad, crop),
@@ -62,7 +62,7 @@ def picture_steps(augment: config.Augment, img_size: int) -> list[Callable[[Imag
     return steps
 
 
-def eval_transform(augment: config.Augment, img_size: int) -> Transform:
+def eval_transform(augment: config.AugmentConfig, img_size: int) -> Transform:
     """RGB image -> [3, img_size, img_size] float32, normalised: the middle of the image, nothing random."""
     return transforms.Compose(
         [
@@ -76,7 +76,7 @@ def eval_transform(augment: config.Augment, img_size: int) -> Transform:
 class ToNormalized:
     """RGB image -> [3, H, W] float32, (x / 255 - mean) / std."""
 
-    def __init__(self, augment: config.Augment) -> None:
+    def __init__(self, augment: config.AugmentConfig) -> None:
         self.mean = torch.tensor(augment.mean).mul(255).view(3, 1, 1)
         self.std = torch.tensor(augment.std).mul(255).view(3, 1, 1)
 
@@ -101,7 +101,7 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
-def _colours_and_sizes(augment: config.Augment, img_size: int) -> dict[str, Any]:
+def _colours_and_sizes(augment: config.AugmentConfig, img_size: int) -> dict[str, Any]:
     """What timm's policies want to know, as timm's own factory of transforms gives it to them."""
     return {
         "translate_const": int(img_size * 0.45),
@@ -110,7 +110,7 @@ def _colours_and_sizes(augment: config.Augment, img_size: int) -> dict[str, Any]
     }
 
 
-def resized_crop(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
+def resized_crop(augment: config.AugmentConfig, img_size: int) -> Callable[[Image.Image], Image.Image]:
     """A part of the image, or all of it, at another size: crops ``random_resized`` and ``none``."""
     if augment.crop == "none":
         return transforms.Resize((img_size, img_size), str_to_interp_mode(augment.interpolation))
@@ -119,7 +119,7 @@ def resized_crop(augment: config.Augment, img_size: int) -> Callable[[Image.Imag
     )
 
 
-def shorter_side(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
+def shorter_side(augment: config.AugmentConfig, img_size: int) -> Callable[[Image.Image], Image.Image]:
     """The whole image at another size, as crops ``simple`` and ``pad`` begin."""
     resize = transforms.Resize(img_size, str_to_interp_mode(augment.interpolation))
     return lambda image: image if min(image.size) == img_size else resize(image)
@@ -137,7 +137,7 @@ def corner(image: Image.Image, pad: int, img_size: int) -> tuple[int, int]:
     return top - pad, left - pad
 
 
-def _crop(augment: config.Augment, img_size: int) -> Callable[[Image.Image], Image.Image]:
+def _crop(augment: config.AugmentConfig, img_size: int) -> Callable[[Image.Image], Image.Image]:
     if augment.crop in ("random_resized", "none"):
         return resized_crop(augment, img_size)
     fit, pad = shorter_side(augment, img_size), augment.pad

@@ -25,7 +25,7 @@ class BatchTransform(Protocol):
         ConfigError: It does not support these settings.
     """
 
-    def __init__(self, augment: config.Augment, img_size: int) -> None: ...
+    def __init__(self, augment: config.AugmentConfig, img_size: int) -> None: ...
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """Return the host half of an RGB image: its pixels and its parameters, each of a fixed shape.
@@ -39,13 +39,13 @@ class BatchTransform(Protocol):
         ...
 
     def finish_and_mix(
-        self, images: Tensor, parameters: Tensor, labels: Tensor, *, mixup: config.Mixup, seed: int, step: int
+        self, images: Tensor, parameters: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: int, step: int
     ) -> tuple[Tensor, TwoHot]:
         """Return the device half of a batch, mixed as `mixup.blend` mixes, and its targets."""
         ...
 
 
-def load_batch_transform(augment: config.Augment, img_size: int) -> BatchTransform | None:
+def load_batch_transform(augment: config.AugmentConfig, img_size: int) -> BatchTransform | None:
     """Return the transform that ``augment.batch_transform`` names, or None if it names none.
 
     Raises:

@@ -16,7 +16,7 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, one_hot
 from torch import Tensor
 
 from ... import config
-from ...data.rng import seeded
+from ...data.rng import seeded_rng
 from ...seeds import MIX
 
 
@@ -51,7 +51,7 @@ class TwoHot:
         return of(self.labels) * self.share + of(self.partners) * (1.0 - self.share)
 
 
-def blend(images: Tensor, labels: Tensor, *, mixup: config.Mixup, seed: int, step: int) -> tuple[Tensor, TwoHot]:
+def blend(images: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: int, step: int) -> tuple[Tensor, TwoHot]:
     """Mix each row of a micro-batch with the row half a micro-batch away: timm's batch mode with other partners.
 
     Args:
@@ -79,7 +79,14 @@ def blend(images: Tensor, labels: Tensor, *, mixup: config.Mixup, seed: int, ste
 
 
 def mix(
-    images: Tensor, labels: Tensor, *, mixup: config.Mixup, smoothing: float, num_classes: int, seed: int, step: int
+    images: Tensor,
+    labels: Tensor,
+    *,
+    mixup: config.MixupConfig,
+    smoothing: float,
+    num_classes: int,
+    seed: int,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     """Mix a micro-batch as :func:`blend` does, and return the targets as probabilities, [n, num_classes] float32."""
     images, targets = blend(images, labels, mixup=mixup, seed=seed, step=step)
@@ -87,7 +94,7 @@ def mix(
 
 
 def draw(
-    mixup: config.Mixup, shape: torch.Size, *, seed: int, step: int
+    mixup: config.MixupConfig, shape: torch.Size, *, seed: int, step: int
 ) -> tuple[float, tuple[int, int, int, int] | None]:
     """Draw how a batch is mixed.
 
@@ -102,7 +109,7 @@ def draw(
     """
     if not mixup.active:
         return 1.0, None
-    with seeded(MIX, seed, step):
+    with seeded_rng(MIX, seed, step):
         rule = Mixup(mixup.mixup, mixup.cutmix, prob=mixup.prob, switch_prob=mixup.switch_prob)
         ratio, cut = rule._params_per_batch()
         if not cut or ratio == 1.0:

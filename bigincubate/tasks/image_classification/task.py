@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...config import Augment, Data, Model, Settings
+from ...config import AugmentConfig, DataConfig, ModelConfig, Settings
 from ...config.objects import load_object
 from ...data.batch import Batch
 from ...data.dataset import DatasetInfo
 from ...data.images import LABELLED_IMAGE
-from ...distributed.process_group import RunEnv
+from ...distributed.process_group import DistributedContext
 from ...errors import ConfigError
 from ..base import EvalBatches, Task, TrainBatches
 from ..metric import Metric
@@ -29,7 +29,7 @@ class ImageClassification(Task):
     unit = "images"
     record_kind = LABELLED_IMAGE
 
-    def __init__(self, settings: Settings, data: Data) -> None:
+    def __init__(self, settings: Settings, data: DataConfig) -> None:
         super().__init__(settings, data)
         self.transform = load_batch_transform(settings.augment, settings.model.img_size)
         self.named_loss: Callable[..., Tensor] | None = None  # on targets of two classes per row
@@ -137,7 +137,7 @@ class ImageClassification(Task):
 
     @torch.no_grad()
     def evaluate(
-        self, model: nn.Module, batches: EvalBatches, env: RunEnv, *, pad_batches_across_ranks: bool = False
+        self, model: nn.Module, batches: EvalBatches, env: DistributedContext, *, pad_batches_across_ranks: bool = False
     ) -> dict[str, float]:
         """Return top-1 and top-5 accuracy (percent), mean cross entropy, and the number of samples."""
         training = model.training
@@ -174,9 +174,9 @@ class ImageClassification(Task):
         }
 
     @classmethod
-    def artifact_settings(cls, model: Model, metadata: dict[str, Any]) -> Settings:
+    def artifact_settings(cls, model: ModelConfig, metadata: dict[str, Any]) -> Settings:
         """Return settings with the preparation of images that the artifact names."""
-        return Settings(model=model, augment=Augment(**metadata))
+        return Settings(model=model, augment=AugmentConfig(**metadata))
 
 
 def _count_classes(info: DatasetInfo) -> int:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms import Compose
 
 from ... import config
-from ...data.images import decode
-from ...data.rng import reseed
+from ...data.images import decode_image
+from ...data.rng import seed_rng
 from .augment import ToNormalized, draws_from_torch_alone, eval_transform, picture_steps, train_transform
 from .batch_transform import load_batch_transform
 
@@ -40,7 +40,7 @@ class LabelledImages:
         """
         if not 0 <= record["label"] < self.classes:
             raise ValueError(f"label {record['label']} of {self.classes} classes")
-        return decode(record["image"]), record["label"]
+        return decode_image(record["image"]), record["label"]
 
     def compact(self, sample: LabelledImage) -> tuple[LabelledImage, int]:
         """Return a copy without what the file holds besides (EXIF, profiles, a decoder), and its bytes."""
@@ -51,7 +51,7 @@ class LabelledImages:
 
 
 class TrainTransform(LabelledImages):
-    """Augmented views. Random: iterate inside `set_aside`.
+    """Augmented views. Random: iterate inside `preserve_rng_state`.
 
     Args:
         augment: the augmentations.
@@ -60,9 +60,9 @@ class TrainTransform(LabelledImages):
         classes: number of classes.
     """
 
-    def __init__(self, augment: config.Augment, img_size: int, *, seed: int, classes: int) -> None:
+    def __init__(self, augment: config.AugmentConfig, img_size: int, *, seed: int, classes: int) -> None:
         super().__init__(classes)
-        self.seed, self.views_per_sample, self.distinct_epochs = seed, augment.repeats, augment.views
+        self.seed, self.views_per_sample, self.distinct_epochs = seed, augment.repeated_aug, augment.distinct_epochs
         self.transform, self.finish = _halves(augment, img_size)
         self.torch_alone = draws_from_torch_alone(augment)
 
@@ -73,7 +73,7 @@ class TrainTransform(LabelledImages):
             epoch %= self.distinct_epochs
         views = []
         for view in range(self.views_per_sample):
-            reseed(self.seed, epoch, sample_id, view, torch_alone=self.torch_alone)
+            seed_rng(self.seed, epoch, sample_id, view, torch_alone=self.torch_alone)
             views.append((*self.transform(image), label))
         return views
 
@@ -93,7 +93,7 @@ class EvalTransform(LabelledImages):
         classes: number of classes.
     """
 
-    def __init__(self, augment: config.Augment, img_size: int, *, classes: int) -> None:
+    def __init__(self, augment: config.AugmentConfig, img_size: int, *, classes: int) -> None:
         super().__init__(classes)
         self.transform = eval_transform(augment, img_size)
 
@@ -109,7 +109,7 @@ class EvalTransform(LabelledImages):
 
 
 def _halves(
-    augment: config.Augment, img_size: int
+    augment: config.AugmentConfig, img_size: int
 ) -> tuple[Callable[[Image.Image], View], Callable[[Sequence[Any]], Tensor]]:
     """Return what is done image by image, and what with all images of a batch at once."""
     if (transform := load_batch_transform(augment, img_size)) is not None:
