@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import Phase, Recipe, Settings
+from ..config import DataConfig, Phase, Recipe, Settings
+from ..config.objects import load_object
 from ..errors import ConfigError
 from ..models import (
     Depths,
@@ -43,6 +44,7 @@ from ..models import (
     skip_unused,
 )
 from ..models.families import Family
+from ..tasks.registry import make_task
 from ..optim import trainable_param_info
 from ..seeds import phase_key
 
@@ -120,6 +122,17 @@ class Plan:
         return [self.row("pretrain"), *modules, self.row("finetune"), self.row("end_to_end")]
 
 
+def _check_extensions(settings: Settings, data: DataConfig) -> None:
+    """Load what a phase's settings name as ``package.module:attribute``, before anything is trained.
+
+    Raises:
+        ConfigError: A name cannot be loaded, or what it names does not support the settings.
+    """
+    make_task(settings, data)
+    if ":" in (name := settings.optim.lr_scaling):
+        load_object(name, key="optim.lr_scaling")
+
+
 def make_plan(recipe: Recipe) -> Plan:
     """Cut the recipe's model.
 
@@ -146,6 +159,7 @@ def make_plan(recipe: Recipe) -> Plan:
         settings = recipe.settings(phase)
         if settings.model.name != model.name:
             raise ConfigError(f"{phase}.model.name differs from model.name: a phase cannot change the model")
+        _check_extensions(settings, recipe.data)
     return Plan(family, target, meta)
 
 

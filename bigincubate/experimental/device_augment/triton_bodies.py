@@ -129,11 +129,8 @@ def augment(
     reflect: bool,
     jitter: bool,
 ) -> Tensor:
-    """See `operator.augment`; a tensor that is None is replaced by a pointer that is never read.
-
-    Args:
-        blurred: Every image with its blur, like ``images`` in float32; None without 3-Augment.
-    """
+    """See `operator.augment`; ``blurred`` is every image with its blur in float32, or None without 3-Augment."""
+    # a tensor that is None is replaced by a pointer that is never read
     images, parameters = images.contiguous(), parameters.contiguous()
     count, size, operate = len(images), images.shape[-1], blurred is not None
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)

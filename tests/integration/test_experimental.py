@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_house import FILES, ROOT, imports
+from test_import_rules import FILES, ROOT, imports
 
 EXPERIMENTAL = "bigincubate.experimental"
 CORE = [file for file in FILES if "experimental" not in file.relative_to(ROOT).parts]
