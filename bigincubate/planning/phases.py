@@ -44,9 +44,9 @@ from ..models import (
     skip_unused,
 )
 from ..models.families import Family
-from ..tasks.registry import make_task
 from ..optim import trainable_param_info
 from ..seeds import phase_key
+from ..tasks.registry import make_task
 
 Source = Literal["fresh", "meta", "module"]
 
