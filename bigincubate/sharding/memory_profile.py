@@ -1,4 +1,4 @@
-"""Measure the memory that a rank holds and the bytes that it sends, to check :mod:`.footprint`."""
+"""Measure the memory that a rank holds and the bytes that it sends, to check :mod:`bigincubate.planning.memory`."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ PAYLOAD_ARGUMENT = {
 MAX_NORM_NUMEL = 2  # LAMB sums two squared norms for each parameter
 
 
-class Collectives(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """Count the payload of this rank's collectives while the context is active.
 
-    See :mod:`.sharding.communication` for the definition of payload. Integers and norms are not counted.
+    See :mod:`.communication` for the definition of payload. Integers and norms are not counted.
 
     Attributes:
         bytes: payload by kind of collective.
@@ -66,14 +66,14 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
     return found
 
 
-def alive(device: torch.device) -> dict[int, int]:
+def live_storages(device: torch.device) -> dict[int, int]:
     """Return bytes by address of all storages on ``device`` that Python's garbage collector can find."""
     gc.collect()
     tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
     return storages(tensor for tensor in tensors if tensor.device == device and tensor.layout is torch.strided)
 
 
-def held(
+def bytes_by_role(
     model: nn.Module, optimizer: Optimizer, shards: Iterable[Tensor], average: Iterable[Tensor]
 ) -> dict[str, dict[int, int]]:
     """Return the storages of a training process by role: weights, optimizer, average, masters, gradients.
@@ -111,7 +111,7 @@ def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return torch.cuda.max_memory_allocated(device)
-    before = sum(alive(device).values())
+    before = sum(live_storages(device).values())
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profile:
         step()
     assert profile.kineto_results is not None
