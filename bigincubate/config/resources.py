@@ -5,22 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from ..errors import ConfigError, ExternalError
+from ..errors import ConfigError, MissingDependencyError
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 
 
 def resource_folder(name: Literal["ds_configs", "slurm"]) -> Path:
     """Return the folder inside the installed package, or else the one at the top level of the checkout.
 
     Raises:
-        ExternalError: Neither exists.
+        MissingDependencyError: Neither exists.
     """
     candidates = [PACKAGE / name, PACKAGE.parent / name]
     for folder in candidates:
         if folder.is_dir():
             return folder
-    raise ExternalError(f"no folder {name} at {' or '.join(map(str, candidates))}; install bigincubate again")
+    raise MissingDependencyError(f"no folder {name} at {' or '.join(map(str, candidates))}; install bigincubate again")
 
 
 def copy_scripts(destination: Path) -> list[Path]:
