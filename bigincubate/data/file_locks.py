@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import DataError
+from ..errors import SystemResourceError
 
 
 @contextmanager
@@ -31,10 +31,10 @@ def runtime_dir() -> Path:
     """Return this user's folder for locks on this node; create it if it is missing.
 
     Raises:
-        DataError: A folder of that name belongs to another user.
+        SystemResourceError: A folder of that name belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"bigincubate-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise DataError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
+        raise SystemResourceError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
     return folder

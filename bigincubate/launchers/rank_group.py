@@ -87,7 +87,7 @@ class RankGroup:
     def poll(self) -> int | None:
         """Return the exit code of the group, or None while a rank runs.
 
-        RankGroup exit together: once one has, the others have some time to follow before they are made to.
+        All ranks exit together: once one has, the others have some time to follow before they are made to.
         """
         for rank, process in enumerate(self.processes):
             if rank not in self.exit_codes and (code := process.poll()) is not None:
@@ -98,9 +98,7 @@ class RankGroup:
         if self.exit_codes:
             overdue = time.monotonic() - self.first_exit - FOLLOW_SECONDS
             for rank in set(range(len(self.processes))).difference(self.exit_codes):
-                if overdue > GRACE_SECONDS or is_suspended(
-                    self.processes[rank].pid
-                ):  # a suspended rank cannot exit by itself
+                if overdue > GRACE_SECONDS or is_suspended(self.processes[rank].pid):  # it cannot exit
                     self.terminated.add(rank)
                     self.processes[rank].kill()
                 elif overdue > 0 and rank not in self.terminated:
