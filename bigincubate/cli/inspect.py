@@ -20,7 +20,7 @@ def status(
     watch: Annotated[bool, typer.Option(help="Again every two seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Where a run stands: state, step, loss, speed and time left of every phase."""
-    from ..report.status import run_status
+    from ..report.status import read_plan, run_status
     from ..storage.run_directory import RunDir
 
     directory = RunDir(run_dir)
@@ -32,7 +32,7 @@ def status(
     from ..report.console_tables import status_table
 
     def table() -> Any:
-        return status_table(str(run_dir), run_status(directory))
+        return status_table(str(run_dir), run_status(directory), read_plan(directory))
 
     if not watch:
         console().print(table())

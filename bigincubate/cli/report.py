@@ -39,18 +39,17 @@ def compare(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Runs beside each other: scores of each phase, and what they cost in epochs, images, FLOPs and seconds."""
+    """Runs beside each other: scores of each phase, and what they cost in epochs, samples, FLOPs and seconds."""
     from ..report.compare import compare_json, labelled
     from ..report.console_tables import compare_table
     from ..report.run_data import read_run
     from ..storage.run_directory import RunDir
 
     ways = labelled([read_run(RunDir(folder)) for folder in run_dirs])
-    rows = compare_json(ways)
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(compare_json(ways), indent=1))
     else:
-        console().print(compare_table(rows))
+        console().print(compare_table(ways))
     if out is not None:
         from ..report.compare import write_comparison
 

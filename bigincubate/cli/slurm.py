@@ -97,7 +97,7 @@ def proceed(directory: Any, gate: str | None = None) -> None:
         export_model(directory.path, exported)
     from ..report.console_tables import summary_table
 
-    console().print(summary_table(loaded.name, directory.update_summary()))
+    console().print(summary_table(loaded.name, directory.update_summary(), opened.rows))
     say(f"model:   {exported}")
 
 

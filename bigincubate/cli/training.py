@@ -136,7 +136,7 @@ def run(
     snippet = None if whole(exported) else export_model(run_dir, exported)
     from ..report.console_tables import summary_table
 
-    console().print(summary_table(loaded.name, summary))
+    console().print(summary_table(loaded.name, summary, opened.rows))
     say(f"\nmodel:   {exported}" + (f"\n         {snippet}" if snippet else ""))
     say(f"curves:  tensorboard --logdir {run_dir}")
     say(f"next:    bigincubate evaluate {run_dir} --data {opened.data.path}")

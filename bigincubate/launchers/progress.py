@@ -58,7 +58,7 @@ class ProgressReporter:
             row = read_last_metrics(folder)
             if "train/loss" not in row:
                 continue
-            note = f"loss {row['train/loss']:.3f}  {row['perf/images_per_sec']:.0f} img/s"
+            note = f"loss {row['train/loss']:.3f}  {row[f'perf/{job.unit}_per_sec']:.0f} {job.unit}/s"
             if self.console.is_terminal:
                 self.progress.update(self.bars[job.key], completed=row["step"], note=note)
             elif (tenth := 10 * row["step"] // max(job.steps, 1)) > self.tenths.get(job.key, 0):
@@ -67,11 +67,11 @@ class ProgressReporter:
 
     def done(self, job: Job, result: dict[str, Any]) -> None:
         """Report that a job is done, with its result."""
+        note = f"{job.headline.title} {job.headline.text(job.headline.value_in(result), unit=True)}"
         if self.console.is_terminal:
-            note = f"top-1 {result['top1']:.1f}%"
             self.progress.update(self.bars[job.key], completed=max(job.steps, 1), note=note)
         else:
-            self.say(f"{job.title}: done, top-1 {result['top1']:.1f}%")
+            self.say(f"{job.title}: done, {note}")
 
     def failed(self, job: Job, code: int, line: str, log: Path) -> None:
         """Report that a job has failed, with its exit code, the reason and the log file."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import Phase
+from ..tasks.metric import Metric
 from .phases import PlannedRow
 
 
@@ -20,6 +21,8 @@ class Job:
         module: Index of the module, for ``incubate`` only.
         needs: Keys of the jobs that must be done first.
         steps: Number of training steps.
+        headline: The metric that the progress shows.
+        unit: What a sample is called.
     """
 
     key: str
@@ -28,6 +31,8 @@ class Job:
     module: int | None
     needs: tuple[str, ...]
     steps: int
+    headline: Metric
+    unit: str
 
 
 def build_job_graph(rows: Sequence[PlannedRow], *, baseline: bool) -> list[Job]:
@@ -42,7 +47,7 @@ def build_job_graph(rows: Sequence[PlannedRow], *, baseline: bool) -> list[Job]:
     modules = tuple(row.key for row in rows if row.phase == "incubate")
     needs: dict[Phase, tuple[str, ...]] = {"pretrain": (), "incubate": ("pretrain",), "finetune": modules}
     return [
-        Job(row.key, row.title, row.phase, row.module, needs.get(row.phase, ()), row.steps)
+        Job(row.key, row.title, row.phase, row.module, needs.get(row.phase, ()), row.steps, row.metrics[0], row.unit)
         for row in rows
         if baseline or row.phase != "end_to_end"
     ]

@@ -31,7 +31,7 @@ class RankFootprint:
         strategy: name of the sharding strategy.
         world: number of ranks.
         micro_batches: micro-batches per step on each rank.
-        images: images per micro-batch.
+        samples: samples per micro-batch.
         weights: weights and buffers that the model computes with.
         gradients: gradients when the last backward is done; with several micro-batches, while they accumulate.
         optimizer: optimizer state.
@@ -48,7 +48,7 @@ class RankFootprint:
     strategy: str
     world: int
     micro_batches: int
-    images: int
+    samples: int
     weights: int
     gradients: int
     optimizer: int
@@ -180,7 +180,7 @@ def _estimate_footprint(
         strategy=name,
         world=world,
         micro_batches=micro_batches,
-        images=local_batch // micro_batches,
+        samples=local_batch // micro_batches,
         total=sum(parts.values()),
         collectives=collectives,
         sent=sum(collectives.values()),

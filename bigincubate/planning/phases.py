@@ -46,7 +46,8 @@ from ..models import (
 from ..models.families import Family
 from ..optim import trainable_param_info
 from ..seeds import phase_key
-from ..tasks.registry import make_task
+from ..tasks.metric import Metric
+from ..tasks.registry import make_task, task_class
 
 Source = Literal["fresh", "meta", "module"]
 
@@ -168,13 +169,13 @@ def make_plan(recipe: Recipe) -> Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a row computes with. FLOPs count a multiply-add as two; per image where named so."""
+    """What a row computes with. FLOPs count a multiply-add as two; per sample where named so."""
 
     parameters: int
     trainable: int
-    forward_flops: int  # an image
-    training_flops: int  # an image: forward, activation gradients, weight gradients
-    activation_bytes: int  # an image: saved for the backward, fp32, fused attention
+    forward_flops: int  # a sample
+    training_flops: int  # a sample: forward, activation gradients, weight gradients
+    activation_bytes: int  # a sample: saved for the backward, fp32, fused attention
     optimizer_bytes: int  # gradients and optimizer state of the trainable parameters, fp32
     allreduce_bytes: int  # a step, fp32 gradients
 
@@ -259,18 +260,36 @@ def saved_bytes(model: nn.Module, image: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row with its cost and its length."""
+    """A row with its cost and its length.
+
+    Attributes:
+        key: key of the phase.
+        phase: the phase.
+        module: the module that is trained; None: all are.
+        title: name of the phase for tables.
+        depths: blocks by module and stage.
+        metrics: what the phase's task measures; the first is the headline.
+        unit: what a sample is called.
+        cost: what it costs.
+        batch_size: samples of an optimizer step.
+        steps: optimizer steps.
+        epochs: passes over the training split.
+        seen: samples of all steps, with every view of a sample counted.
+        total_flops: training FLOPs of all steps.
+    """
 
     key: str
     phase: Phase
     module: int | None
     title: str
     depths: list[list[int]]
+    metrics: tuple[Metric, ...]
+    unit: str
     cost: Cost
     batch_size: int
     steps: int
     epochs: float
-    images: int
+    seen: int
     total_flops: int
 
 
@@ -282,7 +301,7 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
     """
     per_epoch = samples // (settings.train.batch_size // settings.augment.repeated_aug)
     if per_epoch == 0:
-        raise ConfigError(f"train.batch_size = {settings.train.batch_size} is more than the {samples} training images")
+        raise ConfigError(f"train.batch_size = {settings.train.batch_size} is more than the {samples} training samples")
     steps = round(settings.train.epochs * per_epoch)
     return steps if settings.train.max_steps is None else min(steps, settings.train.max_steps), per_epoch
 
@@ -290,17 +309,18 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
 def cost_plan(
     recipe: Recipe, plan: Plan, samples: int, on_row: Callable[[PhasePlan], None] = lambda row: None
 ) -> list[PlannedRow]:
-    """Every row with its cost and length, for ``samples`` training images."""
+    """Every row with its cost and length, for ``samples`` training samples."""
     rows: list[PlannedRow] = []
     for row in plan.rows():
         on_row(row)
         settings = recipe.settings(row.phase)
+        task = task_class(settings.task.name)
         cost = count_cost(row, settings, plan)
         steps, per_epoch = phase_steps(settings, samples)
         if row.phase == "end_to_end" and recipe.end_to_end.budget == "equal_flops":
             budget = sum(planned.total_flops for planned in rows)
             steps = math.floor(budget / (cost.training_flops * settings.train.batch_size))
-        images = steps * settings.train.batch_size
+        seen = steps * settings.train.batch_size
         rows.append(
             PlannedRow(
                 key=row.key,
@@ -308,12 +328,14 @@ def cost_plan(
                 module=row.module,
                 title=row.title,
                 depths=[list(depths) for depths in row.depths],
+                metrics=task.metrics,
+                unit=task.unit,
                 cost=cost,
                 batch_size=settings.train.batch_size,
                 steps=steps,
                 epochs=round(steps / per_epoch, 4),
-                images=images,
-                total_flops=images * cost.training_flops,
+                seen=seen,
+                total_flops=seen * cost.training_flops,
             )
         )
     return rows

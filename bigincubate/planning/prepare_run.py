@@ -14,6 +14,7 @@ from ..errors import ConfigError, DataError
 from ..files import read_json, write_json
 from ..seeds import phase_key
 from ..storage.run_directory import RunDir
+from ..tasks.metric import planned_metrics
 from ..tasks.registry import make_task
 from .phases import Cost, Plan, PlannedRow, cost_plan, make_plan, plan_json
 
@@ -84,7 +85,7 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
 
 
 def planned_row(stored: dict[str, Any]) -> PlannedRow:
-    return PlannedRow(**{**stored, "cost": Cost(**stored["cost"])})
+    return PlannedRow(**{**stored, "metrics": planned_metrics(stored), "cost": Cost(**stored["cost"])})
 
 
 def find_row(rows: list[PlannedRow], phase: Phase, module: int | None) -> PlannedRow:
@@ -92,7 +93,7 @@ def find_row(rows: list[PlannedRow], phase: Phase, module: int | None) -> Planne
 
 
 def expected_samples(recipe: Recipe) -> int:
-    """How many training images to plan with when the data need not be there.
+    """How many training samples to plan with when the data need not be there.
 
     Raises:
         ConfigError: neither the data nor the recipe says.
@@ -100,5 +101,5 @@ def expected_samples(recipe: Recipe) -> int:
     if recipe.data.path is not None and (Path(recipe.data.path) / "dataset.json").exists():
         return open_dataset(Path(recipe.data.path)).samples["train"]
     if recipe.data.train_samples is None:
-        raise ConfigError("how many training images? Add --set data.train_samples=N, or data.path of prepared data")
+        raise ConfigError("how many training samples? Add --set data.train_samples=N, or data.path of prepared data")
     return recipe.data.train_samples

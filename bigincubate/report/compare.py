@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from . import figures, html
-from .html import NONE, data, figure, flops, loss, table, tag, top1
+from .console_tables import common_unit, metric_columns
+from .html import NONE, data, figure, flops, score, table, tag
 from .run_data import RunFacts, Way
 
 Labelled = Sequence[tuple[str, Way]]
@@ -26,24 +27,27 @@ def labelled(runs: Sequence[RunFacts]) -> list[tuple[str, Way]]:
 
 
 def compare_json(ways: Labelled) -> list[dict[str, Any]]:
-    """A row a way: ``run``, ``way``, ``missing`` (titles of phases); ``top1`` (percent) and ``loss`` at the end, of the
-    ``meta`` model, of the ``hybrids`` and of what was ``assembled``, None where they are not there; and what all of
-    it cost: ``epochs``, ``images``, ``flops``, ``seconds``; ``path_seconds`` with modules beside each other."""
+    """A row a way: ``run``, ``way``, ``missing`` (titles of phases); ``metrics`` by name at the end, on ``samples``, of
+    which ``headline`` names one; those of the ``meta`` model, of the ``hybrids``, of ``partial`` assemblies and of what
+    was ``assembled``, None where they are not there; and what all of it cost: ``epochs``, ``seen`` (in ``unit``),
+    ``flops``, ``seconds``; ``path_seconds`` with modules beside each other."""
     rows = []
     for label, way in ways:
         last, meta = way.last.result, way.meta.result if way.meta else None
+        partial = [module.status["partial"] for module in way.modules]
         rows.append(
             {
                 "run": label,
                 "way": way.name,
                 "missing": way.missing,
-                "top1": last and last["top1"],
-                "loss": last and last["loss"],
+                "metrics": _metrics(last),
+                "headline": way.last.headline.name,
                 "samples": last and last["samples"],
-                "meta": meta and meta["top1"],
-                "hybrids": [module.result and module.result["top1"] for module in way.modules],
-                "partial": [module.status["partial"] and module.status["partial"]["top1"] for module in way.modules],
-                "assembled": way.assembled and way.assembled["top1"],
+                "meta": _metrics(meta),
+                "hybrids": [_metrics(module.result) for module in way.modules],
+                "partial": [_metrics(result) for result in partial],
+                "assembled": _metrics(way.assembled),
+                "unit": way.last.unit,
                 **way.spent,
                 "path_seconds": way.path_seconds,
             }
@@ -51,29 +55,37 @@ def compare_json(ways: Labelled) -> list[dict[str, Any]]:
     return rows
 
 
+def _metrics(result: dict[str, Any] | None) -> dict[str, float] | None:
+    return result and result["metrics"]
+
+
 def compare_page(ways: Labelled) -> str:
     """The comparison as a page of its own."""
-    head = ["run", "top-1 %", "loss", "meta model", "hybrids", "assembled", "epochs", "images", "FLOPs", "time"]
+    metrics = metric_columns(way.last.metrics for _, way in ways)
+    unit = common_unit(way.last.unit for _, way in ways)
+    scores = [*(metric.column for metric in metrics), "meta model", "hybrids", "assembled"]
     lines = []
     for label, way in ways:
-        hybrids = sorted((m.result for m in way.modules if m.result), key=lambda result: float(result["top1"]))
-        spread = html.join(top1(hybrids[0]), " to ", top1(hybrids[-1])) if hybrids else NONE
+        hybrids = [score(phase.headline, phase.result) for phase in way.hybrid_range]
+        spread = html.join(hybrids[0], " to ", hybrids[1]) if hybrids else NONE
         missing = tag("span", f" (not there yet: {', '.join(way.missing)})", class_="bad") if way.missing else ""
         lines.append(
             [
                 html.join(label, missing),
-                *(top1(way.last.result), loss(way.last.result)),
-                *(top1(way.meta.result if way.meta else None), spread, top1(way.assembled)),
+                *(score(metric, way.last.result) for metric in metrics),
+                *(score(way.meta.headline, way.meta.result) if way.meta else NONE, spread),
+                score(way.last.headline, way.assembled),
                 data(way.spent["epochs"], f"{way.spent['epochs']:.3g}"),
-                *(html.count(way.spent["images"]), flops(way.spent["flops"]), html.seconds(way.spent["seconds"])),
+                *(html.count(way.spent["seen"]), flops(way.spent["flops"]), html.seconds(way.spent["seconds"])),
             ]
         )
     grown = [(label, way) for label, way in ways if way.modules]
+    headlines = [way.last.headline for _, way in ways]
     return html.page(
         f"Comparison of {len(ways)}",
         tag("h1", "Comparison"),
-        tag("p", "Scores on the validation images. Costs are those of all phases of a row together.", class_="soft"),
-        table(head, lines),
+        tag("p", f"Scores on the validation {unit}. Costs are those of all phases of a row together.", class_="soft"),
+        table(["run", *scores, "epochs", unit, "FLOPs", "time"], lines),
         tag("h2", "What it took"),
         figure(
             figures.svg(lambda: figures.progress(ways)),
@@ -81,7 +93,9 @@ def compare_page(ways: Labelled) -> str:
             " rings: modules as hybrids; faint: loss of training, smoothed.",
         ),
         tag("h2", "Before and after fine-tuning"),
-        figure(figures.svg(lambda: figures.before_after(ways)), "Top-1 on the validation images."),
+        figure(
+            figures.svg(lambda: figures.before_after(ways)), f"{figures.titles(headlines)} on the validation {unit}."
+        ),
         *(
             (
                 tag("h2", "Modules"),

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+from ..tasks.metric import Metric, planned_metrics
+
+if TYPE_CHECKING:
+    from ..planning.phases import PlannedRow
+    from .run_data import Way
 
 
 def _table(title: str, columns: list[str]) -> Table:
@@ -13,6 +20,17 @@ def _table(title: str, columns: list[str]) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
+
+
+def metric_columns(groups: Iterable[Iterable[Metric]]) -> list[Metric]:
+    """The metrics that a table of several phases has columns for."""
+    return list({metric.column: metric for group in groups for metric in group if metric.in_tables}.values())
+
+
+def common_unit(units: Iterable[str]) -> str:
+    """What a sample is called in a table of several phases."""
+    several = set(units)
+    return several.pop() if len(several) == 1 else "samples"
 
 
 def depths_text(depths: list[list[int]]) -> str:
@@ -48,9 +66,9 @@ def sharding_tables(plan: dict[str, Any]) -> list[Table]:
     """What a rank holds, and what travels in a step. Modules that differ in nothing share a line."""
     names = list(dict.fromkeys(each["strategy"] for row in plan["rows"] for each in row["sharding"]))
     title = (
-        "MiB that a rank holds, DeepSpeed's fixed buckets included; besides, `act MiB` for each image of a micro-batch"
+        "MiB that a rank holds, DeepSpeed's fixed buckets included; besides, `act MiB` for each sample of a micro-batch"
     )
-    holds = _table(title, ["phase", "ranks", "images", *names])
+    holds = _table(title, ["phase", "ranks", common_unit(row["unit"] for row in plan["rows"]), *names])
     sends = _table("MiB that travel in a step (whole tensors in collectives)", ["phase", "ranks", *names])
     lines: dict[tuple[str, int], tuple[list[str], list[str]]] = {}
     for row in plan["rows"]:
@@ -59,7 +77,7 @@ def sharding_tables(plan: dict[str, Any]) -> list[Table]:
             one = next(iter(found.values()))
             held = [_mib(found[name]["total"] - one["activations"]) if name in found else "-" for name in names]
             sent = [_mib(found[name]["sent"]) if name in found else "-" for name in names]
-            lines[row["title"], world] = ([str(one["images"]), *held], sent)
+            lines[row["title"], world] = ([str(one["samples"]), *held], sent)
     for table, side in ((holds, 0), (sends, 1)):
         for titles, world, cells in _merged({key: value[side] for key, value in lines.items()}):
             if side == 0 or world > 1:
@@ -100,68 +118,70 @@ def cluster_table(cluster: dict[str, Any]) -> Table:
     return table
 
 
-def summary_rows(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """(title, result) of what is done, in the order of the pipeline."""
-    rows = [("meta model", summary["meta"])]
-    rows += [(f"module {index} (as a hybrid)", result) for index, result in enumerate(summary["modules"])]
-    rows += [("assembled", summary["assembled"]), ("fine-tuned", summary["finetune"])]
-    rows += [("end to end", summary["end_to_end"])]
-    return [(title, result) for title, result in rows if result]
+def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(title, key of the phase, result) of what is done, in the order of the pipeline."""
+    modules = enumerate(summary["modules"])
+    rows = [
+        ("meta model", "pretrain", summary["meta"]),
+        *((f"module {index} (as a hybrid)", f"incubate/{index}", result) for index, result in modules),
+        ("assembled", "finetune", summary["assembled"]),
+        ("fine-tuned", "finetune", summary["finetune"]),
+        ("end to end", "end_to_end", summary["end_to_end"]),
+    ]
+    return [(title, key, result) for title, key, result in rows if result]
 
 
-def summary_table(name: str, summary: dict[str, Any]) -> Table:
-    table = _table(f"{name}: results", ["phase", "top-1 %", "loss", "seconds", "images", "GFLOPs"])
-    for title, result in summary_rows(summary):
+def summary_table(name: str, summary: dict[str, Any], planned: Iterable[PlannedRow]) -> Table:
+    rows, metrics = summary_rows(summary), {row.key: row.metrics for row in planned}
+    columns = metric_columns(metrics[key] for _, key, _ in rows)
+    unit = common_unit(result["unit"] for *_, result in rows)
+    table = _table(f"{name}: results", ["phase", *(metric.column for metric in columns), "seconds", unit, "GFLOPs"])
+    for title, _, result in rows:
         table.add_row(
             title,
-            f"{result['top1']:.2f}",
-            f"{result['loss']:.4f}",
+            *(metric.text(metric.value_in(result)) for metric in columns),
             f"{result['seconds']:.1f}",
-            f"{result['images']:,}",
+            f"{result['seen']:,}",
             f"{result['flops'] / 1e9:,.0f}",
         )
     return table
 
 
-def compare_table(rows: list[dict[str, Any]]) -> Table:
-    columns = [
-        "run",
-        "top-1 %",
-        "loss",
-        "meta",
-        "hybrids",
-        "assembled",
-        "epochs",
-        "images",
-        "TFLOPs",
-        "seconds",
-        "missing",
-    ]
-    table = _table("runs compared", columns)
-    for row in rows:
-        hybrids = [top1 for top1 in row["hybrids"] if top1 is not None]
+def compare_table(ways: Sequence[tuple[str, Way]]) -> Table:
+    metrics = metric_columns(way.last.metrics for _, way in ways)
+    unit = common_unit(way.last.unit for _, way in ways)
+    scores = [*(metric.column for metric in metrics), "meta", "hybrids", "assembled"]
+    table = _table("runs compared", ["run", *scores, "epochs", unit, "TFLOPs", "seconds", "missing"])
+    for label, way in ways:
+        hybrids = [phase.headline.text(phase.score) for phase in way.hybrid_range]
         table.add_row(
-            row["run"],
-            _number(row["top1"], ".2f"),
-            _number(row["loss"], ".4f"),
-            _number(row["meta"], ".2f"),
-            f"{min(hybrids):.2f} to {max(hybrids):.2f}" if hybrids else "-",
-            _number(row["assembled"], ".2f"),
-            f"{row['epochs']:.4g}",
-            f"{row['images']:,.0f}",
-            f"{row['flops'] / 1e12:,.4g}",
-            f"{row['seconds']:,.1f}",
-            ", ".join(row["missing"]) or "-",
+            label,
+            *(metric.text(metric.value_in(way.last.result)) for metric in metrics),
+            way.meta.headline.text(way.meta.score) if way.meta else "-",
+            " to ".join(hybrids) or "-",
+            way.last.headline.text(way.last.headline.value_in(way.assembled)),
+            f"{way.spent['epochs']:.4g}",
+            f"{way.spent['seen']:,.0f}",
+            f"{way.spent['flops'] / 1e12:,.4g}",
+            f"{way.spent['seconds']:,.1f}",
+            ", ".join(way.missing) or "-",
         )
     return table
 
 
-def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
-    submitted = any(row["job"] for row in rows)
-    columns = ["step", "done", "loss", "top-1 %", "img/s", "ETA", "restarts", "checkpoint", "error"]
+def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) -> Table:
+    """
+    Args:
+        rows: what `run_status` gives.
+        plan: ``plan.json``.
+    """
+    metrics = {row["key"]: planned_metrics(row) for row in plan["rows"]}
+    headlines = metric_columns(metrics[row["phase"]][:1] for row in rows)
+    unit = common_unit(row["unit"] for row in rows)
+    submitted, joined = (any(row[key] for row in rows) for key in ("job", "partial"))
     queued = ["job", "in Slurm", "node"] if submitted else []
-    if joined := any(row["partial"] for row in rows):
-        columns.insert(columns.index("top-1 %") + 1, "beside finished modules")
+    scores = [*(metric.column for metric in headlines), *(["beside finished modules"] if joined else [])]
+    columns = ["step", "done", "loss", *scores, f"{unit}/s", "ETA", "restarts", "checkpoint", "error"]
     table = _table(f"{name}: status", ["phase", "state", *queued, *columns])
     for row in rows:
         table.add_row(
@@ -171,9 +191,9 @@ def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['step']}/{row['steps']}",
             f"{row['percent']:.0f}%",
             _number(row["loss"], ".4f"),
-            _number(row["top1"], ".2f"),
-            *([partial_text(row["partial"])] if joined else []),
-            _number(row["images_per_sec"], ".0f"),
+            *(metric.text(metric.value_in(row)) for metric in headlines),
+            *([partial_text(row["partial"], metrics[row["phase"]][0])] if joined else []),
+            _number(row["samples_per_sec"], ".0f"),
             _duration(row["eta_seconds"]),
             str(row["restarts"]),
             _number(row["checkpoint"], "d"),
@@ -182,9 +202,10 @@ def status_table(name: str, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def partial_text(partial: dict[str, Any] | None) -> str:
-    """``91.39 (0-2 of 4)``: top-1 of the modules that were finished, the meta model in place of the others."""
-    return f"{partial['top1']:.2f} ({ranges(partial['joined'])} of {partial['modules']})" if partial else "-"
+def partial_text(partial: dict[str, Any] | None, headline: Metric) -> str:
+    """``91.39 (0-2 of 4)``: a metric of the modules that were finished, the meta model in place of the others."""
+    score = headline.text(headline.value_in(partial))
+    return f"{score} ({ranges(partial['joined'])} of {partial['modules']})" if partial else "-"
 
 
 def ranges(numbers: list[int]) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
-from .units import duration, percent, quantity, three
+from ..tasks.metric import Metric
+from .units import duration, measured, quantity, three
 
 
 class Markup(str):
@@ -35,12 +37,10 @@ def data(value: float | None, shown: str) -> Markup:
     return NONE if value is None else tag("data", shown, value=repr(value))
 
 
-def top1(result: Mapping[str, float] | None) -> Markup:
-    return data(result["top1"], percent(result["top1"], int(result["samples"]))) if result else NONE
-
-
-def loss(result: Mapping[str, float] | None) -> Markup:
-    return data(result["loss"], f"{result['loss']:.3f}") if result else NONE
+def score(metric: Metric, result: Mapping[str, Any] | None) -> Markup:
+    """A metric of a result."""
+    value = metric.value_in(result)
+    return NONE if result is None or value is None else data(value, measured(metric, value, result["samples"]))
 
 
 def seconds(value: float | None) -> Markup:

@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..tasks.metric import Metric
 from . import figures, html
-from .console_tables import depths_text
-from .html import NONE, Markup, data, definitions, figure, flops, join, loss, table, tag, text, top1
+from .console_tables import common_unit, depths_text, metric_columns
+from .html import NONE, Markup, data, definitions, figure, flops, join, score, table, tag, text
 from .run_data import PhaseFacts, RunFacts, Way
 from .timeline import Moment, story
-from .units import duration, percent, prefix, quantity, three
+from .units import duration, measured, prefix, quantity, three
 from .verify import Finding, Verdict
 
 
@@ -58,9 +59,9 @@ def _head(facts: RunFacts, moments: Iterable[Moment]) -> Markup:
     for way in facts.ways:
         if way.last.result:
             name = "fine-tuned" if way.modules else "end to end"
-            tiles.append(_tile(join(top1(way.last.result), " %"), f"top-1, {name}"))
+            tiles.append(_score_tile(way.last.headline, way.last.result, name))
         if way.assembled:
-            tiles.append(_tile(join(top1(way.assembled), " %"), "top-1, assembled, not fine-tuned"))
+            tiles.append(_score_tile(way.last.headline, way.assembled, "assembled, not fine-tuned"))
         tiles.append(_tile(flops(way.spent["flops"]), f"for training, {way.name}"))
         tiles.append(_tile(html.seconds(way.spent["seconds"]), f"of training, {way.name}"))
     if healed := sum(moment.fault for moment in moments):
@@ -68,6 +69,10 @@ def _head(facts: RunFacts, moments: Iterable[Moment]) -> Markup:
             _tile(str(healed), "interruptions and faults overcome" if not missing else "interruptions and faults")
         )
     return join(tag("h1", facts.recipe.name, state), said, told, tag("div", *tiles, class_="tiles"))
+
+
+def _score_tile(metric: Metric, result: dict[str, Any], name: str) -> Markup:
+    return _tile(join(score(metric, result), f" {metric.unit}".rstrip()), f"{metric.title}, {name}")
 
 
 def _tile(value: object, name: str) -> Markup:
@@ -86,14 +91,14 @@ def _trained(facts: RunFacts) -> Markup:
             data(cost["parameters"], quantity(cost["parameters"], "")),
             f" parameters, {depth} blocks ({depths_text(blocks)}), ",
             flops(cost["forward_flops"]),
-            " forward for an image",
+            " forward for a sample",
         )
 
-    args = ", ".join(f"{key} = {value}" for key, value in settings.model.args.items())
-    name = f"{settings.model.name}{f' ({args})' if args else ''}, {settings.model.img_size} pixels, "
+    keys = settings.model.model_dump(exclude={"name", "args"}) | settings.model.args
+    described = ", ".join([settings.model.name, *(f"{key} = {value}" for key, value in keys.items())])
     parts = f"; module k on part k of {len(plan['parts'])} alone" if plan.get("parts") else ""
     pairs: list[tuple[str, object]] = [
-        ("model", f"{name}{settings.model.num_classes:,} classes"),
+        ("model", described),
         ("target", model(target, plan["target_depths"])),
     ]
     if facts.way("incubated"):
@@ -109,40 +114,42 @@ def _trained(facts: RunFacts) -> Markup:
 
 def _phases(facts: RunFacts) -> Markup:
     factor, sign = prefix(phase.spent["flops"] for phase in facts.phases)
-    head = ["phase", "state", "top-1 %", "loss", "epochs", "images", f"{sign}FLOP", "time", "device time", "attempts"]
+    metrics = metric_columns(phase.metrics for phase in facts.phases)
+    unit = common_unit(phase.unit for phase in facts.phases)
+    scores = [metric.column for metric in metrics]
+    head = ["phase", "state", *scores, "epochs", unit, f"{sign}FLOP", "time", "device time", "attempts"]
     rows: list[list[object]] = []
     for way in facts.ways:
         for phase in way.phases:
             if phase is way.last and way.assembled:
                 done = tag("span", "done", class_="good")
-                rows.append(["assembled", done, top1(way.assembled), loss(way.assembled), *[NONE] * 6])
-            rows.append(_phase(phase, factor))
+                rows.append(["assembled", done, *(score(metric, way.assembled) for metric in metrics), *[NONE] * 6])
+            rows.append(_phase(phase, factor, metrics))
     return join(
         table(head, rows),
         tag(
             "p",
-            "Top-1 and loss on the validation images. A module is scored as a hybrid: itself, and the meta model around"
-            " it. Device time: time, times the GPUs or CPU cores at work.",
+            f"{figures.titles(metrics)} on the validation {unit}. A module is scored as a hybrid: itself, and the meta"
+            " model around it. Device time: time, times the GPUs or CPU cores at work.",
             class_="soft",
         ),
     )
 
 
-def _phase(phase: PhaseFacts, factor: float) -> list[object]:
+def _phase(phase: PhaseFacts, factor: float, metrics: Sequence[Metric]) -> list[object]:
     spent, state = phase.spent, phase.status["state"]
     if phase.result is None and phase.begun:
         state = f"{state}, {phase.status['percent']:.0f} %"
     spent_on = phase.device_seconds
     device = data(spent_on[0], f"{three(spent_on[0])} {spent_on[1]}-s") if spent_on else NONE
     if not phase.begun:
-        return [phase.title, "not begun", *[NONE] * 8]
+        return [phase.title, "not begun", *[NONE] * (len(metrics) + 6)]
     return [
         phase.title,
         tag("span", state, class_="good" if state == "done" else "bad"),
-        top1(phase.result),
-        loss(phase.result),
+        *(score(metric, phase.result) for metric in metrics),
         data(spent["epochs"], f"{spent['epochs']:.3g}"),
-        html.count(spent["images"]),
+        html.count(spent["seen"]),
         html.scaled(spent["flops"], factor),
         html.seconds(spent["seconds"]),
         device,
@@ -157,11 +164,12 @@ def _curves(facts: RunFacts) -> list[Markup]:
     ways = [(way.name, way) for way in facts.ways if any(phase.points for phase in way.phases)]
     if not ways:
         return [tag("h2", "Curves"), tag("p", "Nothing was logged yet.")]
+    unit = common_unit(phase.unit for phase in facts.phases)
     parts = [
         tag("h2", "Curves"),
         figure(
             figures.svg(lambda: figures.progress(ways)),
-            "Phases one after another. Dots and lines: validation images, whole models (meta model, assembled,"
+            f"Phases one after another. Dots and lines: validation {unit}, whole models (meta model, assembled,"
             " fine-tuned; end to end); rings: modules as hybrids; faint: loss of training, smoothed.",
         ),
     ]
@@ -176,12 +184,17 @@ def _fit(way: Way) -> list[Markup]:
     title = tag("h2", "Do the modules fit?")
     if not scored:
         return [title, tag("p", "No module was scored beside others yet.")]
+    headline, unit = scored[0].headline, scored[0].unit
+    metrics = metric_columns(phase.metrics for phase in scored)
     rows = []
     for phase in sorted(scored, key=lambda phase: len(phase.status["partial"]["joined"])):
         partial = phase.status["partial"]
         joined = ", ".join(map(str, partial["joined"]))
-        rows.append([phase.title, joined, top1(phase.result), top1(partial), loss(partial)])
-    head = ["in the order of finishing", "modules in", "hybrid, top-1 %", "beside those, top-1 %", "loss"]
+        rows.append(
+            [phase.title, joined, score(headline, phase.result), *(score(metric, partial) for metric in metrics)]
+        )
+    beside = [f"beside those, {headline.column}", *(metric.column for metric in metrics[1:])]
+    head = ["in the order of finishing", "modules in", f"hybrid, {headline.column}", *beside]
     return [
         title,
         tag(
@@ -189,7 +202,7 @@ def _fit(way: Way) -> list[Markup]:
             "Before fine-tuning: each module when it was finished, beside those that were, the meta model in place of"
             " the others. With all modules in it is the assembled model.",
         ),
-        figure(figures.svg(lambda: figures.fit(way)), "Top-1 on the validation images."),
+        figure(figures.svg(lambda: figures.fit(way)), f"{figures.titles([headline])} on the validation {unit}."),
         table(head, rows),
     ]
 
@@ -233,14 +246,15 @@ def _verdict(facts: RunFacts) -> Markup:
             f"Phases one after another: {duration(incubated.spent['seconds'])} of training; modules beside each other:"
             f" {duration(incubated.path_seconds)}. Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
         )
-    if incubated and baseline and incubated.last.result and baseline.last.result:
-        one, two = incubated.last.result, baseline.last.result
-        gap = one["top1"] - two["top1"]
+    if incubated and baseline and incubated.last.score is not None and baseline.last.score is not None:
+        metric, samples = incubated.last.headline, (incubated.last.result or {})["samples"]
+        gap = incubated.last.score - baseline.last.score
+        one, two, apart = (measured(metric, x, samples) for x in (incubated.last.score, baseline.last.score, abs(gap)))
+        unit, points = f" {metric.unit}".rstrip(), " points" if metric.unit == "%" else f" {metric.unit}".rstrip()
         ratio = incubated.spent["flops"] / (baseline.spent["flops"] or 1)
         words.append(
-            f"Incubated {percent(one['top1'], int(one['samples']))} %, end to end"
-            f" {percent(two['top1'], int(two['samples']))} %: {percent(abs(gap), int(one['samples']))} points"
-            f" {'more' if gap >= 0 else 'less'}, for {ratio:.2f} times the FLOPs. One seed each."
+            f"Incubated {one}{unit}, end to end {two}{unit}: {apart}{points} {'more' if gap >= 0 else 'less'},"
+            f" for {ratio:.2f} times the FLOPs. One seed each."
         )
     elif incubated and not baseline:
         words.append("Nothing was trained end to end in this run (run --baseline does): its cost is the plan's.")

@@ -9,10 +9,12 @@ from typing import Any
 from ..config import Recipe
 from ..files import read_json, read_json_lines
 from ..storage.run_directory import RunDir
+from ..tasks.metric import Metric, planned_metrics
 from .status import run_status
 
-COSTS = {"epochs": "epochs", "images": "images", "flops": "FLOPs", "seconds": "seconds"}  # key: title
-LEAST = {"epochs": 0.0, "images": 0.0, "flops": 0.0, "seconds": 0.0}
+COSTS = ("epochs", "seen", "flops", "seconds")
+LEAST = dict.fromkeys(COSTS, 0.0)
+LOSS = "loss"  # the metric of validation that is drawn with the loss of training, where a task has one of this name
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,7 @@ class Point:
     step: int
     cost: dict[str, float]
     loss: float | None  # of training
-    top1: float | None  # on the validation images, percent
-    val_loss: float | None
+    metrics: dict[str, float]  # of validation, by name
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,24 @@ class PhaseFacts:
     def title(self) -> str:
         return str(self.planned["title"])
 
+    @cached_property
+    def metrics(self) -> tuple[Metric, ...]:
+        return planned_metrics(self.planned)
+
+    @property
+    def headline(self) -> Metric:
+        return self.metrics[0]
+
+    @property
+    def score(self) -> float | None:
+        """The headline of the result."""
+        return self.headline.value_in(self.result)
+
+    @property
+    def unit(self) -> str:
+        """What a sample is called."""
+        return str(self.planned["unit"])
+
     @property
     def begun(self) -> bool:
         return bool(self.result or self.attempts)
@@ -57,22 +76,23 @@ class PhaseFacts:
         seconds: list[float] = []
         last = 0
         for row in self.rows:
-            images = (row["step"] - last) * self.planned["batch_size"]
-            rate = row.get("perf/images_per_sec")
+            seen = (row["step"] - last) * self.planned["batch_size"]
+            rate = row.get(f"perf/{self.unit}_per_sec")
             before = seconds[-1] if seconds else 0.0
-            seconds.append(before + images / rate if rate else before)
+            seconds.append(before + seen / rate if rate else before)
             last = row["step"] if rate else last
         whole = self.result["seconds"] / seconds[-1] if self.result and seconds and seconds[-1] else 1.0
         for row, elapsed in zip(self.rows, seconds, strict=True):
             cost = {**self.cost(row["step"]), "seconds": elapsed * whole}
-            made.append(Point(row["step"], cost, *(row.get(tag) for tag in ("train/loss", "val/top1", "val/loss"))))
+            metrics = {m.name: row[tag] for m in self.metrics if (tag := f"val/{m.name}") in row}
+            made.append(Point(row["step"], cost, row.get("train/loss"), metrics))
         return made
 
     def cost(self, step: int) -> dict[str, float]:
         """What so many steps cost, without time."""
-        images = step * self.planned["batch_size"]
+        seen = step * self.planned["batch_size"]
         epochs = self.planned["epochs"] * step / max(1, self.planned["steps"])
-        return {"epochs": epochs, "images": images, "flops": images * self.planned["cost"]["training_flops"]}
+        return {"epochs": epochs, "seen": seen, "flops": seen * self.planned["cost"]["training_flops"]}
 
     @property
     def spent(self) -> dict[str, float]:
@@ -80,7 +100,7 @@ class PhaseFacts:
         if self.result:
             return {
                 **self.cost(self.result["steps"]),
-                **{key: self.result[key] for key in ("images", "flops", "seconds")},
+                **{key: self.result[key] for key in ("seen", "flops", "seconds")},
             }
         return self.points[-1].cost if self.points else LEAST
 
@@ -116,6 +136,15 @@ class Way:
     @property
     def meta(self) -> PhaseFacts | None:
         return self.phases[0] if self.modules else None
+
+    @property
+    def hybrid_range(self) -> list[PhaseFacts]:
+        """The modules whose hybrids scored worst and best; none before one is done."""
+        done = [phase for phase in self.modules if phase.score is not None]
+        if not done:
+            return []
+        done.sort(key=lambda phase: phase.score or 0.0, reverse=not done[0].headline.higher_is_better)
+        return [done[0], done[-1]]
 
     @property
     def missing(self) -> list[str]:

@@ -11,6 +11,7 @@ from ..launchers.slurm.client import QueuedJob, list_queued_jobs
 from ..storage.lease import process_start_time
 from ..storage.metrics_log import read_last_metrics
 from ..storage.run_directory import PhaseDir, RunDir
+from ..tasks.metric import planned_metrics
 
 
 def run_status(run: RunDir) -> list[dict[str, Any]]:
@@ -18,9 +19,27 @@ def run_status(run: RunDir) -> list[dict[str, Any]]:
 
     Returns:
         A dict per phase: phase (its key), title, state (waiting, queued, running, preempted, failed, died, done), step,
-        steps, percent, loss, top1, images_per_sec, eta_seconds, attempts, restarts, checkpoint, error and node; partial
-        for a module (:attr:`.PhaseDir.partial`); job and queue (Slurm's state, with the reason if it is pending) for a
-        job in the queue.
+        steps, percent, loss (of training), metrics (of validation, by name), headline (the name of one), unit,
+        samples_per_sec, eta_seconds, attempts, restarts, checkpoint, error and node; partial for a module
+        (:attr:`.PhaseDir.partial`); job and queue (Slurm's state, with the reason if it is pending) for a job in the
+        queue.
+
+    Raises:
+        ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
+    """
+    jobs = _jobs(run)
+    rows = []
+    for planned in read_plan(run)["rows"]:
+        folder = run.phase(planned["phase"], planned["module"])
+        if planned["phase"] == "end_to_end" and not folder.path.exists():
+            continue  # the baseline was not requested
+        rows.append({"phase": planned["key"], "title": planned["title"], **_phase_status(folder, planned)})
+        rows[-1] |= _job_status(rows[-1], folder, jobs)
+    return rows
+
+
+def read_plan(run: RunDir) -> dict[str, Any]:
+    """Return ``plan.json`` of a run.
 
     Raises:
         ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
@@ -29,15 +48,7 @@ def run_status(run: RunDir) -> list[dict[str, Any]]:
     if plan is None or "rows" not in plan:
         run.load_recipe()
         raise ArtifactError(f"nothing has run in {run.path} yet")
-    jobs = _jobs(run)
-    rows = []
-    for planned in plan["rows"]:
-        folder = run.phase(planned["phase"], planned["module"])
-        if planned["phase"] == "end_to_end" and not folder.path.exists():
-            continue  # the baseline was not requested
-        rows.append({"phase": planned["key"], "title": planned["title"], **_phase_status(folder, planned)})
-        rows[-1] |= _job_status(rows[-1], folder, jobs)
-    return rows
+    return plan
 
 
 def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +58,9 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     if result is not None:
         state = "done"
     step = result["steps"] if result else metrics.get("step", 0)
-    rate = metrics.get("perf/images_per_sec")
+    rate = metrics.get(f"perf/{planned['unit']}_per_sec")
+    measured = planned_metrics(planned)
+    logged = {metric.name: metrics[tag] for metric in measured if (tag := f"val/{metric.name}") in metrics}
     left = (planned["steps"] - step) * planned["batch_size"]
     checkpoints = sorted(int(path.parent.name[5:]) for path in folder.checkpoints.glob("step-*/COMMITTED"))
     return {
@@ -56,8 +69,10 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
         "steps": planned["steps"],
         "percent": 100.0 if result else 100 * step / max(1, planned["steps"]),
         "loss": metrics.get("train/loss"),
-        "top1": result["top1"] if result else metrics.get("val/top1"),
-        "images_per_sec": rate,
+        "metrics": result["metrics"] if result else logged,
+        "headline": measured[0].name,
+        "unit": planned["unit"],
+        "samples_per_sec": rate,
         "eta_seconds": left / rate if rate and state == "running" else None,
         "attempts": len(attempts),
         "partial": folder.partial,

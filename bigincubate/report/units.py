@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..tasks.metric import Metric
+
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-COARSE = 5000  # images; an image of fewer is more than 0.02%, and a second decimal would say nothing
+COARSE = 5000  # samples; a sample of fewer is more than 0.02%, and a second decimal would say nothing
 
 
 def prefix(values: Iterable[float]) -> tuple[float, str]:
@@ -27,8 +29,13 @@ def quantity(value: float, unit: str) -> str:
 
 
 def percent(value: float, samples: int) -> str:
-    """A share of so many images, in percent: as many decimals as they can tell apart."""
+    """A share of so many samples, in percent: as many decimals as they can tell apart."""
     return f"{value:.{1 if samples < COARSE else 2}f}"
+
+
+def measured(metric: Metric, value: float, samples: int) -> str:
+    """A metric over so many samples."""
+    return percent(value, samples) if metric.unit == "%" else metric.text(value)
 
 
 def duration(seconds: float) -> str:

@@ -69,7 +69,7 @@ class PhaseDir:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Return the result of the phase, or None before it is done."""
+        """Return the result of the phase (``Task.make_result``), or None before it is done."""
         return read_json(self.path / "DONE") or None
 
     def write_result(self, result: dict[str, Any]) -> None:
@@ -87,10 +87,9 @@ class PhaseDir:
 
     @property
     def partial(self) -> dict[str, Any] | None:
-        """Return the score of the partial assembly when this module was finished, or None before.
+        """Return the result of the partial assembly when this module was finished, or None before.
 
-        The modules in ``joined`` (this one included) were in their places, and the meta model in the others:
-        ``top1``, ``top5`` (percent), ``loss``.
+        The modules in ``joined`` (this one included) were in their places, and the meta model in the others.
         """
         return read_json(self.path / "partial.json")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,7 @@ class Metric:
         unit: printed after the value, such as ``"%"``.
         higher_is_better: whether a larger value is the better one.
         format: Python format of the value.
+        in_tables: whether tables have a column for it.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Metric:
     unit: str = ""
     higher_is_better: bool = True
     format: str = ".2f"
+    in_tables: bool = True
 
     def text(self, value: float | None, *, unit: bool = False) -> str:
         """Return a value as text, ``"-"`` for None; with ``unit`` its unit follows."""
@@ -34,6 +37,16 @@ class Metric:
     def column(self) -> str:
         """The heading of a column of such values, such as ``"top-1 %"``."""
         return f"{self.title} {self.unit}".strip()
+
+    def value_in(self, result: Mapping[str, Any] | None) -> float | None:
+        """Return the value in a result (:meth:`.Task.make_result`); None: there is none."""
+        value: float | None = result["metrics"].get(self.name) if result else None
+        return value
+
+
+def planned_metrics(row: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """Return the metrics of a phase, given its row of ``plan.json``; the first is the headline."""
+    return tuple(Metric(**fields) for fields in row["metrics"])
 
 
 def describe_metrics(metrics: Iterable[Metric], values: Mapping[str, float]) -> str:

@@ -15,8 +15,6 @@ from torch.utils.tensorboard import SummaryWriter
 from ..files import append_json_line, read_json_lines, write_text
 from ..storage.run_directory import PhaseDir
 
-FLEET = {"fleet/loss": "train/loss", "fleet/images_per_sec": "perf/images_per_sec"}
-
 
 class MetricsWriter:
     """Write the metrics of a phase.
@@ -29,12 +27,21 @@ class MetricsWriter:
         fleet: directory for an overview of all phases in TensorBoard, which has progress and loss of each phase under
             the same tags.
         total: optimizer steps of the phase.
+        unit: what a sample is called, such as ``"images"``.
     """
 
     def __init__(
-        self, folder: PhaseDir, first: int, *, enabled: bool, fleet: Path | None = None, total: int = 0
+        self,
+        folder: PhaseDir,
+        first: int,
+        *,
+        enabled: bool,
+        fleet: Path | None = None,
+        total: int = 0,
+        unit: str = "samples",
     ) -> None:
         self.file, self.total = folder.metrics, max(1, total)
+        self.fleet_tags = {"train/loss": "fleet/loss", f"perf/{unit}_per_sec": f"fleet/{unit}_per_sec"}
         self.writer: SummaryWriter | None = None
         self.fleet: SummaryWriter | None = None
         if enabled:
@@ -51,7 +58,7 @@ class MetricsWriter:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
         if self.fleet is not None:
-            known = {name: values[tag] for name, tag in FLEET.items() if tag in values}
+            known = {name: values[tag] for tag, name in self.fleet_tags.items() if tag in values}
             known |= {"fleet/percent": 100 * step / self.total, "fleet/restarts": self.restarts}
             for tag, value in known.items():
                 self.fleet.add_scalar(tag, value, step)

@@ -121,7 +121,12 @@ class Trainer:
         done = 0 < self.state.step < self.total
         fleet = self.run_dir.path / "fleet" / self.folder.path.relative_to(self.run_dir.path)
         return MetricsWriter(
-            self.folder, self.state.step + done, enabled=self.env.is_main, fleet=fleet, total=self.total
+            self.folder,
+            self.state.step + done,
+            enabled=self.env.is_main,
+            fleet=fleet,
+            total=self.total,
+            unit=self.task.unit,
         )
 
     def roll_back(self, error: NonFiniteError) -> None:

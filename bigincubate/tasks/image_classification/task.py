@@ -25,7 +25,11 @@ from .mixup import TwoHot, blend
 class ImageClassification(Task):
     """Learn the class of an image."""
 
-    metrics = (Metric("top1", "top-1", "%"), Metric("top5", "top-5", "%"), Metric("loss", "loss", "", False, ".4f"))
+    metrics = (
+        Metric("top1", "top-1", "%"),
+        Metric("top5", "top-5", "%", in_tables=False),
+        Metric("loss", "loss", higher_is_better=False, format=".4f"),
+    )
     unit = "images"
     record_kind = LABELLED_IMAGE
 
