@@ -8,20 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigincubate.config import ModelConfig
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.storage.artifacts import ArtifactManifest, ModelSpec
 from bigincubate.storage.checkpoint_manager import Checkpoint, CheckpointManager
 
 SPEC = ModelSpec(
-    name="vit_tiny_patch16_224",
-    args={"patch_size": 2, "embed_dim": 24, "num_heads": 3},
+    task="image_classification",
+    model=ModelConfig(
+        name="vit_tiny_patch16_224",
+        args={"patch_size": 2, "embed_dim": 24, "num_heads": 3},
+        num_classes=10,
+        img_size=8,
+    ),
     depths=[[1], [1]],
-    num_classes=10,
-    img_size=8,
-    mean=[0.5] * 3,
-    std=[0.5] * 3,
-    interpolation="bicubic",
-    eval_crop=1.0,
+    metadata={"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "eval_crop": 1.0},
 )
 MANIFEST = ArtifactManifest(kind="model", phase="finetune", model=SPEC, weights="raw", recipe="r" * 64, data="d" * 64)
 
