@@ -78,5 +78,5 @@ class Parity:
         assert len(found) >= 12
         for key in ("train/loss", "train/lr", "train/grad_norm"):
             assert [row[key] for row in found] == pytest.approx([row[key] for row in expected], rel=rel), key
-        scores = [one.run.phase(case.phase, case.module).result for one in (single, spread)]
+        scores = [one.run.phase(case.phase, case.module).result["metrics"] for one in (single, spread)]
         assert scores[1]["loss"] == pytest.approx(scores[0]["loss"], rel=10 * rel)

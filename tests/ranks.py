@@ -59,7 +59,7 @@ def spoil(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> None:
         if self.state.step == job.get("signal_at"):
             os.kill(os.getpid(), signal.SIGUSR1)
         if self.state.step in job.get("poison", []):
-            batch.images[0, 0, 0, 0] = float("nan")
+            batch["images"][0, 0, 0, 0] = float("nan")
         return step(self, batch)
 
     patch.setattr(trainer.Trainer, "step", spoiled)
@@ -68,7 +68,7 @@ def spoil(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> None:
 def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
     """What this rank holds and sends in optimizer step ``at``: when the last micro-batch begins and when the backward
     is over. ``rest`` lists what nobody is known to hold."""
-    init, step = trainer.Trainer.__init__, trainer.Trainer.step
+    build, step = trainer.build_phase, trainer.Trainer.step
 
     def measured(self: trainer.Trainer) -> dict[str, Any]:
         shards = [shard.tensor for shard in self.ema.shards.values()]
@@ -78,10 +78,10 @@ def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
         sizes = {name: sum(part.values()) for name, part in parts.items()}
         return sizes | {"rest": [size for size in rest.values() if size > 1024]}
 
-    def started(self: trainer.Trainer, *arguments: Any) -> None:
+    def started(*arguments: Any) -> Any:
         gc.collect()
         gc.freeze()  # what was there before is not looked at
-        init(self, *arguments)
+        return build(*arguments)
 
     def watched(self: trainer.Trainer, batch: Any) -> Any:
         if self.state.step != at:
@@ -104,7 +104,7 @@ def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
         found["sent"] = dict(collectives.bytes)
         return ended
 
-    patch.setattr(trainer.Trainer, "__init__", started)
+    patch.setattr(trainer, "build_phase", started)
     patch.setattr(trainer.Trainer, "step", watched)
 
 
@@ -156,20 +156,19 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate(job: dict[str, Any]) -> dict[str, Any]:
     """Scores of an artifact on the first ``samples`` of the validation split."""
-    from bigincubate.config import AugmentConfig
+    from bigincubate.config import DataConfig
     from bigincubate.data.dataset import open_dataset
-    from bigincubate.data.streams import EvalStream
     from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.interchange.export import load_model
-    from bigincubate.tasks.image_classification import task as classification
+    from bigincubate.tasks.image_classification.task import ImageClassification
 
     env = DistributedContext.detect()
     model, spec = load_model(Path(job["evaluate"]))
     info = open_dataset(job["data"])
     info = dataclasses.replace(info, samples={**info.samples, "val": job["samples"]})
-    augment = AugmentConfig(mean=spec.mean, std=spec.std, eval_crop=spec.eval_crop)
-    stream = EvalStream(info, "val", augment, img_size=spec.img_size, batch_size=32, rank=env.rank, world=env.world)
-    scores = classification.evaluate(model, stream, env)
+    task = ImageClassification(ImageClassification.artifact_settings(spec.model, spec.metadata), DataConfig())
+    stream = task.eval_stream(info, "val", batch_size=32, rank=env.rank, world=env.world)
+    scores = task.evaluate(model, stream, env)
     env.close()
     return scores
 

@@ -165,19 +165,19 @@ def test_a_training_step_has_the_gain_of_its_micro_batches(
     def catching(loss: Tensor) -> None:
         before = held()
         backward(loss)
-        caught[-1].append((held() - before) * trainer.micro_batches)
+        caught[-1].append((held() - before) * trainer.parts.micro_batches)
 
     monkeypatch.setattr(trainer.sharding, "backward", catching)
-    batches = trainer.stream.batches(0)
+    batches = trainer.parts.train_stream.batches(0)
     rows = []
     for _ in range(STEPS):
         caught.append([])
         trainer.step(next(batches))
         trainer.state.step += 1
-        rows.append((trainer.lr_hook.gain, [group["lr"] for group in trainer.sharding.optimizer.param_groups]))
+        rows.append((trainer.parts.lr_hook.gain, [group["lr"] for group in trainer.sharding.optimizer.param_groups]))
     expected = [gain**power for gain in by_the_paper([torch.stack(step) for step in caught])]
     assert [gain for gain, _ in rows] == pytest.approx(expected, rel=1e-4)
-    assert 1 < min(expected) < 0.97 * trainer.micro_batches**power
+    assert 1 < min(expected) < 0.97 * trainer.parts.micro_batches**power
     for gain, rates in rows:
         assert rates == pytest.approx([gain * trainer.settings.train.lr] * 2)
 

@@ -69,8 +69,9 @@ def test_losses_are_those_of_one_process(ranks: Ranks, phase: str, module: int |
     for key in ("train/loss", "train/lr", "train/grad_norm"):
         assert [row[key] for row in double] == pytest.approx([row[key] for row in single], abs=1e-5), key
     assert double != single
+    scores = [each.run.phase(phase, module).result["metrics"] for each in (ranks.double, ranks.single)]
     for key in ("top1", "top5"):
-        assert ranks.double.run.phase(phase, module).result[key] == ranks.single.run.phase(phase, module).result[key]
+        assert scores[0][key] == scores[1][key]
     found = ranks.double.weights(phase, module)
     for name, tensor in ranks.single.weights(phase, module).items():
         torch.testing.assert_close(found[name], tensor, atol=1e-4, rtol=1e-3)
@@ -111,18 +112,12 @@ def test_evaluation_counts_each_sample_once(ranks: Ranks, digits: Path, samples:
     import dataclasses
 
     from bigincubate.distributed.process_group import DistributedContext
-    from bigincubate.tasks.image_classification.task import evaluate
 
     trainer = ranks.single.trainer("finetune")
     trainer.model.load_state_dict(ranks.single.weights("finetune"))
-    stream = type(trainer.eval_stream)(
-        dataclasses.replace(trainer.data, samples={**trainer.data.samples, "val": samples}),
-        "val",
-        trainer.settings.augment,
-        img_size=8,
-        batch_size=samples,
-    )
-    alone = evaluate(trainer.model, stream, DistributedContext())
+    info = dataclasses.replace(trainer.data, samples={**trainer.data.samples, "val": samples})
+    stream = trainer.task.eval_stream(info, "val", batch_size=samples)
+    alone = trainer.task.evaluate(trainer.model, stream, DistributedContext())
     for scores in ranks.outcomes[f"evaluate {samples}"]:
         assert scores["samples"] == samples
         assert (scores["top1"], scores["top5"]) == (alone["top1"], alone["top5"])
@@ -133,7 +128,7 @@ def test_ranks_score_a_partial_assembly_together(ranks: Ranks) -> None:
     for module in (0, 1):
         one, two = (each.run.phase("incubate", module).partial for each in (ranks.single, ranks.double))
         assert (one["joined"], one["samples"]) == (two["joined"], two["samples"])
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-4)
 
 
 def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(ranks: Ranks) -> None:

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from safetensors.torch import save as tensors_file
 from bigincubate.config import AugmentConfig, load_recipe
 from bigincubate.data.dataset import compute_dataset_digest, open_dataset
 from bigincubate.data.file_locks import runtime_dir
+from bigincubate.data.images import labelled_image_schema
 from bigincubate.data.streams import EvalStream
 from bigincubate.errors import (
     ArtifactError,
@@ -36,6 +38,7 @@ from bigincubate.errors import (
 from bigincubate.interchange.export import export, load_model
 from bigincubate.models import build
 from bigincubate.storage.artifacts import load_artifact, save_artifact
+from bigincubate.tasks.image_classification.views import EvalTransform
 
 Kind = tuple[str, Callable[[Any], Any], type[BigincubateError] | None]  # None: it does no harm, and does not matter
 NOWHERE, DEEP, HASH = Path("/nowhere"), 100_000, "0" * 64
@@ -304,8 +307,8 @@ CHECKPOINTS: list[Kind] = [
 
 
 def weights() -> dict[str, torch.Tensor]:
-    spec = MANIFEST.model
-    model = build(spec.name, ((1,), (1,)), num_classes=10, img_size=8, args=spec.args)
+    settings = MANIFEST.model.model
+    model = build(settings.name, ((1,), (1,)), num_classes=10, img_size=8, args=settings.args)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -329,8 +332,12 @@ def described(**fields: Any) -> Callable[[Any], Any]:
     return artifact(spoil)
 
 
+def with_settings(**settings: Any) -> Callable[[Any], Any]:
+    return described(model=MANIFEST.model.model.model_dump() | settings)
+
+
 def with_arguments(**arguments: Any) -> Callable[[Any], Any]:
-    return described(args=MANIFEST.model.args | arguments)
+    return with_settings(args=MANIFEST.model.model.args | arguments)
 
 
 def pickled_weights(place: Any, folder: Path) -> None:
@@ -372,9 +379,9 @@ ARTIFACTS: list[Kind] = [
     ("model: a pickle to load", with_arguments(checkpoint_path="OUTSIDE/evil.pth"), ConfigError),
     ("model: weights from a file", with_arguments(pretrained_cfg={"file": "OUTSIDE/evil.pth"}), ConfigError),
     ("model: a class by name", with_arguments(norm_layer="os.system"), ConfigError),
-    ("model from a hub", described(name="hf-hub:evil/model"), ConfigError),
-    ("model from a folder", described(name="local-dir:OUTSIDE"), ConfigError),
-    ("model of a million million classes", described(num_classes=10**12), ArtifactError),
+    ("model from a hub", with_settings(name="hf-hub:evil/model"), ConfigError),
+    ("model from a folder", with_settings(name="local-dir:OUTSIDE"), ConfigError),
+    ("model of a million million classes", with_settings(num_classes=10**12), ArtifactError),
     ("model a million wide", with_arguments(embed_dim=3_000_000), ArtifactError),
     ("model a thousand million deep", described(depths=[[10**9], [1]]), ArtifactError),
     ("export: pickled weights", exported(put("model.safetensors", torch_zip)), ArtifactError),
@@ -429,14 +436,16 @@ def dataset(place: Any, data: bytes, *, raw: dict[str, Any] | None = None, index
         text = index if isinstance(index, bytes) else json.dumps({"shards": [one], "version": 2}).encode()
         (folder / split / "index.json").write_bytes(text)
         splits[split] = {"index": hashlib.sha256(text).hexdigest(), "samples": one["samples"]}
-    digest = compute_dataset_digest(["a", "b"], splits, {})
-    text = json.dumps({"format": 1, "classes": ["a", "b"], "splits": splits, "digest": digest})
+    schema = labelled_image_schema(["a", "b"])
+    digest = compute_dataset_digest(schema, splits, {})
+    text = json.dumps({"format": 1, **asdict(schema), "splits": splits, "digest": digest})
     (folder / "dataset.json").write_text(text)
 
     def read() -> None:
         info = open_dataset(folder)
-        for batch in EvalStream(info, "val", AugmentConfig(eval_crop=1.0), img_size=8, batch_size=1):
-            assert batch.images.shape == (1, 3, 8, 8)
+        transform = EvalTransform(AugmentConfig(eval_crop=1.0), 8, classes=2)
+        for batch in EvalStream(info, "val", transform, batch_size=1):
+            assert batch["images"].shape == (1, 3, 8, 8)
 
     return read
 
@@ -605,7 +614,7 @@ def test_a_checkpoint_with_the_right_hashes_that_does_not_fit_is_one_line(traine
     name = next(key for key in tensors if key.startswith("model/") and tensors[key].ndim == 2)
     for step, (state, own) in enumerate(
         [
-            ({"images": "many"}, {}),
+            ({"seen": "many"}, {}),
             ({"lr_hook": {"gain": [1]}}, {}),
             ({"last": 3}, {}),
             ({}, {name: torch.zeros(3, 3)}),

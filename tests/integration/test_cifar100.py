@@ -24,4 +24,4 @@ def test_cifar100_mini_is_ten_times_better_than_chance(tmp_path: Path, bigincuba
     print(done.stdout)
     summary = json.loads((run / "summary.json").read_text())
     assert summary["finetune"]["samples"] == 10_000
-    assert summary["finetune"]["top1"] >= 10
+    assert summary["finetune"]["metrics"]["top1"] >= 10

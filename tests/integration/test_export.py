@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from bigincubate.config import ModelConfig
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.interchange.export import best_artifact, export, load_model, timm_arguments
 from bigincubate.models import build
@@ -38,18 +39,14 @@ CASES: dict[str, dict[str, Any]] = {
 def artifact(name: str, folder: Path, seed: int = 0) -> ModelSpec:
     """A trained model of this kind, as a phase hands it on: every parameter is something of its own."""
     spec = ModelSpec(
-        name=name,
-        num_classes=7,
-        img_size=32,
-        mean=[0.1, 0.2, 0.3],
-        std=[0.4, 0.5, 0.6],
-        interpolation="bilinear",
-        eval_crop=0.9,
-        **CASES[name],
+        task="image_classification",
+        model=ModelConfig(name=name, num_classes=7, img_size=32, args=CASES[name]["args"]),
+        depths=CASES[name]["depths"],
+        metadata={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "eval_crop": 0.9},
     )
     torch.manual_seed(seed)
     depths = tuple(tuple(stages) for stages in spec.depths)
-    model = build(name, depths, num_classes=7, img_size=32, args=spec.args)
+    model = build(name, depths, num_classes=7, img_size=32, args=spec.model.args)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -69,7 +66,7 @@ def test_timm_loads_it_and_computes_the_same_bits(name: str, tmp_path: Path) -> 
     spec = artifact(name, tmp_path / "artifact")
     export(tmp_path / "artifact", tmp_path / "out")
     file = str(tmp_path / "out" / "model.safetensors")
-    overlay = {"file": file, "num_classes": spec.num_classes}
+    overlay = {"file": file, "num_classes": spec.model.num_classes}
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **timm_arguments(spec))
     ours, _ = load_model(tmp_path / "artifact")
     assert torch.equal(logits(model), logits(ours))

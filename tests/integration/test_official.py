@@ -70,7 +70,7 @@ def test_meta_model_and_modules_take_their_places_in_a_run(empty: Any, tmp_path:
         list(import_part(empty.recipe, "modules", hybrids, empty.run))
     results = dict(import_part(empty.recipe, "meta", [meta], empty.run))
     assert set(results) == {"meta model"}
-    assert 0 <= results["meta model"]["top1"] <= 100
+    assert 0 <= results["meta model"]["metrics"]["top1"] <= 100
     assert [title for title, _ in import_part(empty.recipe, "modules", hybrids, empty.run)] == ["module 0", "module 1"]
 
     assert torch.equal(
@@ -105,7 +105,7 @@ def test_position_embeddings_are_resampled_for_larger_images(fast: Path, tmp_pat
     file = save(tmp_path / "vit.pth", stages([2, 2], seed=3))
     import_model(load_recipe(str(fast), ["finetune.model.img_size=12"]), [file], tmp_path / "large")
     model, spec = load_model(tmp_path / "large")
-    assert spec.img_size == 12
+    assert spec.model.img_size == 12
     assert model(torch.zeros(1, 3, 12, 12)).shape == (1, 10)
     tokens = load_file(tmp_path / "large" / "model.safetensors")["pos_embed"]
     before = read_stages(file)[0]["pos_embed"]

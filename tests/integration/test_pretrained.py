@@ -89,7 +89,7 @@ def test_weights_that_are_not_in_reach(hub: Path) -> None:
 
 def test_every_form_of_file_holds_the_same_model(hub: Path, tmp_path: Path) -> None:
     spec = artifact(VIT, tmp_path / "artifact")
-    sizes: dict[str, Any] = {"img_size": spec.img_size, "args": spec.args, "num_classes": spec.num_classes}
+    sizes: dict[str, Any] = spec.model.model_dump(include={"img_size", "args", "num_classes"})
     export(tmp_path / "artifact", tmp_path / "folder")
     file = tmp_path / "folder" / "model.safetensors"
     state = load_file(file)

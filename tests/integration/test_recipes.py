@@ -206,7 +206,7 @@ def test_a_smoke_size_is_the_same_experiment_and_each_phase_of_it_can_be_built(n
 
 def test_smoke_leaves_a_users_own_settings_and_touches_no_data_of_theirs(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
-    file.write_text(SMOKE.replace('source = "digits-dev"', f'path = "{tmp_path}"\nstage = "/disk"'))
+    file.write_text(SMOKE.replace('source = "digits-dev"', f'path = "{tmp_path}"\nlocal_cache = "/disk"'))
     small = load_recipe(str(file), ["train.max_steps=50", "pretrain.train.max_steps=3"], smoke)
     assert (small.data.source, small.data.path, small.data.local_cache) == ("made-up", None, None)
     assert (small.settings("pretrain").train.max_steps, small.train.max_steps) == (3, 50)

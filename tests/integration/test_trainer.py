@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigincubate.data.streams import Batch
+from bigincubate.data.batch import Batch
 from bigincubate.errors import ConfigError
 from bigincubate.storage.artifacts import load_manifest
 
@@ -46,7 +46,7 @@ def test_micro_batches_make_one_batch(lab: Labs, count: int, repeats: int) -> No
     sets = [*LOUD, "log.every_steps=1", f"augment.repeated_aug={repeats}", "mixup.prob=1.0", "augment.erase=0.3"]
     sets += ["optim.name=sgd", "train.lr=0.05"]  # plain: AdamW divides rounding errors by small numbers
     whole, parts = lab(*sets), lab(*sets, f"train.micro_batch={32 // count}")
-    assert parts.trainer("pretrain").micro_batches == count
+    assert parts.trainer("pretrain").parts.micro_batches == count
     whole.train("pretrain")
     parts.train("pretrain")
     assert len(losses(whole)) == 12
@@ -66,12 +66,12 @@ def test_a_micro_batch_that_does_not_divide_is_refused(lab: Labs) -> None:
 def test_repeats_show_each_sample_so_often_and_count_as_images(lab: Labs) -> None:
     repeated = lab("augment.repeated_aug=4", "mixup.mixup=0.0")
     trainer = repeated.trainer("pretrain")
-    batch = next(trainer.stream.batches(0))
+    batch = next(trainer.parts.train_stream.batches(0))
     assert len(batch) == 32
-    assert len(set(batch.ids.tolist())) == 8
-    assert trainer.stream.steps_per_epoch == repeated.data.samples["train"] // 8
-    assert len({image.numpy().tobytes() for image in batch.images}) > 8  # views differ
-    assert repeated.train("pretrain")["images"] == 12 * 32
+    assert len(set(batch.sample_ids.tolist())) == 8
+    assert trainer.parts.train_stream.steps_per_epoch == repeated.data.samples["train"] // 8
+    assert len({image.numpy().tobytes() for image in batch["images"]}) > 8  # views differ
+    assert repeated.train("pretrain")["seen"] == 12 * 32
 
 
 def test_clipping_clips(lab: Labs) -> None:
@@ -92,14 +92,14 @@ def test_clipping_clips(lab: Labs) -> None:
 def test_label_smoothing_reaches_the_loss(lab: Labs) -> None:
     smooth, sharp = lab("loss.label_smoothing=0.5", "mixup.mixup=0.0"), lab("mixup.mixup=0.0")
     trainers = [each.trainer("pretrain") for each in (smooth, sharp)]
-    batch = next(trainers[0].stream.batches(0))
+    batch = next(trainers[0].parts.train_stream.batches(0))
     targets = [trainer.task.prepare(batch, 0)[1] for trainer in trainers]
-    one_hot = torch.nn.functional.one_hot(batch.labels, 10).float()
+    one_hot = torch.nn.functional.one_hot(batch["labels"], 10).float()
     torch.testing.assert_close(targets[0], one_hot * 0.5 + 0.05)
     torch.testing.assert_close(targets[1], one_hot)
     logits = torch.randn(32, 10, generator=torch.Generator().manual_seed(0))
     expected = -(targets[0] * logits.log_softmax(1)).sum(1).mean()
-    loss = trainers[0].task.loss(lambda images: logits, batch.images, targets[0])
+    loss = trainers[0].task.loss(lambda images: logits, batch, 0)
     torch.testing.assert_close(loss, expected)
 
 
@@ -107,7 +107,7 @@ def test_bfloat16_runs_and_keeps_weights_in_full_precision(lab: Labs) -> None:
     half, full = lab("train.precision=bf16", "log.every_steps=1"), lab("log.every_steps=1")
     result = half.train("pretrain")
     full.train("pretrain")
-    assert math.isfinite(result["loss"])
+    assert math.isfinite(result["metrics"]["loss"])
     assert {tensor.dtype for tensor in half.weights("pretrain").values()} == {torch.float32}
     assert losses(half) == pytest.approx(losses(full), abs=0.05)
     assert losses(half) != losses(full)
@@ -116,11 +116,13 @@ def test_bfloat16_runs_and_keeps_weights_in_full_precision(lab: Labs) -> None:
 def test_no_steps_hand_on_the_initialisation(lab: Labs) -> None:
     none = lab("train.max_steps=0", "incubate.init=grow", "incubate.ema.decay=0.9", "incubate.export=ema")
     result = none.train("pretrain")
-    assert (result["steps"], result["images"], result["flops"]) == (0, 0, 0)
+    assert (result["steps"], result["seen"], result["flops"]) == (0, 0, 0)
     assert same(none.weights("pretrain"), none.trainer("pretrain").model.state_dict())
     for module in (0, 1):
         hybrid = none.train("incubate", module)
-        assert hybrid["loss"] == pytest.approx(result["loss"], abs=1e-5)  # grown: it still is the meta model
+        assert hybrid["metrics"]["loss"] == pytest.approx(
+            result["metrics"]["loss"], abs=1e-5
+        )  # grown: it still is the meta model
     none.train("finetune")
     assert len(none.log("pretrain")) == 1
 
@@ -174,12 +176,7 @@ def test_the_average_is_handed_on_where_asked_and_says_so(lab: Labs) -> None:
     shown = ema.run.phase("pretrain").result
     checker = ema.trainer("pretrain")
     checker.model.load_state_dict(ema.weights("pretrain"))
-    from bigincubate.distributed.process_group import DistributedContext
-    from bigincubate.tasks.image_classification.task import evaluate
-
-    assert evaluate(checker.model, checker.eval_stream, DistributedContext())["loss"] == pytest.approx(
-        shown["loss"], abs=1e-9
-    )
+    assert checker.score()["loss"] == pytest.approx(shown["metrics"]["loss"], abs=1e-9)
 
 
 def test_the_average_is_that_of_the_weights_after_each_step(lab: Labs) -> None:
@@ -216,11 +213,11 @@ def test_evaluating_the_average_does_not_disturb_training(lab: Labs) -> None:
 def test_the_loss_that_is_logged_is_the_mean_over_the_batch(trained: Any) -> None:
     """Computed again by hand for the first step: plain cross entropy with the soft targets of the whole batch."""
     trainer = trained.trainer("pretrain")
-    batch = next(trainer.stream.batches(0))
+    batch = next(trainer.parts.train_stream.batches(0))
     images, targets = trainer.task.prepare(batch, 0)
     from bigincubate.models import apply_masks, draw_masks, drop_paths
 
-    apply_masks(trainer.model, draw_masks(0, 0, len(drop_paths(trainer.model)), 32)[:, batch.positions])
+    apply_masks(trainer.model, draw_masks(0, 0, len(drop_paths(trainer.model)), 32)[:, batch.global_position])
     each = -(targets * trainer.model.train()(images).log_softmax(1)).sum(1)
     assert trained.log("pretrain")[0]["train/loss"] == pytest.approx(each.mean().item(), abs=1e-6)
 
@@ -287,8 +284,9 @@ def test_the_logged_rate_is_the_schedules(trained: Any, lab: Labs) -> None:
 
 def test_a_result_has_what_the_summary_shows(trained: Any) -> None:
     result = trained.run.phase("pretrain").result
-    assert result.keys() >= {"top1", "top5", "loss", "seconds", "images", "flops", "steps"}
-    assert (result["steps"], result["images"]) == (12, 384)
+    assert result["metrics"].keys() == {"top1", "top5", "loss"}
+    assert result.keys() >= {"metrics", "headline", "unit", "seconds", "seen", "flops", "steps"}
+    assert (result["steps"], result["seen"], result["unit"], result["headline"]) == (12, 384, "images", "top1")
     flops = next(row for row in trained.rows if row.key == "pretrain").cost.training_flops
     assert result["flops"] == 384 * flops
     assert result["samples"] == trained.data.samples["val"]
