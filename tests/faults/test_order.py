@@ -34,6 +34,9 @@ def check(info: Any, whole: Any, cut: int, world: int, workers: int) -> int:
         assert same(ranks[0], whole[cut : cut + count])
     for shares, expected in zip(zip(*ranks, strict=True), whole[cut : cut + count], strict=True):
         for rank, share in enumerate(shares):
-            for name in ("ids", "labels", "images", "positions"):
+            assert share.columns.keys() == expected.columns.keys() == {"images", "labels"}
+            for name in share.columns:
+                assert torch.equal(share[name], expected[name][rank::world]), (name, rank)
+            for name in ("sample_ids", "global_position"):
                 assert torch.equal(getattr(share, name), getattr(expected, name)[rank::world]), (name, rank)
     return count * world
