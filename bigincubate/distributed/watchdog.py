@@ -14,10 +14,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RankTimeoutError
 from .process_group import DistributedContext, print_stderr
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 POLL_SECONDS = 2.0  # seconds between two reads
 MAX_UNCHANGED_POLLS = 9  # reads in a row without a change after which a rank has timed out
@@ -42,7 +45,7 @@ def watch_ranks(
     if env.world == 1:
         yield
         return
-    watch = RankWatchdog(env, name, env.gather(process), record)
+    watch = RankWatchdog.start(env, name, env.gather(process), record)
     try:
         yield
     finally:
@@ -57,25 +60,42 @@ class RankWatchdog:
         name: Prefix of the keys in the store.
         processes: ``host`` and ``pid`` of every rank.
         record: See :func:`watch_ranks`.
+        store: The ranks' shared store.
+        watch_host: Whether to watch rank 0 as the host of the store too.
     """
 
     def __init__(
-        self, env: DistributedContext, name: str, processes: list[dict[str, Any]], record: Callable[[str], None]
+        self,
+        env: DistributedContext,
+        name: str,
+        processes: list[dict[str, Any]],
+        record: Callable[[str], None],
+        store: Store,
+        *,
+        watch_host: bool,
     ) -> None:
-        from torch.distributed import TCPStore
-
-        self.env, self.name, self.processes, self.record = env, name, processes, record
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # a separate connection: that of the process group may be busy for a long time
-        self.store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
+        self.env, self.name, self.processes, self.record, self.store = env, name, processes, record, store
         self.polls = 0
         self.stopped, self.exiting = threading.Event(), threading.Event()
+        tasks = [self._count, *([self._watch_host] if watch_host else [])]
+        self.threads = [threading.Thread(target=task, daemon=True) for task in tasks]
+
+    @classmethod
+    def start(
+        cls, env: DistributedContext, name: str, processes: list[dict[str, Any]], record: Callable[[str], None]
+    ) -> RankWatchdog:
+        """Connect to the store and start to watch. Arguments as for the constructor."""
+        from torch.distributed import TCPStore
+
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # a separate connection: that of the process group may be busy for a long time
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
         # a store in the launcher's process may be suspended with the launcher while all ranks are alive
         hosted_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        tasks = [self._count, *([self._watch_host] if hosted_by_rank_0 and not env.is_main else [])]
-        self.threads = [threading.Thread(target=task, daemon=True) for task in tasks]
-        for thread in self.threads:
+        watch = cls(env, name, processes, record, store, watch_host=hosted_by_rank_0 and not env.is_main)
+        for thread in watch.threads:
             thread.start()
+        return watch
 
     def stop(self) -> None:
         """Stop watching before this rank leaves. Do not return if all ranks are about to exit after a timeout."""
