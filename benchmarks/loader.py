@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
-from duel import Contestant, duel, serve
+from paired_timing import Contestant, serve, time_in_turns
 
 CLASSES, EACH = 100, 80  # of the JPEGs; a fifth is held out
 NO_META = ["pretrain.train.max_steps=0"]  # a module needs a meta model, trained or not
@@ -166,7 +166,7 @@ def main() -> None:
             settings = {**CASES[case], "folder": temporary, "steps": asked.steps}
             settings["data"] = str(folder / settings["recipe"])
             names = [*(f"{workers} workers" for workers in asked.workers), IN_MEMORY]
-            found = duel(__file__, names, settings, repeats=asked.repeats, steps=1)
+            found = time_in_turns(__file__, names, settings, repeats=asked.repeats, steps=1)
             memory = found[IN_MEMORY]["seconds"] / asked.steps * 1e3
             for name in names[:-1]:
                 own = found[name]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duel import Contestant
+from paired_timing import Contestant
 
 from bigincubate.config import load_recipe
 from bigincubate.distributed.process_group import DistributedContext

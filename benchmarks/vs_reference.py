@@ -21,7 +21,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from duel import HEADER, Contestant, duel, serve, table_row
+from paired_timing import HEADER, Contestant, serve, table_row, time_in_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -151,7 +151,7 @@ def main() -> None:
                 "reference": str(asked.reference.resolve()),
             }
             names = [*asked.ours, "reference"]
-            found = duel(__file__, names, settings, repeats=asked.repeats, steps=asked.steps)
+            found = time_in_turns(__file__, names, settings, repeats=asked.repeats, steps=asked.steps)
             rows.append({"settings": settings, "found": found})
             print("\n".join(table_row(f"module {module}, {precision}", found, "reference")), flush=True)
     if asked.out:

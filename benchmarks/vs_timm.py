@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from duel import HEADER, Contestant, duel, serve, table_row
+from paired_timing import HEADER, Contestant, serve, table_row, time_in_turns
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,7 +108,7 @@ def main() -> None:
                 "threads": asked.threads,
             }
             names = [*asked.ours, asked.theirs]
-            found = duel(__file__, names, settings, repeats=asked.repeats, steps=asked.steps)
+            found = time_in_turns(__file__, names, settings, repeats=asked.repeats, steps=asked.steps)
             rows.append({"settings": settings, "found": found})
             print("\n".join(table_row(f"drop-path {rate}, {precision}", found, asked.theirs)), flush=True)
     if asked.out:

@@ -212,18 +212,18 @@ def slurm(cluster: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def ledger(request: pytest.FixtureRequest) -> object:
-    """The trials of the row that the test's ``row`` mark names."""
-    from ledger import FULL, Ledger
+def trial_log(request: pytest.FixtureRequest) -> object:
+    """The trials of the scenario that the test's ``scenario`` mark names."""
+    from trial_log import FULL, TrialLog
 
-    made = Ledger(request.node.get_closest_marker("row").args[0])
-    if not FULL and not made.row.few:
-        pytest.skip("done by `make test-faults` alone: it takes minutes")
+    made = TrialLog(request.node.get_closest_marker("scenario").args[0])
+    if not FULL and not made.scenario.few:
+        pytest.skip("run by `make test-faults` only: it takes minutes")
     return made
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    from ledger import FULL, publish
+    from trial_log import FULL, publish
 
     if FULL and not session.config.getoption("collectonly"):
         publish()

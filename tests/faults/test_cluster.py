@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from cluster import ARRAY, Cluster, committed, kill, nodes, processes, ranks, running
 from conftest import Command
-from ledger import Ledger, Trial
 from parity import launch
+from trial_log import Trial, TrialLog
 
 from bigincubate.errors import ExternalError
 from bigincubate.storage.run_directory import RunDir
@@ -111,12 +111,12 @@ def kill_gate(struck: Struck) -> bool:
     return bool(pids)
 
 
-@pytest.mark.row("slurm")
+@pytest.mark.scenario("slurm")
 def test_one_submit_ends_in_the_model_whatever_happens(
-    slurm: Cluster, calm: RunDir, fast: Path, tmp_path: Path, bigincubate: Command, ledger: Ledger
+    slurm: Cluster, calm: RunDir, fast: Path, tmp_path: Path, bigincubate: Command, trial_log: TrialLog
 ) -> None:
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             began, run = time.monotonic(), RunDir(tmp_path / str(trial.number))
             sets = [word for item in SETS for word in ("--set", item)]
             submitted = bigincubate("submit", fast, "--run-dir", run.path, *sets)
@@ -133,7 +133,7 @@ def test_one_submit_ends_in_the_model_whatever_happens(
             assert sum(hits.values()) >= 2, f"the run was over before it was struck: {hits}"
             seconds = round(time.monotonic() - began)
             trial.note(faults=sum(hits.values()), attempts=attempts, seconds=seconds, **hits)
-    ledger.check()
+    trial_log.check()
 
 
 def check(run: RunDir, calm: RunDir) -> None:

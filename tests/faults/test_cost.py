@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from ledger import Ledger
 from parts import manager
+from trial_log import TrialLog
 
 from bigincubate.storage.sharded_tensors import copy_to_cpu
 
@@ -31,8 +31,8 @@ class NoHash:
 
 
 @pytest.mark.faults
-@pytest.mark.row("cost")
-def test_cost(ledger: Ledger, tmp_path: Path) -> None:
+@pytest.mark.scenario("cost")
+def test_cost(trial_log: TrialLog, tmp_path: Path) -> None:
     tensors = {f"w{index}": torch.randn(2**20 // 4 * 16) for index in range(MIB // 16)}
 
     def no_hash(patch: pytest.MonkeyPatch) -> None:
@@ -58,8 +58,8 @@ def test_cost(ledger: Ledger, tmp_path: Path) -> None:
             managers[way].save(step, tensors, {"step": step})
             return time.perf_counter() - began
 
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             managers = {way: manager(tmp_path / way) for way in ways}
             rounds = [{way: save(way, step) for way in ways} for step in range(SAVES)]  # in turn: the disk's moods
             whole, unhashed, unsynced, bare = (median(each[way] for each in rounds[1:]) for way in ways)
@@ -75,4 +75,4 @@ def test_cost(ledger: Ledger, tmp_path: Path) -> None:
             }
             trial.note(**{name: round(value, 1) for name, value in figures.items()})
             assert bare >= 0.9 * whole, f"{figures['both, % of a save']:.0f} % of a save"
-    ledger.check()
+    trial_log.check()

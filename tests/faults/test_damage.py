@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ledger import Ledger, Trial
 from parts import MANIFEST, manager
+from trial_log import Trial, TrialLog
 
 from bigincubate.errors import ArtifactError
 from bigincubate.files import write_and_hash
@@ -92,18 +92,18 @@ def check_found(touched: list[Path], root: Path) -> None:
         assert newest.step == 4
 
 
-@pytest.mark.row("damage")
-def test_damage_is_found(ledger: Ledger, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.scenario("damage")
+def test_damage_is_found(trial_log: TrialLog, files: Files, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = list(dict.fromkeys(file.parent for file in files))
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             touched = spoil(trial, files)
             try:
                 check_found(touched, tmp_path)
             finally:
                 for file in touched:
                     file.write_bytes(files[file])
-    ledger.check()
+    trial_log.check()
     for folder in whole:  # and nothing is found where nothing is
         assert (verify_checkpoint(folder) if folder.name.startswith("step") else load_artifact(folder)[0].keys()) in (
             None,

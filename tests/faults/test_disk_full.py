@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from disk import Call, recorded
-from ledger import Ledger
 from parts import check_whole, manager, save
+from trial_log import TrialLog
 
 from bigincubate.errors import SystemResourceError
 from bigincubate.storage.checkpoint_manager import verify_checkpoint
@@ -102,10 +102,10 @@ def fill(small: Path) -> int:
     return refused
 
 
-@pytest.mark.row("disk")
-def test_a_disk_that_fails(ledger: Ledger, tmp_path: Path, small: Path | None) -> None:
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+@pytest.mark.scenario("disk")
+def test_a_disk_that_fails(trial_log: TrialLog, tmp_path: Path, small: Path | None) -> None:
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             calls = sum(fail_everywhere(tmp_path, number) for number in ERRORS)
             trial.note(failed_calls=calls, full_disks=fill(small) if small else 0)
-    ledger.check()
+    trial_log.check()

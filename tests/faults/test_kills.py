@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from forked import Command, fork_ranks
-from ledger import FULL, ROOT, Ledger, Trial
+from trial_log import FULL, ROOT, Trial, TrialLog
 
 Labs = Callable[..., Any]
 STEPS, EVERY = 24, 3
@@ -175,12 +175,12 @@ def attack(trial: Trial, runs: Callable[[int], Runs]) -> None:
     shutil.rmtree(other.run.path)
 
 
-@pytest.mark.row("kill")
-def test_kill_9(ledger: Ledger, runs: Callable[[int], Runs]) -> None:
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+@pytest.mark.scenario("kill")
+def test_kill_9(trial_log: TrialLog, runs: Callable[[int], Runs]) -> None:
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             attack(trial, runs)
-    ledger.check()
+    trial_log.check()
 
 
 def stop(trial: Trial, run: Runs) -> None:
@@ -204,9 +204,9 @@ def stop(trial: Trial, run: Runs) -> None:
     shutil.rmtree(other.run.path)
 
 
-@pytest.mark.row("signal")
-def test_signals(ledger: Ledger, runs: Callable[[int], Runs]) -> None:
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+@pytest.mark.scenario("signal")
+def test_signals(trial_log: TrialLog, runs: Callable[[int], Runs]) -> None:
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             stop(trial, runs(1))
-    ledger.check()
+    trial_log.check()

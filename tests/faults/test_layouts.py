@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from launching import LOUD, launch
-from ledger import Ledger
 from test_sharding import STRATEGIES
+from trial_log import TrialLog
 
 from bigincubate.storage.sharded_tensors import ShardedTensorReader
 
@@ -47,14 +47,14 @@ def stopped(lab: Labs, tmp_path: Path) -> dict[tuple[str, int], Any]:
 
 
 @pytest.mark.faults
-@pytest.mark.row("layouts")
-def test_layouts(ledger: Ledger, lab: Labs, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    assert ledger.row.full == len(LAYOUTS)
+@pytest.mark.scenario("layouts")
+def test_layouts(trial_log: TrialLog, lab: Labs, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    assert trial_log.scenario.full == len(LAYOUTS)
     single = lab(*SETS)
     single.train("pretrain")
     sources = request.getfixturevalue("stopped")
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             strategy, world = LAYOUTS[trial.number]
             folder = tmp_path / f"{strategy}-{world}"
             folder.mkdir()
@@ -74,7 +74,7 @@ def test_layouts(ledger: Ledger, lab: Labs, tmp_path: Path, request: pytest.Fixt
                 worst = max(worst, compare(heir.log("pretrain"), single.log("pretrain"), source))
             trial.note(pairs=len(heirs), relative_error_of_a_loss=float(f"{worst:.1e}"))
             shutil.rmtree(folder)
-    ledger.check()
+    trial_log.check()
 
 
 def compare(found: list[dict[str, Any]], expected: list[dict[str, Any]], source: tuple[str, int]) -> float:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from ledger import Ledger
 from test_streams import EPOCH, data, info, same, stream, take, whole
+from trial_log import TrialLog
 
 fixtures = (data, info, whole)
 EDGES = (0, EPOCH - 1, EPOCH, EPOCH + 1)
@@ -18,13 +18,13 @@ CASES = tuple(itertools.product(CUTS, (1, 2, 4), (0, 2)))
 
 
 @pytest.mark.faults
-@pytest.mark.row("order")
-def test_order(ledger: Ledger, info: Any, whole: Any) -> None:
-    assert ledger.row.full == len(CASES)
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+@pytest.mark.scenario("order")
+def test_order(trial_log: TrialLog, info: Any, whole: Any) -> None:
+    assert trial_log.scenario.full == len(CASES)
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             trial.note(batches=check(info, whole, *CASES[trial.number]))
-    ledger.check()
+    trial_log.check()
 
 
 def check(info: Any, whole: Any, cut: int, world: int, workers: int) -> int:

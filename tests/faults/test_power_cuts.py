@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from disk import Call, Disk, Folder, Tree, put, recorded
-from ledger import Ledger, Trial
 from parts import MANIFEST, check_whole, manager, save
+from trial_log import Trial, TrialLog
 
 from bigincubate.errors import ArtifactError, DamagedError
 from bigincubate.files import read_json, write_json
@@ -125,16 +125,16 @@ def shape(tree: Tree) -> Any:
     return {name: shape(node) if isinstance(node, dict) else len(node) for name, node in tree.items()}
 
 
-@pytest.mark.row("crash")
+@pytest.mark.scenario("crash")
 def test_a_power_cut_after_every_call(
-    ledger: Ledger, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+    trial_log: TrialLog, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             root = tmp_path / str(trial.number)
             root.mkdir()
             cut_everywhere(trial, root, scratch)
-    ledger.check()
+    trial_log.check()
 
 
 def test_the_layer_tells_what_was_done_and_loses_what_may_be_lost(tmp_path: Path) -> None:

@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 from forked import Command, fork_ranks
-from ledger import Ledger, Trial
 from test_ranks import children
 from test_watchdog import LONG, as_under_srun
+from trial_log import Trial, TrialLog
 
 Labs = Callable[..., Any]
 
 
 @pytest.mark.faults
-@pytest.mark.row("stopped-rank")
-def test_a_rank_is_stopped(ledger: Ledger, lab: Labs) -> None:
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+@pytest.mark.scenario("stopped-rank")
+def test_a_rank_is_stopped(trial_log: TrialLog, lab: Labs) -> None:
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             (of_a_launcher, of_srun)[trial.number % 2](trial, lab(*LONG))
-    ledger.check()
+    trial_log.check()
 
 
 def of_a_launcher(trial: Trial, long: Any) -> None:

@@ -1,7 +1,7 @@
-"""Finished trials, a line each, so that a set that was cut short goes on; and the page that they make.
+"""The log of finished trials, one line each, so that an interrupted set can resume; and the page of their results.
 
-``FAULTS=full`` in the environment: whole sets, each for at most ``FAULTS_MINUTES`` (60) and kept in ``build/faults``
-for as long as the code is what it was. Otherwise a few trials of each, of which nothing is kept.
+``FAULTS=full`` in the environment runs complete sets, each for at most ``FAULTS_MINUTES`` (60). Their trials are kept in
+``build/faults`` until the package's code changes. Otherwise a few trials of each run, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rows import BY_KEY, ROWS
+from scenarios import BY_KEY, SCENARIOS
 
 ROOT = Path(__file__).parents[2]
 FULL = os.environ.get("FAULTS") == "full"
@@ -26,7 +26,7 @@ RESULTS, PAGE = Path(__file__).with_name("results.json"), ROOT / "docs" / "relia
 
 
 def source() -> str:
-    """What the figures are about: SHA-256 of the package."""
+    """Return the SHA-256 of the package that the trials run."""
     digest = hashlib.sha256()
     for file in sorted((ROOT / "bigincubate").rglob("*.py")):
         digest.update(file.read_bytes())
@@ -34,35 +34,35 @@ def source() -> str:
 
 
 class Trial:
-    """One of a row: ``random`` is its own, whatever ran before it."""
+    """One trial of a scenario. ``random`` depends on nothing but the scenario, its seed and the trial's number."""
 
-    def __init__(self, row: str, seed: int, number: int) -> None:
-        self.number, self.random = number, random.Random(f"{row} {seed} {number}")
+    def __init__(self, key: str, seed: int, number: int) -> None:
+        self.number, self.random = number, random.Random(f"{key} {seed} {number}")
         self.notes: dict[str, float] = {}
 
     def note(self, **figures: float) -> None:
-        """Figures of this trial; an underscore stands for a blank."""
+        """Record figures of this trial; an underscore stands for a blank."""
         self.notes |= {name.replace("_", " "): value for name, value in figures.items()}
 
 
-class Ledger:
-    """The trials of a row. A failure is kept, and raised at the end."""
+class TrialLog:
+    """The trials of a scenario. A failure is kept, and raised at the end."""
 
     def __init__(self, key: str) -> None:
-        self.row, self.file = BY_KEY[key], ROOT / "build" / "faults" / f"{key}.jsonl"
+        self.scenario, self.file = BY_KEY[key], ROOT / "build" / "faults" / f"{key}.jsonl"
         self.lines: dict[int, dict[str, Any]] = {}
         if FULL:
             self.lines = {line["trial"]: line for line in read(key)}
             self.file.parent.mkdir(parents=True, exist_ok=True)
             if not self.lines:
-                self.file.write_text(json.dumps({"source": source(), "seed": self.row.seed}) + "\n")
+                self.file.write_text(json.dumps({"source": source(), "seed": self.scenario.seed}) + "\n")
 
     def trials(self) -> Iterator[Trial]:
-        """Those that are left, while there is time."""
+        """Yield the trials that are not done yet, as long as there is time."""
         end = time.monotonic() + 60 * MINUTES
-        for number in range(self.row.full if FULL else self.row.few):
+        for number in range(self.scenario.full if FULL else self.scenario.few):
             if number not in self.lines and time.monotonic() < end:
-                yield Trial(self.row.key, self.row.seed, number)
+                yield Trial(self.scenario.key, self.scenario.seed, number)
 
     @contextmanager
     def keep(self, trial: Trial) -> Iterator[None]:
@@ -79,12 +79,14 @@ class Ledger:
 
     def check(self) -> None:
         failed = [f"trial {line['trial']}: {line['failure']}" for line in self.lines.values() if line["failure"]]
-        assert self.row.short or not failed, "\n".join([f"{len(failed)} of {len(self.lines)} failed", *failed[:20]])
+        assert self.scenario.short or not failed, "\n".join(
+            [f"{len(failed)} of {len(self.lines)} failed", *failed[:20]]
+        )
         assert self.lines
 
 
 def read(key: str) -> list[dict[str, Any]]:
-    """The trials kept of a row; none where they are of other code or another seed."""
+    """Return the kept trials of a scenario; none if they are of other code or another seed."""
     file = ROOT / "build" / "faults" / f"{key}.jsonl"
     if not file.exists():
         return []
@@ -96,19 +98,19 @@ def read(key: str) -> list[dict[str, Any]]:
 
 
 def collect() -> dict[str, Any]:
-    """Results with the rows brought up to date that have trials."""
+    """Return the results, with those of scenarios that have kept trials brought up to date."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for row in ROWS:
-        if lines := read(row.key):
+    for scenario in SCENARIOS:
+        if lines := read(scenario.key):
             sums: Counter[str] = Counter()
             for line in lines:
-                sums.update({name: line[name] for name in row.total if name in line})
-            shown = {f"most {name}": max(line[name] for line in lines if name in line) for name in row.most}
-            results[row.key] = {
+                sums.update({name: line[name] for name in scenario.total if name in line})
+            shown = {f"most {name}": max(line[name] for line in lines if name in line) for name in scenario.most}
+            results[scenario.key] = {
                 "done": len(lines),
                 "good": sum(not line["failure"] for line in lines),
-                "of": row.full,
-                "seed": row.seed,
+                "of": scenario.full,
+                "seed": scenario.seed,
                 "code": source(),
                 "figures": {**dict(sums), **shown},
                 "failures": [line["failure"][:300] for line in lines if line["failure"]][:3],
@@ -116,11 +118,12 @@ def collect() -> dict[str, Any]:
     return results
 
 
-HEAD = """# Reliability: what was done to it, and what came of it
+HEAD = """# Reliability: fault-injection results
 
-This page is written by `make test-faults` from `tests/faults/results.json`: how often each fault was tried, of how many
-planned trials, and how often what must hold did hold. A part of each set runs with every `make test`. Trials are drawn
-from a seed; `code` is the SHA-256 of the package that they ran with. Cut short, the same command goes on.
+This page is written by `make test-faults` from `tests/faults/results.json`: how many trials of each fault were run, of
+how many that are planned, and in how many of them the requirement held. A part of each set runs with every `make test`.
+Trials are drawn from a seed; `code` begins the SHA-256 of the package that they ran with. An interrupted
+`make test-faults` resumes when it is run again.
 
 | fault | held | done of planned | seed | code | figures |
 | --- | --- | --- | --- | --- | --- |
@@ -129,20 +132,22 @@ from a seed; `code` is the SHA-256 of the package that they ran with. Cut short,
 
 def page(results: dict[str, Any]) -> str:
     text = HEAD
-    for row in ROWS:
-        if (found := results.get(row.key)) is None:
-            text += f"| {row.title} | not run | | | | |\n"
+    for scenario in SCENARIOS:
+        if (found := results.get(scenario.key)) is None:
+            text += f"| {scenario.title} | not run | | | | |\n"
             continue
         figures = ", ".join(f"{name}: {value:,}" for name, value in found["figures"].items())
         held, done = f"{found['good']:,} of {found['done']:,}", f"{found['done']:,} of {found['of']:,}"
-        text += f"| {row.title} | {held} | {done} | {found['seed']} | `{found['code']}` | {figures} |\n"
-    for row in ROWS:
-        text += f"\n## {row.title[0].upper() + row.title[1:]}\n\n{row.what}\n\nMust hold: {row.must}.\n"
-        failures = results.get(row.key, {}).get("failures", [])
+        text += f"| {scenario.title} | {held} | {done} | {found['seed']} | `{found['code']}` | {figures} |\n"
+    for scenario in SCENARIOS:
+        text += (
+            f"\n## {scenario.title[0].upper() + scenario.title[1:]}\n\n{scenario.what}\n\nMust hold: {scenario.must}.\n"
+        )
+        failures = results.get(scenario.key, {}).get("failures", [])
         for failure in failures:
             text += f"\nDid not hold: {failure}\n"
-        if failures and row.short:
-            text += f"\nWhy: {row.short}.\n"
+        if failures and scenario.short:
+            text += f"\nWhy: {scenario.short}.\n"
     return text
 
 

@@ -92,7 +92,7 @@ class Worker:
             self.process.communicate()
 
 
-def duel(file: str, names: list[str], settings: dict[str, Any], *, repeats: int, steps: int) -> dict[str, Any]:
+def time_in_turns(file: str, names: list[str], settings: dict[str, Any], *, repeats: int, steps: int) -> dict[str, Any]:
     """The last name is the opponent that the others are compared with. Each repeat: `steps` steps of each, in turns,
     beginning with another one each time.
 

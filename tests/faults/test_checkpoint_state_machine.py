@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 from disk import Disk, Folder, put, recorded
-from ledger import Ledger, Trial
 from parts import check_whole, manager, save
+from trial_log import Trial, TrialLog
 
 from bigincubate.errors import DamagedError
 from bigincubate.storage.checkpoint_manager import verify_checkpoint
@@ -109,15 +109,15 @@ class History:
         self.start()
 
 
-@pytest.mark.row("history")
-def test_the_newest_sound_checkpoint_is_never_gone(
-    ledger: Ledger, scratch: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.scenario("history")
+def test_newest_valid_checkpoint_is_never_lost(
+    trial_log: TrialLog, scratch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for trial in ledger.trials():
-        with ledger.keep(trial):
+    for trial in trial_log.trials():
+        with trial_log.keep(trial):
             live(trial, scratch / str(trial.number))
         shutil.rmtree(scratch / str(trial.number), ignore_errors=True)
-    ledger.check()
+    trial_log.check()
 
 
 def live(trial: Trial, place: Path) -> None:
