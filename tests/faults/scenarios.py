@@ -54,8 +54,8 @@ SCENARIOS = (
         "power cut at every moment of a save",
         "Four saves in a row (with the pruning of older checkpoints), three artifacts in the same place and two results"
         " are recorded call by call: mkdir, create, write, fsync, rename, link, unlink, rmdir. After each call the"
-        " power is cut: data that was not fsynced is lost, empty, zeros or half written, and each name that was not fsynced"
-        " exists or not, in every combination (if there are more than 1,024: none, all, each one, all but each one, and"
+        " power is cut: data that was not fsynced is lost, empty, zeros or half written, and each name that was not"
+        " fsynced exists or not, in every combination (of more than 1,024: none, all, each one, all but each one, and"
         " 200 at random).",
         "the newest checkpoint is a complete N or N−1, and N once its save has returned; an artifact or a result is the"
         " old one or the new one",

@@ -1,7 +1,7 @@
 """The log of finished trials, one line each, so that an interrupted set can resume; and the page of their results.
 
-``FAULTS=full`` in the environment runs complete sets, each for at most ``FAULTS_MINUTES`` (60). Their trials are kept in
-``build/faults`` until the package's code changes. Otherwise a few trials of each run, and nothing is kept.
+``FAULTS=full`` in the environment runs complete sets, each for at most ``FAULTS_MINUTES`` (60). Their trials are kept
+in ``build/faults`` until the code of the package changes. Otherwise a few trials of each run, and nothing is kept.
 """
 
 from __future__ import annotations
