@@ -105,7 +105,7 @@ def test_checkpoint_with_right_hashes_that_does_not_fit_is_refused(trainer: Any)
     name = next(key for key in tensors if key.startswith("model/") and tensors[key].ndim == 2)
     for step, (state, own) in enumerate(
         [
-            ({"images": "many"}, {}),
+            ({"seen": "many"}, {}),
             ({"lr_hook": {"gain": [1]}}, {}),
             ({"last": 3}, {}),
             ({}, {name: torch.zeros(3, 3)}),

@@ -9,6 +9,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,20 @@ import torch
 from parts import MANIFEST
 from untrusted_common import DEEP, NOWHERE, Kind, Payload, deep, moved_outside, put, sealed, torch_zip
 
-from bigincubate.config import AugmentConfig, load_recipe
+from bigincubate.config import AugmentConfig, DataConfig, ModelConfig, Settings, load_recipe
 from bigincubate.data.dataset import compute_dataset_digest, open_dataset
-from bigincubate.data.streams import EvalStream
+from bigincubate.data.images import labelled_image_schema
 from bigincubate.errors import ArtifactError, ConfigError, DataError
 from bigincubate.interchange.export import export, load_model
 from bigincubate.models import build
 from bigincubate.storage.artifacts import save_artifact
+from bigincubate.tasks.registry import make_task
 
 # ------------------------------------------------------------------------------------------------ artifacts
 
 
 def weights() -> dict[str, torch.Tensor]:
-    spec = MANIFEST.model
+    spec = MANIFEST.model.model
     model = build(spec.name, ((1,), (1,)), num_classes=10, img_size=8, args=spec.args)
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -42,19 +44,21 @@ def artifact(spoil: Callable[[Any, Path], None]) -> Callable[[Any], Any]:
     return make
 
 
-def described(**fields: Any) -> Callable[[Any], Any]:
-    """By a manifest with the right hashes and a model of its own."""
+def described(depths: Any = None, **fields: Any) -> Callable[[Any], Any]:
+    """Return an artifact whose manifest has the right hashes and describes another model."""
 
     def spoil(place: Any, folder: Path) -> None:
         manifest = json.loads((folder / "manifest.json").read_text())
-        text = json.dumps(manifest | {"model": manifest["model"] | fields})
+        spec = manifest["model"]
+        spec |= {"model": spec["model"] | fields, "depths": depths or spec["depths"]}
+        text = json.dumps(manifest)
         sealed(folder, text.replace("OUTSIDE", str(place.outside)).encode())
 
     return artifact(spoil)
 
 
 def with_arguments(**arguments: Any) -> Callable[[Any], Any]:
-    return described(args=MANIFEST.model.args | arguments)
+    return described(args=MANIFEST.model.model.args | arguments)
 
 
 def pickled_weights(place: Any, folder: Path) -> None:
@@ -116,6 +120,11 @@ def shard(samples: list[bytes], offsets: list[int] | None = None) -> bytes:
     return struct.pack(f"<{1 + len(offsets)}I", len(samples), *offsets) + b"".join(samples)
 
 
+TASK = make_task(
+    Settings(model=ModelConfig(img_size=8, num_classes=2), augment=AugmentConfig(eval_crop=1.0)), DataConfig()
+)
+
+
 def dataset(place: Any, data: bytes, *, raw: dict[str, Any] | None = None, index: Any = None, **fields: Any) -> Any:
     """A prepared folder with one shard a split, all digests right."""
     folder, splits = place.inside / "data", {}
@@ -141,14 +150,15 @@ def dataset(place: Any, data: bytes, *, raw: dict[str, Any] | None = None, index
         text = index if isinstance(index, bytes) else json.dumps({"shards": [one], "version": 2}).encode()
         (folder / split / "index.json").write_bytes(text)
         splits[split] = {"index": hashlib.sha256(text).hexdigest(), "samples": one["samples"]}
-    digest = compute_dataset_digest(["a", "b"], splits, {})
-    text = json.dumps({"format": 1, "classes": ["a", "b"], "splits": splits, "digest": digest})
+    schema = labelled_image_schema(["a", "b"])
+    digest = compute_dataset_digest(schema, splits, {})
+    text = json.dumps({"format": 1, **asdict(schema), "splits": splits, "digest": digest})
     (folder / "dataset.json").write_text(text)
 
     def read() -> None:
         info = open_dataset(folder)
-        for batch in EvalStream(info, "val", AugmentConfig(eval_crop=1.0), img_size=8, batch_size=1):
-            assert batch.images.shape == (1, 3, 8, 8)
+        for batch in TASK.eval_stream(info, "val", batch_size=1):
+            assert batch["images"].shape == (1, 3, 8, 8)
 
     return read
 
