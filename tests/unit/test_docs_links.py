@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(
-    r"\b(?:bigincubate|tests|benchmarks|scripts|slurm|ds_configs)/[\w./-]*\.(?:py|toml|json|sh|sbatch)\b"
+    r"(?<![\w/])(?:bigincubate|tests|benchmarks|scripts|slurm|ds_configs)/[\w./-]*\.(?:py|toml|json|sh|sbatch)\b"
 )
 PACKAGE_FILE = re.compile(r"`((?!bigincubate/|tests/|benchmarks/|scripts/)[a-z_]+/[\w/]*\.py)`")
 # a key in backticks, possibly with a value: `train.lr`, `finetune.model.img_size = 384`, `drop_path.*`
@@ -81,6 +81,12 @@ def test_named_files_exist(page: Path) -> None:
     missing = [name for name in NAMED_FILE.findall(text) if not (ROOT / name).exists()]
     missing += [name for name in PACKAGE_FILE.findall(text) if not (ROOT / "bigincubate" / name).exists()]
     assert not missing
+
+
+def test_files_named_in_code_exist() -> None:
+    for file in (ROOT / "bigincubate").rglob("*.py"):
+        named = [name for name in NAMED_FILE.findall(file.read_text()) if not name.startswith("slurm/")]
+        assert not [name for name in named if not (ROOT / name).exists()], file
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
