@@ -1,8 +1,8 @@
 """Seeds as pure functions of their purpose, and every string that enters one.
 
 All that is random in a run starts from ``train.seed`` and the strings here. **Never rename or reorder them**: another
-string gives other weights, masks, views or orders, and so other results for every recipe. ``tests/unit/test_seeds.py`` pins
-the strings and the numbers.
+string gives other weights, masks, views or orders, and so other results for every recipe. The strings and the numbers
+are pinned by ``tests/unit/test_seeds.py``.
 """
 
 from __future__ import annotations
