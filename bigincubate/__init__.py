@@ -1,3 +1,3 @@
-"""Deep Incubation as a system: grow a large model from modules that train alone."""
+"""Deep Incubation: train a large model as modules that are trained separately, then joined."""
 
 __version__ = "0.2.0"

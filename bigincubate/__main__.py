@@ -1,3 +1,5 @@
+"""Run the command line: ``python -m bigincubate``."""
+
 from .cli import main
 
 main()

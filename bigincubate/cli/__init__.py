@@ -1,4 +1,4 @@
-"""The command line. Commands are thin: they read their arguments, and import what they need when they run."""
+"""The command line. A command parses its arguments and calls one function, which it imports when it runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .app import app, fail
 
 
 def main() -> NoReturn:
-    """Run, and end with a documented exit code. What a user can cause is one line, never a traceback."""
+    """Run the command line and exit with a documented code. Errors that a user can cause are one line, no traceback."""
     try:
         code = app(standalone_mode=False)
     except BigincubateError as error:

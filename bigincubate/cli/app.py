@@ -1,4 +1,4 @@
-"""What the commands share: the application, options, and how they speak."""
+"""The application, and the options and output functions that commands share."""
 
 from __future__ import annotations
 
@@ -45,26 +45,29 @@ def _version(asked: bool) -> None:
 def _options(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
 ) -> None:
-    """Options of the program itself."""
+    """Accept the options that belong to no command."""
 
 
 def console() -> Any:
+    """Return a rich console; output to a pipe is wide enough that tables are not folded."""
     from rich.console import Console
 
-    # a pipe has no width: tables must not be folded to a terminal's
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def say(text: str) -> None:
+    """Print a line on standard output at once."""
     print(text, flush=True)
 
 
 def command_line() -> str:
+    """Return the command line of this process, quoted for a shell."""
     import shlex
 
     return shlex.join(["bigincubate", *sys.argv[1:]])
 
 
 def fail(message: str, code: int) -> NoReturn:
+    """Print an error in one line on standard error and exit with ``code``."""
     print(f"bigincubate: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)

@@ -14,7 +14,7 @@ from .app import CheckpointsArgument, JsonOption, checkpoint_app, console, say
 
 @checkpoint_app.command("list")
 def checkpoint_list(folder: CheckpointsArgument, as_json: JsonOption = False) -> None:
-    """Every checkpoint: step, ranks, bytes, when; whether it was committed, and whether its hashes are right."""
+    """List checkpoints: step, ranks, bytes, time; whether they were committed and their hashes match."""
     from ..report.console_tables import checkpoint_table
     from ..storage.checkpoint_tools import list_checkpoints
 
@@ -27,7 +27,7 @@ def checkpoint_list(folder: CheckpointsArgument, as_json: JsonOption = False) ->
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(folder: CheckpointsArgument) -> None:
-    """Hash every file of every committed checkpoint; exit code 6 where one is damaged."""
+    """Hash every file of every committed checkpoint. Exit code 6 if one is damaged."""
     from ..storage.checkpoint_tools import list_checkpoints
 
     rows = [row for row in list_checkpoints(folder) if row["committed"]]
@@ -46,8 +46,7 @@ def checkpoint_convert(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
     ranks: Annotated[int, typer.Option(min=1, help="Files to spread it over; 1: whole tensors in one file.")] = 1,
 ) -> None:
-    """Rewrite a checkpoint as the files of so many ranks. Resuming does not need it: any phase takes up any layout."""
-
+    """Rewrite a checkpoint as the files of N ranks. Resuming does not need it: any layout reads any checkpoint."""
     from ..storage.checkpoint_tools import convert_checkpoint
 
     convert_checkpoint(checkpoint, out, ranks=ranks)
@@ -59,8 +58,7 @@ def checkpoint_prune(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or a phase's.")],
     keep: Annotated[int, typer.Option(min=1, help="The newest valid ones to keep of each phase.")] = 2,
 ) -> None:
-    """Remove old checkpoints, damaged ones, and what was never finished. Not of a phase that somebody trains."""
-
+    """Remove old, damaged and unfinished checkpoints, except those of a phase that is being trained."""
     from ..storage.checkpoint_tools import prune_checkpoints
 
     removed = prune_checkpoints(folder, keep=keep)

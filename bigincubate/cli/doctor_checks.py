@@ -1,4 +1,4 @@
-"""What this machine has of what bigincubate can use."""
+"""Check which packages, programs and devices of this machine bigincubate can use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROGRAMS = {"sbatch": "submit to Slurm", "g++": "train.compile: torch wants it o
 
 
 def examine() -> list[dict[str, Any]]:
-    """One entry a check: ``name``, ``ok``, ``needed``, ``text``."""
+    """Return one entry per check, with ``name``, ``ok``, ``needed`` (nothing works without it) and ``text``."""
     python = sys.version_info[:2]
     checks = [_check("python", python >= (3, 11), True, f"Python {sys.version.split()[0]} (3.11 or newer)")]
     for name, (needed, purpose) in PACKAGES.items():

@@ -1,4 +1,4 @@
-"""Commands that look: at a run, at the recipes, at this machine."""
+"""Commands that inspect a run, the shipped recipes, or this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def status(
     as_json: JsonOption = False,
     watch: Annotated[bool, typer.Option(help="Again every two seconds, until Ctrl-C.")] = False,
 ) -> None:
-    """Where a run stands: state, step, loss, speed and time left of every phase."""
+    """Show the status of a run: state, step, loss, speed and remaining time of every phase."""
     from ..report.status import read_plan, run_status
     from ..storage.run_directory import RunDir
 
@@ -48,8 +48,10 @@ def status(
 
 @app.command()
 def verify(run_dir: RunArgument, as_json: JsonOption = False) -> None:
-    """Hash everything in a run: what is good, damaged, stale or in progress. Exit code 6 where something is damaged,
-    4 where something is stale."""
+    """Hash every file of a run and report what is valid, damaged, stale or in progress.
+
+    Exit code 6 if something is damaged, 4 if something is stale.
+    """
     from ..report.verify import Verdict, verify_run
     from ..storage.run_directory import RunDir
 
@@ -67,7 +69,7 @@ def verify(run_dir: RunArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def recipes() -> None:
-    """The recipes that come with the package."""
+    """List the recipes that come with the package."""
     from ..config import list_shipped_recipes, load_recipe
 
     width = max(map(len, list_shipped_recipes())) + 1
@@ -77,7 +79,7 @@ def recipes() -> None:
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """What is installed, what is missing, and why it matters."""
+    """Show what is installed, what is missing, and what it is needed for."""
     from .doctor_checks import examine
 
     checks = examine()

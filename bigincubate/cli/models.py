@@ -1,4 +1,4 @@
-"""Commands on finished models, and on the data that they are made of."""
+"""Commands that prepare data, and that evaluate, export or import finished models."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def data_prepare(
         Path | None, typer.Option(metavar="FILE", help="Cut as a file says: CSV sample,part, or JSON lines.")
     ] = None,
 ) -> None:
-    """Write images as hashed MDS shards that training streams. Killed and run again, it goes on."""
+    """Write images as hashed MDS shards for training. Run again after an interruption, it resumes."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..data.partitions import PartitionFunction, partition_by_class, partition_by_hash, partition_from_file
@@ -72,7 +72,7 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Top-1, top-5 and loss of a finished model on a validation split."""
+    """Evaluate a finished model on a validation split."""
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"--probe {probe}: there are linear and knn")
     from ..config import DataConfig

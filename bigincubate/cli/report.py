@@ -1,4 +1,4 @@
-"""Commands that tell what runs came to."""
+"""Commands that report on runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def report(
         Path | None, typer.Option(metavar="FILE", help="The page to write [default: DIR/report.html].")
     ] = None,
 ) -> None:
-    """A page about a run, finished or not: what was trained, scores, curves, costs, what interrupted it. One file."""
+    """Write a report of a run, finished or not, as one HTML file: scores, curves, costs, interruptions."""
     from ..files import write_text
     from ..report.page import report as page
     from ..report.run_data import read_run
@@ -39,7 +39,7 @@ def compare(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Runs beside each other: scores of each phase, and what they cost in epochs, samples, FLOPs and seconds."""
+    """Compare runs: scores of each phase, and their cost in epochs, samples, FLOPs and seconds."""
     from ..report.compare import compare_json, labelled
     from ..report.console_tables import compare_table
     from ..report.run_data import read_run

@@ -24,7 +24,7 @@ def submit(
     account: Annotated[str | None, typer.Option(help="As --set slurm.account=…")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print commands and scripts; submit nothing.")] = False,
 ) -> None:
-    """Everything, on Slurm: meta model, an array of modules, assembly and fine-tuning. Again: what is missing."""
+    """Submit a whole run to Slurm: meta model, array of modules, fine-tuning. Run again, it submits what is missing."""
     from ..config import load_recipe
 
     given = [f'slurm.{key}="{value}"' for key, value in (("partition", partition), ("account", account)) if value]
@@ -66,14 +66,14 @@ def resume(
     run_dir: RunArgument,
     gate: Annotated[bool, typer.Option("--gate", hidden=True, help="Called by a gate.")] = False,
 ) -> None:
-    """Submit to Slurm what is missing of a run."""
+    """Submit the missing phases of a run to Slurm."""
     from ..storage.run_directory import RunDir
 
     proceed(RunDir(run_dir), os.environ.get("SLURM_JOB_ID") if gate else None)
 
 
 def proceed(directory: Any, gate: str | None = None) -> None:
-    """Submit what is missing; where nothing is, export."""
+    """Submit the missing phases of a run; if there are none, export its model."""
     from ..data.partitions import dataset_digest_for_module
     from ..files import read_json_lines
     from ..interchange.export import export as export_model
@@ -102,7 +102,7 @@ def proceed(directory: Any, gate: str | None = None) -> None:
 
 
 def share(recipe: Any) -> None:
-    """What others may do with this run's files. Slurm hands the umask on to the jobs."""
+    """Set the recipe's umask for the files of the run. Slurm passes it to the jobs."""
     if recipe.slurm.umask is not None:
         os.umask(int(recipe.slurm.umask, 8))
 
@@ -115,7 +115,7 @@ def handle_job_exit(
     code: Annotated[int, typer.Option()],
     module: Annotated[int | None, typer.Option()] = None,
 ) -> None:
-    """The end of a Slurm job: done, requeued, or failed for good."""
+    """Handle the end of a Slurm job: done, requeued, or failed."""
     from typing import cast
 
     from ..config import Phase
@@ -129,7 +129,7 @@ def handle_job_exit(
 
 @app.command()
 def cancel(run_dir: RunArgument) -> None:
-    """Take a run's jobs out of Slurm's queue. What runs writes a checkpoint first; `resume` goes on."""
+    """Cancel a run's Slurm jobs. Running phases write a checkpoint first; `resume` submits them again."""
     from ..launchers.slurm.client import cancel_jobs
     from ..storage.run_directory import RunDir
 
@@ -142,11 +142,11 @@ def cancel(run_dir: RunArgument) -> None:
 @app.command()
 def logs(
     run_dir: RunArgument,
-    module: Annotated[int | None, typer.Option(min=0, help="Of this module alone.")] = None,
-    lines: Annotated[int, typer.Option(min=1, help="From the end of each.")] = 20,
-    follow: Annotated[bool, typer.Option(help="Go on printing, until Ctrl-C.")] = False,
+    module: Annotated[int | None, typer.Option(min=0, help="Only this module.")] = None,
+    lines: Annotated[int, typer.Option(min=1, help="Lines from the end of each log.")] = 20,
+    follow: Annotated[bool, typer.Option(help="Keep printing until Ctrl-C.")] = False,
 ) -> None:
-    """The ends of a run's logs, of Slurm jobs and of local processes."""
+    """Print the last lines of a run's logs, of Slurm jobs and of local processes."""
     import subprocess
 
     from ..launchers.slurm.client import list_job_logs

@@ -1,4 +1,4 @@
-"""Commands that train, and those that say beforehand what that costs."""
+"""Commands that train, and the command that predicts what training costs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What each phase and module costs: depths, parameters, FLOPs, memory, communication. Needs no data.
+    """Show what each phase costs: depths, parameters, FLOPs, memory, communication. Needs no data.
 
-    Memory and communication are those of a rank, under each sharding strategy."""
+    Memory and communication are those of one rank, under each sharding strategy.
+    """
     from ..config import load_recipe
 
     loaded = load_recipe(recipe, sets or ())
@@ -101,7 +102,7 @@ def run(
         bool, typer.Option("--co-train", help="All modules at the same time, from one loader; the same results.")
     ] = False,
 ) -> None:
-    """Everything, on this machine: meta model, modules, assembly, fine-tuning, export. Run again, it goes on."""
+    """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Run again, it resumes."""
     from ..config import load_recipe
     from ..planning.smoke import smoke
 
@@ -150,7 +151,7 @@ def train(
     module: Annotated[str | None, typer.Option(help="Which module to incubate; auto: the Slurm array index.")] = None,
     sets: SetOption = None,
 ) -> None:
-    """One phase, in this process, or as a rank under torchrun or srun. Run again, it goes on."""
+    """Train one phase in this process, or as a rank under torchrun or srun. Run again, it resumes."""
     from ..config import PHASES, load_recipe
 
     if phase not in PHASES:
