@@ -75,7 +75,7 @@ def trainer_of(settings: dict[str, Any], sets: list[str]) -> Any:
 
     recipe = load_recipe(settings["recipe"], [*settings["sets"], f"data.path={settings['data']}", *sets])
     run, env = RunDir(Path(tempfile.mkdtemp(dir=settings["folder"]))), DistributedContext.detect()
-    run.open_for_recipe(recipe)
+    run.create(recipe)
     data = ensure_data(recipe, run)
     plan, rows = ensure_plan(recipe, run, data)
     if settings["module"] is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,22 +73,24 @@ def resume(
 
 def proceed(directory: Any, gate: str | None = None) -> None:
     """Submit the missing phases of a run; if there are none, export its model."""
-    from ..data.partitions import dataset_digest_for_module
     from ..files import read_json_lines
     from ..interchange.export import export as export_model
     from ..interchange.export import whole
     from ..launchers.slurm.scheduler import submit_missing_jobs
     from ..planning.context import open_run
-    from ..planning.job_graph import build_job_graph
+    from ..planning.identity import expected_lineage
+    from ..planning.job_graph import Job, build_job_graph
+    from ..storage.artifacts import Lineage
+
+    def lineage(job: Job) -> Lineage:
+        return expected_lineage(directory, job.phase, job.module)
 
     loaded = directory.load_recipe()
     share(loaded)
     opened = open_run(loaded, directory)
     baseline = any(row["event"] == "baseline" for row in read_json_lines(directory.path / "events.jsonl"))
-    seen = partial(dataset_digest_for_module, loaded, opened.data)
-    if not submit_missing_jobs(
-        loaded, build_job_graph(opened.rows, baseline=baseline), directory, data=seen, gate=gate, say=say
-    ):
+    graph = build_job_graph(opened.rows, baseline=baseline)
+    if not submit_missing_jobs(loaded, graph, directory, lineage=lineage, gate=gate, say=say):
         say(f"watch:   bigincubate status {directory.path} --watch")
         return
     exported = directory.path / "export"

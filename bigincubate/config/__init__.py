@@ -3,11 +3,11 @@
 A recipe is a TOML file. Values are read in the order **defaults < recipe < --set**, and the tables of a phase
 (``[incubate.train]``) override the common ones (``[train]``). Every key is either an *identity* key, which says what is
 computed (two runs that differ in one are different experiments), or an *execution* key, which says where and how it is
-computed (sharding, workers, micro-batch, logging). Digests, refusals and lineage use identity keys only.
+computed (sharding, workers, micro-batch, logging). The identity of a phase depends on identity keys only.
 """
 
 from .reading import list_shipped_recipes, load_recipe
-from .recipe import Recipe, differences, is_execution
+from .recipe import Recipe, describe_changes, differences, is_execution
 from .sections import (
     PHASES,
     AugmentConfig,
@@ -41,6 +41,7 @@ __all__ = [
     "ShardingConfig",
     "SlurmJobConfig",
     "TrainConfig",
+    "describe_changes",
     "differences",
     "is_execution",
     "list_shipped_recipes",

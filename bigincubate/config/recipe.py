@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from .sections import (
     PHASES,
@@ -31,7 +30,7 @@ from .slurm import SlurmConfig
 class Recipe(Settings):
     """One experiment: common settings, and what each phase overrides. :meth:`settings` resolves them for a phase."""
 
-    name: str = Field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = execution_field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = execution_field("")
     data: DataConfig = DataConfig()
     plan: PlanConfig
@@ -64,29 +63,11 @@ class Recipe(Settings):
         """Return the identity keys, flat: ``{"train.lr": 0.001, "incubate.train.epochs": 26, …}``."""
         return {key: value for key, value in self.flat().items() if not is_execution(key)}
 
-    @cached_property
-    def digest(self) -> str:
-        """Return the SHA-256 of the identity keys (hexadecimal)."""
-        text = json.dumps(self.identity, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def flat(self) -> dict[str, Any]:
-        """Return every key that is not None, dotted, with its value."""
-        return dict(_flatten(self.model_dump(exclude_none=True)))
-
     def toml(self) -> str:
         """Return the recipe as TOML, defaults included."""
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(exclude_none=True))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -124,9 +105,23 @@ def differences(old: Recipe, new: Recipe, *, execution_keys: bool = False) -> li
         new: Another recipe.
         execution_keys: Whether to compare execution keys instead of identity keys.
     """
-    before, after = old.flat(), new.flat()
+    before, after = (
+        {key: value for key, value in recipe.flat().items() if is_execution(key) == execution_keys}
+        for recipe in (old, new)
+    )
+    return describe_changes(before, after)
+
+
+def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, absent: Any = None) -> list[str]:
+    """Return one line per key whose value differs, such as ``train.lr: 0.001 -> 0.002``.
+
+    Args:
+        before: Values by key.
+        after: Other values by key.
+        absent: The value of a key that is not in one of them.
+    """
     return [
-        f"{key}: {json.dumps(before.get(key))} -> {json.dumps(after.get(key))}"
+        f"{key}: {json.dumps(before.get(key, absent))} -> {json.dumps(after.get(key, absent))}"
         for key in sorted(before.keys() | after.keys())
-        if is_execution(key) == execution_keys and before.get(key) != after.get(key)
+        if before.get(key) != after.get(key)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,7 +20,7 @@ StageDepths = list[int] | list[list[int]]
 
 
 def execution_field(default: Any, **constraints: Any) -> Any:
-    """Return a pydantic field that is an execution key: it says where or how to compute, never what."""
+    """Return a pydantic field that is an execution key: it describes, or says where or how to compute, never what."""
     return Field(default, json_schema_extra={"execution": True}, **constraints)
 
 
@@ -39,6 +40,18 @@ class ConfigTable(BaseModel):
 
     # defaults are validated too, so that 0 and 0.0 are the same recipe
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+    def flat(self) -> dict[str, Any]:
+        """Return every key that is not None, dotted, with its value."""
+        return dict(_flatten(self.model_dump(exclude_none=True)))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 class ModelConfig(ConfigTable):
@@ -66,7 +79,9 @@ class DataConfig(ConfigTable):
     local_cache: str | None = execution_field(None)  # shards are copied to this disk of the node: "$TMPDIR"
     local_cache_gib: NonNegative | None = execution_field(None)  # larger data is refused; None: the free space
     workers: int = execution_field(0, ge=0)
-    train_samples: Count | None = None  # expected number: lets `plan` run without the data, which is checked against it
+    train_samples: Count | None = execution_field(
+        None
+    )  # expected number: lets `plan` run without the data, which is checked against it
     decentralized: bool = False  # module k trains only on partition k, for as many steps as without
     canonical_nodes: Count = 1
     shuffle: Literal["py1e", "py1s", "py1br", "py2s"] = "py1e"

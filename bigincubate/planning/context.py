@@ -124,10 +124,10 @@ def open_run(
         module: for this module only, which needs no more of decentralized data than the description of the whole.
 
     Raises:
-        ConfigError: the directory belongs to another recipe, or was made with other data.
+        ConfigError: the recipe would invalidate what has begun in the directory, or it was made with other data.
         DataError: there is no data, or it is not what the recipe expects.
     """
-    run.open_for_recipe(recipe)
+    run.create(recipe)
     data = ensure_data(recipe, run, report, module)
     plan, rows = ensure_plan(recipe, run, data)
     return RunContext(recipe, run, data, plan, rows)

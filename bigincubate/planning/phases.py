@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -291,6 +291,8 @@ class PlannedRow:
     epochs: float
     seen: int
     total_flops: int
+    identity: dict[str, Any] = field(default_factory=dict)  # what is computed (`phase_identity`); empty: without a run
+    data: str = ""  # digest of the data that the phase trains on; empty: without a run
 
 
 def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
@@ -348,7 +350,6 @@ def plan_json(recipe: Recipe, plan: Plan, rows: list[PlannedRow]) -> dict[str, A
     fine = next(row for row in rows if row.key == "finetune")
     return {
         "recipe": recipe.name,
-        "digest": recipe.digest,
         "family": plan.family.name,
         "target_depths": [list(depths) for depths in plan.target],
         "meta_depths": [list(depths) for depths in plan.meta],

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import PHASES, Phase, Recipe
+from ..config import PHASES, Phase, Recipe, differences
 from ..data.dataset import DatasetInfo, describe_dataset, open_dataset
 from ..data.partitions import dataset_digest_for_module, partition_by_class
 from ..errors import ConfigError, DataError
@@ -16,6 +17,7 @@ from ..seeds import phase_key
 from ..storage.run_directory import RunDir
 from ..tasks.metric import planned_metrics
 from ..tasks.registry import make_task
+from .identity import invalidated_rows, phase_identity
 from .phases import Cost, Plan, PlannedRow, cost_plan, make_plan, plan_json
 
 Report = Callable[[str], None]
@@ -45,9 +47,16 @@ def ensure_data(
         module: for this module alone, which in a decentralized recipe needs no more of the whole than its description.
 
     Raises:
+        ConfigError: the run holds embedded data of another source.
         DataError: there is none, or it is not what the recipe expects.
     """
     path, modules = data_path(recipe, run), recipe.plan.number
+    source = (read_json(path / "dataset.json") or {}).get("source")
+    if recipe.data.path is None and isinstance(source, dict) and source.get("kind") != recipe.data.source:
+        raise ConfigError(
+            f"data.source = {recipe.data.source!r}, but {path} holds {source.get('kind')!r}; use another --run-dir, or"
+            " the source that the run was made with"
+        )
     if recipe.data.source is not None and not (path / "dataset.json").exists():
         from ..data.prepare import prepare_dataset
 
@@ -63,12 +72,13 @@ def ensure_data(
 
 
 def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, list[PlannedRow]]:
-    """The run's plan, counted once and kept in ``plan.json``.
+    """The run's plan, counted once per recipe and kept in ``plan.json``.
+
+    The run takes over a recipe that differs from its own if that leaves valid all that has begun.
 
     Raises:
-        ConfigError: the run was made with other data.
+        ConfigError: the run was made with other data, or what has begun in it would not be valid.
     """
-    plan = make_plan(recipe)
     file = run.path / "plan.json"
     stored = read_json(file) or None
     if stored is not None and stored["data"] != data.digest:
@@ -76,16 +86,37 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
             f"{data.path} is not the data that {run.path} was made with ({data.digest[:12]}…, was"
             f" {stored['data'][:12]}…); use another --run-dir, or the data it had"
         )
-    if stored is None:
-        rows = cost_plan(recipe, plan, data.samples["train"])
-        parts = list(data.parts) if recipe.data.decentralized else []
-        write_json(file, {**plan_json(recipe, plan, rows), "data": data.digest, "parts": parts})
-        return plan, rows
-    return plan, [planned_row(row) for row in stored["rows"]]
+    plan = make_plan(recipe)
+    rows = _planned_rows(recipe, plan, data, stored)
+    before = run.load_recipe()
+    if changed := differences(before, recipe):
+        invalid = invalidated_rows(_planned_rows(before, make_plan(before), data, stored), rows)
+        if begun := [row for row in invalid if run.phase(row.phase, row.module).begun]:
+            folders = ", ".join(str(run.phase(row.phase, row.module).path) for row in begun)
+            raise ConfigError(
+                f"{run.path}: {'; '.join(changed)} would invalidate {', '.join(row.title for row in begun)};"
+                f" use another --run-dir, or the settings that it was made with, or remove {folders} to train again"
+            )
+    run.update_recipe(recipe)
+    if stored is None or stored.get("settings") != recipe.identity:
+        write_json(file, {**plan_json(recipe, plan, rows), "data": data.digest, "settings": recipe.identity})
+    return plan, rows
 
 
-def planned_row(stored: dict[str, Any]) -> PlannedRow:
-    return PlannedRow(**{**stored, "metrics": planned_metrics(stored), "cost": Cost(**stored["cost"])})
+def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[str, Any] | None) -> list[PlannedRow]:
+    """The rows of a recipe: those of ``plan.json`` if it was written for the same identity keys, or counted."""
+    if stored is not None and stored.get("settings") == recipe.identity:
+        return [
+            PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])}) for row in stored["rows"]
+        ]
+    return [
+        replace(
+            row,
+            identity=phase_identity(recipe, plan, plan.row(row.phase, row.module), row.steps),
+            data=dataset_digest_for_module(recipe, data, row.module),
+        )
+        for row in cost_plan(recipe, plan, data.samples["train"])
+    ]
 
 
 def find_row(rows: list[PlannedRow], phase: Phase, module: int | None) -> PlannedRow:

@@ -96,7 +96,7 @@ def _trained(facts: RunFacts) -> Markup:
 
     keys = settings.model.model_dump(exclude={"name", "args"}) | settings.model.args
     described = ", ".join([settings.model.name, *(f"{key} = {value}" for key, value in keys.items())])
-    parts = f"; module k on part k of {len(plan['parts'])} alone" if plan.get("parts") else ""
+    parts = "; module k only on part k" if recipe.data.decentralized else ""
     pairs: list[tuple[str, object]] = [
         ("model", described),
         ("target", model(target, plan["target_depths"])),
@@ -107,7 +107,6 @@ def _trained(facts: RunFacts) -> Markup:
     pairs += [
         ("data", join(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts)),
         ("seed", str(settings.train.seed)),
-        ("recipe", tag("code", plan["digest"][:12])),
     ]
     return definitions(pairs)
 

@@ -61,8 +61,8 @@ def _event(event: dict[str, Any], titles: dict[str, str]) -> Moment:
     match kind:
         case "created":
             return Moment(time, f"created from the recipe {event['recipe']}")
-        case "execution_changed":
-            return Moment(time, f"went on elsewhere or otherwise: {'; '.join(event['changes'])}")
+        case "recipe_changed":
+            return Moment(time, f"recipe changed: {'; '.join(event['changes'])}")
         case "done":
             return Moment(time, f"{title}: done after {event['steps']:,} steps")
         case "shared_loader":

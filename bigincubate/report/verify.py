@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from ..config import Recipe
 from ..data.dataset import find_damaged_shards, open_dataset
 from ..errors import ArtifactError, DataError
 from ..files import read_json
+from ..planning.identity import expected_lineage, phase_inputs
 from ..planning.prepare_run import data_path
-from ..storage.artifacts import check_lineage, load_manifest, verify_artifact
+from ..storage.artifacts import check_lineage, verify_artifact
 from ..storage.checkpoint_tools import list_checkpoints
 from ..storage.lease import current_owner
 from ..storage.run_directory import PhaseDir, RunDir
@@ -73,16 +75,15 @@ def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
         raise ArtifactError(f"nothing has run in {run.path} yet")
     if everything:
         yield from _data(recipe, run, plan["data"])
+    stale: dict[str, str] = {}
     for row in plan["rows"]:
         folder = run.phase(row["phase"], row["module"])
-        partitions = row["module"] is not None and plan.get("parts")
-        digest = partitions[row["module"]] if partitions else plan["data"]
         if folder.path.exists() or row["phase"] != "end_to_end":  # the baseline may not have been requested
-            yield from _phase(row["key"], folder, recipe, run, digest)
+            yield from _phase(run, row, folder, stale)
             if everything:
                 yield from _checkpoints(row["key"], folder)
     if run.assembled.path.exists():
-        yield _artifact("assembled", run.assembled, recipe, run, plan["data"])
+        yield _artifact(run, next(row for row in plan["rows"] if row["key"] == "finetune"), run.assembled, stale)
 
 
 def _data(recipe: Recipe, run: RunDir, digest: str) -> Iterator[Finding]:
@@ -99,14 +100,16 @@ def _data(recipe: Recipe, run: RunDir, digest: str) -> Iterator[Finding]:
     yield from found or [Finding("data", path, Verdict.GOOD)]
 
 
-def _phase(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -> Iterator[Finding]:
-    alive = current_owner(folder.path)
+def _phase(run: RunDir, row: dict[str, Any], folder: PhaseDir, stale: dict[str, str]) -> Iterator[Finding]:
+    key, alive = row["key"], current_owner(folder.path)
     result = folder.path / "DONE"
     if result.exists():
         valid = folder.result is not None
         why = "" if valid else "holds no result; the phase would resume from its last checkpoint"
         yield Finding(key, result, Verdict.GOOD if valid else Verdict.DAMAGED, why)
-        yield _artifact(key, folder, recipe, run, data)
+        yield (found := _artifact(run, row, folder, stale))
+        if found.verdict is Verdict.STALE:
+            stale[key] = found.why
     elif alive:
         yield Finding(key, folder.path, Verdict.RUNNING, alive)
     else:
@@ -126,16 +129,18 @@ def _checkpoints(key: str, folder: PhaseDir) -> Iterator[Finding]:
         yield Finding(key, Path(row["path"]), verdict, why)
 
 
-def _artifact(key: str, folder: PhaseDir, recipe: Recipe, run: RunDir, data: str) -> Finding:
+def _artifact(run: RunDir, row: dict[str, Any], folder: PhaseDir, stale: dict[str, str]) -> Finding:
+    """Verify an artifact of a phase; ``stale`` says why artifacts that it may have read are stale, by their phase."""
+    key = "assembled" if folder == run.assembled else row["key"]
     try:
         manifest = verify_artifact(folder.artifact)
     except ArtifactError as error:
         return Finding(key, folder.artifact, Verdict.DAMAGED, str(error))
-    meta = None
-    if key not in ("pretrain", "end_to_end"):
-        try:
-            meta = load_manifest(run.phase("pretrain").artifact).digest
-        except ArtifactError as error:
-            return Finding(key, folder.artifact, Verdict.STALE, f"its meta model cannot be read: {error}")
-    problem = check_lineage(manifest, recipe=recipe.digest, meta=meta, data=data)
+    try:
+        problem = check_lineage(manifest, expected_lineage(run, row["phase"], row["module"]))
+    except ArtifactError as error:
+        problem = f"what it was trained from cannot be read: {error}"
+    for name, source in phase_inputs(row["identity"]).items():
+        if problem is None and source.key in stale:
+            problem = f"{name} is {stale[source.key]}"
     return Finding(key, folder.artifact, Verdict.STALE if problem else Verdict.GOOD, problem or "")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config import ModelConfig, describe_changes
 from ..errors import ArtifactError, LockedError
 from ..files import fsync_dir, hash_file, make_folder, regular_file_size, write_and_hash, write_text
 from .checkpoint_manager import COMMIT_MARKER, read_committed_manifest
@@ -46,8 +47,23 @@ class ModelSpec(BaseModel):
     metadata: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Lineage:
+    """What an artifact is trained from. Digests are SHA-256 in hexadecimal.
+
+    Attributes:
+        identity: What its phase computes, by key (:mod:`bigincubate.planning.identity`).
+        data: Digest of the data set that the phase trains on.
+        inputs: Digests of the weights that the phase reads, by artifact: ``meta``, ``module/0``.
+    """
+
+    identity: dict[str, Any]
+    data: str
+    inputs: dict[str, str]
+
+
 class ArtifactManifest(BaseModel):
-    """The lineage of an artifact. Digests are SHA-256 in hexadecimal."""
+    """What an artifact is and what it was trained from (:class:`Lineage`). Digests are SHA-256 in hexadecimal."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal[1] = 1
@@ -56,9 +72,9 @@ class ArtifactManifest(BaseModel):
     module: int | None = None
     model: ModelSpec
     weights: Literal["raw", "ema"]
-    recipe: str  # digest of the recipe's identity keys
-    data: str  # digest of the data set
-    meta: str | None = None  # digest of the meta model's weights that a module was trained with
+    identity: dict[str, Any]
+    data: str
+    inputs: dict[str, str] = {}
     digest: str = ""  # of weights.safetensors
 
 
@@ -159,21 +175,21 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], ArtifactManifest]:
         raise ArtifactError(f"{file}: {error}") from None
 
 
-def check_module_lineage(folder: Path, *, recipe: str, meta: str, data: str) -> str | None:
-    """Return why the module in ``folder`` cannot be part of the assembly, or None if it can."""
+def check_artifact_lineage(folder: Path, expected: Lineage) -> str | None:
+    """Return why the artifact in ``folder`` cannot be used, or None if it can."""
     try:
-        return check_lineage(load_manifest(folder), recipe=recipe, meta=meta, data=data)
+        return check_lineage(load_manifest(folder), expected)
     except ArtifactError as error:
         return str(error)
 
 
-def check_lineage(manifest: ArtifactManifest, *, recipe: str, meta: str | None, data: str) -> str | None:
+def check_lineage(manifest: ArtifactManifest, expected: Lineage) -> str | None:
     """Return what an artifact was trained from that this run does not have, or None if the lineage is the same."""
-    for name, expected, found in (
-        ("recipe", recipe, manifest.recipe),
-        ("meta model", meta, manifest.meta),
-        ("data", data, manifest.data),
-    ):
-        if expected != found:
-            return f"stale: trained from another {name} ({str(found)[:12]}…, this run's is {str(expected)[:12]}…)"
+    if changed := describe_changes(manifest.identity, expected.identity, absent="default"):
+        return f"stale: trained with other settings ({'; '.join(changed)})"
+    found = {"data": manifest.data, **manifest.inputs}
+    for name, digest in {"data": expected.data, **expected.inputs}.items():
+        if digest != found.get(name):
+            source = "meta model" if name == "meta" else name.replace("/", " ")
+            return f"stale: trained from another {source} ({found.get(name, '')[:12]}…, this run's is {digest[:12]}…)"
     return None

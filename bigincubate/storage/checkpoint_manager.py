@@ -8,7 +8,7 @@ if the disk is slower than the training, the next save waits for it.
     checkpoints/step-00000500/
       rank-00000.safetensors    the tensors of rank 0
       state.json                step, seconds, counters
-      manifest.json             size and SHA-256 of every file, the recipe's digest, the world size
+      manifest.json             size and SHA-256 of every file, the phase's digest, the world size
       COMMITTED                 the SHA-256 of manifest.json; written last
 
 A directory without a valid ``COMMITTED`` is ignored. Nothing is overwritten, and nothing is unpickled: tensors are
@@ -65,7 +65,7 @@ class CheckpointManifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     format: Literal[1]
     step: int = Field(ge=0)
-    recipe: str  # digest of its identity keys
+    digest: str  # of the phase: what it computes, its data and the artifacts that it reads
     world: int = Field(ge=1)
     files: dict[FileName, FileEntry]
 
@@ -95,7 +95,7 @@ class CheckpointManager:
     Args:
         folder: The phase's ``checkpoints`` directory.
         env: The ranks.
-        digest: Digest of the recipe. A checkpoint of another recipe is refused.
+        digest: Digest of the phase. A checkpoint with another digest is refused.
         keep: Number of committed checkpoints to keep (at least 2).
         lease: Lease on the phase directory. Once it is lost, nothing is committed or removed.
 
@@ -259,7 +259,7 @@ class CheckpointManager:
 
         Raises:
             DamagedError: There are checkpoints, and all are damaged.
-            ArtifactError: The checkpoint belongs to another recipe.
+            ArtifactError: The checkpoint was saved with other settings, data or inputs.
         """
         step = self.env.broadcast(self._choose() if self.env.is_main else None)
         if isinstance(step, str):
@@ -268,8 +268,11 @@ class CheckpointManager:
             return None
         folder = self._at(step)
         manifest = CheckpointManifest.model_validate_json(read_small_file(folder / "manifest.json"))
-        if manifest.recipe != self.digest:
-            raise ArtifactError(f"{folder} was saved under another recipe; use another --run-dir, or remove it")
+        if manifest.digest != self.digest:
+            raise ArtifactError(
+                f"{folder} was saved with other settings, data, meta model or modules;"
+                f" remove {self.folder} to train the phase from its start, or use another --run-dir"
+            )
         return Checkpoint(
             step, ShardedTensorReader(manifest.tensor_files(folder)), read_json(folder / STATE_FILE) or {}
         )
@@ -300,11 +303,11 @@ def commit_checkpoint(
         temporary: Directory with the files.
         final: The checkpoint, which must not exist.
         step: Number of optimizer steps done.
-        digest: Digest of the recipe.
+        digest: Digest of the phase.
         world: Number of ranks.
         files: Size and SHA-256 of each file.
     """
-    manifest = {"format": 1, "step": step, "recipe": digest, "world": world, "files": files}
+    manifest = {"format": 1, "step": step, "digest": digest, "world": world, "files": files}
     text = json.dumps(manifest, indent=1)
     write_and_hash(temporary / "manifest.json", [text.encode()])
     marker = f"{temporary.name}.marker"

@@ -135,7 +135,7 @@ def convert_checkpoint(source: Path, out: Path, *, ranks: int = 1) -> None:
                 name = f"rank-{rank:05d}.safetensors"
                 files[name] = write_sharded_tensors(temporary / name, shards)
         files[STATE_FILE] = write_and_hash(temporary / STATE_FILE, [read_small_file(source / STATE_FILE)])
-        commit_checkpoint(temporary, out, step=manifest.step, digest=manifest.recipe, world=ranks, files=files)
+        commit_checkpoint(temporary, out, step=manifest.step, digest=manifest.digest, world=ranks, files=files)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

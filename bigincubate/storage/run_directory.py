@@ -77,6 +77,12 @@ class PhaseDir:
         write_json(self.path / "DONE", result)
 
     @property
+    def begun(self) -> bool:
+        """Return whether there is any work of the phase: an attempt, a checkpoint or a result."""
+        started = (self.path / "DONE").exists() or any((self.path / "attempts").glob("*.json"))
+        return started or any(self.checkpoints.glob("*"))
+
+    @property
     def rollback(self) -> dict[str, Any] | None:
         """Return the one rollback to a checkpoint (step ``to``) after too many non-finite gradients, or None."""
         return read_json(self.path / "rollback.json")
@@ -138,26 +144,23 @@ class RunDir:
         """Append an event to ``events.jsonl``."""
         append_json_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **fields})
 
-    def open_for_recipe(self, recipe: Recipe) -> None:
-        """Create the directory for a recipe, or check that it belongs to this recipe.
+    def create(self, recipe: Recipe) -> None:
+        """Create the directory for a recipe, unless it has one.
 
         Raises:
-            ConfigError: The directory belongs to a recipe that differs in an identity key, which the message names.
+            ConfigError: The path is a file.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file; give a directory with --run-dir")
         if not self.recipe_file.exists() and write_text(self.recipe_file, recipe.toml(), exclusive=True):
-            self.log_event("created", recipe=recipe.name, digest=recipe.digest)
-            return
+            self.log_event("created", recipe=recipe.name)
+
+    def update_recipe(self, recipe: Recipe) -> None:
+        """Replace the recipe, and log what differs, if anything does."""
         before = self.load_recipe()
-        if changed := differences(before, recipe):
-            raise ConfigError(
-                f"{self.path} belongs to another experiment, which differs in {'; '.join(changed)}."
-                " Use another --run-dir, or the settings that it was created with"
-            )
-        if moved := differences(before, recipe, execution_keys=True):
+        if changes := differences(before, recipe) + differences(before, recipe, execution_keys=True):
             write_text(self.recipe_file, recipe.toml())
-            self.log_event("execution_changed", changes=moved)
+            self.log_event("recipe_changed", changes=changes)
 
     def load_recipe(self) -> Recipe:
         """Return the resolved recipe.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,6 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ..data.micro_batches import count_micro_batches
-from ..data.partitions import dataset_digest_for_module
 from ..errors import ArtifactError
 from ..interchange.pretrained import pretrained_meta
 from ..models import (
@@ -27,10 +26,11 @@ from ..models import (
 )
 from ..optim import Ema, make_optimizer, make_schedule
 from ..planning.context import PhaseContext
+from ..planning.identity import expected_lineage
 from ..planning.phases import phase_model, phase_steps
 from ..seeds import INIT, stable_seed
 from ..sharding import Sharding, make_sharding
-from ..storage.artifacts import check_module_lineage, load_artifact, load_manifest
+from ..storage.artifacts import check_artifact_lineage, load_artifact, load_manifest
 from ..storage.run_directory import RunDir
 from ..tasks.base import EvalBatches, TrainBatches
 from .hooks import LearningRateHook, apply_batch_source, make_learning_rate_hook
@@ -43,7 +43,7 @@ class PhaseComponents:
     Attributes:
         model: the model on its device.
         wrapped: the model as the strategy calls it.
-        meta_digest: digest of the meta model that the phase uses; None: it uses none.
+        inputs: digests of the artifacts that the phase reads: ``meta``, or ``module/0`` and so on.
         sharding: the strategy.
         lr_hook: scales the learning rate of each step; None: nothing does.
         ema: the moving average of the trainable parameters.
@@ -57,7 +57,7 @@ class PhaseComponents:
 
     model: nn.Module
     wrapped: nn.Module
-    meta_digest: str | None
+    inputs: dict[str, str]
     sharding: Sharding
     lr_hook: LearningRateHook | None
     ema: Ema
@@ -85,7 +85,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     """
     settings, env, task = context.settings, context.env, context.task
     micro_batches = count_micro_batches(settings, env.world)
-    model, meta_digest = build_model(context, start)
+    model, inputs = build_model(context, start)
     drop, partition = settings.drop_path, context.partition
     set_rates(model, partition, drop.ramp_over, drop.rate, context.plan.target, context.row.module)
     model = model.to(env.device)
@@ -106,7 +106,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     return PhaseComponents(
         model=model,
         wrapped=wrapped,
-        meta_digest=meta_digest,
+        inputs=inputs,
         sharding=sharding,
         lr_hook=lr_hook,
         ema=ema,
@@ -122,7 +122,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
 # ------------------------------------------------------------------------------------------------ the model
 
 
-def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, str | None]:
+def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, dict[str, str]]:
     """Build the phase's model with the weights it starts from, frozen as the phase says.
 
     Args:
@@ -131,7 +131,7 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
             of another phase's model.
 
     Returns:
-        The model on the CPU, and the digest of the meta model that it uses (None: it uses none).
+        The model on the CPU, and the digests of the artifacts that it reads, by name.
 
     Raises:
         ArtifactError: an earlier phase has not handed on what this one needs; the message has the command.
@@ -141,9 +141,9 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     torch.manual_seed(stable_seed(settings.train.seed, INIT, row.key))
     model = phase_model(row, settings, family)
     sources = {slot.source for slot in row.slots}
-    digest = None
+    inputs: dict[str, str] = {}
     if "meta" in sources:
-        meta, digest = load_meta_model(context)
+        meta, inputs["meta"] = load_meta_model(context)
         meta = fit_positions(meta, model)
         for module, slot in enumerate(row.slots):
             if slot.source == "meta":
@@ -151,15 +151,17 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         assert row.module is not None
         initialise(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
     if "module" in sources:
-        digest = meta_model_digest(context.run)
-        assembled = assemble(list(_load_modules(context, digest)), model.state_dict())
+        meta_model_digest(context.run)
+        modules = _load_modules(context)
+        inputs = {f"module/{module}": digest for module, (_, digest) in enumerate(modules)}
+        assembled = assemble([tensors for tensors, _ in modules], model.state_dict())
         model.load_state_dict(fit_positions(assembled, model))
     if start is None and row.phase == "pretrain" and recipe.meta.init is not None:
         start = pretrained_meta(recipe.meta, settings.model, partition, model.state_dict())
     if start is not None:
         names = partition if row.module is None else context.target_partition
         insert(model, partition, fit_positions(start, model), names)
-    return model, digest
+    return model, inputs
 
 
 def meta_model_digest(run: RunDir) -> str:
@@ -188,19 +190,20 @@ def load_meta_model(context: PhaseContext) -> tuple[dict[str, Tensor], str]:
     return tensors, manifest.digest
 
 
-def _load_modules(context: PhaseContext, meta: str) -> Iterable[dict[str, Tensor]]:
-    run, recipe = context.run, context.recipe
+def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], str]]:
+    """Return the tensors and the digest of every module."""
+    run = context.run
     folders = [run.phase("incubate", module).artifact for module in range(context.plan.modules)]
     problems: dict[int, str] = {}
     for module, folder in enumerate(folders):
-        seen = dataset_digest_for_module(recipe, context.data, module)
-        if problem := check_module_lineage(folder, recipe=recipe.digest, meta=meta, data=seen):
+        if problem := check_artifact_lineage(folder, expected_lineage(run, "incubate", module)):
             problems[module] = problem
     if problems:
         listed = "; ".join(f"module {module}: {problem}" for module, problem in problems.items())
         first = next(iter(problems))
         raise ArtifactError(
-            f"cannot assemble: {listed}. Make it with: bigincubate train {run.recipe_file}"
-            f" --run-dir {run.path} --phase incubate --module {first}"
+            f"cannot assemble: {listed}. Remove {folders[first].parent} if it exists, then make it with: bigincubate"
+            f" train {run.recipe_file} --run-dir {run.path} --phase incubate --module {first}"
         )
-    return (load_artifact(folder)[0] for folder in folders)
+    loaded = [load_artifact(folder) for folder in folders]
+    return [(tensors, manifest.digest) for tensors, manifest in loaded]

@@ -13,25 +13,22 @@ import torch
 from torch import nn
 
 from ..errors import ArtifactError
-from ..files import read_json
 from ..models import choose_attention, extract, fit_positions, insert
 from ..models.partition import Partition
 from ..planning.context import PhaseContext
+from ..planning.identity import expected_lineage
 from ..planning.phases import phase_model
-from ..storage.artifacts import check_lineage, load_artifact, load_manifest, verify_artifact
+from ..storage.artifacts import check_lineage, load_artifact, verify_artifact
 
 
 def finished_modules(context: PhaseContext) -> list[int]:
-    """Return the modules that can be assembled now: undamaged, from this recipe, meta model and data."""
+    """Return the modules that can be assembled now: undamaged, with the settings, meta model and data of this run."""
     run = context.run
-    made = read_json(run.path / "plan.json") or {}
     found = []
     for module in range(context.plan.modules):
         with contextlib.suppress(ArtifactError):  # not there yet, or damaged
             manifest = verify_artifact(run.phase("incubate", module).artifact)
-            meta = load_manifest(run.phase("pretrain").artifact).digest
-            own = made["parts"][module] if made.get("parts") else made["data"]
-            if check_lineage(manifest, recipe=context.recipe.digest, meta=meta, data=own) is None:
+            if check_lineage(manifest, expected_lineage(run, "incubate", module)) is None:
                 found.append(module)
     return found
 

@@ -23,7 +23,8 @@ from ..distributed.signals import StopFlag
 from ..errors import ArtifactError, NonFiniteError, Preempted
 from ..models import apply_masks, draw_masks, extract, rename
 from ..planning.context import PhaseContext
-from ..storage.artifacts import ArtifactManifest, ModelSpec, save_artifact
+from ..planning.identity import phase_digest
+from ..storage.artifacts import ArtifactManifest, Lineage, ModelSpec, check_artifact_lineage, save_artifact
 from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
 from ..storage.lease import Lease
 from ..storage.run_directory import PhaseDir
@@ -88,7 +89,7 @@ class Trainer:
         checkpoints = CheckpointManager(
             context.folder.checkpoints,
             context.env,
-            digest=context.recipe.digest,
+            digest=phase_digest(context.planned.identity, context.data.digest, parts.inputs),
             keep=context.recipe.checkpoint.keep,
             lease=lease,
         )
@@ -370,7 +371,9 @@ class Trainer:
     def finish_assembly(self) -> None:
         """Score and write the assembled model as it is before fine-tuning."""
         assembled = self.run_dir.assembled
-        if self.env.broadcast(assembled.result) is not None:
+        expected = Lineage(self.planned.identity, self.data.digest, self.parts.inputs)
+        valid = assembled.result is not None and check_artifact_lineage(assembled.artifact, expected) is None
+        if self.env.broadcast(valid):
             return
         scores = self.score()
         tensors = self.sharding.full_state_dict()
@@ -396,9 +399,9 @@ class Trainer:
                     metadata=self.task.artifact_metadata(),
                 ),
                 weights=export,
-                recipe=self.recipe.digest,
+                identity=self.planned.identity,
                 data=self.data.digest,
-                meta=self.parts.meta_digest,
+                inputs=self.parts.inputs,
             ),
             self.lease,
         )

@@ -220,4 +220,4 @@ def test_a_phase_may_have_its_own_strategy() -> None:
     recipe = load_recipe("digits", ["sharding.strategy=ddp", "finetune.sharding.strategy=fsdp2"])
     assert recipe.settings("finetune").sharding.strategy == "fsdp2"
     assert recipe.settings("incubate").sharding.strategy == "ddp"
-    assert recipe.digest == load_recipe("digits").digest
+    assert recipe.identity == load_recipe("digits").identity

@@ -40,7 +40,7 @@ class Checkpoint:
         self.outside, self.folder = place.outside, place.inside / "checkpoints" / "step-00000008"
         self.folder.mkdir(parents=True)
         self.files = {"rank-00000.safetensors": tensors_file({"w": torch.ones(2)}), "state.json": b'{"step": 8}'}
-        self.manifest: dict[str, Any] = {"format": 1, "step": 8, "recipe": "d" * 64, "world": 1}
+        self.manifest: dict[str, Any] = {"format": 1, "step": 8, "digest": "d" * 64, "world": 1}
         self.place = place
 
     def write(self, **manifest: Any) -> Path:

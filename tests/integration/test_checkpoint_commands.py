@@ -173,7 +173,7 @@ def test_every_tensor_keeps_its_bits_dtype_and_shape(world: int, ranks: int, tmp
     assert verify_checkpoint(out) is None
     assert same(dict(tensors_of(out)), LOGICAL)
     manifest = json.loads((out / "manifest.json").read_text())
-    assert (manifest["step"], manifest["recipe"], manifest["world"]) == (4, "d", ranks)
+    assert (manifest["step"], manifest["digest"], manifest["world"]) == (4, "d", ranks)
     assert (out / "state.json").read_bytes() == (source / "state.json").read_bytes()
     assert [path.name for path in out.parent.iterdir()] == ["converted"]
     sizes = [

@@ -249,7 +249,7 @@ def test_the_trainer_sees_what_the_host_would_show_it(lab: Labs) -> None:
         for one in (ours, hosts)
     )
     assert levels(found, expected, ours.recipe.augment).max() < LEVELS
-    assert ours.recipe.digest != hosts.recipe.digest  # not the same bits: another experiment
+    assert ours.recipe.identity != hosts.recipe.identity  # not the same bits: another experiment
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def artifact(name: str, folder: Path, seed: int = 0) -> ModelSpec:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    manifest = ArtifactManifest(kind="model", phase="finetune", model=spec, weights="raw", recipe="r", data="d")
+    manifest = ArtifactManifest(kind="model", phase="finetune", model=spec, weights="raw", identity={}, data="d")
     save_artifact(folder, model.state_dict(), manifest)
     return spec
 

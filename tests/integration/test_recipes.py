@@ -162,7 +162,7 @@ def test_deit3_has_everything_but_binary_cross_entropy() -> None:
         assert (meta.train.epochs, e2e.train.epochs, meta.drop_path.rate) == (800, 800, 0)
         assert e2e.drop_path.rate == (0.2 if "vit" in name else 0.5)
         assert recipe.settings("finetune").model.img_size == 224
-        assert load_recipe(name, ["loss.name=bce"]).digest != recipe.digest
+        assert load_recipe(name, ["loss.name=bce"]).identity != recipe.identity
     model = phase_model(
         make_plan(load_recipe("imagenet-vit-b-deit3")).row("finetune"),
         load_recipe("imagenet-vit-b-deit3").settings("finetune"),

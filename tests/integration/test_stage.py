@@ -30,7 +30,7 @@ def test_shards_come_when_they_are_read_and_go_with_their_last_reader(given: Any
 
     recipe, info = given
     with use_local_cache(recipe, info) as (here, copy):
-        assert here.digest == recipe.digest
+        assert here.identity == recipe.identity
         assert copies(tmp_path) == [copy.path]
         assert list(copy.path.rglob("*.mds")) == []
         with use_local_cache(recipe, info) as (other, same):

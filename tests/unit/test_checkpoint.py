@@ -131,7 +131,7 @@ def test_a_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_pa
 
 def test_another_recipes_checkpoint_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, 4)
-    with pytest.raises(ArtifactError, match="another recipe"):
+    with pytest.raises(ArtifactError, match="other settings, data, meta model or modules; remove"):
         manager(tmp_path, digest="e" * 64).load_latest()
 
 
@@ -264,7 +264,7 @@ def test_death_at_every_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path: Pat
 
 # ------------------------------------------------------------------------------------------------ artifacts
 
-MODULE = MANIFEST.model_copy(update={"kind": "module", "phase": "incubate", "module": 0, "meta": "m" * 64})
+MODULE = MANIFEST.model_copy(update={"kind": "module", "phase": "incubate", "module": 0, "inputs": {"meta": "m" * 64}})
 
 
 def test_an_artifact_comes_back_with_its_manifest(tmp_path: Path) -> None:
@@ -303,11 +303,15 @@ def test_a_missing_artifact_or_weights_are_refused(tmp_path: Path) -> None:
 
 def test_a_module_of_another_lineage_is_stale(tmp_path: Path) -> None:
     save_artifact(tmp_path / "artifact", tensors(1), MODULE)
-    own = {"recipe": "r" * 64, "meta": "m" * 64, "data": "d" * 64}
-    assert check_module_lineage(tmp_path / "artifact", **own) is None
-    for key, word in (("recipe", "recipe"), ("meta", "meta model"), ("data", "data")):
-        problem = check_module_lineage(tmp_path / "artifact", **{**own, key: "x" * 64})
-        assert f"another {word}" in str(problem)
+    own = Lineage(MODULE.identity, MODULE.data, MODULE.inputs)
+    assert check_artifact_lineage(tmp_path / "artifact", own) is None
+    for changes, message in (
+        ({"identity": {"steps": 1, "train.lr": 0.5}}, "other settings (train.lr: \"default\" -> 0.5)"),
+        ({"inputs": {"meta": "x" * 64}}, "another meta model (mmm"),
+        ({"data": "x" * 64}, "another data (ddd"),
+    ):
+        problem = check_artifact_lineage(tmp_path / "artifact", replace(own, **changes))
+        assert message in str(problem)
 
 
 def test_a_new_artifact_replaces_the_old_one_whole(tmp_path: Path) -> None:

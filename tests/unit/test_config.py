@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from bigincubate.config import differences, is_execution, list_shipped_recipes, load_recipe
+from bigincubate.config import is_execution, list_shipped_recipes, load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.storage.run_directory import RunDir
 
@@ -67,20 +68,20 @@ def test_order_is_defaults_then_recipe_then_set_and_a_phase_comes_over_the_commo
     assert recipe.settings("finetune").train.precision == "fp32"  # the default
 
 
-def test_digest_ignores_execution_keys_and_nothing_else() -> None:
+def test_identity_leaves_out_execution_keys_and_nothing_else() -> None:
     base = load_recipe("digits")
     same = ["train.micro_batch=16", "sharding.strategy=none", "log.every_steps=3", "data.workers=2", "data.path=/x"]
     same += ["incubate.train.micro_batch=8", "checkpoint.every_steps=7"]
-    assert load_recipe("digits", same).digest == base.digest
-    assert load_recipe("digits", ["train.seed=1"]).digest != base.digest
-    assert load_recipe("digits", ["incubate.train.lr=0.9"]).digest != base.digest
-    assert load_recipe("digits", ["data.shuffle=py1s"]).digest != base.digest
-    assert load_recipe("digits", ["model.args.embed_dim=96"]).digest != base.digest
+    assert load_recipe("digits", same).identity == base.identity
+    assert load_recipe("digits", ["train.seed=1"]).identity != base.identity
+    assert load_recipe("digits", ["incubate.train.lr=0.9"]).identity != base.identity
+    assert load_recipe("digits", ["data.shuffle=py1s"]).identity != base.identity
+    assert load_recipe("digits", ["model.args.embed_dim=96"]).identity != base.identity
 
 
 def test_whole_and_decimal_numbers_are_the_same_recipe() -> None:
     one, other = (load_recipe("digits", [f"incubate.train.epochs={n}"]) for n in ("7", "7.0"))
-    assert one.digest == other.digest
+    assert one.identity == other.identity
 
 
 @pytest.mark.parametrize("name", sorted(list_shipped_recipes()))
@@ -89,7 +90,7 @@ def test_a_written_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> Non
     file = tmp_path / "recipe.toml"
     file.write_text(recipe.toml())
     assert load_recipe(str(file)) == recipe
-    assert load_recipe(str(file)).digest == recipe.digest
+    assert load_recipe(str(file)).identity == recipe.identity
 
 
 @pytest.mark.parametrize(
@@ -103,26 +104,22 @@ def test_a_written_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> Non
         ("model.args.embed_dim", False),
         ("incubate.init", False),
         ("description", True),
+        ("name", True),
+        ("data.train_samples", True),
     ],
 )
 def test_keys_are_identity_or_execution(key: str, expected: bool) -> None:
     assert is_execution(key) is expected
 
 
-def test_a_run_directory_refuses_another_identity_and_shows_it(smoke: Path, tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    recipe = load_recipe(str(smoke))
-    run.open_for_recipe(recipe)
-    with pytest.raises(ConfigError, match=r"train\.lr: 0\.002 -> 0\.5"):
-        run.open_for_recipe(load_recipe(str(smoke), ["train.lr=0.5"]))
+def test_run_directory_keeps_its_recipe_until_it_is_updated(smoke: Path, tmp_path: Path) -> None:
+    run, recipe = RunDir(tmp_path / "run"), load_recipe(str(smoke))
+    run.create(recipe)
+    changed = load_recipe(str(smoke), ["log.every_steps=3", "train.lr=0.5"])
+    run.create(changed)
     assert run.load_recipe() == recipe
-
-
-def test_a_run_directory_notes_changed_execution_keys(smoke: Path, tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
-    run.open_for_recipe(load_recipe(str(smoke)))
-    changed = load_recipe(str(smoke), ["log.every_steps=3"])
-    run.open_for_recipe(changed)
-    assert '"log.every_steps: 2 -> 3"' in (run.path / "events.jsonl").read_text()
-    assert run.load_recipe().log.every_steps == 3
-    assert differences(run.load_recipe(), changed, execution_keys=True) == []
+    run.update_recipe(changed)
+    assert run.load_recipe() == changed
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["created", "recipe_changed"]
+    assert events[1]["changes"] == ["train.lr: 0.002 -> 0.5", "log.every_steps: 2 -> 3"]

@@ -13,6 +13,8 @@ submitting again is safe. The number of submissions of each phase is saved befor
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,14 +24,14 @@ from ...distributed.process_group import DistributedContext
 from ...errors import ArtifactError
 from ...files import read_json, write_json
 from ...planning.job_graph import Job
-from ...storage.artifacts import check_module_lineage, load_manifest, verify_artifact
+from ...storage.artifacts import Lineage, check_lineage, verify_artifact
 from ...storage.lease import acquire_lease
 from ...storage.run_directory import RunDir
 from .client import environment_outside_job, list_queued_jobs, query_max_array_size, run_slurm_command
 from .sbatch import build_sbatch_command, script_environment, split_into_arrays
 
 Say = Callable[[str], None]
-DatasetDigest = Callable[[int | None], str]  # module -> digest of the data it trains on; None: of the whole data set
+ExpectedLineage = Callable[[Job], Lineage]  # raises ArtifactError where what the job reads is missing or damaged
 
 
 def submit_missing_jobs(
@@ -37,7 +39,7 @@ def submit_missing_jobs(
     graph: Sequence[Job],
     run: RunDir,
     *,
-    data: DatasetDigest,
+    lineage: ExpectedLineage,
     gate: str | None = None,
     say: Say = print,
 ) -> bool:
@@ -47,7 +49,7 @@ def submit_missing_jobs(
         recipe: The recipe of the run.
         graph: The jobs of the run.
         run: The run directory.
-        data: Returns the digest of the data that a module trains on.
+        lineage: Returns what the artifact of a job must have been trained from.
         gate: Id of the calling job if that is a gate. None for a call by a user, which resets the numbers of
             submissions.
         say: Prints a line.
@@ -62,7 +64,7 @@ def submit_missing_jobs(
     """
     with acquire_lease(run.path / "slurm", DistributedContext()):
         submitter = JobSubmitter(recipe, run, say, submissions=read_submission_log(run)["submissions"] if gate else {})
-        missing = [job for job in graph if not _is_valid(job, recipe, run, data)]
+        missing = [job for job in graph if not _is_valid(job, run, lineage)]
         if not missing:
             return True
         if gate and not recipe.slurm.submit_from_jobs:
@@ -154,22 +156,27 @@ def read_submission_log(run: RunDir) -> dict[str, Any]:
     return {"jobs": [], "submissions": {}, **(read_json(run.path / "jobs.json") or {})}
 
 
-def _is_valid(job: Job, recipe: Recipe, run: RunDir, data: DatasetDigest) -> bool:
-    """Return whether a phase is done and its artifact is valid; if it is not, mark the phase as not done."""
+def _is_valid(job: Job, run: RunDir, lineage: ExpectedLineage) -> bool:
+    """Return whether a phase is done and its artifact is valid; if it is not, mark the phase as not done.
+
+    A phase whose artifact is only damaged resumes from its last checkpoint; one that is stale starts again.
+    """
     folder = run.phase(job.phase, job.module)
     if folder.result is None:
         return False
-    problem = None
+    stale = None
     try:
-        verify_artifact(folder.artifact)
-        if job.phase == "incubate":
-            meta = load_manifest(run.phase("pretrain").artifact).digest
-            problem = check_module_lineage(folder.artifact, recipe=recipe.digest, meta=meta, data=data(job.module))
+        manifest = verify_artifact(folder.artifact)
+        with contextlib.suppress(ArtifactError):  # checked once what it reads is there
+            stale = check_lineage(manifest, lineage(job))
+        problem = stale
     except ArtifactError as error:
         problem = str(error)
     if problem:
         run.log_event("made_again", phase=job.key, reason=problem)
         (folder.path / "DONE").unlink()
+    if stale:
+        shutil.rmtree(folder.checkpoints)
     return problem is None
 
 
