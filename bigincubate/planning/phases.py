@@ -95,9 +95,8 @@ class Plan:
         return len(self.target)
 
     def row(self, phase: Phase, module: int | None = None) -> PhasePlan:
-        """
-        Raises:
-            ConfigError: ``incubate`` needs a module that exists; other phases take none.
+        """Raises:
+        ConfigError: ``incubate`` needs a module that exists; other phases take none.
         """
         everywhere = range(self.modules)
         if phase == "incubate":
@@ -236,7 +235,8 @@ def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
 
 def saved_bytes(model: nn.Module, image: tuple[int, ...]) -> int:
     """Bytes that autograd keeps from the forward to the backward, parameters not counted, for one batch of shape
-    ``image``. Runs on fake CPU tensors, so that the kernels chosen are those of a real device (fused attention)."""
+    ``image``. Runs on fake CPU tensors, so that the kernels chosen are those of a real device (fused attention).
+    """
     with FakeTensorMode():
         state = {
             name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)

@@ -24,9 +24,8 @@ Report = Callable[[str], None]
 
 
 def data_path(recipe: Recipe, run: RunDir) -> Path:
-    """
-    Raises:
-        DataError: the recipe neither says where the data is nor embeds any.
+    """Raises:
+    DataError: the recipe neither says where the data is nor embeds any.
     """
     if recipe.data.path is not None:
         return Path(recipe.data.path)
@@ -107,7 +106,8 @@ def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[st
     """The rows of a recipe: those of ``plan.json`` if it was written for the same identity keys, or counted."""
     if stored is not None and stored.get("settings") == recipe.identity:
         return [
-            PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])}) for row in stored["rows"]
+            PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])})
+            for row in stored["rows"]
         ]
     return [
         replace(

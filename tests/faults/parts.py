@@ -24,7 +24,9 @@ SPEC = ModelSpec(
     depths=[[1], [1]],
     metadata={"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "eval_crop": 1.0},
 )
-MANIFEST = ArtifactManifest(kind="model", phase="finetune", model=SPEC, weights="raw", identity={"steps": 1}, data="d" * 64)
+MANIFEST = ArtifactManifest(
+    kind="model", phase="finetune", model=SPEC, weights="raw", identity={"steps": 1}, data="d" * 64
+)
 
 
 def manager(folder: Path, **options: Any) -> CheckpointManager:

@@ -236,7 +236,11 @@ def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_
     save_artifact(folder, lab.weights("incubate", 1), spoiled)
     with pytest.raises(ArtifactError, match=r"module 1: stale: .*another data"):
         lab.trainer("finetune")
-    assert [f.part for f in verify_run(lab.run) if f.verdict is Verdict.STALE] == ["incubate/1", "finetune", "assembled"]
+    assert [f.part for f in verify_run(lab.run) if f.verdict is Verdict.STALE] == [
+        "incubate/1",
+        "finetune",
+        "assembled",
+    ]
 
 
 def test_opening_another_part_is_an_error(recipe: Path, mine: Path, tmp_path: Path, counted: None) -> None:

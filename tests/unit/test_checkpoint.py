@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from bigincubate.errors import (
     SystemResourceError,
 )
 from bigincubate.storage import artifacts as store
-from bigincubate.storage.artifacts import check_module_lineage, load_artifact, save_artifact
+from bigincubate.storage.artifacts import Lineage, check_artifact_lineage, load_artifact, save_artifact
 from bigincubate.storage.checkpoint_manager import CheckpointManager, verify_checkpoint
 from bigincubate.storage.sharded_tensors import ShardedTensorReader, copy_to_cpu, write_sharded_tensors
 
@@ -306,7 +307,7 @@ def test_a_module_of_another_lineage_is_stale(tmp_path: Path) -> None:
     own = Lineage(MODULE.identity, MODULE.data, MODULE.inputs)
     assert check_artifact_lineage(tmp_path / "artifact", own) is None
     for changes, message in (
-        ({"identity": {"steps": 1, "train.lr": 0.5}}, "other settings (train.lr: \"default\" -> 0.5)"),
+        ({"identity": {"steps": 1, "train.lr": 0.5}}, 'other settings (train.lr: "default" -> 0.5)'),
         ({"inputs": {"meta": "x" * 64}}, "another meta model (mmm"),
         ({"data": "x" * 64}, "another data (ddd"),
     ):
