@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError
 from ..models import Partition
-from ..models.families import Family
+from ..models.vision.families import Family
 
 # the names of its one model, a plain ViT
 NAMES = re.compile(

@@ -1,11 +1,8 @@
 """Models: which timm families are supported, how they are cut into modules, and how tensors move between depths."""
 
 from .activation_checkpointing import checkpoint_activations
-from .attention import choose_attention
-from .build import block_costs, build, default_depths
 from .compilation import compile_blocks
 from .drop_path import DropPath, apply_masks, draw_masks, drop_paths, set_rates
-from .families import FAMILIES, Family, family_of
 from .partition import (
     BlockRef,
     Depths,
@@ -16,8 +13,11 @@ from .partition import (
     hybrid_depths,
     normalise_depths,
 )
-from .skipping import skip_unused
 from .surgery import assemble, extract, fit_positions, freeze, initialise, insert, rename
+from .vision.attention import choose_attention
+from .vision.build import block_costs, build, default_depths
+from .vision.families import FAMILIES, Family, family_of
+from .vision.subset_drop_path import skip_unused
 
 __all__ = [
     "FAMILIES",

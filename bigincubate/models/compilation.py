@@ -8,7 +8,7 @@ from torch import nn
 
 
 def compile_blocks(model: nn.Module, blocks: Iterable[str]) -> None:
-    """Compile the blocks at these paths, but not the one that serves the class token alone (:mod:`.skipping`): there is
+    """Compile the blocks at these paths, but not the one that serves the class token alone (`skip_unused`): there is
     too little in it to be worth a graph of its own."""
     for path in blocks:
         block = model.get_submodule(path)

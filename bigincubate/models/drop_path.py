@@ -31,7 +31,7 @@ class DropPath(nn.Module):
         scale: what each sample's branch is multiplied with, 0 or 1 / (1 - rate), float32 ``[batch]``; None: nothing is
             dropped. `apply_masks` sets it before each forward. ``forward`` reads nothing but this tensor, so compiled
             blocks of different rates share one graph.
-        skips: whether the block computes its branch for the samples that are kept alone (:mod:`.skipping`).
+        skips: whether the block computes its branch for the samples that are kept alone (`skip_unused`).
         kept: those samples, int64 ``[kept]``; ``scale`` is then theirs, ``[kept]``. None: the branch is computed whole.
     """
 

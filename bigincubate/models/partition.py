@@ -18,7 +18,7 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from ..errors import ArtifactError, ConfigError
-from .families import Family
+from .vision.families import Family
 
 Depths = tuple[tuple[int, ...], ...]
 

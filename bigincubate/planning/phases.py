@@ -43,7 +43,7 @@ from ..models import (
     normalise_depths,
     skip_unused,
 )
-from ..models.families import Family
+from ..models.vision.families import Family
 from ..optim import trainable_param_info
 from ..seeds import phase_key
 from ..tasks.metric import Metric

@@ -25,7 +25,7 @@ from bigincubate.models import (
     freeze,
     set_rates,
 )
-from bigincubate.models.skipping import reads_class_token, skip_unused
+from bigincubate.models.vision.subset_drop_path import reads_class_token, skip_unused
 from bigincubate.planning.phases import count_cost, make_plan
 
 VIT = {"embed_dim": 48, "num_heads": 3, "patch_size": 8}

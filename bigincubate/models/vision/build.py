@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..errors import ConfigError
-from .drop_path import replace_drop_path
+from ...errors import ConfigError
+from ..drop_path import replace_drop_path
+from ..partition import Depths, Partition
 from .families import family_of
-from .partition import Depths, Partition
 
 # Set elsewhere in a recipe, or never: what timm's factory takes that `model.args` may not hold.
 RESERVED = frozenset(

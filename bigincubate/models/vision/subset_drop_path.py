@@ -17,10 +17,10 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from ..kernels import add_branch
-from .drop_path import DropPath, drop_paths
-from .partition import Partition
+from ...errors import ConfigError
+from ...kernels import add_branch
+from ..drop_path import DropPath, drop_paths
+from ..partition import Partition
 
 
 def skip_unused(model: nn.Module, partition: Partition, *, subset_drop_path: bool, last_block_cls_only: bool) -> None:

@@ -1,0 +1,1 @@
+"""Vision models of timm: which families are supported, and how they are built."""
