@@ -25,9 +25,9 @@ from bigincubate.models import (
     build,
     choose_attention,
     draw_masks,
-    drop_paths,
     family_of,
-    set_rates,
+    find_drop_paths,
+    set_drop_path_rates,
     skip_unused,
 )
 
@@ -52,7 +52,7 @@ def main() -> None:
         # the mean of the tokens is read, so that nothing but drop-path differs
         model = build(asked.model, depths, num_classes=10, img_size=224, args={"global_pool": "avg"}).to(device).train()
         choose_attention(model, device, precision)
-        set_rates(model, partition, "target", 0.5, depths, None)
+        set_drop_path_rates(model, partition, "target", 0.5, depths, None)
         if skip:
             skip_unused(model, partition, subset_drop_path=True, last_block_cls_only=False)
         if asked.compile:
@@ -70,9 +70,9 @@ def main() -> None:
             times: dict[bool, list[float]] = {False: [], True: []}
             for step in range(asked.repeats + 1):
                 for skip, model in both.items():
-                    for path in drop_paths(model):
-                        path.rate, path.drops = rate, True
-                    apply_masks(model, draw_masks(0, step, len(drop_paths(model)), asked.batch))
+                    for path in find_drop_paths(model):
+                        path.rate, path.active = rate, True
+                    apply_masks(model, draw_masks(0, step, len(find_drop_paths(model)), asked.batch))
                     x = tokens.clone().requires_grad_()
                     start = time.perf_counter()
                     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -17,8 +17,8 @@ from bigincubate.models import (
     choose_attention,
     compile_blocks,
     draw_masks,
-    drop_paths,
-    set_rates,
+    find_drop_paths,
+    set_drop_path_rates,
 )
 from bigincubate.optim import make_optimizer
 from bigincubate.planning.phases import make_plan, phase_model
@@ -104,7 +104,7 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
     chosen = loaded.settings(phase)
     model = phase_model(row, chosen, plan.family)
     partition = Partition(plan.family, row.depths)
-    set_rates(model, partition, chosen.drop_path.ramp_over, chosen.drop_path.rate, plan.target, row.module)
+    set_drop_path_rates(model, partition, chosen.drop_path.ramp_over, chosen.drop_path.rate, plan.target, row.module)
     model = model.to(env.device).train()
     choose_attention(model, env.device, settings["precision"])
     units = [block.path for block in partition.blocks()]
@@ -113,7 +113,7 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
     sharding = make_sharding(chosen, env, 1)
     wrapped = sharding.prepare(model, units, lambda m: make_optimizer(m, chosen))
     images, labels = batch(settings, env.device)
-    masked = len(drop_paths(model)) if chosen.drop_path.rate else 0
+    masked = len(find_drop_paths(model)) if chosen.drop_path.rate else 0
     state = {"step": 0}
 
     def forward() -> torch.Tensor:

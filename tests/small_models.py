@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigincubate.models import Partition, build, extract, family_of, hybrid_depths, initialise, insert, normalise_depths
+from bigincubate.models import Partition, build, extract, family_of, hybrid_depths, initialize, insert, normalize_depths
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Case:
 
     def partition(self, depths: Any) -> Partition:
         family = family_of(self.name)
-        return Partition(family, normalise_depths(depths, family.stages))
+        return Partition(family, normalize_depths(depths, family.stages))
 
     def build(self, depths: Any, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -131,7 +131,7 @@ def hybrid(case: Case, module: int, init: str, meta: nn.Module) -> nn.Module:
     model = drawn(case, own)
     for other in set(range(shallow.modules)) - {module}:
         insert(model, own, extract(meta.state_dict(), shallow, other), shallow)
-    initialise(model, own, module, meta.state_dict(), shallow, init)
+    initialize(model, own, module, meta.state_dict(), shallow, init)
     return model
 
 

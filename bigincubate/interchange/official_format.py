@@ -75,7 +75,7 @@ def join_stages(stages: Sequence[Mapping[str, Tensor]], family: Family) -> dict[
     """
     partition = Partition(family, tuple(family.count_blocks(stage) for stage in stages))
     return {
-        partition.globalise(module, name): tensor
+        partition.to_global_name(module, name): tensor
         for module, stage in enumerate(stages)
         for name, tensor in stage.items()
     }
@@ -96,7 +96,7 @@ def write_official(out: Path, tensors: Mapping[str, Tensor], partition: Partitio
         raise ConfigError(f"the official implementation has plain ViTs only, and tensor {odd[0]!r} tells this from one")
     stages: list[dict[str, Tensor]] = [{} for _ in range(partition.modules)]
     for name, tensor in tensors.items():
-        module, local = partition.local(name)
+        module, local = partition.to_local_name(name)
         stages[module][local] = tensor.detach().cpu().clone()
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = out.with_name(f".{out.name}.unfinished")

@@ -2,18 +2,18 @@
 
 from .activation_checkpointing import checkpoint_activations
 from .compilation import compile_blocks
-from .drop_path import DropPath, apply_masks, draw_masks, drop_paths, set_rates
+from .drop_path import DropPath, apply_masks, draw_masks, find_drop_paths, set_drop_path_rates
 from .partition import (
     BlockRef,
     Depths,
     Partition,
-    balanced_cut,
     check_depths,
-    default_meta,
+    default_meta_depths,
+    find_balanced_cut,
     hybrid_depths,
-    normalise_depths,
+    normalize_depths,
 )
-from .surgery import assemble, extract, fit_positions, freeze, initialise, insert, rename
+from .surgery import assemble, extract, fit_positions, freeze_other_modules, initialize, insert, rename_tensors
 from .vision.attention import choose_attention
 from .vision.build import block_costs, build, default_depths
 from .vision.families import FAMILIES, Family, family_of
@@ -28,7 +28,6 @@ __all__ = [
     "Partition",
     "apply_masks",
     "assemble",
-    "balanced_cut",
     "block_costs",
     "build",
     "check_depths",
@@ -36,18 +35,19 @@ __all__ = [
     "choose_attention",
     "compile_blocks",
     "default_depths",
-    "default_meta",
+    "default_meta_depths",
     "draw_masks",
-    "drop_paths",
     "extract",
     "family_of",
+    "find_balanced_cut",
+    "find_drop_paths",
     "fit_positions",
-    "freeze",
+    "freeze_other_modules",
     "hybrid_depths",
-    "initialise",
+    "initialize",
     "insert",
-    "normalise_depths",
-    "rename",
-    "set_rates",
+    "normalize_depths",
+    "rename_tensors",
+    "set_drop_path_rates",
     "skip_unused",
 ]

@@ -26,25 +26,25 @@ class DropPath(nn.Module):
 
     Attributes:
         rate: probability that a sample's branch is dropped, in [0, 1).
-        drops: whether it has a scale in each step: all of a ramp do, where its rate is 0 too (there it is 1 for every
+        active: whether it has a scale in each step: all of a ramp do, where its rate is 0 too (there it is 1 for every
             sample, and changes no bit), so that compiled blocks of a ramp share one graph.
         scale: what each sample's branch is multiplied with, 0 or 1 / (1 - rate), float32 ``[batch]``; None: nothing is
             dropped. `apply_masks` sets it before each forward. ``forward`` reads nothing but this tensor, so compiled
             blocks of different rates share one graph.
-        skips: whether the block computes its branch for the samples that are kept alone (`skip_unused`).
-        kept: those samples, int64 ``[kept]``; ``scale`` is then theirs, ``[kept]``. None: the branch is computed whole.
+        computes_subset: whether the block computes its branch for the samples that are kept alone (`skip_unused`).
+        kept_samples: those samples, int64 ``[kept]``; ``scale`` is then theirs, ``[kept]``. None: of all samples.
     """
 
     rate: float
-    drops: bool
+    active: bool
     scale: Tensor | None
-    kept: Tensor | None
+    kept_samples: Tensor | None
 
     def __init__(self) -> None:
         super().__init__()
         self.rate = 0.0
-        self.drops = self.skips = False
-        self.scale = self.kept = None
+        self.active = self.computes_subset = False
+        self.scale = self.kept_samples = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, ...]`` to the same shape and dtype."""
@@ -63,7 +63,7 @@ def replace_drop_path(block: nn.Module) -> None:
         block.set_submodule(name, DropPath())
 
 
-def drop_paths(model: nn.Module) -> list[DropPath]:
+def find_drop_paths(model: nn.Module) -> list[DropPath]:
     """The model's drop-path modules in order; the place in this list is the row in the masks.
 
     A ViT or Swin block has two, a ConvNeXt block one. A mixer block has one that serves both of its branches: they are
@@ -72,7 +72,7 @@ def drop_paths(model: nn.Module) -> list[DropPath]:
     return [module for module in model.modules() if isinstance(module, DropPath)]
 
 
-def set_rates(
+def set_drop_path_rates(
     model: nn.Module,
     partition: Partition,
     mode: Literal["target", "hybrid"],
@@ -108,9 +108,9 @@ def set_rates(
             if block.module == module
         }
     for block in partition.blocks():
-        for drop_path in drop_paths(model.get_submodule(block.path)):
-            drop_path.rate, drop_path.drops = rates.get(block.path, 0.0), rate > 0 and block.path in rates
-            drop_path.scale = drop_path.kept = None
+        for drop_path in find_drop_paths(model.get_submodule(block.path)):
+            drop_path.rate, drop_path.active = rates.get(block.path, 0.0), rate > 0 and block.path in rates
+            drop_path.scale = drop_path.kept_samples = None
 
 
 def _timm_rates(partition: Partition, rate: float) -> dict[str, float]:
@@ -131,21 +131,21 @@ def apply_masks(model: nn.Module, uniform: Tensor) -> None:
     Args:
         uniform: ``[n, micro_batch]``, the columns of `draw_masks` for the samples of this micro-batch.
     """
-    modules = drop_paths(model)
+    modules = find_drop_paths(model)
     keep = 1 - torch.tensor([module.rate for module in modules]).unsqueeze(1)
     device = next(model.parameters()).device
     alive = uniform < keep
     scales, order = alive / keep, None
-    if any(module.skips for module in modules):  # on the host, so that the device need not be asked how many
+    if any(module.computes_subset for module in modules):  # on the host, so that the device need not be asked how many
         order = alive.byte().argsort(dim=1, descending=True, stable=True)
         counts = alive.sum(1).clamp(min=min(FEWEST, alive.shape[1])).tolist()
         packed, order = scales.gather(1, order).to(device, non_blocking=True), order.to(device, non_blocking=True)
     scales = scales.to(device, non_blocking=True)
     for index, module in enumerate(modules):
-        module.scale = module.kept = None
-        if module.drops and module.skips and order is not None:
-            module.scale, module.kept = packed[index, : counts[index]], order[index, : counts[index]]
-            for tensor in (module.scale, module.kept):  # one compiled graph for any number
+        module.scale = module.kept_samples = None
+        if module.active and module.computes_subset and order is not None:
+            module.scale, module.kept_samples = packed[index, : counts[index]], order[index, : counts[index]]
+            for tensor in (module.scale, module.kept_samples):  # one compiled graph for any number
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        elif module.drops:
+        elif module.active:
             module.scale = scales[index]

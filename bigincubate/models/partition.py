@@ -33,7 +33,7 @@ class BlockRef(NamedTuple):
     path: str
 
 
-def normalise_depths(value: Sequence[int | Sequence[int]], stages: int, what: str = "depths") -> Depths:
+def normalize_depths(value: Sequence[int | Sequence[int]], stages: int, what: str = "depths") -> Depths:
     """``[3, 3, 3, 3]`` (one stage) or ``[[2, 2, 6, 0], ...]`` (a number a stage) in the normal form.
 
     Raises:
@@ -151,14 +151,14 @@ class Partition:
             return self.modules - 1
         raise ArtifactError(f"tensor {name!r} is not part of a {self.family.name} model")
 
-    def local(self, name: str) -> tuple[int, str]:
+    def to_local_name(self, name: str) -> tuple[int, str]:
         """Module and local name of a tensor: the name with the block counted from the module's start in the stage."""
         block = self.block_of(name)
         if block is None:
             return self.owner(name), name
         return block.module, self.family.block_path(block.stage, block.index_in_module) + name[len(block.path) :]
 
-    def globalise(self, module: int, local_name: str) -> str:
+    def to_global_name(self, module: int, local_name: str) -> str:
         """The name in this model of a module's tensor; the inverse of `local`.
 
         Raises:
@@ -186,7 +186,7 @@ def check_layout(family: Family, depths: Depths, what: str = "depths") -> None:
     """
     last = 0
     for module, row in enumerate(depths):
-        assert len(row) == family.stages, "depths come from normalise_depths"
+        assert len(row) == family.stages, "depths come from normalize_depths"
         stages = [stage for stage, depth in enumerate(row) if depth]
         if not stages:
             raise ConfigError(f"{what}: module {module} has no blocks; each module needs at least one")
@@ -237,7 +237,7 @@ def check_depths(family: Family, target: Depths, meta: Depths) -> None:
             )
 
 
-def default_meta(target: Depths, parity: int) -> Depths:
+def default_meta_depths(target: Depths, parity: int) -> Depths:
     """The smallest meta depths that fit a target: one block a module and stage.
 
     Where another module follows in the same stage, the depth is congruent to the target's modulo ``parity``, so that
@@ -252,7 +252,7 @@ def default_meta(target: Depths, parity: int) -> Depths:
     )
 
 
-def balanced_cut(costs: Sequence[Sequence[int]], modules: int, parity: int = 1) -> Depths:
+def find_balanced_cut(costs: Sequence[Sequence[int]], modules: int, parity: int = 1) -> Depths:
     """Cut the blocks into contiguous modules so that the most expensive module costs as little as possible.
 
     Among the cuts that reach this minimum, the one with the least sum of squared costs, then the one that cuts

@@ -37,13 +37,13 @@ def extract(state_dict: Mapping[str, Tensor], partition: Partition, module: int)
     return {name: tensor for name, tensor in state_dict.items() if partition.owner(name) == module}
 
 
-def rename(tensors: Mapping[str, Tensor], source: Partition, target: Partition) -> dict[str, Tensor]:
+def rename_tensors(tensors: Mapping[str, Tensor], source: Partition, target: Partition) -> dict[str, Tensor]:
     """The same tensors under the names that they have in a model of other depths.
 
     Raises:
         ArtifactError: a tensor has no place in one of the two models.
     """
-    return {target.globalise(*source.local(name)): tensor for name, tensor in tensors.items()}
+    return {target.to_global_name(*source.to_local_name(name)): tensor for name, tensor in tensors.items()}
 
 
 def insert(
@@ -62,7 +62,7 @@ def insert(
         raise ArtifactError("a module without tensors cannot be inserted")
     own = model.state_dict()
     expected = {name: tensor for name, tensor in own.items() if partition.owner(name) in modules}
-    _copy(rename(module_tensors, from_partition, partition), expected)
+    _copy(rename_tensors(module_tensors, from_partition, partition), expected)
 
 
 def fit_positions(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def assemble(parts: list[dict[str, Tensor]], expected: Iterable[str] | None = No
     return whole
 
 
-def initialise(
+def initialize(
     model: nn.Module,
     hybrid_partition: Partition,
     module: int,
@@ -138,13 +138,13 @@ def initialise(
         if init == "grow" and block.module == module and block.index_in_module >= meta_depths[block.stage]
         for output in _residual_outputs(model.get_submodule(block.path))
     ]
-    _copy(rename(source, meta_partition, hybrid_partition), own)
+    _copy(rename_tensors(source, meta_partition, hybrid_partition), own)
     for output in outputs:
         for parameter in output.parameters():
             nn.init.zeros_(parameter)
 
 
-def freeze(model: nn.Module, partition: Partition, module: int | None) -> None:
+def freeze_other_modules(model: nn.Module, partition: Partition, module: int | None) -> None:
     """Let one module train and nothing else; None: everything trains."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(module is None or partition.owner(name) == module)

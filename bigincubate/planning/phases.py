@@ -32,15 +32,15 @@ from ..errors import ConfigError
 from ..models import (
     Depths,
     Partition,
-    balanced_cut,
     block_costs,
     build,
     check_depths,
     default_depths,
-    default_meta,
+    default_meta_depths,
     family_of,
-    freeze,
-    normalise_depths,
+    find_balanced_cut,
+    freeze_other_modules,
+    normalize_depths,
     skip_unused,
 )
 from ..models.vision.families import Family
@@ -143,17 +143,17 @@ def make_plan(recipe: Recipe) -> Plan:
     own = default_depths(model.name, model.args)
     family = family_of(model.name)
     if cut.target_depths is not None:
-        target = normalise_depths(cut.target_depths, family.stages, "plan.target_depths")
+        target = normalize_depths(cut.target_depths, family.stages, "plan.target_depths")
     else:
         assert cut.modules is not None
         if cut.modules > sum(own):
             raise ConfigError(f"plan.modules = {cut.modules}, but {model.name} has only {sum(own)} blocks")
         costs = block_costs(model.name, own, img_size=model.img_size, args=model.args)
-        target = balanced_cut(costs, cut.modules, family.parity)
+        target = find_balanced_cut(costs, cut.modules, family.parity)
     if cut.meta_depths is not None:
-        meta = normalise_depths(cut.meta_depths, family.stages, "plan.meta_depths")
+        meta = normalize_depths(cut.meta_depths, family.stages, "plan.meta_depths")
     else:
-        meta = default_meta(target, family.parity)
+        meta = default_meta_depths(target, family.parity)
     check_depths(family, target, meta)
     for phase in ("pretrain", "incubate", "finetune", "end_to_end"):
         settings = recipe.settings(phase)
@@ -200,7 +200,7 @@ def phase_model(row: PhasePlan, settings: Settings, family: Family, *, device: s
         spec.name, row.depths, num_classes=spec.num_classes, img_size=spec.img_size, args=spec.args, device=device
     )
     partition = Partition(family, row.depths)
-    freeze(model, partition, row.module)
+    freeze_other_modules(model, partition, row.module)
     skip_unused(
         model,
         partition,

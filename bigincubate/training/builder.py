@@ -17,12 +17,12 @@ from ..models import (
     checkpoint_activations,
     choose_attention,
     compile_blocks,
-    drop_paths,
     extract,
+    find_drop_paths,
     fit_positions,
-    initialise,
+    initialize,
     insert,
-    set_rates,
+    set_drop_path_rates,
 )
 from ..optim import Ema, make_optimizer, make_schedule
 from ..planning.context import PhaseContext
@@ -87,7 +87,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     micro_batches = count_micro_batches(settings, env.world)
     model, inputs = build_model(context, start)
     drop, partition = settings.drop_path, context.partition
-    set_rates(model, partition, drop.ramp_over, drop.rate, context.plan.target, context.row.module)
+    set_drop_path_rates(model, partition, drop.ramp_over, drop.rate, context.plan.target, context.row.module)
     model = model.to(env.device)
     choose_attention(model, env.device, settings.train.precision)
     blocks = [block.path for block in partition.blocks()]
@@ -102,7 +102,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     train_stream = apply_batch_source(task.train_stream(context.data, rank=env.rank, world=env.world), context)
     _, steps_per_epoch = phase_steps(settings, context.data.epoch)
     schedule = make_schedule(sharding.optimizer, settings, context.planned.steps, steps_per_epoch)
-    paths = drop_paths(model)
+    paths = find_drop_paths(model)
     return PhaseComponents(
         model=model,
         wrapped=wrapped,
@@ -115,7 +115,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         eval_stream=eval_stream,
         steps_per_epoch=steps_per_epoch,
         micro_batches=micro_batches,
-        num_drop_paths=len(paths) if any(path.drops for path in paths) else 0,
+        num_drop_paths=len(paths) if any(path.active for path in paths) else 0,
     )
 
 
@@ -149,7 +149,7 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
             if slot.source == "meta":
                 insert(model, partition, extract(meta, context.meta_partition, module), context.meta_partition)
         assert row.module is not None
-        initialise(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
+        initialize(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
     if "module" in sources:
         meta_model_digest(context.run)
         modules = _load_modules(context)

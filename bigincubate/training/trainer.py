@@ -21,7 +21,7 @@ from ..data.batch import Batch
 from ..distributed.process_group import print_stderr
 from ..distributed.signals import StopFlag
 from ..errors import ArtifactError, NonFiniteError, Preempted
-from ..models import apply_masks, draw_masks, extract, rename
+from ..models import apply_masks, draw_masks, extract, rename_tensors
 from ..planning.context import PhaseContext
 from ..planning.identity import phase_digest
 from ..storage.artifacts import ArtifactManifest, Lineage, ModelSpec, check_artifact_lineage, save_artifact
@@ -334,7 +334,7 @@ class Trainer:
             tensors = self.sharding.full_state_dict()
             if module is not None:  # under the target's block indices
                 partition = self.context.partition
-                tensors = rename(extract(tensors, partition, module), partition, self.context.target_partition)
+                tensors = rename_tensors(extract(tensors, partition, module), partition, self.context.target_partition)
             with self.env.main_process_first():
                 if self.env.is_main:
                     self.write_artifact(self.folder, tensors, self.recipe.phase_overrides(self.row.phase).export)

@@ -22,14 +22,14 @@ from bigincubate.models import (
     apply_masks,
     build,
     draw_masks,
-    drop_paths,
     extract,
     family_of,
-    freeze,
+    find_drop_paths,
+    freeze_other_modules,
     hybrid_depths,
     insert,
-    normalise_depths,
-    set_rates,
+    normalize_depths,
+    set_drop_path_rates,
 )
 
 Part = Callable[[Tensor], Tensor]
@@ -153,7 +153,7 @@ class Hybrid:
         self.target = example.plain(example.target, seed=1)
         self.meta = example.plain(example.meta, seed=2)
         family = family_of(example.name)
-        target, meta = (normalise_depths(d, family.stages) for d in (example.target, example.meta))
+        target, meta = (normalize_depths(d, family.stages) for d in (example.target, example.meta))
         self.partition = Partition(family, hybrid_depths(target, meta, module))
         self.model = build(
             example.name, self.partition.depths, num_classes=5, img_size=example.img_size, args=example.args
@@ -162,7 +162,7 @@ class Hybrid:
             source, depths = (self.target, target) if k == module else (self.meta, meta)
             part = Partition(family, depths)
             insert(self.model, self.partition, extract(source.state_dict(), part, k), part)
-        freeze(self.model, self.partition, module)
+        freeze_other_modules(self.model, self.partition, module)
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -218,8 +218,8 @@ def test_frozen_tensors_get_no_gradient_and_keep_their_bits(example: Example, mo
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
     images, targets = example.batch()
     for step in range(2):
-        set_rates(model, partition, "hybrid", 0.3, partition.depths, module)
-        apply_masks(model, draw_masks(0, step, len(drop_paths(model)), 4))
+        set_drop_path_rates(model, partition, "hybrid", 0.3, partition.depths, module)
+        apply_masks(model, draw_masks(0, step, len(find_drop_paths(model)), 4))
         soft_cross_entropy(model(images), targets).backward()
         assert all(p.grad is None for n, p in model.named_parameters() if partition.owner(n) != module)
         optimizer.step()

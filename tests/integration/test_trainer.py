@@ -215,9 +215,9 @@ def test_the_loss_that_is_logged_is_the_mean_over_the_batch(trained: Any) -> Non
     trainer = trained.trainer("pretrain")
     batch = next(trainer.parts.train_stream.batches(0))
     images, targets = trainer.task.prepare(batch, 0)
-    from bigincubate.models import apply_masks, draw_masks, drop_paths
+    from bigincubate.models import apply_masks, draw_masks, find_drop_paths
 
-    apply_masks(trainer.model, draw_masks(0, 0, len(drop_paths(trainer.model)), 32)[:, batch.global_position])
+    apply_masks(trainer.model, draw_masks(0, 0, len(find_drop_paths(trainer.model)), 32)[:, batch.global_position])
     each = -(targets * trainer.model.train()(images).log_softmax(1)).sum(1)
     assert trained.log("pretrain")[0]["train/loss"] == pytest.approx(each.mean().item(), abs=1e-6)
 

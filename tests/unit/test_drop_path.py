@@ -9,11 +9,19 @@ from small_models import CASES, Case, disturb, each_case
 from torch import Tensor, nn
 
 from bigincubate.errors import ConfigError
-from bigincubate.models import DropPath, Partition, apply_masks, draw_masks, drop_paths, hybrid_depths, set_rates
+from bigincubate.models import (
+    DropPath,
+    Partition,
+    apply_masks,
+    draw_masks,
+    find_drop_paths,
+    hybrid_depths,
+    set_drop_path_rates,
+)
 
 
 def rates_of(model: nn.Module, partition: Partition) -> list[list[float]]:
-    return [[d.rate for d in drop_paths(model.get_submodule(block.path))] for block in partition.blocks()]
+    return [[d.rate for d in find_drop_paths(model.get_submodule(block.path))] for block in partition.blocks()]
 
 
 @each_case
@@ -21,7 +29,7 @@ def test_hybrid_rates_are_timms(case: Case) -> None:
     target, meta = case.partition(case.target), case.partition(case.meta)
     own = case.partition(hybrid_depths(target.depths, meta.depths, 0))
     model = case.build(own.depths)
-    set_rates(model, own, "hybrid", 0.3, target.depths, 0)
+    set_drop_path_rates(model, own, "hybrid", 0.3, target.depths, 0)
     kwargs = dict(case.args)
     if own.family.depth_argument:
         kwargs[own.family.depth_argument] = own.stage_depths if own.family.stages > 1 else own.stage_depths[0]
@@ -35,7 +43,7 @@ def test_hybrid_rates_are_timms(case: Case) -> None:
 def test_target_rates_are_those_of_the_target(case: Case) -> None:
     target, meta = case.partition(case.target), case.partition(case.meta)
     whole = case.build(case.target)
-    set_rates(whole, target, "target", 0.3, target.depths, None)
+    set_drop_path_rates(whole, target, "target", 0.3, target.depths, None)
     final = {
         (b.module, b.stage, b.index_in_module): r for b, r in zip(target.blocks(), rates_of(whole, target), strict=True)
     }
@@ -43,7 +51,7 @@ def test_target_rates_are_those_of_the_target(case: Case) -> None:
     for module in range(target.modules):
         own = case.partition(hybrid_depths(target.depths, meta.depths, module))
         model = case.build(own.depths)
-        set_rates(model, own, "target", 0.3, target.depths, module)
+        set_drop_path_rates(model, own, "target", 0.3, target.depths, module)
         for block, rates in zip(own.blocks(), rates_of(model, own), strict=True):
             expected = final[block[0], block[1], block[3]] if block.module == module else [0.0] * len(rates)
             assert rates == expected
@@ -65,11 +73,11 @@ def test_masks_drop_whole_branches_of_samples() -> None:
     case = CASES[0]
     partition = case.partition([2, 1])
     model = disturb(case.build([2, 1])).train()
-    set_rates(model, partition, "target", 0.5, partition.depths, None)
+    set_drop_path_rates(model, partition, "target", 0.5, partition.depths, None)
     uniform = torch.ones(6, 2) * 0.1
     uniform[4, 1] = uniform[5, 1] = 0.9  # the last block, rate 0.5: both branches of sample 1 dropped
     apply_masks(model, uniform)
-    scales = [module.scale for module in drop_paths(model)]
+    scales = [module.scale for module in find_drop_paths(model)]
     assert scales[0].tolist() == [1.0, 1.0]  # rate 0, in a ramp
     assert [s.tolist() for s in scales[4:]] == [[2.0, 0.0], [2.0, 0.0]]
     torch.testing.assert_close(scales[2], torch.full((2,), 1 / 0.75))
@@ -90,7 +98,7 @@ def test_a_block_of_a_ramp_with_rate_0_computes_what_it_would_without_a_scale() 
     case = CASES[0]
     partition = case.partition([2, 1])
     model = disturb(case.build([2, 1])).train()
-    set_rates(model, partition, "target", 0.5, partition.depths, None)
+    set_drop_path_rates(model, partition, "target", 0.5, partition.depths, None)
     first, x = model.blocks[0], torch.randn(2, 5, model.embed_dim)
     without = first(x)
     apply_masks(model, draw_masks(0, 0, 6, 2))
@@ -102,18 +110,18 @@ def test_frozen_blocks_have_no_scale_where_the_module_alone_drops() -> None:
     case = CASES[0]
     partition = case.partition([1, 2])
     model = case.build([1, 2]).train()
-    set_rates(model, partition, "target", 0.5, case.partition([2, 2]).depths, 1)
+    set_drop_path_rates(model, partition, "target", 0.5, case.partition([2, 2]).depths, 1)
     apply_masks(model, draw_masks(0, 0, 6, 2))
-    assert [path.scale is None for path in drop_paths(model)] == [True, True, False, False, False, False]
+    assert [path.scale is None for path in find_drop_paths(model)] == [True, True, False, False, False, False]
 
 
 def test_a_rank_with_its_columns_computes_what_one_process_computes() -> None:
     case = CASES[1]
     partition = case.partition(case.target)
     model = disturb(case.build(case.target)).train()
-    set_rates(model, partition, "hybrid", 0.4, partition.depths, 0)
+    set_drop_path_rates(model, partition, "hybrid", 0.4, partition.depths, 0)
     images = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    uniform = draw_masks(0, 3, len(drop_paths(model)), 8)
+    uniform = draw_masks(0, 3, len(find_drop_paths(model)), 8)
     apply_masks(model, uniform)
     whole = model(images)
     for rank in range(2):
@@ -126,7 +134,7 @@ def test_rates_out_of_range_are_refused() -> None:
     partition = case.partition([1, 1])
     for rate in (-0.1, 1.0):
         with pytest.raises(ConfigError, match=r"drop_path\.rate"):
-            set_rates(case.build([1, 1]), partition, "target", rate, partition.depths, None)
+            set_drop_path_rates(case.build([1, 1]), partition, "target", rate, partition.depths, None)
 
 
 def test_drop_path_keeps_the_dtype() -> None:

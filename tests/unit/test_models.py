@@ -10,7 +10,16 @@ import torch
 from small_models import CASES, Case, disturb, drawn, each_case, hybrid
 
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.models import assemble, build, extract, freeze, hybrid_depths, initialise, insert, rename
+from bigincubate.models import (
+    assemble,
+    build,
+    extract,
+    freeze_other_modules,
+    hybrid_depths,
+    initialize,
+    insert,
+    rename_tensors,
+)
 
 # ------------------------------------------------------------------------------------------------ build
 
@@ -80,7 +89,7 @@ def test_boundary_and_fresh_start_where_they_say(case: Case) -> None:
     for module in range(target.modules):
         own = case.partition(hybrid_depths(target.depths, shallow.depths, module))
         fresh = drawn(case, own).state_dict()
-        copied = rename(
+        copied = rename_tensors(
             {n: t for n, t in meta.state_dict().items() if not (shallow.owner(n) == module and shallow.block_of(n))},
             shallow,
             own,
@@ -100,7 +109,7 @@ def test_grow_refuses_a_block_it_does_not_know() -> None:
     model.blocks[2].__class__ = type("StrangeBlock", (type(model.blocks[2]),), {})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ConfigError, match=r"StrangeBlock.*'boundary' or 'fresh'"):
-        initialise(model, own, 1, meta.state_dict(), shallow, "grow")
+        initialize(model, own, 1, meta.state_dict(), shallow, "grow")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -108,7 +117,7 @@ def test_only_the_module_trains() -> None:
     case = CASES[1]
     model, partition = case.build(case.target), case.partition(case.target)
     for module in (0, 1, 2, None):
-        freeze(model, partition, module)
+        freeze_other_modules(model, partition, module)
         for name, parameter in model.named_parameters():
             assert parameter.requires_grad == (module is None or partition.owner(name) == module)
 

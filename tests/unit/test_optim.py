@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bigincubate.config import OptimConfig, ScheduleConfig, Settings, TrainConfig
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError
-from bigincubate.models import Partition, build, family_of, freeze
+from bigincubate.models import Partition, build, family_of, freeze_other_modules
 from bigincubate.optim import Ema, make_optimizer, make_schedule, scaled_lr
 from bigincubate.sharding.ddp import Replicated
 from bigincubate.storage.sharded_tensors import TensorShard, full_tensor
@@ -35,7 +35,7 @@ def vit(name: str = "vit_tiny_patch16_224", module: int | None = None, seed: int
     args = {"patch_size": 2, "embed_dim": 12, "num_heads": 3, "init_values": 0.1}
     depths = ((1,), (1,))
     model = build(name, depths, num_classes=4, img_size=8, args=args)
-    freeze(model, Partition(family_of(name), depths), module)
+    freeze_other_modules(model, Partition(family_of(name), depths), module)
     return model
 
 

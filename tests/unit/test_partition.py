@@ -15,17 +15,17 @@ from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.models import (
     Partition,
     assemble,
-    balanced_cut,
     block_costs,
     check_depths,
     default_depths,
-    default_meta,
+    default_meta_depths,
     extract,
     family_of,
+    find_balanced_cut,
     hybrid_depths,
     insert,
-    normalise_depths,
-    rename,
+    normalize_depths,
+    rename_tensors,
 )
 
 # ------------------------------------------------------------------------------------------------ ownership
@@ -35,7 +35,7 @@ from bigincubate.models import (
 def test_every_tensor_of_a_named_model_has_one_owner(name: str) -> None:
     model = timm.create_model(name, device="meta")
     family = family_of(name, model)
-    partition = Partition(family, normalise_depths(NAMED[name], family.stages))
+    partition = Partition(family, normalize_depths(NAMED[name], family.stages))
     assert default_depths(name, {}) == partition.stage_depths
 
     names = list(tensors_of(model))
@@ -47,8 +47,8 @@ def test_every_tensor_of_a_named_model_has_one_owner(name: str) -> None:
         counts = [sum(stage == s for s, _ in found) for stage in range(family.stages)]
         assert tuple(counts) == partition.depths[module]
     for n in names:
-        module, local = partition.local(n)
-        assert partition.globalise(module, local) == n
+        module, local = partition.to_local_name(n)
+        assert partition.to_global_name(module, local) == n
 
 
 @each_case
@@ -92,7 +92,7 @@ def test_modules_go_from_hybrids_to_the_target(case: Case) -> None:
         own = case.partition(hybrid_depths(target.depths, meta.depths, module))
         part = case.build(own.depths, seed=2)
         insert(part, own, extract(model.state_dict(), target, module), target)
-        parts.append(rename(extract(part.state_dict(), own, module), own, target))
+        parts.append(rename_tensors(extract(part.state_dict(), own, module), own, target))
     whole = assemble(parts, model.state_dict())
     assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -110,17 +110,17 @@ def test_a_foreign_tensor_has_no_owner() -> None:
         with pytest.raises(ArtifactError, match=name.replace(".", r"\.")):
             partition.owner(name)
     with pytest.raises(ArtifactError):
-        flat.globalise(0, "blocks.2.norm1.weight")  # a block of module 1
+        flat.to_global_name(0, "blocks.2.norm1.weight")  # a block of module 1
     with pytest.raises(ArtifactError):
-        flat.globalise(0, "head.weight")
+        flat.to_global_name(0, "head.weight")
 
 
 # ------------------------------------------------------------------------------------------------ depths
 
 
 def test_depths_have_one_normal_form() -> None:
-    assert normalise_depths([3, 4], 1) == normalise_depths([[3], [4]], 1) == ((3,), (4,))
-    assert normalise_depths(EVEN_STAGES[0], 4) == ((2, 2, 2, 0), (0, 0, 4, 0), (0, 0, 2, 2))
+    assert normalize_depths([3, 4], 1) == normalize_depths([[3], [4]], 1) == ((3,), (4,))
+    assert normalize_depths(EVEN_STAGES[0], 4) == ((2, 2, 2, 0), (0, 0, 4, 0), (0, 0, 2, 2))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_depths_have_one_normal_form() -> None:
 )
 def test_wrong_depths_are_named(value: Any, stages: int, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"target_depths.*{message}"):
-        normalise_depths(value, stages, "target_depths")
+        normalize_depths(value, stages, "target_depths")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_wrong_depths_are_named(value: Any, stages: int, message: str) -> None:
 def test_a_meta_model_that_does_not_fit_is_refused(name: str, target: Any, meta: Any, message: str) -> None:
     family = family_of(name)
     with pytest.raises(ConfigError, match=message):
-        check_depths(family, normalise_depths(target, family.stages), normalise_depths(meta, family.stages))
+        check_depths(family, normalize_depths(target, family.stages), normalize_depths(meta, family.stages))
 
 
 @each_case
@@ -204,28 +204,28 @@ def test_the_balanced_cut_is_the_best_of_all_cuts(parity: int) -> None:
             max(sum(cost for *_, cost in blocks[a:b]) for a, b in itertools.pairwise([0, *cut, len(blocks)]))
             for cut in itertools.combinations(places, modules - 1)
         )
-        depths = balanced_cut(costs, modules, parity)
+        depths = find_balanced_cut(costs, modules, parity)
         assert max(sum(n * row[0] for n, row in zip(module, costs, strict=True)) for module in depths) == largest
         starts = itertools.accumulate(depths, lambda a, b: tuple(map(sum, zip(a, b, strict=True))))
         assert all(n == len(row) or n % parity == 0 for start in starts for n, row in zip(start, costs, strict=True))
 
 
 def test_balanced_cuts_of_known_models() -> None:
-    assert balanced_cut([[1] * 12], 4) == ((3,), (3,), (3,), (3,))
-    assert balanced_cut([[1] * 13], 4) == ((3,), (3,), (3,), (4,))
+    assert find_balanced_cut([[1] * 12], 4) == ((3,), (3,), (3,), (3,))
+    assert find_balanced_cut([[1] * 13], 4) == ((3,), (3,), (3,), (4,))
     with pytest.raises(ConfigError, match="1 to 3 modules"):
-        balanced_cut([[1, 1, 1]], 4)
+        find_balanced_cut([[1, 1, 1]], 4)
     with pytest.raises(ConfigError, match="1 to 2 modules"):
-        balanced_cut([[1, 1, 1]], 3, parity=2)
+        find_balanced_cut([[1, 1, 1]], 3, parity=2)
 
 
 def test_the_default_meta_model_is_small_and_fits() -> None:
-    assert default_meta(((3,), (3,)), 1) == ((1,), (1,))
+    assert default_meta_depths(((3,), (3,)), 1) == ((1,), (1,))
     swin = ((2, 2, 6, 0), (0, 0, 6, 0), (0, 0, 6, 0), (0, 0, 0, 2))
-    assert default_meta(swin, 2) == ((1, 1, 2, 0), (0, 0, 2, 0), (0, 0, 1, 0), (0, 0, 0, 1))
+    assert default_meta_depths(swin, 2) == ((1, 1, 2, 0), (0, 0, 2, 0), (0, 0, 1, 0), (0, 0, 0, 1))
     for case in CASES:
         target = case.partition(case.target)
-        check_depths(target.family, target.depths, default_meta(target.depths, target.family.parity))
+        check_depths(target.family, target.depths, default_meta_depths(target.depths, target.family.parity))
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from bigincubate.models import (
     build,
     compile_blocks,
     draw_masks,
-    drop_paths,
     family_of,
-    freeze,
-    set_rates,
+    find_drop_paths,
+    freeze_other_modules,
+    set_drop_path_rates,
 )
 from bigincubate.models.vision.subset_drop_path import reads_class_token, skip_unused
 from bigincubate.planning.phases import count_cost, make_plan
@@ -50,7 +50,7 @@ def made(kind: str, rate: float = 0.6) -> tuple[nn.Module, Partition, Tensor]:
     torch.manual_seed(0)
     model = build(name, depths, num_classes=7, img_size=size, args=args).train()
     partition = Partition(family, depths)
-    set_rates(model, partition, "target", rate, depths, None)
+    set_drop_path_rates(model, partition, "target", rate, depths, None)
     return model, partition, torch.randn(BATCH, 3, size, size)
 
 
@@ -62,7 +62,7 @@ def skip(model: nn.Module, partition: Partition, *, drop_path: bool = True, clas
 
 
 def masks(model: nn.Module, step: int = 0) -> Tensor:
-    return draw_masks(0, step, len(drop_paths(model)), BATCH)
+    return draw_masks(0, step, len(find_drop_paths(model)), BATCH)
 
 
 def gradients(model: nn.Module, images: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -83,7 +83,10 @@ def test_outputs_and_gradients_equal_computing_everything(kind: str, drop_path: 
     plain = dict(gradients(model, images))
     skip(model, partition, drop_path=drop_path, class_token=class_token)
     apply_masks(model, masks(model))
-    assert any(path.kept is not None and len(path.kept) < BATCH // 2 for path in drop_paths(model)) is drop_path
+    assert (
+        any(path.kept_samples is not None and len(path.kept_samples) < BATCH // 2 for path in find_drop_paths(model))
+        is drop_path
+    )
     largest = max(tensor.abs().max().item() for tensor in plain.values())
     for name, found in gradients(model, images):
         torch.testing.assert_close(found, plain[name], rtol=1e-4, atol=1e-6 * largest, msg=name)
@@ -101,7 +104,7 @@ def test_an_evaluation_drops_nothing(kind: str) -> None:
 def test_where_everything_is_dropped_gradients_are_zeros_and_not_missing() -> None:
     model, partition, images = made("layer scale")
     skip(model, partition)
-    apply_masks(model, torch.full((len(drop_paths(model)), BATCH), 0.99))
+    apply_masks(model, torch.full((len(find_drop_paths(model)), BATCH), 0.99))
     grads = dict(gradients(model, images))
     assert not grads["blocks.3.mlp.fc1.weight"].any()
     assert grads["blocks.0.mlp.fc1.weight"].any()  # its rate is 0
@@ -110,7 +113,7 @@ def test_where_everything_is_dropped_gradients_are_zeros_and_not_missing() -> No
 def test_dropped_branches_cost_no_flops() -> None:
     model, partition, images = made("mean of tokens", rate=0.5)
     skip(model, partition)
-    uniform = torch.ones(len(drop_paths(model)), BATCH)
+    uniform = torch.ones(len(find_drop_paths(model)), BATCH)
     uniform[:, : BATCH // 3] = 0.0
 
     def flops(uniform: Tensor) -> int:
@@ -172,8 +175,8 @@ def test_one_family_of_compiled_graphs_whatever_the_depth_and_what_is_dropped(
         torch.manual_seed(0)
         model = build("vit_tiny_patch16_224", depths, num_classes=7, img_size=16, args={**VIT, "init_values": 0.1})
         partition = Partition(family, depths)
-        set_rates(model, partition, "hybrid", 0.5, target, module)
-        freeze(model, partition, module)
+        set_drop_path_rates(model, partition, "hybrid", 0.5, target, module)
+        freeze_other_modules(model, partition, module)
         if skipping:
             skip(model, partition)
         torch._dynamo.reset()

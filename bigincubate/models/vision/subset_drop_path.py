@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ...kernels import add_branch
-from ..drop_path import DropPath, drop_paths
+from ..drop_path import DropPath, find_drop_paths
 from ..partition import Partition
 
 
@@ -46,8 +46,8 @@ def skip_unused(model: nn.Module, partition: Partition, *, subset_drop_path: boo
                     "DeiT, DeiT III and Swin; set it to false"
                 )
             block.forward = types.MethodType(forward, block)
-        for drop_path in drop_paths(model):
-            drop_path.skips = True
+        for drop_path in find_drop_paths(model):
+            drop_path.computes_subset = True
     if last_block_cls_only:
         last: Any = model.get_submodule(paths[-1])
         plain = type(last) is Block and type(last.attn) is Attention and last.attn.gate is None
@@ -74,11 +74,13 @@ def residual(
     x: Tensor, onto: Tensor, drop_path: nn.Module, scale: nn.Module, branch: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """``onto + drop_path(scale(branch(x)))``, where the branch is computed for the samples that are kept alone."""
-    if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.kept is None:
+    if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.kept_samples is None:
         return onto + drop_path(scale(branch(x)))
     assert drop_path.scale is not None
     gamma = scale.gamma if isinstance(scale, LayerScale) else None
-    return add_branch(onto, branch(x.index_select(0, drop_path.kept)), drop_path.kept, drop_path.scale, gamma)
+    return add_branch(
+        onto, branch(x.index_select(0, drop_path.kept_samples)), drop_path.kept_samples, drop_path.scale, gamma
+    )
 
 
 # ------------------------------------------------------------------------------------------------ timm's blocks
