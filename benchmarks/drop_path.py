@@ -19,16 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 
 import torch
 
+from bigincubate.config import ModelConfig
 from bigincubate.models import (
     Partition,
     apply_masks,
-    build,
-    choose_attention,
     draw_masks,
-    family_of,
     find_drop_paths,
+    find_family,
     set_drop_path_rates,
-    skip_unused,
 )
 
 
@@ -44,17 +42,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    family, depths = family_of(asked.model), ((asked.blocks,),)
+    # the mean of the tokens is read, so that nothing but drop-path differs
+    settings = ModelConfig(name=asked.model, args={"global_pool": "avg"}, num_classes=10)
+    family, depths = find_family(settings), ((asked.blocks,),)
     partition = Partition(family, depths)
 
     def made(precision: str, *, skip: bool) -> torch.nn.Module:
         torch.manual_seed(0)
-        # the mean of the tokens is read, so that nothing but drop-path differs
-        model = build(asked.model, depths, num_classes=10, img_size=224, args={"global_pool": "avg"}).to(device).train()
-        choose_attention(model, device, precision)
+        model = family.build(settings, depths).to(device).train()
+        family.choose_attention(model, device, precision)
         set_drop_path_rates(model, partition, "target", 0.5, depths, None)
         if skip:
-            skip_unused(model, partition, subset_drop_path=True, last_block_cls_only=False)
+            family.use_subset_drop_path(model, partition)
         if asked.compile:
             for block in partition.blocks():
                 model.get_submodule(block.path).compile()

@@ -14,7 +14,6 @@ from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.models import (
     Partition,
     apply_masks,
-    choose_attention,
     compile_blocks,
     draw_masks,
     find_drop_paths,
@@ -106,7 +105,7 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
     partition = Partition(plan.family, row.depths)
     set_drop_path_rates(model, partition, chosen.drop_path.ramp_over, chosen.drop_path.rate, plan.target, row.module)
     model = model.to(env.device).train()
-    choose_attention(model, env.device, settings["precision"])
+    plan.family.choose_attention(model, env.device, settings["precision"])
     units = [block.path for block in partition.blocks()]
     if compiled:
         compile_blocks(model, units)

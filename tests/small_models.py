@@ -1,4 +1,4 @@
-"""Named timm models made small, cut and with a meta model: for the tests of the models room."""
+"""Named timm models made small, with a partition and a meta model, for tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bigincubate.models import Partition, build, extract, family_of, hybrid_depths, initialize, insert, normalize_depths
+from bigincubate.config import ModelConfig
+from bigincubate.models import (
+    Depths,
+    Partition,
+    extract,
+    find_family,
+    hybrid_depths,
+    initialize,
+    insert,
+    normalize_depths,
+)
+
+
+def build_timm(
+    name: str, depths: Depths, *, num_classes: int, img_size: int, args: dict[str, Any], device: str = "cpu"
+) -> nn.Module:
+    """Build a timm model as a phase does."""
+    settings = ModelConfig(name=name, args=args, img_size=img_size, num_classes=num_classes)
+    return find_family(settings).build(settings, depths, device=device)
 
 
 @dataclass(frozen=True)
@@ -26,13 +44,13 @@ class Case:
         return self.name
 
     def partition(self, depths: Any) -> Partition:
-        family = family_of(self.name)
+        family = find_family(ModelConfig(name=self.name))
         return Partition(family, normalize_depths(depths, family.stages))
 
     def build(self, depths: Any, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
         partition = self.partition(depths)
-        return build(self.name, partition.depths, num_classes=5, img_size=self.img_size, args=self.args)
+        return build_timm(self.name, partition.depths, num_classes=5, img_size=self.img_size, args=self.args)
 
     def images(self) -> Tensor:
         return torch.randn(2, 3, self.img_size, self.img_size, generator=torch.Generator().manual_seed(7))

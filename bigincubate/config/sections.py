@@ -55,8 +55,9 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 class ModelConfig(ConfigTable):
-    """The timm model and the arguments of its constructor."""
+    """The model and the arguments of its constructor."""
 
+    library: str = "timm"  # or "package.module:function", which takes these settings and returns a ModelFamily
     name: str = "vit_base_patch16_224"
     args: dict[str, Any] = Field(default_factory=dict)
     img_size: Count = 224

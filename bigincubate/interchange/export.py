@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..config import Phase
 from ..errors import ArtifactError, ConfigError
 from ..files import read_json, regular_file_size
-from ..models import Partition, build, default_depths, family_of
+from ..models import Partition
+from ..models.vision import TimmFamily, find_timm_family
 from ..storage.artifacts import ModelSpec, load_artifact
 from ..storage.run_directory import RunDir
 from .official_format import write_official
@@ -62,19 +63,13 @@ def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> n
     Raises:
         ArtifactError: they are not its weights; ``source`` is named.
     """
-    depths = tuple(tuple(stages) for stages in spec.depths)
-
-    def built(device: str) -> nn.Module:
-        model = spec.model
-        return build(
-            model.name, depths, num_classes=model.num_classes, img_size=model.img_size, args=model.args, device=device
-        )
-
+    family, depths = timm_family(spec), partition_of(spec).depths
     # shapes alone first: a specification that is no match for its weights costs no memory
-    wanted = {name: tensor.shape for name, tensor in built("meta").state_dict().items()}
+    shapes = family.build(spec.model, depths, device="meta").state_dict()
+    wanted = {name: tensor.shape for name, tensor in shapes.items()}
     if odd := sorted(wanted.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}):
         raise ArtifactError(f"{source} does not hold the model of its description: tensor {odd[0][0]!r} differs")
-    model = built("cpu")
+    model = family.build(spec.model, depths)
     model.load_state_dict(tensors)
     return model
 
@@ -166,24 +161,31 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
 
 def _cut(spec: ModelSpec) -> int | None:
     """The number of blocks of a model that timm builds deeper, whatever it is asked for; None for others."""
-    if family_of(spec.model.name).depth_argument:
+    family = timm_family(spec)
+    if family.depth_argument:
         return None
     depth = sum(stages[0] for stages in spec.depths)
-    return depth if (depth,) != default_depths(spec.model.name, spec.model.args) else None
+    return depth if (depth,) != family.default_depths(spec.model) else None
+
+
+def timm_family(spec: ModelSpec) -> TimmFamily:
+    """Return the family of a described model.
+
+    Raises:
+        ArtifactError: It is of another library, whose code is never run because a file names it.
+    """
+    if spec.model.library != "timm":
+        raise ArtifactError(f"model.library = {spec.model.library!r}: only models of timm can be loaded and exported")
+    return find_timm_family(spec.model.name)
 
 
 def partition_of(spec: ModelSpec) -> Partition:
     """The cut of a described model."""
-    return Partition(family_of(spec.model.name), tuple(tuple(stages) for stages in spec.depths))
+    return Partition(timm_family(spec), tuple(tuple(stages) for stages in spec.depths))
 
 
 def timm_arguments(spec: ModelSpec) -> dict[str, object]:
     """What ``timm.create_model`` needs to build this very model."""
-    partition = partition_of(spec)
-    arguments: dict[str, object] = {"num_classes": spec.model.num_classes, **spec.model.args}
-    depth = partition.family.depth_argument
-    if depth:
-        arguments[depth] = list(partition.stage_depths) if partition.family.stages > 1 else partition.stage_depths[0]
-    if partition.family.takes_img_size:
-        arguments["img_size"] = spec.model.img_size
-    return arguments
+    family, model = timm_family(spec), spec.model
+    sizes = family.depth_kwargs(partition_of(spec).stage_depths) | family.size_kwargs(model)
+    return {"num_classes": model.num_classes, **model.args, **sizes}

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError
-from ..models import Partition
-from ..models.vision.families import Family
+from ..models import ModelFamily, Partition
 
 # the names of its one model, a plain ViT
 NAMES = re.compile(
@@ -66,7 +65,7 @@ def is_state_dict(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
-def join_stages(stages: Sequence[Mapping[str, Tensor]], family: Family) -> dict[str, Tensor]:
+def join_stages(stages: Sequence[Mapping[str, Tensor]], family: ModelFamily) -> dict[str, Tensor]:
     """The modules as one model, under timm's names.
 
     Raises:

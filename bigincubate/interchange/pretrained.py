@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..config import MetaConfig, ModelConfig
 from ..errors import ArtifactError, ConfigError, DataError
-from ..models import Family, Partition, family_of
+from ..models import Partition
+from ..models.vision import TimmFamily, find_timm_family
 from .export import load_model
 from .official_format import is_state_dict, join_stages, read_torch, stages_of
 
@@ -38,8 +39,10 @@ def pretrained_meta(
         DataError: the weights cannot be downloaded.
     """
     assert meta.init is not None
+    if not isinstance(partition.family, TimmFamily):
+        raise ConfigError(f"meta.init = {meta.init!r} is for timm models, not for model.library = {settings.library!r}")
     source = _load(meta.init, settings, partition.family)
-    if (family := family_of(meta.init, source)) != partition.family:
+    if (family := find_timm_family(meta.init, source)) != partition.family:
         raise ConfigError(f"meta.init = {meta.init!r} is a {family.name} model, model.name a {partition.family.name}")
     state = source.state_dict()
     depths = family.count_blocks(state)
@@ -108,11 +111,9 @@ def _in(stage: int, stages: tuple[int, ...]) -> str:
     return f" in stage {stage}" if len(stages) > 1 else ""
 
 
-def _load(init: str, settings: ModelConfig, family: Family) -> nn.Module:
+def _load(init: str, settings: ModelConfig, family: TimmFamily) -> nn.Module:
     """The pretrained model as timm builds and loads it."""
-    arguments: dict[str, Any] = {**settings.args}
-    if family.takes_img_size:
-        arguments["img_size"] = settings.img_size
+    arguments: dict[str, Any] = {**settings.args, **family.size_kwargs(settings)}
     name = init.removeprefix("timm:")
     if name == init:
         name, state = settings.name, _read(Path(init), family)
@@ -122,8 +123,7 @@ def _load(init: str, settings: ModelConfig, family: Family) -> nn.Module:
         depths = family.count_blocks(state)
         if not all(depths):
             raise ConfigError(f"meta.init = {init!r} has no blocks of a {family.name} model, which model.name is")
-        if family.depth_argument:
-            arguments[family.depth_argument] = list(depths) if family.stages > 1 else depths[0]
+        arguments |= family.depth_kwargs(depths)
     try:
         model: nn.Module = timm.create_model(name, pretrained=True, **arguments)
     except OSError as error:
@@ -133,7 +133,7 @@ def _load(init: str, settings: ModelConfig, family: Family) -> nn.Module:
     return model
 
 
-def _read(path: Path, family: Family) -> dict[str, Tensor]:
+def _read(path: Path, family: TimmFamily) -> dict[str, Tensor]:
     """The state dict of a run, an artifact or an export; of a safetensors file; of what ``torch.save`` wrote."""
     if path.is_dir():
         return dict(load_model(path)[0].state_dict())

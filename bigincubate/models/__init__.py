@@ -1,11 +1,20 @@
-"""Models: which timm families are supported, how they are cut into modules, and how tensors move between depths."""
+"""Models: how they are cut into modules, and how tensors move between depths. Families of timm are in `vision`."""
 
 from .activation_checkpointing import checkpoint_activations
+from .base import Depths, ModelFamily, explain_argument_errors
+from .checks import check_model
 from .compilation import compile_blocks
-from .drop_path import DropPath, apply_masks, draw_masks, find_drop_paths, set_drop_path_rates
+from .drop_path import (
+    DropPath,
+    apply_masks,
+    draw_masks,
+    find_drop_paths,
+    replace_drop_path,
+    set_drop_path_rates,
+)
+from .library import find_family
 from .partition import (
     BlockRef,
-    Depths,
     Partition,
     check_depths,
     default_meta_depths,
@@ -13,41 +22,33 @@ from .partition import (
     hybrid_depths,
     normalize_depths,
 )
-from .surgery import assemble, extract, fit_positions, freeze_other_modules, initialize, insert, rename_tensors
-from .vision.attention import choose_attention
-from .vision.build import block_costs, build, default_depths
-from .vision.families import FAMILIES, Family, family_of
-from .vision.subset_drop_path import skip_unused
+from .surgery import assemble, extract, freeze_other_modules, initialize, insert, rename_tensors
 
 __all__ = [
-    "FAMILIES",
     "BlockRef",
     "Depths",
     "DropPath",
-    "Family",
+    "ModelFamily",
     "Partition",
     "apply_masks",
     "assemble",
-    "block_costs",
-    "build",
     "check_depths",
+    "check_model",
     "checkpoint_activations",
-    "choose_attention",
     "compile_blocks",
-    "default_depths",
     "default_meta_depths",
     "draw_masks",
+    "explain_argument_errors",
     "extract",
-    "family_of",
     "find_balanced_cut",
     "find_drop_paths",
-    "fit_positions",
+    "find_family",
     "freeze_other_modules",
     "hybrid_depths",
     "initialize",
     "insert",
     "normalize_depths",
     "rename_tensors",
+    "replace_drop_path",
     "set_drop_path_rates",
-    "skip_unused",
 ]

@@ -1,7 +1,7 @@
 """Activation checkpointing: what a block computes in the forward is computed again in the backward, not kept.
 
-Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016 (arXiv:1604.06174). Nothing random lives in a block
-(:mod:`.drop_path`), so both times give the same bits.
+Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016 (arXiv:1604.06174). Blocks draw no random
+numbers (see `drop_path`), so both passes give the same bits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
-# `selective` keeps what is dear to compute and recomputes the rest: norms, activations, scaling
-KEPT = [
+# Results that "selective" keeps because they are expensive; norms, activations and scaling are recomputed
+KEPT_OPERATORS = [
     aten.mm.default,
     aten.addmm.default,
     aten.bmm.default,
@@ -29,14 +29,20 @@ KEPT = [
 
 
 def checkpoint_activations(model: nn.Module, blocks: Iterable[str], how: str) -> None:
-    """Make the blocks at these paths recompute activations: ``"full"`` all of them, or ``"selective"``, which keeps
-    the results of matrix products and attention. ``"none"`` changes nothing. Names of parameters stay as they are."""
+    """Recompute the activations of the blocks at these paths in the backward. Names of parameters stay as they are.
+
+    Args:
+        model: The model.
+        blocks: Paths of the blocks.
+        how: ``"full"``: all activations are recomputed. ``"selective"``: the results of matrix products, convolutions
+            and attention are kept. ``"none"``: nothing changes.
+    """
     if how == "none":
         return
     options = {}
     if how == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT)
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, KEPT_OPERATORS)
     for path in blocks:
         block = model.get_submodule(path)
-        # the method is replaced, not the module: hooks of a strategy stay outside of what is computed twice
+        # replace the method, not the module, so that the hooks of a sharding strategy run only once
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)

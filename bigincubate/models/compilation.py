@@ -1,4 +1,4 @@
-"""Which blocks `torch.compile` takes, each by itself: blocks alike share a graph, however deep the model is."""
+"""Compile the blocks of a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch import nn
 
 
 def compile_blocks(model: nn.Module, blocks: Iterable[str]) -> None:
-    """Compile the blocks at these paths, but not the one that serves the class token alone (`skip_unused`): there is
-    too little in it to be worth a graph of its own."""
+    """Compile each of the blocks at these paths with `torch.compile`; equal blocks share a graph, whatever the depth.
+
+    A block with the attribute ``skip_compile`` set is left as it is.
+    """
     for path in blocks:
         block = model.get_submodule(path)
-        if not getattr(block, "serves_class_token", False):
+        if not getattr(block, "skip_compile", False):
             block.compile()

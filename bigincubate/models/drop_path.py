@@ -1,7 +1,8 @@
-"""Stochastic depth whose randomness comes from outside.
+"""Stochastic depth with masks that are computed outside of the model.
 
-The masks of a step are a pure function of (seed, step), drawn for the global batch; a rank cuts out its positions and
-hands them to the model. So nothing random lives in a module, and neither ranks nor resumes change what is dropped.
+The masks of a step are a pure function of (seed, step), drawn for the global batch; each rank takes the columns of its
+samples and sets them in the model. No module draws random numbers, so neither the number of ranks nor a resume changes
+what is dropped.
 
 Source: Huang et al., Deep Networks with Stochastic Depth, 2016 (arXiv:1603.09382); rates as in timm.
 """
@@ -11,28 +12,30 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..seeds import drop_path_seed
-from .partition import Depths, Partition
+from .base import Depths
+from .partition import Partition
 
-FEWEST = 2  # samples that a branch is computed for, dropped ones among them (scale 0): compilers take 0 and 1 apart
+# A branch is computed for at least so many samples (with scale 0 if dropped): compilers specialize on sizes 0 and 1
+MIN_SAMPLES = 2
 
 
 class DropPath(nn.Module):
-    """Drops the residual branch of whole samples.
+    """Drop the residual branch of whole samples.
 
     Attributes:
-        rate: probability that a sample's branch is dropped, in [0, 1).
-        active: whether it has a scale in each step: all of a ramp do, where its rate is 0 too (there it is 1 for every
-            sample, and changes no bit), so that compiled blocks of a ramp share one graph.
-        scale: what each sample's branch is multiplied with, 0 or 1 / (1 - rate), float32 ``[batch]``; None: nothing is
-            dropped. `apply_masks` sets it before each forward. ``forward`` reads nothing but this tensor, so compiled
-            blocks of different rates share one graph.
-        computes_subset: whether the block computes its branch for the samples that are kept alone (`skip_unused`).
-        kept_samples: those samples, int64 ``[kept]``; ``scale`` is then theirs, ``[kept]``. None: of all samples.
+        rate: Probability that a sample's branch is dropped, in [0, 1).
+        active: Whether it has a scale in each step. All modules of a ramp do, even with rate 0 (where the scale is 1
+            for every sample and changes no bit), so that compiled blocks of a ramp share one graph.
+        scale: Factor of each sample's branch, 0 or 1 / (1 - rate), float32 ``[batch]``; None: nothing is dropped.
+            `apply_masks` sets it before each forward. ``forward`` reads nothing else, so compiled blocks of different
+            rates share one graph.
+        computes_subset: Whether the block computes its branch only for the samples that are kept.
+        kept_samples: Indices of those samples, int64 ``[kept]``; ``scale`` then has their factors only, ``[kept]``.
+            None: the branch is computed for all samples.
     """
 
     rate: float
@@ -47,27 +50,27 @@ class DropPath(nn.Module):
         self.scale = self.kept_samples = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[batch, ...]`` to the same shape and dtype."""
+        """Scale each sample of ``x``, ``[batch, ...]``; shape and dtype stay the same."""
         if not self.training or self.scale is None:
             return x
         return x * self.scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
     def extra_repr(self) -> str:
+        """Show the rate."""
         return f"rate={self.rate:.4g}"
 
 
 def replace_drop_path(block: nn.Module) -> None:
-    """Put a `DropPath` in the place of everything that timm calls ``drop_path...`` inside a block."""
+    """Replace every submodule of a block whose name starts with ``drop_path`` (as in timm) by a `DropPath`."""
     names = [name for name, _ in block.named_modules() if name.rpartition(".")[2].startswith("drop_path")]
     for name in names:
         block.set_submodule(name, DropPath())
 
 
 def find_drop_paths(model: nn.Module) -> list[DropPath]:
-    """The model's drop-path modules in order; the place in this list is the row in the masks.
+    """Return the model's drop-path modules in order; the index in this list is the row in the masks.
 
-    A ViT or Swin block has two, a ConvNeXt block one. A mixer block has one that serves both of its branches: they are
-    kept or dropped together, where timm draws for each.
+    A block has one per branch, or one for several branches, which are then kept or dropped together.
     """
     return [module for module in model.modules() if isinstance(module, DropPath)]
 
@@ -80,28 +83,28 @@ def set_drop_path_rates(
     depths_target: Depths,
     module: int | None,
 ) -> None:
-    """Give every block its drop-path rate.
+    """Set the drop-path rate of every block.
 
     Args:
-        model: a model of this package's `build`.
-        partition: the model's own partition.
-        mode: ``"target"``: the blocks of ``module`` have the rate that they will have in the target, all others none.
-            ``"hybrid"``: timm's rule over the model's own depth, frozen blocks included.
-        rate: the rate of the last block, in [0, 1). timm's rule is a linear ramp from 0, over the blocks of all stages;
-            in the mixer family it is this one rate for every block.
-        depths_target: the target's depths.
-        module: the module that trains; None where the whole model does: then both modes are timm's rule.
+        model: A model as its family builds it.
+        partition: The model's own partition.
+        mode: ``"target"``: the blocks of ``module`` have the rates that they will have in the target, all others none.
+            ``"hybrid"``: the family's rule (`ModelFamily.drop_path_rates`) over the model's own depth, frozen blocks
+            included.
+        rate: The rate of the last block, in [0, 1).
+        depths_target: The target's depths.
+        module: The module that trains; None if the whole model does: then both modes are the family's rule.
 
     Raises:
-        ConfigError: the rate is out of range.
+        ConfigError: The rate is out of range.
     """
     if not 0 <= rate < 1:
         raise ConfigError(f"drop_path.rate = {rate}: it must be at least 0 and less than 1")
     if module is None or mode == "hybrid":
-        rates = _timm_rates(partition, rate)
+        rates = _rates_by_path(partition, rate)
     else:
         target = Partition(partition.family, depths_target)
-        final = _timm_rates(target, rate)
+        final = _rates_by_path(target, rate)
         rates = {
             block.path: final[target.block_path(module, block.stage, block.index_in_module)]
             for block in partition.blocks()
@@ -113,14 +116,13 @@ def set_drop_path_rates(
             drop_path.scale = drop_path.kept_samples = None
 
 
-def _timm_rates(partition: Partition, rate: float) -> dict[str, float]:
+def _rates_by_path(partition: Partition, rate: float) -> dict[str, float]:
     paths = [block.path for block in partition.blocks()]
-    ramp = calculate_drop_path_rates(rate, len(paths)) if partition.family.drop_path_ramp else [rate] * len(paths)
-    return dict(zip(paths, ramp, strict=True))
+    return dict(zip(paths, partition.family.drop_path_rates(rate, len(paths)), strict=True))
 
 
 def draw_masks(seed: int, step: int, n: int, batch: int) -> Tensor:
-    """Uniform numbers in [0, 1) for ``n`` drop-path modules and a global batch: float32 ``[n, batch]`` on the CPU."""
+    """Draw numbers from [0, 1) for ``n`` drop-path modules and a global batch: float32 ``[n, batch]``, on the CPU."""
     generator = torch.Generator().manual_seed(drop_path_seed(seed, step))
     return torch.rand(n, batch, generator=generator)
 
@@ -129,16 +131,17 @@ def apply_masks(model: nn.Module, uniform: Tensor) -> None:
     """Set the scale of every drop-path module for the next forward.
 
     Args:
-        uniform: ``[n, micro_batch]``, the columns of `draw_masks` for the samples of this micro-batch.
+        model: A model with `DropPath` modules.
+        uniform: The columns of `draw_masks` for the samples of this micro-batch, ``[n, micro_batch]``.
     """
     modules = find_drop_paths(model)
     keep = 1 - torch.tensor([module.rate for module in modules]).unsqueeze(1)
     device = next(model.parameters()).device
     alive = uniform < keep
     scales, order = alive / keep, None
-    if any(module.computes_subset for module in modules):  # on the host, so that the device need not be asked how many
+    if any(module.computes_subset for module in modules):  # on the host, so that the counts need no synchronization
         order = alive.byte().argsort(dim=1, descending=True, stable=True)
-        counts = alive.sum(1).clamp(min=min(FEWEST, alive.shape[1])).tolist()
+        counts = alive.sum(1).clamp(min=min(MIN_SAMPLES, alive.shape[1])).tolist()
         packed, order = scales.gather(1, order).to(device, non_blocking=True), order.to(device, non_blocking=True)
     scales = scales.to(device, non_blocking=True)
     for index, module in enumerate(modules):

@@ -1,8 +1,8 @@
-"""Which module owns which tensor and which block: index arithmetic on timm's own names, nothing else.
+"""Which module owns which tensor and which block: index arithmetic on the names of a model's own parameters.
 
-*Depths* say how many blocks of each stage a module has: one inner tuple a module, one entry a stage. The target, the
-meta model and every hybrid have depths of the same shape, so a tensor is known in all of them by its module and its
-*local* name, the name with the block's index counted from the module's own start in that stage.
+*Depths* are the number of blocks of each stage that a module has: one inner tuple per module, one entry per stage. The
+target, the meta model and every hybrid have depths of the same shape, so a tensor is identified in all of them by its
+module and its *local* name: its name with the block's index counted from the module's first block in that stage.
 """
 
 from __future__ import annotations
@@ -18,13 +18,19 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from ..errors import ArtifactError, ConfigError
-from .vision.families import Family
-
-Depths = tuple[tuple[int, ...], ...]
+from .base import Depths, ModelFamily
 
 
 class BlockRef(NamedTuple):
-    """One block: its module, its stage, its index in the stage and in the module's part of the stage, its path."""
+    """One block of a model.
+
+    Attributes:
+        module: The module that it belongs to.
+        stage: Its stage.
+        index_in_stage: Its index in the stage.
+        index_in_module: Its index in the module's part of the stage.
+        path: Its path in the model, such as ``blocks.7``.
+    """
 
     module: int
     stage: int
@@ -34,10 +40,15 @@ class BlockRef(NamedTuple):
 
 
 def normalize_depths(value: Sequence[int | Sequence[int]], stages: int, what: str = "depths") -> Depths:
-    """``[3, 3, 3, 3]`` (one stage) or ``[[2, 2, 6, 0], ...]`` (a number a stage) in the normal form.
+    """Return depths as nested tuples.
+
+    Args:
+        value: ``[3, 3, 3, 3]`` (one stage), or ``[[2, 2, 6, 0], ...]`` (one number per stage).
+        stages: Number of stages of the family.
+        what: Name of the setting, for messages.
 
     Raises:
-        ConfigError: not lists of non-negative whole numbers, or another number of stages. ``what`` names the setting.
+        ConfigError: Not lists of non-negative whole numbers, or another number of stages.
     """
     if not value:
         raise ConfigError(f"{what} is empty: give the depth of each module")
@@ -47,20 +58,20 @@ def normalize_depths(value: Sequence[int | Sequence[int]], stages: int, what: st
         if any(isinstance(depth, bool) or not isinstance(depth, int) or depth < 0 for depth in row):
             raise ConfigError(f"{what}: module {index} is {entry}; depths are whole numbers, not negative")
         if len(row) != stages:
-            form = "one depth" if stages == 1 else f"a list of {stages} depths, one a stage"
+            form = "one depth" if stages == 1 else f"a list of {stages} depths, one per stage"
             raise ConfigError(f"{what}: module {index} is {entry}; this model needs {form} for each module")
         modules.append(row)
     return tuple(modules)
 
 
 def hybrid_depths(target: Depths, meta: Depths, module: int) -> Depths:
-    """The meta model's depths with one module at its target depth."""
+    """Return the meta model's depths with one module at its target depth."""
     return (*meta[:module], target[module], *meta[module + 1 :])
 
 
 @lru_cache
-def _patterns(family: Family) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
-    """Of a tensor inside a block (groups stage, block, rest), and inside a stage but outside its blocks."""
+def _patterns(family: ModelFamily) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
+    """Return patterns of tensors in a block (groups stage, block, rest), and in a stage but in none of its blocks."""
     block = re.escape(family.block).replace(r"\{stage\}", r"(?P<stage>\d+)")
     block = block.replace(r"\{block\}", r"(?P<block>\d+)") + r"\.(?P<rest>.+)"
     head, staged, _ = family.block.partition("{stage}")
@@ -71,14 +82,18 @@ def _patterns(family: Family) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
 class Partition:
     """The modules of one model: a family and the depths.
 
-    Module 0 owns the stem, module K-1 the tail (final norm, pooling, head). What a stage has outside its blocks
-    (timm puts the down-sampling at the *start* of a stage) belongs to the module with the stage's first block.
+    Module 0 owns the stem, module K-1 the tail (final norm, pooling, head). What a stage has outside its blocks (such
+    as down-sampling, which timm puts at the *start* of a stage) belongs to the module with the stage's first block.
+
+    Attributes:
+        family: The model's family.
+        depths: Number of blocks per module and stage.
 
     Raises:
-        ConfigError: the depths do not cut the sequence of blocks into contiguous modules.
+        ConfigError: The depths do not cut the sequence of blocks into contiguous modules.
     """
 
-    family: Family
+    family: ModelFamily
     depths: Depths
 
     def __post_init__(self) -> None:
@@ -86,12 +101,12 @@ class Partition:
 
     @property
     def modules(self) -> int:
-        """K, the number of modules."""
+        """Return K, the number of modules."""
         return len(self.depths)
 
     @cached_property
     def stage_depths(self) -> tuple[int, ...]:
-        """Number of blocks of each stage."""
+        """Return the number of blocks of each stage."""
         return tuple(sum(column) for column in zip(*self.depths, strict=True))
 
     @cached_property
@@ -100,15 +115,15 @@ class Partition:
         return tuple(zip(*columns, strict=True))
 
     def start(self, module: int, stage: int) -> int:
-        """Index in the stage of the module's first block there."""
+        """Return the index in the stage of the module's first block there."""
         return self._starts[module][stage]
 
     def block_path(self, module: int, stage: int, index_in_module: int) -> str:
-        """Path of a block of a module, such as ``blocks.7``."""
+        """Return the path of a block of a module, such as ``blocks.7``."""
         return self.family.block_path(stage, self.start(module, stage) + index_in_module)
 
     def blocks(self) -> Iterator[BlockRef]:
-        """All blocks, in the order in which they are executed."""
+        """Yield all blocks, in the order in which they are executed."""
         for module, depths in enumerate(self.depths):
             for stage, depth in enumerate(depths):
                 for index in range(depth):
@@ -116,10 +131,10 @@ class Partition:
                     yield BlockRef(module, stage, self.start(module, stage) + index, index, path)
 
     def block_of(self, name: str) -> BlockRef | None:
-        """The block that a parameter or buffer is in; None for the stem, the tail and what a stage has of its own.
+        """Return the block that a parameter or buffer is in; None if it is in the stem, the tail or between blocks.
 
         Raises:
-            ArtifactError: no block of this model has that index.
+            ArtifactError: This model has no block of that index.
         """
         match = _patterns(self.family)[0].fullmatch(name)
         if match is None:
@@ -133,10 +148,12 @@ class Partition:
         raise ArtifactError(f"tensor {name!r}: this model of depths {self._shown} has no block {path}")
 
     def owner(self, name: str) -> int:
-        """The module that a parameter or buffer belongs to.
+        """Return the module that a parameter or persistent buffer belongs to.
+
+        Buffers that are not persistent are no part of a module: each model computes its own.
 
         Raises:
-            ArtifactError: a model of this family and these depths has no such tensor.
+            ArtifactError: A model of this family and these depths has no such tensor.
         """
         if block := self.block_of(name):
             return block.module
@@ -144,25 +161,24 @@ class Partition:
         if stage_pattern and (match := stage_pattern.fullmatch(name)) and int(match["stage"]) < self.family.stages:
             stage = int(match["stage"])
             return next(module for module, depths in enumerate(self.depths) if depths[stage])
-        first = name.partition(".")[0]
-        if first in self.family.stem:
-            return 0
-        if first in self.family.tail:
-            return self.modules - 1
+        owners = dict.fromkeys(self.family.stem, 0) | dict.fromkeys(self.family.tail, self.modules - 1)
+        prefixes = [prefix for prefix in owners if f"{name}.".startswith(f"{prefix}.")]
+        if prefixes:
+            return owners[max(prefixes, key=len)]
         raise ArtifactError(f"tensor {name!r} is not part of a {self.family.name} model")
 
     def to_local_name(self, name: str) -> tuple[int, str]:
-        """Module and local name of a tensor: the name with the block counted from the module's start in the stage."""
+        """Return the module and local name of a tensor, which counts blocks from the module's start in the stage."""
         block = self.block_of(name)
         if block is None:
             return self.owner(name), name
         return block.module, self.family.block_path(block.stage, block.index_in_module) + name[len(block.path) :]
 
     def to_global_name(self, module: int, local_name: str) -> str:
-        """The name in this model of a module's tensor; the inverse of `local`.
+        """Return the name in this model of a module's tensor; the inverse of `to_local_name`.
 
         Raises:
-            ArtifactError: the module has no such tensor.
+            ArtifactError: The module has no such tensor.
         """
         name = local_name
         if match := _patterns(self.family)[0].fullmatch(local_name):
@@ -178,11 +194,16 @@ class Partition:
         return [row[0] for row in self.depths] if self.family.stages == 1 else [list(row) for row in self.depths]
 
 
-def check_layout(family: Family, depths: Depths, what: str = "depths") -> None:
-    """Each module has blocks, each stage has blocks, and modules follow one another in the order of execution.
+def check_layout(family: ModelFamily, depths: Depths, what: str = "depths") -> None:
+    """Check that each module and each stage has blocks, and that modules follow one another in order of execution.
+
+    Args:
+        family: The model's family.
+        depths: Number of blocks per module and stage.
+        what: Name of the setting, for messages.
 
     Raises:
-        ConfigError: one line that names the module or stage at fault; ``what`` names the setting.
+        ConfigError: They do not; the line names the module or stage.
     """
     last = 0
     for module, row in enumerate(depths):
@@ -201,14 +222,14 @@ def check_layout(family: Family, depths: Depths, what: str = "depths") -> None:
             raise ConfigError(f"{what}: stage {stage} has no blocks; each stage needs at least one")
 
 
-def check_depths(family: Family, target: Depths, meta: Depths) -> None:
-    """A meta model fits a target: the same modules and stages, nowhere deeper, and equal parity of each start.
+def check_depths(family: ModelFamily, target: Depths, meta: Depths) -> None:
+    """Check that a meta model fits a target: the same modules and stages, nowhere deeper, starts of equal parity.
 
-    A hybrid then starts every module at an index congruent to both, so no block changes what it computes when its
-    neighbours change their depth.
+    In every hybrid, each module then starts at an index that is congruent to both, so no block changes what it computes
+    when a module in front of it changes its depth.
 
     Raises:
-        ConfigError: one line that names the module and the stage, and says how to mend it.
+        ConfigError: It does not fit; the line names the module and the stage, and the remedy.
     """
     check_layout(family, target, "target_depths")
     check_layout(family, meta, "meta_depths")
@@ -232,16 +253,17 @@ def check_depths(family: Family, target: Depths, meta: Depths) -> None:
         if (starts[0] - starts[1]) % family.parity:
             raise ConfigError(
                 f"module {block.module} begins stage {block.stage} at block {starts[0]} in the target and at block "
-                f"{starts[1]} in the meta model; every second {family.name} block shifts its windows, so both must be "
-                f"even or both odd: change a depth of module {block.module - 1} in stage {block.stage} by one"
+                f"{starts[1]} in the meta model; what a {family.name} block computes depends on its index modulo "
+                f"{family.parity}, so the two must differ by a multiple of {family.parity}: change a depth of module "
+                f"{block.module - 1} in stage {block.stage} by one"
             )
 
 
 def default_meta_depths(target: Depths, parity: int) -> Depths:
-    """The smallest meta depths that fit a target: one block a module and stage.
+    """Return the smallest meta depths that fit a target: one block per module and stage.
 
     Where another module follows in the same stage, the depth is congruent to the target's modulo ``parity``, so that
-    the follower starts with the same parity: 2 for an even Swin module, 1 for an odd one.
+    the next module starts with the same parity: for Swin, 2 blocks if the target's depth is even, 1 if it is odd.
     """
     return tuple(
         tuple(
@@ -255,16 +277,16 @@ def default_meta_depths(target: Depths, parity: int) -> Depths:
 def find_balanced_cut(costs: Sequence[Sequence[int]], modules: int, parity: int = 1) -> Depths:
     """Cut the blocks into contiguous modules so that the most expensive module costs as little as possible.
 
-    Among the cuts that reach this minimum, the one with the least sum of squared costs, then the one that cuts
-    earliest: a block more in a later module is the cheaper one to incubate.
+    Among the cuts that reach this minimum, take the one with the least sum of squared costs, then the one that cuts
+    earliest: one more block in a later module costs less to incubate.
 
     Args:
-        costs: the cost of each block, a list a stage, in any unit (`block_costs` gives FLOPs).
+        costs: The cost of each block, one list per stage, in any unit (`ModelFamily.count_block_flops` gives FLOPs).
         modules: K.
-        parity: a cut inside a stage comes only before an index that is a multiple of it.
+        parity: A cut within a stage comes only before an index that is a multiple of it.
 
     Raises:
-        ConfigError: there are fewer places to cut than modules need.
+        ConfigError: There are fewer places to cut than needed for so many modules.
     """
     blocks = [(stage, index) for stage, row in enumerate(costs) for index in range(len(row))]
     total = list(accumulate((cost for row in costs for cost in row), initial=0))
@@ -286,7 +308,7 @@ def find_balanced_cut(costs: Sequence[Sequence[int]], modules: int, parity: int 
 def _best_cut(
     end: int, pieces: int, weigh: Callable[[int, int], float], combine: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """The least combined weight of cutting 0..end in so many pieces, and the places: dynamic programming."""
+    """Return the least combined weight of cutting 0..end into so many pieces, and the places (dynamic programming)."""
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0, (0,))}
     for piece in range(1, pieces + 1):
         best = {

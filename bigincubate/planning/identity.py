@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..config import Phase, Recipe, Settings, is_execution
 from ..errors import ArtifactError
 from ..files import read_json
-from ..models import drop_paths, set_rates
+from ..models import find_drop_paths, set_drop_path_rates
 from ..models.partition import Partition
 from ..seeds import phase_key
 from ..storage.artifacts import Lineage, load_manifest
@@ -67,9 +67,9 @@ def _drop_path_rates(plan: Plan, row: PhasePlan, settings: Settings) -> dict[str
     if drop.rate == 0:
         return {}
     model, partition = phase_model(row, settings, plan.family, device="meta"), Partition(plan.family, row.depths)
-    set_rates(model, partition, drop.ramp_over, drop.rate, plan.target, row.module)
+    set_drop_path_rates(model, partition, drop.ramp_over, drop.rate, plan.target, row.module)
     rates = {
-        block.path: max((path.rate for path in drop_paths(model.get_submodule(block.path))), default=0.0)
+        block.path: max((path.rate for path in find_drop_paths(model.get_submodule(block.path))), default=0.0)
         for block in partition.blocks()
     }
     return {path: rate for path, rate in rates.items() if rate > 0}

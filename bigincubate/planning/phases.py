@@ -31,19 +31,16 @@ from ..config.objects import load_object
 from ..errors import ConfigError
 from ..models import (
     Depths,
+    ModelFamily,
     Partition,
-    block_costs,
-    build,
     check_depths,
-    default_depths,
+    check_model,
     default_meta_depths,
-    family_of,
     find_balanced_cut,
+    find_family,
     freeze_other_modules,
     normalize_depths,
-    skip_unused,
 )
-from ..models.vision.families import Family
 from ..optim import trainable_param_info
 from ..seeds import phase_key
 from ..tasks.metric import Metric
@@ -86,7 +83,7 @@ class PhasePlan:
 class Plan:
     """The cut of a recipe's model, and its phases in the order of their dependence."""
 
-    family: Family
+    family: ModelFamily
     target: Depths
     meta: Depths
 
@@ -140,16 +137,15 @@ def make_plan(recipe: Recipe) -> Plan:
         ConfigError: the model is not supported, or the depths do not fit it.
     """
     model, cut = recipe.model, recipe.plan
-    own = default_depths(model.name, model.args)
-    family = family_of(model.name)
+    family = find_family(model)
+    own = family.default_depths(model)
     if cut.target_depths is not None:
         target = normalize_depths(cut.target_depths, family.stages, "plan.target_depths")
     else:
         assert cut.modules is not None
         if cut.modules > sum(own):
             raise ConfigError(f"plan.modules = {cut.modules}, but {model.name} has only {sum(own)} blocks")
-        costs = block_costs(model.name, own, img_size=model.img_size, args=model.args)
-        target = find_balanced_cut(costs, cut.modules, family.parity)
+        target = find_balanced_cut(family.count_block_flops(model, own), cut.modules, family.parity)
     if cut.meta_depths is not None:
         meta = normalize_depths(cut.meta_depths, family.stages, "plan.meta_depths")
     else:
@@ -157,8 +153,9 @@ def make_plan(recipe: Recipe) -> Plan:
     check_depths(family, target, meta)
     for phase in ("pretrain", "incubate", "finetune", "end_to_end"):
         settings = recipe.settings(phase)
-        if settings.model.name != model.name:
-            raise ConfigError(f"{phase}.model.name differs from model.name: a phase cannot change the model")
+        for key in ("library", "name"):
+            if getattr(settings.model, key) != getattr(model, key):
+                raise ConfigError(f"{phase}.model.{key} differs from model.{key}: a phase cannot change the model")
         _check_extensions(settings, recipe.data)
     return Plan(family, target, meta)
 
@@ -193,20 +190,20 @@ def _convolution_backward_flops(
 CORRECTIONS = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
 
 
-def phase_model(row: PhasePlan, settings: Settings, family: Family, *, device: str = "cpu") -> nn.Module:
-    """The row's model, freshly initialised, frozen as the row says."""
-    spec = settings.model
-    model = build(
-        spec.name, row.depths, num_classes=spec.num_classes, img_size=spec.img_size, args=spec.args, device=device
-    )
+def phase_model(row: PhasePlan, settings: Settings, family: ModelFamily, *, device: str = "cpu") -> nn.Module:
+    """Build the row's model with fresh weights, frozen as the row says.
+
+    Raises:
+        ConfigError: The model cannot be built, or its modules cannot be trained separately.
+    """
+    model = family.build(settings.model, row.depths, device=device)
     partition = Partition(family, row.depths)
+    check_model(model, partition)
     freeze_other_modules(model, partition, row.module)
-    skip_unused(
-        model,
-        partition,
-        subset_drop_path=settings.train.subset_drop_path,
-        last_block_cls_only=settings.train.last_block_cls_only,
-    )
+    if settings.train.subset_drop_path:
+        family.use_subset_drop_path(model, partition)
+    if settings.train.last_block_cls_only:
+        family.compute_last_block_for_cls_token_only(model, partition)
     return model
 
 
@@ -214,10 +211,9 @@ def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
     """Count what a row costs, without memory for weights or activations and without data."""
     model = phase_model(row, settings, plan.family, device="meta").train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size, channels = settings.model.img_size, settings.model.args.get("in_chans", 3)
-    image = (1, channels, size, size)
+    inputs = plan.family.example_inputs(settings.model, 1, "meta")
     with FlopCounterMode(display=False, custom_mapping=CORRECTIONS) as counter:
-        loss = model(torch.empty(image, device="meta")).sum()
+        loss = model(inputs).sum()
         forward = counter.get_total_flops()
         loss.backward()
     kept = trainable_param_info(model, settings)
@@ -227,15 +223,20 @@ def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
         trainable=trainable,
         forward_flops=forward,
         training_flops=counter.get_total_flops(),
-        activation_bytes=saved_bytes(model, image),
+        activation_bytes=saved_bytes(model, inputs),
         optimizer_bytes=4 * trainable + state,
         allreduce_bytes=4 * trainable,
     )
 
 
-def saved_bytes(model: nn.Module, image: tuple[int, ...]) -> int:
-    """Bytes that autograd keeps from the forward to the backward, parameters not counted, for one batch of shape
-    ``image``. Runs on fake CPU tensors, so that the kernels chosen are those of a real device (fused attention).
+def saved_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
+    """Count the bytes that autograd keeps from the forward to the backward, without parameters, for one batch.
+
+    The model runs on fake CPU tensors, so that the kernels chosen are those of a real device (fused attention).
+
+    Args:
+        model: A model, which may be on the meta device.
+        inputs: A batch, of which only shape and dtype are used.
     """
     with FakeTensorMode():
         state = {
@@ -252,7 +253,7 @@ def saved_bytes(model: nn.Module, image: tuple[int, ...]) -> int:
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = torch.func.functional_call(model, state, torch.empty(image))
+            output = torch.func.functional_call(model, state, torch.empty(inputs.shape, dtype=inputs.dtype))
         total = sum(storage.nbytes() for key, storage in held.items() if key not in own)
         del output
         return total

@@ -15,11 +15,9 @@ from ..interchange.pretrained import pretrained_meta
 from ..models import (
     assemble,
     checkpoint_activations,
-    choose_attention,
     compile_blocks,
     extract,
     find_drop_paths,
-    fit_positions,
     initialize,
     insert,
     set_drop_path_rates,
@@ -83,13 +81,13 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         ArtifactError: an earlier phase has not handed on what this one needs.
         ConfigError: settings that do not go together.
     """
-    settings, env, task = context.settings, context.env, context.task
+    settings, env, task, family = context.settings, context.env, context.task, context.plan.family
     micro_batches = count_micro_batches(settings, env.world)
     model, inputs = build_model(context, start)
     drop, partition = settings.drop_path, context.partition
     set_drop_path_rates(model, partition, drop.ramp_over, drop.rate, context.plan.target, context.row.module)
     model = model.to(env.device)
-    choose_attention(model, env.device, settings.train.precision)
+    family.choose_attention(model, env.device, settings.train.precision)
     blocks = [block.path for block in partition.blocks()]
     checkpoint_activations(model, blocks, settings.sharding.activation_checkpointing)
     if settings.train.compile:
@@ -144,7 +142,7 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     inputs: dict[str, str] = {}
     if "meta" in sources:
         meta, inputs["meta"] = load_meta_model(context)
-        meta = fit_positions(meta, model)
+        meta = family.adapt_state(meta, model)
         for module, slot in enumerate(row.slots):
             if slot.source == "meta":
                 insert(model, partition, extract(meta, context.meta_partition, module), context.meta_partition)
@@ -155,12 +153,12 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         modules = _load_modules(context)
         inputs = {f"module/{module}": digest for module, (_, digest) in enumerate(modules)}
         assembled = assemble([tensors for tensors, _ in modules], model.state_dict())
-        model.load_state_dict(fit_positions(assembled, model))
+        model.load_state_dict(family.adapt_state(assembled, model))
     if start is None and row.phase == "pretrain" and recipe.meta.init is not None:
         start = pretrained_meta(recipe.meta, settings.model, partition, model.state_dict())
     if start is not None:
         names = partition if row.module is None else context.target_partition
-        insert(model, partition, fit_positions(start, model), names)
+        insert(model, partition, family.adapt_state(start, model), names)
     return model, inputs
 
 

@@ -15,8 +15,7 @@ from ..errors import ArtifactError, ConfigError
 from ..files import hash_file
 from ..interchange.export import with_weights, write_folder
 from ..interchange.official_format import join_stages, read_stages
-from ..models import extract, fit_positions
-from ..models.partition import Depths, Partition
+from ..models import Depths, Partition, extract
 from ..planning.context import PhaseContext, open_run
 from ..planning.phases import Plan, make_plan, phase_model
 from ..storage.artifacts import ModelSpec
@@ -46,9 +45,9 @@ def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
         metadata=make_task(settings, recipe.data).artifact_metadata(),
     )
     tensors = _read(files, plan, plan.target, "target")
-    shapes = phase_model(plan.row("finetune"), settings, plan.family, device="meta")
+    model = phase_model(plan.row("finetune"), settings, plan.family, device="meta")
     named = ", ".join(map(str, files))
-    return write_folder(with_weights(spec, fit_positions(tensors, shapes), Path(named)), spec, out)
+    return write_folder(with_weights(spec, plan.family.adapt_state(tensors, model), Path(named)), spec, out)
 
 
 def import_part(

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import ArtifactError
-from ..models import choose_attention, extract, fit_positions, insert
-from ..models.partition import Partition
+from ..models import Partition, extract, insert
 from ..planning.context import PhaseContext
 from ..planning.identity import expected_lineage
 from ..planning.phases import phase_model
@@ -46,7 +45,7 @@ def build_partial_assembly(context: PhaseContext, joined: list[int]) -> nn.Modul
     partition = Partition(family, row.depths)
     with torch.random.fork_rng(devices=[]):
         model = phase_model(row, settings, family)
-    meta = fit_positions(load_artifact(run.phase("pretrain").artifact)[0], model)
+    meta = family.adapt_state(load_artifact(run.phase("pretrain").artifact)[0], model)
     for module, slot in enumerate(row.slots):
         if slot.source == "meta":
             insert(model, partition, extract(meta, context.meta_partition, module), context.meta_partition)
@@ -54,5 +53,5 @@ def build_partial_assembly(context: PhaseContext, joined: list[int]) -> nn.Modul
             tensors, _ = load_artifact(run.phase("incubate", module).artifact)
             insert(model, partition, tensors, context.target_partition)
     model.to(context.env.device)
-    choose_attention(model, context.env.device, settings.train.precision)
+    family.choose_attention(model, context.env.device, settings.train.precision)
     return model

@@ -22,7 +22,7 @@ from bigincubate.data.dataset import compute_dataset_digest, open_dataset
 from bigincubate.data.images import labelled_image_schema
 from bigincubate.errors import ArtifactError, ConfigError, DataError
 from bigincubate.interchange.export import export, load_model
-from bigincubate.models import build
+from bigincubate.models import find_family
 from bigincubate.storage.artifacts import save_artifact
 from bigincubate.tasks.registry import make_task
 
@@ -31,7 +31,7 @@ from bigincubate.tasks.registry import make_task
 
 def weights() -> dict[str, torch.Tensor]:
     spec = MANIFEST.model.model
-    model = build(spec.name, ((1,), (1,)), num_classes=10, img_size=8, args=spec.args)
+    model = find_family(spec).build(spec, ((1,), (1,)))
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 

@@ -12,12 +12,12 @@ import safetensors.torch
 import timm
 import torch
 from safetensors.torch import load_file
+from small_models import build_timm
 from torch import nn
 
 from bigincubate.config import ModelConfig
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.interchange.export import best_artifact, export, load_model, timm_arguments
-from bigincubate.models import build
 from bigincubate.storage.artifacts import ArtifactManifest, ModelSpec, save_artifact
 from bigincubate.storage.run_directory import RunDir
 
@@ -46,7 +46,7 @@ def artifact(name: str, folder: Path, seed: int = 0) -> ModelSpec:
     )
     torch.manual_seed(seed)
     depths = tuple(tuple(stages) for stages in spec.depths)
-    model = build(name, depths, num_classes=7, img_size=32, args=spec.model.args)
+    model = build_timm(name, depths, num_classes=7, img_size=32, args=spec.model.args)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -15,16 +15,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from small_models import build_timm
 from torch import Tensor, nn
 
+from bigincubate.config import ModelConfig
 from bigincubate.models import (
     Partition,
     apply_masks,
-    build,
     draw_masks,
     extract,
-    family_of,
     find_drop_paths,
+    find_family,
     freeze_other_modules,
     hybrid_depths,
     insert,
@@ -152,10 +153,10 @@ class Hybrid:
     def __init__(self, example: Example, module: int) -> None:
         self.target = example.plain(example.target, seed=1)
         self.meta = example.plain(example.meta, seed=2)
-        family = family_of(example.name)
+        family = find_family(ModelConfig(name=example.name))
         target, meta = (normalize_depths(d, family.stages) for d in (example.target, example.meta))
         self.partition = Partition(family, hybrid_depths(target, meta, module))
-        self.model = build(
+        self.model = build_timm(
             example.name, self.partition.depths, num_classes=5, img_size=example.img_size, args=example.args
         )
         for k in range(len(target)):

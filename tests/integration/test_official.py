@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import build_timm
 from test_export import artifact
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from bigincubate.config import load_recipe
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.interchange.export import export_official, load_model
 from bigincubate.interchange.official_format import read_stages
-from bigincubate.models import build
 from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_artifact
 from bigincubate.training.import_official import import_model, import_part
@@ -34,7 +34,7 @@ def stages(depths: list[int], seed: int, img_size: int = 8) -> list[dict[str, Te
     each module's start, norm and head in the last."""
     torch.manual_seed(seed)
     name = "vit_tiny_patch16_224"
-    state = build(name, ((sum(depths),),), num_classes=10, img_size=img_size, args=ARGS).state_dict()
+    state = build_timm(name, ((sum(depths),),), num_classes=10, img_size=img_size, args=ARGS).state_dict()
     modules: list[dict[str, Tensor]] = [{} for _ in depths]
     for name, tensor in state.items():
         first, _, rest = name.partition(".")

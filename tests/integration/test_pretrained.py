@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from small_models import build_timm
 from test_export import artifact
 from test_official import save, stages
 from torch import Tensor
@@ -25,7 +26,7 @@ from bigincubate.errors import (
 from bigincubate.interchange.export import export
 from bigincubate.interchange.official_format import join_stages
 from bigincubate.interchange.pretrained import choose_blocks, pretrained_meta
-from bigincubate.models import Partition, build, family_of
+from bigincubate.models import Partition, find_family
 
 Labs = Callable[..., Any]
 VIT = "vit_tiny_patch16_224"
@@ -55,9 +56,9 @@ def meta_of(init: str, select: Any = None, depths: Any = ((1,), (1,)), **model: 
     model = {"name": VIT, "args": ARGS, "img_size": 8, "num_classes": 10} | model
     settings = ModelConfig(**model)
     torch.manual_seed(7)
-    sizes = {key: model[key] for key in ("args", "img_size", "num_classes")}
-    fresh = build(model["name"], depths, **sizes).state_dict()
-    partition = Partition(family_of(model["name"]), depths)
+    family = find_family(settings)
+    fresh = family.build(settings, depths).state_dict()
+    partition = Partition(family, depths)
     return pretrained_meta(MetaConfig(init=init, select=select), settings, partition, fresh), fresh
 
 
@@ -111,7 +112,7 @@ def test_a_classifier_of_other_classes_is_drawn_anew(tmp_path: Path) -> None:
     assert torch.equal(same["blocks.1.mlp.fc1.weight"], stages([2, 2], seed=0)[1]["blocks.1.mlp.fc1.weight"])
     other, fresh = meta_of(str(file), num_classes=3)
     assert torch.equal(other["head.weight"], fresh["head.weight"])
-    whole = join_stages(stages([2, 2], seed=0), family_of(VIT))
+    whole = join_stages(stages([2, 2], seed=0), find_family(ModelConfig(name=VIT)))
     torch.save({"model": {name: t for name, t in whole.items() if "head" not in name}}, tmp_path / "headless.pth")
     none, fresh = meta_of(str(tmp_path / "headless.pth"))
     assert torch.equal(none["head.bias"], fresh["head.bias"])
@@ -122,7 +123,7 @@ def test_stages_give_their_own_blocks(tmp_path: Path) -> None:
     name = "swin_tiny_patch4_window7_224"
     args = {"patch_size": 2, "window_size": 2, "embed_dim": 12, "num_heads": [1, 1, 2, 2]}
     torch.manual_seed(0)
-    state = build(name, ((2, 2, 6, 2),), num_classes=10, img_size=32, args=args).state_dict()
+    state = build_timm(name, ((2, 2, 6, 2),), num_classes=10, img_size=32, args=args).state_dict()
     save_file(state, tmp_path / "swin.safetensors")
     shape: dict[str, Any] = {"name": name, "args": args, "img_size": 32, "depths": ((2, 2, 2, 0), (0, 0, 0, 1))}
     found, fresh = meta_of(str(tmp_path / "swin.safetensors"), **shape)

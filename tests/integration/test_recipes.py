@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMOKE, Lab
+from small_models import build_timm
 from timm.layers import resample_abs_pos_embed
 
 from bigincubate import cli
 from bigincubate.config import PHASES, Recipe, list_shipped_recipes, load_recipe, reading
 from bigincubate.data.streams import Batch
 from bigincubate.errors import ConfigError
-from bigincubate.models import build, fit_positions
+from bigincubate.models.vision import resample_position_embeddings
 from bigincubate.planning.phases import count_cost, make_plan, phase_model
 from bigincubate.planning.smoke import smoke
 from bigincubate.tasks.image_classification.mixup import mix
@@ -117,16 +118,16 @@ def test_a_base_that_is_missing_or_comes_back_to_itself_is_one_line(
 def test_position_embeddings_are_resampled_and_nothing_else_changes() -> None:
     args = {"embed_dim": 8, "num_heads": 2, "patch_size": 4}
     for name, prefix in (("vit_tiny_patch16_224", 1), ("deit3_small_patch16_224", 0)):
-        small, large = (build(name, ((1,),), num_classes=3, img_size=size, args=args) for size in (16, 24))
+        small, large = (build_timm(name, ((1,),), num_classes=3, img_size=size, args=args) for size in (16, 24))
         before = {key: torch.randn_like(tensor) for key, tensor in small.state_dict().items()}
-        after = fit_positions(before, large)
+        after = resample_position_embeddings(before, large)
         large.load_state_dict(after)
         assert after["pos_embed"].shape == (1, 36 + prefix, 8)
         expected = resample_abs_pos_embed(before["pos_embed"], new_size=[6, 6], num_prefix_tokens=prefix)
         assert torch.equal(after["pos_embed"], expected)
         assert torch.equal(after["pos_embed"][:, :prefix], before["pos_embed"][:, :prefix])
         assert all(after[key] is before[key] for key in before.keys() - {"pos_embed"})
-        assert fit_positions(before, small) == before
+        assert resample_position_embeddings(before, small) == before
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from small_models import CASES, Case, disturb, drawn, each_case, hybrid
+from small_models import CASES, Case, build_timm, disturb, drawn, each_case, hybrid
 
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.models import (
     assemble,
-    build,
     extract,
     freeze_other_modules,
     hybrid_depths,
@@ -63,7 +62,7 @@ def test_a_model_is_timms_own(case: Case) -> None:
 )
 def test_what_cannot_be_built_is_said_in_one_line(name: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
-        build(name, ((10,),), num_classes=2, img_size=224, args=args, device="meta")
+        build_timm(name, ((10,),), num_classes=2, img_size=224, args=args, device="meta")
     assert "\n" not in str(raised.value)
 
 

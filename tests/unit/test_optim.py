@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import build_timm
 from timm.optim import list_optimizers
 from torch import Tensor, nn
 
-from bigincubate.config import OptimConfig, ScheduleConfig, Settings, TrainConfig
+from bigincubate.config import ModelConfig, OptimConfig, ScheduleConfig, Settings, TrainConfig
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError
-from bigincubate.models import Partition, build, family_of, freeze_other_modules
+from bigincubate.models import Partition, find_family, freeze_other_modules
 from bigincubate.optim import Ema, make_optimizer, make_schedule, scaled_lr
 from bigincubate.sharding.ddp import Replicated
 from bigincubate.storage.sharded_tensors import TensorShard, full_tensor
@@ -34,8 +35,8 @@ def vit(name: str = "vit_tiny_patch16_224", module: int | None = None, seed: int
     torch.manual_seed(seed)
     args = {"patch_size": 2, "embed_dim": 12, "num_heads": 3, "init_values": 0.1}
     depths = ((1,), (1,))
-    model = build(name, depths, num_classes=4, img_size=8, args=args)
-    freeze_other_modules(model, Partition(family_of(name), depths), module)
+    model = build_timm(name, depths, num_classes=4, img_size=8, args=args)
+    freeze_other_modules(model, Partition(find_family(ModelConfig(name=name)), depths), module)
     return model
 
 

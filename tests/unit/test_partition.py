@@ -11,17 +11,16 @@ import timm
 import torch
 from small_models import CASES, EVEN_STAGES, NAMED, ODD_STAGES, Case, disturb, each_case, hybrid, tensors_of
 
+from bigincubate.config import ModelConfig
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.models import (
     Partition,
     assemble,
-    block_costs,
     check_depths,
-    default_depths,
     default_meta_depths,
     extract,
-    family_of,
     find_balanced_cut,
+    find_family,
     hybrid_depths,
     insert,
     normalize_depths,
@@ -34,9 +33,9 @@ from bigincubate.models import (
 @pytest.mark.parametrize("name", NAMED)
 def test_every_tensor_of_a_named_model_has_one_owner(name: str) -> None:
     model = timm.create_model(name, device="meta")
-    family = family_of(name, model)
+    family = find_family(ModelConfig(name=name))
     partition = Partition(family, normalize_depths(NAMED[name], family.stages))
-    assert default_depths(name, {}) == partition.stage_depths
+    assert family.default_depths(ModelConfig(name=name)) == partition.stage_depths
 
     names = list(tensors_of(model))
     owned = [{n for n in names if partition.owner(n) == module} for module in range(partition.modules)]
@@ -165,7 +164,7 @@ def test_wrong_depths_are_named(value: Any, stages: int, message: str) -> None:
     ],
 )
 def test_a_meta_model_that_does_not_fit_is_refused(name: str, target: Any, meta: Any, message: str) -> None:
-    family = family_of(name)
+    family = find_family(ModelConfig(name=name))
     with pytest.raises(ConfigError, match=message):
         check_depths(family, normalize_depths(target, family.stages), normalize_depths(meta, family.stages))
 
@@ -232,8 +231,10 @@ def test_the_default_meta_model_is_small_and_fits() -> None:
     "name", ["vit_base_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "mixer_b16_224"]
 )
 def test_block_costs_are_counted_for_each_block(name: str) -> None:
-    depths = default_depths(name, {})
-    costs = block_costs(name, depths, img_size=224, args={})
+    model = ModelConfig(name=name, img_size=224)
+    family = find_family(model)
+    depths = family.default_depths(model)
+    costs = family.count_block_flops(model, depths)
     assert tuple(map(len, costs)) == depths
     assert all(len(set(row)) == 1 for row in costs)
     if name == "vit_base_patch16_224":  # 12 blocks of 197 tokens: 24 T d^2 + 4 T^2 d

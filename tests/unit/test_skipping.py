@@ -8,24 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import build_timm
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigincubate.config import load_recipe
-from bigincubate.errors import ConfigError
+from bigincubate.errors import ConfigError, ModelConfig
 from bigincubate.models import (
     Partition,
     apply_masks,
-    build,
     compile_blocks,
     draw_masks,
-    family_of,
     find_drop_paths,
+    find_family,
     freeze_other_modules,
     set_drop_path_rates,
 )
-from bigincubate.models.vision.subset_drop_path import reads_class_token, skip_unused
+from bigincubate.models.vision.subset_drop_path import reads_only_cls_token
 from bigincubate.planning.phases import count_cost, make_plan
 
 VIT = {"embed_dim": 48, "num_heads": 3, "patch_size": 8}
@@ -45,10 +45,10 @@ BATCH = 12
 
 def made(kind: str, rate: float = 0.6) -> tuple[nn.Module, Partition, Tensor]:
     name, args, size = MODELS[kind]
-    family = family_of(name)
+    family = find_family(ModelConfig(name=name))
     depths = ((4,),) if family.stages == 1 else ((2, 2, 2, 2),)
     torch.manual_seed(0)
-    model = build(name, depths, num_classes=7, img_size=size, args=args).train()
+    model = build_timm(name, depths, num_classes=7, img_size=size, args=args).train()
     partition = Partition(family, depths)
     set_drop_path_rates(model, partition, "target", rate, depths, None)
     return model, partition, torch.randn(BATCH, 3, size, size)
@@ -56,9 +56,10 @@ def made(kind: str, rate: float = 0.6) -> tuple[nn.Module, Partition, Tensor]:
 
 def skip(model: nn.Module, partition: Partition, *, drop_path: bool = True, class_token: bool = True) -> None:
     """Switch on everything that the model supports."""
-    skip_unused(
-        model, partition, subset_drop_path=drop_path, last_block_cls_only=class_token and reads_class_token(model)
-    )
+    if drop_path:
+        partition.family.use_subset_drop_path(model, partition)
+    if class_token and reads_only_cls_token(model):
+        partition.family.compute_last_block_for_cls_token_only(model, partition)
 
 
 def masks(model: nn.Module, step: int = 0) -> Tensor:
@@ -171,9 +172,9 @@ def test_one_family_of_compiled_graphs_whatever_the_depth_and_what_is_dropped(
     for depth in (3, 6):
         target = ((depth,),) * 4
         depths = target if module is None else tuple((depth if k == module else 1,) for k in range(4))
-        family = family_of("vit_tiny_patch16_224")
+        family = find_family(ModelConfig(name="vit_tiny_patch16_224"))
         torch.manual_seed(0)
-        model = build("vit_tiny_patch16_224", depths, num_classes=7, img_size=16, args={**VIT, "init_values": 0.1})
+        model = build_timm("vit_tiny_patch16_224", depths, num_classes=7, img_size=16, args={**VIT, "init_values": 0.1})
         partition = Partition(family, depths)
         set_drop_path_rates(model, partition, "hybrid", 0.5, target, module)
         freeze_other_modules(model, partition, module)

@@ -1,4 +1,4 @@
-"""Which attention: one kernel for all, but where it was measured to be the slower one."""
+"""Attention implementation of timm models: the fused one, except where it was measured to be slower."""
 
 from __future__ import annotations
 
@@ -7,8 +7,16 @@ from torch import nn
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
-    """torch's fused attention, but on a CPU in bf16: there two products and a softmax take a third of its time (with
-    197 tokens, forwards and backwards; `benchmarks/attention.py`), for the price of keeping the softmax."""
+    """Turn torch's fused attention off on a CPU in bf16.
+
+    There, two matrix products and a softmax take a third of its time (197 tokens, forward and backward;
+    `benchmarks/attention.py`), at the price of keeping the softmax for the backward.
+
+    Args:
+        model: A timm model.
+        device: Where it runs.
+        precision: ``"fp32"`` or ``"bf16"``.
+    """
     if device.type == "cpu" and precision == "bf16":
         for module in model.modules():
             if hasattr(module, "fused_attn"):

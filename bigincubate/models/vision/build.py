@@ -1,126 +1,157 @@
-"""timm models of a given depth: the target, the meta model and every hybrid."""
+"""Build timm models of a given depth: the target, the meta model and every hybrid."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 import timm
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
+from ...config import ModelConfig
 from ...errors import ConfigError
+from ..base import Depths, ModelFamily, explain_argument_errors
 from ..drop_path import replace_drop_path
-from ..partition import Depths, Partition
-from .families import family_of
+from ..partition import Partition
+from .attention import choose_attention
+from .position_embeddings import resample_position_embeddings
+from .subset_drop_path import compute_last_block_for_cls_token_only, use_subset_drop_path
 
-# Set elsewhere in a recipe, or never: what timm's factory takes that `model.args` may not hold.
+# Arguments of timm's factory that `model.args` may not hold: the recipe sets them elsewhere, or never.
 RESERVED = frozenset(
     {"depth", "depths", "num_blocks", "num_classes", "img_size", "drop_path_rate", "device", "dtype", "features_only"}
     | {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 )
+SMOKE_CLASSES = 10  # of the made-up data
 
-T = TypeVar("T")
 
+@dataclass(frozen=True, kw_only=True)
+class TimmFamily(ModelFamily):
+    """One kind of timm model.
 
-def build(
-    name: str,
-    depths: Depths,
-    *,
-    num_classes: int,
-    img_size: int,
-    args: Mapping[str, Any],
-    device: str = "cpu",
-) -> nn.Module:
-    """A timm model of these depths with fresh weights, its drop-path replaced by `DropPath` with rate 0.
-
-    Seed torch before: the initialisation draws from the default generator.
-
-    Args:
-        name: timm's name.
-        depths: the model's depths, in the normal form.
-        num_classes: outputs of the head.
-        img_size: side of the square input in pixels; given to timm only where the constructor takes it.
-        args: further arguments of timm's constructor, such as ``embed_dim`` or ``in_chans``.
-        device: ``"cpu"``, or ``"meta"`` for a model of shapes alone.
-
-    Raises:
-        ConfigError: timm refuses an argument; the model is not supported; it is deeper than a family that is built as
-            named allows.
+    Attributes:
+        classes: Names of the timm classes.
+        depth_argument: Constructor argument that takes the depth: ``"depth"`` (a number), ``"depths"`` (one number per
+            stage), or None, where there is none: the model is built as named and its list of blocks is cut.
+        takes_img_size: Whether the constructor takes ``img_size``.
+        zeroed_outputs: For `residual_outputs`: patterns of submodule paths, by the class name of a block. Blocks that
+            normalize *after* the branch need the norm's scale and shift zeroed, all others the last projection.
+        smoke_args: Constructor arguments that make a model narrow.
     """
-    family = family_of(name)
-    partition = Partition(family, depths)
-    stages = partition.stage_depths
-    model = _create(name, args, stages, num_classes=num_classes, img_size=img_size, device=device)
-    for container, depth in zip(family.containers(model), stages, strict=True):
-        assert isinstance(container, nn.Sequential | nn.ModuleList)
-        if depth > len(container):
+
+    library: str = "timm"
+    classes: tuple[str, ...]
+    depth_argument: str | None
+    takes_img_size: bool = True
+    zeroed_outputs: Mapping[str, tuple[str, ...]] = field(hash=False)
+    smoke_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def build(self, model: ModelConfig, depths: Depths, *, device: str = "cpu") -> nn.Module:
+        """Build a timm model of these depths; see `ModelFamily.build`.
+
+        Raises:
+            ConfigError: timm refuses an argument; the model is not supported; or it is deeper than timm builds it,
+                where the depth is no argument.
+        """
+        stages = Partition(self, depths).stage_depths
+        built = self._create(model, stages, device)
+        for container, depth in zip(self._containers(built), stages, strict=True):
+            assert isinstance(container, nn.Sequential | nn.ModuleList)
+            if depth > len(container):
+                raise ConfigError(
+                    f"model {model.name!r} has {len(container)} blocks and timm builds it no deeper: the depths ask for"
+                    f" {depth}, so use fewer or name a deeper model"
+                )
+            del container[depth:]
+            for block in container:
+                replace_drop_path(block)
+        return built
+
+    def default_depths(self, model: ModelConfig) -> tuple[int, ...]:
+        """Return the number of blocks per stage of the model as timm defines it."""
+        built = self._create(model, None, "meta")
+        return tuple(len(list(container.children())) for container in self._containers(built))
+
+    def example_inputs(self, model: ModelConfig, count: int, device: str) -> Tensor:
+        """Return black images, ``[count, channels, img_size, img_size]`` float32."""
+        return torch.zeros(count, int(model.args.get("in_chans", 3)), model.img_size, model.img_size, device=device)
+
+    def residual_outputs(self, block: nn.Module) -> list[nn.Module]:
+        """Return the submodules to zero so that a block adds nothing; see `ModelFamily.residual_outputs`."""
+        kind = type(block).__name__
+        if kind not in self.zeroed_outputs:
             raise ConfigError(
-                f"model {name!r} has {len(container)} blocks and timm builds it no deeper: the depths ask for {depth}, "
-                "so take less or name a deeper model"
+                f"incubate.init = 'grow' does not support blocks of class {kind} (it supports"
+                f" {', '.join(self.zeroed_outputs)}): choose 'boundary' or 'fresh'"
             )
-        del container[depth:]
-        for block in container:
-            replace_drop_path(block)
-    return model
+        outputs = []
+        for pattern in self.zeroed_outputs[kind]:
+            found = [child for path, child in block.named_modules() if fnmatchcase(path, pattern)]
+            assert found, f"timm's {kind} has no {pattern}"
+            outputs += found
+        return outputs
 
+    def adapt_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Return tensors for a model that takes larger or smaller images: position embeddings are resampled."""
+        return resample_position_embeddings(tensors, model)
 
-def default_depths(name: str, args: Mapping[str, Any]) -> tuple[int, ...]:
-    """Number of blocks of each stage of the model as timm knows it."""
-    model = _create(name, args, None, num_classes=1, img_size=None, device="meta")
-    return tuple(len(list(container.children())) for container in family_of(name).containers(model))
+    def smoke_overrides(self, model: ModelConfig, *, larger_inputs: bool) -> dict[str, Any]:
+        """Return a narrow model on images of two (or three, if larger) patches or last-stage pixels per side."""
+        if self.stages > 1:
+            size = 64 if larger_inputs else 32  # the last stage has a 32nd of it
+        else:
+            patch = int(model.args.get("patch_size") or re.findall(r"patch(\d+)", model.name)[0])
+            size = patch * (3 if larger_inputs else 2)
+        return {"img_size": size, "num_classes": SMOKE_CLASSES, "args": dict(self.smoke_args)}
 
+    def choose_attention(self, model: nn.Module, device: torch.device, precision: str) -> None:
+        """Choose the faster attention implementation for a device and a precision."""
+        choose_attention(model, device, precision)
 
-def block_costs(
-    name: str, stage_depths: tuple[int, ...], *, img_size: int, args: Mapping[str, Any]
-) -> tuple[tuple[int, ...], ...]:
-    """Forward FLOPs of each block for one image, a tuple a stage, counted on the meta device.
+    def use_subset_drop_path(self, model: nn.Module, partition: Partition) -> None:
+        """Make blocks compute their branches only for the samples that stochastic depth keeps."""
+        use_subset_drop_path(model, partition)
 
-    A multiply and an add are two FLOPs, and only matrix products and convolutions count (torch's flop counter).
-    """
-    family = family_of(name)
-    model = build(name, (stage_depths,), num_classes=1, img_size=img_size, args=args, device="meta")
-    image = torch.empty(1, int(args.get("in_chans", 3)), img_size, img_size, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        _or_config_error(name, lambda: model(image))
-    counts = counter.get_flop_counts()
-    root = type(model).__name__
-    return tuple(
-        tuple(sum(counts[f"{root}.{family.block_path(stage, index)}"].values()) for index in range(depth))
-        for stage, depth in enumerate(stage_depths)
-    )
+    def compute_last_block_for_cls_token_only(self, model: nn.Module, partition: Partition) -> None:
+        """Make the last block compute only the class token, where the head reads nothing else."""
+        compute_last_block_for_cls_token_only(model, partition)
 
+    def depth_kwargs(self, stages: tuple[int, ...]) -> dict[str, Any]:
+        """Return the constructor argument that gives a model these numbers of blocks per stage, if there is one."""
+        if not self.depth_argument:
+            return {}
+        return {self.depth_argument: list(stages) if self.stages > 1 else stages[0]}
 
-def _create(
-    name: str,
-    args: Mapping[str, Any],
-    stages: tuple[int, ...] | None,
-    *,
-    num_classes: int,
-    img_size: int | None,
-    device: str,
-) -> nn.Module:
-    family = family_of(name)
-    if taken := sorted(RESERVED & args.keys()):
-        raise ConfigError(f"model.args.{taken[0]} is not an argument to give: the recipe sets it elsewhere, or never")
-    kwargs = {**args, "num_classes": num_classes, "drop_path_rate": 0.0, "device": device}
-    if family.takes_img_size and img_size is not None:
-        kwargs["img_size"] = img_size
-    if family.depth_argument and stages is not None:
-        kwargs[family.depth_argument] = list(stages) if family.stages > 1 else stages[0]
-    model: nn.Module = _or_config_error(name, lambda: timm.create_model(name, **kwargs))
-    if any(hasattr(module, "set_lambda_init") for module in model.modules()):
-        raise ConfigError(f"model {name!r}: its attention depends on a block's index, so blocks cannot change places")
-    if model.state_dict().keys() - dict(model.named_parameters()).keys():
-        raise ConfigError(f"model {name!r} keeps running statistics (batch norm), which no frozen module may")
-    return model
+    def size_kwargs(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the constructor argument for the side of the square input in pixels, if there is one."""
+        return {"img_size": model.img_size} if self.takes_img_size else {}
 
+    def _containers(self, model: nn.Module) -> list[nn.Module]:
+        """Return the list of blocks of each stage."""
+        parent = self.block.removesuffix(".{block}")
+        return [model.get_submodule(parent.format(stage=stage)) for stage in range(self.stages)]
 
-def _or_config_error(name: str, act: Callable[[], T]) -> T:
-    """timm refuses an argument with whatever it stumbles over: make it one line."""
-    try:
-        return act()
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"model {name!r} cannot be built with these arguments: {reason[0]}") from error
+    def _create(self, model: ModelConfig, stages: tuple[int, ...] | None, device: str) -> nn.Module:
+        """Create a timm model with these numbers of blocks per stage; None: with its own."""
+        if reserved := sorted(RESERVED & model.args.keys()):
+            raise ConfigError(
+                f"model.args.{reserved[0]} is not an argument to give: the recipe sets it elsewhere, or never"
+            )
+        kwargs = {**model.args, "num_classes": model.num_classes, "drop_path_rate": 0.0, "device": device}
+        kwargs |= self.size_kwargs(model) | ({} if stages is None else self.depth_kwargs(stages))
+        with explain_argument_errors(model.name):
+            built: nn.Module = timm.create_model(model.name, **kwargs)
+        if any(hasattr(module, "set_lambda_init") for module in built.modules()):
+            raise ConfigError(
+                f"model {model.name!r}: its attention depends on a block's index, which changes with the depths of"
+                " modules in front of it"
+            )
+        if built.state_dict().keys() - dict(built.named_parameters()).keys():
+            raise ConfigError(
+                f"model {model.name!r} keeps running statistics (batch norm), which would change in frozen modules"
+            )
+        return built

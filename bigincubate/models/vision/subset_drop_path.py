@@ -1,8 +1,10 @@
-"""What nobody reads is not computed: branches of samples that stochastic depth drops, and in the last block of a model
-that classifies by its class token, all tokens but that one.
+"""Skip computation whose result is unused, in ViT and Swin blocks.
 
-Both give what the plain forward gives, to rounding. What is left of the last block is its first norm, of all tokens,
-and products for the class token alone: a hundredth.
+`use_subset_drop_path`: branches are computed only for the samples that stochastic depth keeps.
+`compute_last_block_for_cls_token_only`: in a model that classifies by its class token, the last block computes only
+this token: its first norm for all tokens, and products for one, which is a hundredth of its cost.
+
+Both give the result of the plain forward, up to rounding, and leave the names of parameters as they are.
 """
 
 from __future__ import annotations
@@ -23,44 +25,54 @@ from ..drop_path import DropPath, find_drop_paths
 from ..partition import Partition
 
 
-def skip_unused(model: nn.Module, partition: Partition, *, subset_drop_path: bool, last_block_cls_only: bool) -> None:
-    """Make the blocks of a model skip computation whose result is unused. Names of parameters do not change.
+def use_subset_drop_path(model: nn.Module, partition: Partition) -> None:
+    """Make blocks compute their residual branches only for the samples that stochastic depth keeps.
+
+    Call it before `compute_last_block_for_cls_token_only`, which replaces the forward of one block again.
 
     Args:
-        model: A model made by `build`; it is changed in place.
-        partition: The partition of the model.
-        subset_drop_path: Compute the branches that drop-path may drop only for the samples that are kept.
-        last_block_cls_only: Compute only the class token in the last block.
+        model: A timm model as its family builds it.
+        partition: The model's own partition.
 
     Raises:
-        ConfigError: If the model does not support what is asked for.
+        ConfigError: Blocks of this class are not supported.
     """
-    paths = [block.path for block in partition.blocks()]
-    if subset_drop_path:
-        for path in paths:
-            block = model.get_submodule(path)
-            forward = FORWARDS.get(type(block))
-            if forward is None:
-                raise ConfigError(
-                    f"train.subset_drop_path: not supported for blocks of type {type(block).__name__}, only for ViT, "
-                    "DeiT, DeiT III and Swin; set it to false"
-                )
-            block.forward = types.MethodType(forward, block)
-        for drop_path in find_drop_paths(model):
-            drop_path.computes_subset = True
-    if last_block_cls_only:
-        last: Any = model.get_submodule(paths[-1])
-        plain = type(last) is Block and type(last.attn) is Attention and last.attn.gate is None
-        if not (plain and reads_class_token(model)):
+    for reference in partition.blocks():
+        block = model.get_submodule(reference.path)
+        forward = FORWARDS.get(type(block))
+        if forward is None:
             raise ConfigError(
-                f"train.last_block_cls_only: not supported for this {type(model).__name__}, only for ViT, DeiT and "
-                "DeiT III that classify by their class token; set it to false"
+                f"train.subset_drop_path: not supported for blocks of type {type(block).__name__}, only for ViT, "
+                "DeiT, DeiT III and Swin; set it to false"
             )
-        last.forward = types.MethodType(class_token_block, last)
-        last.serves_class_token = True  # for `compile_blocks`
+        block.forward = types.MethodType(forward, block)
+    for drop_path in find_drop_paths(model):
+        drop_path.computes_subset = True
 
 
-def reads_class_token(model: nn.Module) -> bool:
+def compute_last_block_for_cls_token_only(model: nn.Module, partition: Partition) -> None:
+    """Make the last block compute only the class token, where the head reads nothing else.
+
+    Args:
+        model: A timm model as its family builds it.
+        partition: The model's own partition.
+
+    Raises:
+        ConfigError: The head reads other tokens, or blocks of this class are not supported.
+    """
+    *_, reference = partition.blocks()
+    last: Any = model.get_submodule(reference.path)
+    plain = type(last) is Block and type(last.attn) is Attention and last.attn.gate is None
+    if not (plain and reads_only_cls_token(model)):
+        raise ConfigError(
+            f"train.last_block_cls_only: not supported for this {type(model).__name__}, only for ViT, DeiT and "
+            "DeiT III that classify by their class token; set it to false"
+        )
+    last.forward = types.MethodType(cls_token_block, last)
+    last.skip_compile = True  # for `compile_blocks`: it is too small to be worth a graph of its own
+
+
+def reads_only_cls_token(model: nn.Module) -> bool:
     """Return whether everything after the last block is a function of its first token."""
     return (
         type(model) is VisionTransformer
@@ -70,10 +82,10 @@ def reads_class_token(model: nn.Module) -> bool:
     )
 
 
-def residual(
+def add_residual(
     x: Tensor, onto: Tensor, drop_path: nn.Module, scale: nn.Module, branch: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """``onto + drop_path(scale(branch(x)))``, where the branch is computed for the samples that are kept alone."""
+    """Return ``onto + drop_path(scale(branch(x)))``; the branch is computed only for the samples that are kept."""
     if not isinstance(drop_path, DropPath) or not drop_path.training or drop_path.kept_samples is None:
         return onto + drop_path(scale(branch(x)))
     assert drop_path.scale is not None
@@ -83,27 +95,26 @@ def residual(
     )
 
 
-# ------------------------------------------------------------------------------------------------ timm's blocks
-
-
 def vit_block(self: Any, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-    """`timm.models.vision_transformer.Block`."""
-    x = residual(x, x, self.drop_path1, self.ls1, lambda rows: self.attn(self.norm1(rows)))
-    return residual(x, x, self.drop_path2, self.ls2, lambda rows: self.mlp(self.norm2(rows)))
+    """Compute `timm.models.vision_transformer.Block`, ``[batch, tokens, channels]``."""
+    x = add_residual(x, x, self.drop_path1, self.ls1, lambda rows: self.attn(self.norm1(rows)))
+    return add_residual(x, x, self.drop_path2, self.ls2, lambda rows: self.mlp(self.norm2(rows)))
 
 
-def class_token_block(self: Any, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
-    """The same of which only the first token is read: ``[batch, tokens, channels]`` to ``[batch, 1, channels]``."""
-    first = residual(x, x[:, :1], self.drop_path1, self.ls1, lambda rows: first_query(self.attn, self.norm1(rows)))
-    return residual(first, first, self.drop_path2, self.ls2, lambda rows: self.mlp(self.norm2(rows)))
+def cls_token_block(self: Any, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Tensor:
+    """Compute the first token of `vit_block`: ``[batch, tokens, channels]`` to ``[batch, 1, channels]``."""
+    first = add_residual(
+        x, x[:, :1], self.drop_path1, self.ls1, lambda rows: first_token_attention(self.attn, self.norm1(rows))
+    )
+    return add_residual(first, first, self.drop_path2, self.ls2, lambda rows: self.mlp(self.norm2(rows)))
 
 
-def first_query(attn: Attention, x: Tensor) -> Tensor:
-    """`timm.layers.Attention` for the query of the first token: ``[batch, tokens, channels]`` to ``[batch, 1, …]``.
+def first_token_attention(attn: Attention, x: Tensor) -> Tensor:
+    """Compute `timm.layers.Attention` for the first token: ``[batch, tokens, channels]`` to ``[batch, 1, channels]``.
 
-    With one query a head, keys and values of all tokens need not be made: ``q (W_k x) = (q W_k) x`` and
-    ``a (W_v x) = W_v (a x)``, where ``a`` weighs the tokens. What the keys' bias adds is the same for all tokens,
-    and a softmax does not see that.
+    With one query per head, keys and values of all tokens need not be computed: ``q (W_k x) = (q W_k) x`` and
+    ``a (W_v x) = W_v (a x)``, where ``a`` are the attention weights. The bias of the keys adds the same number to all
+    scores, which does not change their softmax.
     """
     batch, heads = len(x), (attn.num_heads, attn.head_dim)
     of_query, of_key, of_value = attn.qkv.weight.unflatten(0, (3, *heads))  # each [heads, head_dim, channels]
@@ -112,7 +123,7 @@ def first_query(attn: Attention, x: Tensor) -> Tensor:
     q = attn.q_norm(q.unflatten(-1, heads).transpose(0, 1)) * attn.scale  # [heads, batch, head_dim]
     if isinstance(attn.k_norm, nn.Identity):
         scores = (q @ of_key).transpose(0, 1) @ x.transpose(1, 2)
-    else:  # a norm of each key: they are needed
+    else:  # each key is normalized, so the keys are needed
         k = F.linear(x, of_key.flatten(0, 1), None if biases[1] is None else biases[1].flatten())
         scores = (attn.k_norm(k.unflatten(-1, heads)).permute(2, 0, 1, 3) @ q.unsqueeze(-1)).squeeze(-1).transpose(0, 1)
     weights = attn.attn_drop(scores.softmax(-1))  # [batch, heads, tokens]
@@ -123,10 +134,10 @@ def first_query(attn: Attention, x: Tensor) -> Tensor:
 
 
 def swin_block(self: Any, x: Tensor) -> Tensor:
-    """`timm.models.swin_transformer.SwinTransformerBlock`, ``[batch, height, width, channels]``."""
+    """Compute `timm.models.swin_transformer.SwinTransformerBlock`, ``[batch, height, width, channels]``."""
     shape, whole = x.shape, nn.Identity()
-    x = residual(x, x, self.drop_path1, whole, lambda rows: self._attn(self.norm1(rows))).flatten(1, 2)
-    return residual(x, x, self.drop_path2, whole, lambda rows: self.mlp(self.norm2(rows))).view(shape)
+    x = add_residual(x, x, self.drop_path1, whole, lambda rows: self._attn(self.norm1(rows))).flatten(1, 2)
+    return add_residual(x, x, self.drop_path2, whole, lambda rows: self.mlp(self.norm2(rows))).view(shape)
 
 
 FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {Block: vit_block, SwinTransformerBlock: swin_block}

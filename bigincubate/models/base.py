@@ -1,0 +1,192 @@
+"""The interface between this package and a model library: where a model keeps its blocks, and how it is built."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..config import ModelConfig
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from .partition import Partition
+
+Depths = tuple[tuple[int, ...], ...]  # number of blocks: one inner tuple per module, one entry per stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFamily(ABC):
+    """One architecture of one library.
+
+    A library outside this package subclasses it (as a frozen dataclass, so that it can be compared and hashed) and is
+    chosen by ``model.library = "package.module:function"``, where the function takes the recipe's model settings and
+    returns the family.
+
+    What a block computes may depend on its index in the stage only modulo ``parity``: blocks change their index
+    whenever a module in front of them changes its depth. `build` must refuse any other dependence by a `ConfigError`.
+
+    Attributes:
+        name: Short name, used in messages.
+        library: Name of the library, as in ``model.library``.
+        covers: What users call these models.
+        stages: Number of stages; a flat model has one.
+        block: Path of a block, with ``{block}`` for its index in the stage and, where there are several stages,
+            ``{stage}``, such as ``"model.layers.{block}"``.
+        stem: Dotted prefixes of the tensors that come before all blocks.
+        tail: Dotted prefixes of the tensors that come after all blocks. A tensor belongs to the longest prefix of its
+            name among ``stem`` and ``tail``.
+        parity: What a block computes depends on its index in the stage modulo this number.
+        drop_path_ramp: Whether the drop-path rate rises linearly from 0 over all blocks, or is the same for all.
+    """
+
+    name: str
+    library: str
+    covers: str = ""
+    stages: int
+    block: str
+    stem: tuple[str, ...]
+    tail: tuple[str, ...]
+    parity: int = 1
+    drop_path_ramp: bool = True
+
+    @abstractmethod
+    def build(self, model: ModelConfig, depths: Depths, *, device: str = "cpu") -> nn.Module:
+        """Build a model with fresh weights, drawn from torch's default generator, which the caller seeds.
+
+        Args:
+            model: The recipe's model settings.
+            depths: The depths of the model's modules.
+            device: ``"cpu"``, or ``"meta"`` for a model without storage.
+
+        Returns:
+            A model with `DropPath` modules (rate 0) wherever it supports stochastic depth.
+
+        Raises:
+            ConfigError: The settings or the depths do not fit this family, or a block depends on its index.
+        """
+
+    @abstractmethod
+    def default_depths(self, model: ModelConfig) -> tuple[int, ...]:
+        """Return the number of blocks per stage of the model as its library defines it.
+
+        Raises:
+            ConfigError: The settings do not fit this family.
+        """
+
+    @abstractmethod
+    def example_inputs(self, model: ModelConfig, count: int, device: str) -> Tensor:
+        """Return ``count`` inputs of the right shape and dtype, all zeros, for counting costs."""
+
+    def residual_outputs(self, block: nn.Module) -> list[nn.Module]:
+        """Return the submodules to zero so that a block adds nothing to its residual stream.
+
+        Raises:
+            ConfigError: They are not known for this block.
+        """
+        raise ConfigError(
+            f"incubate.init = 'grow' is not supported for blocks of class {type(block).__name__} ({self.name}):"
+            " choose 'boundary' or 'fresh'"
+        )
+
+    def adapt_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        """Return tensors of a model for inputs of one size, changed to fit ``model``, which takes another size."""
+        del model
+        return dict(tensors)
+
+    def smoke_overrides(self, model: ModelConfig, *, larger_inputs: bool) -> dict[str, Any]:
+        """Return values of the recipe's ``[model]`` table that make the model small enough for a smoke test.
+
+        Args:
+            model: The model settings of a phase.
+            larger_inputs: Whether the phase takes larger inputs than the phase with the smallest ones, so that the
+                difference is kept.
+        """
+        del model, larger_inputs
+        return {}
+
+    def choose_attention(self, model: nn.Module, device: torch.device, precision: str) -> None:
+        """Choose the fastest attention implementation for a device and a precision; by default the model's own."""
+        del model, device, precision
+
+    def use_subset_drop_path(self, model: nn.Module, partition: Partition) -> None:
+        """Make blocks compute their residual branches only for the samples that stochastic depth keeps.
+
+        Raises:
+            ConfigError: The model does not support it.
+        """
+        del model, partition
+        raise ConfigError(f"train.subset_drop_path: not supported for {self.name} models; set it to false")
+
+    def compute_last_block_for_cls_token_only(self, model: nn.Module, partition: Partition) -> None:
+        """Make the last block compute only the class token, where nothing else of its output is used.
+
+        Raises:
+            ConfigError: The model does not support it.
+        """
+        del model, partition
+        raise ConfigError(f"train.last_block_cls_only: not supported for {self.name} models; set it to false")
+
+    def count_block_flops(self, model: ModelConfig, stage_depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Count the forward FLOPs of each block for one sample, on the meta device.
+
+        A multiply and an add are two FLOPs; only matrix products and convolutions count (torch's flop counter).
+
+        Args:
+            model: The recipe's model settings.
+            stage_depths: Number of blocks per stage.
+
+        Returns:
+            One tuple per stage, one number per block.
+
+        Raises:
+            ConfigError: The model cannot be built, or does not take its inputs.
+        """
+        built, inputs = self.build(model, (stage_depths,), device="meta"), self.example_inputs(model, 1, "meta")
+        with explain_argument_errors(model.name), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            built(inputs)
+        counts, root = counter.get_flop_counts(), type(built).__name__
+        return tuple(
+            tuple(sum(counts[f"{root}.{self.block_path(stage, index)}"].values()) for index in range(depth))
+            for stage, depth in enumerate(stage_depths)
+        )
+
+    def drop_path_rates(self, rate: float, depth: int) -> list[float]:
+        """Return the drop-path rate of each of ``depth`` blocks, where the last one has ``rate``."""
+        return torch.linspace(0, rate, depth, device="cpu").tolist() if self.drop_path_ramp else [rate] * depth
+
+    def block_path(self, stage: int, block: int) -> str:
+        """Return the path of the block with this index in its stage, such as ``layers.2.blocks.5``."""
+        return self.block.format(stage=stage, block=block)
+
+    def count_blocks(self, names: Iterable[str]) -> tuple[int, ...]:
+        """Return the number of blocks per stage of a model that has tensors of these names."""
+        prefixes = [self.block.removesuffix("{block}").format(stage=stage) for stage in range(self.stages)]
+        names = list(names)
+        return tuple(
+            len({name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)})
+            for prefix in prefixes
+        )
+
+
+@contextmanager
+def explain_argument_errors(name: str) -> Iterator[None]:
+    """Turn the error with which a library refuses a model's arguments, whatever its type, into one line.
+
+    Args:
+        name: The model's name, for the message.
+
+    Raises:
+        ConfigError: The library raised an error.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(f"model {name!r} cannot be built with these arguments: {reason[0]}") from error
