@@ -56,7 +56,7 @@ class HelperJob:
         folder.mkdir(parents=True, exist_ok=True)
         logs = [folder / (f"{self.log}.{rank}.log" if rank else f"{self.log}.log") for rank in range(nproc)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
-        self.ranks = RankGroup(self.command(modules), environment, logs)
+        self.ranks = RankGroup.start(self.command(modules), environment, logs)
 
     def stop(self) -> None:
         """Ask the processes to leave, if they were started."""
@@ -165,7 +165,7 @@ class LocalRunner:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (parallel * self.nproc))))
         # threads that spin while they wait slow a step down several times when another process is running
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        self.running[job.key] = RankGroup(command, environment, logs)
+        self.running[job.key] = RankGroup.start(command, environment, logs)
         if self.stopping:  # since the ranks were being started
             self.running[job.key].stop()
         self.reporter.started(job)

@@ -16,7 +16,6 @@ from ..errors import Exit
 
 FOLLOW_SECONDS = 10.0  # seconds after the first rank's exit until the remaining ranks are asked to stop
 GRACE_SECONDS = 10.0  # seconds after that until they are killed
-NO_STORE: tuple[Any, dict[str, str]] = (None, {})  # for a single rank
 SPECIFIC_CODES = set(Exit) - {Exit.DONE, Exit.PREEMPTED}  # exit codes that name a reason
 
 
@@ -24,26 +23,36 @@ class RankGroup:
     """The same command in one process per log file.
 
     Each process finds its rank in ``torchrun``'s environment variables, and stops when this process ends (see
-    :mod:`.orphan`).
+    :mod:`bigincubate.distributed.parent_death`).
 
     Args:
-        command: Program and arguments.
-        environment: Environment variables of every rank, to which those of the rank are added.
-        logs: One file per rank, to which the rank's output is appended.
-
-    Raises:
-        OSError: A rank could not be started. Then none is left running.
+        processes: One process per rank.
+        logs: One file per rank with its output.
+        store: The store in which the ranks find each other, kept alive as long as the group; None for a single rank.
     """
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], logs: Sequence[Path]) -> None:
-        world = len(logs)
-        self.logs = logs
-        self.processes: list[subprocess.Popen[bytes]] = []
+    def __init__(self, processes: list[subprocess.Popen[bytes]], logs: Sequence[Path], store: Any = None) -> None:
+        self.processes, self.logs, self.store = processes, logs, store
         self.exit_codes: dict[int, int] = {}  # by rank, in the order in which they were seen
         self.terminated: set[int] = set()  # ranks that were made to exit because they did not follow the others
         self.stop_requested = False
         self.first_exit = 0.0  # when the first exit was seen
-        self.store, store_variables = create_rendezvous_store() if world > 1 else NO_STORE
+
+    @classmethod
+    def start(cls, command: Sequence[str], environment: Mapping[str, str], logs: Sequence[Path]) -> RankGroup:
+        """Start the command once per log file.
+
+        Args:
+            command: Program and arguments.
+            environment: Environment variables of every rank, to which those of the rank are added.
+            logs: One file per rank, to which the rank's output is appended.
+
+        Raises:
+            OSError: A rank could not be started. Then none is left running.
+        """
+        world = len(logs)
+        store, store_variables = create_rendezvous_store() if world > 1 else (None, {})
+        processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank, log in enumerate(logs):
                 numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
@@ -51,7 +60,7 @@ class RankGroup:
                 own |= {name: str(value) for name, value in numbers.items()}
                 with log.open("ab") as output:
                     # in a new session: Ctrl-C reaches only the launcher, which passes it on once
-                    self.processes.append(
+                    processes.append(
                         subprocess.Popen(
                             command,
                             env=own,
@@ -62,10 +71,11 @@ class RankGroup:
                         )
                     )
         except OSError:
-            for process in self.processes:
+            for process in processes:
                 process.kill()
                 process.wait()
             raise
+        return cls(processes, logs, store)
 
     def stop(self) -> None:
         """Ask every rank to write a checkpoint and exit. Only the first call does anything."""

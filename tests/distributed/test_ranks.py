@@ -53,7 +53,7 @@ sys.exit(int(told))
 
 def told(folder: Path, *what: object) -> RankGroup:
     logs = [folder / f"{rank}.log" for rank in range(len(what))]
-    return RankGroup([sys.executable, "-c", AS_TOLD, *map(str, what)], dict(os.environ), logs)
+    return RankGroup.start([sys.executable, "-c", AS_TOLD, *map(str, what)], dict(os.environ), logs)
 
 
 def wait_for(happened: Callable[[], bool]) -> None:
