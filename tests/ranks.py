@@ -114,7 +114,7 @@ def write_again(patch: pytest.MonkeyPatch, folder: str) -> None:
 
     def restored(self: trainer.Trainer, checkpoint: Any) -> None:
         restore(self, checkpoint)
-        saves = CheckpointManager(Path(folder), self.env, digest="d" * 64)
+        saves = CheckpointManager.open(Path(folder), self.env, digest="d" * 64)
         saves.save(checkpoint.step, self.checkpoint_tensors(), dataclasses.asdict(self.state))
         saves.close()
 

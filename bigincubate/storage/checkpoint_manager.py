@@ -95,31 +95,49 @@ class CheckpointManager:
     Args:
         folder: The phase's ``checkpoints`` directory.
         env: The ranks.
+        save_env: The ranks with a group of their own: messages of saves must not mix with those of the training.
         digest: Digest of the phase. A checkpoint with another digest is refused.
         keep: Number of committed checkpoints to keep (at least 2).
         lease: Lease on the phase directory. Once it is lost, nothing is committed or removed.
-
-    Raises:
-        LockedError: The lease is lost.
     """
 
     def __init__(
-        self, folder: Path, env: DistributedContext, *, digest: str, keep: int = 2, lease: Lease | None = None
+        self,
+        folder: Path,
+        env: DistributedContext,
+        save_env: DistributedContext,
+        *,
+        digest: str,
+        keep: int,
+        lease: Lease,
     ) -> None:
-        self.folder, self.env, self.digest, self.keep = folder, env, digest, keep
-        self.lease = lease or Lease()
-        self._save_env = env.clone_control_group()  # messages of saves must not mix with those of the training
+        self.folder, self.env, self._save_env = folder, env, save_env
+        self.digest, self.keep, self.lease = digest, keep, lease
         self._thread: threading.Thread | None = None
         self._problem: BaseException | None = None
         self._metrics: dict[str, float] = {}
+
+    @classmethod
+    def open(
+        cls, folder: Path, env: DistributedContext, *, digest: str, keep: int = 2, lease: Lease | None = None
+    ) -> CheckpointManager:
+        """Open the checkpoints of a phase directory, and remove what an attempt left unfinished there.
+
+        Called by all ranks together; arguments as for the constructor.
+
+        Raises:
+            LockedError: The lease is lost.
+        """
+        manager = cls(folder, env, env.clone_control_group(), digest=digest, keep=keep, lease=lease or Lease())
         with env.main_process_first():
             if env.is_main:
-                self.lease.check()
+                manager.lease.check()
                 make_folder(folder)
-                committed = {self._at(step) for step in self.committed_steps()}
+                committed = {manager._at(step) for step in manager.committed_steps()}
                 for path in (*folder.glob(".saving-*"), *folder.glob("step-*")):
                     if path not in committed:  # an attempt died while it wrote or removed this
                         shutil.rmtree(path)
+        return manager
 
     # ------------------------------------------------------------------------------------------ writing
 

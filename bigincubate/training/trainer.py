@@ -86,7 +86,7 @@ class Trainer:
         """
         lease = lease or Lease()
         parts = build_phase(context, start)
-        checkpoints = CheckpointManager(
+        checkpoints = CheckpointManager.open(
             context.folder.checkpoints,
             context.env,
             digest=phase_digest(context.planned.identity, context.data.digest, parts.inputs),

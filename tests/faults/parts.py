@@ -30,7 +30,7 @@ MANIFEST = ArtifactManifest(
 
 
 def manager(folder: Path, **options: Any) -> CheckpointManager:
-    return CheckpointManager(folder / "checkpoints", DistributedContext(), digest="d" * 64, **options)
+    return CheckpointManager.open(folder / "checkpoints", DistributedContext(), digest="d" * 64, **options)
 
 
 def tensors(step: int, size: int = 6) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def test_a_phase_its_checkpoints_and_one_of_them_are_listed_too(mine: Any) -> No
 
 
 def test_steps_are_in_numeric_order(tmp_path: Path) -> None:
-    checkpoints = CheckpointManager(tmp_path / "checkpoints", DistributedContext(), digest="d")
+    checkpoints = CheckpointManager.open(tmp_path / "checkpoints", DistributedContext(), digest="d")
     for number in (100_000_000, 99_999_999):
         checkpoints.save(number, {"w": torch.ones(2)}, {})
         (checkpoints.folder / f"step-{number:08d}").rename(tmp_path / f"step-{number:08d}")
@@ -248,7 +248,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 
 def test_old_damaged_and_unfinished_ones_go_and_sound_ones_stay(tmp_path: Path) -> None:
     folder = tmp_path / "meta" / "checkpoints"
-    checkpoints = CheckpointManager(folder, DistributedContext(), digest="d", keep=9)
+    checkpoints = CheckpointManager.open(folder, DistributedContext(), digest="d", keep=9)
     for number in (4, 8, 12, 16, 20):
         checkpoints.save(number, LOGICAL, {"step": number})
     flip_a_bit(folder / "step-00000020" / "rank-00000.safetensors")

@@ -30,7 +30,7 @@ from bigincubate.storage.sharded_tensors import ShardedTensorReader, copy_to_cpu
 
 
 def manager(folder: Path, keep: int = 2, digest: str = "d" * 64) -> CheckpointManager:
-    return CheckpointManager(folder / "checkpoints", DistributedContext(), digest=digest, keep=keep)
+    return CheckpointManager.open(folder / "checkpoints", DistributedContext(), digest=digest, keep=keep)
 
 
 def tensors(step: int) -> dict[str, Tensor]:

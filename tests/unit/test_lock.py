@@ -284,7 +284,7 @@ def test_a_queue_that_does_not_answer_is_not_waited_for(
 
 def test_an_owner_that_was_superseded_commits_and_prunes_nothing(tmp_path: Path) -> None:
     with acquire_lease(tmp_path, DistributedContext()) as lease:
-        checkpoints = CheckpointManager(tmp_path / "checkpoints", DistributedContext(), digest="d", lease=lease)
+        checkpoints = CheckpointManager.open(tmp_path / "checkpoints", DistributedContext(), digest="d", lease=lease)
         for step in (1, 2):
             checkpoints.save(step, {"w": torch.ones(2)}, {})
         owner(tmp_path, 2, **ELSEWHERE)
@@ -294,7 +294,7 @@ def test_an_owner_that_was_superseded_commits_and_prunes_nothing(tmp_path: Path)
         with pytest.raises(LockedError):
             checkpoints._prune(1)
         with pytest.raises(LockedError):
-            CheckpointManager(tmp_path / "checkpoints", DistributedContext(), digest="d", lease=lease)
+            CheckpointManager.open(tmp_path / "checkpoints", DistributedContext(), digest="d", lease=lease)
         assert [folder.name for folder in (tmp_path / "checkpoints").iterdir() if not verify_checkpoint(folder)] == [
             folder.name for folder in (tmp_path / "checkpoints").iterdir()
         ]
@@ -311,13 +311,13 @@ def test_lease_superseded_during_commit_keeps_new_owner_checkpoint(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held between two of its renames, until the new owner has committed the same step."""
-    first, new_owner = (CheckpointManager(tmp_path, DistributedContext(), digest="d") for _ in range(2))
+    first, new_owner = (CheckpointManager.open(tmp_path, DistributedContext(), digest="d") for _ in range(2))
     rename = Path.rename
 
     def held(self: Path, target: Path) -> Path:
         if self.is_dir() == (moment == "aside"):
             monkeypatch.setattr(Path, "rename", rename)
-            new_owner = CheckpointManager(tmp_path, DistributedContext(), digest="d")
+            new_owner = CheckpointManager.open(tmp_path, DistributedContext(), digest="d")
             new_owner.save(4, {"w": torch.ones(2)}, {})
         return rename(self, target)
 
