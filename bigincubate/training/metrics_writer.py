@@ -20,18 +20,31 @@ class MetricsWriter:
     """Write the metrics of a phase.
 
     Args:
-        folder: the phase's directory.
-        first: the first optimizer step that will be logged. Rows of earlier attempts from this step on are removed, so
-            that no step appears twice.
-        enabled: False makes every method do nothing; True on rank 0 only.
-        fleet: directory for an overview of all phases in TensorBoard, which has progress and loss of each phase under
-            the same tags.
+        file: the phase's ``metrics.jsonl``.
+        writer: TensorBoard of the phase; None makes every method do nothing.
+        fleet: TensorBoard of an overview of all phases, which has progress and loss of each phase under the same tags.
         total: optimizer steps of the phase.
         unit: what a sample is called, such as ``"images"``.
+        restarts: how often the phase was restarted.
     """
 
     def __init__(
         self,
+        file: Path,
+        writer: SummaryWriter | None = None,
+        fleet: SummaryWriter | None = None,
+        *,
+        total: int = 0,
+        unit: str = "samples",
+        restarts: int = 0,
+    ) -> None:
+        self.file, self.writer, self.fleet = file, writer, fleet
+        self.total, self.restarts = max(1, total), restarts
+        self.fleet_tags = {"train/loss": "fleet/loss", f"perf/{unit}_per_sec": f"fleet/{unit}_per_sec"}
+
+    @classmethod
+    def open(
+        cls,
         folder: PhaseDir,
         first: int,
         *,
@@ -39,16 +52,29 @@ class MetricsWriter:
         fleet: Path | None = None,
         total: int = 0,
         unit: str = "samples",
-    ) -> None:
-        self.file, self.total = folder.metrics, max(1, total)
-        self.fleet_tags = {"train/loss": "fleet/loss", f"perf/{unit}_per_sec": f"fleet/{unit}_per_sec"}
-        self.writer: SummaryWriter | None = None
-        self.fleet: SummaryWriter | None = None
-        if enabled:
-            _truncate(self.file, first)
-            self.writer = _writer(folder.path / "tb", first)
-            self.restarts = max(0, len(folder.read_attempts()) - 1)
-            self.fleet = _writer(fleet, first) if fleet else None
+    ) -> MetricsWriter:
+        """Open the logs of a phase.
+
+        Args:
+            folder: the phase's directory.
+            first: the first optimizer step that will be logged. Rows of earlier attempts from this step on are removed,
+                so that no step appears twice.
+            enabled: False makes every method do nothing; True on rank 0 only.
+            fleet: directory of the overview of all phases.
+            total: optimizer steps of the phase.
+            unit: what a sample is called.
+        """
+        if not enabled:
+            return cls(folder.metrics)
+        _truncate(folder.metrics, first)
+        return cls(
+            folder.metrics,
+            _writer(folder.path / "tb", first),
+            _writer(fleet, first) if fleet else None,
+            total=total,
+            unit=unit,
+            restarts=max(0, len(folder.read_attempts()) - 1),
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Write the values of an optimizer step by tag, such as ``train/loss``, ``train/lr`` or ``perf/mfu``."""

@@ -121,7 +121,7 @@ class Trainer:
         # the last step is logged after its checkpoint, together with the evaluation
         done = 0 < self.state.step < self.total
         fleet = self.run_dir.path / "fleet" / self.folder.path.relative_to(self.run_dir.path)
-        return MetricsWriter(
+        return MetricsWriter.open(
             self.folder,
             self.state.step + done,
             enabled=self.env.is_main,
