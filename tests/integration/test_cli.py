@@ -380,10 +380,10 @@ def test_evaluate_a_run_a_phase_an_artifact_and_an_export(place: Place, call: Ca
         code, out, err = call("evaluate", source, "--data", place.digits, "--json", "--batch-size", 100)
         assert (code, err) == (0, "")
         scores = json.loads(out)
-        assert (scores["top1"], scores["samples"]) == (expected["top1"], expected["samples"])
-        assert scores["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+        assert (scores["top1"], scores["samples"]) == (expected["metrics"]["top1"], expected["samples"])
+        assert scores["loss"] == pytest.approx(expected["metrics"]["loss"], abs=1e-6)
     code, out, _ = call("evaluate", place.run, "--data", place.digits)
-    assert re.match(r"top-1 [\d.]+%  top-5 [\d.]+%  loss [\d.]+  on \d+ images of ", out)
+    assert re.match(r"top-1 [\d.]+%, top-5 [\d.]+%, loss [\d.]+ on \d+ images of ", out)
 
 
 def test_evaluating_on_data_of_other_classes_is_refused(place: Place, call: Called, tmp_path: Path) -> None:
@@ -444,7 +444,7 @@ def test_status_at_every_stage(lab: Labs, call: Called) -> None:
     assert row["state"] == "running"
     assert 8 < row["step"] < 400
     assert 0 < row["percent"] < 100
-    assert row["images_per_sec"] > 0
+    assert row["samples_per_sec"] > 0
     assert row["eta_seconds"] > 0
     assert row["loss"] > 0
     assert row["checkpoint"] >= 5
@@ -470,7 +470,8 @@ def test_status_at_every_stage(lab: Labs, call: Called) -> None:
     quick.train("pretrain")
     row = {row["phase"]: row for row in json.loads(call("status", quick.run.path, "--json")[1])}["pretrain"]
     assert (row["state"], row["step"], row["percent"], row["error"]) == ("done", 2, 100.0, None)
-    assert row["top1"] == quick.run.phase("pretrain").result["top1"]
+    assert row["metrics"] == quick.run.phase("pretrain").result["metrics"]
+    assert (row["headline"], row["unit"]) == ("top1", "images")
 
 
 def test_watching_ends_with_ctrl_c(done: Any, call: Called, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,5 +96,5 @@ def test_the_command(lab: Labs, digits: Path, tmp_path: Path, call: Callable[...
         assert scores["samples"] == made.data.samples["val"]
         assert 1.5 * chance < scores["top1"] < scores["top5"] <= 100
         code, out = call("evaluate", model, "--data", digits, "--probe", kind)
-        assert f"({kind} probe)  on {scores['samples']} images of" in out
+        assert f"({kind} probe) on {scores['samples']} images of" in out
     assert call("evaluate", model, "--data", digits, "--probe", "mlp")[0] == 2

@@ -15,8 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bigincubate.files import read_json_lines
 from bigincubate.report.console_tables import ranges
 from bigincubate.report.status import run_status
-from bigincubate.tasks.image_classification.task import ClassificationTask, evaluate
-from bigincubate.training.partial_assembly import finished, partial_assembly
+from bigincubate.training.partial_assembly import build_partial_assembly, finished_modules
 
 Labs = Callable[..., Any]
 SETS = ("train.max_steps=6", "plan.target_depths=[2, 2, 3]", "plan.meta_depths=[1, 1, 1]")
@@ -39,7 +38,7 @@ def partial(lab: Any, module: int) -> dict[str, Any]:
 
 
 def scored(result: dict[str, Any]) -> list[float]:
-    return [result[key] for key in ("top1", "top5", "loss", "samples")]
+    return [*result["metrics"].values(), result["samples"]]
 
 
 def test_each_module_is_scored_beside_those_before_it(trained: Any) -> None:
@@ -55,9 +54,9 @@ def test_the_first_one_alone_is_its_hybrid_and_the_last_ones_assembly_is_the_ass
 
 def test_a_partial_assembly_computes_with_the_modules_and_the_meta_model(trained: Any) -> None:
     """Blocks 0-1 and 3-5 are of modules 0 and 2, block 2 is the meta model's block 1."""
-    recipe, plan, row, _, run_dir, data, env = trained.arguments("incubate", 0)
+    context = trained.context("incubate", 0)
     state = torch.get_rng_state()
-    model = partial_assembly(ClassificationTask(recipe, plan, row, data), run_dir, [0, 2], env.device)
+    model = build_partial_assembly(context, [0, 2])
     assert torch.equal(torch.get_rng_state(), state)
     whole = {name: tensor for module in (0, 2) for name, tensor in trained.weights("incubate", module).items()}
     found = model.state_dict()
@@ -66,24 +65,24 @@ def test_a_partial_assembly_computes_with_the_modules_and_the_meta_model(trained
     assert torch.equal(found["blocks.2.mlp.fc1.weight"], trained.weights("pretrain")["blocks.1.mlp.fc1.weight"])
     assert torch.equal(found["head.weight"], whole["head.weight"])
     assert len(model.blocks) == 6
-    again = evaluate(model, trained.trainer("incubate", 0).eval_stream, env)
-    assert scored(again) == scored(partial(trained, 0))
+    again = context.task.evaluate(model, trained.trainer("incubate", 0).parts.eval_stream, context.env)
+    assert scored(context.task.make_result(again)) == scored(partial(trained, 0))
 
 
 def test_it_is_told_in_the_events_in_tensorboard_and_by_status(trained: Any) -> None:
     told = [row for row in read_json_lines(trained.run.path / "events.jsonl") if row["event"] == "partial_assembly"]
     assert [row["phase"] for row in told] == ["incubate/2", "incubate/0", "incubate/1"]
-    assert [row["top1"] for row in told] == [partial(trained, module)["top1"] for module in (2, 0, 1)]
+    assert [row["metrics"] for row in told] == [partial(trained, module)["metrics"] for module in (2, 0, 1)]
     reader = EventAccumulator(str(trained.run.path / "partial" / "00")).Reload()
     shown = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
     scores = partial(trained, 0)
-    assert shown == {f"partial/{key}": [(2, pytest.approx(scores[key], rel=1e-6))] for key in ("top1", "loss")}
+    assert shown == {f"partial/{key}": [(2, pytest.approx(scores["metrics"][key], rel=1e-6))] for key in ("top1", "top5", "loss")}
     by_phase = {row["phase"]: row["partial"] for row in run_status(trained.run)}
     assert by_phase == {"pretrain": None, "finetune": None} | {f"incubate/{k}": partial(trained, k) for k in range(3)}
     status = run("status", trained.run.path)
     assert status.wait() == 0, status.err
     line = next(line for line in status.out.splitlines() if line.startswith("module 0"))
-    assert f"{scores['top1']:.2f} (0,2 of 3)" in line
+    assert f"{scores['metrics']['top1']:.2f} (0,2 of 3)" in line
     as_json = run("status", trained.run.path, "--json")
     assert as_json.wait() == 0
     assert json.loads(as_json.out)[1]["partial"] == scores
@@ -91,14 +90,13 @@ def test_it_is_told_in_the_events_in_tensorboard_and_by_status(trained: Any) -> 
 
 def test_what_cannot_be_assembled_is_left_out(trained: Any, tmp_path: Path) -> None:
     mine = trained.copy(tmp_path / "run")
-    recipe, plan, row, _, run_dir, data, _ = mine.arguments("incubate", 0)
-    task = ClassificationTask(recipe, plan, row, data)
-    assert finished(task, run_dir) == [0, 1, 2]
-    weights = run_dir.phase("incubate", 1).artifact / "weights.safetensors"
+    context = mine.context("incubate", 0)
+    assert finished_modules(context) == [0, 1, 2]
+    weights = mine.run.phase("incubate", 1).artifact / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
-    assert finished(task, run_dir) == [0, 2]
-    (run_dir.phase("pretrain").artifact / "manifest.json").unlink()
-    assert finished(task, run_dir) == []
+    assert finished_modules(context) == [0, 2]
+    (mine.run.phase("pretrain").artifact / "manifest.json").unlink()
+    assert finished_modules(context) == []
 
 
 def test_it_changes_nothing_that_training_hands_on_or_logs(

@@ -96,10 +96,10 @@ def test_numbers_on_the_page_are_those_of_the_summary(done: Any) -> None:
     wanted |= {f"module {number}": result for number, result in enumerate(summary["modules"])}
     for title, result in wanted.items():
         row = page.row(title)
-        assert (row["top-1 %"], row["loss"]) == (result["top1"], result["loss"]), title
+        assert (row["top-1 %"], row["loss"]) == (result["metrics"]["top1"], result["metrics"]["loss"]), title
         if title != "assembled":
             flops = next(value for name, value in row.items() if name.endswith("FLOP"))
-            assert (row["images"], row["time"], flops) == (result["images"], result["seconds"], result["flops"]), title
+            assert (row["images"], row["time"], flops) == (result["seen"], result["seconds"], result["flops"]), title
     core_seconds = page.row("meta model")["device time"]
     assert core_seconds == summary["meta"]["seconds"]  # one rank, one thread
     assert "core-s" in page.text
@@ -131,7 +131,7 @@ def test_it_says_what_was_trained_where_and_how_it_went(done: Any) -> None:
     rows = {title: page.row(title) for title in ("module 0", "module 1")}
     assert [row["attempts"] for row in rows.values()] == ["2", "1"]
     at = [index for index, row in enumerate(page.rows) if row[0] == "module 1"]
-    partial = done.run.phase("incubate", 1).partial
+    partial = done.run.phase("incubate", 1).partial["metrics"]
     assert page.rows[at[1]][1] == "0, 1"
     assert (page.numbers[at[1], 3], page.numbers[at[1], 4]) == (partial["top1"], partial["loss"])
     assert "times the FLOPs. One seed each." in page.text
@@ -147,7 +147,7 @@ def test_an_unfinished_run_has_a_page_that_says_what_is_missing(lab: Labs) -> No
     page = page_of(made.run)
     assert "Not there yet: module 0, fine-tuning." in page.text
     assert page.row("module 0")["state"] == "not begun"
-    assert page.row("module 1")["top-1 %"] == made.run.phase("incubate", 1).result["top1"]
+    assert page.row("module 1")["top-1 %"] == made.run.phase("incubate", 1).result["metrics"]["top1"]
     assert "unfinished" in page.text
 
 
@@ -155,7 +155,7 @@ def test_a_run_that_is_only_end_to_end_has_no_modules_on_its_page(lab: Labs, don
     made = lab(*SETS, "end_to_end.budget=epochs")
     made.train("end_to_end")
     page = page_of(made.run)
-    assert page.row("end to end")["top-1 %"] == made.run.phase("end_to_end").result["top1"]
+    assert page.row("end to end")["top-1 %"] == made.run.phase("end_to_end").result["metrics"]["top1"]
     assert "Not there yet" not in page.text
     assert not {"meta model", "module 0", "fine-tuning"} & {row[0] for row in page.rows}
     ways = labelled([read_run(done.run), read_run(made.run)])
@@ -193,9 +193,9 @@ def test_the_commands(done: Any, tmp_path: Path) -> None:
     Page((mine.run.path / "report.html").read_text())
     assert seen.wait() == 0, seen.err
     line = next(line for line in seen.out.splitlines() if line.startswith("one, end to end"))
-    assert f"{done.run.phase('end_to_end').result['top1']:.2f}" in line
+    assert f"{done.run.phase('end_to_end').result['metrics']['top1']:.2f}" in line
     page = Page((tmp_path / "drawn" / "compare.html").read_text())
-    assert page.row("one")["assembled"] == done.run.assembled.result["top1"]
+    assert page.row("one")["assembled"] == done.run.assembled.result["metrics"]["top1"]
     assert "other (not there yet: fine-tuning)" in page.text
     for name in ("progress", "before-after", "modules"):
         assert (tmp_path / "drawn" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -206,8 +206,8 @@ def test_the_commands(done: Any, tmp_path: Path) -> None:
     phases = [summary["meta"], *summary["modules"], summary["finetune"]]
     assert rows[0]["flops"] == sum(phase["flops"] for phase in phases)
     assert rows[0]["seconds"] == pytest.approx(sum(phase["seconds"] for phase in phases))
-    assert rows[0]["hybrids"] == [module["top1"] for module in summary["modules"]]
-    assert rows[1]["top1"] == summary["end_to_end"]["top1"]
+    assert rows[0]["hybrids"] == [module["metrics"] for module in summary["modules"]]
+    assert (rows[1]["metrics"], rows[1]["headline"]) == (summary["end_to_end"]["metrics"], "top1")
     for refused in wrong:
         assert refused.wait() == 4
         assert refused.err.strip() == f"bigincubate: {tmp_path / 'empty'} is not a run directory (no recipe.toml in it)"
@@ -217,8 +217,8 @@ def test_curves_are_over_what_each_step_cost(done: Any) -> None:
     facts: RunFacts = read_run(done.run)
     meta = facts.ways[0].phases[0]
     result, last = done.run.phase("pretrain").result, meta.points[-1]
-    assert (last.step, last.cost["images"], last.cost["flops"]) == (6, result["images"], result["flops"])
-    assert (last.cost["seconds"], last.top1) == (pytest.approx(result["seconds"]), result["top1"])
+    assert (last.step, last.cost["seen"], last.cost["flops"]) == (6, result["seen"], result["flops"])
+    assert (last.cost["seconds"], last.metrics) == (pytest.approx(result["seconds"]), result["metrics"])
     assert last.cost["epochs"] == pytest.approx(meta.planned["epochs"])
     seconds = [point.cost["seconds"] for point in meta.points]
     assert seconds == sorted(seconds)

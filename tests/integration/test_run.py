@@ -86,8 +86,8 @@ def test_the_summary_has_every_phase(scratch: FromScratch) -> None:
     assert len(summary["modules"]) == 2
     results = [summary[key] for key in ("meta", "assembled", "finetune", "end_to_end")] + summary["modules"]
     for result in results:
-        assert result.keys() >= {"top1", "top5", "loss", "seconds", "images", "flops"}
-        assert 0 <= result["top1"] <= result["top5"] <= 100
+        assert result.keys() >= {"metrics", "headline", "samples", "unit", "steps", "seen", "flops", "seconds"}
+        assert 0 <= result["metrics"]["top1"] <= result["metrics"]["top5"] <= 100
     # the baseline has the floating point operations of the whole incubation, but for less than a step
     incubation = sum(result["flops"] for result in results if result is not summary["end_to_end"])
     one_step = summary["end_to_end"]["flops"] / summary["end_to_end"]["steps"]
@@ -101,7 +101,7 @@ def test_a_pipe_gets_plain_lines_and_a_table(scratch: FromScratch) -> None:
     lines = [line.rstrip() for line in out.splitlines()]
     for title in ("meta model", "module 0", "module 1", "fine-tuning", "end to end"):
         assert f"{title}: started" in lines
-        assert any(re.fullmatch(rf"{title}: step \d+ of \d+, loss [\d.]+  \d+ img/s", line) for line in lines), title
+        assert any(re.fullmatch(rf"{title}: step \d+ of \d+, loss [\d.]+  \d+ images/s", line) for line in lines), title
         assert any(re.fullmatch(rf"{title}: done, top-1 [\d.]+%", line) for line in lines), title
     assert "module 0 (as a hybrid)" in out
     for title in ("meta model", "assembled", "fine-tuned", "end to end"):
@@ -114,7 +114,7 @@ def test_the_next_command_it_names_works(scratch: FromScratch) -> None:
     assert command[0] == "bigincubate"
     scores = run(*command[1:], "--json")
     assert scores.wait() == 0
-    expected = json.loads((scratch.run.path / "summary.json").read_text())["finetune"]
+    expected = json.loads((scratch.run.path / "summary.json").read_text())["finetune"]["metrics"]
     found = json.loads(scores.out)
     assert found["top1"] == expected["top1"]
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
@@ -275,13 +275,13 @@ def test_a_terminal_gets_a_live_bar_for_each_phase(plain: Any) -> None:
             reporter.started(job)
         folders = [(job, plain.run.phase(job.phase, job.module)) for job in graph]
         reporter.update(folders)
-        reporter.done(graph[0], {"top1": 97.25})
+        reporter.done(graph[0], {"metrics": {"top1": 97.25}})
         reporter.failed(graph[1], 5, "bigincubate: not finite", Path("train.log"))
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
     assert "meta model" in shown
     assert "150/150 steps" in shown
-    assert re.search(r"module 0 .*loss \d\.\d{3}  \d+ img/s", shown)
-    assert "top-1 97.2%" in shown
+    assert re.search(r"module 0 .*loss \d\.\d{3}  \d+ images/s", shown)
+    assert "top-1 97.25%" in shown
     assert "module 0: failed (exit 5): bigincubate: not finite\n  log: train.log" in shown.replace("\r", "")
 
 
@@ -309,7 +309,7 @@ class Started:
         if code == 0:
             phase: Any = self.command[self.command.index("--phase") + 1]
             run_dir = RunDir(Path(self.command[self.command.index("--run-dir") + 1]))
-            run_dir.phase(phase, int(self.module) if self.module != "-" else None).write_result({"top1": 1.0})
+            run_dir.phase(phase, int(self.module) if self.module != "-" else None).write_result({"metrics": {"top1": 1.0}})
         return code
 
     @property

@@ -79,7 +79,7 @@ def test_what_would_end_the_same_is_not_requeued(tmp_path: Path, code: int, requ
 
 
 def test_a_phase_that_is_done_is_done_whatever_srun_says(tmp_path: Path, requeued: list[str]) -> None:
-    PhaseDir(tmp_path).write_result({"top1": 1})
+    PhaseDir(tmp_path).write_result({"metrics": {"top1": 1.0}})
     assert handle_job_exit(PhaseDir(tmp_path), "1", 137)[0] == 0
     assert requeued == []
 
