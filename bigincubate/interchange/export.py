@@ -1,4 +1,4 @@
-"""From an artifact to a model: to evaluate it, and to hand it to timm."""
+"""Load the model of an artifact, and export it as a folder that timm loads."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ FILES = ("model.safetensors", "config.json")  # of an exported folder; the last 
 
 
 def best_artifact(run: RunDir) -> Path:
-    """The artifact that stands for a run: the fine-tuned model, else the end-to-end one.
+    """Return the artifact of a run's result: the fine-tuned model, or else the end-to-end model.
 
     Raises:
-        ArtifactError: the run has neither yet.
+        ArtifactError: The run has neither yet.
     """
     phases: tuple[Phase, ...] = ("finetune", "end_to_end")
     for phase in phases:
@@ -38,10 +38,10 @@ def best_artifact(run: RunDir) -> Path:
 
 
 def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
-    """The model of a run directory, a phase's directory, an artifact, or an exported folder.
+    """Load the model of a run directory, a phase's directory, an artifact, or an exported folder.
 
     Raises:
-        ArtifactError: there is no whole model there.
+        ArtifactError: There is no complete model.
     """
     if (path / "config.json").exists():
         return _load_exported(path)
@@ -58,10 +58,15 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
 
 
 def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> nn.Module:
-    """The model of this description with these weights.
+    """Build a model and load its weights.
+
+    Args:
+        spec: Describes the model.
+        tensors: Its weights.
+        source: Where they come from, for the error.
 
     Raises:
-        ArtifactError: they are not its weights; ``source`` is named.
+        ArtifactError: Names or shapes of the tensors are not those of the model.
     """
     family, depths = timm_family(spec), partition_of(spec).depths
     # shapes alone first: a specification that is no match for its weights costs no memory
@@ -92,36 +97,42 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
 
 
 def whole(folder: Path) -> bool:
-    """Whether an exported folder is complete."""
+    """Return whether an exported folder is complete."""
     return (folder / FILES[-1]).exists()
 
 
 def export(source: Path, out: Path) -> str:
-    """Write the model of ``source`` as timm's own folder. Gives the Python that loads it.
+    """Export the model of ``source`` as a folder that timm loads.
+
+    Returns:
+        The Python code that loads it.
 
     Raises:
-        ArtifactError: there is no whole model in ``source``.
-        ConfigError: ``out`` holds something else.
+        ArtifactError: There is no complete model in ``source``.
+        ConfigError: ``out`` has other files.
     """
     return write_folder(*load_model(source), out)
 
 
 def export_official(source: Path, out: Path) -> None:
-    """Write the model of ``source`` as a checkpoint of the official implementation.
+    """Export the model of ``source`` as a checkpoint of the official implementation.
 
     Raises:
-        ArtifactError: there is no whole model in ``source``.
-        ConfigError: ``out`` exists; or the official implementation has no such model.
+        ArtifactError: There is no complete model in ``source``.
+        ConfigError: ``out`` exists, or the official implementation has no such model.
     """
     model, spec = load_model(source)
     write_official(out, model.state_dict(), partition_of(spec))
 
 
 def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
-    """Write a model as timm's own folder (``model.safetensors``, ``config.json``). Gives the Python that loads it.
+    """Write a model as a folder that timm loads: ``model.safetensors`` and ``config.json``.
+
+    Returns:
+        The Python code that loads it.
 
     Raises:
-        ConfigError: ``out`` holds something else.
+        ConfigError: ``out`` has other files.
     """
     from timm.models import save_for_hf
 
@@ -160,7 +171,7 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
 
 
 def _cut(spec: ModelSpec) -> int | None:
-    """The number of blocks of a model that timm builds deeper, whatever it is asked for; None for others."""
+    """Return the number of blocks of a model whose depth timm takes no argument for, if it differs; else None."""
     family = timm_family(spec)
     if family.depth_argument:
         return None
@@ -180,7 +191,7 @@ def timm_family(spec: ModelSpec) -> TimmFamily:
 
 
 def partition_of(spec: ModelSpec) -> Partition:
-    """The cut of a described model."""
+    """Return which module owns which tensor of a described model."""
     return Partition(timm_family(spec), tuple(tuple(stages) for stages in spec.depths))
 
 

@@ -1,9 +1,9 @@
-"""Checkpoints of the official implementation (github.com/LeapLabTHU/Deep-Incubation): their format, read and written.
+"""Read and write checkpoints of the official implementation (github.com/LeapLabTHU/Deep-Incubation).
 
-Such a file is a dictionary written by ``torch.save``. Of interest is ``model_stages``, a list with the state dict of
-each module: stem in the first, norm and head in the last, blocks counted from the module's own start, which is what a
-`Partition` calls local names. Whatever else training left in it (optimizer, scheduler, the model a second time) is not
-looked at. Reading runs no code of a file: tensors and plain containers are all that is unpickled.
+Such a file is a dictionary written by ``torch.save``. Its ``model_stages`` lists the state dict of each module: stem
+in the first, norm and head in the last, blocks counted from the start of the module, which `Partition` calls local
+names. Everything else in it (optimizer, scheduler, a second copy of the model) is ignored. Reading runs no code of a
+file: only tensors and plain containers are unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ArtifactError, ConfigError
 from ..models import ModelFamily, Partition
 
-# the names of its one model, a plain ViT
+# tensor names of a plain ViT, the only model of the official implementation
 NAMES = re.compile(
     r"pos_embed|cls_token|(patch_embed\.proj|norm|head|blocks\.\d+\.(norm[12]|attn\.(qkv|proj)|mlp\.fc[12]))"
     r"\.(weight|bias)"
@@ -27,26 +27,26 @@ NAMES = re.compile(
 
 
 def read_torch(file: Path) -> Any:
-    """What ``torch.save`` wrote, tensors on the host.
+    """Read a file of ``torch.save``, with tensors on the CPU.
 
     Raises:
-        ArtifactError: missing, damaged, or it takes code to read.
+        ArtifactError: The file is missing or damaged, or reading it would run code.
     """
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ArtifactError(f"{file}: {error.strerror or error}") from None
-    except Exception as error:  # the unpickler fails with whatever a damaged file makes it stumble over
+    except Exception as error:  # a damaged file can raise any error in the unpickler
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise ArtifactError(f"{file} takes code to read ({code[1]}), which is never run: refused") from None
         raise ArtifactError(f"{file} was not written by torch.save, or is damaged") from None
 
 
 def read_stages(file: Path) -> list[dict[str, Tensor]]:
-    """The state dict of each module, under local names.
+    """Read the state dict of each module, under local names.
 
     Raises:
-        ArtifactError: as `read_torch`; or it is another kind of checkpoint.
+        ArtifactError: As in `read_torch`, or it is another kind of checkpoint.
     """
     if (stages := stages_of(read_torch(file))) is None:
         raise ArtifactError(f"{file} has no list model_stages: it is no checkpoint of the official implementation")
@@ -54,23 +54,23 @@ def read_stages(file: Path) -> list[dict[str, Tensor]]:
 
 
 def stages_of(checkpoint: Any) -> list[dict[str, Tensor]] | None:
-    """The list of modules in what a file holds; None where there is none."""
+    """Return the state dicts of the modules in a checkpoint that was read; None if it has none."""
     stages = checkpoint.get("model_stages") if isinstance(checkpoint, dict) else None
     whole = isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
     return stages if whole and stages and all(is_state_dict(stage) for stage in stages) else None
 
 
 def is_state_dict(value: Any) -> bool:
-    """Whether it is a dictionary of named tensors."""
+    """Return whether a value is a dictionary of named tensors."""
     return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
 
 
 def join_stages(stages: Sequence[Mapping[str, Tensor]], family: ModelFamily) -> dict[str, Tensor]:
-    """The modules as one model, under timm's names.
+    """Join modules to one model, under timm's names.
 
     Raises:
-        ArtifactError: a tensor has no place in its module.
-        ConfigError: a module has no blocks.
+        ArtifactError: A tensor does not belong to its module.
+        ConfigError: A module has no blocks.
     """
     partition = Partition(family, tuple(family.count_blocks(stage) for stage in stages))
     return {
@@ -81,11 +81,12 @@ def join_stages(stages: Sequence[Mapping[str, Tensor]], family: ModelFamily) -> 
 
 
 def write_official(out: Path, tensors: Mapping[str, Tensor], partition: Partition) -> None:
-    """Write a model as a checkpoint that the official implementation loads (``--finetune``, ``--meta_model``,
-    ``--incubation_models``).
+    """Write a model as a checkpoint of the official implementation.
+
+    Its ``--finetune``, ``--meta_model`` and ``--incubation_models`` load such a file.
 
     Raises:
-        ConfigError: ``out`` exists; or the official implementation, which knows a plain ViT alone, has no such model.
+        ConfigError: ``out`` exists, or the model is not a plain ViT.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")

@@ -1,4 +1,4 @@
-"""A pretrained model as the meta model: timm loads it, some of its blocks become the meta model's."""
+"""Make a meta model from some of the blocks of a pretrained model, which timm loads."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .official_format import is_state_dict, join_stages, read_torch, stages_of
 def pretrained_meta(
     meta: MetaConfig, settings: ModelConfig, partition: Partition, fresh: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors of a meta model made of a pretrained one, under the meta model's names.
+    """Return the tensors of a meta model that is made from a pretrained one, under the meta model's names.
 
-    Position and patch embeddings and window sizes are adapted as timm does. A classifier of other classes, or none, is
-    left as it was drawn.
+    Position and patch embeddings and window sizes are adapted as timm does. If the pretrained model has a classifier of
+    other classes, or none, the meta model's fresh one is kept.
 
     Args:
-        meta: what to start from (``init``, which must be set), and which of its blocks.
-        settings: the meta model's.
-        partition: the meta model's cut.
-        fresh: the meta model's state dict.
+        meta: What to start from (``init``, which must be set), and which of its blocks.
+        settings: Model settings of the meta model.
+        partition: Partition of the meta model.
+        fresh: State dict of the meta model with fresh weights.
 
     Raises:
-        ConfigError: timm has no such weights; it is of another family or width; ``meta.select`` does not fit.
-        ArtifactError: the file or folder is missing or damaged.
-        DataError: the weights cannot be downloaded.
+        ConfigError: timm has no such weights, family or width differ, or ``meta.select`` does not fit.
+        ArtifactError: The file or folder is missing or damaged.
+        DataError: The weights cannot be downloaded.
     """
     assert meta.init is not None
     if not isinstance(partition.family, TimmFamily):
@@ -65,17 +65,21 @@ def pretrained_meta(
 def choose_blocks(
     select: str | list[int] | list[list[int]] | None, source: tuple[int, ...], meta: tuple[int, ...], parity: int
 ) -> list[list[int]]:
-    """Which blocks of each stage of a pretrained model a meta model takes.
+    """Choose the blocks of each stage of a pretrained model that a meta model takes.
 
     Args:
-        select: block indices, in several stages a list a stage; ``"even"`` or None: the first, the last and evenly
-            between them (one: the first).
-        source, meta: number of blocks of each stage.
-        parity: of the family; a block keeps its index modulo this.
+        select: Block indices, with several stages one list per stage; ``"even"`` or None: the first, the last and
+            evenly between them (of one block: the first).
+        source: Number of blocks per stage of the pretrained model.
+        meta: Number of blocks per stage of the meta model.
+        parity: Parity of the family; a block keeps its index modulo this.
+
+    Returns:
+        Block indices, one list per stage.
 
     Raises:
-        ConfigError: too few blocks; another number than the meta model has; an index that is not there, or of the wrong
-            parity.
+        ConfigError: There are too few blocks, their number is not that of the meta model, or an index does not exist
+            or has the wrong parity.
     """
     if select is None or select == "even":
         for stage, (have, need) in enumerate(zip(source, meta, strict=True)):
@@ -84,7 +88,7 @@ def choose_blocks(
                     f"meta.init has {have} blocks{_in(stage, meta)}, fewer than the meta model's {need}: take a deeper"
                     " one, or less in plan.meta_depths"
                 )
-        # a whole number of `parity` blocks is left out before each one taken
+        # before each block that is taken, a multiple of `parity` blocks is left out
         return [
             [i + parity * (i * (have - need) // (max(1, need - 1) * parity)) for i in range(need)]
             for have, need in zip(source, meta, strict=True)
@@ -112,7 +116,7 @@ def _in(stage: int, stages: tuple[int, ...]) -> str:
 
 
 def _load(init: str, settings: ModelConfig, family: TimmFamily) -> nn.Module:
-    """The pretrained model as timm builds and loads it."""
+    """Build and load the pretrained model with timm."""
     arguments: dict[str, Any] = {**settings.args, **family.size_kwargs(settings)}
     name = init.removeprefix("timm:")
     if name == init:
@@ -134,7 +138,7 @@ def _load(init: str, settings: ModelConfig, family: TimmFamily) -> nn.Module:
 
 
 def _read(path: Path, family: TimmFamily) -> dict[str, Tensor]:
-    """The state dict of a run, an artifact or an export; of a safetensors file; of what ``torch.save`` wrote."""
+    """Read the state dict of a run, an artifact or an export, of a safetensors file, or of a file of ``torch.save``."""
     if path.is_dir():
         return dict(load_model(path)[0].state_dict())
     if path.suffix == ".safetensors":
@@ -153,12 +157,12 @@ def _read(path: Path, family: TimmFamily) -> dict[str, Tensor]:
 
 
 def _classifier(cfg: Mapping[str, Any]) -> list[str]:
-    """The classifier's tensors (of two, where a model has two), weight first."""
+    """Return the names of the tensors of the classifiers (a model may have two), weight first."""
     names = cfg["classifier"]
     return [f"{name}.{kind}" for name in ([names] if isinstance(names, str) else names) for kind in ("weight", "bias")]
 
 
 def _line(error: Exception) -> str:
-    """What an exception says, in one line of some length."""
+    """Return the text of an exception in one line of limited length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) < 300 else text[:300] + "…"

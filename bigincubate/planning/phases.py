@@ -1,4 +1,4 @@
-"""From a recipe to its phases: a row of data each, with sizes and costs.
+"""The phases of a recipe, one row of data for each, with sizes and costs.
 
 ==================== ============================= ======================= ===========
 phase                depths of the model           weights it starts from  trainable
@@ -9,8 +9,8 @@ phase                depths of the model           weights it starts from  train
 ``end_to_end``       target                        fresh                   all
 ==================== ============================= ======================= ===========
 
-Costs are counted, not estimated: each phase's model is built without storage and run forwards and backwards under
-``torch.utils.flop_counter`` with the very parameters frozen that training freezes.
+Costs are counted, not estimated: the model of each phase is built without storage and run forward and backward under
+``torch.utils.flop_counter``, with the same parameters frozen as in training.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Source = Literal["fresh", "meta", "module"]
 
 @dataclass(frozen=True)
 class Slot:
-    """One module of the model that a phase trains: its blocks a stage, and where its weights come from."""
+    """One module of the model that a phase trains: its blocks per stage, and where its weights come from."""
 
     depths: tuple[int, ...]
     source: Source
@@ -59,7 +59,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One row of the table above. ``module`` is the one that is trained; None: all are."""
+    """One row of the table above. ``module`` is the module that is trained; None: all are trained."""
 
     phase: Phase
     module: int | None
@@ -67,21 +67,24 @@ class PhasePlan:
 
     @property
     def key(self) -> str:
+        """The phase, with the number of the module that it trains, such as ``incubate/3``."""
         return phase_key(self.phase, self.module)
 
     @property
     def title(self) -> str:
+        """The name of the phase in tables and messages."""
         titles = {"pretrain": "meta model", "finetune": "fine-tuning", "end_to_end": "end to end"}
         return titles.get(self.phase) or f"module {self.module}"
 
     @property
     def depths(self) -> Depths:
+        """The depths of the model that the phase trains."""
         return tuple(slot.depths for slot in self.slots)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The cut of a recipe's model, and its phases in the order of their dependence."""
+    """How a recipe's model is cut, and its phases in the order in which they depend on each other."""
 
     family: ModelFamily
     target: Depths
@@ -89,11 +92,14 @@ class Plan:
 
     @property
     def modules(self) -> int:
+        """The number of modules."""
         return len(self.target)
 
     def row(self, phase: Phase, module: int | None = None) -> PhasePlan:
-        """Raises:
-        ConfigError: ``incubate`` needs a module that exists; other phases take none.
+        """Return a phase.
+
+        Raises:
+            ConfigError: ``incubate`` needs the number of a module; other phases take none.
         """
         everywhere = range(self.modules)
         if phase == "incubate":
@@ -108,13 +114,14 @@ class Plan:
         return PhasePlan(phase, module, tuple(slots))
 
     def partial(self, joined: Collection[int]) -> PhasePlan:
-        """The modules ``joined``, incubated, and the meta model's in place of the others. A row that nobody trains."""
+        """Return a row that is only evaluated: the incubated modules ``joined``, and meta modules for the others."""
         slots = (
             Slot(self.target[k], "module") if k in joined else Slot(self.meta[k], "meta") for k in range(self.modules)
         )
         return PhasePlan("incubate", None, tuple(slots))
 
     def rows(self) -> list[PhasePlan]:
+        """Return all phases; each needs only phases before it."""
         modules = [self.row("incubate", module) for module in range(self.modules)]
         return [self.row("pretrain"), *modules, self.row("finetune"), self.row("end_to_end")]
 
@@ -131,7 +138,7 @@ def _check_extensions(settings: Settings, data: DataConfig) -> None:
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Cut the recipe's model.
+    """Decide how the recipe's model is cut, and check the settings of every phase.
 
     Raises:
         ConfigError: the model is not supported, or the depths do not fit it.
@@ -165,7 +172,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a row computes with. FLOPs count a multiply-add as two; per sample where named so."""
+    """Sizes and costs of a phase. A multiply-add counts as two FLOPs."""
 
     parameters: int
     trainable: int
@@ -179,14 +186,14 @@ class Cost:
 def _convolution_backward_flops(
     grad_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, out_shape: Any, **_: Any
 ) -> int:
-    """Each gradient of a convolution costs what its forward does: 2 · outputs · (inputs a group) · kernel."""
+    """Count the FLOPs of each gradient as those of the forward: 2 · outputs · (inputs per group) · kernel."""
     output_mask = rest[-1]
     forward = 2 * math.prod(grad_shape) * math.prod(w_shape[1:])
     return forward * (bool(output_mask[0]) + bool(output_mask[1]))
 
 
-# torch's counter takes the weight gradient of a grouped convolution for that of an ungrouped one: for ConvNeXt's
-# depthwise convolutions, as many times too much as there are channels
+# torch counts the weight gradient of a grouped convolution as if it were not grouped, which for the depthwise
+# convolutions of ConvNeXt is too much by a factor of the number of channels
 CORRECTIONS = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
 
 
@@ -208,7 +215,7 @@ def phase_model(row: PhasePlan, settings: Settings, family: ModelFamily, *, devi
 
 
 def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
-    """Count what a row costs, without memory for weights or activations and without data."""
+    """Count the costs of a row without data, and without memory for weights or activations."""
     model = phase_model(row, settings, plan.family, device="meta").train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     inputs = plan.family.example_inputs(settings.model, 1, "meta")
@@ -297,10 +304,10 @@ class PlannedRow:
 
 
 def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
-    """(optimizer steps of a phase, steps an epoch) for a training split of ``samples``.
+    """Return the number of optimizer steps of a phase, and of an epoch, for a training split of ``samples``.
 
     Raises:
-        ConfigError: a batch needs more samples than there are.
+        ConfigError: A batch needs more samples than there are.
     """
     per_epoch = samples // (settings.train.batch_size // settings.augment.repeated_aug)
     if per_epoch == 0:

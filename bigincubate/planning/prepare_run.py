@@ -1,4 +1,4 @@
-"""What every command does before it computes: find the data, settle the plan, keep both with the run."""
+"""Prepare a run before it computes: find its data, make its plan, and store both in the run directory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ Report = Callable[[str], None]
 
 
 def data_path(recipe: Recipe, run: RunDir) -> Path:
-    """Raises:
-    DataError: the recipe neither says where the data is nor embeds any.
+    """Return the folder of the run's data.
+
+    Raises:
+        DataError: The recipe has neither ``data.path`` nor ``data.source``.
     """
     if recipe.data.path is not None:
         return Path(recipe.data.path)
@@ -40,10 +42,13 @@ def data_path(recipe: Recipe, run: RunDir) -> Path:
 def ensure_data(
     recipe: Recipe, run: RunDir, report: Report = lambda text: None, module: int | None = None
 ) -> DatasetInfo:
-    """The run's data; embedded data that is missing is prepared, by whoever comes first.
+    """Open the run's data; prepare embedded data if it is missing.
 
     Args:
-        module: for this module alone, which in a decentralized recipe needs no more of the whole than its description.
+        recipe: The recipe.
+        run: The run directory.
+        report: Called with a line before work that takes a while.
+        module: Only for this module, which needs no more of decentralized data than the description of the whole.
 
     Raises:
         ConfigError: the run holds embedded data of another source.
@@ -103,7 +108,7 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
 
 
 def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[str, Any] | None) -> list[PlannedRow]:
-    """The rows of a recipe: those of ``plan.json`` if it was written for the same identity keys, or counted."""
+    """Return a row of ``plan.json``."""
     if stored is not None and stored.get("settings") == recipe.identity:
         return [
             PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])})
@@ -120,14 +125,15 @@ def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[st
 
 
 def find_row(rows: list[PlannedRow], phase: Phase, module: int | None) -> PlannedRow:
+    """Return the row of a phase."""
     return next(row for row in rows if row.key == phase_key(phase, module))
 
 
 def expected_samples(recipe: Recipe) -> int:
-    """How many training samples to plan with when the data need not be there.
+    """Return the number of training samples to plan with; the data need not exist.
 
     Raises:
-        ConfigError: neither the data nor the recipe says.
+        ConfigError: There is neither data nor ``data.train_samples``.
     """
     if recipe.data.path is not None and (Path(recipe.data.path) / "dataset.json").exists():
         return open_dataset(Path(recipe.data.path)).samples["train"]

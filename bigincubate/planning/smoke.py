@@ -1,7 +1,7 @@
-"""Any recipe at a size that two CPU cores finish in two minutes: what ``run --smoke`` lays over it.
+"""Small sizes for any recipe, so that two CPU cores finish it in two minutes: ``run --smoke``.
 
-What makes it this experiment stays: the family, the cut, the depths, the optimizer, the augmentations, the phases, and
-larger images where fine-tuning has them. Narrow blocks, small images, few steps, and data that is made up.
+Family, cut, depths, optimizer, augmentations and phases stay as they are, and images of fine-tuning stay larger if they
+were. Blocks become narrow, images small, steps few, and the data is generated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SAMPLES = 256  # of the made-up training split
 
 
 def smoke(recipe: Recipe) -> dict[str, Any]:
-    """The tables of a recipe that make it small, each phase's own included."""
+    """Return the tables that make a recipe small, including those of each phase."""
     family = find_family(recipe.model)
     phases = {phase: recipe.settings(phase) for phase in PHASES}
 
