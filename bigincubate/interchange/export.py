@@ -8,16 +8,17 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import Phase
+from ..config import PHASES, Phase, Recipe
 from ..errors import ArtifactError, ConfigError
 from ..files import read_json, regular_file_size
-from ..models import Partition
-from ..models.vision import TimmFamily, find_timm_family
+from ..models import Partition, find_family
 from ..storage.artifacts import ModelSpec, load_artifact
 from ..storage.run_directory import RunDir
 from .official_format import write_official
+from .timm_format import timm_snippet, write_timm_files
 
 SPEC = "bigincubate"  # our part of an exported config.json
 FILES = ("model.safetensors", "config.json")  # of an exported folder; the last one comes last
@@ -45,7 +46,9 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
     """
     if (path / "config.json").exists():
         return _load_exported(path)
+    recipe = None
     if (path / "recipe.toml").exists():
+        recipe = RunDir(path).load_recipe()
         path = best_artifact(RunDir(path))
     elif (path / "artifact").is_dir():
         path = path / "artifact"
@@ -54,6 +57,7 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
     tensors, manifest = load_artifact(path)
     if manifest.kind != "model":
         raise ArtifactError(f"{path} is module {manifest.module}, a part of a model; give a run or a whole model")
+    _check_names(manifest.model, path, recipe)
     return with_weights(manifest.model, tensors, path), manifest.model
 
 
@@ -68,7 +72,7 @@ def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> n
     Raises:
         ArtifactError: Names or shapes of the tensors are not those of the model.
     """
-    family, depths = timm_family(spec), partition_of(spec).depths
+    family, depths = find_family(spec.model), partition_of(spec).depths
     # shapes alone first: a specification that is no match for its weights costs no memory
     shapes = family.build(spec.model, depths, device="meta").state_dict()
     wanted = {name: tensor.shape for name, tensor in shapes.items()}
@@ -88,6 +92,7 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
     except (KeyError, ValidationError):
         raise ArtifactError(f"{path / 'config.json'} was not written by `bigincubate export`") from None
     file = path / "model.safetensors"
+    _check_names(spec, file, None)
     try:
         regular_file_size(file)
         return with_weights(spec, load_file(file), file), spec
@@ -102,7 +107,7 @@ def whole(folder: Path) -> bool:
 
 
 def export(source: Path, out: Path) -> str:
-    """Export the model of ``source`` as a folder that timm loads.
+    """Export the model of ``source`` as a folder, which timm loads if the model is timm's.
 
     Returns:
         The Python code that loads it.
@@ -126,7 +131,7 @@ def export_official(source: Path, out: Path) -> None:
 
 
 def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
-    """Write a model as a folder that timm loads: ``model.safetensors`` and ``config.json``.
+    """Write a model as ``model.safetensors`` and ``config.json``, for a timm model as timm does.
 
     Returns:
         The Python code that loads it.
@@ -134,69 +139,42 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
     Raises:
         ConfigError: ``out`` has other files.
     """
-    from timm.models import save_for_hf
-
     out = out.resolve()
     if out.exists() and (not out.is_dir() or ({file.name for file in out.iterdir()} - set(FILES) and not whole(out))):
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
-    size = [3, spec.model.img_size, spec.model.img_size]
-    model.pretrained_cfg = {  # type: ignore[assignment]
-        **getattr(model, "pretrained_cfg", {}),
-        "input_size": size,
-        "num_classes": spec.model.num_classes,
-        "mean": spec.metadata["mean"],
-        "std": spec.metadata["std"],
-        "interpolation": spec.metadata["interpolation"],
-        "crop_pct": spec.metadata["eval_crop"],
-    }
-    arguments = timm_arguments(spec)
     aside = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(aside, ignore_errors=True)
-    save_for_hf(model, str(aside), model_args=arguments, safe_serialization=True)
-    config = json.loads((aside / "config.json").read_text())
-    config[SPEC] = spec.model_dump()
-    (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    timm = spec.model.library == "timm"
+    if timm:
+        config = write_timm_files(model, spec, aside)
+    else:
+        aside.mkdir()
+        config = {}
+        save_file(model.state_dict(), aside / FILES[0])
+    (aside / FILES[1]).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
     out.mkdir(exist_ok=True)
     for name in FILES:
         (aside / name).replace(out / name)
     aside.rmdir()
-    shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-    if depth := _cut(spec):  # timm has no argument for it
-        return (
-            f"model = timm.create_model({spec.model.name!r}, {shown}); model.blocks = model.blocks[:{depth}];"
-            f" model.load_state_dict(safetensors.torch.load_file({str(out / FILES[0])!r}))"
-        )
-    overlay = f"dict(file={str(out / 'model.safetensors')!r}, num_classes={spec.model.num_classes})"
-    return f"timm.create_model({spec.model.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {shown})"
-
-
-def _cut(spec: ModelSpec) -> int | None:
-    """Return the number of blocks of a model whose depth timm takes no argument for, if it differs; else None."""
-    family = timm_family(spec)
-    if family.depth_argument:
-        return None
-    depth = sum(stages[0] for stages in spec.depths)
-    return depth if (depth,) != family.default_depths(spec.model) else None
-
-
-def timm_family(spec: ModelSpec) -> TimmFamily:
-    """Return the family of a described model.
-
-    Raises:
-        ArtifactError: It is of another library, whose code is never run because a file names it.
-    """
-    if spec.model.library != "timm":
-        raise ArtifactError(f"model.library = {spec.model.library!r}: only models of timm can be loaded and exported")
-    return find_timm_family(spec.model.name)
+    weights = out / FILES[0]
+    return timm_snippet(spec, weights) if timm else f"safetensors.torch.load_file({str(weights)!r})"
 
 
 def partition_of(spec: ModelSpec) -> Partition:
     """Return which module owns which tensor of a described model."""
-    return Partition(timm_family(spec), tuple(tuple(stages) for stages in spec.depths))
+    return Partition(find_family(spec.model), tuple(tuple(stages) for stages in spec.depths))
 
 
-def timm_arguments(spec: ModelSpec) -> dict[str, object]:
-    """What ``timm.create_model`` needs to build this very model."""
-    family, model = timm_family(spec), spec.model
-    sizes = family.depth_kwargs(partition_of(spec).stage_depths) | family.size_kwargs(model)
-    return {"num_classes": model.num_classes, **model.args, **sizes}
+def _check_names(spec: ModelSpec, source: Path, recipe: Recipe | None) -> None:
+    """Refuse code outside this package that is named by a file only, and not by the recipe of a run directory.
+
+    Raises:
+        ArtifactError: Naming the code.
+    """
+    tasks = {recipe.settings(phase).task.name for phase in PHASES} if recipe else set()
+    trusted = {recipe.model.library, *tasks} if recipe else set()
+    if foreign := sorted(name for name in {spec.model.library, spec.task} - trusted if ":" in name):
+        raise ArtifactError(
+            f"{source} needs code outside this package ({', '.join(foreign)}), which no file alone may name: give the run"
+            " directory, whose recipe names it"
+        )

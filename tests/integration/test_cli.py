@@ -181,7 +181,7 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
         lambda p: p.train(p.without("modules/00") and p.spoiled("modules/00", ""), "incubate", "--module", 0),
     ),
     "prepare nothing": (3, "nowhere", lambda p: ["data", "prepare", p.folder / "nowhere", "--out", p.new]),
-    "prepare onto something": (3, "something else", lambda p: ["data", "prepare", "digits-dev", "--out", p.folder]),
+    "prepare onto something": (3, "other files", lambda p: ["data", "prepare", "digits-dev", "--out", p.folder]),
     # ------------------------------------------------------------------------ 4: artifacts
     "modules before the meta model": (4, "--phase pretrain", lambda p: p.train(p.new, "incubate", "--module", 0)),
     "fine-tuning before the modules": (

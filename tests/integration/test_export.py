@@ -17,7 +17,8 @@ from torch import nn
 
 from bigincubate.config import ModelConfig
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.interchange.export import best_artifact, export, load_model, timm_arguments
+from bigincubate.interchange.export import best_artifact, export, load_model
+from bigincubate.interchange.timm_format import timm_arguments
 from bigincubate.storage.artifacts import ArtifactManifest, ModelSpec, save_artifact
 from bigincubate.storage.run_directory import RunDir
 

@@ -1,0 +1,65 @@
+"""Models as timm's own folders: what ``timm.create_model`` needs to build and load a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..models.vision import TimmFamily, find_timm_family
+from ..storage.artifacts import ModelSpec
+
+# keys of timm's ``pretrained_cfg``, and what they are called in the metadata of an artifact
+METADATA = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_pct": "eval_crop"}
+
+
+def write_timm_files(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """Write ``model.safetensors`` and ``config.json`` as timm does, and return the configuration."""
+    from timm.models import save_for_hf
+
+    model.pretrained_cfg = {  # type: ignore[assignment]
+        **getattr(model, "pretrained_cfg", {}),
+        "input_size": [3, spec.model.img_size, spec.model.img_size],
+        "num_classes": spec.model.num_classes,
+        **{key: spec.metadata[name] for key, name in METADATA.items() if name in spec.metadata},
+    }
+    save_for_hf(model, str(folder), model_args=timm_arguments(spec), safe_serialization=True)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return config
+
+
+def timm_snippet(spec: ModelSpec, weights: Path) -> str:
+    """Return the Python code that loads an exported model."""
+    shown = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(spec).items())
+    if depth := _cut(spec):  # timm has no argument for it
+        return (
+            f"model = timm.create_model({spec.model.name!r}, {shown}); model.blocks = model.blocks[:{depth}];"
+            f" model.load_state_dict(safetensors.torch.load_file({str(weights)!r}))"
+        )
+    overlay = f"dict(file={str(weights)!r}, num_classes={spec.model.num_classes})"
+    return f"timm.create_model({spec.model.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {shown})"
+
+
+def timm_arguments(spec: ModelSpec) -> dict[str, object]:
+    """Return the arguments with which ``timm.create_model`` builds the model."""
+    family, model = _family(spec), spec.model
+    stage_depths = tuple(sum(column) for column in zip(*spec.depths, strict=True))
+    return {
+        "num_classes": model.num_classes,
+        **model.args,
+        **family.depth_kwargs(stage_depths),
+        **family.size_kwargs(model),
+    }
+
+
+def _cut(spec: ModelSpec) -> int | None:
+    """Return the number of blocks of a model whose depth timm takes no argument for, if it differs; else None."""
+    family = _family(spec)
+    depth = sum(stages[0] for stages in spec.depths)
+    return None if family.depth_argument or (depth,) == family.default_depths(spec.model) else depth
+
+
+def _family(spec: ModelSpec) -> TimmFamily:
+    return find_timm_family(spec.model.name)
