@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -29,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 
 from bigincubate.config import Recipe, load_recipe
 from bigincubate.storage.run_directory import RunDir
+from bigincubate.tasks.metric import Metric, describe_metrics
+from bigincubate.tasks.registry import task_class
 
 PHASES = ("pretrain", "incubate", "finetune")
 END_TO_END = ("train", "--phase", "end_to_end")
@@ -73,45 +76,50 @@ def train(trial: Trial, recipe: Recipe, asked: argparse.Namespace) -> dict[str, 
     phases = [found["meta"], *found["modules"], found["finetune"]] if whole else [found["end_to_end"]]
     on_the_way = {}
     if whole:
-        hybrids = [module["top1"] for module in found["modules"]]
-        on_the_way = {"meta": found["meta"]["top1"], "hybrids": hybrids, "assembled": found["assembled"]["top1"]}
+        scores = {key: found[key]["metrics"] for key in ("meta", "assembled")}
+        on_the_way = {**scores, "hybrids": [module["metrics"] for module in found["modules"]]}
     return {
         **asdict(trial),
-        "top1": phases[-1]["top1"],
-        "loss": phases[-1]["loss"],
+        "metrics": phases[-1]["metrics"],
         "flops": sum(phase["flops"] for phase in phases),
         "seconds": sum(phase["seconds"] for phase in phases),
         **on_the_way,
     }
 
 
-def spread(values: list[float], form: str = ".1f") -> str:
+def spread(values: list[float], metric: Metric) -> str:
     """Mean, and the lowest and highest where they differ."""
-    mean = format(statistics.mean(values), form)
-    return mean if min(values) == max(values) else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+    mean = metric.text(statistics.mean(values))
+    return mean if min(values) == max(values) else f"{mean} ({metric.text(min(values))} to {metric.text(max(values))})"
 
 
-def table(trials: list[dict[str, Any]]) -> str:
-    lines = [
-        "| way | budget | top-1, mean (lowest to highest) | loss | assembled | lowest hybrid | PFLOPs | seconds |",
-        "| --- | ---: | --- | --- | --- | --- | ---: | ---: |",
-    ]
+def table(trials: list[dict[str, Any]], metrics: Sequence[Metric]) -> str:
+    """Write the results in Markdown; of hybrids and assembled models the first metric."""
+    headline, shown = metrics[0], [metric for metric in metrics if metric.in_tables]
+    worst = min if headline.higher_is_better else max
+    scores = [f"{metric.column}, mean (lowest to highest)" for metric in shown]
+    columns = ["way", "budget", *scores, "assembled", "worst hybrid", "PFLOPs", "seconds"]
+    rules = ["---", "---:", *["---"] * (len(scores) + 2), "---:", "---:"]
+    lines = [f"| {' | '.join(cells)} |" for cells in (columns, rules)]
     groups = sorted({(trial["budget"], list(WAYS).index(trial["way"]), trial["way"]) for trial in trials})
     for budget, _, way in groups:
         group = [trial for trial in trials if (trial["way"], trial["budget"]) == (way, budget)]
         grown = [trial for trial in group if "assembled" in trial]
-        lines.append(
-            f"| {way} | {budget:g} | {spread([t['top1'] for t in group])} | {spread([t['loss'] for t in group], '.3f')}"
-            f" | {spread([t['assembled'] for t in grown]) if grown else ''}"
-            f" | {spread([min(t['hybrids']) for t in grown]) if grown else ''}"
-            f" | {statistics.mean(t['flops'] for t in group) / 1e15:.3g}"
-            f" | {statistics.mean(t['seconds'] for t in group):.0f} |"
-        )
+        assembled = [trial["assembled"][headline.name] for trial in grown]
+        hybrids = [worst(scores[headline.name] for scores in trial["hybrids"]) for trial in grown]
+        cells = [
+            *(way, f"{budget:g}"),
+            *(spread([trial["metrics"][metric.name] for trial in group], metric) for metric in shown),
+            *(spread(values, headline) if values else "" for values in (assembled, hybrids)),
+            f"{statistics.mean(trial['flops'] for trial in group) / 1e15:.3g}",
+            f"{statistics.mean(trial['seconds'] for trial in group):.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def draw(trials: list[dict[str, Any]], title: str, out: Path) -> None:
-    """Top-1 against FLOPs and against seconds: a line a way through the means, a dot a run."""
+def draw(trials: list[dict[str, Any]], metric: Metric, title: str, out: Path) -> None:
+    """Draw a metric against FLOPs and against seconds: a line per way through the means, a dot per run."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -122,15 +130,15 @@ def draw(trials: list[dict[str, Any]], title: str, out: Path) -> None:
         for colour, way in enumerate(dict.fromkeys(trial["way"] for trial in trials)):
             mine = [trial for trial in trials if trial["way"] == way]
             budgets = sorted({trial["budget"] for trial in mine})
+            points = [(trial["budget"], trial[key], trial["metrics"][metric.name]) for trial in mine]
             means = [
-                [statistics.mean(trial[what] for trial in mine if trial["budget"] == budget) for budget in budgets]
-                for what in (key, "top1")
+                [statistics.mean(point[at] for point in points if point[0] == budget) for budget in budgets]
+                for at in (1, 2)
             ]
             axis.plot(*means, color=f"C{colour}", marker="o", label=way)
-            points = [[trial[what] for trial in mine] for what in (key, "top1")]
-            axis.scatter(*points, color=f"C{colour}", s=12, alpha=0.5)
+            axis.scatter(*list(zip(*points, strict=True))[1:], color=f"C{colour}", s=12, alpha=0.5)
         axis.set_xscale("log"), axis.set_xlabel(label), axis.grid(alpha=0.3)
-    axes[0].set_ylabel("top-1, %"), axes[0].legend(), figure.suptitle(title)
+    axes[0].set_ylabel(metric.column), axes[0].legend(), figure.suptitle(title)
     figure.savefig(out / "curves.png", dpi=150)
     drawing = StringIO()
     figure.savefig(drawing, format="svg")
@@ -151,18 +159,20 @@ def main() -> None:
     asked = parser.parse_args()
 
     recipe = load_recipe(asked.recipe, asked.sets)
+    metrics = task_class(recipe.settings("end_to_end").task.name).metrics
     trials = [Trial(way, budget, seed) for budget, seed, way in product(asked.budgets, asked.seeds, asked.ways)]
     asked.out.mkdir(parents=True, exist_ok=True)
     found = []
     with ThreadPoolExecutor(asked.jobs) as pool:
         for result in pool.map(lambda trial: train(trial, recipe, asked), trials):
             found.append(result)
-            print(f"{result['way']}, budget {result['budget']:g}, seed {result['seed']}: {result['top1']:.2f}")
+            scores = describe_metrics(metrics, result["metrics"])
+            print(f"{result['way']}, budget {result['budget']:g}, seed {result['seed']}: {scores}")
             sys.stdout.flush()
     (asked.out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
-    (asked.out / "table.md").write_text(table(found))
-    draw(found, f"{recipe.name}: {', '.join(asked.sets)}" if asked.sets else recipe.name, asked.out)
-    print(f"\n{table(found)}\n{asked.out}/curves.html")
+    (asked.out / "table.md").write_text(table(found, metrics))
+    draw(found, metrics[0], f"{recipe.name}: {', '.join(asked.sets)}" if asked.sets else recipe.name, asked.out)
+    print(f"\n{table(found, metrics)}\n{asked.out}/curves.html")
 
 
 if __name__ == "__main__":

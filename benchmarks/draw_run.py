@@ -8,8 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
+
+from bigincubate.tasks.metric import planned_metrics
 
 WIDTH, HEIGHT = 960, 470
 COLOURS = ["#d1495b", "#edae49", "#2a9d8f", "#457b9d", "#8e6c8a", "#6a994e", "#bc6c25", "#577590"]
@@ -76,8 +81,10 @@ def draw(run: Path) -> str:
     colours = [COLOURS[k % len(COLOURS)] for k in range(count)]
     steps = {row["key"]: row["steps"] for row in plan["rows"]}
 
+    metric = planned_metrics(plan["rows"][0])[0]
+
     def score(result: dict[str, Any]) -> str:
-        return f"{result['top1']:.1f}%"
+        return metric.text(metric.value_in(result), unit=True)
 
     parts = [text(120, 26, "1. meta model", bold="b"), text(405, 26, f"2. {count} modules, each alone", bold="b")]
     parts += [text(650, 26, "3. assembled", bold="b"), text(855, 26, "4. fine-tuned", bold="b")]
@@ -121,7 +128,16 @@ def draw(run: Path) -> str:
         )
         parts.append(text(x + 4, top + 12, f"{high:.2g}", 10, SOFT, "start"))
         parts.append(text(x + 4, top + height - 4, f"{low:.2g}", 10, SOFT, "start"))
-    parts.append(text(40, HEIGHT - 10, "log scale; scores are top-1 on held-out images", 11, SOFT, "start"))
+    parts.append(
+        text(
+            40,
+            HEIGHT - 10,
+            f"log scale; scores are {metric.title} on held-out {plan['rows'][0]['unit']}",
+            11,
+            SOFT,
+            "start",
+        )
+    )
     style = "font-family:Helvetica,Arial,sans-serif"
     body = "\n".join(parts)
     return (

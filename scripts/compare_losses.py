@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 TAGS = ("train/loss", "train/grad_norm")
-SCORES = ("loss", "top1", "top5")
 
 Phase = dict[str, Any]
 
