@@ -181,9 +181,13 @@ class CheckpointManager:
         self.wait()
 
     def close(self) -> None:
-        """Release the control group, unless a save is still in progress after an error elsewhere."""
-        if self._thread is None or not self._thread.is_alive():
-            self._save_env.close_control_group()
+        """Wait for a save that is in progress after an error elsewhere, and release the control group.
+
+        The lease is released next. A new owner must not find a directory that this process still writes.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self._save_env.close_control_group()
 
     @property
     def failed(self) -> bool:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from forked import Command, die_at_write, die_before, run
 
+from bigincubate.storage import checkpoint_manager
+
 Labs = Callable[..., Any]
 STEPS = 24
 SETS = [
@@ -226,6 +228,32 @@ def test_a_second_signal_does_not_spoil_the_checkpoint_of_the_first(reference: R
         command.send(number)
     assert command.wait() == 75
     assert run(*other.command("pretrain")).wait() == 0
+    check_same(other, reference, "pretrain", None)
+
+
+def test_error_during_a_save_ends_after_the_save(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next attempt, maybe in this process, must not find a directory that is still being written."""
+    other = reference.fresh("pretrain", "error")
+    failing = other.trainer("pretrain")
+    write, step = checkpoint_manager.write_sharded_tensors, failing.step
+
+    def write_slowly(*arguments: Any) -> dict[str, Any]:
+        time.sleep(0.5)
+        return write(*arguments)
+
+    def fail(batch: Any) -> Any:
+        if failing.state.step == 4:  # the checkpoint of step 3 is being written
+            raise InterruptedError
+        return step(batch)
+
+    failing.step = fail
+    monkeypatch.setattr(checkpoint_manager, "write_sharded_tensors", write_slowly)
+    with pytest.raises(InterruptedError):
+        failing.run()
+    assert [path.name for path in failing.checkpoints.folder.iterdir()] == ["step-00000003"]
+    assert failing.checkpoints.committed_steps() == [3]
+    monkeypatch.undo()
+    other.train("pretrain")
     check_same(other, reference, "pretrain", None)
 
 
