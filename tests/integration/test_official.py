@@ -23,7 +23,7 @@ from bigincubate.interchange.export import export_official, load_model
 from bigincubate.interchange.official_format import read_stages
 from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_artifact
-from bigincubate.training.import_official import import_model, import_part
+from bigincubate.training.import_official import Part, import_model, import_part
 
 Labs = Callable[..., Any]
 ARGS = {"patch_size": 2, "embed_dim": 24, "num_heads": 3}
@@ -63,15 +63,20 @@ def empty(lab: Labs) -> Any:
     return lab("train.max_steps=2", "log.every_steps=1")
 
 
+def import_all(lab: Any, part: Part, files: list[Path]) -> dict[str, dict[str, Any]]:
+    """Return the results of the phases by title."""
+    return {context.row.title: result for context, result in import_part(lab.recipe, part, files, lab.run)}
+
+
 def test_meta_model_and_modules_take_their_places_in_a_run(empty: Any, tmp_path: Path) -> None:
     meta = save(tmp_path / "finished_checkpoint.pth", stages([1, 1], seed=0))
     hybrids = [save(tmp_path / f"{k}.pth", stages([2, 1] if k == 0 else [1, 2], seed=1 + k)) for k in range(2)]
     with pytest.raises(ArtifactError, match="the meta model is missing"):
         list(import_part(empty.recipe, "modules", hybrids, empty.run))
-    results = dict(import_part(empty.recipe, "meta", [meta], empty.run))
+    results = import_all(empty, "meta", [meta])
     assert set(results) == {"meta model"}
     assert 0 <= results["meta model"]["metrics"]["top1"] <= 100
-    assert [title for title, _ in import_part(empty.recipe, "modules", hybrids, empty.run)] == ["module 0", "module 1"]
+    assert list(import_all(empty, "modules", hybrids)) == ["module 0", "module 1"]
 
     assert torch.equal(
         empty.weights("pretrain")["blocks.1.mlp.fc1.weight"], stages([1, 1], 0)[1]["blocks.0.mlp.fc1.weight"]

@@ -168,11 +168,11 @@ def test_a_pretrained_model_that_is_too_shallow() -> None:
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        (["meta.select=[1, 3]"], "give that too"),
-        (["meta.init=x", "meta.select=[3, 1]"], "in their order"),
-        (["meta.init=x", "meta.select=[]"], "in their order"),
-        (["meta.init=x", "meta.select=[-1, 1]"], "in their order"),
-        (["meta.init=x", "meta.select=[[0], [2, 2]]"], "in their order"),
+        (["meta.select=[1, 3]"], "set init too"),
+        (["meta.init=x", "meta.select=[3, 1]"], "strictly ascending"),
+        (["meta.init=x", "meta.select=[]"], "strictly ascending"),
+        (["meta.init=x", "meta.select=[-1, 1]"], "strictly ascending"),
+        (["meta.init=x", "meta.select=[[0], [2, 2]]"], "strictly ascending"),
         (["meta.init=x", "meta.select=odd"], 'select is "even", or'),
         (["meta.init=timm:"], "init is a path, or"),
     ],
