@@ -1,8 +1,9 @@
 # make demo      install, then run the whole pipeline on real images
 # make test      install with the test extras, then run the tests (what CI runs)
+# make test-gpu tests that need a CUDA GPU; they have never run on one
 # make test-full longer proofs; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
-# make test-slurm runs on a real Slurm on this machine, 20 of them with faults (docs/reliability.md); cut short, it goes on
-# make test-faults every fault in full, which writes docs/reliability.md; cut short, it goes on. MINUTES: at most, a row
+# make test-slurm runs on a real Slurm on this machine, 20 of them with faults (docs/reliability.md); run again, it resumes
+# make test-faults all trials of every fault, then docs/reliability.md; run again, it resumes. MINUTES: limit per scenario
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,14 +12,17 @@ JOBS ?= 2
 TEST_JOBS ?= 2
 MINUTES ?= 60
 
-.PHONY: demo test test-full test-slurm test-faults lint format clean
+.PHONY: demo test test-gpu test-full test-slurm test-faults lint format clean
 
-# one thread a process, whatever the machine: the layout that the README's numbers come from
+# one thread per process on every machine: the layout that the README's numbers come from
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/bigincubate run digits --run-dir $(RUN) --jobs $(JOBS)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -m "not full and not faults and not slurm" -n $(TEST_JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not full and not faults and not slurm and not gpu" -n $(TEST_JOBS) --dist loadfile
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/gpu
 
 test-full: $(VENV)/.installed-dev
 	BIGINCUBATE_CIFAR100="$(DATA)" $(BIN)/python -m pytest -m full

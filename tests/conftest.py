@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("faults", "unit")]
+sys.path[:0] = [str(Path(__file__).parent / folder) for folder in ("faults", "unit", "integration", "distributed")]
 
 SMOKE = """
 name = "smoke"

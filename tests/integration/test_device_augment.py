@@ -162,7 +162,7 @@ def test_it_is_one_operator_of_the_compiled_graph_whatever_is_drawn() -> None:
 
 BODIES = """
 import sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/integration")
 import torch
 from bigincubate.experimental.device_augment import triton_bodies as bodies
 from bigincubate.experimental.device_augment.operator import _eager, augment
