@@ -73,7 +73,7 @@ def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> n
         ArtifactError: Names or shapes of the tensors are not those of the model.
     """
     family, depths = find_family(spec.model), partition_of(spec).depths
-    # shapes alone first: a specification that is no match for its weights costs no memory
+    # compare shapes first, so that a specification that does not fit its weights allocates nothing
     shapes = family.build(spec.model, depths, device="meta").state_dict()
     wanted = {name: tensor.shape for name, tensor in shapes.items()}
     if odd := sorted(wanted.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}):

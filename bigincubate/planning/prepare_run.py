@@ -76,12 +76,12 @@ def ensure_data(
 
 
 def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, list[PlannedRow]]:
-    """The run's plan, counted once per recipe and kept in ``plan.json``.
+    """Return the run's plan, which is counted once per recipe and stored in ``plan.json``.
 
-    The run takes over a recipe that differs from its own if that leaves valid all that has begun.
+    The run accepts a changed recipe if every phase that has begun remains valid.
 
     Raises:
-        ConfigError: the run was made with other data, or what has begun in it would not be valid.
+        ConfigError: The run was made with other data, or a phase that has begun would become invalid.
     """
     file = run.path / "plan.json"
     stored = read_json(file) or None
@@ -108,7 +108,7 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
 
 
 def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[str, Any] | None) -> list[PlannedRow]:
-    """Return a row of ``plan.json``."""
+    """Return the phases of a recipe: those of ``plan.json`` if its identity keys are the same, or counted anew."""
     if stored is not None and stored.get("settings") == recipe.identity:
         return [
             PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])})
