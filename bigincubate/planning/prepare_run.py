@@ -114,6 +114,17 @@ def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[st
             PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])})
             for row in stored["rows"]
         ]
+    return count_rows(recipe, plan, data)
+
+
+def count_rows(recipe: Recipe, plan: Plan, data: DatasetInfo) -> list[PlannedRow]:
+    """Return the phases of a recipe with their costs, lengths and identities.
+
+    Args:
+        recipe: The recipe.
+        plan: How its model is cut.
+        data: The whole data set.
+    """
     return [
         replace(
             row,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigincubate.config import load_recipe
-from bigincubate.errors import ConfigError, ModelConfig
+from bigincubate.config import ModelConfig, load_recipe
+from bigincubate.errors import ConfigError
 from bigincubate.models import (
     Partition,
     apply_masks,
