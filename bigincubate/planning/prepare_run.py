@@ -76,12 +76,12 @@ def ensure_data(
 
 
 def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, list[PlannedRow]]:
-    """Return the run's plan, which is counted once per recipe and stored in ``plan.json``.
+    """Return the plan of a run, counted once per recipe and kept in ``plan.json``.
 
-    The run accepts a changed recipe if every phase that has begun remains valid.
+    A recipe that differs from that of the run replaces it, unless it would invalidate a phase that has begun.
 
     Raises:
-        ConfigError: The run was made with other data, or a phase that has begun would become invalid.
+        ConfigError: The run was made with other data, or the recipe would invalidate a phase that has begun.
     """
     file = run.path / "plan.json"
     stored = read_json(file) or None
