@@ -20,14 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 import torch
 
 from bigincubate.config import ModelConfig
-from bigincubate.models import (
-    Partition,
-    apply_masks,
-    draw_masks,
-    find_drop_paths,
-    find_family,
-    set_drop_path_rates,
-)
+from bigincubate.models import Partition, apply_masks, draw_masks, find_drop_paths, find_family, set_drop_path_rates
 
 
 def main() -> None:

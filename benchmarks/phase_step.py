@@ -11,14 +11,7 @@ from paired_timing import Contestant
 
 from bigincubate.config import load_recipe
 from bigincubate.distributed.process_group import DistributedContext
-from bigincubate.models import (
-    Partition,
-    apply_masks,
-    compile_blocks,
-    draw_masks,
-    find_drop_paths,
-    set_drop_path_rates,
-)
+from bigincubate.models import Partition, apply_masks, compile_blocks, draw_masks, find_drop_paths, set_drop_path_rates
 from bigincubate.optim import make_optimizer
 from bigincubate.planning.phases import make_plan, phase_model
 from bigincubate.sharding import make_sharding

@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
 from bigincubate.config import list_shipped_recipes, load_recipe
-from bigincubate.planning.phases import cost_plan, make_plan, plan_json
+from bigincubate.planning.cost import cost_plan, plan_json
+from bigincubate.planning.phases import make_plan
 
 
 def main() -> None:

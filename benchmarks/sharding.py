@@ -201,8 +201,9 @@ def launch(asked: argparse.Namespace, strategy: str, nproc: int) -> dict[str, An
 
 def planned(asked: argparse.Namespace) -> dict[tuple[str, int], Any]:
     """The plan's footprints by strategy and number of ranks."""
+    from bigincubate.planning.cost import cost_plan
     from bigincubate.planning.memory import estimate_footprints
-    from bigincubate.planning.phases import cost_plan, make_plan
+    from bigincubate.planning.phases import make_plan
 
     loaded = recipe(asked, "ddp")
     plan = make_plan(loaded)

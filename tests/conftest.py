@@ -170,7 +170,7 @@ class Lab:
 @pytest.fixture(scope="session")
 def counted() -> Iterator[None]:
     """Counting what a phase costs takes a second: once for each shape of model is enough here."""
-    from bigincubate.planning import phases as plan
+    from bigincubate.planning import cost as plan
 
     count, known = plan.count_cost, {}
 

@@ -39,8 +39,9 @@ def plan(
     loaded = load_recipe(recipe, sets or ())
     if world is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", world):
         raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
+    from ..planning.cost import cost_plan, plan_json
     from ..planning.memory import all_batches_divisible, batch_divisible, estimate_footprints
-    from ..planning.phases import cost_plan, make_plan, plan_json
+    from ..planning.phases import make_plan
     from ..planning.prepare_run import expected_samples
 
     worlds = (

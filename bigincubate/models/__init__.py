@@ -4,14 +4,7 @@ from .activation_checkpointing import checkpoint_activations
 from .base import Depths, ModelFamily, explain_argument_errors
 from .checks import check_model
 from .compilation import compile_blocks
-from .drop_path import (
-    DropPath,
-    apply_masks,
-    draw_masks,
-    find_drop_paths,
-    replace_drop_path,
-    set_drop_path_rates,
-)
+from .drop_path import DropPath, apply_masks, draw_masks, find_drop_paths, replace_drop_path, set_drop_path_rates
 from .library import find_family
 from .partition import (
     BlockRef,

@@ -19,7 +19,8 @@ from ..models.partition import Partition
 from ..seeds import phase_key
 from ..storage.artifacts import Lineage, load_manifest
 from ..storage.run_directory import RunDir
-from .phases import PhasePlan, Plan, PlannedRow, phase_model
+from .cost import PlannedRow
+from .phases import PhasePlan, Plan, phase_model
 
 SCHEMA_VERSION = 1
 # settings that are resolved here: as the number of steps, and as the rate of each block

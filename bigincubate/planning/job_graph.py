@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config import Phase
 from ..tasks.metric import Metric
-from .phases import PlannedRow
+from .cost import PlannedRow
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from ..seeds import phase_key
 from ..storage.run_directory import RunDir
 from ..tasks.metric import planned_metrics
 from ..tasks.registry import make_task
+from .cost import Cost, PlannedRow, cost_plan, plan_json
 from .identity import invalidated_rows, phase_identity
-from .phases import Cost, Plan, PlannedRow, cost_plan, make_plan, plan_json
+from .phases import Plan, make_plan
 
 Report = Callable[[str], None]
 

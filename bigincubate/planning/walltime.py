@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..seeds import phase_key
 from ..storage.run_directory import RunDir
-from .phases import PlannedRow
+from .cost import PlannedRow
 
 
 @dataclass(frozen=True)

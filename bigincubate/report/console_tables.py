@@ -11,7 +11,7 @@ from rich.table import Table
 from ..tasks.metric import Metric, planned_metrics
 
 if TYPE_CHECKING:
-    from ..planning.phases import PlannedRow
+    from ..planning.cost import PlannedRow
     from .run_data import Way
 
 

@@ -34,13 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..distributed.process_group import DistributedContext, print_stderr
-from ..errors import (
-    ArtifactError,
-    BigincubateError,
-    DamagedError,
-    LockedError,
-    SystemResourceError,
-)
+from ..errors import ArtifactError, BigincubateError, DamagedError, LockedError, SystemResourceError
 from ..files import fsync_dir, hash_file, make_folder, read_json, read_small_file, regular_file_size, write_and_hash
 from .lease import Lease
 from .sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors

@@ -24,8 +24,9 @@ from ..models import (
 )
 from ..optim import Ema, make_optimizer, make_schedule
 from ..planning.context import PhaseContext
+from ..planning.cost import phase_steps
 from ..planning.identity import expected_lineage
-from ..planning.phases import phase_model, phase_steps
+from ..planning.phases import phase_model
 from ..seeds import INIT, stable_seed
 from ..sharding import Sharding, make_sharding
 from ..storage.artifacts import check_artifact_lineage, load_artifact, load_manifest

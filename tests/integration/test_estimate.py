@@ -11,7 +11,8 @@ import pytest
 
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.planning.phases import cost_plan, make_plan
+from bigincubate.planning.cost import cost_plan
+from bigincubate.planning.phases import make_plan
 from bigincubate.planning.walltime import (
     critical_path_seconds,
     estimate_walltime,

@@ -23,12 +23,7 @@ from bigincubate.data.partitions import (
 )
 from bigincubate.data.prepare import prepare_dataset
 from bigincubate.data.sources import Sample, read_source
-from bigincubate.errors import (
-    ArtifactError,
-    BigincubateError,
-    ConfigError,
-    DataError,
-)
+from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, DataError
 from bigincubate.planning.prepare_run import ensure_data
 from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_manifest, save_artifact

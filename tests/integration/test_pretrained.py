@@ -18,11 +18,7 @@ from test_official import save, stages
 from torch import Tensor
 
 from bigincubate.config import MetaConfig, ModelConfig, load_recipe
-from bigincubate.errors import (
-    ArtifactError,
-    ConfigError,
-    DataError,
-)
+from bigincubate.errors import ArtifactError, ConfigError, DataError
 from bigincubate.interchange.export import export
 from bigincubate.interchange.official_format import join_stages
 from bigincubate.interchange.pretrained import choose_blocks, pretrained_meta

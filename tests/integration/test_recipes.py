@@ -19,7 +19,8 @@ from bigincubate.config import PHASES, Recipe, list_shipped_recipes, load_recipe
 from bigincubate.data.streams import Batch
 from bigincubate.errors import ConfigError
 from bigincubate.models.vision import resample_position_embeddings
-from bigincubate.planning.phases import count_cost, make_plan, phase_model
+from bigincubate.planning.cost import count_cost
+from bigincubate.planning.phases import make_plan, phase_model
 from bigincubate.planning.smoke import smoke
 from bigincubate.tasks.image_classification.mixup import mix
 

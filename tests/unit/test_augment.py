@@ -15,11 +15,7 @@ from torchvision import transforms
 from bigincubate.config import AugmentConfig
 from bigincubate.data.images import decode_image, encode_png
 from bigincubate.data.rng import seeded_rng
-from bigincubate.tasks.image_classification.augment import (
-    draws_from_torch_alone,
-    eval_transform,
-    train_transform,
-)
+from bigincubate.tasks.image_classification.augment import draws_from_torch_alone, eval_transform, train_transform
 
 POLICIES: list[dict[str, Any]] = [
     {},

@@ -18,11 +18,7 @@ from parts import MANIFEST
 from torch import Tensor
 
 from bigincubate.distributed.process_group import DistributedContext
-from bigincubate.errors import (
-    ArtifactError,
-    DamagedError,
-    SystemResourceError,
-)
+from bigincubate.errors import ArtifactError, DamagedError, SystemResourceError
 from bigincubate.storage import artifacts as store
 from bigincubate.storage.artifacts import Lineage, check_artifact_lineage, load_artifact, save_artifact
 from bigincubate.storage.checkpoint_manager import CheckpointManager, verify_checkpoint

@@ -16,8 +16,9 @@ from bigincubate.data.dataset import DatasetInfo
 from bigincubate.data.images import labelled_image_schema
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.planning import identity
+from bigincubate.planning.cost import PlannedRow
 from bigincubate.planning.identity import expected_lineage, invalidated_rows, phase_digest, phase_identity
-from bigincubate.planning.phases import Plan, PlannedRow, make_plan
+from bigincubate.planning.phases import Plan, make_plan
 from bigincubate.planning.prepare_run import count_rows
 from bigincubate.storage.artifacts import load_manifest
 

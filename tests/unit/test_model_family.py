@@ -26,7 +26,8 @@ from bigincubate.models import (
     rename_tensors,
     set_drop_path_rates,
 )
-from bigincubate.planning.phases import count_cost, make_plan, phase_model
+from bigincubate.planning.cost import count_cost
+from bigincubate.planning.phases import make_plan, phase_model
 from bigincubate.planning.smoke import smoke
 from bigincubate.storage.artifacts import ModelSpec
 

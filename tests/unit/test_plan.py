@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigincubate.config import list_shipped_recipes, load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.planning.phases import cost_plan, count_cost, make_plan, phase_model
+from bigincubate.planning.cost import cost_plan, count_cost
+from bigincubate.planning.phases import make_plan, phase_model
 
 # GFLOPs an image of end to end, the meta model, and modules 0 to 3 when nothing is wasted
 TABLE = {

@@ -26,7 +26,8 @@ from bigincubate.models import (
     set_drop_path_rates,
 )
 from bigincubate.models.vision.subset_drop_path import reads_only_cls_token
-from bigincubate.planning.phases import count_cost, make_plan
+from bigincubate.planning.cost import count_cost
+from bigincubate.planning.phases import make_plan
 
 VIT = {"embed_dim": 48, "num_heads": 3, "patch_size": 8}
 MODELS: dict[str, tuple[str, dict[str, Any], int]] = {

@@ -23,20 +23,7 @@ from ... import config
 from ...errors import ConfigError
 from ...tasks.image_classification.augment import corner, resized_crop, shorter_side
 from ...tasks.image_classification.mixup import TwoHot, draw
-from .operator import (
-    AMOUNT,
-    BLUR,
-    BOX,
-    COLUMNS,
-    DOWN,
-    FLIP,
-    GRAYSCALE,
-    JITTER,
-    NOISE,
-    OPERATION,
-    RIGHT,
-    SOLARIZE,
-)
+from .operator import AMOUNT, BLUR, BOX, COLUMNS, DOWN, FLIP, GRAYSCALE, JITTER, NOISE, OPERATION, RIGHT, SOLARIZE
 from .operator import augment as operator
 
 NOISE_LENGTH = 1 << 20  # random numbers to take noise from; an index below this is exact in float32
