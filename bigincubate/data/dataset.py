@@ -21,6 +21,7 @@ from typing import Any
 
 from ..errors import DataError
 from ..files import hash_file, read_small_file
+from .remote import fetch
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -97,8 +98,6 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
     """
     path = Path(path)
     if remote and not (path / DESCRIPTION).exists():
-        from .shards import fetch
-
         fetch(remote, path, [*[f"{split}/{INDEX}" for split in SPLITS], DESCRIPTION])
     info, splits = _described(path)
     try:
@@ -121,8 +120,6 @@ def describe_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo
     """
     path = Path(path)
     if remote and not (path / DESCRIPTION).exists():
-        from .shards import fetch
-
         fetch(remote, path, [DESCRIPTION])
     return _described(path)[0]
 

@@ -70,10 +70,10 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_class_folders_are_split_by_class_and_kept_byte_by_byte(tree: Path, tmp_path: Path) -> None:
     info = prepare_dataset(str(tree), tmp_path / "out", val_fraction=0.3)
     assert info == open_dataset(tmp_path / "out")
-    assert (info.classes, info.samples) == (["a", "b", "c"], {"train": 147, "val": 63})
+    assert (info.schema.metadata["classes"], info.samples) == (["a", "b", "c"], {"train": 147, "val": 63})
     stored = {split: samples(tmp_path / "out", split) for split in ("train", "val")}
     assert [label for _, label in stored["val"]].count(1) == 21
-    files = {(file.read_bytes(), info.classes.index(file.parent.name)) for file in tree.rglob("*.png")}
+    files = {(file.read_bytes(), info.schema.metadata["classes"].index(file.parent.name)) for file in tree.rglob("*.png")}
     assert files == {*stored["train"], *stored["val"]}
     labels = [label for _, label in stored["train"]]
     assert sum(a != b for a, b in pairwise(labels)) > 50  # not class by class
@@ -300,7 +300,7 @@ def test_cifar_100_packed_and_unpacked_without_loss(tmp_path: Path) -> None:
         tar.extractall(tmp_path, filter="data")
     unpacked = prepare_dataset(str(tmp_path / "cifar-100-python"), tmp_path / "unpacked")
     assert packed.digest == unpacked.digest
-    assert packed.classes == ["apple", "bear", "cloud", "dinosaur"]
+    assert packed.schema.metadata["classes"] == ["apple", "bear", "cloud", "dinosaur"]
     expected = {(row.reshape(3, 32, 32).transpose(1, 2, 0).tobytes(), n % 4) for n, row in enumerate(pixels)}
     stored = samples(tmp_path / "packed", "train")
     assert {(np.asarray(Image.open(io.BytesIO(png))).tobytes(), label) for png, label in stored} == expected
@@ -314,7 +314,7 @@ def test_cifar_10_in_its_five_batches(tmp_path: Path) -> None:
         (folder / name).write_bytes(pickle.dumps(part, protocol=2))
     (folder / "batches.meta").write_bytes(pickle.dumps({b"label_names": [b"plane", b"car"]}, protocol=2))
     info = prepare_dataset(str(folder), tmp_path / "out")
-    assert (info.classes, info.samples) == (["plane", "car"], {"train": 20, "val": 4})
+    assert (info.schema.metadata["classes"], info.samples) == (["plane", "car"], {"train": 20, "val": 4})
 
 
 class Evil:

@@ -230,13 +230,13 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(lab: Labs, tmp_path: Any
 
 def test_micro_batches_see_the_same_images(lab: Labs) -> None:
     trainer = lab(*SETS).trainer("pretrain")
-    batch = next(trainer.stream.batches(2))
-    assert batch.images.dtype == torch.uint8
-    assert batch.parameters.shape == (32, COLUMNS)
+    batch = next(trainer.parts.train_stream.batches(2))
+    assert batch["images"].dtype == torch.uint8
+    assert batch["augment_params"].shape == (32, COLUMNS)
     images, targets = trainer.task.prepare(batch.to("cpu"), 2)
     for index in range(4):
-        rows = batch.local % 4 == index
-        part, shares = trainer.task.prepare(batch.micro(index, 4), 2)
+        rows = batch.rank_sample_index % 4 == index
+        part, shares = trainer.task.prepare(batch.micro_batch(index, 4), 2)
         assert torch.equal(part, images[rows])
         assert torch.equal(shares, targets[rows])
 
@@ -245,7 +245,7 @@ def test_the_trainer_sees_what_the_host_would_show_it(lab: Labs) -> None:
     sets = [*SETS, "augment.erase=0.0"]
     ours, hosts = lab(*sets), lab(*sets[1:])
     (found, _), (expected, _) = (
-        one.trainer("pretrain").task.prepare(next(one.trainer("pretrain").stream.batches(1)), 1)
+        one.trainer("pretrain").task.prepare(next(one.trainer("pretrain").parts.train_stream.batches(1)), 1)
         for one in (ours, hosts)
     )
     assert levels(found, expected, ours.recipe.augment).max() < LEVELS

@@ -35,8 +35,9 @@ PARTS = 3  # one more than the smoke recipe has modules
 
 def images(info: DatasetInfo, split: str = "train") -> list[bytes]:
     from bigincubate.data.shards import Shards
+    from bigincubate.tasks.image_classification.views import LabelledImages
 
-    shards = Shards(info, split)
+    shards = Shards(info, split, LabelledImages(10))
     return [shards.read(sample)[0].tobytes() for sample in range(info.samples[split])]
 
 
@@ -288,9 +289,10 @@ def test_from_afar_only_the_description_and_the_part_come_and_only_the_part_is_s
     assert own.digest == loaded.digest
     with use_local_cache(own, part) as (there, copy):
         from bigincubate.data.shards import Shards
+        from bigincubate.tasks.image_classification.views import LabelledImages
 
         assert (copy.part, copy.digest) == (1, data.parts[1])
-        Shards(copy, "train", remote=there.data.remote).read(0)
+        Shards(copy, "train", LabelledImages(10), remote=there.data.remote).read(0)
 
 
 def test_made_up_data_is_cut_for_the_modules_by_itself(tmp_path: Path) -> None:

@@ -24,13 +24,15 @@ import torch
 from forked import Command, fork_ranks, run
 
 from bigincubate.config import AugmentConfig, DataConfig
+from bigincubate.data.batch import Batch
 from bigincubate.data.dataset import DatasetInfo, open_dataset
-from bigincubate.data.streams import Batch, TrainStream
+from bigincubate.data.streams import TrainStream
 from bigincubate.errors import ExternalError
 from bigincubate.experimental.shared_loader.client import SharedLoaderClient
 from bigincubate.experimental.shared_loader.fd_socket import connect, listen
 from bigincubate.experimental.shared_loader.packing import pack_batch, unpack_batch
 from bigincubate.experimental.shared_loader.server import SharedLoaderServer
+from bigincubate.tasks.image_classification.views import TrainTransform
 
 Labs = Callable[..., Any]
 FORK = multiprocessing.get_context("fork")
@@ -264,15 +266,17 @@ def info(digits: Path) -> DatasetInfo:
 def stream(info: DatasetInfo, **options: Any) -> TrainStream:
     augment = AugmentConfig(crop="pad", pad=1, erase=0.25, eval_crop=1.0, **options.pop("augment", {}))
     data = DataConfig(workers=options.pop("workers", 0))
-    return TrainStream(info, data, augment, img_size=8, seed=0, batch_size=32, **options)
+    transform = TrainTransform(augment, 8, seed=0, classes=10)
+    return TrainStream(info, data, transform, seed=0, batch_size=32, **options)
 
 
 def fingerprints(batches: Iterator[Batch], count: int) -> list[str]:
     """Return a hash over all columns of each of the next batches."""
 
     def of(batch: Batch) -> str:
-        columns = (batch.images, batch.labels, batch.ids, batch.positions, batch.local, batch.parameters)
-        return hashlib.sha256(b"".join(c.numpy().tobytes() for c in columns if c is not None)).hexdigest()
+        names, columns = list(batch.columns), list(batch.columns.values())
+        columns += [batch.sample_ids, batch.global_position, batch.rank_sample_index]
+        return hashlib.sha256(repr(names).encode() + b"".join(c.numpy().tobytes() for c in columns)).hexdigest()
 
     return [of(batch) for batch in islice(batches, count)]
 
@@ -338,8 +342,8 @@ def test_batch_memory_is_private_to_each_client(info: DatasetInfo) -> None:
     (batch,) = islice(stream(info).batches(0), 1)
     layout, memory = pack_batch(batch)
     mine, theirs = unpack_batch(layout, os.dup(memory)), unpack_batch(layout, memory)
-    mine.images.zero_()
-    assert torch.equal(theirs.images, batch.images)
+    mine["images"].zero_()
+    assert torch.equal(theirs["images"], batch["images"])
     assert all(offset % 64 == 0 for _, _, offset in layout.values())
 
 

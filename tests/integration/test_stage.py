@@ -27,18 +27,20 @@ def copies(tmp_path: Path) -> list[Path]:
 def test_shards_come_when_they_are_read_and_go_with_their_last_reader(given: Any, tmp_path: Path) -> None:
     from bigincubate.data.local_staging import use_local_cache
     from bigincubate.data.shards import Shards
+    from bigincubate.tasks.image_classification.views import LabelledImages
 
     recipe, info = given
+    decoder = LabelledImages(10)
     with use_local_cache(recipe, info) as (here, copy):
         assert here.identity == recipe.identity
         assert copies(tmp_path) == [copy.path]
         assert list(copy.path.rglob("*.mds")) == []
         with use_local_cache(recipe, info) as (other, same):
             assert same.path == copy.path
-            read = Shards(same, "val", remote=other.data.remote).read(3)
+            read = Shards(same, "val", decoder, remote=other.data.remote).read(3)
         assert list(copy.path.glob("val/**/*.mds")) != []  # the other one has left, this one still reads
-        assert read[1] == Shards(info, "val").read(3)[1]
-        assert read[0].tobytes() == Shards(info, "val").read(3)[0].tobytes()
+        assert read[1] == Shards(info, "val", decoder).read(3)[1]
+        assert read[0].tobytes() == Shards(info, "val", decoder).read(3)[0].tobytes()
     assert copies(tmp_path) == []
 
 

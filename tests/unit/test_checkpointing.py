@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same bits, less kept."""
+"""Activation checkpointing: the same gradients, less memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def kept_and_gradients(trainer: Any, how: str) -> tuple[int, dict[str, Tensor]]:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    units = [block.path for block in trainer.task.partition.blocks()]
+    units = [block.path for block in trainer.context.partition.blocks()]
     checkpoint_activations(model, units, how)
     images = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -37,7 +37,7 @@ def kept_and_gradients(trainer: Any, how: str) -> tuple[int, dict[str, Tensor]]:
 
 @pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")
 @pytest.mark.parametrize(("phase", "module"), [("pretrain", None), ("incubate", 1)])
-def test_gradients_keep_their_bits_and_less_is_kept(lab: Labs, phase: str, module: int | None) -> None:
+def test_gradients_are_equal_and_less_memory_is_kept(lab: Labs, phase: str, module: int | None) -> None:
     one = lab("plan.target_depths=[4, 4]", "plan.meta_depths=[2, 2]", "train.max_steps=1")
     if phase != "pretrain":
         one.train("pretrain")
@@ -52,6 +52,6 @@ def test_gradients_keep_their_bits_and_less_is_kept(lab: Labs, phase: str, modul
     assert sizes["selective"] < 0.9 * sizes["none"]
 
 
-def test_names_of_parameters_stay(lab: Labs) -> None:
+def test_parameter_names_are_unchanged(lab: Labs) -> None:
     trainer = lab("sharding.activation_checkpointing=full").trainer("pretrain")
     assert set(trainer.model.state_dict()) == set(lab().trainer("pretrain").model.state_dict())

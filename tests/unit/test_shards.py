@@ -1,4 +1,4 @@
-"""Shards: damage is named, remote ones come once, jobs on a node do not meet, and nothing is left of the dead."""
+"""Shards: damage is named, downloads happen once, jobs on a node are independent, killed processes leave nothing."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_streams import AUGMENT, EPOCH, FORK, data, info, stream, take, whole
+from test_streams import EPOCH, FORK, data, eval_stream, info, stream, take, whole
 
 from bigincubate.data import prepare as preparing
 from bigincubate.data import shards
+from bigincubate.data.batch import Batch
 from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.file_locks import runtime_dir
-from bigincubate.data.streams import Batch, EvalStream
+from bigincubate.data.shared_memory import claim_memory_prefix
 from bigincubate.errors import DataError
+from bigincubate.tasks.image_classification import views
+from bigincubate.tasks.image_classification.views import LabelledImages
 
 fixtures = (data, info, whole)
 
@@ -49,7 +52,7 @@ def fault_of(run: Callable[[], Any]) -> str:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_flipped_bit_is_named(copy: Path, workers: int) -> None:
+def test_shard_with_a_flipped_bit_is_named(copy: Path, workers: int) -> None:
     info = open_dataset(copy)
     shard = copy / "train" / "00003" / "shard.00000.mds"
     flip_a_bit(shard)
@@ -57,11 +60,11 @@ def test_a_flipped_bit_is_named(copy: Path, workers: int) -> None:
     assert str(shard) in message
     assert len([word for word in message.replace(",", "").replace(";", "").split() if len(word) == 64]) == 2
     flip_a_bit(copy / "val" / "00000" / "shard.00000.mds")
-    evaluation = EvalStream(info, "val", AUGMENT, img_size=8, batch_size=8, workers=workers)
+    evaluation = eval_stream(info, batch_size=8, workers=workers)
     assert "val/00000/shard.00000.mds is damaged" in fault_of(lambda: list(evaluation))
 
 
-def test_a_shard_is_hashed_once_for_all_workers_and_epochs(info: DatasetInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_is_hashed_once_for_all_workers_and_epochs(info: DatasetInfo, monkeypatch: pytest.MonkeyPatch) -> None:
     count, check_hash = FORK.Value("i", 0), shards.check_hash
 
     def counted(*arguments: Any, **named: Any) -> None:
@@ -75,7 +78,7 @@ def test_a_shard_is_hashed_once_for_all_workers_and_epochs(info: DatasetInfo, mo
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_vanished_is_named(copy: Path, workers: int) -> None:
+def test_missing_shard_is_named(copy: Path, workers: int) -> None:
     info = open_dataset(copy)
     (copy / "train" / "00005" / "shard.00000.mds").unlink()
     message = fault_of(lambda: take(stream(info, workers), EPOCH))
@@ -83,7 +86,7 @@ def test_a_shard_that_vanished_is_named(copy: Path, workers: int) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_that_does_not_decode_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+def test_unreadable_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
     for row in range(30):
         (tmp_path / "tree" / f"{row % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), row).save(tmp_path / "tree" / f"{row % 2}" / f"{row}.png")
@@ -92,17 +95,17 @@ def test_an_image_that_does_not_decode_is_named(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(preparing, "CHUNK_SAMPLES", 10)
     info = preparing.prepare_dataset(str(tmp_path / "tree"), tmp_path / "data")
     split = "train" if b"broken" in b"".join(f.read_bytes() for f in (info.path / "train").rglob("*.mds")) else "val"
-    message = fault_of(lambda: list(EvalStream(info, split, AUGMENT, img_size=8, batch_size=4, workers=workers)))
+    message = fault_of(lambda: list(eval_stream(info, split, batch_size=4, workers=workers)))
     shard = next(file for file in info.path.rglob("*.mds") if b"broken" in file.read_bytes())
     sample = int(message.split(" sample ")[1].split()[0])
-    assert message.startswith(f"{split} sample {sample} (row {sample % 10} of {shard}) is not a readable image")
+    assert message.startswith(f"{split} sample {sample} (row {sample % 10} of {shard}) is not a readable labelled image")
 
 
 # ------------------------------------------------------------------------------------------------ remote
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_from_a_remote_through_a_local_cache(data: Path, whole: list[Batch], tmp_path: Path, workers: int) -> None:
+def test_remote_shards_are_downloaded_once(data: Path, whole: list[Batch], tmp_path: Path, workers: int) -> None:
     cache = tmp_path / "cache"
     info = open_dataset(cache, remote=str(data))
     assert info.digest == open_dataset(data).digest
@@ -110,14 +113,14 @@ def test_from_a_remote_through_a_local_cache(data: Path, whole: list[Batch], tmp
     ranks = [stream(info, workers, remote=str(data), rank=rank, world=2).batches(0) for rank in range(2)]
     for expected in whole[:EPOCH]:
         for rank, batches in enumerate(ranks):
-            assert torch.equal(next(batches).images, expected.images[rank::2])
+            assert torch.equal(next(batches)["images"], expected["images"][rank::2])
     assert len(list(cache.rglob("*.mds"))) == 8  # of the training part
     assert {file.name for file in cache.rglob("*.mds*")} == {"shard.00000.mds"}  # nothing half done
-    list(EvalStream(info, "val", AUGMENT, img_size=8, batch_size=8, workers=workers, remote=str(data)))
+    list(eval_stream(info, batch_size=8, workers=workers, remote=str(data)))
     open_dataset(cache)  # complete by now
 
 
-def test_a_damaged_remote_never_reaches_the_cache(copy: Path, tmp_path: Path) -> None:
+def test_damaged_remote_shard_is_not_kept(copy: Path, tmp_path: Path) -> None:
     info = open_dataset(tmp_path / "cache", remote=str(copy))
     flip_a_bit(copy / "train" / "00003" / "shard.00000.mds")
     message = fault_of(lambda: take(stream(info, remote=str(copy)), EPOCH))
@@ -125,31 +128,31 @@ def test_a_damaged_remote_never_reaches_the_cache(copy: Path, tmp_path: Path) ->
     assert not (tmp_path / "cache" / "train" / "00003" / "shard.00000.mds").exists()
 
 
-def test_a_remote_without_data_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_without_data_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streaming.base.util.sleep", lambda seconds: None)
     assert "cannot download" in fault_of(lambda: open_dataset(tmp_path / "cache", remote=str(tmp_path / "nowhere")))
 
 
-# ------------------------------------------------------------------------------------------------ held
+# ------------------------------------------------------------------------------------------------ decoded samples
 
 
 @pytest.mark.parametrize(
     ("room", "times"), [(64 << 20, 1), (100 * shards.PER_IMAGE_OVERHEAD, 2)], ids=["small", "large"]
 )
-def test_a_small_split_is_decoded_once_and_a_large_one_every_time(
+def test_small_split_is_decoded_once_and_large_split_every_time(
     info: DatasetInfo, room: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "DECODED_CACHE_BYTES", room)
-    decoded, decode = [], shards.decode
-    monkeypatch.setattr(shards, "decode", lambda data: decoded.append(data) or decode(data))
-    split = shards.Shards(info, "train")
+    decoded, decode = [], views.decode_image
+    monkeypatch.setattr(views, "decode_image", lambda data: decoded.append(data) or decode(data))
+    split = shards.Shards(info, "train", LabelledImages(5))
     first, second = ([split.read(sample) for sample in range(split.size)] for _ in range(2))
     assert [(image.tobytes(), label) for image, label in first] == [(i.tobytes(), label) for i, label in second]
     assert len(decoded) == times * split.size
-    assert len(split._held) == (split.size if times == 1 else 0)
+    assert len(split._decoded) == (split.size if times == 1 else 0)
 
 
-def test_what_is_held_are_pixels_alone(tmp_path: Path) -> None:
+def test_cached_image_has_only_pixels(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x010E] = "x" * 50_000  # a description
     for split in ("train", "val"):
@@ -157,12 +160,13 @@ def test_what_is_held_are_pixels_alone(tmp_path: Path) -> None:
         Image.new("RGB", (8, 8), "red").save(
             tmp_path / "tree" / split / "one" / "a.jpg", exif=exif, icc_profile=b"y" * 9000
         )
-    split = shards.Shards(preparing.prepare_dataset(str(tmp_path / "tree"), tmp_path / "data"), "train")
-    read, (held, _) = split.read(0)[0], split.read(0)
+    info = preparing.prepare_dataset(str(tmp_path / "tree"), tmp_path / "data")
+    split = shards.Shards(info, "train", LabelledImages(1))
+    read, (cached, _) = split.read(0)[0], split.read(0)
     assert read.info["exif"]
-    assert type(held) is Image.Image
-    assert held.info == {}
-    assert held.tobytes() == read.tobytes()
+    assert type(cached) is Image.Image
+    assert cached.info == {}
+    assert cached.tobytes() == read.tobytes()
 
 
 # ------------------------------------------------------------------------------------------------ several jobs
@@ -172,12 +176,12 @@ def _construct(info: DatasetInfo, start: Any, tell: Any) -> None:
     start.wait()
     source = stream(info)
     start.wait()  # all are alive at once
-    claim = source._loader.dataset.claim
+    claim = source._loader.dataset.memory_prefix
     segments = [file for file in left_by(claim) if file.parent == Path("/dev/shm")]
-    tell.put((claim, take(source, 1)[0].ids.tolist(), len(segments)))
+    tell.put((claim, take(source, 1)[0].sample_ids.tolist(), len(segments)))
 
 
-def test_jobs_that_start_together_do_not_meet(info: DatasetInfo, whole: list[Batch]) -> None:
+def test_jobs_that_start_together_share_no_memory(info: DatasetInfo, whole: list[Batch]) -> None:
     jobs = 6
     start, tell = FORK.Barrier(jobs), FORK.Queue()
     processes = [FORK.Process(target=_construct, args=(info, start, tell)) for _ in range(jobs)]
@@ -188,7 +192,7 @@ def test_jobs_that_start_together_do_not_meet(info: DatasetInfo, whole: list[Bat
         process.join()
         assert process.exitcode == 0
     assert len({claim for claim, _, _ in told}) == jobs
-    assert all(ids == whole[0].ids.tolist() for _, ids, _ in told)
+    assert all(ids == whole[0].sample_ids.tolist() for _, ids, _ in told)
     assert all(segments >= 5 for _, _, segments in told)  # each in a name space of its own
 
 
@@ -196,17 +200,17 @@ def _only_rank_1_loads(info: DatasetInfo, rank: int, meet: str, tell: Any) -> No
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE="2")
     torch.distributed.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
     if rank == 1:
-        tell.put(take(stream(info, rank=rank, world=2, workers=1), 2)[1].ids.tolist())
+        tell.put(take(stream(info, rank=rank, world=2, workers=1), 2)[1].sample_ids.tolist())
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def test_a_rank_waits_for_no_other(info: DatasetInfo, whole: list[Batch], tmp_path: Path) -> None:
+def test_rank_does_not_wait_for_others(info: DatasetInfo, whole: list[Batch], tmp_path: Path) -> None:
     tell = FORK.Queue()
     ranks = [FORK.Process(target=_only_rank_1_loads, args=(info, rank, f"{tmp_path}/meet", tell)) for rank in range(2)]
     for process in ranks:
         process.start()
-    assert tell.get(timeout=60) == whole[1].ids[1::2].tolist()
+    assert tell.get(timeout=60) == whole[1].sample_ids[1::2].tolist()
     for process in ranks:
         process.join()
         assert process.exitcode == 0
@@ -217,16 +221,18 @@ SCRIPT = """
     from bigincubate.config import AugmentConfig, DataConfig
     from bigincubate.data.dataset import open_dataset
     from bigincubate.data.streams import EvalStream, TrainStream
+    from bigincubate.tasks.image_classification.views import EvalTransform, TrainTransform
 
     info = open_dataset(sys.argv[1])
     augment = AugmentConfig(crop="pad", eval_crop=1.0)
-    stream = TrainStream(info, DataConfig(workers=2), augment, img_size=8, seed=0, batch_size=16)
+    transform = TrainTransform(augment, 8, seed=0, classes=5)
+    stream = TrainStream(info, DataConfig(workers=2), transform, seed=0, batch_size=16)
     batches = stream.batches(0)
     for _ in range(70):
         next(batches)
-    evaluation = iter(EvalStream(info, "val", augment, img_size=8, batch_size=8, workers=1))
+    evaluation = iter(EvalStream(info, "val", EvalTransform(augment, 8, classes=5), batch_size=8, workers=1))
     next(evaluation)
-    print(stream._loader.dataset.claim, flush=True)
+    print(stream._loader.dataset.memory_prefix, flush=True)
     if sys.argv[2] == "wait":
         time.sleep(600)
 """
@@ -237,12 +243,12 @@ def run(info: DatasetInfo, then: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
-def test_a_number_that_is_taken_is_left_to_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another data set; or by a signal, which made open() begin again after the file was there."""
-    taken = shards.claim()
+def test_memory_prefix_in_use_is_not_claimed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is used by another data set, or open() was repeated after a signal and finds the file it made."""
+    taken = claim_memory_prefix()
     numbers = iter([taken, taken, taken + 1])
-    monkeypatch.setattr("bigincubate.data.shards.secrets.randbelow", lambda bound: next(numbers))
-    assert shards.claim() == taken + 1
+    monkeypatch.setattr("bigincubate.data.shared_memory.secrets.randbelow", lambda bound: next(numbers))
+    assert claim_memory_prefix() == taken + 1
     assert left_by(taken)
 
 
@@ -253,7 +259,7 @@ def left_by(claim: int) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def processes(info: DatasetInfo) -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """Both at once: they take their time to import."""
+    """Start both at the same time: imports take long."""
     started = {then: run(info, then) for then in ("end", "wait")}
     yield started
     for process in started.values():
@@ -262,14 +268,14 @@ def processes(info: DatasetInfo) -> Iterator[dict[str, subprocess.Popen[str]]]:
             process.wait()
 
 
-def test_a_process_ends_in_silence_and_leaves_nothing(processes: dict[str, subprocess.Popen[str]]) -> None:
+def test_process_that_ends_prints_nothing_and_leaves_nothing(processes: dict[str, subprocess.Popen[str]]) -> None:
     out, err = processes["end"].communicate(timeout=120)
     assert processes["end"].returncode == 0
     assert err == ""
     assert left_by(int(out)) == []
 
 
-def test_what_a_killed_process_left_is_removed_and_nothing_of_the_living(
+def test_memory_of_killed_process_is_removed_and_of_live_process_kept(
     info: DatasetInfo, processes: dict[str, subprocess.Popen[str]]
 ) -> None:
     process = processes["wait"]
@@ -286,5 +292,5 @@ def test_what_a_killed_process_left_is_removed_and_nothing_of_the_living(
             break
         time.sleep(0.1)
     assert left_by(claim) == []
-    assert left_by(living._loader.dataset.claim)
+    assert left_by(living._loader.dataset.memory_prefix)
     take(living, 2)

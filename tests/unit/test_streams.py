@@ -1,4 +1,4 @@
-"""Streams: which samples, in which order, looking how, is a function of the step; damage is named; jobs do not meet."""
+"""Streams: samples, their order and their augmentation are a function of the step."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from bigincubate.config import AugmentConfig, DataConfig
 from bigincubate.data import prepare as preparing
 from bigincubate.data import shards
 from bigincubate.data.dataset import DatasetInfo, open_dataset
-from bigincubate.data.streams import Batch, EvalStream, TrainStream
+from bigincubate.data.batch import Batch
+from bigincubate.data.streams import EvalStream, TrainStream
 from bigincubate.errors import ConfigError
+from bigincubate.tasks.image_classification import views
+from bigincubate.tasks.image_classification.views import EvalTransform, TrainTransform
 
 FORK = multiprocessing.get_context("fork")
 SAMPLES, HELD_OUT = 1003, 37  # primes: multiples of nothing
 BATCH = 16
 EPOCH = SAMPLES // BATCH
+BOOKKEEPING = ("sample_ids", "global_position", "rank_sample_index")
 AUGMENT = AugmentConfig(crop="pad", pad=1, erase=0.25, color_jitter=0.2, eval_crop=1.0)
 
 
@@ -54,7 +58,13 @@ def stream(
 ) -> TrainStream:
     data = DataConfig(workers=workers, **{k: options.pop(k) for k in list(options) if k in DataConfig.model_fields})
     options.setdefault("batch_size", BATCH)
-    return TrainStream(info, data, augment, img_size=8, seed=seed, **options)
+    transform = TrainTransform(augment, 8, seed=seed, classes=len(info.schema.metadata["classes"]))
+    return TrainStream(info, data, transform, seed=seed, **options)
+
+
+def eval_stream(info: DatasetInfo, split: str = "val", augment: AugmentConfig = AUGMENT, **options: Any) -> EvalStream:
+    transform = EvalTransform(augment, 8, classes=len(info.schema.metadata["classes"]))
+    return EvalStream(info, split, transform, **options)
 
 
 def take(source: TrainStream, count: int, step: int = 0) -> list[Batch]:
@@ -62,69 +72,72 @@ def take(source: TrainStream, count: int, step: int = 0) -> list[Batch]:
 
 
 def same(found: list[Batch], expected: list[Batch]) -> bool:
-    fields = ("images", "labels", "ids", "positions", "local")
-    return len(found) == len(expected) and all(
-        torch.equal(getattr(a, name), getattr(b, name)) for a, b in zip(found, expected, strict=True) for name in fields
+    pairs = list(zip(found, expected, strict=False))
+    return (
+        len(found) == len(expected)
+        and all(a.columns.keys() == b.columns.keys() == {"images", "labels"} for a, b in pairs)
+        and all(torch.equal(a[name], b[name]) for a, b in pairs for name in b.columns)
+        and all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in BOOKKEEPING)
     )
 
 
 @pytest.fixture(scope="module")
 def whole(info: DatasetInfo) -> list[Batch]:
-    """Two epochs and a bit, in one go, without workers."""
+    """Two epochs and nine batches from one iterator, without workers."""
     return take(stream(info), 2 * EPOCH + 9)
 
 
 # ------------------------------------------------------------------------------------------------ order
 
 
-def test_an_epoch_is_a_shuffle_without_its_tail(info: DatasetInfo, whole: list[Batch]) -> None:
+def test_epoch_is_a_shuffle_without_its_tail(info: DatasetInfo, whole: list[Batch]) -> None:
     assert stream(info).steps_per_epoch == EPOCH == 62
-    epochs = [torch.cat([batch.ids for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2)]
+    epochs = [torch.cat([batch.sample_ids for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2)]
     for ids in epochs:
         assert len(ids.unique()) == len(ids) == EPOCH * BATCH
         assert 0 <= ids.min() <= ids.max() < SAMPLES
         assert (ids.diff() == 1).sum() < 20
     assert (epochs[0] == epochs[1]).sum() < 20
     assert {len(batch) for batch in whole} == {BATCH}
-    assert whole[0].images.shape == (BATCH, 3, 8, 8)
-    assert whole[0].images.dtype == torch.float32
-    assert all(torch.equal(batch.positions, torch.arange(BATCH)) for batch in whole)
+    assert whole[0]["images"].shape == (BATCH, 3, 8, 8)
+    assert whole[0]["images"].dtype == torch.float32
+    assert all(torch.equal(batch.global_position, torch.arange(BATCH)) for batch in whole)
 
 
 @pytest.mark.parametrize("shuffle", ["py1e", "py1s", "py1br", "py2s"])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_no_algorithm_repeats_a_sample(info: DatasetInfo, shuffle: str, nodes: int) -> None:
+def test_shuffle_algorithms_repeat_no_sample(info: DatasetInfo, shuffle: str, nodes: int) -> None:
     source = stream(info, shuffle=shuffle, canonical_nodes=nodes, shuffle_block_size=256)
-    ids = torch.cat([batch.ids for batch in take(source, EPOCH, step=EPOCH)])
+    ids = torch.cat([batch.sample_ids for batch in take(source, EPOCH, step=EPOCH)])
     assert len(ids.unique()) == EPOCH * BATCH
 
 
-def test_labels_and_images_belong_to_the_ids(info: DatasetInfo, whole: list[Batch]) -> None:
+def test_labels_and_images_belong_to_the_sample_ids(info: DatasetInfo, whole: list[Batch]) -> None:
     plain = AugmentConfig(crop="none", flip=0.0, eval_crop=1.0)
     shown = {
         int(i): (x, int(y))
         for b in take(stream(info, augment=plain), EPOCH)
-        for i, x, y in zip(b.ids, b.images, b.labels, strict=True)
+        for i, x, y in zip(b.sample_ids, b["images"], b["labels"], strict=True)
     }
-    for batch in EvalStream(info, "train", plain, img_size=8, batch_size=100):
-        for row, sample in enumerate(batch.ids.tolist()):
+    for batch in eval_stream(info, "train", plain, batch_size=100):
+        for row, sample in enumerate(batch.sample_ids.tolist()):
             if sample in shown:
-                assert torch.equal(shown[sample][0], batch.images[row])
-                assert shown[sample][1] == batch.labels[row]
+                assert torch.equal(shown[sample][0], batch["images"][row])
+                assert shown[sample][1] == batch["labels"][row]
     assert len(shown) == EPOCH * BATCH
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_workers_do_not_change_a_bit(info: DatasetInfo, whole: list[Batch], workers: int) -> None:
+def test_batches_do_not_depend_on_workers(info: DatasetInfo, whole: list[Batch], workers: int) -> None:
     assert same(take(stream(info, workers), EPOCH + 9), whole[: EPOCH + 9])
 
 
 @pytest.mark.parametrize("step", [0, 1, 17, EPOCH - 1, EPOCH, EPOCH + 1, 2 * EPOCH - 2])
-def test_from_any_step_the_rest_is_the_same(info: DatasetInfo, whole: list[Batch], step: int) -> None:
+def test_batches_from_any_step_are_the_same(info: DatasetInfo, whole: list[Batch], step: int) -> None:
     assert same(take(stream(info, workers=2 * (step == 17)), 6, step), whole[step : step + 6])
 
 
-def test_workers_stay_from_epoch_to_epoch(info: DatasetInfo) -> None:
+def test_workers_persist_across_epochs(info: DatasetInfo) -> None:
     before = set(multiprocessing.active_children())
     found = []
     with closing(stream(info, workers=2).batches(EPOCH - 1)) as batches:
@@ -136,68 +149,70 @@ def test_workers_stay_from_epoch_to_epoch(info: DatasetInfo) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_one_stream_can_be_sent_back_and_forth(info: DatasetInfo, whole: list[Batch], workers: int) -> None:
+def test_stream_can_restart_at_any_step(info: DatasetInfo, whole: list[Batch], workers: int) -> None:
     source = stream(info, workers)
     for step in (EPOCH + 3, 5, 2 * EPOCH, 0):
         assert same(take(source, 3, step), whole[step : step + 3])
 
 
-def test_views_change_from_epoch_to_epoch(whole: list[Batch]) -> None:
-    first, second = (torch.cat([batch.ids for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2))
-    images = [torch.cat([batch.images for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2)]
+def test_views_differ_between_epochs(whole: list[Batch]) -> None:
+    first, second = (torch.cat([batch.sample_ids for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2))
+    images = [torch.cat([batch["images"] for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2)]
     both = [(a, int((second == sample).nonzero())) for a, sample in enumerate(first[:100]) if sample in second]
     assert len(both) > 90
     assert not any(torch.equal(images[0][a], images[1][b]) for a, b in both)
 
 
-def test_a_seed_has_shuffles_of_its_own(digits: Path) -> None:
-    """Not those of its neighbour an epoch later, which is what adding the epoch to the seed would give."""
+def test_shuffles_differ_between_seeds(digits: Path) -> None:
+    """The shuffle of seed 1 is not that of seed 0 an epoch later, as adding the epoch to the seed would give."""
     info = open_dataset(digits)
     assert len(list((digits / "train").rglob("*.mds"))) == 1  # the order of the shards would hide it
     later = take(stream(info, augment=AugmentConfig(crop="none")), 1, step=info.samples["train"] // BATCH)
-    assert not torch.equal(take(stream(info, augment=AugmentConfig(crop="none"), seed=1), 1)[0].ids, later[0].ids)
+    assert not torch.equal(take(stream(info, augment=AugmentConfig(crop="none"), seed=1), 1)[0].sample_ids, later[0].sample_ids)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_share_the_batch_of_one(info: DatasetInfo, whole: list[Batch], world: int) -> None:
-    """Row by row, in mid-epoch too, whatever their workers."""
+def test_ranks_divide_the_batch_of_one_rank(info: DatasetInfo, whole: list[Batch], world: int) -> None:
+    """Row by row, also in the middle of an epoch, with any number of workers."""
     for begin in (0, EPOCH - 5):
         ranks = [take(stream(info, workers=rank % 2, rank=rank, world=world), 9, begin) for rank in range(world)]
         for shares, expected in zip(zip(*ranks, strict=True), whole[begin:], strict=False):
-            assert set(torch.cat([share.ids for share in shares]).tolist()) == set(expected.ids.tolist())
+            assert set(torch.cat([share.sample_ids for share in shares]).tolist()) == set(expected.sample_ids.tolist())
             for rank, share in enumerate(shares):
-                for name in ("ids", "labels", "images", "positions"):
+                for name in ("labels", "images"):
+                    assert torch.equal(share[name], expected[name][rank::world])
+                for name in ("sample_ids", "global_position"):
                     assert torch.equal(getattr(share, name), getattr(expected, name)[rank::world])
-                assert torch.equal(share.local, torch.arange(BATCH // world))
+                assert torch.equal(share.rank_sample_index, torch.arange(BATCH // world))
 
 
-def test_views_of_a_sample_stay_together(info: DatasetInfo, whole: list[Batch]) -> None:
+def test_views_of_a_sample_stay_in_one_micro_batch(info: DatasetInfo, whole: list[Batch]) -> None:
     augment = AUGMENT.model_copy(update={"repeated_aug": 3})
     world, micros = 2, 4
     for rank in range(world):
         batch = take(stream(info, augment=augment, batch_size=3 * BATCH, rank=rank, world=world), 1)[0]
-        assert torch.equal(batch.ids[::3], whole[0].ids[rank::world])
-        assert torch.equal(batch.images[::3], whole[0].images[rank::world])  # the first view is the only one of R = 1
-        assert torch.equal(batch.positions, (batch.local * world + rank) * 3 + torch.arange(3).repeat(8))
-        views = batch.images.view(8, 3, -1)
+        assert torch.equal(batch.sample_ids[::3], whole[0].sample_ids[rank::world])
+        assert torch.equal(batch["images"][::3], whole[0]["images"][rank::world])  # the first view is the only one of R = 1
+        assert torch.equal(batch.global_position, (batch.rank_sample_index * world + rank) * 3 + torch.arange(3).repeat(8))
+        views = batch["images"].view(8, 3, -1)
         assert not any(torch.equal(views[n, a], views[n, b]) for n in range(8) for a, b in [(0, 1), (0, 2), (1, 2)])
-        parts = [batch.micro(index, micros) for index in range(micros)]
+        parts = [batch.micro_batch(index, micros) for index in range(micros)]
         for index, part in enumerate(parts):
-            assert part.local.tolist() == [index] * 3 + [index + 4] * 3
-            assert torch.equal(part.ids, batch.ids[(batch.local % micros == index)])
-            partner = (part.positions + 3 * BATCH // 2) % (3 * BATCH)
-            assert torch.equal(partner, part.positions.roll(len(part) // 2))
-        assert torch.equal(torch.cat([part.positions for part in parts]).sort().values, batch.positions)
-    assert batch.micro(0, 1) is batch
+            assert part.rank_sample_index.tolist() == [index] * 3 + [index + 4] * 3
+            assert torch.equal(part.sample_ids, batch.sample_ids[(batch.rank_sample_index % micros == index)])
+            partner = (part.global_position + 3 * BATCH // 2) % (3 * BATCH)
+            assert torch.equal(partner, part.global_position.roll(len(part) // 2))
+        assert torch.equal(torch.cat([part.global_position for part in parts]).sort().values, batch.global_position)
+    assert batch.micro_batch(0, 1) is batch
     assert same([batch.to("cpu")], [batch])
 
 
-def test_augmentations_repeat_after_as_many_epochs_as_views(info: DatasetInfo, whole: list[Batch]) -> None:
-    batches = take(stream(info, augment=AUGMENT.model_copy(update={"views": 2})), 4 * EPOCH)
+def test_augmentations_repeat_after_distinct_epochs(info: DatasetInfo, whole: list[Batch]) -> None:
+    batches = take(stream(info, augment=AUGMENT.model_copy(update={"distinct_epochs": 2})), 4 * EPOCH)
     assert same(batches[: 2 * EPOCH], whole[: 2 * EPOCH])
     epochs: list[dict[int, bytes]] = [{} for _ in range(4)]
     for step, batch in enumerate(batches):
-        for sample, image in zip(batch.ids.tolist(), batch.images, strict=True):
+        for sample, image in zip(batch.sample_ids.tolist(), batch["images"], strict=True):
             epochs[step // EPOCH][sample] = image.numpy().tobytes()
     for earlier, later, repeats in ((0, 2, True), (1, 3, True), (0, 1, False), (2, 3, False)):
         common = epochs[earlier].keys() & epochs[later].keys()
@@ -207,27 +222,25 @@ def test_augmentations_repeat_after_as_many_epochs_as_views(info: DatasetInfo, w
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 38])
-def test_evaluation_sees_every_sample_once(info: DatasetInfo, world: int) -> None:
-    expected = {int(b.ids[0]): b for b in EvalStream(info, "val", AUGMENT, img_size=8, batch_size=1)}
+def test_evaluation_has_every_sample_once(info: DatasetInfo, world: int) -> None:
+    expected = {int(b.sample_ids[0]): b for b in eval_stream(info, batch_size=1)}
     seen: list[int] = []
     for rank in range(world):
-        source = EvalStream(
-            info, "val", AUGMENT, img_size=8, batch_size=5, rank=rank, world=world, workers=rank % 3 == 1
-        )
+        source = eval_stream(info, batch_size=5, rank=rank, world=world, workers=rank % 3 == 1)
         batches = list(source)
         assert len(batches) == len(source)
-        ids = torch.cat([batch.ids for batch in batches]).tolist() if batches else []
+        ids = torch.cat([batch.sample_ids for batch in batches]).tolist() if batches else []
         assert ids == list(range(rank, HELD_OUT, world))
-        assert ids == [i for batch in batches for i in batch.positions.tolist()]
+        assert ids == [i for batch in batches for i in batch.global_position.tolist()]
         for batch in batches:
-            for row, sample in enumerate(batch.ids.tolist()):
-                assert torch.equal(batch.images[row], expected[sample].images[0])
-                assert batch.labels[row] == expected[sample].labels[0]
+            for row, sample in enumerate(batch.sample_ids.tolist()):
+                assert torch.equal(batch["images"][row], expected[sample]["images"][0])
+                assert batch["labels"][row] == expected[sample]["labels"][0]
         seen += ids
     assert sorted(seen) == list(range(HELD_OUT))
 
 
-def test_the_global_generators_are_left_alone(info: DatasetInfo) -> None:
+def test_global_generators_are_unchanged(info: DatasetInfo) -> None:
     def draws() -> tuple[Any, ...]:
         return random.random(), np.random.rand(), torch.rand(1).item()
 
@@ -236,27 +249,27 @@ def test_the_global_generators_are_left_alone(info: DatasetInfo) -> None:
     for workers in (0, 1):
         random.seed(0), np.random.seed(0), torch.manual_seed(0)
         take(stream(info, workers), 2)
-        list(EvalStream(info, "val", AUGMENT, img_size=8, batch_size=8, workers=workers))
+        list(eval_stream(info, batch_size=8, workers=workers))
         assert draws() == expected
 
 
 @pytest.mark.parametrize("room", [0, 100 * (8 * 8 * 4 + shards.PER_IMAGE_OVERHEAD), shards.DECODED_CACHE_BYTES])
-def test_a_small_split_is_decoded_once(
+def test_small_split_is_decoded_once_with_the_same_batches(
     info: DatasetInfo, whole: list[Batch], monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    """And one that does not fit is decoded anew each time, and leaves nothing behind. The batches are the same."""
-    decoded, decode = [], shards.decode
+    """A split that does not fit is decoded each time, and none of it stays in memory."""
+    decoded, decode = [], views.decode_image
 
     def counted(data: bytes) -> Image.Image:
         decoded.append(data)
         return decode(data)
 
     monkeypatch.setattr(shards, "DECODED_CACHE_BYTES", room)
-    monkeypatch.setattr(shards, "decode", counted)
+    monkeypatch.setattr(views, "decode_image", counted)
     source = stream(info)
     assert same(take(source, 2 * EPOCH), whole[: 2 * EPOCH])
-    held = len(source._loader.dataset._held)
-    seen = len(torch.cat([batch.ids for batch in whole[: 2 * EPOCH]]).unique())
+    held = len(source._loader.dataset._decoded)
+    seen = len(torch.cat([batch.sample_ids for batch in whole[: 2 * EPOCH]]).unique())
     fits = room >= SAMPLES * (8 * 8 * 4 + shards.PER_IMAGE_OVERHEAD)
     assert (len(decoded), held) == ((seen, seen) if fits else (2 * EPOCH * BATCH, 0))
 
@@ -280,6 +293,6 @@ def test_many_epochs_leave_no_files_open(info: DatasetInfo) -> None:
         ({"train_samples": 1000}, "data.train_samples = 1000, but .* holds 1003"),
     ],
 )
-def test_what_cannot_be_is_refused(info: DatasetInfo, options: dict[str, Any], message: str) -> None:
+def test_impossible_batch_sizes_are_refused(info: DatasetInfo, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         stream(info, **options)

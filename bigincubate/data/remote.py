@@ -1,0 +1,66 @@
+"""Downloads of data set files, and the check of their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import DataError
+
+DAMAGED_HINT = "delete it and prepare or download it again"
+
+
+def check_hash(file: Path, expected: str, *, name: str) -> None:
+    """Check the SHA-256 of a file.
+
+    Args:
+        file: The file.
+        expected: Its SHA-256 in hexadecimal.
+        name: How messages call the file.
+
+    Raises:
+        DataError: If the file cannot be read or has another hash.
+    """
+    try:
+        with file.open("rb") as data:
+            found = hashlib.file_digest(data, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{name}: {error.strerror}; {DAMAGED_HINT}") from None
+    if found != expected:
+        raise DataError(f"{name} is damaged: SHA-256 {found}, expected {expected}; {DAMAGED_HINT}")
+
+
+@contextmanager
+def download(url: str, file: Path) -> Iterator[Path]:
+    """Download to a temporary file, and rename it to ``file`` if the block, which can check it, raises no error.
+
+    Yields:
+        The path of the temporary file.
+
+    Raises:
+        DataError: If the download fails three times.
+    """
+    from streaming.base.storage import CloudDownloader
+    from streaming.base.util import retry
+
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        try:
+            retry(num_attempts=3)(lambda: CloudDownloader.direct_download(url, str(temporary)))()
+        except Exception as error:  # whatever the storage library raises
+            raise DataError(f"cannot download {url}: {error}") from None
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fetch(remote: str, path: Path, names: Iterable[str]) -> None:
+    """Download the files ``names`` of a prepared data set at the URL ``remote`` to the folder ``path``, in order."""
+    for name in names:
+        with download(f"{remote}/{name}", path / name):
+            pass

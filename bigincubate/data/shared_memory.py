@@ -1,0 +1,58 @@
+"""Names for the shared memory of data sets, so that processes of one node never use the same ones."""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import secrets
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from .file_locks import file_lock, runtime_dir
+
+
+def claim_memory_prefix() -> int:
+    """Return a number for shared memory that no other live data set of this user has on this node.
+
+    A file ``<number>.claim`` is locked for as long as this process and its workers live. If a lock is free, its owner
+    has ended, and the shared memory it left is removed. (streaming's own clean-up also removes that of live processes.)
+
+    Raises:
+        SystemResourceError: If the folder for locks belongs to another user.
+    """
+    folder = runtime_dir()
+    with file_lock(folder / "claims"):
+        for file in folder.glob("*.claim"):
+            # BlockingIOError: the owner is alive; FileNotFoundError: the owner has just removed its claim
+            with suppress(BlockingIOError, FileNotFoundError), file.open() as other:
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_memory(int(file.stem))
+        while True:
+            prefix = secrets.randbelow(10**9)
+            # FileExistsError also follows a signal during open(): the file was made, and Python called open() again
+            with suppress(FileExistsError):
+                claim = (folder / f"{prefix}.claim").open("x")  # never closed: the lock must last
+                break
+        fcntl.flock(claim, fcntl.LOCK_EX)
+    atexit.register(_release_claim, prefix, claim, os.getpid())  # before streaming registers its own: runs after them
+    return prefix
+
+
+def _release_claim(prefix: int, claim: IO[str], owner: int) -> None:
+    if os.getpid() == owner:
+        _remove_memory(prefix)
+        claim.close()
+
+
+def _remove_memory(prefix: int) -> None:
+    """Remove the shared memory, the locks and the claim of a data set."""
+    for file in (
+        *Path("/dev/shm").glob(f"{prefix:06}_*"),
+        *Path(tempfile.gettempdir()).glob(f"{prefix:06}_*_filelock"),
+        *runtime_dir().glob(f"{prefix}-*.lock"),
+        runtime_dir() / f"{prefix}.claim",
+    ):
+        file.unlink(missing_ok=True)
