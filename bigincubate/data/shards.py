@@ -1,4 +1,4 @@
-"""One split of a prepared data set as a `StreamingDataset` that verifies its files and is independent of other processes.
+"""One split of a prepared data set as a `StreamingDataset` that verifies everything and shares nothing.
 
 `streaming` has these problems on a machine with several jobs, which are solved here:
 

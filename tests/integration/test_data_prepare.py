@@ -73,7 +73,9 @@ def test_class_folders_are_split_by_class_and_kept_byte_by_byte(tree: Path, tmp_
     assert (info.schema.metadata["classes"], info.samples) == (["a", "b", "c"], {"train": 147, "val": 63})
     stored = {split: samples(tmp_path / "out", split) for split in ("train", "val")}
     assert [label for _, label in stored["val"]].count(1) == 21
-    files = {(file.read_bytes(), info.schema.metadata["classes"].index(file.parent.name)) for file in tree.rglob("*.png")}
+    files = {
+        (file.read_bytes(), info.schema.metadata["classes"].index(file.parent.name)) for file in tree.rglob("*.png")
+    }
     assert files == {*stored["train"], *stored["val"]}
     labels = [label for _, label in stored["train"]]
     assert sum(a != b for a, b in pairwise(labels)) > 50  # not class by class

@@ -98,7 +98,9 @@ def test_unreadable_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     message = fault_of(lambda: list(eval_stream(info, split, batch_size=4, workers=workers)))
     shard = next(file for file in info.path.rglob("*.mds") if b"broken" in file.read_bytes())
     sample = int(message.split(" sample ")[1].split()[0])
-    assert message.startswith(f"{split} sample {sample} (row {sample % 10} of {shard}) is not a readable labelled image")
+    assert message.startswith(
+        f"{split} sample {sample} (row {sample % 10} of {shard}) is not a readable labelled image"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ remote

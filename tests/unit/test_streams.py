@@ -18,8 +18,8 @@ from PIL import Image
 from bigincubate.config import AugmentConfig, DataConfig
 from bigincubate.data import prepare as preparing
 from bigincubate.data import shards
-from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.batch import Batch
+from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.streams import EvalStream, TrainStream
 from bigincubate.errors import ConfigError
 from bigincubate.tasks.image_classification import views
@@ -168,7 +168,9 @@ def test_shuffles_differ_between_seeds(digits: Path) -> None:
     info = open_dataset(digits)
     assert len(list((digits / "train").rglob("*.mds"))) == 1  # the order of the shards would hide it
     later = take(stream(info, augment=AugmentConfig(crop="none")), 1, step=info.samples["train"] // BATCH)
-    assert not torch.equal(take(stream(info, augment=AugmentConfig(crop="none"), seed=1), 1)[0].sample_ids, later[0].sample_ids)
+    assert not torch.equal(
+        take(stream(info, augment=AugmentConfig(crop="none"), seed=1), 1)[0].sample_ids, later[0].sample_ids
+    )
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -192,8 +194,12 @@ def test_views_of_a_sample_stay_in_one_micro_batch(info: DatasetInfo, whole: lis
     for rank in range(world):
         batch = take(stream(info, augment=augment, batch_size=3 * BATCH, rank=rank, world=world), 1)[0]
         assert torch.equal(batch.sample_ids[::3], whole[0].sample_ids[rank::world])
-        assert torch.equal(batch["images"][::3], whole[0]["images"][rank::world])  # the first view is the only one of R = 1
-        assert torch.equal(batch.global_position, (batch.rank_sample_index * world + rank) * 3 + torch.arange(3).repeat(8))
+        assert torch.equal(
+            batch["images"][::3], whole[0]["images"][rank::world]
+        )  # the first view is the only one of R = 1
+        assert torch.equal(
+            batch.global_position, (batch.rank_sample_index * world + rank) * 3 + torch.arange(3).repeat(8)
+        )
         views = batch["images"].view(8, 3, -1)
         assert not any(torch.equal(views[n, a], views[n, b]) for n in range(8) for a, b in [(0, 1), (0, 2), (1, 2)])
         parts = [batch.micro_batch(index, micros) for index in range(micros)]
