@@ -1,7 +1,7 @@
-"""mosaicml-streaming: a data set that shares nothing with other jobs, ranks or data sets of the same node.
+"""A data set of mosaicml-streaming that shares nothing with other jobs, ranks or data sets of the same node.
 
-`streaming` numbers its shared memory from zero without a lock, so that jobs that start together collide; it couples all
-ranks; and it looks ahead with threads whose errors are lost. The private parts that this needs are used here only:
+`streaming` numbers its shared memory from zero without a lock, so that jobs that start at the same time collide; it
+couples all ranks; and its threads that load ahead lose errors. Its private names that are used to avoid this:
 ``shared.prefix._each_prefix_int``, ``_parallel_rank_world``, ``_shard_states``, ``_resume``, ``_each_sample_id``.
 """
 
@@ -21,35 +21,40 @@ from streaming import StreamingDataset
 from streaming.base import shared
 from streaming.base.world import World
 
-LOCAL = 3  # streaming's state of a shard that can be read
+LOCAL = 3  # streaming's state of a shard that is ready to read
 
 
 class IsolatedStreamingDataset(StreamingDataset):
     """A `StreamingDataset` of one rank, independent of every other process.
 
     Position j of an epoch belongs to rank j mod ``world``; neither the number of nodes nor that of workers matters.
-    A subclass says with `verify_shard` what makes a shard readable.
+    A subclass implements `verify_shard`.
+
+    The constructor reads the index and creates shared memory: `StreamingDataset` is designed so.
 
     Args:
-        local: folder of the data set.
-        split: subfolder of the split.
-        prefix: number from which shared memory is named; no other live data set of this node may use it.
-        rank: whose samples are iterated over.
-        world: number of ranks.
-        order: further arguments of `StreamingDataset`.
+        local: Folder of the data set.
+        split: Subfolder of the split.
+        prefix: Number that names the shared memory; no other live data set of this node may use it.
+        rank: The rank whose samples are iterated over.
+        world: Number of ranks.
+        order: Further arguments of `StreamingDataset`.
+
+    Attributes:
+        verified: ``[num_shards]`` uint8, 1 for each shard that has been verified by any worker.
     """
 
     def __init__(self, local: str, split: str, *, prefix: int, rank: int = 0, world: int = 1, **order: Any) -> None:
         with _as_single_process(prefix):
             super().__init__(local=local, split=split, **order)
         self._parallel_rank_world = World(1, world, 1, rank)
-        # Which shards are verified: memory that forked workers share with each other and with later epochs.
+        # shared by forked workers, and kept over epochs
         self.verified = np.frombuffer(mmap.mmap(-1, self.num_shards), np.uint8)
-        # Where the next iteration begins, for workers that outlive an epoch: the epoch, and samples done in it.
+        # where persistent workers begin the next iteration: epoch, number of samples done in it
         self._begin = np.frombuffer(mmap.mmap(-1, 16), np.int64)
 
     def verify_shard(self, shard_id: int) -> None:
-        """Make a shard readable, and set ``verified[shard_id]``; it is called from a thread as well."""
+        """Make a shard readable and set ``verified[shard_id]``. Also called from threads."""
         raise NotImplementedError
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
@@ -61,16 +66,16 @@ class IsolatedStreamingDataset(StreamingDataset):
 
     @property
     def epoch(self) -> int:
-        """The epoch that is iterated over."""
+        """The epoch of the current or next iteration."""
         return int(self._begin[0])
 
     def _resume(self, world: World, epoch: int) -> tuple[int, int]:
         return self.epoch, int(self._begin[1])
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Verify a shard ahead of the reader, in a thread of streaming's where an error would be lost."""
+        """Verify a shard ahead of its use, in a thread of streaming, where an error would be lost."""
         if not self.verified[shard_id]:
-            with suppress(Exception):  # the reader meets it again, and raises
+            with suppress(Exception):  # raised when the shard is read
                 self.verify_shard(shard_id)
         self._shard_states[shard_id] = LOCAL
 

@@ -1,4 +1,4 @@
-"""A batch: named tensors, and where each of their rows belongs."""
+"""Batches of named tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Batch:
     A row is one view of a sample; in training each sample has R views (repeated augmentation).
 
     Attributes:
-        columns: the task's own tensors by name, each ``[n, ...]``.
+        columns: The task's tensors by name, each ``[n, ...]``.
         sample_ids: ``[n]`` int64, index of the sample in its split.
-        global_position: ``[n]`` int64, p in the global batch; view v of its sample j has p = j * R + v.
-        rank_sample_index: ``[n]`` int64, which of the rank's samples, i; on rank r of W it is j = i * W + r.
+        global_position: ``[n]`` int64, position p in the global batch; view v of its sample j has p = j * R + v.
+        rank_sample_index: ``[n]`` int64, index i among the samples of the rank; on rank r of W, j = i * W + r.
     """
 
     columns: dict[str, Tensor]
@@ -34,14 +34,14 @@ class Batch:
         return self.columns[name]
 
     def micro_batch(self, index: int, count: int) -> Batch:
-        """Return micro-batch ``index`` of ``count``: the samples i with i mod count = index, all their views."""
+        """Return micro-batch ``index`` of ``count``: all views of the samples i with i mod count = index."""
         if count == 1:
             return self
         rows = (self.rank_sample_index % count == index).nonzero().squeeze(1)
         return self.map(lambda column: column[rows])
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return a copy on ``device``; a copy from pinned memory does not wait for it."""
+        """Return a copy on ``device``; copying from pinned memory is asynchronous."""
         return self.map(lambda column: column.to(device, non_blocking=True))
 
     def first(self, count: int) -> Batch:

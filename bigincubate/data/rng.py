@@ -1,4 +1,4 @@
-"""Random draws as a pure function: the global generators seeded from a key, and put back afterwards."""
+"""Random draws as a pure function of a key: seed the global generators, and restore them afterwards."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..seeds import generator_seed
 _GENERATOR = np.random.MT19937()  # replaces numpy's global one inside `preserve_rng_state`
 
 
-def seed_rng(*key: int | str, torch_alone: bool = False) -> None:
+def seed_rng(*key: int | str, torch_only: bool = False) -> None:
     """Seed the global generators of `random`, numpy and torch (CPU) from ``key`` only.
 
     Args:
-        key: what the draws are a function of.
-        torch_alone: seed torch's generator only, for code that draws from no other.
+        key: Determines all draws.
+        torch_only: Seed torch's generator only, for code that uses no other.
     """
-    word = generator_seed(*key)
-    torch.default_generator.manual_seed(word)
-    if not torch_alone:
-        random.seed(word)
-        np.random.seed(word & 0xFFFFFFFF)
+    seed = generator_seed(*key)
+    torch.default_generator.manual_seed(seed)
+    if not torch_only:
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Shards -> batches. Which samples a batch holds, and what they look like, is a function of the optimizer step."""
+"""Streams of batches. The samples of a batch and their views are a function of the optimizer step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from streaming import StreamingDataLoader
 from torch.utils.data import DataLoader
 
 from .. import config
-from ..errors import ConfigError, DataError, ExternalError
+from ..errors import ConfigError, ExternalError
 from ..seeds import shuffle_seed
 from .batch import Batch
 from .dataset import DatasetInfo
@@ -23,18 +23,29 @@ from .views import EvalViews, Row, SampleTransform, TrainViews, collate
 
 
 class TrainStream:
-    """Training batches of one rank, for ever.
+    """An endless stream of the training batches of one rank.
 
-    Epoch and position follow from the step. An epoch has floor(N / (batch_size / R)) batches: a shuffle of the N
-    samples whose tail is left out. The batches do not depend on workers, and on the world only by who gets which rows:
-    rank r gets the samples j with j mod W = r. (With several `canonical_nodes` that do not divide N, streaming repeats
-    up to that many samples at the end of its shuffle.)
+    The step determines epoch and position. An epoch has floor(N / (batch_size / R)) batches, for N samples with R views
+    each: a shuffle of the samples without its tail. The batches do not depend on the number of workers; rank r of W
+    gets the samples j with j mod W = r. (With several `canonical_nodes` that do not divide N, streaming repeats up to
+    that many samples at the end of its shuffle.)
+
+    The constructor opens the shards, as `Shards` does.
 
     Args:
-        batch_size: global, over all ranks and views. rank, world: this rank, of how many.
+        info: The data set.
+        data: The data settings.
+        transform: Makes the rows of a batch.
+        seed: The seed of the shuffles.
+        batch_size: Number of rows of a global batch, over all ranks and views.
+        rank: This rank.
+        world: Number of ranks.
+
+    Attributes:
+        steps_per_epoch: Number of batches in an epoch.
 
     Raises:
-        ConfigError: too few samples for one batch, or a batch that ranks cannot share evenly.
+        ConfigError: If there are too few samples for one batch, or the batch cannot be divided evenly by the ranks.
     """
 
     def __init__(
@@ -77,33 +88,42 @@ class TrainStream:
             shuffle_seed=shuffle_seed(seed),
             shuffle_block_size=data.shuffle_block_size,
         )
-        # workers stay: to fork them anew costs a short epoch a sixth of its time
+        # persistent: forking workers for each epoch costs a sixth of the time of a short epoch
         self._loader = StreamingDataLoader(
             views, **_loading(data.workers, transform), batch_size=share, persistent_workers=data.workers > 0
         )
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
-        """Batches from optimizer step ``step`` on. One iterator at a time.
+        """Yield batches from optimizer step ``step`` on. Use one iterator at a time.
 
         Raises:
-            DataError: a shard or an image that cannot be read.
+            DataError: If a shard or a record cannot be read.
         """
         while True:
             epoch, done = divmod(step, self.steps_per_epoch)
             self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._distinct})
             with closing(iter(self._loader)) as loaded:
-                for rows in islice(_set_aside(loaded), self.steps_per_epoch - done):
+                for rows in islice(_iterate_preserving_rng(loaded), self.steps_per_epoch - done):
                     yield _batch(rows, rank=self._rank, world=self._world, views_per_sample=self._views_per_sample)
                     step += 1
             if step % self.steps_per_epoch:
-                raise RuntimeError(f"the loader ended before epoch {epoch} did, at step {step}")
+                raise RuntimeError(f"the loader ended at step {step}, before the end of epoch {epoch}")
 
 
 class EvalStream:
-    """The samples of a split, each exactly once: rank r of W gets r, r + W, … and no padding.
+    """One rank's share of a split, each sample exactly once: rank r of W gets samples r, r + W, ..., without padding.
+
+    The constructor opens the shards, as `Shards` does.
 
     Args:
-        batch_size: rows this rank loads at once; the last batch may be smaller.
+        info: The data set.
+        split: ``"train"`` or ``"val"``.
+        transform: Makes the rows of a batch, one per sample.
+        batch_size: Number of rows in a batch of this rank; the last batch may be smaller.
+        rank: This rank.
+        world: Number of ranks.
+        workers: Number of worker processes.
+        remote: A URL from which missing shards are downloaded.
     """
 
     def __init__(
@@ -129,10 +149,10 @@ class EvalStream:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches in the order of ids.
+        """Yield batches in the order of sample ids.
 
         Raises:
-            DataError: a shard or an image that cannot be read.
+            DataError: If a shard or a record cannot be read.
         """
         for number, rows in enumerate(self._loader):
             yield _batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
@@ -141,8 +161,8 @@ class EvalStream:
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def _set_aside(loaded: Iterator[Any]) -> Iterator[Any]:
-    """The same. What it draws from the global generators between two batches is not seen outside."""
+def _iterate_preserving_rng(loaded: Iterator[Any]) -> Iterator[Any]:
+    """Yield the same items. Random draws made while an item is loaded do not change the global generators."""
     while True:
         with preserve_rng_state():
             rows = next(loaded, None)
@@ -152,9 +172,9 @@ def _set_aside(loaded: Iterator[Any]) -> Iterator[Any]:
 
 
 def _batch(rows: tuple[Any, Any], *, rank: int, world: int, views_per_sample: int = 1, first: int = 0) -> Batch:
-    columns, ids = rows
-    if isinstance(ids, DataError):
-        raise ids
+    ids, columns = rows
+    if isinstance(columns, ExternalError):
+        raise columns
     local = torch.arange(first, first + len(ids)).repeat_interleave(views_per_sample)
     positions = (local * world + rank) * views_per_sample + torch.arange(views_per_sample).repeat(len(ids))
     return Batch(columns, ids.repeat_interleave(views_per_sample), positions, local)
@@ -166,10 +186,10 @@ def _loading(workers: int, transform: SampleTransform) -> dict[str, Any]:
         "collate_fn": partial(collate, transform),
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # or each epoch would draw from the global one
-        "multiprocessing_context": "fork" if workers else None,  # workers share memory with us
-        "worker_init_fn": _quiet,
+        "multiprocessing_context": "fork" if workers else None,  # workers share the memory of the main process
+        "worker_init_fn": _ignore_interrupt,
     }
 
 
-def _quiet(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+def _ignore_interrupt(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and ends its workers

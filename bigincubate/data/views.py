@@ -1,4 +1,4 @@
-"""What is read of a sample: its views in training, one view in validation."""
+"""Datasets of views: a sample has several views in training, and one in validation."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ Row = tuple[list[Any], int]  # the views of a sample, and its id
 
 
 class SampleTransform(RecordDecoder, Protocol):
-    """How a task turns records into the columns of a batch.
+    """Turns records into the columns of a batch, as a task needs them.
 
     Attributes:
-        views_per_sample: how many rows of a batch a sample becomes.
+        views_per_sample: Number of rows of a batch that a sample becomes.
     """
 
     views_per_sample: int
 
     def views(self, sample: Any, epoch: int, sample_id: int) -> list[Any]:
-        """Return the views of a sample, which must not be changed.
+        """Return the views of a sample without changing it.
 
-        What is random about them is a pure function of the seed, ``epoch`` and ``sample_id``.
+        They are a pure function of the sample, the seed, ``epoch`` and ``sample_id``.
         """
 
     def collate(self, views: Sequence[Any]) -> dict[str, Tensor]:
@@ -37,7 +37,13 @@ class SampleTransform(RecordDecoder, Protocol):
 
 
 class TrainViews(Shards):
-    """Training samples as views, in the order of one rank. Iterate inside `preserve_rng_state`."""
+    """Training samples as views, in the order of one rank. Iterate inside `preserve_rng_state`.
+
+    Args:
+        info: The data set.
+        transform: Makes the views.
+        order: Further arguments of `Shards`.
+    """
 
     def __init__(self, info: DatasetInfo, transform: SampleTransform, **order: Any) -> None:
         super().__init__(info, "train", transform, **order)
@@ -46,13 +52,21 @@ class TrainViews(Shards):
     def __getitem__(self, at: Any) -> Row | ExternalError:
         try:
             sample = self.read(at)
-        except ExternalError as fault:
-            return fault
+        except ExternalError as error:
+            return error
         return self.transform.views(sample, self.epoch, at), at
 
 
 class EvalViews(Dataset[Row | ExternalError]):
-    """The samples ``ids`` of a split, one view each."""
+    """The samples ``ids`` of a split, one view each.
+
+    Args:
+        info: The data set.
+        split: ``"train"`` or ``"val"``.
+        transform: Makes the views.
+        ids: Indices of the samples in the split.
+        remote: A URL from which missing shards are downloaded.
+    """
 
     def __init__(
         self, info: DatasetInfo, split: str, transform: SampleTransform, ids: range, *, remote: str | None = None
@@ -65,18 +79,19 @@ class EvalViews(Dataset[Row | ExternalError]):
     def __getitem__(self, at: int) -> Row | ExternalError:
         try:
             sample = self.shards.read(self.ids[at])
-        except ExternalError as fault:
-            return fault
+        except ExternalError as error:
+            return error
         return self.transform.views(sample, 0, self.ids[at]), self.ids[at]
 
 
 def collate(transform: SampleTransform, rows: list[Row | ExternalError]) -> tuple[Any, Any]:
-    """Return columns and sample ids ``[n]``, or None and the first fault.
+    """Return sample ids ``[n]`` and columns; or nothing and the first error.
 
-    A fault travels as a value: raised in a worker, it would arrive wrapped in a traceback.
+    An error is returned because it would be wrapped in a traceback if a worker raised it. The ids are first because
+    `StreamingDataLoader` takes the length of the first element.
     """
     for row in rows:
         if isinstance(row, ExternalError):
-            return None, row
+            return (), row
     views, ids = zip(*rows, strict=True)
-    return transform.collate(list(chain.from_iterable(views))), torch.tensor(ids)
+    return torch.tensor(ids), transform.collate(list(chain.from_iterable(views)))

@@ -15,7 +15,11 @@ from torchvision import transforms
 from bigincubate.config import AugmentConfig
 from bigincubate.data.images import decode_image, encode_png
 from bigincubate.data.rng import seeded_rng
-from bigincubate.tasks.image_classification.augment import draws_from_torch_alone, eval_transform, train_transform
+from bigincubate.tasks.image_classification.augment import (
+    draws_only_from_torch,
+    eval_transform,
+    train_transform,
+)
 
 POLICIES: list[dict[str, Any]] = [
     {},
@@ -86,9 +90,9 @@ def test_a_view_is_a_pure_function(policy: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("crop", ["none", "pad", "simple"])
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
-def test_what_is_said_to_draw_from_torch_alone_does(crop: str, jitter: float) -> None:
+def test_what_is_said_to_draw_from_torch_only_does(crop: str, jitter: float) -> None:
     augment = AugmentConfig(crop=crop, color_jitter=jitter)
-    assert draws_from_torch_alone(augment)
+    assert draws_only_from_torch(augment)
     before = random.getstate(), np.random.get_state()[1:3]
     train_transform(augment, 32)(picture())
     assert random.getstate() == before[0]
@@ -99,7 +103,7 @@ def test_what_is_said_to_draw_from_torch_alone_does(crop: str, jitter: float) ->
     "more", [{"rand_augment": "rand-m9"}, {"three_augment": True}, {"erase": 0.5}, {"crop": "random_resized"}]
 )
 def test_timm_draws_from_other_generators_too(more: dict[str, Any]) -> None:
-    assert not draws_from_torch_alone(AugmentConfig(**{"crop": "pad", **more}))
+    assert not draws_only_from_torch(AugmentConfig(**{"crop": "pad", **more}))
 
 
 # ------------------------------------------------------------------------------------------------ policies

@@ -25,7 +25,7 @@ from ... import config
 Transform = Callable[[Image.Image], Tensor]
 
 
-def draws_from_torch_alone(augment: config.AugmentConfig) -> bool:
+def draws_only_from_torch(augment: config.AugmentConfig) -> bool:
     """Whether all that is random comes from torchvision; timm draws from all three."""
     return augment.crop != "random_resized" and not (
         augment.batch_transform or augment.rand_augment or augment.three_augment or augment.erase

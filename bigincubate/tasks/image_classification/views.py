@@ -13,7 +13,7 @@ from torchvision.transforms import Compose
 from ... import config
 from ...data.images import decode_image
 from ...data.rng import seed_rng
-from .augment import ToNormalized, draws_from_torch_alone, eval_transform, picture_steps, train_transform
+from .augment import ToNormalized, draws_only_from_torch, eval_transform, picture_steps, train_transform
 from .batch_transform import load_batch_transform
 
 LabelledImage = tuple[Image.Image, int]
@@ -64,7 +64,7 @@ class TrainTransform(LabelledImages):
         super().__init__(classes)
         self.seed, self.views_per_sample, self.distinct_epochs = seed, augment.repeated_aug, augment.distinct_epochs
         self.transform, self.finish = _halves(augment, img_size)
-        self.torch_alone = draws_from_torch_alone(augment)
+        self.torch_only = draws_only_from_torch(augment)
 
     def views(self, sample: LabelledImage, epoch: int, sample_id: int) -> list[View]:
         """Return views that are a function of (seed, epoch, sample_id, view)."""
@@ -73,7 +73,7 @@ class TrainTransform(LabelledImages):
             epoch %= self.distinct_epochs
         views = []
         for view in range(self.views_per_sample):
-            seed_rng(self.seed, epoch, sample_id, view, torch_alone=self.torch_alone)
+            seed_rng(self.seed, epoch, sample_id, view, torch_only=self.torch_only)
             views.append((*self.transform(image), label))
         return views
 
