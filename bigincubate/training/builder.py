@@ -1,4 +1,4 @@
-"""From a phase's context to what is trained: weights, freezing, placement, sharding, optimizer, data."""
+"""Build the components of a phase from its context: weights, freezing, placement, sharding, optimizer, data."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from .hooks import LearningRateHook, apply_batch_source, make_learning_rate_hook
 
 @dataclass
 class PhaseComponents:
-    """What a phase trains with, on one rank.
+    """Components of a phase on one rank.
 
     Attributes:
-        model: the model on its device.
-        wrapped: the model as the strategy calls it.
-        inputs: digests of the artifacts that the phase reads: ``meta``, or ``module/0`` and so on.
-        sharding: the strategy.
-        lr_hook: scales the learning rate of each step; None: nothing does.
-        ema: the moving average of the trainable parameters.
-        schedule: the learning rate by optimizer step.
-        train_stream: the training batches.
-        eval_stream: this rank's share of the validation split.
-        steps_per_epoch: optimizer steps of an epoch.
-        micro_batches: number of micro-batches of a rank.
-        num_drop_paths: number of drop-path modules to draw masks for; 0: nothing is dropped.
+        model: The model on its device.
+        wrapped: The model wrapped by the sharding strategy.
+        inputs: Digests of the artifacts that the phase reads: ``meta``, or ``module/0`` and so on.
+        sharding: The sharding strategy.
+        lr_hook: Scales the learning rate of each step; None for a built-in rule.
+        ema: Moving average of the trainable parameters.
+        schedule: Learning rate by optimizer step.
+        train_stream: Training batches.
+        eval_stream: This rank's share of the validation split.
+        steps_per_epoch: Optimizer steps per epoch.
+        micro_batches: Number of micro-batches per rank and step.
+        num_drop_paths: Number of drop-path modules to draw masks for; 0 if nothing is dropped.
     """
 
     model: nn.Module
@@ -69,18 +69,18 @@ class PhaseComponents:
 
 
 def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> PhaseComponents:
-    """Build what a phase trains with. On all ranks together.
+    """Build the components of a phase. Called by all ranks together.
 
     The order is fixed: weights, freezing, drop-path, placement, activation checkpointing, compilation, sharding,
     optimizer.
 
     Args:
-        context: the phase.
-        start: as for :func:`build_model`.
+        context: The phase.
+        start: See :func:`build_model`.
 
     Raises:
-        ArtifactError: an earlier phase has not handed on what this one needs.
-        ConfigError: settings that do not go together.
+        ArtifactError: The artifact of an earlier phase is missing, stale or damaged.
+        ConfigError: The settings are incompatible.
     """
     settings, env, task, family = context.settings, context.env, context.task, context.plan.family
     micro_batches = count_micro_batches(settings, env.world)
@@ -122,18 +122,18 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
 
 
 def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, dict[str, str]]:
-    """Build the phase's model with the weights it starts from, frozen as the phase says.
+    """Build the model of a phase with its initial weights; modules that the phase does not train are frozen.
 
     Args:
-        context: the phase.
-        start: what the trainable part starts from instead: a module's tensors under the target's names, or all tensors
-            of another phase's model.
+        context: The phase.
+        start: Initial weights of the trainable part instead of the phase's own: a module's tensors under the target's
+            names, or all tensors of another phase's model.
 
     Returns:
         The model on the CPU, and the digests of the artifacts that it reads, by name.
 
     Raises:
-        ArtifactError: an earlier phase has not handed on what this one needs; the message has the command.
+        ArtifactError: The artifact of an earlier phase is missing, stale or damaged; the message has the command.
     """
     row, recipe, partition, family = context.row, context.recipe, context.partition, context.plan.family
     settings = context.settings
@@ -167,7 +167,7 @@ def meta_model_digest(run: RunDir) -> str:
     """Return the digest of the run's meta model.
 
     Raises:
-        ArtifactError: it is not there; the message has the command.
+        ArtifactError: It is missing; the message has the command.
     """
     try:
         return load_manifest(run.phase("pretrain").artifact).digest
@@ -179,10 +179,10 @@ def meta_model_digest(run: RunDir) -> str:
 
 
 def load_meta_model(context: PhaseContext) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors of the run's meta model, and its digest.
+    """Return the tensors and the digest of the run's meta model.
 
     Raises:
-        ArtifactError: it is not there, or damaged.
+        ArtifactError: It is missing or damaged.
     """
     meta_model_digest(context.run)
     tensors, manifest = load_artifact(context.run.phase("pretrain").artifact)

@@ -1,4 +1,4 @@
-"""Weights of the official implementation in place of a run's own: its meta model, its modules; or a model by itself."""
+"""Import checkpoints of the official implementation: as a run's meta model or modules, or as an exported model."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ Part = Literal["meta", "modules"]
 
 
 def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
-    """Write a whole official model as timm's own folder, which `evaluate` and `export` take. It is made for the images
-    of the recipe's fine-tuning: position embeddings of another size are resampled.
+    """Write an official model as an exported folder, which `evaluate` and `export` accept.
+
+    Position embeddings are resampled to the image size of the recipe's fine-tuning.
 
     Returns:
-        The Python that loads it.
+        Python code that loads the model.
 
     Raises:
-        ArtifactError: a file is not one, or not of the recipe's target model.
-        ConfigError: another number of files or modules than expected; ``out`` holds something else.
+        ArtifactError: A file is no official checkpoint, or not one of the recipe's target model.
+        ConfigError: The number of files or modules differs from the recipe's; ``out`` contains something else.
     """
     plan, settings = make_plan(recipe), recipe.settings("finetune")
     spec = ModelSpec(
@@ -53,16 +54,18 @@ def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
 def import_part(
     recipe: Recipe, part: Part, files: Sequence[Path], run: RunDir
 ) -> Iterator[tuple[PhaseContext, dict[str, Any]]]:
-    """Put official weights where a run's own would be: each phase goes through no step, is evaluated, and hands on what
-    it was given.
+    """Import official weights as the meta model or the modules of a run.
+
+    Each phase trains for zero steps: it evaluates the weights and writes them as its artifact.
 
     Yields:
         The context and the result of each phase.
 
     Raises:
-        ArtifactError: a file is not one, or not of these depths and shapes; modules need a meta model in the run.
-        ConfigError: another number of files or modules than expected; a phase has results already.
-        DataError: the run's data is missing.
+        ArtifactError: A file is no official checkpoint, or has other depths or shapes; or the meta model, which modules
+            need, is missing in the run.
+        ConfigError: The number of files or modules differs from the recipe's; a phase has results already.
+        DataError: The run's data is missing.
     """
     plan = make_plan(recipe)
     whole = _read(files, plan, *((plan.meta, "meta model") if part == "meta" else (plan.target, "target")))
@@ -86,7 +89,7 @@ def import_part(
 
 
 def _read(files: Sequence[Path], plan: Plan, wanted: Depths, what: str) -> dict[str, Tensor]:
-    """All modules out of one file, or module k out of file k, as one model under timm's names."""
+    """Return all modules of one file, or module k of file k, as one model under timm's names."""
     if len(files) not in (1, plan.modules):
         raise ConfigError(f"{len(files)} files: give one with all {plan.modules} modules, or a file a module")
     lists = [read_stages(file) for file in files]

@@ -1,8 +1,7 @@
-"""Do modules fit, before fine-tuning? A module and all others that are finished, the meta model for the rest, scored.
+"""Partial assembly: the finished modules with the meta model's modules in place of the others, before fine-tuning.
 
-Modules do not talk to each other: each looks at what the run directory holds when it is finished itself. Its own
-artifact is there before it looks, so of two that finish at the same time at least one sees the other, and the last of
-all scores the assembled model.
+Modules do not communicate: each reads the run directory once it is finished. It writes its own artifact first, so if
+two modules finish at the same time, at least one sees the other, and the last of all evaluates the assembled model.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def build_partial_assembly(context: PhaseContext, joined: list[int]) -> nn.Modul
     The model is whole on this rank's device, however the phase is sharded. No random stream of the training is used.
 
     Raises:
-        ArtifactError: an artifact is damaged or missing.
+        ArtifactError: An artifact is damaged or missing.
     """
     run, family, settings = context.run, context.plan.family, context.settings
     row = context.plan.partial(joined)

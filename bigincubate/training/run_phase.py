@@ -1,4 +1,4 @@
-"""One attempt at a phase: who owns it, what is noted of it, how it ends."""
+"""One attempt at a phase: its lease, its record in ``attempts/``, its result."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def train_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     """Train one phase to its end, from its last checkpoint if there is one, and write its artifact.
 
     Args:
-        context: the phase.
-        start: weights to start from instead of the phase's own, as `build_model` takes them.
+        context: The phase.
+        start: Weights to start from instead of the phase's own; see :func:`build_model`.
 
     Returns:
-        The phase's result, as `Task.make_result` makes it.
+        The phase's result; see :meth:`Task.make_result`.
 
     Raises:
-        Preempted: training was asked to stop; there is a checkpoint.
-        NonFiniteError: the gradient was not finite in more steps than allowed, again after a rollback.
-        LockedError: another live process trains this phase, or has taken it over.
+        Preempted: Training was asked to stop; there is a checkpoint.
+        NonFiniteError: The gradient was not finite in more steps than allowed, again after a rollback.
+        LockedError: Another live process trains this phase, or has taken it over.
     """
     folder, env, run = context.folder, context.env, context.run
     if (result := env.broadcast(folder.result)) is not None:

@@ -1,8 +1,8 @@
-"""The one training loop. What differs between phases is a row of the plan, never the code here.
+"""The training loop of all phases. Phases differ in their row of the plan, not in the code here.
 
-Three layers: :meth:`Trainer.run` takes a phase from its last checkpoint to its artifact, :meth:`Trainer.loop` goes over
-the optimizer steps, :meth:`Trainer.forward_backward` is what a step computes. Whose a phase is, and how an attempt at
-it ends, is in :mod:`bigincubate.training.run_phase`.
+Three layers: :meth:`Trainer.run` takes a phase from its last checkpoint to its artifact, :meth:`Trainer.loop` iterates
+over optimizer steps, :meth:`Trainer.forward_backward` is the computation of one step. Leases and the record of attempts
+are in :mod:`bigincubate.training.run_phase`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,35 @@ from .partial_assembly import build_partial_assembly, finished_modules
 
 @dataclass
 class TrainState:
-    """All that a phase remembers besides tensors. Random streams and the data position are functions of ``step``."""
+    """The state of a phase besides tensors. Random streams and the data position are functions of ``step``.
+
+    Attributes:
+        step: Number of optimizer steps done.
+        seen: Number of samples trained on; every view of a sample counts.
+        seconds: Training time over all attempts.
+        skipped: Number of steps skipped because their gradient was not finite.
+        lr_hook: State of the learning-rate hook.
+        last: Metrics of the last step, logged together with the final evaluation.
+    """
 
     step: int = 0
-    seen: int = 0  # samples, with every view of a sample counted
-    seconds: float = 0.0  # of training over all attempts
-    skipped: int = 0  # steps left out because their gradient was not finite
-    lr_hook: dict[str, float] = field(default_factory=dict)  # state of the learning-rate hook
-    last: dict[str, float] = field(default_factory=dict)  # measured in the last step, logged with the final evaluation
+    seen: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    lr_hook: dict[str, float] = field(default_factory=dict)
+    last: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
-    """One phase, on one rank."""
+    """Train one phase on one rank.
+
+    Args:
+        context: The phase.
+        parts: Model, sharding, optimizer and data of the phase.
+        checkpoints: The phase's resume checkpoints.
+        stop: True once the process was asked to stop.
+        lease: Lease on the phase's folder.
+    """
 
     def __init__(
         self,
@@ -76,13 +93,13 @@ class Trainer:
         lease: Lease | None = None,
         start: Mapping[str, Tensor] | None = None,
     ) -> Trainer:
-        """Build what the phase trains with, and open its checkpoints. On all ranks together.
+        """Build the components of a phase and open its checkpoints. Called by all ranks together.
 
         Args:
-            context: the phase.
-            stop: true once the process was asked to stop.
-            lease: to the phase's folder.
-            start: weights to start from instead of the phase's own, as `build_model` takes them.
+            context: The phase.
+            stop: True once the process was asked to stop.
+            lease: Lease on the phase's folder.
+            start: Weights to start from instead of the phase's own; see :func:`build_model`.
         """
         lease = lease or Lease()
         parts = build_phase(context, start)
@@ -98,7 +115,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ the run
 
     def run(self) -> dict[str, Any]:
-        """From the last checkpoint to the result."""
+        """Train from the last checkpoint to the end, write the artifact, and return the result."""
         if (checkpoint := self.checkpoints.load_latest()) is not None:
             self.restore(checkpoint)
         elif self.row.phase == "finetune":
@@ -118,6 +135,7 @@ class Trainer:
             self.checkpoints.close()
 
     def open_metrics(self) -> MetricsWriter:
+        """Open the metrics log for the steps after the current one."""
         # the last step is logged after its checkpoint, together with the evaluation
         done = 0 < self.state.step < self.total
         fleet = self.run_dir.path / "fleet" / self.folder.path.relative_to(self.run_dir.path)
@@ -131,32 +149,39 @@ class Trainer:
         )
 
     def roll_back(self, error: NonFiniteError) -> None:
-        """Go back to the last valid checkpoint, once in a phase, and count skipped steps anew. What cannot be undone by
-        that (data, settings) comes again; a passing fault does not.
+        """Restore the last valid checkpoint, once per phase, and reset the count of skipped steps.
+
+        This gets past a transient fault. If the data or the settings are the cause, the error is raised again.
 
         Raises:
-            NonFiniteError: ``error``, where there is no checkpoint, or this was done before, by any attempt.
+            NonFiniteError: ``error``, if there is no checkpoint, or an attempt has rolled back before.
         """
         self.checkpoints.wait()
         checkpoint = None if self.rollback else self.checkpoints.load_latest()
         if checkpoint is None:
             raise error
         self.check_lease()
-        if self.env.is_main:  # before anything else, so that nobody goes back twice, whenever this process is killed
+        if self.env.is_main:  # first, so that there is no second rollback, whenever this process is killed
             self.folder.write_rollback(checkpoint.step, at=self.state.step)
             self.run_dir.log_event("rolled_back", phase=self.row.key, step=self.state.step, to=checkpoint.step)
-            print_stderr(f"{error}; once more from the checkpoint of step {checkpoint.step}")
+            print_stderr(f"{error}; resuming from the checkpoint of step {checkpoint.step}")
         self.metrics.close()
         self.restore(checkpoint)
         self.metrics = self.open_metrics()
 
     def train(self) -> None:
-        """To the last step."""
+        """Train to the last step."""
         with closing(self.parts.train_stream.batches(self.state.step)) as batches:
             self.loop(batches)
 
     def loop(self, batches: Iterator[Batch]) -> None:
-        """Over the optimizer steps."""
+        """Iterate over the optimizer steps that remain, and save a checkpoint of the last one.
+
+        Raises:
+            Preempted: The process was asked to stop; there is a checkpoint.
+            NonFiniteError: The gradient was not finite in more steps than allowed.
+            LockedError: Another process has taken over the phase.
+        """
         log, every = self.recipe.log, self.recipe.checkpoint.every_steps
         state = self.state
         meter = ThroughputMeter(self.planned.cost.training_flops, self.task.unit, self.env.device)
@@ -198,7 +223,7 @@ class Trainer:
         self.save(clock)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One optimizer step. Gives the loss of this rank and the norm of the gradient, both on the device."""
+        """Do one optimizer step. Return the loss of this rank and the norm of the gradient, both on the device."""
         self.parts.schedule.step_update(self.state.step)
         loss = self.forward_backward(batch)
         norm, skipped = self.sharding.step(self.settings.train.clip_grad)
@@ -207,7 +232,7 @@ class Trainer:
         return loss, norm
 
     def forward_backward(self, batch: Batch) -> Tensor:
-        """The gradient of the mean loss over the batch, micro-batch by micro-batch. Gives that mean."""
+        """Accumulate the gradient of the mean loss over the micro-batches of a batch, and return that mean."""
         count, num_drop_paths = self.parts.micro_batches, self.parts.num_drop_paths
         train, step = self.settings.train, self.state.step
         total = torch.zeros((), device=self.env.device)
@@ -226,10 +251,10 @@ class Trainer:
             total += loss.detach()
         return total
 
-    # ------------------------------------------------------------------------------------------ around it
+    # ------------------------------------------------------------------------------------------ logging and checkpoints
 
     def measure(self, loss: Tensor, norm: Tensor, meter: ThroughputMeter) -> dict[str, float]:
-        """What is logged of a step; the only place, besides checkpoints, where the host waits for the device."""
+        """Return the metrics of a step. Only here and in checkpoints does the host wait for the device."""
         group = self.sharding.optimizer.param_groups[0]
         return {
             "train/loss": self.env.sum_over_ranks(loss.double()).item() / self.env.world,
@@ -241,32 +266,44 @@ class Trainer:
         }
 
     def log(self, values: dict[str, float]) -> None:
-        """Numbers of this step, unless the log is somebody else's by now."""
+        """Write the metrics of this step, unless another process has taken over the phase."""
         if self.lease.is_held():
             self.metrics.log(self.state.step, values | self.checkpoints.pop_metrics())
 
     def check_lease(self) -> None:
-        """On all ranks together.
+        """Check that this process still owns the phase. Called by all ranks together.
 
         Raises:
-            LockedError: this phase was taken over.
+            LockedError: Another process has taken over the phase.
         """
         with self.env.main_process_first():
             if self.env.is_main:
                 self.lease.check()
 
     def check_finite(self) -> None:
+        """Check the number of skipped steps.
+
+        Raises:
+            NonFiniteError: It is larger than ``train.max_nonfinite``.
+        """
         allowed = self.settings.train.max_nonfinite
         if (skipped := int(self.skipped)) > allowed:
             since = self.rollback["to"] if self.rollback else 0
             after = f" since the rollback to step {since}" if since else ""
             raise NonFiniteError(
                 f"{self.row.title}: the gradient was not finite in {skipped} of {self.state.step - since} steps{after}"
-                f" (train.max_nonfinite = {allowed}); lower train.lr, or look at the data"
+                f" (train.max_nonfinite = {allowed}); lower train.lr, or check the data"
             )
 
     def save(self, clock: float) -> float:
-        """Begin a checkpoint. Gives the time, from which the next stretch of training counts."""
+        """Start to save a checkpoint.
+
+        Args:
+            clock: Time (``time.perf_counter``) at which training started or the last checkpoint was saved.
+
+        Returns:
+            The current time.
+        """
         self.check_finite()
         self.metrics.flush()
         now = time.perf_counter()
@@ -280,12 +317,17 @@ class Trainer:
         return now
 
     def checkpoint_tensors(self) -> dict[str, Tensor | TensorShard]:
-        """This rank's part of a checkpoint."""
+        """Return this rank's part of a checkpoint."""
         tensors = self.sharding.save()
-        # a rank averages what it trains, and writes the average of what it writes
+        # a rank averages all parameters that it trains, but writes only the averages of those that it writes
         return tensors | {key: value for key, value in self.ema.save().items() if f"model/{key[4:]}" in tensors}
 
     def restore(self, checkpoint: Checkpoint) -> None:
+        """Restore the state of training from a checkpoint.
+
+        Raises:
+            ArtifactError: The checkpoint does not fit the phase.
+        """
         self.saved = checkpoint.step
         self.rollback = self.env.broadcast(self.folder.rollback)
         try:
@@ -297,14 +339,14 @@ class Trainer:
                 self.parts.lr_hook.load_state(self.state.lr_hook)
             self.sharding.load(checkpoint.tensors)
             self.ema.load(checkpoint.tensors)
-        except (ValueError, LookupError, TypeError, RuntimeError) as error:  # it has the right hashes, and is not ours
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:  # valid hashes, other content
             reason = " ".join(str(error).split())
             raise ArtifactError(
                 f"the checkpoint of step {checkpoint.step} in {self.folder.checkpoints} does not fit: {reason}"
             ) from error
 
     def evaluate(self) -> dict[str, float]:
-        """On the whole validation split, with the weights that the phase hands on."""
+        """Evaluate the weights that the phase exports on the whole validation split."""
         with self.exported_weights():
             return self.score()
 
@@ -350,13 +392,13 @@ class Trainer:
         )
 
     def score_partial(self, module: int) -> None:
-        """Score this module together with all modules that are finished by now, the meta model in place of the others.
+        """Evaluate this module assembled with all other finished modules and the rest of the meta model.
 
-        The scores go to ``partial.json``, the events and TensorBoard. Every rank has the whole model for it, and scores
-        its share of the validation split.
+        The metrics go to ``partial.json``, the events and TensorBoard. Every rank has the whole model for this, and
+        evaluates its share of the validation split.
         """
         joined: list[int] = self.env.broadcast(finished_modules(self.context) if self.env.is_main else None)
-        if module not in joined:  # the meta model that it was trained with has been replaced since
+        if module not in joined:  # the meta model that it was trained with has been replaced
             return
         model = build_partial_assembly(self.context, joined)
         result = self.task.make_result(self.task.evaluate(model, self.parts.eval_stream, self.env))
@@ -369,7 +411,7 @@ class Trainer:
                 self.run_dir.log_event("partial_assembly", phase=self.row.key, joined=joined, metrics=result["metrics"])
 
     def finish_assembly(self) -> None:
-        """Score and write the assembled model as it is before fine-tuning."""
+        """Evaluate and write the assembled model before it is fine-tuned."""
         assembled = self.run_dir.assembled
         expected = Lineage(self.planned.identity, self.data.digest, self.parts.inputs)
         valid = assembled.result is not None and check_artifact_lineage(assembled.artifact, expected) is None
@@ -383,6 +425,7 @@ class Trainer:
                 assembled.write_result(self.task.make_result(scores))
 
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
+        """Write the weights of the whole model, or of a module under the target's names, as an artifact."""
         module = self.row.module
         depths = self.row.depths if module is None else self.context.plan.target
         save_artifact(
