@@ -16,7 +16,7 @@ from timm.layers import resample_abs_pos_embed
 
 from bigincubate import cli
 from bigincubate.config import PHASES, Recipe, list_shipped_recipes, load_recipe, reading
-from bigincubate.data.streams import Batch
+from bigincubate.data.batch import Batch
 from bigincubate.errors import ConfigError
 from bigincubate.models.vision import resample_position_embeddings
 from bigincubate.planning.cost import count_cost
@@ -46,7 +46,7 @@ def test_sizes_are_those_that_were_published(name: str, monkeypatch: pytest.Monk
     recipe = load_recipe(name)
     cut = make_plan(recipe)
     monkeypatch.setattr(plan, "saved_bytes", lambda *_: 0)  # takes longest, and is looked at elsewhere
-    monkeypatch.setattr(plan, "trained", lambda *_: [])
+    monkeypatch.setattr(plan, "trainable_param_info", lambda *_: [])
     cost = count_cost(cut.row("finetune"), recipe.settings("finetune"), cut)
     assert (round(cost.parameters / 1e6), round(cost.forward_flops / 2e9, 1)) == FIGURES[name]
 
@@ -139,21 +139,22 @@ def test_binary_cross_entropy_is_torchs_on_both_classes_of_a_mixed_image(
     task = made.trainer("pretrain").task
     labels, rows = torch.tensor([1, 2, 3, 3]), torch.arange(4)
     images, logits = torch.rand(4, 3, 8, 8), torch.randn(4, 10)
-    _, targets = task.prepare(Batch(images, labels, rows, rows, rows), 5)
+    batch = Batch({"images": images, "labels": labels}, rows, rows, rows)
+    _, targets = task.prepare(batch, 5)
     two_hot = torch.zeros(4, 10)
     for row, partner in enumerate((2, 3, 0, 1)):
         two_hot[row, labels[row]] = two_hot[row, labels[partner]] = 1
     assert two_hot.sum(1).tolist() == [2, 2, 2, 2]
     expected = two_hot * (1 - smoothing) + smoothing / 10
     torch.testing.assert_close(targets, expected)
-    loss = task.loss(lambda _: logits, images, targets)
+    loss = task.loss(lambda _: logits, batch, 5)
     torch.testing.assert_close(loss, torch.nn.BCEWithLogitsLoss()(logits, expected))
     # and off, it is cross entropy on shares
     task.settings = task.settings.model_copy(update={"loss": load_recipe("digits").loss})
-    _, shares = task.prepare(Batch(images, labels, rows, rows, rows), 5)
+    _, shares = task.prepare(batch, 5)
     _, own = mix(images, labels, mixup=task.settings.mixup, smoothing=0.0, num_classes=10, seed=0, step=5)
     assert torch.equal(shares, own)
-    torch.testing.assert_close(task.loss(lambda _: logits, images, shares), F.cross_entropy(logits, own))
+    torch.testing.assert_close(task.loss(lambda _: logits, batch, 5), F.cross_entropy(logits, own))
 
 
 def test_deit3_has_everything_but_binary_cross_entropy() -> None:
