@@ -11,10 +11,12 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from bigincubate.config import PHASES, Recipe, Settings, load_recipe
+from bigincubate.config import PHASES, ModelConfig, Recipe, Settings, load_recipe
 from bigincubate.data.dataset import DatasetInfo
 from bigincubate.data.images import labelled_image_schema
 from bigincubate.errors import ArtifactError, ConfigError
+from bigincubate.models.base import ModelFamily
+from bigincubate.models.vision import find_timm_family
 from bigincubate.planning import identity
 from bigincubate.planning.cost import PlannedRow
 from bigincubate.planning.identity import expected_lineage, invalidated_rows, phase_digest, phase_identity
@@ -96,7 +98,7 @@ READERS = {"P": "PIF", "I": "IF", "F": "F", "E": "E"}
 FLOPS_KEYS = {"train.epochs", "train.max_steps", "train.batch_size", "augment.repeated_aug", "model.img_size"}
 FLOPS_KEYS |= {"model.args"}
 LENGTH_KEYS = {"train.epochs", "train.max_steps"}  # of no effect on a baseline at equal FLOPs
-CONSTANT_KEYS = {"model.name"}  # a phase cannot change it
+CONSTANT_KEYS = {"model.library", "model.name"}  # a phase cannot change them
 
 # Examples where the type of a key does not suggest one
 VALUES = {
@@ -105,6 +107,7 @@ VALUES = {
     "task.name": '"bigincubate.tasks.image_classification.task:ImageClassification"',
     "task.args": "{ x = 1 }",
     "model.name": '"deit_tiny_patch16_224"',
+    "model.library": f'"{__name__}:timm_library"',
     "model.args": "{ mlp_ratio = 2.0 }",
     "data.source": '"digits"',
     "data.path": '"/elsewhere"',
@@ -136,6 +139,10 @@ VALUES = {
     "slurm.umask": '"007"',
     "slurm.extra": '["--exclusive"]',
 }
+
+
+def timm_library(model: ModelConfig) -> ModelFamily:
+    return find_timm_family(model.name)
 
 
 def leaves(table: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
