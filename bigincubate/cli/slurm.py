@@ -42,11 +42,11 @@ def submit(
             size = query_max_array_size()
         say(format_submission(loaded, directory, make_plan(loaded).modules, baseline=baseline, size=size))
         return
-    share(loaded)
+    set_umask(loaded)
     open_run(loaded, directory, report=say)
     if baseline:
         directory.log_event("baseline")
-    proceed(directory)
+    submit_or_export(directory)
 
 
 @app.command()
@@ -68,14 +68,14 @@ def resume(
     """Submit the missing phases of a run to Slurm."""
     from ..storage.run_directory import RunDir
 
-    proceed(RunDir(run_dir), os.environ.get("SLURM_JOB_ID") if gate else None)
+    submit_or_export(RunDir(run_dir), os.environ.get("SLURM_JOB_ID") if gate else None)
 
 
-def proceed(directory: Any, gate: str | None = None) -> None:
+def submit_or_export(directory: Any, gate: str | None = None) -> None:
     """Submit the missing phases of a run; if there are none, export its model."""
     from ..files import read_json_lines
     from ..interchange.export import export as export_model
-    from ..interchange.export import whole
+    from ..interchange.export import is_complete_export
     from ..launchers.slurm.scheduler import submit_missing_jobs
     from ..planning.context import open_run
     from ..planning.identity import expected_lineage
@@ -86,7 +86,7 @@ def proceed(directory: Any, gate: str | None = None) -> None:
         return expected_lineage(directory, job.phase, job.module)
 
     loaded = directory.load_recipe()
-    share(loaded)
+    set_umask(loaded)
     opened = open_run(loaded, directory)
     baseline = any(row["event"] == "baseline" for row in read_json_lines(directory.path / "events.jsonl"))
     graph = build_job_graph(opened.rows, baseline=baseline)
@@ -94,7 +94,7 @@ def proceed(directory: Any, gate: str | None = None) -> None:
         say(f"watch:   bigincubate status {directory.path} --watch")
         return
     exported = directory.path / "export"
-    if not whole(exported):
+    if not is_complete_export(exported):
         export_model(directory.path, exported)
     from ..report.console_tables import summary_table
 
@@ -102,7 +102,7 @@ def proceed(directory: Any, gate: str | None = None) -> None:
     say(f"model:   {exported}")
 
 
-def share(recipe: Any) -> None:
+def set_umask(recipe: Any) -> None:
     """Set the recipe's umask for the files of the run. Slurm passes it to the jobs."""
     if recipe.slurm.umask is not None:
         os.umask(int(recipe.slurm.umask, 8))

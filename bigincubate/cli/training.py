@@ -113,7 +113,7 @@ def run(
 
         jobs = count_parallel_jobs(loaded, jobs, baseline)
     from ..interchange.export import export as export_model
-    from ..interchange.export import whole
+    from ..interchange.export import is_complete_export
     from ..launchers.local import LocalRunner
     from ..launchers.progress import ProgressReporter
     from ..planning.context import open_run
@@ -123,7 +123,7 @@ def run(
     directory, exported = RunDir(run_dir), run_dir / "export"
     opened = open_run(loaded, directory, report=say)
     graph = build_job_graph(opened.rows, baseline=baseline)
-    if all(directory.phase(job.phase, job.module).result for job in graph) and whole(exported):
+    if all(directory.phase(job.phase, job.module).result for job in graph) and is_complete_export(exported):
         say(f"{run_dir} is done already")
     with ProgressReporter(console()) as reporter:
         helper = shared_loader_job(directory) if co_train else None
@@ -135,7 +135,7 @@ def run(
         raise typer.Exit(code)
     if code is not Exit.DONE:
         fail("not everything is done, for the reasons above; the same command goes on with what is missing", code)
-    snippet = None if whole(exported) else export_model(run_dir, exported)
+    snippet = None if is_complete_export(exported) else export_model(run_dir, exported)
     from ..report.console_tables import summary_table
 
     console().print(summary_table(loaded.name, summary, opened.rows))

@@ -101,7 +101,7 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
         raise ArtifactError(f"{file} does not hold the model of its config.json: {reason}") from None
 
 
-def whole(folder: Path) -> bool:
+def is_complete_export(folder: Path) -> bool:
     """Return whether an exported folder is complete."""
     return (folder / FILES[-1]).exists()
 
@@ -140,7 +140,9 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
         ConfigError: ``out`` has other files.
     """
     out = out.resolve()
-    if out.exists() and (not out.is_dir() or ({file.name for file in out.iterdir()} - set(FILES) and not whole(out))):
+    if out.exists() and (
+        not out.is_dir() or ({file.name for file in out.iterdir()} - set(FILES) and not is_complete_export(out))
+    ):
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
     aside = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(aside, ignore_errors=True)
