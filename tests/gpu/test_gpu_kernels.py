@@ -14,6 +14,8 @@ from bigincubate.experimental.fused_loss import soft_cross_entropy
 from bigincubate.kernels import add_branch
 from bigincubate.kernels.branch import _eager as eager_add_branch
 
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
 
 def to_gpu(*values: Any) -> list[Any]:
     return [value.cuda() if isinstance(value, torch.Tensor) else value for value in values]
