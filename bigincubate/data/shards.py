@@ -1,4 +1,4 @@
-"""One split of a prepared data set as a `StreamingDataset` that verifies everything and shares nothing.
+"""One split of a prepared data set as a `StreamingDataset` that verifies its files and is independent of other jobs.
 
 `streaming` has these problems on a machine with several jobs, which are solved here:
 

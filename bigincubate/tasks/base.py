@@ -1,7 +1,7 @@
-"""What a task is to the trainer: its metrics, its data, its loss.
+"""The interface of tasks: metrics, data and loss.
 
-A task is chosen by ``task.name`` in the recipe and built once per phase. The trainer, the planner and the reports call
-nothing of a task but what is declared here.
+A task is chosen by ``task.name`` in the recipe and built once per phase. Trainer, planner and reports use only what is
+declared here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TrainBatches(Protocol):
-    """The training batches of one rank, without end."""
+    """An endless stream of the training batches of one rank."""
 
     steps_per_epoch: int
 
@@ -34,21 +34,23 @@ class TrainBatches(Protocol):
 class EvalBatches(Protocol):
     """This rank's share of a split, each sample exactly once."""
 
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """Return the number of batches."""
 
-    def __iter__(self) -> Iterator[Batch]: ...
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield the batches."""
 
 
 class Task(ABC):
-    """One phase of what is learned: data, loss and evaluation.
+    """Data, loss and evaluation of one phase.
 
     Args:
-        settings: the phase's settings.
-        data: the recipe's data settings.
+        settings: The phase's settings.
+        data: The recipe's data settings.
 
     Attributes:
-        metrics: what :meth:`evaluate` measures; the first is the headline.
-        unit: what a sample is called in results and rates, such as ``"images"``.
+        metrics: The metrics that :meth:`evaluate` returns; the first is the headline.
+        unit: Name of samples in results and rates, such as ``"images"``.
         record_kind: ``kind`` of the data sets that the task reads.
     """
 
@@ -60,10 +62,10 @@ class Task(ABC):
         self.settings, self.data = settings, data
 
     def check_dataset(self, info: DatasetInfo) -> None:
-        """Refuse data that the phase cannot learn from.
+        """Refuse data that the phase cannot use.
 
         Raises:
-            ConfigError: naming the data and the key that differs.
+            ConfigError: If the data does not fit; the message names the data and the key that differs.
         """
         if info.schema.kind != self.record_kind:
             raise ConfigError(f"{info.path} has records of kind {info.schema.kind}; the task reads {self.record_kind}")
@@ -79,18 +81,18 @@ class Task(ABC):
         """Return a rank's share of a split.
 
         Args:
-            info: the data.
+            info: The data set.
             split: ``"train"`` or ``"val"``.
-            rank: whose share.
-            world: number of ranks.
-            batch_size: samples of this rank in a batch; None: chosen by the task.
+            rank: The rank.
+            world: Number of ranks.
+            batch_size: Number of samples in a batch of this rank; None for the task's choice.
         """
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         """Return the mean loss of a micro-batch: a scalar on the batch's device.
 
-        Whatever is random here (mixing, masking) is a pure function of the seed and ``step``.
+        Random draws (mixing, masking) are a pure function of the seed and ``step``.
         """
 
     @abstractmethod
@@ -102,14 +104,14 @@ class Task(ABC):
         *,
         pad_batches_across_ranks: bool = False,
     ) -> dict[str, float]:
-        """Return the metrics by name, and ``samples``, over every sample of every rank, each counted once.
+        """Return the metrics by name, and ``samples``, over the samples of all ranks, each counted once.
 
         Args:
-            model: put into evaluation mode meanwhile.
-            batches: this rank's share.
-            env: the ranks.
-            pad_batches_across_ranks: the model's forward is collective, so a rank with fewer batches than the others
-                repeats its last one without counting it.
+            model: The model; it is in evaluation mode until this returns.
+            batches: This rank's share.
+            env: The process group.
+            pad_batches_across_ranks: Whether a rank with fewer batches than others repeats its last batch without
+                counting it, because the model's forward is collective.
         """
 
     def make_result(
@@ -118,11 +120,11 @@ class Task(ABC):
         """Return the result of a phase as it is stored and reported.
 
         Args:
-            scores: what :meth:`evaluate` returned.
-            steps: optimizer steps of the phase.
-            seen: samples that were trained on, with every view of a sample counted.
-            flops: training FLOPs.
-            seconds: training time.
+            scores: The return value of :meth:`evaluate`.
+            steps: Number of optimizer steps of the phase.
+            seen: Number of samples trained on, with each view of a sample counted.
+            flops: Training FLOPs.
+            seconds: Training time.
         """
         return {
             "metrics": {metric.name: scores[metric.name] for metric in self.metrics},
@@ -136,14 +138,14 @@ class Task(ABC):
         }
 
     def preview(self, batch: Batch) -> Tensor | None:
-        """Return images ``[n, 3, H, W]`` in 0 to 1 of a training batch for TensorBoard; None: there are none."""
+        """Return a training batch as images ``[n, 3, H, W]`` in [0, 1] for TensorBoard, or None."""
         return None
 
     def artifact_metadata(self) -> dict[str, Any]:
-        """Return what a user of the finished model needs besides its weights, as plain JSON values."""
+        """Return what is needed to use the trained model besides its weights, as plain JSON values."""
         return {}
 
     @classmethod
     def artifact_settings(cls, model: ModelConfig, metadata: dict[str, Any]) -> Settings:
-        """Return settings to evaluate a finished model with, given what :meth:`artifact_metadata` returned."""
+        """Return settings for evaluating a trained model, given the return value of :meth:`artifact_metadata`."""
         return Settings(model=model)

@@ -1,4 +1,4 @@
-"""What a task measures: names, titles, units and formats, so that reports can print any task's results."""
+"""Metrics: names, titles, units and formats, so that reports can print the results of any task."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """One number of an evaluation.
+    """A number that an evaluation measures.
 
     Attributes:
-        name: key in results, and the tag ``val/<name>`` in TensorBoard.
-        title: how it is called in tables and pages.
-        unit: printed after the value, such as ``"%"``.
-        higher_is_better: whether a larger value is the better one.
+        name: Key in results, and the tag ``val/<name>`` in TensorBoard.
+        title: Name in tables and pages.
+        unit: Printed after the value, such as ``"%"``.
+        higher_is_better: Whether larger values are better.
         format: Python format of the value.
-        in_tables: whether tables have a column for it.
+        in_tables: Whether tables have a column for it.
     """
 
     name: str
@@ -28,18 +28,18 @@ class Metric:
     in_tables: bool = True
 
     def text(self, value: float | None, *, unit: bool = False) -> str:
-        """Return a value as text, ``"-"`` for None; with ``unit`` its unit follows."""
+        """Return a value as text, with its unit if ``unit`` is true; ``"-"`` for None."""
         if value is None:
             return "-"
         return f"{value:{self.format}}{self.unit if unit else ''}"
 
     @property
     def column(self) -> str:
-        """The heading of a column of such values, such as ``"top-1 %"``."""
+        """Heading of a table column, such as ``"top-1 %"``."""
         return f"{self.title} {self.unit}".strip()
 
     def value_in(self, result: Mapping[str, Any] | None) -> float | None:
-        """Return the value in a result (:meth:`.Task.make_result`); None: there is none."""
+        """Return the value in a result (see :meth:`.Task.make_result`), or None if there is none."""
         value: float | None = result["metrics"].get(self.name) if result else None
         return value
 

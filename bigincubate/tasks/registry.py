@@ -1,4 +1,4 @@
-"""Which class a recipe's ``task.name`` stands for."""
+"""Classes of tasks by ``task.name``."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def task_class(name: str) -> type[Task]:
     """Return the class of a task.
 
     Args:
-        name: one of ``TASKS``, or ``package.module:Class``.
+        name: One of ``TASKS``, or ``package.module:Class``.
 
     Raises:
-        ConfigError: there is no such class.
+        ConfigError: If there is no such class.
     """
     found: type[Task] = load_object(TASKS.get(name, name), key="task.name")
     return found
@@ -26,6 +26,6 @@ def make_task(settings: Settings, data: DataConfig) -> Task:
     """Return the task of a phase with these settings.
 
     Raises:
-        ConfigError: ``task.name`` names no class.
+        ConfigError: If ``task.name`` is not the name of a class.
     """
     return task_class(settings.task.name)(settings, data)

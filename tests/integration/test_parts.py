@@ -239,21 +239,22 @@ def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_
     ]
 
 
-def test_opening_another_part_is_an_error(recipe: Path, mine: Path, tmp_path: Path, counted: None) -> None:
-    from bigincubate.training.trainer import Trainer
+def test_opening_another_part_is_an_error(
+    recipe: Path, mine: Path, tmp_path: Path, counted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bigincubate.planning import context
 
     lab = Lab(recipe, tmp_path / "run")
-    given = lab.arguments("incubate", 0)
-    assert given[5].part == 0
+    assert lab.context("incubate", 0).data.part == 0
     for module, phase, data in (
         (0, "incubate", open_dataset(mine / "parts/01")),
         (0, "incubate", lab.data),
         (None, "pretrain", open_dataset(mine / "parts/00")),
     ):
-        arguments = list(lab.arguments(phase, module))
-        arguments[5] = data
+        # opening a phase checks its data, whatever was opened for it
+        monkeypatch.setattr(context, "open_module_partition", lambda recipe, whole, module, data=data: (recipe, data))
         with pytest.raises(ConfigError, match="may see"):
-            Trainer(*arguments, None)  # type: ignore[arg-type]
+            lab.context(phase, module)
     # a part in another's place
     shutil.rmtree(mine / "parts/00")
     (mine / "parts/01").rename(mine / "parts/00")

@@ -6,16 +6,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from launching import environment
+from streaming import MDSWriter, StreamingDataset
+from streaming.base import shared
+from streaming.base.dataset import _ShardState
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bigincubate.compat.fairscale import import_fairscale, owner_rank
+from bigincubate.compat.streaming import LOCAL, IsolatedStreamingDataset
 from bigincubate.compat.torch import skip_fused_step_if
+from bigincubate.data.shared_memory import claim_memory_prefix
 
 # ------------------------------------------------------------------------------------------------ torch
 
@@ -34,6 +40,69 @@ def test_torch_fused_step_is_skipped_if_flag_is_set(optimizer: type[torch.optim.
     fused.step()
     assert (weight < 1).all()
     assert fused.state[weight]["step"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ streaming
+
+
+class AlwaysVerified(IsolatedStreamingDataset):
+    def verify_shard(self, shard_id: int) -> None:
+        self.verified[shard_id] = 1
+
+
+@pytest.fixture
+def mds(tmp_path: Path) -> str:
+    """A data set whose samples are their own index, in several shards."""
+    with MDSWriter(columns={"index": "int"}, out=str(tmp_path / "train"), size_limit=512) as writer:
+        for index in range(100):
+            writer.write({"index": index})
+    return str(tmp_path)
+
+
+def test_streaming_private_names_exist(mds: str) -> None:
+    assert callable(shared.prefix._each_prefix_int)
+    for name in ("_resume", "_each_sample_id", "prepare_shard", "load_state_dict"):
+        assert callable(getattr(StreamingDataset, name))
+    data = AlwaysVerified(mds, "train", prefix=claim_memory_prefix())
+    assert data._parallel_rank_world.num_ranks == 1
+    data.prepare_shard(1)
+    assert data._shard_states[1] == LOCAL == _ShardState.LOCAL
+    assert data.verified.tolist() == [0, 1] + [0] * (data.num_shards - 2)
+
+
+def test_streaming_shared_memory_is_named_by_the_prefix(mds: str) -> None:
+    prefix = claim_memory_prefix()
+    before = set(Path("/dev/shm").iterdir())
+    data = AlwaysVerified(mds, "train", prefix=prefix)
+    made = {file.name for file in set(Path("/dev/shm").iterdir()) - before}
+    assert any(name.startswith(f"{prefix:06}_") for name in made)
+    assert data.num_shards > 2
+
+
+@pytest.mark.parametrize("verified", [False, True])
+def test_streaming_positions_belong_to_ranks_in_turn_from_any_sample(mds: str, verified: bool) -> None:
+    def order(rank: int, world: int, **state: int) -> list[int]:
+        options = {
+            "partition_algo": "orig",
+            "num_canonical_nodes": 1,
+            "shuffle_algo": "py1s",
+            "shuffle_block_size": 256,
+        }
+        data = AlwaysVerified(
+            mds, "train", prefix=claim_memory_prefix(), rank=rank, world=world, batch_size=2, shuffle=True, **options
+        )
+        if verified:
+            data.verified[:] = 1
+        data.load_state_dict({"epoch": 1, "sample_in_epoch": 0} | state)
+        return [sample["index"] for sample in data]
+
+    whole = order(0, 1)
+    assert sorted(whole) == list(range(100))
+    assert whole != list(range(100))
+    for rank in range(2):
+        assert order(rank, 2) == whole[rank::2]
+        assert order(rank, 2, sample_in_epoch=4) == whole[4 + rank :: 2]
+    assert order(0, 1, epoch=2) != whole
 
 
 # ------------------------------------------------------------------------------------------------ fairscale

@@ -1,7 +1,7 @@
-"""What happens to an image: parts of torchvision and timm, and randomness that is a pure function.
+"""Image transforms, composed of those of torchvision and timm.
 
-A transform draws from the global generators of `random`, numpy and torch, as those libraries do. `seed_rng` makes what
-they draw a function of (seed, epoch, sample, repeat), so that workers, ranks and resumes change nothing.
+A transform draws from the global generators of `random`, numpy and torch, as those libraries do. `seed_rng` makes its
+draws a function of (seed, epoch, sample, view), so that they do not depend on workers, ranks or resumes.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def draws_only_from_torch(augment: config.AugmentConfig) -> bool:
-    """Whether all that is random comes from torchvision; timm draws from all three."""
+    """Return whether random draws are from torch's generator only; timm draws from all three."""
     return augment.crop != "random_resized" and not (
         augment.batch_transform or augment.rand_augment or augment.three_augment or augment.erase
     )
 
 
 def train_transform(augment: config.AugmentConfig, img_size: int) -> Transform:
-    """RGB image -> [3, img_size, img_size] float32, normalised. Random: call it after `seed_rng`."""
-    steps: list[Callable] = [*picture_steps(augment, img_size), ToNormalized(augment)]
+    """Return the transform of an RGB image to normalized [3, img_size, img_size] float32. Call it after `seed_rng`."""
+    steps: list[Callable] = [*image_steps(augment, img_size), ToNormalized(augment)]
     if augment.erase:
         steps.append(RandomErasing(augment.erase, mode="pixel", device="cpu"))
     return transforms.Compose(steps)
 
 
-def picture_steps(augment: config.AugmentConfig, img_size: int) -> list[Callable[[Image.Image], Image.Image]]:
-    """What happens to an image while it is one: RGB image -> RGB image of ``img_size``, step by step.
+def image_steps(augment: config.AugmentConfig, img_size: int) -> list[Callable[[Image.Image], Image.Image]]:
+    """Return the steps that transform an RGB image into an augmented RGB image of side ``img_size``.
 
     Crops: ``random_resized`` (Inception), ``simple`` (DeiT III: shorter side to ``img_size``, reflect-pad, crop),
-    ``pad`` (CIFAR: the same with a black border), ``none`` (the whole image, squeezed).
+    ``pad`` (CIFAR: the same with a black border), ``none`` (the whole image, resized to a square).
     """
     steps: list[Callable] = [_crop(augment, img_size)]
     if augment.flip:
         steps.append(partial(_flip, share=augment.flip))
     if augment.rand_augment:
-        policy = rand_augment_transform(augment.rand_augment, _colours_and_sizes(augment, img_size))
+        policy = rand_augment_transform(augment.rand_augment, _policy_options(augment, img_size))
         for operation in policy.ops:
             if operation.aug_fn is auto_augment.posterize:
                 operation.aug_fn = _posterize
         steps.append(policy)
-    if augment.three_augment:  # DeiT III (arXiv 2204.07118): one of greyscale, solarisation, Gaussian blur
-        steps.append(auto_augment_transform("3a", _colours_and_sizes(augment, img_size)))
+    if augment.three_augment:  # DeiT III (arXiv 2204.07118): one of grayscale, solarization, Gaussian blur
+        steps.append(auto_augment_transform("3a", _policy_options(augment, img_size)))
     if augment.color_jitter:
         steps.append(transforms.ColorJitter(*[augment.color_jitter] * 3))
     return steps
 
 
 def eval_transform(augment: config.AugmentConfig, img_size: int) -> Transform:
-    """RGB image -> [3, img_size, img_size] float32, normalised: the middle of the image, nothing random."""
+    """Return the transform of an RGB image to its normalized center crop, [3, img_size, img_size] float32."""
     return transforms.Compose(
         [
             transforms.Resize(round(img_size / augment.eval_crop), str_to_interp_mode(augment.interpolation)),
@@ -74,7 +74,11 @@ def eval_transform(augment: config.AugmentConfig, img_size: int) -> Transform:
 
 
 class ToNormalized:
-    """RGB image -> [3, H, W] float32, (x / 255 - mean) / std."""
+    """Convert an RGB image to [3, H, W] float32, (x / 255 - mean) / std.
+
+    Args:
+        augment: Has mean and standard deviation.
+    """
 
     def __init__(self, augment: config.AugmentConfig) -> None:
         self.mean = torch.tensor(augment.mean).mul(255).view(3, 1, 1)
@@ -84,7 +88,7 @@ class ToNormalized:
         return self.all([image])[0]
 
     def all(self, images: Sequence[Image.Image]) -> Tensor:
-        """RGB images of one size -> [n, 3, H, W] float32, the same bits in fewer calls."""
+        """Convert RGB images of one size to [n, 3, H, W] float32: the same bits as one by one, in fewer calls."""
         width, height = images[0].size
         pixels = torch.frombuffer(bytearray().join(image.tobytes() for image in images), dtype=torch.uint8)
         pixels = pixels.view(len(images), height, width, 3).permute(0, 3, 1, 2)
@@ -101,8 +105,8 @@ def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
     return auto_augment.posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
-def _colours_and_sizes(augment: config.AugmentConfig, img_size: int) -> dict[str, Any]:
-    """What timm's policies want to know, as timm's own factory of transforms gives it to them."""
+def _policy_options(augment: config.AugmentConfig, img_size: int) -> dict[str, Any]:
+    """Return the options of timm's policies, as timm's own factory of transforms sets them."""
     return {
         "translate_const": int(img_size * 0.45),
         "img_mean": tuple(min(255, round(255 * x)) for x in augment.mean),
@@ -111,7 +115,7 @@ def _colours_and_sizes(augment: config.AugmentConfig, img_size: int) -> dict[str
 
 
 def resized_crop(augment: config.AugmentConfig, img_size: int) -> Callable[[Image.Image], Image.Image]:
-    """A part of the image, or all of it, at another size: crops ``random_resized`` and ``none``."""
+    """Return the transform of crops ``random_resized`` and ``none``: a part of the image or all of it, resized."""
     if augment.crop == "none":
         return transforms.Resize((img_size, img_size), str_to_interp_mode(augment.interpolation))
     return RandomResizedCropAndInterpolation(
@@ -120,14 +124,14 @@ def resized_crop(augment: config.AugmentConfig, img_size: int) -> Callable[[Imag
 
 
 def shorter_side(augment: config.AugmentConfig, img_size: int) -> Callable[[Image.Image], Image.Image]:
-    """The whole image at another size, as crops ``simple`` and ``pad`` begin."""
+    """Return the first step of crops ``simple`` and ``pad``: resize the shorter side to ``img_size``."""
     resize = transforms.Resize(img_size, str_to_interp_mode(augment.interpolation))
     return lambda image: image if min(image.size) == img_size else resize(image)
 
 
 def corner(image: Image.Image, pad: int, img_size: int) -> tuple[int, int]:
-    """Where torchvision's RandomCrop begins, counted from the corner of the image inside its border: top, left."""
-    across, down = (side + 2 * pad - img_size + 1 for side in image.size)  # how many places
+    """Draw top and left of torchvision's RandomCrop, relative to the corner of the image inside its border."""
+    across, down = (side + 2 * pad - img_size + 1 for side in image.size)  # number of positions
     if across == down == 1:
         return -pad, -pad
     if across == down:  # the same two numbers in one call

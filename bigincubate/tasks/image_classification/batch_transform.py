@@ -1,4 +1,4 @@
-"""Augmentation in two halves, one per image on the host and one per batch on the device, loaded by name."""
+"""Augmentation in two parts, one per image on the CPU and one per batch on the device, loaded by name."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ class BatchTransform(Protocol):
         img_size: Side of the images in pixels.
 
     Raises:
-        ConfigError: It does not support these settings.
+        ConfigError: If it does not support these settings.
     """
 
     def __init__(self, augment: config.AugmentConfig, img_size: int) -> None: ...
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        """Return the host half of an RGB image: its pixels and its parameters, each of a fixed shape.
+        """Apply the CPU part to an RGB image and return its pixels and its parameters, each of a fixed shape.
 
         It may draw from the global random generators, which are seeded before. Both tensors are stacked over the batch.
         """
         ...
 
     def finish(self, images: Tensor, parameters: Tensor) -> Tensor:
-        """Return the device half of a batch, ``[n, 3, H, W]`` float32, not mixed."""
+        """Apply the device part to a batch; return ``[n, 3, H, W]`` float32, not mixed."""
         ...
 
     def finish_and_mix(
         self, images: Tensor, parameters: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: int, step: int
     ) -> tuple[Tensor, TwoHot]:
-        """Return the device half of a batch, mixed as `mixup.blend` mixes, and its targets."""
+        """Apply the device part to a batch, mix it as `mixup.blend` does, and return it with its targets."""
         ...
 
 
@@ -49,7 +49,7 @@ def load_batch_transform(augment: config.AugmentConfig, img_size: int) -> BatchT
     """Return the transform that ``augment.batch_transform`` names, or None if it names none.
 
     Raises:
-        ConfigError: The name cannot be loaded, or the transform does not support these settings.
+        ConfigError: If the name cannot be loaded, or the transform does not support these settings.
     """
     if (name := augment.batch_transform) is None:
         return None

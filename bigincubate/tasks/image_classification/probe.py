@@ -1,4 +1,4 @@
-"""What a model's features are worth without its head: a linear classifier on them, or their nearest neighbours."""
+"""Evaluation of a model's features without its head: by a linear classifier or by nearest neighbors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Probe = Literal["linear", "knn"]
 
 @torch.no_grad()
 def pooled_features(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the model's classifier sees of each image, ``[n, features]`` fp32, and labels ``[n]``, both on the host."""
+    """Return the inputs of the model's classifier, ``[n, features]`` fp32, and labels ``[n]``, both on the CPU."""
     model.eval()
     features, labels = [], []
     for batch in batches:
@@ -28,16 +28,22 @@ def pooled_features(model: nn.Module, batches: Iterable[Batch], device: torch.de
 
 
 def knn_scores(
-    bank: Tensor, labels: Tensor, queries: Tensor, classes: int, *, neighbours: int = 20, temperature: float = 0.07
+    bank: Tensor, labels: Tensor, queries: Tensor, classes: int, *, neighbors: int = 20, temperature: float = 0.07
 ) -> Tensor:
-    """Votes ``[n, classes]`` of the nearest neighbours by cosine similarity, each with the weight exp(similarity /
-    temperature): Wu et al. 2018 (arXiv 1805.01978), with the defaults of DINO (arXiv 2104.14294).
+    """Return votes ``[n, classes]`` of the nearest neighbors by cosine similarity.
+
+    A vote has the weight exp(similarity / temperature), as in Wu et al. 2018 (arXiv 1805.01978). The defaults are those
+    of DINO (arXiv 2104.14294).
 
     Args:
-        bank, labels: features ``[m, features]`` and classes ``[m]`` of the training images.
-        queries: features ``[n, features]``.
+        bank: Features of the training images, ``[m, features]``.
+        labels: Classes of the training images, ``[m]``.
+        queries: Features, ``[n, features]``.
+        classes: Number of classes.
+        neighbors: Number of neighbors that vote.
+        temperature: Divides similarities.
     """
-    bank, nearest = F.normalize(bank, dim=1), min(neighbours, len(bank))
+    bank, nearest = F.normalize(bank, dim=1), min(neighbors, len(bank))
     votes = []
     for chunk in F.normalize(queries, dim=1).split(256):
         similarity, index = (chunk @ bank.T).topk(nearest, dim=1)
@@ -46,8 +52,10 @@ def knn_scores(
 
 
 def linear_scores(features: Tensor, labels: Tensor, queries: Tensor, classes: int) -> Tensor:
-    """Probabilities ``[n, classes]`` by logistic regression on standardised features (scikit-learn's L-BFGS, with its
-    default L2 penalty)."""
+    """Return probabilities ``[n, classes]`` of a logistic regression on standardized features.
+
+    It is scikit-learn's L-BFGS with the default L2 penalty.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -63,7 +71,7 @@ def linear_scores(features: Tensor, labels: Tensor, queries: Tensor, classes: in
 def probe(
     kind: Probe, model: nn.Module, train: Iterable[Batch], val: Iterable[Batch], classes: int, device: torch.device
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy (percent) on ``val`` of what learns from the features of ``train`` alone."""
+    """Return top-1 and top-5 accuracy (percent) on ``val`` of a classifier trained on the features of ``train``."""
     features, labels = pooled_features(model, train, device)
     queries, expected = pooled_features(model, val, device)
     scores = (knn_scores if kind == "knn" else linear_scores)(features, labels, queries, classes)

@@ -23,7 +23,7 @@ from .mixup import TwoHot, blend
 
 
 class ImageClassification(Task):
-    """Learn the class of an image."""
+    """Learn the classes of images."""
 
     metrics = (
         Metric("top1", "top-1", "%"),
@@ -43,7 +43,7 @@ class ImageClassification(Task):
                 self.named_loss = torch.compile(self.named_loss)
 
     def check_dataset(self, info: DatasetInfo) -> None:
-        """Refuse data of another kind, or with another number of classes than ``model.num_classes``."""
+        """Refuse data of another kind or with a number of classes other than ``model.num_classes``."""
         super().check_dataset(info)
         if (found := _count_classes(info)) != self.settings.model.num_classes:
             raise ConfigError(
@@ -73,7 +73,7 @@ class ImageClassification(Task):
     def eval_stream(
         self, info: DatasetInfo, split: str, *, rank: int = 0, world: int = 1, batch_size: int | None = None
     ) -> EvalBatches:
-        """Return the middles of images and their labels."""
+        """Return center crops and their labels."""
         from ...data.streams import EvalStream
         from .views import EvalTransform
 
@@ -90,7 +90,7 @@ class ImageClassification(Task):
         )
 
     def preview(self, batch: Batch) -> Tensor:
-        """Return inputs as they are before mixing, with the normalization undone."""
+        """Return the images of a batch before mixing, without normalization."""
         augment, images = self.settings.augment, batch["images"]
         if self.transform is not None:
             images = self.transform.finish(images, batch["augment_params"])
@@ -168,7 +168,7 @@ class ImageClassification(Task):
     # ------------------------------------------------------------------------------------------ artifacts
 
     def artifact_metadata(self) -> dict[str, Any]:
-        """Return how images must be prepared for the model."""
+        """Return normalization, interpolation and crop ratio of the model's inputs."""
         augment = self.settings.augment
         return {
             "mean": augment.mean,
@@ -179,7 +179,7 @@ class ImageClassification(Task):
 
     @classmethod
     def artifact_settings(cls, model: ModelConfig, metadata: dict[str, Any]) -> Settings:
-        """Return settings with the preparation of images that the artifact names."""
+        """Return settings with the artifact's normalization, interpolation and crop ratio."""
         return Settings(model=model, augment=AugmentConfig(**metadata))
 
 

@@ -1,4 +1,4 @@
-"""Labelled images as rows of a batch: augmented views in training, the middle of the image in validation."""
+"""Labelled images as rows of a batch: augmented views in training, the center crop in validation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchvision.transforms import Compose
 from ... import config
 from ...data.images import decode_image
 from ...data.rng import seed_rng
-from .augment import ToNormalized, draws_only_from_torch, eval_transform, picture_steps, train_transform
+from .augment import ToNormalized, draws_only_from_torch, eval_transform, image_steps, train_transform
 from .batch_transform import load_batch_transform
 
 LabelledImage = tuple[Image.Image, int]
@@ -21,10 +21,10 @@ View = tuple[Any, ...]  # an image or pixels [3, H, W], with the parameters of a
 
 
 class LabelledImages:
-    """Decode labelled images; the transforms below say what is shown of them.
+    """Decode labelled images.
 
     Args:
-        classes: number of classes.
+        classes: Number of classes.
     """
 
     views_per_sample = 1
@@ -36,14 +36,14 @@ class LabelledImages:
         """Return an RGB image and its label.
 
         Raises:
-            ValueError: the label is out of range, or the image cannot be read.
+            ValueError: If the label is out of range or the image cannot be read.
         """
         if not 0 <= record["label"] < self.classes:
             raise ValueError(f"label {record['label']} of {self.classes} classes")
         return decode_image(record["image"]), record["label"]
 
     def compact(self, sample: LabelledImage) -> tuple[LabelledImage, int]:
-        """Return a copy without what the file holds besides (EXIF, profiles, a decoder), and its bytes."""
+        """Return a copy with only the pixels (no EXIF data, color profile or decoder), and its bytes."""
         image, label = sample
         pixels = image.copy()
         pixels.info.clear()
@@ -51,13 +51,13 @@ class LabelledImages:
 
 
 class TrainTransform(LabelledImages):
-    """Augmented views. Random: iterate inside `preserve_rng_state`.
+    """Augmented views. It seeds the global generators: call it inside `preserve_rng_state`.
 
     Args:
-        augment: the augmentations.
-        img_size: side of a view in pixels.
-        seed: of the phase.
-        classes: number of classes.
+        augment: The augmentation settings.
+        img_size: Side of a view in pixels.
+        seed: The seed of the phase.
+        classes: Number of classes.
     """
 
     def __init__(self, augment: config.AugmentConfig, img_size: int, *, seed: int, classes: int) -> None:
@@ -85,12 +85,12 @@ class TrainTransform(LabelledImages):
 
 
 class EvalTransform(LabelledImages):
-    """The middle of the image, nothing random.
+    """The center crop of an image.
 
     Args:
-        augment: size of the middle, interpolation and normalization.
-        img_size: side of a view in pixels.
-        classes: number of classes.
+        augment: Has crop ratio, interpolation and normalization.
+        img_size: Side of a view in pixels.
+        classes: Number of classes.
     """
 
     def __init__(self, augment: config.AugmentConfig, img_size: int, *, classes: int) -> None:
@@ -111,13 +111,13 @@ class EvalTransform(LabelledImages):
 def _halves(
     augment: config.AugmentConfig, img_size: int
 ) -> tuple[Callable[[Image.Image], View], Callable[[Sequence[Any]], Tensor]]:
-    """Return what is done image by image, and what with all images of a batch at once."""
+    """Return a function for each image, and a function for all images of a batch."""
     if (transform := load_batch_transform(augment, img_size)) is not None:
         return transform, _stack
-    if augment.erase:  # with noise, drawn image by image, on pixels that are normalized
+    if augment.erase:  # its noise is drawn image by image, after normalization
         whole = train_transform(augment, img_size)
         return lambda image: (whole(image),), _stack
-    pictures = Compose(picture_steps(augment, img_size))
+    pictures = Compose(image_steps(augment, img_size))
     return lambda image: (pictures(image),), ToNormalized(augment).all
 
 
