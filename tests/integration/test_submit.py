@@ -12,7 +12,7 @@ from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.files import append_json_line, write_json
 from bigincubate.launchers.slurm import client as slurm
-from bigincubate.launchers.slurm import requeue_job as ending
+from bigincubate.launchers.slurm import requeue as ending
 from bigincubate.launchers.slurm.client import QueuedJob, job_name, list_job_logs, run_comment
 from bigincubate.launchers.slurm.requeue import handle_job_exit
 from bigincubate.launchers.slurm.sbatch import build_sbatch_command, find_script, format_submission, split_into_arrays
@@ -26,7 +26,7 @@ GOLDEN = Path(__file__).parents[1].joinpath("golden") / "submit.txt"
 
 
 def test_commands_and_scripts_are_the_golden_ones(fast: Path, tmp_path: Path) -> None:
-    """`UPDATE_GOLDEN=1 pytest tests/test_submit.py -k golden` writes them anew."""
+    """`UPDATE_GOLDEN=1 pytest tests/integration/test_submit.py -k golden` writes them anew."""
     sets = [
         "slurm.python=/opt/python",
         "slurm.time=1:00:00",
