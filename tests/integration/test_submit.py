@@ -181,12 +181,12 @@ def test_the_queue_is_read_past_the_jobs_of_others(tmp_path: Path, monkeypatch: 
 def test_a_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path / "run")
     rows = [("pretrain", None), ("incubate/0", 0), ("incubate/1", 1), ("finetune", None)]
+    about = {"steps": 10, "batch_size": 8, "unit": "images", "metrics": []}
     write_json(
         run.path / "plan.json",
         {
             "rows": [
-                {"key": key, "phase": key.split("/")[0], "module": module, "title": key, "steps": 10, "batch_size": 8}
-                for key, module in rows
+                {"key": key, "phase": key.split("/")[0], "module": module, "title": key, **about} for key, module in rows
             ]
         },
     )
