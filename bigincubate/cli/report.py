@@ -20,14 +20,14 @@ def report(
 ) -> None:
     """Write a report of a run, finished or not, as one HTML file: scores, curves, costs, interruptions."""
     from ..files import write_text
-    from ..report.page import report as page
+    from ..report.page import render_report
     from ..report.run_data import read_run
     from ..report.verify import verify_run
     from ..storage.run_directory import RunDir
 
     directory, file = RunDir(run_dir), out or run_dir / "report.html"
-    facts = read_run(directory)
-    write_text(file, page(facts, list(verify_run(directory, everything=False))))
+    run_data = read_run(directory)
+    write_text(file, render_report(run_data, list(verify_run(directory, everything=False))))
     say(str(file))
 
 
@@ -40,19 +40,19 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs: scores of each phase, and their cost in epochs, samples, FLOPs and seconds."""
-    from ..report.compare import compare_json, labelled
+    from ..report.compare import compare_json, label_routes
     from ..report.console_tables import compare_table
     from ..report.run_data import read_run
     from ..storage.run_directory import RunDir
 
-    ways = labelled([read_run(RunDir(folder)) for folder in run_dirs])
+    routes = label_routes([read_run(RunDir(folder)) for folder in run_dirs])
     if as_json:
-        print(json.dumps(compare_json(ways), indent=1))
+        print(json.dumps(compare_json(routes), indent=1))
     else:
-        console().print(compare_table(ways))
+        console().print(compare_table(routes))
     if out is not None:
         from ..report.compare import write_comparison
 
-        written = write_comparison(ways, out)
+        written = write_comparison(routes, out)
         if not as_json:
             say("\n".join(map(str, written)))

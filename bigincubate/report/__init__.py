@@ -1,1 +1,1 @@
-"""What a run came to, for people: a page of one run, a comparison of several. Reads run directories, changes none."""
+"""Reports on runs: status, verification, tables, the page of a run, comparisons. Reads run directories only."""

@@ -1,4 +1,4 @@
-"""Several runs beside each other: a row for each way in which one trained its model."""
+"""Comparison of runs, with one row per route by which a run trained its model."""
 
 from __future__ import annotations
 
@@ -9,47 +9,54 @@ from typing import Any
 
 from . import figures, html
 from .console_tables import common_unit, metric_columns
-from .html import NONE, data, figure, flops, score, table, tag
-from .run_data import RunFacts, Way
+from .html import NONE, figure, flops_number, number, score_number, table, tag
+from .run_data import RunData, TrainingRoute
 
-Labelled = Sequence[tuple[str, Way]]
+LabeledRoutes = Sequence[tuple[str, TrainingRoute]]
 
 
-def labelled(runs: Sequence[RunFacts]) -> list[tuple[str, Way]]:
-    """Every way of every run under a name of its own: the run's folder, as far as it differs, and ``end to end``."""
+def label_routes(runs: Sequence[RunData]) -> list[tuple[str, TrainingRoute]]:
+    """Return all routes of all runs, each with a label.
+
+    The label is the run's path without the parents that all runs share, with ``, end to end`` for an end-to-end route.
+    """
     paths = [run.run.path.resolve() for run in runs]
     base = Path(os.path.commonpath([path.parent for path in paths]))
     return [
-        (f"{path.relative_to(base)}{'' if way.name == 'incubated' else ', end to end'}", way)
+        (f"{path.relative_to(base)}{'' if route.name == 'incubated' else ', end to end'}", route)
         for path, run in zip(paths, runs, strict=True)
-        for way in run.ways
+        for route in run.routes
     ]
 
 
-def compare_json(ways: Labelled) -> list[dict[str, Any]]:
-    """A row a way: ``run``, ``way``, ``missing`` (titles of phases); ``metrics`` by name at the end, on ``samples``, of
-    which ``headline`` names one; those of the ``meta`` model, of the ``hybrids``, of ``partial`` assemblies and of what
-    was ``assembled``, None where they are not there; and what all of it cost: ``epochs``, ``seen`` (in ``unit``),
-    ``flops``, ``seconds``; ``path_seconds`` with modules beside each other."""
+def compare_json(routes: LabeledRoutes) -> list[dict[str, Any]]:
+    """Return the comparison as JSON values.
+
+    Returns:
+        A dict per route: run, route, missing (titles of phases); metrics of the final model by name, headline (the name
+        of one metric), samples that it was evaluated on; metrics of the meta model, the hybrids, the partial assemblies
+        and the assembled model, None where there are none; unit; the costs epochs, seen, flops and seconds of all
+        phases; path_seconds, the time with modules trained in parallel.
+    """
     rows = []
-    for label, way in ways:
-        last, meta = way.last.result, way.meta.result if way.meta else None
-        partial = [module.status["partial"] for module in way.modules]
+    for label, route in routes:
+        last, meta = route.last.result, route.meta.result if route.meta else None
+        partial = [module.status["partial"] for module in route.modules]
         rows.append(
             {
                 "run": label,
-                "way": way.name,
-                "missing": way.missing,
+                "route": route.name,
+                "missing": route.missing,
                 "metrics": _metrics(last),
-                "headline": way.last.headline.name,
+                "headline": route.last.headline.name,
                 "samples": last and last["samples"],
                 "meta": _metrics(meta),
-                "hybrids": [_metrics(module.result) for module in way.modules],
+                "hybrids": [_metrics(module.result) for module in route.modules],
                 "partial": [_metrics(result) for result in partial],
-                "assembled": _metrics(way.assembled),
-                "unit": way.last.unit,
-                **way.spent,
-                "path_seconds": way.path_seconds,
+                "assembled": _metrics(route.assembled),
+                "unit": route.last.unit,
+                **route.spent,
+                "path_seconds": route.path_seconds,
             }
         )
     return rows
@@ -59,62 +66,76 @@ def _metrics(result: dict[str, Any] | None) -> dict[str, float] | None:
     return result and result["metrics"]
 
 
-def compare_page(ways: Labelled) -> str:
-    """The comparison as a page of its own."""
-    metrics = metric_columns(way.last.metrics for _, way in ways)
-    unit = common_unit(way.last.unit for _, way in ways)
+def compare_page(routes: LabeledRoutes) -> str:
+    """Return the comparison as an HTML page."""
+    metrics = metric_columns(route.last.metrics for _, route in routes)
+    unit = common_unit(route.last.unit for _, route in routes)
     scores = [*(metric.column for metric in metrics), "meta model", "hybrids", "assembled"]
     lines = []
-    for label, way in ways:
-        hybrids = [score(phase.headline, phase.result) for phase in way.hybrid_range]
-        spread = html.join(hybrids[0], " to ", hybrids[1]) if hybrids else NONE
-        missing = tag("span", f" (not there yet: {', '.join(way.missing)})", class_="bad") if way.missing else ""
+    for label, route in routes:
+        hybrids = [score_number(phase.headline, phase.result) for phase in route.hybrid_range]
+        spread = html.join_markup(hybrids[0], " to ", hybrids[1]) if hybrids else NONE
+        missing = tag("span", f" (not there yet: {', '.join(route.missing)})", class_="bad") if route.missing else ""
         lines.append(
             [
-                html.join(label, missing),
-                *(score(metric, way.last.result) for metric in metrics),
-                *(score(way.meta.headline, way.meta.result) if way.meta else NONE, spread),
-                score(way.last.headline, way.assembled),
-                data(way.spent["epochs"], f"{way.spent['epochs']:.3g}"),
-                *(html.count(way.spent["seen"]), flops(way.spent["flops"]), html.seconds(way.spent["seconds"])),
+                html.join_markup(label, missing),
+                *(score_number(metric, route.last.result) for metric in metrics),
+                *(score_number(route.meta.headline, route.meta.result) if route.meta else NONE, spread),
+                score_number(route.last.headline, route.assembled),
+                number(route.spent["epochs"], f"{route.spent['epochs']:.3g}"),
+                *(
+                    html.count_number(route.spent["seen"]),
+                    flops_number(route.spent["flops"]),
+                    html.duration_number(route.spent["seconds"]),
+                ),
             ]
         )
-    grown = [(label, way) for label, way in ways if way.modules]
-    headlines = [way.last.headline for _, way in ways]
-    return html.page(
-        f"Comparison of {len(ways)}",
+    incubated = [(label, route) for label, route in routes if route.modules]
+    headlines = [route.last.headline for _, route in routes]
+    return html.html_page(
+        f"Comparison of {len(routes)}",
         tag("h1", "Comparison"),
         tag("p", f"Scores on the validation {unit}. Costs are those of all phases of a row together.", class_="soft"),
         table(["run", *scores, "epochs", unit, "FLOPs", "time"], lines),
         tag("h2", "What it took"),
         figure(
-            figures.svg(lambda: figures.progress(ways)),
+            figures.render_svg(lambda: figures.draw_progress(routes)),
             "Phases one after another. Dots and lines: whole models (meta model, assembled, fine-tuned; end to end);"
             " rings: modules as hybrids; faint: loss of training, smoothed.",
         ),
         tag("h2", "Before and after fine-tuning"),
         figure(
-            figures.svg(lambda: figures.before_after(ways)), f"{figures.titles(headlines)} on the validation {unit}."
+            figures.render_svg(lambda: figures.draw_before_after(routes)),
+            f"{figures.join_titles(headlines)} on the validation {unit}.",
         ),
         *(
             (
                 tag("h2", "Modules"),
-                figure(figures.svg(lambda: figures.module_curves(grown)), "Each module in its hybrid; smoothed."),
+                figure(
+                    figures.render_svg(lambda: figures.draw_module_curves(incubated)),
+                    "Each module in its hybrid; smoothed.",
+                ),
             )
-            if grown
+            if incubated
             else ()
         ),
     )
 
 
-def write_comparison(ways: Labelled, out: Path) -> list[Path]:
-    """``compare.html``, and the same drawings as pictures."""
+def write_comparison(routes: LabeledRoutes, out: Path) -> list[Path]:
+    """Write ``compare.html``, and its figures as PNG files.
+
+    Returns:
+        The files.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    drawings = {"progress": figures.progress, "before-after": figures.before_after}
-    grown = [(label, way) for label, way in ways if way.modules]
-    (out / "compare.html").write_text(compare_page(ways))
+    drawings = {"progress": figures.draw_progress, "before-after": figures.draw_before_after}
+    incubated = [(label, route) for label, route in routes if route.modules]
+    (out / "compare.html").write_text(compare_page(routes))
     for name, draw in drawings.items():
-        figures.png(lambda draw=draw: draw(ways), out / f"{name}.png")  # type: ignore[misc]
-    if grown:
-        figures.png(lambda: figures.module_curves(grown), out / "modules.png")
-    return sorted([out / "compare.html", *(out / f"{name}.png" for name in [*drawings, *["modules"] * bool(grown)])])
+        figures.save_png(lambda draw=draw: draw(routes), out / f"{name}.png")  # type: ignore[misc]
+    if incubated:
+        figures.save_png(lambda: figures.draw_module_curves(incubated), out / "modules.png")
+    return sorted(
+        [out / "compare.html", *(out / f"{name}.png" for name in [*drawings, *["modules"] * bool(incubated)])]
+    )

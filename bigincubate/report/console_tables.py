@@ -1,4 +1,4 @@
-"""The tables that commands print."""
+"""Tables that commands print."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..tasks.metric import Metric, planned_metrics
 
 if TYPE_CHECKING:
     from ..planning.cost import PlannedRow
-    from .run_data import Way
+    from .run_data import TrainingRoute
 
 
 def _table(title: str, columns: list[str]) -> Table:
@@ -23,31 +23,32 @@ def _table(title: str, columns: list[str]) -> Table:
 
 
 def metric_columns(groups: Iterable[Iterable[Metric]]) -> list[Metric]:
-    """The metrics that a table of several phases has columns for."""
+    """Return the metrics that have a column in a table of phases, given the metrics of each phase."""
     return list({metric.column: metric for group in groups for metric in group if metric.in_tables}.values())
 
 
 def common_unit(units: Iterable[str]) -> str:
-    """What a sample is called in a table of several phases."""
+    """Return what a sample is called in a table of phases: their unit, or ``"samples"`` if they differ."""
     several = set(units)
     return several.pop() if len(several) == 1 else "samples"
 
 
-def depths_text(depths: list[list[int]]) -> str:
-    """``3+1+1+1`` for one stage, ``2,2,6,0 + 0,0,2,0`` for several."""
+def format_depths(depths: list[list[int]]) -> str:
+    """Return depths as text: ``3+1+1+1`` for one stage, ``2,2,6,0 + 0,0,2,0`` for several."""
     if all(len(stages) == 1 for stages in depths):
         return "+".join(str(stages[0]) for stages in depths)
     return " + ".join(",".join(map(str, stages)) for stages in depths)
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
+    """Return the table of the phases' costs."""
     columns = ["phase", "depths", "params M", "train M", "fwd GF", "train GF", "act MiB", "opt MiB", "sync MiB"]
     table = _table(f"{plan['recipe']}: what each phase costs", [*columns, "steps", "epochs", "total PF"])
     for row in plan["rows"]:
         cost = row["cost"]
         table.add_row(
             row["title"],
-            depths_text(row["depths"]),
+            format_depths(row["depths"]),
             f"{cost['parameters'] / 1e6:.2f}",
             f"{cost['trainable'] / 1e6:.2f}",
             f"{cost['forward_flops'] / 1e9:.3g}",
@@ -63,7 +64,10 @@ def plan_table(plan: dict[str, Any]) -> Table:
 
 
 def sharding_tables(plan: dict[str, Any]) -> list[Table]:
-    """What a rank holds, and what travels in a step. Modules that differ in nothing share a line."""
+    """Return a table of memory per rank and one of communication per step, by strategy and number of ranks.
+
+    Consecutive modules with equal values share a row.
+    """
     names = list(dict.fromkeys(each["strategy"] for row in plan["rows"] for each in row["sharding"]))
     title = (
         "MiB that a rank holds, DeepSpeed's fixed buckets included; besides, `act MiB` for each sample of a micro-batch"
@@ -86,7 +90,7 @@ def sharding_tables(plan: dict[str, Any]) -> list[Table]:
 
 
 def _merged(lines: dict[tuple[str, int], list[str]]) -> list[tuple[str, int, list[str]]]:
-    """Phases one after another that are alike for every world become one: ``module 1, 2``."""
+    """Merge consecutive phases whose values are equal for every number of ranks: ``module 1, 2``."""
     titles = list(dict.fromkeys(title for title, _ in lines))
     worlds = list(dict.fromkeys(world for _, world in lines))
     groups: list[list[str]] = []
@@ -107,6 +111,7 @@ def _mib(size: int) -> str:
 
 
 def cluster_table(cluster: dict[str, Any]) -> Table:
+    """Return the table of the estimated durations on a cluster."""
     title = f"on {cluster['gpus']:,} GPUs: training alone, scaling taken as linear"
     table = _table(title, ["phase", "GPUs", "h:mm:ss", "GPU-hours"])
     for each in cluster["phases"]:
@@ -119,7 +124,7 @@ def cluster_table(cluster: dict[str, Any]) -> Table:
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(title, key of the phase, result) of what is done, in the order of the pipeline."""
+    """Return the title, phase key and result of everything that is done, in the order of the pipeline."""
     modules = enumerate(summary["modules"])
     rows = [
         ("meta model", "pretrain", summary["meta"]),
@@ -132,6 +137,13 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]
 
 
 def summary_table(name: str, summary: dict[str, Any], planned: Iterable[PlannedRow]) -> Table:
+    """Return the table of a run's results.
+
+    Args:
+        name: title of the table.
+        summary: what `RunDir.update_summary` returned.
+        planned: the phases, which have the metrics to show.
+    """
     rows, metrics = summary_rows(summary), {row.key: row.metrics for row in planned}
     columns = metric_columns(metrics[key] for _, key, _ in rows)
     unit = common_unit(result["unit"] for *_, result in rows)
@@ -147,33 +159,36 @@ def summary_table(name: str, summary: dict[str, Any], planned: Iterable[PlannedR
     return table
 
 
-def compare_table(ways: Sequence[tuple[str, Way]]) -> Table:
-    metrics = metric_columns(way.last.metrics for _, way in ways)
-    unit = common_unit(way.last.unit for _, way in ways)
+def compare_table(routes: Sequence[tuple[str, TrainingRoute]]) -> Table:
+    """Return the table of a comparison, given routes with their labels."""
+    metrics = metric_columns(route.last.metrics for _, route in routes)
+    unit = common_unit(route.last.unit for _, route in routes)
     scores = [*(metric.column for metric in metrics), "meta", "hybrids", "assembled"]
     table = _table("runs compared", ["run", *scores, "epochs", unit, "TFLOPs", "seconds", "missing"])
-    for label, way in ways:
-        hybrids = [phase.headline.text(phase.score) for phase in way.hybrid_range]
+    for label, route in routes:
+        hybrids = [phase.headline.text(phase.score) for phase in route.hybrid_range]
         table.add_row(
             label,
-            *(metric.text(metric.value_in(way.last.result)) for metric in metrics),
-            way.meta.headline.text(way.meta.score) if way.meta else "-",
+            *(metric.text(metric.value_in(route.last.result)) for metric in metrics),
+            route.meta.headline.text(route.meta.score) if route.meta else "-",
             " to ".join(hybrids) or "-",
-            way.last.headline.text(way.last.headline.value_in(way.assembled)),
-            f"{way.spent['epochs']:.4g}",
-            f"{way.spent['seen']:,.0f}",
-            f"{way.spent['flops'] / 1e12:,.4g}",
-            f"{way.spent['seconds']:,.1f}",
-            ", ".join(way.missing) or "-",
+            route.last.headline.text(route.last.headline.value_in(route.assembled)),
+            f"{route.spent['epochs']:.4g}",
+            f"{route.spent['seen']:,.0f}",
+            f"{route.spent['flops'] / 1e12:,.4g}",
+            f"{route.spent['seconds']:,.1f}",
+            ", ".join(route.missing) or "-",
         )
     return table
 
 
 def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) -> Table:
-    """
+    """Return the table of a run's status.
+
     Args:
-        rows: what `run_status` gives.
-        plan: ``plan.json``.
+        name: title of the table.
+        rows: what `run_status` returned.
+        plan: ``plan.json``, which has the metrics to show.
     """
     metrics = {row["key"]: planned_metrics(row) for row in plan["rows"]}
     headlines = metric_columns(metrics[row["phase"]][:1] for row in rows)
@@ -192,7 +207,7 @@ def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) ->
             f"{row['percent']:.0f}%",
             _number(row["loss"], ".4f"),
             *(metric.text(metric.value_in(row)) for metric in headlines),
-            *([partial_text(row["partial"], metrics[row["phase"]][0])] if joined else []),
+            *([format_partial(row["partial"], metrics[row["phase"]][0])] if joined else []),
             _number(row["samples_per_sec"], ".0f"),
             _duration(row["eta_seconds"]),
             str(row["restarts"]),
@@ -202,20 +217,26 @@ def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) ->
     return table
 
 
-def partial_text(partial: dict[str, Any] | None, headline: Metric) -> str:
-    """``91.39 (0-2 of 4)``: a metric of the modules that were finished, the meta model in place of the others."""
+def format_partial(partial: dict[str, Any] | None, headline: Metric) -> str:
+    """Return the score of a partial assembly as text: ``91.39 (0-2 of 4)``.
+
+    Args:
+        partial: the result; None: there is none.
+        headline: the metric to show.
+    """
     score = headline.text(headline.value_in(partial))
-    return f"{score} ({ranges(partial['joined'])} of {partial['modules']})" if partial else "-"
+    return f"{score} ({format_ranges(partial['joined'])} of {partial['modules']})" if partial else "-"
 
 
-def ranges(numbers: list[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2,5``."""
+def format_ranges(numbers: list[int]) -> str:
+    """Return ascending numbers as text: ``[0, 1, 2, 5]`` as ``0-2,5``."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def checkpoint_table(name: str, rows: list[dict[str, Any]]) -> Table:
+    """Return the table of checkpoints."""
     table = _table(f"{name}: checkpoints", ["checkpoint", "step", "ranks", "bytes", "committed", "verified", "when"])
     for row in rows:
         table.add_row(

@@ -1,4 +1,4 @@
-"""The few elements that a page is made of. Text is escaped, unless it is :class:`Markup`."""
+"""HTML elements of the pages. Text is escaped unless it is :class:`Markup`."""
 
 from __future__ import annotations
 
@@ -8,67 +8,78 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks.metric import Metric
-from .units import duration, measured, quantity, three
+from .units import format_duration, format_metric, format_quantity, format_three_digits
 
 
 class Markup(str):
-    """Text that is HTML already."""
+    """Text that is already HTML."""
 
 
 NONE = Markup('<span class="soft">–</span>')
 
 
-def text(value: object) -> Markup:
+def escape_text(value: object) -> Markup:
+    """Return text as HTML; markup is left as it is."""
     return value if isinstance(value, Markup) else Markup(escape(str(value)))
 
 
-def join(*parts: object) -> Markup:
-    return Markup("".join(text(part) for part in parts))
+def join_markup(*parts: object) -> Markup:
+    """Return the concatenation of parts, each escaped unless it is markup."""
+    return Markup("".join(escape_text(part) for part in parts))
 
 
 def tag(name: str, *parts: object, **attributes: str) -> Markup:
-    """An element; ``class_`` is written as ``class``."""
+    """Return an element with attributes; ``class_`` is written as ``class``."""
     given = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
-    return Markup(f"<{name}{given}>{join(*parts)}</{name}>")
+    return Markup(f"<{name}{given}>{join_markup(*parts)}</{name}>")
 
 
-def data(value: float | None, shown: str) -> Markup:
-    """A number as people read it, and in full for programs: ``<data value="96.94444444444444">96.9</data>``."""
+def number(value: float | None, shown: str) -> Markup:
+    """Return a number as text for people, with the full value for programs.
+
+    Such as ``<data value="96.94444444444444">96.9</data>``. A dash if there is no value.
+    """
     return NONE if value is None else tag("data", shown, value=repr(value))
 
 
-def score(metric: Metric, result: Mapping[str, Any] | None) -> Markup:
-    """A metric of a result."""
+def score_number(metric: Metric, result: Mapping[str, Any] | None) -> Markup:
+    """Return a metric of a result; a dash if there is none."""
     value = metric.value_in(result)
-    return NONE if result is None or value is None else data(value, measured(metric, value, result["samples"]))
+    return NONE if result is None or value is None else number(value, format_metric(metric, value, result["samples"]))
 
 
-def seconds(value: float | None) -> Markup:
-    return data(value, duration(value)) if value is not None else NONE
+def duration_number(value: float | None) -> Markup:
+    """Return a duration, given in seconds."""
+    return number(value, format_duration(value)) if value is not None else NONE
 
 
-def count(value: float) -> Markup:
-    return data(value, f"{value:,.0f}")
+def count_number(value: float) -> Markup:
+    """Return a count with separators of thousands."""
+    return number(value, f"{value:,.0f}")
 
 
-def flops(value: float) -> Markup:
-    return data(value, quantity(value, "FLOP"))
+def flops_number(value: float) -> Markup:
+    """Return a number of FLOPs with a unit."""
+    return number(value, format_quantity(value, "FLOP"))
 
 
-def scaled(value: float, factor: float) -> Markup:
-    """In the unit of its column."""
-    return data(value, three(value / factor))
+def scaled_number(value: float, factor: float) -> Markup:
+    """Return a number divided by the factor of its column."""
+    return number(value, format_three_digits(value / factor))
 
 
 def table(
     head: Sequence[object], rows: Iterable[Sequence[object]], *, words: bool = False, total: bool = False
 ) -> Markup:
-    """
+    """Return a table.
+
     Args:
-        words: text rather than numbers.
-        total: the last row sums up those above it.
+        head: cells of the header.
+        rows: cells of each row.
+        words: the cells are text rather than numbers.
+        total: the last row is the sum of the rows above it.
     """
-    lines = [Markup("<tr>") + join(*(tag("td", cell) for cell in row)) + "</tr>" for row in rows]
+    lines = [Markup("<tr>") + join_markup(*(tag("td", cell) for cell in row)) + "</tr>" for row in rows]
     if total:
         lines[-1] = lines[-1].replace("<tr>", '<tr class="sum">', 1)
     header = tag("thead", tag("tr", *(tag("th", cell) for cell in head)))
@@ -77,17 +88,19 @@ def table(
 
 
 def definitions(pairs: Iterable[tuple[str, object]]) -> Markup:
-    return tag("dl", *(join(tag("dt", name), tag("dd", value)) for name, value in pairs))
+    """Return a list of names with values."""
+    return tag("dl", *(join_markup(tag("dt", name), tag("dd", value)) for name, value in pairs))
 
 
 def figure(drawing: str, caption: str) -> Markup:
+    """Return a figure with a caption, given its SVG."""
     return tag("figure", Markup(drawing), tag("figcaption", caption))
 
 
-def page(title: str, *parts: object) -> str:
-    """A whole page that asks nobody for anything: its style is in it."""
+def html_page(title: str, *parts: object) -> str:
+    """Return a complete page that loads no other file."""
     style = (Path(__file__).with_name("page.css")).read_text()
-    head = join(
+    head = join_markup(
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         tag("title", title),
         tag("style", Markup(style)),

@@ -1,4 +1,4 @@
-"""The page of one run: what was trained, what it came to, what it cost, how it went."""
+"""The report of one run as an HTML page: what was trained, scores, curves, costs, events."""
 
 from __future__ import annotations
 
@@ -8,90 +8,103 @@ from typing import Any
 
 from ..tasks.metric import Metric
 from . import figures, html
-from .console_tables import common_unit, depths_text, metric_columns
-from .html import NONE, Markup, data, definitions, figure, flops, join, score, table, tag, text
-from .run_data import PhaseFacts, RunFacts, Way
-from .timeline import Moment, story
-from .units import duration, measured, prefix, quantity, three
+from .console_tables import common_unit, format_depths, metric_columns
+from .html import (
+    NONE,
+    Markup,
+    definitions,
+    escape_text,
+    figure,
+    flops_number,
+    join_markup,
+    number,
+    score_number,
+    table,
+    tag,
+)
+from .run_data import PhaseData, RunData, TrainingRoute
+from .timeline import TimelineEvent, build_timeline
+from .units import choose_prefix, format_duration, format_metric, format_quantity, format_three_digits
 from .verify import Finding, Verdict
 
 
-def report(facts: RunFacts, findings: Sequence[Finding]) -> str:
-    """The page as HTML.
+def render_report(run_data: RunData, findings: Sequence[Finding]) -> str:
+    """Return the page as HTML.
 
     Args:
-        findings: what became of verifying artifacts and results.
+        run_data: the run.
+        findings: results of verifying its artifacts and results.
     """
-    moments = story(facts)
-    title = f"{facts.recipe.name}: {facts.run.path.resolve().name}"
-    incubated = facts.way("incubated")
-    return html.page(
+    timeline = build_timeline(run_data)
+    title = f"{run_data.recipe.name}: {run_data.run.path.resolve().name}"
+    incubated = run_data.route("incubated")
+    return html.html_page(
         title,
-        _head(facts, moments),
+        _header(run_data, timeline),
         tag("h2", "What was trained"),
-        _trained(facts),
+        _model_section(run_data),
         tag("h2", "The phases"),
-        _phases(facts),
-        *_curves(facts),
-        *(_fit(incubated) if incubated else ()),
+        _phases_section(run_data),
+        *_curves_section(run_data),
+        *(_compatibility_section(incubated) if incubated else ()),
         tag("h2", "What it cost"),
-        _bill(facts),
+        _cost_section(run_data),
         tag("h2", "How it went"),
-        _history(facts, moments),
+        _timeline_section(run_data, timeline),
         tag("h2", "Where it ran"),
-        _environment(facts),
+        _environment_section(run_data),
         tag("h2", "Verification"),
-        _verification(findings),
-        tag("details", tag("summary", "The recipe, as resolved"), tag("pre", facts.recipe.toml())),
-        tag("footer", f"bigincubate report {facts.run.path}"),
+        _verification_section(findings),
+        tag("details", tag("summary", "The recipe, as resolved"), tag("pre", run_data.recipe.toml())),
+        tag("footer", f"bigincubate report {run_data.run.path}"),
     )
 
 
-# ------------------------------------------------------------------------------------------------ at the top
+# ------------------------------------------------------------------------------------------------ header
 
 
-def _head(facts: RunFacts, moments: Iterable[Moment]) -> Markup:
-    missing = facts.missing
+def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
+    missing = run_data.missing
     state = tag("span", "unfinished" if missing else "done", class_="state" if missing else "state done")
-    said = tag("p", facts.recipe.description, class_="soft") if facts.recipe.description else Markup()
+    said = tag("p", run_data.recipe.description, class_="soft") if run_data.recipe.description else Markup()
     told = tag("p", f"Not there yet: {', '.join(missing)}.", class_="missing") if missing else Markup()
     tiles = []
-    for way in facts.ways:
-        if way.last.result:
-            name = "fine-tuned" if way.modules else "end to end"
-            tiles.append(_score_tile(way.last.headline, way.last.result, name))
-        if way.assembled:
-            tiles.append(_score_tile(way.last.headline, way.assembled, "assembled, not fine-tuned"))
-        tiles.append(_tile(flops(way.spent["flops"]), f"for training, {way.name}"))
-        tiles.append(_tile(html.seconds(way.spent["seconds"]), f"of training, {way.name}"))
-    if healed := sum(moment.fault for moment in moments):
+    for route in run_data.routes:
+        if route.last.result:
+            name = "fine-tuned" if route.modules else "end to end"
+            tiles.append(_score_tile(route.last.headline, route.last.result, name))
+        if route.assembled:
+            tiles.append(_score_tile(route.last.headline, route.assembled, "assembled, not fine-tuned"))
+        tiles.append(_tile(flops_number(route.spent["flops"]), f"for training, {route.name}"))
+        tiles.append(_tile(html.duration_number(route.spent["seconds"]), f"of training, {route.name}"))
+    if healed := sum(event.fault for event in timeline):
         tiles.append(
             _tile(str(healed), "interruptions and faults overcome" if not missing else "interruptions and faults")
         )
-    return join(tag("h1", facts.recipe.name, state), said, told, tag("div", *tiles, class_="tiles"))
+    return join_markup(tag("h1", run_data.recipe.name, state), said, told, tag("div", *tiles, class_="tiles"))
 
 
 def _score_tile(metric: Metric, result: dict[str, Any], name: str) -> Markup:
-    return _tile(join(score(metric, result), f" {metric.unit}".rstrip()), f"{metric.title}, {name}")
+    return _tile(join_markup(score_number(metric, result), f" {metric.unit}".rstrip()), f"{metric.title}, {name}")
 
 
 def _tile(value: object, name: str) -> Markup:
     return tag("div", tag("b", value), tag("span", name), class_="tile")
 
 
-def _trained(facts: RunFacts) -> Markup:
-    recipe, plan = facts.recipe, facts.plan
+def _model_section(run_data: RunData) -> Markup:
+    recipe, plan = run_data.recipe, run_data.plan
     rows = {row["key"]: row for row in plan["rows"]}
     target, meta = rows["end_to_end"], rows["pretrain"]
-    settings = recipe.settings("finetune" if facts.way("incubated") else "end_to_end")
+    settings = recipe.settings("finetune" if run_data.route("incubated") else "end_to_end")
 
     def model(row: dict[str, Any], blocks: list[list[int]]) -> Markup:
         cost, depth = row["cost"], sum(map(sum, blocks))
-        return join(
-            data(cost["parameters"], quantity(cost["parameters"], "")),
-            f" parameters, {depth} blocks ({depths_text(blocks)}), ",
-            flops(cost["forward_flops"]),
-            " forward for a sample",
+        return join_markup(
+            number(cost["parameters"], format_quantity(cost["parameters"], "")),
+            f" parameters, {depth} blocks ({format_depths(blocks)}), ",
+            flops_number(cost["forward_flops"]),
+            " forward per sample",
         )
 
     keys = settings.model.model_dump(exclude={"name", "args"}) | settings.model.args
@@ -101,56 +114,61 @@ def _trained(facts: RunFacts) -> Markup:
         ("model", described),
         ("target", model(target, plan["target_depths"])),
     ]
-    if facts.way("incubated"):
+    if run_data.route("incubated"):
         pairs.append(("meta model", model(meta, plan["meta_depths"])))
         pairs.append(("modules", f"{len(plan['target_depths'])}, initialised: {recipe.incubate.init}"))
     pairs += [
-        ("data", join(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts)),
+        (
+            "data",
+            join_markup(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts),
+        ),
         ("seed", str(settings.train.seed)),
     ]
     return definitions(pairs)
 
 
-def _phases(facts: RunFacts) -> Markup:
-    factor, sign = prefix(phase.spent["flops"] for phase in facts.phases)
-    metrics = metric_columns(phase.metrics for phase in facts.phases)
-    unit = common_unit(phase.unit for phase in facts.phases)
+def _phases_section(run_data: RunData) -> Markup:
+    factor, sign = choose_prefix(phase.spent["flops"] for phase in run_data.phases)
+    metrics = metric_columns(phase.metrics for phase in run_data.phases)
+    unit = common_unit(phase.unit for phase in run_data.phases)
     scores = [metric.column for metric in metrics]
     head = ["phase", "state", *scores, "epochs", unit, f"{sign}FLOP", "time", "device time", "attempts"]
     rows: list[list[object]] = []
-    for way in facts.ways:
-        for phase in way.phases:
-            if phase is way.last and way.assembled:
+    for route in run_data.routes:
+        for phase in route.phases:
+            if phase is route.last and route.assembled:
                 done = tag("span", "done", class_="good")
-                rows.append(["assembled", done, *(score(metric, way.assembled) for metric in metrics), *[NONE] * 6])
-            rows.append(_phase(phase, factor, metrics))
-    return join(
+                rows.append(
+                    ["assembled", done, *(score_number(metric, route.assembled) for metric in metrics), *[NONE] * 6]
+                )
+            rows.append(_phase_row(phase, factor, metrics))
+    return join_markup(
         table(head, rows),
         tag(
             "p",
-            f"{figures.titles(metrics)} on the validation {unit}. A module is scored as a hybrid: itself, and the meta"
-            " model around it. Device time: time, times the GPUs or CPU cores at work.",
+            f"{figures.join_titles(metrics)} on the validation {unit}. A module is scored as a hybrid: itself, and the"
+            " meta model around it. Device time: time, times the GPUs or CPU cores at work.",
             class_="soft",
         ),
     )
 
 
-def _phase(phase: PhaseFacts, factor: float, metrics: Sequence[Metric]) -> list[object]:
+def _phase_row(phase: PhaseData, factor: float, metrics: Sequence[Metric]) -> list[object]:
     spent, state = phase.spent, phase.status["state"]
-    if phase.result is None and phase.begun:
+    if phase.result is None and phase.started:
         state = f"{state}, {phase.status['percent']:.0f} %"
     spent_on = phase.device_seconds
-    device = data(spent_on[0], f"{three(spent_on[0])} {spent_on[1]}-s") if spent_on else NONE
-    if not phase.begun:
+    device = number(spent_on[0], f"{format_three_digits(spent_on[0])} {spent_on[1]}-s") if spent_on else NONE
+    if not phase.started:
         return [phase.title, "not begun", *[NONE] * (len(metrics) + 6)]
     return [
         phase.title,
         tag("span", state, class_="good" if state == "done" else "bad"),
-        *(score(metric, phase.result) for metric in metrics),
-        data(spent["epochs"], f"{spent['epochs']:.3g}"),
-        html.count(spent["seen"]),
-        html.scaled(spent["flops"], factor),
-        html.seconds(spent["seconds"]),
+        *(score_number(metric, phase.result) for metric in metrics),
+        number(spent["epochs"], f"{spent['epochs']:.3g}"),
+        html.count_number(spent["seen"]),
+        html.scaled_number(spent["flops"], factor),
+        html.duration_number(spent["seconds"]),
         device,
         len(phase.attempts),
     ]
@@ -159,27 +177,27 @@ def _phase(phase: PhaseFacts, factor: float, metrics: Sequence[Metric]) -> list[
 # ------------------------------------------------------------------------------------------------ curves
 
 
-def _curves(facts: RunFacts) -> list[Markup]:
-    ways = [(way.name, way) for way in facts.ways if any(phase.points for phase in way.phases)]
-    if not ways:
+def _curves_section(run_data: RunData) -> list[Markup]:
+    routes = [(route.name, route) for route in run_data.routes if any(phase.points for phase in route.phases)]
+    if not routes:
         return [tag("h2", "Curves"), tag("p", "Nothing was logged yet.")]
-    unit = common_unit(phase.unit for phase in facts.phases)
+    unit = common_unit(phase.unit for phase in run_data.phases)
     parts = [
         tag("h2", "Curves"),
         figure(
-            figures.svg(lambda: figures.progress(ways)),
+            figures.render_svg(lambda: figures.draw_progress(routes)),
             f"Phases one after another. Dots and lines: validation {unit}, whole models (meta model, assembled,"
             " fine-tuned; end to end); rings: modules as hybrids; faint: loss of training, smoothed.",
         ),
     ]
-    if grown := [(name, way) for name, way in ways if any(module.points for module in way.modules)]:
-        drawing = figures.svg(lambda: figures.module_curves(grown))
+    if incubated := [(name, route) for name, route in routes if any(module.points for module in route.modules)]:
+        drawing = figures.render_svg(lambda: figures.draw_module_curves(incubated))
         parts.append(figure(drawing, "Each module in its hybrid, the meta model around it frozen; smoothed."))
     return parts
 
 
-def _fit(way: Way) -> list[Markup]:
-    scored = [phase for phase in way.modules if phase.status["partial"] and phase.result]
+def _compatibility_section(route: TrainingRoute) -> list[Markup]:
+    scored = [phase for phase in route.modules if phase.status["partial"] and phase.result]
     title = tag("h2", "Do the modules fit?")
     if not scored:
         return [title, tag("p", "No module was scored beside others yet.")]
@@ -190,7 +208,12 @@ def _fit(way: Way) -> list[Markup]:
         partial = phase.status["partial"]
         joined = ", ".join(map(str, partial["joined"]))
         rows.append(
-            [phase.title, joined, score(headline, phase.result), *(score(metric, partial) for metric in metrics)]
+            [
+                phase.title,
+                joined,
+                score_number(headline, phase.result),
+                *(score_number(metric, partial) for metric in metrics),
+            ]
         )
     beside = [f"beside those, {headline.column}", *(metric.column for metric in metrics[1:])]
     head = ["in the order of finishing", "modules in", f"hybrid, {headline.column}", *beside]
@@ -201,17 +224,20 @@ def _fit(way: Way) -> list[Markup]:
             "Before fine-tuning: each module when it was finished, beside those that were, the meta model in place of"
             " the others. With all modules in it is the assembled model.",
         ),
-        figure(figures.svg(lambda: figures.fit(way)), f"{figures.titles([headline])} on the validation {unit}."),
+        figure(
+            figures.render_svg(lambda: figures.draw_compatibility(route)),
+            f"{figures.join_titles([headline])} on the validation {unit}.",
+        ),
         table(head, rows),
     ]
 
 
-# ------------------------------------------------------------------------------------------------ the bill
+# ------------------------------------------------------------------------------------------------ costs
 
 
-def _bill(facts: RunFacts) -> Markup:
-    incubated, baseline = facts.way("incubated"), facts.way("end to end")
-    planned = next(row for row in facts.plan["rows"] if row["key"] == "end_to_end")["total_flops"]
+def _cost_section(run_data: RunData) -> Markup:
+    incubated, baseline = run_data.route("incubated"), run_data.route("end to end")
+    planned = next(row for row in run_data.plan["rows"] if row["key"] == "end_to_end")["total_flops"]
     bars: list[tuple[str, list[tuple[str, float]]]] = []
     if incubated:
         done = [(str(phase.planned["phase"]), phase.spent["flops"]) for phase in incubated.phases]
@@ -227,29 +253,32 @@ def _bill(facts: RunFacts) -> Markup:
         widths = [(kind, amount) for kind, amount in parts if amount]
         inside = [tag("i", "", class_=kind, style=f"width:{100 * amount / longest:.2f}%") for kind, amount in widths]
         spent = sum(amount for kind, amount in parts if "planned" not in kind)
-        told = flops(spent) if spent else join(flops(planned), " planned")
-        lines.append(join(tag("span", name), tag("div", *inside, class_="bar"), tag("span", told)))
+        told = flops_number(spent) if spent else join_markup(flops_number(planned), " planned")
+        lines.append(join_markup(tag("span", name), tag("div", *inside, class_="bar"), tag("span", told)))
     kinds = {"pretrain": "meta model", "incubate": "modules", "finetune": "fine-tuning", "end_to_end": "end to end"}
-    keys = join(*(tag("span", title, class_=f"key {kind}") for kind, title in kinds.items()))
+    keys = join_markup(*(tag("span", title, class_=f"key {kind}") for kind, title in kinds.items()))
     key = tag("p", keys, tag("span", "\u2002pale: planned, not spent", class_="soft"))
-    return join(tag("div", *lines, class_="bars"), key, _verdict(facts))
+    return join_markup(tag("div", *lines, class_="bars"), key, _cost_summary(run_data))
 
 
-def _verdict(facts: RunFacts) -> Markup:
-    """The bill in words; numbers where both ways are done, or what they lack."""
-    incubated, baseline = facts.way("incubated"), facts.way("end to end")
+def _cost_summary(run_data: RunData) -> Markup:
+    """Return the costs in sentences."""
+    incubated, baseline = run_data.route("incubated"), run_data.route("end to end")
     words = []
     if incubated and len(incubated.modules) > 1:
         share = incubated.last.spent["flops"] / (incubated.spent["flops"] or 1)
         words.append(
-            f"Phases one after another: {duration(incubated.spent['seconds'])} of training; modules beside each other:"
-            f" {duration(incubated.path_seconds)}. Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
+            f"Phases one after another: {format_duration(incubated.spent['seconds'])} of training; modules beside each"
+            f" other: {format_duration(incubated.path_seconds)}. Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
         )
     if incubated and baseline and incubated.last.score is not None and baseline.last.score is not None:
         metric, samples = incubated.last.headline, (incubated.last.result or {})["samples"]
         gap = incubated.last.score - baseline.last.score
-        one, two, apart = (measured(metric, x, samples) for x in (incubated.last.score, baseline.last.score, abs(gap)))
-        unit, points = f" {metric.unit}".rstrip(), " points" if metric.unit == "%" else f" {metric.unit}".rstrip()
+        one, two, apart = (
+            format_metric(metric, x, samples) for x in (incubated.last.score, baseline.last.score, abs(gap))
+        )
+        unit = f" {metric.unit}".rstrip()
+        points = " points" if metric.unit == "%" else unit
         ratio = incubated.spent["flops"] / (baseline.spent["flops"] or 1)
         words.append(
             f"Incubated {one}{unit}, end to end {two}{unit}: {apart}{points} {'more' if gap >= 0 else 'less'},"
@@ -257,23 +286,21 @@ def _verdict(facts: RunFacts) -> Markup:
         )
     elif incubated and not baseline:
         words.append("Nothing was trained end to end in this run (run --baseline does): its cost is the plan's.")
-    return join(*(tag("p", sentence) for sentence in words))
+    return join_markup(*(tag("p", sentence) for sentence in words))
 
 
-# ------------------------------------------------------------------------------------------------ how, where, whether
+# ------------------------------------------------------------------------------------------------ events and machines
 
 
-def _history(facts: RunFacts, moments: Sequence[Moment]) -> Markup:
-    faults = [moment for moment in moments if moment.fault]
+def _timeline_section(run_data: RunData, timeline: Sequence[TimelineEvent]) -> Markup:
+    faults = [event for event in timeline if event.fault]
     said = f"{len(faults)} interruptions and faults." if len(faults) > 1 else "One interruption." if faults else ""
-    rows = [
-        [moment.when, tag("span", moment.what, class_="bad") if moment.fault else moment.what] for moment in moments
-    ]
-    return join(tag("p", said or "Nothing interrupted it."), table(["UTC", "what"], rows, words=True))
+    rows = [[event.when, tag("span", event.text, class_="bad") if event.fault else event.text] for event in timeline]
+    return join_markup(tag("p", said or "Nothing interrupted it."), table(["UTC", "what"], rows, words=True))
 
 
-def _environment(facts: RunFacts) -> Markup:
-    attempts = [attempt for phase in facts.phases for attempt in phase.attempts]
+def _environment_section(run_data: RunData) -> Markup:
+    attempts = [attempt for phase in run_data.phases for attempt in phase.attempts]
     machines = Counter(
         f"{each['device']}, {each['world']} rank{'s' if each['world'] > 1 else ''}"
         + (
@@ -301,7 +328,7 @@ def _environment(facts: RunFacts) -> Markup:
     return definitions([("devices", listed(machines)), ("versions", listed(versions)), ("hosts", hosts)])
 
 
-def _verification(findings: Sequence[Finding]) -> Markup:
+def _verification_section(findings: Sequence[Finding]) -> Markup:
     counts = Counter(each.verdict for each in findings)
     bad = [each for each in findings if each.verdict in (Verdict.DAMAGED, Verdict.STALE)]
     words = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
@@ -309,5 +336,5 @@ def _verification(findings: Sequence[Finding]) -> Markup:
     more = tag(
         "p", "Data and resume checkpoints were not read for it: ", tag("code", "bigincubate verify"), " reads all."
     )
-    rows = [[each.part, join(text(each.verdict), ": ", str(each.path), " ", each.why)] for each in bad]
-    return join(said, table(["part", "problem"], rows, words=True) if rows else "", more)
+    rows = [[each.part, join_markup(escape_text(each.verdict), ": ", str(each.path), " ", each.why)] for each in bad]
+    return join_markup(said, table(["part", "problem"], rows, words=True) if rows else "", more)

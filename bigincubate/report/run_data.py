@@ -1,4 +1,4 @@
-"""What is known of a run: its files, read once, in the order of the pipeline."""
+"""All data of a run, read once from its files, in the order of the pipeline."""
 
 from __future__ import annotations
 
@@ -13,65 +13,89 @@ from ..tasks.metric import Metric, planned_metrics
 from .status import run_status
 
 COSTS = ("epochs", "seen", "flops", "seconds")
-LEAST = dict.fromkeys(COSTS, 0.0)
-LOSS = "loss"  # the metric of validation that is drawn with the loss of training, where a task has one of this name
+NO_COST = dict.fromkeys(COSTS, 0.0)
+LOSS = "loss"  # a task's metric of this name is drawn together with the training loss
 
 
 @dataclass(frozen=True)
 class Point:
-    """A logged step: what it had cost since the phase began (keys of ``COSTS``), and what was measured."""
+    """A logged step.
+
+    Attributes:
+        step: optimizer step.
+        cost: cost since the start of the phase, by the keys in ``COSTS``.
+        loss: training loss.
+        metrics: metrics of the validation split by name.
+    """
 
     step: int
     cost: dict[str, float]
-    loss: float | None  # of training
-    metrics: dict[str, float]  # of validation, by name
+    loss: float | None
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
-class PhaseFacts:
-    """One phase, or one module's incubation."""
+class PhaseData:
+    """One phase, or the incubation of one module.
 
-    planned: dict[str, Any]  # its row of plan.json
-    status: dict[str, Any]  # its row of `status`
+    Attributes:
+        planned: its row of ``plan.json``.
+        status: its row of the status (:func:`.run_status`).
+        result: its result; None before it is done.
+        attempts: its attempts, oldest first.
+        requeues: the requeues of its Slurm jobs.
+        rows: rows of ``metrics.jsonl``.
+    """
+
+    planned: dict[str, Any]
+    status: dict[str, Any]
     result: dict[str, Any] | None
     attempts: list[dict[str, Any]]
     requeues: list[dict[str, Any]]
-    rows: list[dict[str, Any]]  # of metrics.jsonl
+    rows: list[dict[str, Any]]
 
     @property
     def key(self) -> str:
+        """Return the key of the phase."""
         return str(self.planned["key"])
 
     @property
     def title(self) -> str:
+        """Return the name of the phase for tables."""
         return str(self.planned["title"])
 
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
+        """Return what the phase's task measures."""
         return planned_metrics(self.planned)
 
     @property
     def headline(self) -> Metric:
+        """Return the first of the metrics."""
         return self.metrics[0]
 
     @property
     def score(self) -> float | None:
-        """The headline of the result."""
+        """Return the headline metric of the result, or None."""
         return self.headline.value_in(self.result)
 
     @property
     def unit(self) -> str:
-        """What a sample is called."""
+        """Return what a sample is called."""
         return str(self.planned["unit"])
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
+        """Return whether there was an attempt."""
         return bool(self.result or self.attempts)
 
     @cached_property
     def points(self) -> list[Point]:
-        """What was logged. Seconds between two lines follow from the measured rate; where the phase is done they are
-        stretched to what it took, which counts checkpoints and evaluations too."""
+        """Return the logged steps.
+
+        Seconds between two steps follow from the measured throughput. In a finished phase they are scaled to the time
+        of the result, which includes checkpoints and evaluations.
+        """
         made: list[Point] = []
         seconds: list[float] = []
         last = 0
@@ -89,25 +113,27 @@ class PhaseFacts:
         return made
 
     def cost(self, step: int) -> dict[str, float]:
-        """What so many steps cost, without time."""
+        """Return the cost of a number of steps, without time."""
         seen = step * self.planned["batch_size"]
         epochs = self.planned["epochs"] * step / max(1, self.planned["steps"])
         return {"epochs": epochs, "seen": seen, "flops": seen * self.planned["cost"]["training_flops"]}
 
     @property
     def spent(self) -> dict[str, float]:
-        """What the phase has cost until now."""
+        """Return the cost of the phase so far."""
         if self.result:
             return {
                 **self.cost(self.result["steps"]),
                 **{key: self.result[key] for key in ("seen", "flops", "seconds")},
             }
-        return self.points[-1].cost if self.points else LEAST
+        return self.points[-1].cost if self.points else NO_COST
 
     @property
     def device_seconds(self) -> tuple[float, str] | None:
-        """Seconds times the GPUs, or the CPU cores, that were at work. None where attempts had different machines, or
-        did not say."""
+        """Return seconds times the number of GPUs or CPU cores in use, and which of the two.
+
+        None if attempts ran on different machines or did not record them.
+        """
         keys = ("device", "world", "threads")
         layouts = [tuple(map(each.get, keys)) for each in self.attempts]
         if len(set(layouts)) != 1 or None in layouts[0]:
@@ -118,28 +144,37 @@ class PhaseFacts:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way in which a run trains its model: by incubation, or end to end."""
+class TrainingRoute:
+    """One route by which a run trains its model: incubation, or end-to-end training.
+
+    Attributes:
+        name: ``incubated`` or ``end to end``.
+        phases: the phases in order.
+        assembled: result of the assembled model; None: there is none.
+    """
 
     name: str
-    phases: list[PhaseFacts]
+    phases: list[PhaseData]
     assembled: dict[str, Any] | None
 
     @property
-    def last(self) -> PhaseFacts:
+    def last(self) -> PhaseData:
+        """Return the phase that gives the final model."""
         return self.phases[-1]
 
     @property
-    def modules(self) -> list[PhaseFacts]:
+    def modules(self) -> list[PhaseData]:
+        """Return the incubations."""
         return [phase for phase in self.phases if phase.planned["phase"] == "incubate"]
 
     @property
-    def meta(self) -> PhaseFacts | None:
+    def meta(self) -> PhaseData | None:
+        """Return the phase of the meta model, or None in end-to-end training."""
         return self.phases[0] if self.modules else None
 
     @property
-    def hybrid_range(self) -> list[PhaseFacts]:
-        """The modules whose hybrids scored worst and best; none before one is done."""
+    def hybrid_range(self) -> list[PhaseData]:
+        """Return the modules whose hybrids scored worst and best, or an empty list before one is done."""
         done = [phase for phase in self.modules if phase.score is not None]
         if not done:
             return []
@@ -148,42 +183,58 @@ class Way:
 
     @property
     def missing(self) -> list[str]:
+        """Return the titles of the phases that are not done."""
         return [phase.title for phase in self.phases if phase.result is None]
 
     @property
     def spent(self) -> dict[str, float]:
+        """Return the cost of all phases so far."""
         return {key: sum(phase.spent[key] for phase in self.phases) for key in COSTS}
 
     @property
     def path_seconds(self) -> float:
-        """Training seconds from the first step to the last, where modules train beside each other."""
+        """Return the training seconds from the first step to the last if modules train in parallel."""
         modules = [phase.spent["seconds"] for phase in self.modules]
         return self.spent["seconds"] - sum(modules) + max(modules, default=0.0)
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunData:
+    """All data of a run.
+
+    Attributes:
+        run: the run directory.
+        recipe: the resolved recipe.
+        plan: ``plan.json``.
+        routes: the routes that were started.
+        events: rows of ``events.jsonl``.
+    """
+
     run: RunDir
     recipe: Recipe
     plan: dict[str, Any]
-    ways: list[Way]
+    routes: list[TrainingRoute]
     events: list[dict[str, Any]]
 
     @property
-    def phases(self) -> list[PhaseFacts]:
-        return [phase for way in self.ways for phase in way.phases]
+    def phases(self) -> list[PhaseData]:
+        """Return the phases of all routes."""
+        return [phase for route in self.routes for phase in route.phases]
 
     @property
     def missing(self) -> list[str]:
-        return [title for way in self.ways for title in way.missing]
+        """Return the titles of the phases that are not done."""
+        return [title for route in self.routes for title in route.missing]
 
-    def way(self, name: str) -> Way | None:
-        return next((way for way in self.ways if way.name == name), None)
+    def route(self, name: str) -> TrainingRoute | None:
+        """Return the route of a name, or None."""
+        return next((route for route in self.routes if route.name == name), None)
 
 
-def read_run(run: RunDir) -> RunFacts:
-    """Everything that a run's files say about it, finished or not. A way that nobody began is left out, unless nothing
-    has begun.
+def read_run(run: RunDir) -> RunData:
+    """Read all data of a run, finished or not.
+
+    A route without an attempt is left out; if there was no attempt at all, incubation is included.
 
     Raises:
         ArtifactError: not a run directory, or nothing has been planned in it yet.
@@ -193,14 +244,14 @@ def read_run(run: RunDir) -> RunFacts:
     assert plan is not None  # else there is no status
     phases = {row["key"]: _phase(run, row, status[row["key"]]) for row in plan["rows"] if row["key"] in status}
     baseline = phases.pop("end_to_end", None)
-    ways = [Way("incubated", list(phases.values()), run.assembled.result)]
+    routes = [TrainingRoute("incubated", list(phases.values()), run.assembled.result)]
     if baseline is not None:
-        ways.append(Way("end to end", [baseline], None))
-    begun = [way for way in ways if any(phase.begun for phase in way.phases)]
-    return RunFacts(run, recipe, plan, begun or ways[:1], read_json_lines(run.path / "events.jsonl"))
+        routes.append(TrainingRoute("end to end", [baseline], None))
+    begun = [route for route in routes if any(phase.started for phase in route.phases)]
+    return RunData(run, recipe, plan, begun or routes[:1], read_json_lines(run.path / "events.jsonl"))
 
 
-def _phase(run: RunDir, planned: dict[str, Any], status: dict[str, Any]) -> PhaseFacts:
+def _phase(run: RunDir, planned: dict[str, Any], status: dict[str, Any]) -> PhaseData:
     folder = run.phase(planned["phase"], planned["module"])
     requeues = read_json_lines(folder.path / "requeues.jsonl")
-    return PhaseFacts(planned, status, folder.result, folder.read_attempts(), requeues, read_json_lines(folder.metrics))
+    return PhaseData(planned, status, folder.result, folder.read_attempts(), requeues, read_json_lines(folder.metrics))

@@ -13,7 +13,7 @@ from forked import run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bigincubate.files import read_json_lines
-from bigincubate.report.console_tables import ranges
+from bigincubate.report.console_tables import format_ranges
 from bigincubate.report.status import run_status
 from bigincubate.training.partial_assembly import build_partial_assembly, finished_modules
 
@@ -118,4 +118,4 @@ def test_it_changes_nothing_that_training_hands_on_or_logs(
 
 
 def test_numbers_in_a_row_are_told_as_a_range() -> None:
-    assert [ranges(numbers) for numbers in ([3], [0, 1, 2, 5], [0, 2])] == ["3", "0-2,5", "0,2"]
+    assert [format_ranges(numbers) for numbers in ([3], [0, 1, 2, 5], [0, 2])] == ["3", "0-2,5", "0,2"]

@@ -15,10 +15,10 @@ import pytest
 from forked import run
 
 from bigincubate.files import append_json_line, read_json
-from bigincubate.report.compare import compare_json, labelled
-from bigincubate.report.page import report
-from bigincubate.report.run_data import RunFacts, read_run
-from bigincubate.report.units import duration, percent, quantity
+from bigincubate.report.compare import compare_json, label_routes
+from bigincubate.report.page import render_report
+from bigincubate.report.run_data import RunData, read_run
+from bigincubate.report.units import format_duration, format_percent, format_quantity
 from bigincubate.report.verify import verify_run
 
 Labs = Callable[..., Any]
@@ -71,7 +71,7 @@ class Page(HTMLParser):
 
 
 def page_of(folder: Any) -> Page:
-    return Page(report(read_run(folder), list(verify_run(folder, everything=False))))
+    return Page(render_report(read_run(folder), list(verify_run(folder, everything=False))))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_numbers_on_the_page_are_those_of_the_summary(done: Any) -> None:
 
 
 def test_the_page_is_one_file_that_asks_nobody(done: Any) -> None:
-    text = report(read_run(done.run), [])
+    text = render_report(read_run(done.run), [])
     page = Page(text)
     assert "http" not in text
     assert not {"link", "script", "img", "iframe", "image"} & {tag for tag, _ in page.tags}
@@ -118,7 +118,7 @@ def test_the_page_is_one_file_that_asks_nobody(done: Any) -> None:
     assert [tag for tag, _ in page.tags].count("svg") == 3
     assert "prefers-color-scheme: dark" in text
     assert "#012345" not in text
-    assert text == report(read_run(done.run), [])  # the same run, the same page
+    assert text == render_report(read_run(done.run), [])  # the same run, the same page
 
 
 def test_it_says_what_was_trained_where_and_how_it_went(done: Any) -> None:
@@ -158,8 +158,8 @@ def test_a_run_that_is_only_end_to_end_has_no_modules_on_its_page(lab: Labs, don
     assert page.row("end to end")["top-1 %"] == made.run.phase("end_to_end").result["metrics"]["top1"]
     assert "Not there yet" not in page.text
     assert not {"meta model", "module 0", "fine-tuning"} & {row[0] for row in page.rows}
-    ways = labelled([read_run(done.run), read_run(made.run)])
-    assert [row["way"] for row in compare_json(ways)] == ["incubated", "end to end", "end to end"]
+    routes = label_routes([read_run(done.run), read_run(made.run)])
+    assert [row["route"] for row in compare_json(routes)] == ["incubated", "end to end", "end to end"]
 
 
 def test_what_is_damaged_is_told_on_the_page(done: Any, tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ def test_the_commands(done: Any, tmp_path: Path) -> None:
 
 
 def test_curves_are_over_what_each_step_cost(done: Any) -> None:
-    facts: RunFacts = read_run(done.run)
-    meta = facts.ways[0].phases[0]
+    run_data: RunData = read_run(done.run)
+    meta = run_data.routes[0].phases[0]
     result, last = done.run.phase("pretrain").result, meta.points[-1]
     assert (last.step, last.cost["seen"], last.cost["flops"]) == (6, result["seen"], result["flops"])
     assert (last.cost["seconds"], last.metrics) == (pytest.approx(result["seconds"]), result["metrics"])
@@ -226,10 +226,10 @@ def test_curves_are_over_what_each_step_cost(done: Any) -> None:
 
 
 def test_numbers_have_units_and_no_digit_too_many() -> None:
-    assert [percent(96.944444, samples) for samples in (360, 50_000)] == ["96.9", "96.94"]
-    assert [quantity(value, "FLOP") for value in (1856389201920, 36.6e9, 985e15, 999.96e9, 12)] == [
+    assert [format_percent(96.944444, samples) for samples in (360, 50_000)] == ["96.9", "96.94"]
+    assert [format_quantity(value, "FLOP") for value in (1856389201920, 36.6e9, 985e15, 999.96e9, 12)] == [
         *("1.86 TFLOP", "36.6 GFLOP", "985 PFLOP", "1.00 TFLOP", "12.0 FLOP")
     ]
-    assert [duration(s) for s in (0, 58.93, 59.97, 273, 3599.9, 11100, 200_000)] == [
+    assert [format_duration(s) for s in (0, 58.93, 59.97, 273, 3599.9, 11100, 200_000)] == [
         *("0.0 s", "58.9 s", "1 min 00 s", "4 min 33 s", "1 h 00 min", "3 h 05 min", "2 d 08 h")
     ]
