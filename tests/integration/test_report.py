@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ from typing import Any
 import pytest
 from forked import run
 
-from bigincubate.files import append_json_line, read_json
-from bigincubate.report.compare import compare_json, label_routes
+from bigincubate.files import append_json_line, read_json, write_json
+from bigincubate.planning.prepare_run import planned_row
+from bigincubate.report.compare import compare_json, compare_page, label_routes
+from bigincubate.report.console_tables import compare_table, status_table, summary_table
 from bigincubate.report.page import render_report
 from bigincubate.report.run_data import RunData, read_run
+from bigincubate.report.status import run_status
 from bigincubate.report.units import format_duration, format_percent, format_quantity
 from bigincubate.report.verify import verify_run
+from bigincubate.tasks.metric import Metric, planned_metrics
 
 Labs = Callable[..., Any]
 SETS = ("train.max_steps=6", "log.every_steps=2", "log.eval_every_epochs=1")
@@ -223,6 +228,43 @@ def test_curves_are_over_what_each_step_cost(done: Any) -> None:
     seconds = [point.cost["seconds"] for point in meta.points]
     assert seconds == sorted(seconds)
     assert seconds[0] > 0
+
+
+def test_other_metrics_and_units_are_shown_as_they_describe_themselves(lab: Labs) -> None:
+    """A task where less is better, samples are tokens, and the first phase measures something else."""
+    made = lab(*SETS)
+    perplexity = Metric("ppl", "perplexity", higher_is_better=False, format=".1f")
+    loss = Metric("loss", "loss", higher_is_better=False, format=".3f")
+    plan = read_json(made.run.path / "plan.json") or {}
+    for row in plan["rows"]:
+        row |= {"metrics": [asdict(loss if row["phase"] == "pretrain" else perplexity)], "unit": "tokens"}
+    write_json(made.run.path / "plan.json", plan)
+    scores = {"pretrain": 3.0, "incubate/0": 9.0, "incubate/1": 12.0, "finetune": 7.0, "end_to_end": 8.0}
+    for row in plan["rows"]:
+        metric = planned_metrics(row)[0]
+        result = {"metrics": {metric.name: scores[row["key"]]}, "headline": metric.name, "samples": 9, "unit": "tokens"}
+        folder = made.run.phase(row["phase"], row["module"])
+        append_json_line(folder.metrics, {"step": 6, "train/loss": 2.0, "perf/tokens_per_sec": 5.0})
+        folder.write_result({**result, "steps": 6, "seen": row["seen"], "flops": 10, "seconds": 1.0})
+    run_data, rows = read_run(made.run), run_status(made.run)
+    assert (rows[1]["metrics"], rows[1]["headline"], rows[1]["samples_per_sec"]) == ({"ppl": 9.0}, "ppl", 5.0)
+    routes = label_routes([run_data])
+    status, compared = status_table("run", rows, plan), compare_table(routes)
+    summary = summary_table("run", made.run.update_summary(), [planned_row(row) for row in plan["rows"]])
+    cells = {
+        table.title: {column.header: list(column.cells) for column in table.columns}
+        for table in (status, compared, summary)
+    }
+    assert cells["run: status"]["perplexity"] == ["-", "9.0", "12.0", "7.0", "8.0"]
+    assert cells["run: status"]["tokens/s"] == ["5"] * 5
+    assert cells["runs compared"]["hybrids"] == ["12.0 to 9.0", "-"]
+    assert cells["runs compared"]["meta"] == ["3.000", "-"]
+    assert cells["run: results"]["loss"] == ["3.000", "-", "-", "-", "-"]
+    page = page_of(made.run)
+    assert (page.row("meta model")["loss"], page.row("end to end")["perplexity"]) == (3.0, 8.0)
+    assert "Incubated 7.0, end to end 8.0: 1.0 less" in page.text
+    assert "top-1" not in page.text.lower()
+    assert "perplexity" in compare_page(routes)
 
 
 def test_numbers_have_units_and_no_digit_too_many() -> None:
