@@ -186,7 +186,8 @@ def test_a_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, mo
         run.path / "plan.json",
         {
             "rows": [
-                {"key": key, "phase": key.split("/")[0], "module": module, "title": key, **about} for key, module in rows
+                {"key": key, "phase": key.split("/")[0], "module": module, "title": key, **about}
+                for key, module in rows
             ]
         },
     )

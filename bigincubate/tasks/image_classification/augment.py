@@ -85,6 +85,7 @@ class ToNormalized:
         self.std = torch.tensor(augment.std).mul(255).view(3, 1, 1)
 
     def __call__(self, image: Image.Image) -> Tensor:
+        """Convert one RGB image to [3, H, W] float32."""
         return self.all([image])[0]
 
     def all(self, images: Sequence[Image.Image]) -> Tensor:
@@ -96,12 +97,12 @@ class ToNormalized:
 
 
 def _flip(image: Image.Image, share: float) -> Image.Image:
-    """torchvision's RandomHorizontalFlip, which takes three times as long for a small image."""
+    """Torchvision's RandomHorizontalFlip, which takes three times as long for a small image."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(1) < share else image
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """timm's. At full magnitude it keeps no bit, for which old versions of Pillow gave black, and new ones an error."""
+    """Timm's. At full magnitude it keeps no bit, for which old versions of Pillow gave black, and new ones an error."""
     return auto_augment.posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
