@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from bigincubate.launchers.slurm.requeue import handle_job_exit
 from bigincubate.launchers.slurm.sbatch import build_sbatch_command, find_script, format_submission, split_into_arrays
 from bigincubate.report import status
 from bigincubate.storage.run_directory import PhaseDir, RunDir
+from bigincubate.tasks.metric import Metric
 
 GOLDEN = Path(__file__).parents[1].joinpath("golden") / "submit.txt"
 
@@ -181,7 +183,7 @@ def test_the_queue_is_read_past_the_jobs_of_others(tmp_path: Path, monkeypatch: 
 def test_a_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path / "run")
     rows = [("pretrain", None), ("incubate/0", 0), ("incubate/1", 1), ("finetune", None)]
-    about = {"steps": 10, "batch_size": 8, "unit": "images", "metrics": []}
+    about = {"steps": 10, "batch_size": 8, "unit": "images", "metrics": [asdict(Metric("top1", "top-1", "%"))]}
     write_json(
         run.path / "plan.json",
         {
