@@ -10,7 +10,7 @@ from functools import cached_property
 from ..config import Phase, Recipe, Settings
 from ..data.dataset import DatasetInfo
 from ..data.local_staging import use_local_cache
-from ..data.partitions import assert_partition_allowed, open_module_partition
+from ..data.partitions import open_module_partition
 from ..distributed.process_group import DistributedContext
 from ..models.partition import Partition
 from ..storage.run_directory import PhaseDir, RunDir
@@ -107,7 +107,6 @@ class RunContext:
         """
         row = self.plan.row(phase, module)
         recipe, data = open_module_partition(self.recipe, self.data, module)
-        assert_partition_allowed(recipe, data, module)
         return PhaseContext(
             recipe, self.plan, row, find_row(self.rows, phase, module), self.run, data, env or DistributedContext()
         )

@@ -10,6 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ..data.micro_batches import count_micro_batches
+from ..data.partitions import assert_partition_allowed
 from ..errors import ArtifactError
 from ..interchange.pretrained import pretrained_meta
 from ..models import (
@@ -84,6 +85,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     """
     settings, env, task, family = context.settings, context.env, context.task, context.plan.family
     micro_batches = count_micro_batches(settings, env.world)
+    assert_partition_allowed(context.recipe, context.data, context.row.module)  # before any sample is read
     model, inputs = build_model(context, start)
     drop, partition = settings.drop_path, context.partition
     set_drop_path_rates(model, partition, drop.ramp_over, drop.rate, context.plan.target, context.row.module)
