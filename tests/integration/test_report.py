@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import pytest
 from forked import run
 
 from bigincubate.files import append_json_line, read_json, write_json
-from bigincubate.planning.prepare_run import planned_row
 from bigincubate.report.compare import compare_json, compare_page, label_routes
 from bigincubate.report.console_tables import compare_table, status_table, summary_table
 from bigincubate.report.page import render_report
@@ -250,7 +249,10 @@ def test_other_metrics_and_units_are_shown_as_they_describe_themselves(lab: Labs
     assert (rows[1]["metrics"], rows[1]["headline"], rows[1]["samples_per_sec"]) == ({"ppl": 9.0}, "ppl", 5.0)
     routes = label_routes([run_data])
     status, compared = status_table("run", rows, plan), compare_table(routes)
-    summary = summary_table("run", made.run.update_summary(), [planned_row(row) for row in plan["rows"]])
+    planned = [
+        replace(row, metrics=planned_metrics(stored)) for row, stored in zip(made.rows, plan["rows"], strict=True)
+    ]
+    summary = summary_table("run", made.run.update_summary(), planned)
     cells = {
         table.title: {column.header: list(column.cells) for column in table.columns}
         for table in (status, compared, summary)
