@@ -287,7 +287,7 @@ def test_from_afar_only_the_description_and_the_part_come_and_only_the_part_is_s
         "dataset.json",
         *(f"parts/01/{name}" for name in ("dataset.json", "train/index.json", "val/index.json")),
     }
-    assert own.digest == loaded.digest
+    assert own.identity == loaded.identity
     with use_local_cache(own, part) as (there, copy):
         from bigincubate.data.shards import Shards
         from bigincubate.tasks.image_classification.views import LabelledImages
