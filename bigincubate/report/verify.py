@@ -14,7 +14,7 @@ from ..errors import ArtifactError, DataError
 from ..files import read_json
 from ..planning.identity import expected_lineage, phase_inputs
 from ..planning.prepare_run import data_path
-from ..storage.artifacts import check_lineage, verify_artifact
+from ..storage.artifacts import Lineage, check_lineage, verify_artifact
 from ..storage.checkpoint_tools import list_checkpoints
 from ..storage.lease import current_owner
 from ..storage.run_directory import PhaseDir, RunDir
@@ -137,9 +137,10 @@ def _artifact(run: RunDir, row: dict[str, Any], folder: PhaseDir, stale: dict[st
     except ArtifactError as error:
         return Finding(key, folder.artifact, Verdict.DAMAGED, str(error))
     try:
-        problem = check_lineage(manifest, expected_lineage(run, row["phase"], row["module"]))
-    except ArtifactError as error:
-        problem = f"what it was trained from cannot be read: {error}"
+        expected = expected_lineage(run, row["phase"], row["module"])
+    except ArtifactError:  # an artifact that it reads is missing or damaged, which has a finding of its own
+        expected = Lineage(row["identity"], row["data"], manifest.inputs)
+    problem = check_lineage(manifest, expected)
     for name, source in phase_inputs(row["identity"]).items():
         if problem is None and source.key in stale:
             problem = f"{name} is {stale[source.key]}"

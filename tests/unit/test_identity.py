@@ -15,14 +15,16 @@ from bigincubate.config import PHASES, ModelConfig, Recipe, Settings, load_recip
 from bigincubate.data.dataset import DatasetInfo
 from bigincubate.data.images import labelled_image_schema
 from bigincubate.errors import ArtifactError, ConfigError
+from bigincubate.launchers.slurm.scheduler import _is_valid
 from bigincubate.models.base import ModelFamily
 from bigincubate.models.vision import find_timm_family
 from bigincubate.planning import identity
 from bigincubate.planning.cost import PlannedRow
 from bigincubate.planning.identity import expected_lineage, invalidated_rows, phase_digest, phase_identity
+from bigincubate.planning.job_graph import build_job_graph
 from bigincubate.planning.phases import Plan, make_plan
 from bigincubate.planning.prepare_run import count_rows
-from bigincubate.storage.artifacts import load_manifest
+from bigincubate.storage.artifacts import load_artifact, load_manifest, save_artifact
 
 RECIPE = """
 name = "base"
@@ -321,6 +323,30 @@ def test_checkpoint_of_other_settings_is_refused(lab: Callable[..., Any]) -> Non
     one.rows[0].identity["train.lr"] = 0.5
     with pytest.raises(ArtifactError, match="saved with other settings"):
         one.train("pretrain")
+
+
+def test_stale_module_is_trained_again_from_its_start(lab: Callable[..., Any]) -> None:
+    one = lab("train.max_steps=2")
+    one.train("pretrain")
+    one.train("incubate", 0)
+    folder = one.run.phase("incubate", 0)
+    job = next(job for job in build_job_graph(one.rows, baseline=False) if job.key == "incubate/0")
+
+    def is_valid() -> bool:
+        return _is_valid(job, one.run, lambda job: expected_lineage(one.run, job.phase, job.module))
+
+    assert is_valid()
+    meta = one.run.phase("pretrain").artifact
+    tensors, manifest = load_artifact(meta)
+    manifest = save_artifact(meta, {name: tensor + 1 for name, tensor in tensors.items()}, manifest)
+    assert not is_valid()
+    assert folder.result is None
+    assert not folder.checkpoints.exists()
+    events = (one.run.path / "events.jsonl").read_text().splitlines()
+    assert "trained from another meta model" in json.loads(events[-1])["reason"]
+    one.train("incubate", 0)
+    assert load_manifest(folder.artifact).inputs == {"meta": manifest.digest}
+    assert is_valid()
 
 
 def test_embedded_data_of_another_source_is_refused(smoke: Path, tmp_path: Path, counted: None) -> None:
