@@ -68,20 +68,16 @@ def trainer_of(settings: dict[str, Any], sets: list[str]) -> Any:
     from bigincubate.config import load_recipe
     from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.distributed.signals import StopFlag
-    from bigincubate.planning.prepare_run import ensure_data, ensure_plan, find_row
+    from bigincubate.planning.context import open_run
     from bigincubate.storage.run_directory import RunDir
-    from bigincubate.training.run_phase import train
+    from bigincubate.training.run_phase import train_phase
     from bigincubate.training.trainer import Trainer
 
     recipe = load_recipe(settings["recipe"], [*settings["sets"], f"data.path={settings['data']}", *sets])
-    run, env = RunDir(Path(tempfile.mkdtemp(dir=settings["folder"]))), DistributedContext.detect()
-    run.create(recipe)
-    data = ensure_data(recipe, run)
-    plan, rows = ensure_plan(recipe, run, data)
+    opened, env = open_run(recipe, RunDir(Path(tempfile.mkdtemp(dir=settings["folder"])))), DistributedContext.detect()
     if settings["module"] is not None:
-        train(recipe, plan, plan.row("pretrain"), find_row(rows, "pretrain", None), run, data, env)
-    row = plan.row(settings["phase"], settings["module"])
-    trainer = Trainer(recipe, plan, row, find_row(rows, row.phase, row.module), run, data, env, StopFlag())
+        train_phase(opened.phase("pretrain", None, env))
+    trainer = Trainer.build(opened.phase(settings["phase"], settings["module"], env), StopFlag())
     trainer.wrapped.train()
     return trainer
 
@@ -89,7 +85,7 @@ def trainer_of(settings: dict[str, Any], sets: list[str]) -> Any:
 def contestant(name: str, settings: dict[str, Any]) -> Contestant:
     workers = 0 if name == IN_MEMORY else int(name.split()[0])
     trainer = trainer_of(settings, [f"data.workers={workers}"])
-    stream = trainer.stream.batches(0)
+    stream = trainer.parts.train_stream.batches(0)
     batches = stream
     if name == IN_MEMORY:
         held = list(islice(stream, settings["steps"]))
@@ -100,8 +96,7 @@ def contestant(name: str, settings: dict[str, Any]) -> Contestant:
             trainer.step(batch)
 
     def forward() -> Any:
-        images, targets = trainer.task.prepare(next(iter(batches)).to(trainer.env.device), 0)
-        return trainer.task.loss(trainer.wrapped, images, targets)
+        return trainer.task.loss(trainer.wrapped, next(iter(batches)).to(trainer.env.device), 0)
 
     return Contestant(turn, forward, list(trainer.model.parameters()))
 
@@ -111,13 +106,12 @@ def sample_cost(data: Path, recipe: str, sets: list[str], room: int) -> float:
     from bigincubate.config import load_recipe
     from bigincubate.data import shards
     from bigincubate.data.dataset import open_dataset
-    from bigincubate.data.streams import TrainStream
+    from bigincubate.tasks.registry import make_task
 
     shards.DECODED_CACHE_BYTES = room
-    loaded = load_recipe(recipe, sets)
-    chosen = loaded.settings("pretrain")
-    info, size = open_dataset(data), chosen.model.img_size
-    stream = TrainStream(info, loaded.data, chosen.augment, img_size=size, seed=0, batch_size=64)
+    loaded = load_recipe(recipe, [*sets, "train.batch_size=64"])
+    task = make_task(loaded.settings("pretrain"), loaded.data)
+    stream = task.train_stream(open_dataset(data), rank=0, world=1)
     batches, least = stream.batches(0), float("inf")
     for _ in range(13):
         start = time.perf_counter()
