@@ -143,7 +143,7 @@ def drawn(case: Case, partition: Partition) -> nn.Module:
 
 
 def hybrid(case: Case, module: int, init: str, meta: nn.Module) -> nn.Module:
-    """The meta model with one module at its target depth and initialised, all others inserted."""
+    """The meta model with one module at its target depth and initialized, all others inserted."""
     target, shallow = case.partition(case.target), case.partition(case.meta)
     own = case.partition(hybrid_depths(target.depths, shallow.depths, module))
     model = drawn(case, own)

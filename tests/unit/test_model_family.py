@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny_family import FAMILY, INPUTS, OUTPUTS
 
 from bigincubate.config import MetaConfig, ModelConfig, Recipe, load_recipe
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.interchange.export import with_weights
+from bigincubate.interchange.export import SPEC, load_model
 from bigincubate.interchange.pretrained import pretrained_meta
 from bigincubate.models import (
     Partition,
@@ -128,10 +129,14 @@ def test_blocks_that_depend_on_their_index_are_refused_by_name() -> None:
     check_model(build(TARGET), Partition(FAMILY, TARGET))
 
 
+def test_library_named_by_an_exported_file_only_is_never_loaded(tmp_path: Path) -> None:
+    spec = ModelSpec(task="image_classification", model=SETTINGS, depths=[[2], [3]], metadata={})
+    (tmp_path / "config.json").write_text(json.dumps({SPEC: spec.model_dump()}))
+    with pytest.raises(ArtifactError, match=r"needs code outside this package \(tiny_family:find_family\)"):
+        load_model(tmp_path)
+
+
 def test_features_that_need_timm_are_refused(recipe: Recipe) -> None:
-    spec = ModelSpec(task="none", model=recipe.model, depths=[[2], [3]], metadata={})
-    with pytest.raises(ArtifactError, match=r"model\.library = 'tiny_family:find_family'"):
-        with_weights(spec, {}, Path("nowhere"))
     with pytest.raises(ConfigError, match=r"meta\.init .*model\.library"):
         pretrained_meta(MetaConfig(init="timm:vit_tiny_patch16_224"), SETTINGS, Partition(FAMILY, META), {})
     plan = make_plan(recipe)

@@ -230,7 +230,7 @@ def test_the_default_meta_model_is_small_and_fits() -> None:
 @pytest.mark.parametrize(
     "name", ["vit_base_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "mixer_b16_224"]
 )
-def test_block_costs_are_counted_for_each_block(name: str) -> None:
+def test_block_flops_are_counted_for_each_block(name: str) -> None:
     model = ModelConfig(name=name, img_size=224)
     family = find_family(model)
     depths = family.default_depths(model)
