@@ -83,8 +83,9 @@ def evaluate(
     from ..tasks.registry import task_class
 
     model, spec = load_model(source)
-    found = task_class(spec.task)
-    task = found(found.artifact_settings(spec.model, spec.metadata), DataConfig())
+    found = task_class(spec.task.name)
+    settings = found.artifact_settings(spec.model, spec.metadata).model_copy(update={"task": spec.task})
+    task = found(settings, DataConfig())
     info = open_dataset(data)
     if probe is None:
         task.check_dataset(info)

@@ -21,6 +21,7 @@ from .sections import (
     ScheduleConfig,
     Settings,
     ShardingConfig,
+    TaskConfig,
     TrainConfig,
 )
 from .slurm import SlurmJobConfig
@@ -40,6 +41,7 @@ __all__ = [
     "Settings",
     "ShardingConfig",
     "SlurmJobConfig",
+    "TaskConfig",
     "TrainConfig",
     "describe_changes",
     "differences",

@@ -175,7 +175,7 @@ def _check_names(spec: ModelSpec, source: Path, recipe: Recipe | None) -> None:
     """
     tasks = {recipe.settings(phase).task.name for phase in PHASES} if recipe else set()
     trusted = {recipe.model.library, *tasks} if recipe else set()
-    if foreign := sorted(name for name in {spec.model.library, spec.task} - trusted if ":" in name):
+    if foreign := sorted(name for name in {spec.model.library, spec.task.name} - trusted if ":" in name):
         raise ArtifactError(
             f"{source} needs code outside this package ({', '.join(foreign)}), which no file alone may name:"
             " give the run directory, whose recipe names it"

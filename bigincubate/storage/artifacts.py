@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..config import ModelConfig, describe_changes
+from ..config import ModelConfig, TaskConfig, describe_changes
 from ..errors import ArtifactError, LockedError
 from ..files import fsync_dir, hash_file, make_folder, regular_file_size, write_and_hash, write_text
 from .checkpoint_manager import COMMIT_MARKER, read_committed_manifest
@@ -34,14 +34,14 @@ class ModelSpec(BaseModel):
     """What is needed to build a model again, and to evaluate it.
 
     Attributes:
-        task: name of the task that it was trained for.
+        task: the recipe's task settings.
         model: the recipe's model settings.
         depths: number of blocks, per module and stage.
         metadata: what the task needs besides, such as the normalization of images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    task: str
+    task: TaskConfig
     model: ModelConfig
     depths: list[list[Annotated[int, Field(ge=0, le=10_000)]]]
     metadata: dict[str, Any]

@@ -40,7 +40,7 @@ def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
     """
     plan, settings = make_plan(recipe), recipe.settings("finetune")
     spec = ModelSpec(
-        task=settings.task.name,
+        task=settings.task,
         model=settings.model,
         depths=[list(stages) for stages in plan.target],
         metadata=make_task(settings, recipe.data).artifact_metadata(),

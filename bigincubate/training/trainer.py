@@ -436,7 +436,7 @@ class Trainer:
                 phase=self.row.phase if folder is self.folder else "assembled",
                 module=module,
                 model=ModelSpec(
-                    task=self.settings.task.name,
+                    task=self.settings.task,
                     model=self.settings.model,
                     depths=[list(stages) for stages in depths],
                     metadata=self.task.artifact_metadata(),

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigincubate.config import ModelConfig
+from bigincubate.config import ModelConfig, TaskConfig
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.storage.artifacts import ArtifactManifest, ModelSpec
 from bigincubate.storage.checkpoint_manager import Checkpoint, CheckpointManager
 
 SPEC = ModelSpec(
-    task="image_classification",
+    task=TaskConfig(),
     model=ModelConfig(
         name="vit_tiny_patch16_224",
         args={"patch_size": 2, "embed_dim": 24, "num_heads": 3},

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from small_models import build_timm
 from torch import nn
 
-from bigincubate.config import ModelConfig
+from bigincubate.config import ModelConfig, TaskConfig
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.interchange.export import best_artifact, export, load_model
 from bigincubate.interchange.timm_format import timm_arguments
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 def artifact(name: str, folder: Path, seed: int = 0) -> ModelSpec:
     """A trained model of this kind, as a phase hands it on: every parameter is something of its own."""
     spec = ModelSpec(
-        task="image_classification",
+        task=TaskConfig(),
         model=ModelConfig(name=name, num_classes=7, img_size=32, args=CASES[name]["args"]),
         depths=CASES[name]["depths"],
         metadata={"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bilinear", "eval_crop": 0.9},

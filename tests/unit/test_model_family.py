@@ -11,7 +11,7 @@ import torch
 from small_models import disturb
 from tiny_family import FAMILY, INPUTS, OUTPUTS
 
-from bigincubate.config import MetaConfig, ModelConfig, Recipe, load_recipe
+from bigincubate.config import MetaConfig, ModelConfig, Recipe, TaskConfig, load_recipe
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.interchange.export import SPEC, load_model
 from bigincubate.interchange.pretrained import pretrained_meta
@@ -130,7 +130,7 @@ def test_blocks_that_depend_on_their_index_are_refused_by_name() -> None:
 
 
 def test_library_named_by_an_exported_file_only_is_never_loaded(tmp_path: Path) -> None:
-    spec = ModelSpec(task="image_classification", model=SETTINGS, depths=[[2], [3]], metadata={})
+    spec = ModelSpec(task=TaskConfig(), model=SETTINGS, depths=[[2], [3]], metadata={})
     (tmp_path / "config.json").write_text(json.dumps({SPEC: spec.model_dump()}))
     with pytest.raises(ArtifactError, match=r"needs code outside this package \(tiny_family:find_family\)"):
         load_model(tmp_path)
