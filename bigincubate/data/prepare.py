@@ -1,7 +1,7 @@
 """Preparation of a data set: any source to MDS shards.
 
 Samples are written in chunks (:mod:`.chunks`), so that an interrupted run can resume. A chunk has samples of only one
-partition (:mod:`.parts`), so that partitions consist of shards of the whole data set.
+partition (`data/partitions.py`), so that partitions consist of shards of the whole data set.
 """
 
 from __future__ import annotations

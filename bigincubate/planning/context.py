@@ -53,22 +53,22 @@ class PhaseContext:
         """What the phase learns."""
         return make_task(self.settings, self.recipe.data)
 
-    @property
+    @cached_property
     def folder(self) -> PhaseDir:
         """The phase's folder in the run directory."""
         return self.run.phase(self.row.phase, self.row.module)
 
-    @property
+    @cached_property
     def partition(self) -> Partition:
         """Which module owns which tensor of the phase's model."""
         return Partition(self.plan.family, self.row.depths)
 
-    @property
+    @cached_property
     def target_partition(self) -> Partition:
         """The same for the target."""
         return Partition(self.plan.family, self.plan.target)
 
-    @property
+    @cached_property
     def meta_partition(self) -> Partition:
         """The same for the meta model."""
         return Partition(self.plan.family, self.plan.meta)

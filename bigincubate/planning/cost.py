@@ -7,7 +7,6 @@ Costs are counted, not estimated: each phase's model is built without storage an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -154,13 +153,10 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
     return steps if settings.train.max_steps is None else min(steps, settings.train.max_steps), per_epoch
 
 
-def cost_plan(
-    recipe: Recipe, plan: Plan, samples: int, on_row: Callable[[PhasePlan], None] = lambda row: None
-) -> list[PlannedRow]:
-    """Every row with its cost and length, for ``samples`` training samples."""
+def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
+    """Return every row with its cost and length, for ``samples`` training samples."""
     rows: list[PlannedRow] = []
     for row in plan.rows():
-        on_row(row)
         settings = recipe.settings(row.phase)
         task = task_class(settings.task.name)
         cost = count_cost(row, settings, plan)

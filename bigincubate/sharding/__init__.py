@@ -135,6 +135,8 @@ def make_sharding(settings: Settings, env: DistributedContext, micro_batches: in
         from .oss import OptimizerStateSharding
 
         return OptimizerStateSharding(env)
-    from .zero import Zero
+    if chosen.strategy.startswith("zero"):
+        from .zero import Zero
 
-    return Zero(env, config)
+        return Zero(env, config)
+    raise AssertionError(f"no strategy for sharding.strategy = {chosen.strategy!r}")

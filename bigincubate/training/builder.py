@@ -152,7 +152,7 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         assert row.module is not None
         initialize(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
     if "module" in sources:
-        meta_model_digest(context.run)
+        _require_meta_model(context.run)
         modules = _load_modules(context)
         inputs = {f"module/{module}": digest for module, (_, digest) in enumerate(modules)}
         assembled = assemble([tensors for tensors, _ in modules], model.state_dict())
@@ -165,14 +165,14 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     return model, inputs
 
 
-def meta_model_digest(run: RunDir) -> str:
-    """Return the digest of the run's meta model.
+def _require_meta_model(run: RunDir) -> None:
+    """Raise if the run's meta model is missing.
 
     Raises:
         ArtifactError: It is missing; the message has the command.
     """
     try:
-        return load_manifest(run.phase("pretrain").artifact).digest
+        load_manifest(run.phase("pretrain").artifact)
     except ArtifactError:
         raise ArtifactError(
             f"the meta model is missing in {run.path}; make it with:"
@@ -186,7 +186,7 @@ def load_meta_model(context: PhaseContext) -> tuple[dict[str, Tensor], str]:
     Raises:
         ArtifactError: It is missing or damaged.
     """
-    meta_model_digest(context.run)
+    _require_meta_model(context.run)
     tensors, manifest = load_artifact(context.run.phase("pretrain").artifact)
     return tensors, manifest.digest
 
