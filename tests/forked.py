@@ -11,6 +11,7 @@ import importlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ class Command:
 
     def __init__(self, *arguments: object, before: Before | None = None, env: dict[str, str] | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="forked-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
         for name in ("out", "err"):
             (self.folder / name).touch()
         words = [str(argument) for argument in arguments]
