@@ -95,7 +95,7 @@ def fast(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-class Lab:
+class TrainingHarness:
     """A run directory whose phases are trained in this process, by the trainer itself."""
 
     def __init__(self, recipe: Path, folder: Path, *sets: str) -> None:
@@ -145,7 +145,7 @@ class Lab:
         folder = self.run.path / "fleet" / folder.relative_to(self.run.path) if fleet else folder / "tb"
         return EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0}).Reload()
 
-    def copy(self, folder: Path, phases: list[str] | None = None) -> Lab:
+    def copy(self, folder: Path, phases: list[str] | None = None) -> TrainingHarness:
         """The run as it is now, in another directory; of its phases only those in these folders, if given."""
         trained = {"meta", "modules", "finetune", "assembled"}
         shutil.copytree(
@@ -186,9 +186,9 @@ def counted() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def lab(counted: None, fast: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Lab]:
-    """``lab("train.lr=1", …)``: the smoke recipe with these settings, in a new run directory, or in ``folder``."""
-    return lambda *sets, folder=None: Lab(fast, folder or tmp_path_factory.mktemp("lab") / "run", *sets)
+def harness(counted: None, fast: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TrainingHarness]:
+    """``harness("train.lr=1", …)``: the smoke recipe with these settings, in a new run directory, or in ``folder``."""
+    return lambda *sets, folder=None: TrainingHarness(fast, folder or tmp_path_factory.mktemp("harness") / "run", *sets)
 
 
 # ------------------------------------------------------------------------------------------------ Slurm
@@ -229,9 +229,9 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="module")
-def done(lab: Callable[..., Any]) -> Any:
+def done(harness: Callable[..., Any]) -> Any:
     """A finished run of two steps a phase."""
-    made = lab("train.max_steps=2", "log.every_steps=1")
+    made = harness("train.max_steps=2", "log.every_steps=1")
     for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
         made.train(phase, module)
     made.run.update_summary()

@@ -36,9 +36,9 @@ def environment() -> dict[str, str]:
     return {**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(RANKS.parent.parent)}
 
 
-def words(lab: Any, phase: str, module: int | None = None, *more: str) -> dict[str, Any]:
-    """The job that trains a phase of ``lab``."""
-    return {"words": [str(word) for word in lab.command(phase, module, *more)]}
+def words(harness: Any, phase: str, module: int | None = None, *more: str) -> dict[str, Any]:
+    """The job that trains a phase of ``harness``."""
+    return {"words": [str(word) for word in harness.command(phase, module, *more)]}
 
 
 def launch(folder: Path, jobs: list[dict[str, Any]], world: int = 2) -> list[list[dict[str, Any]]]:

@@ -43,7 +43,7 @@ class Parity:
 
     def __init__(
         self,
-        lab: Labs,
+        harness: Labs,
         folder: Path,
         cases: Iterable[Case],
         *,
@@ -55,7 +55,7 @@ class Parity:
         self.single = dict(single or {})
         for kind in dict.fromkeys((case.optimizer, case.precision) for case in self.cases):
             if kind not in self.single:
-                one = self.single[kind] = lab(*LOUD, *OPTIMIZERS[kind[0]], f"train.precision={kind[1]}", *sets)
+                one = self.single[kind] = harness(*LOUD, *OPTIMIZERS[kind[0]], f"train.precision={kind[1]}", *sets)
                 for phase, module in PHASES:
                     one.train(phase, module)
         self.spread = {}

@@ -122,11 +122,11 @@ def test_a_step_that_is_not_finite_changes_no_average(gradients: Tensor) -> None
 class Spread:
     """All that two ranks do in this file, in one launch."""
 
-    def __init__(self, lab: Labs, folder: Path) -> None:
-        self.single = lab(*SETS)
+    def __init__(self, harness: Labs, folder: Path) -> None:
+        self.single = harness(*SETS)
         for phase, module in PHASES:
             self.single.train(phase, module)
-        self.double, self.stopped = ({strategy: lab(*SETS) for strategy in STRATEGIES} for _ in range(2))
+        self.double, self.stopped = ({strategy: harness(*SETS) for strategy in STRATEGIES} for _ in range(2))
         jobs: dict[Any, dict[str, Any]] = {}
         for strategy in STRATEGIES:
             using = ["--set", f"sharding.strategy={strategy}"]
@@ -135,7 +135,7 @@ class Spread:
             again = words(self.stopped[strategy], "pretrain", None, *using)
             jobs[strategy, "stopped"] = {**again, "spoiled_rank": 0, "signal_at": 2}
             jobs[strategy, "again"] = again
-        refused = lab(*SETS)
+        refused = harness(*SETS)
         for strategy in ("fsdp2", "zero2"):
             jobs[strategy] = words(refused, "pretrain", None, "--set", f"sharding.strategy={strategy}")
         self.outcomes = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
@@ -145,8 +145,8 @@ class Spread:
 
 
 @pytest.fixture(scope="module")
-def spread(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Spread:
-    return Spread(lab, tmp_path_factory.mktemp("adascale"))
+def spread(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Spread:
+    return Spread(harness, tmp_path_factory.mktemp("adascale"))
 
 
 @pytest.mark.parametrize(("phase", "module", "power"), [("pretrain", None, 1.0), ("incubate", 1, 0.5)])
@@ -225,14 +225,14 @@ def test_strategies_that_show_no_gradients_are_refused_on_every_rank(spread: Spr
         assert outcome["err"].count("\n") == 1
 
 
-def test_one_gradient_a_step_is_refused(lab: Labs) -> None:
-    alone = lab(*SETS, "pretrain.train.micro_batch=32")
+def test_one_gradient_a_step_is_refused(harness: Labs) -> None:
+    alone = harness(*SETS, "pretrain.train.micro_batch=32")
     with pytest.raises(ConfigError, match=r"a step has only one; use .* train\.micro_batch <= 16$"):
         alone.trainer("pretrain")
 
 
-def test_another_number_of_gradients_does_not_go_on(lab: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
-    stopped = lab(*SETS)
+def test_another_number_of_gradients_does_not_go_on(harness: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = harness(*SETS)
     step = trainer_module.Trainer.step
 
     def stopping(self: Any, batch: Any) -> Any:
@@ -243,7 +243,7 @@ def test_another_number_of_gradients_does_not_go_on(lab: Labs, monkeypatch: pyte
         patch.setattr(trainer_module.Trainer, "step", stopping)
         with pytest.raises(Preempted):
             stopped.train("pretrain")
-    four = lab(*SETS, "pretrain.train.micro_batch=8", folder=stopped.run.path)
+    four = harness(*SETS, "pretrain.train.micro_batch=8", folder=stopped.run.path)
     with pytest.raises(ConfigError, match=r"averaged 2 gradients .* and now 4"):
         four.train("pretrain")
     stopped.train("pretrain")

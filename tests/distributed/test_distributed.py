@@ -20,12 +20,12 @@ Labs = Callable[..., Any]
 class Ranks:
     """Everything that two ranks are asked to do in this file, done in one launch."""
 
-    def __init__(self, lab: Labs, digits: Path, folder: Path) -> None:
-        self.single = lab(*LOUD)
+    def __init__(self, harness: Labs, digits: Path, folder: Path) -> None:
+        self.single = harness(*LOUD)
         for phase, module in PHASES:
             self.single.train(phase, module)
-        self.double, self.stopped, self.locked, self.odd = (lab(*LOUD) for _ in range(4))
-        self.poisoned = lab(*LOUD, "train.max_nonfinite=2")
+        self.double, self.stopped, self.locked, self.odd = (harness(*LOUD) for _ in range(4))
+        self.poisoned = harness(*LOUD, "train.max_nonfinite=2")
         micro = ["--set", "train.micro_batch=8"]
         jobs: dict[str, dict[str, Any]] = {}
         for phase, module in PHASES:
@@ -56,8 +56,8 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def ranks(lab: Labs, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(lab, digits, tmp_path_factory.mktemp("ranks"))
+def ranks(harness: Labs, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(harness, digits, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize(("phase", "module"), PHASES)
@@ -167,9 +167,9 @@ def test_errors_reach_every_rank_and_none_waits(ranks: Ranks, name: str, code: i
         assert outcome["err"].count("\n") == 1
 
 
-def test_under_torchrun_a_stop_is_recorded_and_nothing_is_left_locked(lab: Labs) -> None:
+def test_under_torchrun_a_stop_is_recorded_and_nothing_is_left_locked(harness: Labs) -> None:
     """torchrun changes exit codes: what happened is in ``attempts``."""
-    long = lab("train.max_steps=400", "log.every_steps=1", "schedule.name=constant")
+    long = harness("train.max_steps=400", "log.every_steps=1", "schedule.name=constant")
     folder = long.run.phase("pretrain")
     words = torchrun("-m", "bigincubate", *long.command("pretrain"))
     with subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True) as launched:

@@ -199,12 +199,12 @@ def nameless() -> None:
 class Together:
     """A run of two ranks under FSDP2: stopped, its checkpoint rewritten, one rank killed, finished."""
 
-    def __init__(self, lab: Labs, folder: Path) -> None:
+    def __init__(self, harness: Labs, folder: Path) -> None:
         sets = [*LOUD, "pretrain.train.max_steps=40"]
-        self.single = lab(*sets)
+        self.single = harness(*sets)
         for phase, module in PHASES:
             self.single.train(phase, module)
-        self.double = lab(*sets, "sharding.strategy=fsdp2", "train.micro_batch=8")
+        self.double = harness(*sets, "sharding.strategy=fsdp2", "train.micro_batch=8")
         self.phase = self.double.run.phase("pretrain")
 
         self.stopped = self.launched()
@@ -252,8 +252,8 @@ class Together:
 
 
 @pytest.fixture(scope="module")
-def together(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Together:
-    return Together(lab, tmp_path_factory.mktemp("together"))
+def together(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Together:
+    return Together(harness, tmp_path_factory.mktemp("together"))
 
 
 def test_a_stop_is_one_checkpoint_of_both_and_exit_75(together: Together) -> None:
@@ -314,8 +314,8 @@ def test_the_machines_name_need_not_resolve(together: Together) -> None:
     assert together.last_code == 0
 
 
-def test_a_batch_that_ranks_cannot_share_is_said_once(lab: Labs) -> None:
-    odd = lab()
+def test_a_batch_that_ranks_cannot_share_is_said_once(harness: Labs) -> None:
+    odd = harness()
     command = Command("run", odd.run.recipe_file, "--run-dir", odd.run.path, "--nproc", 3, before=nameless)
     assert command.wait() == 2
     assert command.out.count("cannot be shared by 3 ranks; use a multiple of 3") == 1

@@ -75,18 +75,18 @@ CHAIN = ["ddp", "zero1", "fsdp2", "zero3", "oss", "zero2", "ddp"]
 
 
 @pytest.fixture(scope="module")
-def parity(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Parity:
-    return Parity(lab, tmp_path_factory.mktemp("parity"), THINNED)
+def parity(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Parity:
+    return Parity(harness, tmp_path_factory.mktemp("parity"), THINNED)
 
 
 @pytest.fixture(scope="module")
-def full(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Parity:
-    return Parity(lab, tmp_path_factory.mktemp("full"), FULL, sets=["train.max_steps=20"])
+def full(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Parity:
+    return Parity(harness, tmp_path_factory.mktemp("full"), FULL, sets=["train.max_steps=20"])
 
 
 @pytest.fixture(scope="module")
-def four(lab: Labs, parity: Parity, tmp_path_factory: pytest.TempPathFactory) -> Parity:
-    return Parity(lab, tmp_path_factory.mktemp("four"), FOUR, world=4, single=parity.single)
+def four(harness: Labs, parity: Parity, tmp_path_factory: pytest.TempPathFactory) -> Parity:
+    return Parity(harness, tmp_path_factory.mktemp("four"), FOUR, world=4, single=parity.single)
 
 
 @pytest.mark.parametrize("case", THINNED, ids=str)
@@ -135,10 +135,10 @@ def test_replicas_write_once(four: Parity) -> None:
 
 
 def test_every_strategy_goes_on_from_the_checkpoint_of_another(
-    parity: Parity, lab: Labs, tmp_path_factory: pytest.TempPathFactory
+    parity: Parity, harness: Labs, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """LAMB, whose trust ratios need whole parameters, with its counts and a moving average, through all of them."""
-    handed = lab(*LOUD, *OPTIMIZERS["lamb"])
+    handed = harness(*LOUD, *OPTIMIZERS["lamb"])
     jobs = []
     for turn, strategy in enumerate(CHAIN):
         using = ["--set", f"sharding.strategy={strategy}", "--set", "train.micro_batch=8"]
@@ -155,11 +155,11 @@ def test_every_strategy_goes_on_from_the_checkpoint_of_another(
 
 
 @pytest.mark.full
-def test_four_ranks_hand_over_to_two_and_two_to_one(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_four_ranks_hand_over_to_two_and_two_to_one(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Each strategy starts, the one after it goes on with half the ranks, and one process ends."""
-    single = lab(*LOUD, *OPTIMIZERS["lamb"])
+    single = harness(*LOUD, *OPTIMIZERS["lamb"])
     single.train("pretrain")
-    runs = {strategy: lab(*LOUD, *OPTIMIZERS["lamb"]) for strategy in STRATEGIES}
+    runs = {strategy: harness(*LOUD, *OPTIMIZERS["lamb"]) for strategy in STRATEGIES}
     for world, turn in ((4, 0), (2, 1)):
         jobs = []
         for index, handed in enumerate(runs.values()):
@@ -175,10 +175,10 @@ def test_four_ranks_hand_over_to_two_and_two_to_one(lab: Labs, tmp_path_factory:
         assert [row["train/loss"] for row in found] == pytest.approx([r["train/loss"] for r in expected], rel=1e-5)
 
 
-def test_modules_of_different_strategies_assemble(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_modules_of_different_strategies_assemble(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Four modules, four strategies, one meta model; then fine-tuning under a fifth."""
     sets = ["plan.target_depths=[2, 2, 2, 2]", "plan.meta_depths=[1, 1, 1, 1]", "train.max_steps=3"]
-    mixed, single = lab(*sets), lab(*sets)
+    mixed, single = harness(*sets), harness(*sets)
     phases = [("pretrain", None), *[("incubate", module) for module in range(4)], ("finetune", None)]
     strategies = ["ddp", "oss", "fsdp2", "zero1", "zero3", "zero2"]
     jobs = []

@@ -39,8 +39,8 @@ def impatient_launcher() -> None:
     impatient()
 
 
-def test_of_two_ranks_of_a_launcher_one_is_stopped(lab: Labs) -> None:
-    long = lab(*LONG)
+def test_of_two_ranks_of_a_launcher_one_is_stopped(harness: Labs) -> None:
+    long = harness(*LONG)
     folder = long.run.phase("pretrain")
     words = ["run", long.run.recipe_file, "--run-dir", long.run.path, "--jobs", 1, "--nproc", 2]
     launcher = Command(*words, before=impatient_launcher)
@@ -71,20 +71,20 @@ def test_of_two_ranks_of_a_launcher_one_is_stopped(lab: Labs) -> None:
     assert attempt["error"].startswith(named)
 
 
-def as_under_srun(lab: Any, before: Callable[[], None] | None = None) -> list[Command]:
+def as_under_srun(harness: Any, before: Callable[[], None] | None = None) -> list[Command]:
     """Two ranks without a launcher; rank 0 hosts their store."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     where["GLOO_SOCKET_IFNAME"] = "lo"
     return [
-        Command(*lab.command("pretrain"), before=before, env={**where, "RANK": str(rank), "LOCAL_RANK": "0"})
+        Command(*harness.command("pretrain"), before=before, env={**where, "RANK": str(rank), "LOCAL_RANK": "0"})
         for rank in (0, 1)
     ]
 
 
-def test_the_rank_that_hosts_the_store_is_stopped(lab: Labs) -> None:
+def test_the_rank_that_hosts_the_store_is_stopped(harness: Labs) -> None:
     """As under srun, where rank 0 does."""
-    long = lab(*LONG)
+    long = harness(*LONG)
     folder = long.run.phase("pretrain")
     ranks = as_under_srun(long, impatient)
     try:

@@ -35,7 +35,7 @@ def using(strategy: str, file: Path | None = None, micro_batch: int = 8) -> list
 class Spread:
     """All that two ranks do in this file, in one launch."""
 
-    def __init__(self, lab: Labs, folder: Path) -> None:
+    def __init__(self, harness: Labs, folder: Path) -> None:
         # in a model as small as this one, stage 3 would keep every parameter whole
         cut = json.loads(shipped_config_path("zero3").read_text())
         cut["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -46,19 +46,19 @@ class Spread:
         contrary.write_text('{"gradient_clipping": 0.5}')
         files = {"zero3": every}
 
-        self.averaged = lab(*AVERAGED)
+        self.averaged = harness(*AVERAGED)
         self.averaged.train("pretrain")
-        self.means = {strategy: lab(*AVERAGED) for strategy in STRATEGIES}
-        self.poisoned = {strategy: lab(*LOUD, "train.max_steps=4") for strategy in ["ddp", *STRATEGIES]}
+        self.means = {strategy: harness(*AVERAGED) for strategy in STRATEGIES}
+        self.poisoned = {strategy: harness(*LOUD, "train.max_steps=4") for strategy in ["ddp", *STRATEGIES]}
         jobs: dict[Any, dict[str, Any]] = {}
         for strategy, double in self.means.items():
             jobs["averaged", strategy] = words(double, "pretrain", None, *using(strategy, files.get(strategy), 32))
         poison = {"spoiled_rank": 1, "poison": [2]}
         for strategy, double in self.poisoned.items():
             jobs["poisoned", strategy] = {**words(double, "pretrain", None, *using(strategy)), **poison}
-        jobs["contrary"] = words(lab(*LOUD), "pretrain", None, *using("zero2", contrary))
-        jobs["whole"] = words(lab(*LOUD, "optim.name=lars"), "pretrain", None, *using("zero1"))
-        jobs["compiled"] = words(lab(*LOUD), "pretrain", None, *using("zero3"), "--set", "train.compile=true")
+        jobs["contrary"] = words(harness(*LOUD), "pretrain", None, *using("zero2", contrary))
+        jobs["whole"] = words(harness(*LOUD, "optim.name=lars"), "pretrain", None, *using("zero1"))
+        jobs["compiled"] = words(harness(*LOUD), "pretrain", None, *using("zero3"), "--set", "train.compile=true")
         self.outcomes = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
 
     def codes(self, *name: Any) -> list[int]:
@@ -66,8 +66,8 @@ class Spread:
 
 
 @pytest.fixture(scope="module")
-def spread(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Spread:
-    return Spread(lab, tmp_path_factory.mktemp("zero"))
+def spread(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Spread:
+    return Spread(harness, tmp_path_factory.mktemp("zero"))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -217,7 +217,7 @@ def test_without_deepspeed_the_line_says_how_to_get_it(monkeypatch: pytest.Monke
         import_deepspeed("cpu")
 
 
-def test_deepspeed_is_imported_only_where_it_is_chosen(lab: Labs) -> None:
+def test_deepspeed_is_imported_only_where_it_is_chosen(harness: Labs) -> None:
     code = "import sys, bigincubate.training.trainer, bigincubate.sharding.zero; print('deepspeed' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "False"

@@ -28,9 +28,9 @@ Fault = Callable[["Struck"], bool]
 
 
 @pytest.fixture(scope="module")
-def calm(lab: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+def calm(harness: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """The run to which nothing happens, with the same layout: fine-tuning on two ranks, the rest on one."""
-    one = lab(*SETS)
+    one = harness(*SETS)
     for phase, module in PHASES[:-1]:
         one.train(phase, module)
     outcomes = launch(tmp_path_factory.mktemp("ranks"), [{"words": [str(word) for word in one.command("finetune")]}])

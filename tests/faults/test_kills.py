@@ -31,37 +31,40 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class Runs:
     """A finished run, and copies of it that lack one phase."""
 
-    def __init__(self, lab: Labs, folder: Path, world: int) -> None:
+    def __init__(self, harness: Labs, folder: Path, world: int) -> None:
         self.world, self.folder = world, folder
-        self.lab = lab(*SETS)
+        self.harness = harness(*SETS)
         if world == 1:
             for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
-                self.lab.train(phase, module)
+                self.harness.train(phase, module)
         else:
-            assert self.command(self.lab, "pretrain", None).wait(600) == 0
+            assert self.command(self.harness, "pretrain", None).wait(600) == 0
 
     def without(self, name: str, phase: str, module: int | None) -> Any:
-        other = self.lab.copy(self.folder / name)
+        other = self.harness.copy(self.folder / name)
         shutil.rmtree(other.run.phase(phase, module).path)
         if phase == "finetune":
             shutil.rmtree(other.run.assembled.path)
         return other
 
-    def command(self, lab: Any, phase: str, module: int | None) -> Command:
+    def command(self, harness: Any, phase: str, module: int | None) -> Command:
         """One process, or a launcher of ranks: of this run that phase alone is left to do."""
         if self.world == 1:
-            return Command(*lab.command(phase, module))
-        words = ["run", lab.run.recipe_file, "--run-dir", lab.run.path, "--jobs", 1, "--nproc", self.world]
+            return Command(*harness.command(phase, module))
+        words = ["run", harness.run.recipe_file, "--run-dir", harness.run.path, "--jobs", 1, "--nproc", self.world]
         return Command(*words, before=fork_ranks)
 
     def check_same(self, other: Any, phase: str, module: int | None) -> None:
-        own, found = (lab.run.phase(phase, module) for lab in (self.lab, other))
-        expected, weights = (lab.weights(phase, module) for lab in (self.lab, other))
+        own, found = (harness.run.phase(phase, module) for harness in (self.harness, other))
+        expected, weights = (harness.weights(phase, module) for harness in (self.harness, other))
         assert expected.keys() == weights.keys()
         assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items()), "other weights"
         results = [{k: v for k, v in folder.result.items() if k != "seconds"} for folder in (own, found)]
         assert results[0] == results[1]
-        losses = [[(row["step"], row["train/loss"]) for row in lab.log(phase, module)] for lab in (self.lab, other)]
+        losses = [
+            [(row["step"], row["train/loss"]) for row in harness.log(phase, module)]
+            for harness in (self.harness, other)
+        ]
         assert losses[0] == losses[1], "another log"
         states = []
         for folder in (own, found):
@@ -71,12 +74,12 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Runs]:
+def runs(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Runs]:
     made: dict[int, Runs] = {}
 
     def get(world: int) -> Runs:
         if world not in made:
-            made[world] = Runs(lab, tmp_path_factory.mktemp(f"world-{world}"), world)
+            made[world] = Runs(harness, tmp_path_factory.mktemp(f"world-{world}"), world)
         return made[world]
 
     return get
@@ -86,8 +89,8 @@ def committed(folder: Any) -> int:
     return max((int(path.parent.name[5:]) for path in folder.checkpoints.glob("step-*/COMMITTED")), default=0)
 
 
-def logged(lab: Any, phase: str, module: int | None) -> int:
-    return max((row["step"] for row in lab.log(phase, module)), default=0)
+def logged(harness: Any, phase: str, module: int | None) -> int:
+    return max((row["step"] for row in harness.log(phase, module)), default=0)
 
 
 def trainers(folder: Any) -> list[int]:
@@ -126,11 +129,13 @@ class Cold:
     until = Command.until
 
 
-def wait_for_the_moment(trial: Trial, command: Any, lab: Any, phase: str, module: int | None, in_save: bool) -> bool:
+def wait_for_the_moment(
+    trial: Trial, command: Any, harness: Any, phase: str, module: int | None, in_save: bool
+) -> bool:
     """A random one while the phase runs: in a save, or anywhere. Whether a save is under way."""
-    folder, dice = lab.run.phase(phase, module), trial.random
+    folder, dice = harness.run.phase(phase, module), trial.random
     step = dice.randrange(1, STEPS - EVERY)
-    command.until(lambda: logged(lab, phase, module) >= step)
+    command.until(lambda: logged(harness, phase, module) >= step)
     if in_save:
         seen: set[Path] = set()
         begun = set(folder.checkpoints.glob(".saving-*"))

@@ -25,8 +25,8 @@ LAYOUTS = [("none", 1), *itertools.product(STRATEGIES, (2, 4))]
 SETS = [*LOUD, f"train.max_steps={STEPS}", "ema.decay=0.9", f"checkpoint.every_steps={STEPS}"]
 
 
-def words(lab: Any, strategy: str) -> list[str]:
-    return [str(word) for word in lab.command("pretrain", None, "--set", f"sharding.strategy={strategy}")]
+def words(harness: Any, strategy: str) -> list[str]:
+    return [str(word) for word in harness.command("pretrain", None, "--set", f"sharding.strategy={strategy}")]
 
 
 def tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
@@ -34,9 +34,9 @@ def tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def stopped(lab: Labs, tmp_path: Path) -> dict[tuple[str, int], Any]:
+def stopped(harness: Labs, tmp_path: Path) -> dict[tuple[str, int], Any]:
     """A run in each layout, stopped half-way."""
-    labs = {layout: lab(*SETS) for layout in LAYOUTS}
+    labs = {layout: harness(*SETS) for layout in LAYOUTS}
     for world in (1, 2, 4):
         mine = [layout for layout in LAYOUTS if layout[1] == world]
         jobs = [{"words": words(labs[layout], layout[0]), "spoiled_rank": 0, "signal_at": HALF - 1} for layout in mine]
@@ -48,9 +48,9 @@ def stopped(lab: Labs, tmp_path: Path) -> dict[tuple[str, int], Any]:
 
 @pytest.mark.faults
 @pytest.mark.scenario("layouts")
-def test_layouts(trial_log: TrialLog, lab: Labs, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_layouts(trial_log: TrialLog, harness: Labs, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     assert trial_log.scenario.full == len(LAYOUTS)
-    single = lab(*SETS)
+    single = harness(*SETS)
     single.train("pretrain")
     sources = request.getfixturevalue("stopped")
     for trial in trial_log.trials():

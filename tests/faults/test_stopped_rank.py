@@ -19,10 +19,10 @@ Labs = Callable[..., Any]
 
 @pytest.mark.faults
 @pytest.mark.scenario("stopped-rank")
-def test_a_rank_is_stopped(trial_log: TrialLog, lab: Labs) -> None:
+def test_a_rank_is_stopped(trial_log: TrialLog, harness: Labs) -> None:
     for trial in trial_log.trials():
         with trial_log.keep(trial):
-            (of_a_launcher, of_srun)[trial.number % 2](trial, lab(*LONG))
+            (of_a_launcher, of_srun)[trial.number % 2](trial, harness(*LONG))
     trial_log.check()
 
 

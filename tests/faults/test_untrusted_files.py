@@ -92,8 +92,8 @@ def outcome(read: Callable[[], Any]) -> BaseException | None:
 
 
 @pytest.fixture
-def trainer(lab: Callable[..., Any]) -> Any:
-    return lab().trainer("pretrain")
+def trainer(harness: Callable[..., Any]) -> Any:
+    return harness().trainer("pretrain")
 
 
 def test_checkpoint_with_right_hashes_that_does_not_fit_is_refused(trainer: Any) -> None:

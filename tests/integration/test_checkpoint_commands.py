@@ -28,9 +28,9 @@ Labs = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def trained(lab: Labs) -> Any:
+def trained(harness: Labs) -> Any:
     """A meta model and a module, twelve steps each, saved at 8 and 12."""
-    made = lab("optim.name=lamb")
+    made = harness("optim.name=lamb")
     made.train("pretrain")
     made.train("incubate", 1)
     return made
@@ -47,8 +47,8 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-def step(lab: Any, number: int, part: str = "meta") -> Path:
-    return lab.run.path / part / "checkpoints" / f"step-{number:08d}"  # type: ignore[no-any-return]
+def step(harness: Any, number: int, part: str = "meta") -> Path:
+    return harness.run.path / part / "checkpoints" / f"step-{number:08d}"  # type: ignore[no-any-return]
 
 
 # ------------------------------------------------------------------------------------------------ list

@@ -109,8 +109,10 @@ def close_stdout() -> None:
 # ------------------------------------------------------------------------------------------------ status
 
 
-def test_status_at_every_stage(lab: Labs, call: Called) -> None:
-    watched = lab("log.every_steps=1", "train.max_steps=400", "checkpoint.every_steps=5", "finetune.train.max_steps=2")
+def test_status_at_every_stage(harness: Labs, call: Called) -> None:
+    watched = harness(
+        "log.every_steps=1", "train.max_steps=400", "checkpoint.every_steps=5", "finetune.train.max_steps=2"
+    )
 
     def status() -> dict[str, Any]:
         code, out, err = call("status", watched.run.path, "--json")
@@ -151,7 +153,7 @@ def test_status_at_every_stage(lab: Labs, call: Called) -> None:
     assert row["state"] == "failed"
     assert "the meta model is missing" in row["error"]
 
-    quick = lab("train.max_steps=2", "log.every_steps=1")
+    quick = harness("train.max_steps=2", "log.every_steps=1")
     quick.train("pretrain")
     row = {row["phase"]: row for row in json.loads(call("status", quick.run.path, "--json")[1])}["pretrain"]
     assert (row["state"], row["step"], row["percent"], row["error"]) == ("done", 2, 100.0, None)

@@ -32,20 +32,20 @@ def shell() -> None:
 class CoTrained:
     """``run --co-train`` as a shell starts it, on a run with a trained meta model."""
 
-    def __init__(self, lab: Any, folder: Path, *more: object) -> None:
-        self.lab, self.temporary = lab, folder / "tmp"
+    def __init__(self, harness: Any, folder: Path, *more: object) -> None:
+        self.harness, self.temporary = harness, folder / "tmp"
         self.temporary.mkdir(exist_ok=True)
-        words = ["run", lab.run.recipe_file, "--run-dir", lab.run.path, "--co-train", *more]
+        words = ["run", harness.run.recipe_file, "--run-dir", harness.run.path, "--co-train", *more]
         self.command = Command(*words, before=shell, env={"TMPDIR": str(self.temporary)})
 
     def until_step(self, step: int, *modules: int) -> None:
         def reached() -> bool:
-            return all(any(row["step"] >= step for row in self.lab.log("incubate", module)) for module in modules)
+            return all(any(row["step"] >= step for row in self.harness.log("incubate", module)) for module in modules)
 
         assert self.command.until(reached, pause=0.01), self.command.out + self.command.err
 
     def pid(self, module: int) -> int:
-        return int(self.lab.run.phase("incubate", module).read_attempts()[-1]["pid"])
+        return int(self.harness.run.phase("incubate", module).read_attempts()[-1]["pid"])
 
     @property
     def server_pid(self) -> int:
@@ -55,12 +55,12 @@ class CoTrained:
         return pid
 
     def log(self, module: int) -> str:
-        return (self.lab.run.phase("incubate", module).path / "logs" / "train.log").read_text()
+        return (self.harness.run.phase("incubate", module).path / "logs" / "train.log").read_text()
 
     @property
     def served(self) -> list[tuple[int, int]]:
         """Batches made and sent, one pair per server that ended by itself."""
-        lines = (self.lab.run.path / "events.jsonl").read_text().splitlines()
+        lines = (self.harness.run.path / "events.jsonl").read_text().splitlines()
         events = [event for event in map(json.loads, lines) if event["event"] == "shared_loader"]
         return [(event["made"], event["sent"]) for event in events]
 
@@ -71,10 +71,10 @@ class CoTrained:
 
 
 @pytest.fixture(scope="module")
-def plain(lab: Labs) -> Any:
+def plain(harness: Labs) -> Any:
     """A run trained without co-training."""
     sets = ("log.every_steps=2", "checkpoint.every_steps=20", "finetune.train.max_steps=2")
-    done = lab(f"train.max_steps={STEPS}", *sets)
+    done = harness(f"train.max_steps={STEPS}", *sets)
     for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
         done.train(phase, module)
     return done
@@ -108,8 +108,8 @@ def test_co_training_gives_the_same_weights_from_batches_made_once(plain: Any, o
     assert again.served == [(STEPS, 2 * STEPS)]  # no server was started again
 
 
-def test_co_training_two_ranks_have_one_server_each(lab: Labs, tmp_path: Path) -> None:
-    plain = lab("train.max_steps=6", "data.workers=1", "finetune.train.max_steps=0")
+def test_co_training_two_ranks_have_one_server_each(harness: Labs, tmp_path: Path) -> None:
+    plain = harness("train.max_steps=6", "data.workers=1", "finetune.train.max_steps=0")
     plain.train("pretrain")
     other = plain.copy(tmp_path / "run")
     apart = Command("run", plain.run.recipe_file, "--run-dir", plain.run.path, "--nproc", 2, before=shell)
@@ -180,11 +180,11 @@ def test_co_training_killed_module_stops_no_other(plain: Any, other: Any, tmp_pa
 
 
 def test_co_training_damaged_shard_ends_every_module_with_one_line(
-    lab: Labs, digits: Path, tmp_path: Path, bigincubate: Callable[..., Any]
+    harness: Labs, digits: Path, tmp_path: Path, bigincubate: Callable[..., Any]
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(digits, data)
-    other = lab(f"data.path={data}", "train.max_steps=6")
+    other = harness(f"data.path={data}", "train.max_steps=6")
     other.train("pretrain")
     (shard,) = data.glob("train/**/*.mds")
     content = bytearray(shard.read_bytes())

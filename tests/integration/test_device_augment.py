@@ -208,8 +208,8 @@ SETS = [
 ]
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_bits(lab: Labs, tmp_path: Any) -> None:
-    whole = lab(*SETS)
+def test_a_run_that_was_cut_off_ends_with_the_same_bits(harness: Labs, tmp_path: Any) -> None:
+    whole = harness(*SETS)
     resumed = whole.copy(tmp_path / "resumed")
     whole.train("pretrain")
     cut = resumed.trainer("pretrain")
@@ -228,8 +228,8 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(lab: Labs, tmp_path: Any
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_micro_batches_see_the_same_images(lab: Labs) -> None:
-    trainer = lab(*SETS).trainer("pretrain")
+def test_micro_batches_see_the_same_images(harness: Labs) -> None:
+    trainer = harness(*SETS).trainer("pretrain")
     batch = next(trainer.parts.train_stream.batches(2))
     assert batch["images"].dtype == torch.uint8
     assert batch["augment_params"].shape == (32, COLUMNS)
@@ -241,9 +241,9 @@ def test_micro_batches_see_the_same_images(lab: Labs) -> None:
         assert torch.equal(shares, targets[rows])
 
 
-def test_the_trainer_sees_what_the_host_would_show_it(lab: Labs) -> None:
+def test_the_trainer_sees_what_the_host_would_show_it(harness: Labs) -> None:
     sets = [*SETS, "augment.erase=0.0"]
-    ours, hosts = lab(*sets), lab(*sets[1:])
+    ours, hosts = harness(*sets), harness(*sets[1:])
     (found, _), (expected, _) = (
         one.trainer("pretrain").task.prepare(next(one.trainer("pretrain").parts.train_stream.batches(1)), 1)
         for one in (ours, hosts)

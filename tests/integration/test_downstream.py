@@ -84,8 +84,8 @@ def test_a_class_that_training_lacks_is_never_named() -> None:
     assert not scores[:, [3, 10, 11]].any()
 
 
-def test_the_command(lab: Labs, digits: Path, tmp_path: Path, call: Callable[..., Any]) -> None:  # noqa: F811
-    made = lab("train.max_steps=40", "log.every_steps=20", "mixup.mixup=0.0")
+def test_the_command(harness: Labs, digits: Path, tmp_path: Path, call: Callable[..., Any]) -> None:  # noqa: F811
+    made = harness("train.max_steps=40", "log.every_steps=20", "mixup.mixup=0.0")
     made.train("pretrain")
     model = made.run.phase("pretrain").path
     chance = 10.0

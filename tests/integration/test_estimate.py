@@ -73,8 +73,8 @@ def test_anything_else_is_refused_in_one_line(text: str) -> None:
         parse_cluster(text)
 
 
-def test_rates_are_those_of_a_run(lab: Any, tmp_path: Path, bigincubate: Command) -> None:
-    one = lab()
+def test_rates_are_those_of_a_run(harness: Any, tmp_path: Path, bigincubate: Command) -> None:
+    one = harness()
     one.train("pretrain", None)
     run = one.run
     result = run.phase("pretrain").result

@@ -45,7 +45,7 @@ def test_core_names_no_experiment() -> None:
         "augment.batch_transform=bigincubate.experimental.device_augment:DeviceAugment",
     ],
 )
-def test_recipe_that_names_an_experiment_trains(lab: Callable[..., Any], setting: str) -> None:
-    made = lab(setting, "train.max_steps=2", "train.micro_batch=16", "log.every_steps=1")
+def test_recipe_that_names_an_experiment_trains(harness: Callable[..., Any], setting: str) -> None:
+    made = harness(setting, "train.max_steps=2", "train.micro_batch=16", "log.every_steps=1")
     assert made.train("pretrain")["steps"] == 2
     assert len(made.log("pretrain")) == 2

@@ -157,8 +157,10 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_exports_its_fine_tuned_model_and_a_module_is_refused(lab: Callable[..., Any], tmp_path: Path) -> None:
-    made = lab("train.max_steps=2")
+def test_a_run_exports_its_fine_tuned_model_and_a_module_is_refused(
+    harness: Callable[..., Any], tmp_path: Path
+) -> None:
+    made = harness("train.max_steps=2")
     with pytest.raises(ArtifactError, match="no finished model yet"):
         best_artifact(RunDir(made.run.path))
     made.train("end_to_end")

@@ -144,9 +144,9 @@ def test_the_triton_bodies_are_at_most_twice_as_wrong_as_eager() -> None:
     assert ended.stdout.strip() == "4 bodies ran"
 
 
-def test_training_with_it_gives_the_same_losses(lab: Labs) -> None:
+def test_training_with_it_gives_the_same_losses(harness: Labs) -> None:
     sets = ["train.max_steps=4", "log.every_steps=1", "mixup.mixup=0.8", "loss.label_smoothing=0.1"]
-    plain, fused = lab(*sets), lab(*sets, f"loss.name={FUSED}")
+    plain, fused = harness(*sets), harness(*sets, f"loss.name={FUSED}")
     for one in (plain, fused):
         one.train("pretrain")
     found, wanted = ([row["train/loss"] for row in one.log("pretrain")] for one in (fused, plain))
@@ -158,9 +158,9 @@ def test_training_with_it_gives_the_same_losses(lab: Labs) -> None:
     ("name", "problem"),
     [("no_such:loss", "cannot import no_such"), ("torch.nn.functional:entropy", "has no attribute 'entropy'")],
 )
-def test_loss_name_that_cannot_be_loaded_is_refused(lab: Labs, name: str, problem: str) -> None:
+def test_loss_name_that_cannot_be_loaded_is_refused(harness: Labs, name: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=f"loss.name = '{name}': .*{problem}"):
-        lab(f"loss.name={name}").trainer("pretrain")
+        harness(f"loss.name={name}").trainer("pretrain")
 
 
 def test_loss_name_unknown_lists_the_known_ones() -> None:

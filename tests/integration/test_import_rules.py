@@ -280,8 +280,8 @@ def test_small_commands_load_nothing_heavy(words: list[str]) -> None:
     assert loaded_after(run_command(*words)) & HEAVY == set()
 
 
-def test_status_loads_no_streaming(lab: Callable[..., object]) -> None:
-    run = lab().run.path  # type: ignore[attr-defined]
+def test_status_loads_no_streaming(harness: Callable[..., object]) -> None:
+    run = harness().run.path  # type: ignore[attr-defined]
     assert "streaming" not in loaded_after(run_command("status", str(run)))
 
 

@@ -33,8 +33,8 @@ def poisoned(trainer: Any, steps: set[int]) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-def test_a_poisoned_step_is_skipped(lab: Labs, optimizer: str) -> None:
-    skipping = lab(f"optim.name={optimizer}", "log.every_steps=1", "train.max_steps=6", "ema.decay=0.5")
+def test_a_poisoned_step_is_skipped(harness: Labs, optimizer: str) -> None:
+    skipping = harness(f"optim.name={optimizer}", "log.every_steps=1", "train.max_steps=6", "ema.decay=0.5")
     trainer = skipping.trainer("pretrain")
     poisoned(trainer, {3})
     seen = []
@@ -56,8 +56,8 @@ def test_a_poisoned_step_is_skipped(lab: Labs, optimizer: str) -> None:
     assert [row["train/skipped"] for row in skipping.log("pretrain")] == [0, 0, 0, 1, 1, 1]
 
 
-def test_too_many_end_with_an_error_that_says_what_to_do(lab: Labs) -> None:
-    failing = lab("train.max_nonfinite=1", "log.every_steps=1")
+def test_too_many_end_with_an_error_that_says_what_to_do(harness: Labs) -> None:
+    failing = harness("train.max_nonfinite=1", "log.every_steps=1")
     trainer = failing.trainer("pretrain")
     poisoned(trainer, {1, 3})
     with trainer.stop, pytest.raises(NonFiniteError, match=r"not finite in 2 of 4 steps \(train.max_nonfinite = 1\)"):
@@ -66,13 +66,13 @@ def test_too_many_end_with_an_error_that_says_what_to_do(lab: Labs) -> None:
     assert trainer.folder.rollback is None  # there was no checkpoint
 
 
-def events(lab: Any) -> list[Any]:
-    lines = [json.loads(line) for line in (lab.run.path / "events.jsonl").read_text().splitlines()]
+def events(harness: Any) -> list[Any]:
+    lines = [json.loads(line) for line in (harness.run.path / "events.jsonl").read_text().splitlines()]
     return [(line["step"], line["to"]) for line in lines if line["event"] == "rolled_back"]
 
 
-def test_it_goes_back_to_the_last_checkpoint_once(lab: Labs) -> None:
-    failing = lab("train.max_nonfinite=1", "log.every_steps=1")
+def test_it_goes_back_to_the_last_checkpoint_once(harness: Labs) -> None:
+    failing = harness("train.max_nonfinite=1", "log.every_steps=1")
     trainer = failing.trainer("pretrain")
     poisoned(trainer, {1, 4, 6})  # 2 skipped of 5; after the rollback to step 4, 2 of 3
     with trainer.stop, pytest.raises(NonFiniteError, match="in 2 of 3 steps since the rollback to step 4"):
@@ -88,9 +88,9 @@ def test_it_goes_back_to_the_last_checkpoint_once(lab: Labs) -> None:
     assert events(failing) == [(5, 4)]
 
 
-def test_a_fault_that_passes_costs_the_steps_since_the_checkpoint_and_nothing_else(lab: Labs) -> None:
+def test_a_fault_that_passes_costs_the_steps_since_the_checkpoint_and_nothing_else(harness: Labs) -> None:
     sets = ["train.max_nonfinite=0", "log.every_steps=1", "data.workers=1"]
-    failing, calm = lab(*sets), lab(*sets)
+    failing, calm = harness(*sets), harness(*sets)
     trainer = failing.trainer("pretrain")
     bad = {6}
     poisoned(trainer, bad)
@@ -104,9 +104,9 @@ def test_a_fault_that_passes_costs_the_steps_since_the_checkpoint_and_nothing_el
 
 
 @pytest.mark.parametrize("killed", ["restore", "open_metrics"])
-def test_a_rollback_that_was_interrupted_is_the_same_after_a_resume(lab: Labs, killed: str) -> None:
+def test_a_rollback_that_was_interrupted_is_the_same_after_a_resume(harness: Labs, killed: str) -> None:
     sets = ["train.max_nonfinite=1", "log.every_steps=1", "train.max_steps=8"]
-    one, other = lab(*sets), lab(*sets)
+    one, other = harness(*sets), harness(*sets)
     for each, interrupted in ((one, False), (other, True)):
         trainer = each.trainer("pretrain")
         poisoned(trainer, {1, 4})
@@ -133,9 +133,9 @@ def test_a_rollback_that_was_interrupted_is_the_same_after_a_resume(lab: Labs, k
     assert same(one.weights("pretrain"), other.weights("pretrain"))
 
 
-def test_no_checkpoint_holds_more_skipped_steps_than_allowed(lab: Labs) -> None:
+def test_no_checkpoint_holds_more_skipped_steps_than_allowed(harness: Labs) -> None:
     """Nothing is logged before the checkpoint is due, and still it is not written."""
-    failing = lab("train.max_nonfinite=0", "log.every_steps=1000")
+    failing = harness("train.max_nonfinite=0", "log.every_steps=1000")
     trainer = failing.trainer("pretrain")
     poisoned(trainer, {1})
     with trainer.stop, pytest.raises(NonFiniteError):
@@ -143,8 +143,8 @@ def test_no_checkpoint_holds_more_skipped_steps_than_allowed(lab: Labs) -> None:
     assert trainer.checkpoints.committed_steps() == []
 
 
-def test_the_count_of_skipped_steps_survives_a_resume(lab: Labs) -> None:
-    failing = lab("train.max_nonfinite=1", "log.every_steps=1")
+def test_the_count_of_skipped_steps_survives_a_resume(harness: Labs) -> None:
+    failing = harness("train.max_nonfinite=1", "log.every_steps=1")
     trainer = failing.trainer("pretrain")
     poisoned(trainer, {1})
     step = trainer.step
@@ -165,8 +165,8 @@ def test_the_count_of_skipped_steps_survives_a_resume(lab: Labs) -> None:
         resumed.run()
 
 
-def test_a_learning_rate_out_of_this_world_ends_in_exit_5(lab: Labs) -> None:
-    exploding = lab("train.lr=1e30", "train.max_nonfinite=2", "train.clip_grad=0.0", "log.every_steps=1")
+def test_a_learning_rate_out_of_this_world_ends_in_exit_5(harness: Labs) -> None:
+    exploding = harness("train.lr=1e30", "train.max_nonfinite=2", "train.clip_grad=0.0", "log.every_steps=1")
     with pytest.raises(NonFiniteError):
         exploding.train("pretrain")
     attempt = json.loads((exploding.run.phase("pretrain").path / "attempts" / "1.json").read_text())

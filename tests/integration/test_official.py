@@ -59,13 +59,13 @@ def save(file: Path, modules: list[dict[str, Tensor]]) -> Path:
 
 
 @pytest.fixture
-def empty(lab: Labs) -> Any:
-    return lab("train.max_steps=2", "log.every_steps=1")
+def empty(harness: Labs) -> Any:
+    return harness("train.max_steps=2", "log.every_steps=1")
 
 
-def import_all(lab: Any, part: Part, files: list[Path]) -> dict[str, dict[str, Any]]:
+def import_all(harness: Any, part: Part, files: list[Path]) -> dict[str, dict[str, Any]]:
     """Return the results of the phases by title."""
-    return {context.row.title: result for context, result in import_part(lab.recipe, part, files, lab.run)}
+    return {context.row.title: result for context, result in import_part(harness.recipe, part, files, harness.run)}
 
 
 def test_meta_model_and_modules_take_their_places_in_a_run(empty: Any, tmp_path: Path) -> None:

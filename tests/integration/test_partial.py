@@ -22,9 +22,9 @@ SETS = ("train.max_steps=6", "plan.target_depths=[2, 2, 3]", "plan.meta_depths=[
 
 
 @pytest.fixture(scope="module")
-def trained(lab: Labs) -> Any:
+def trained(harness: Labs) -> Any:
     """Modules that finish in the order 2, 0, 1; fine-tuned."""
-    made = lab(*SETS)
+    made = harness(*SETS)
     made.train("pretrain")
     for module in (2, 0, 1):
         made.train("incubate", module)
@@ -32,8 +32,8 @@ def trained(lab: Labs) -> Any:
     return made
 
 
-def partial(lab: Any, module: int) -> dict[str, Any]:
-    found: dict[str, Any] = lab.run.phase("incubate", module).partial
+def partial(harness: Any, module: int) -> dict[str, Any]:
+    found: dict[str, Any] = harness.run.phase("incubate", module).partial
     return found
 
 
@@ -101,9 +101,9 @@ def test_what_cannot_be_assembled_is_left_out(trained: Any, tmp_path: Path) -> N
 
 
 def test_it_changes_nothing_that_training_hands_on_or_logs(
-    trained: Any, lab: Labs, monkeypatch: pytest.MonkeyPatch
+    trained: Any, harness: Labs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = lab(*SETS)
+    other = harness(*SETS)
     monkeypatch.setattr("bigincubate.training.trainer.Trainer.score_partial", lambda *_: None)
     for phase, module in (("pretrain", None), ("incubate", 0)):
         other.train(phase, module)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import SMOKE, Command, Lab
+from conftest import SMOKE, Command, TrainingHarness
 
 from bigincubate.config import load_recipe
 from bigincubate.data.dataset import DatasetInfo, open_dataset
@@ -188,15 +188,15 @@ def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_
 ) -> None:
     from bigincubate.data import shards
 
-    lab = Lab(recipe, tmp_path / "run")
-    lab.train("pretrain")
+    harness = TrainingHarness(recipe, tmp_path / "run")
+    harness.train("pretrain")
     whole = Path(shutil.copytree(mine, tmp_path / "elsewhere"))
     parts = [set(images(open_dataset(mine / "parts" / f"{number:02d}"))) for number in range(PARTS)]
     for other in ("train", "val", "parts/00", "parts/02"):
         shutil.rmtree(mine / other)
     with pytest.raises(DataError):
-        ensure_data(lab.recipe, lab.run)
-    assert ensure_data(lab.recipe, lab.run, module=1).digest == lab.data.digest
+        ensure_data(harness.recipe, harness.run)
+    assert ensure_data(harness.recipe, harness.run, module=1).digest == harness.data.digest
 
     read: list[bytes] = []
     original = shards.Shards.read
@@ -208,32 +208,32 @@ def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_
         return image, label
 
     monkeypatch.setattr(shards.Shards, "read", spy)
-    result = lab.train("incubate", 1)
+    result = harness.train("incubate", 1)
     assert set(read) <= parts[1]
     assert len(set(read)) > 0.9 * len(parts[1])
-    steps = lab.data.samples["train"] // 32
+    steps = harness.data.samples["train"] // 32
     assert result["steps"] == steps > 2 * (len(parts[1]) // 32)
     assert len(read) >= 32 * steps
     # the learning rate warms up over a fifth of the whole's epoch, not of the part's
-    rates = [line["train/lr"] for line in lab.log("incubate", 1)]
+    rates = [line["train/lr"] for line in harness.log("incubate", 1)]
     assert rates[0] < rates[1] < rates[2] > rates[-1]
     assert round(0.2 * steps) >= 6 > round(0.2 * steps / PARTS)
-    assert load_manifest(lab.run.phase("incubate", 1).artifact).data == lab.data.parts[1]
+    assert load_manifest(harness.run.phase("incubate", 1).artifact).data == harness.data.parts[1]
     with pytest.raises(DataError, match=r"no data in .*parts/00"):
-        lab.train("incubate", 0)
+        harness.train("incubate", 0)
 
     # all of it is needed to fine-tune; and a module that saw another part is refused by name
     shutil.rmtree(mine)
     whole.rename(mine)
-    lab.train("incubate", 0)
-    lab.train("finetune")
-    assert {finding.verdict for finding in verify_run(lab.run)} == {Verdict.GOOD}
-    folder = lab.run.phase("incubate", 1).artifact
-    spoiled = load_manifest(folder).model_copy(update={"data": lab.data.parts[0]})
-    save_artifact(folder, lab.weights("incubate", 1), spoiled)
+    harness.train("incubate", 0)
+    harness.train("finetune")
+    assert {finding.verdict for finding in verify_run(harness.run)} == {Verdict.GOOD}
+    folder = harness.run.phase("incubate", 1).artifact
+    spoiled = load_manifest(folder).model_copy(update={"data": harness.data.parts[0]})
+    save_artifact(folder, harness.weights("incubate", 1), spoiled)
     with pytest.raises(ArtifactError, match=r"module 1: stale: .*another data"):
-        lab.trainer("finetune")
-    assert [f.part for f in verify_run(lab.run) if f.verdict is Verdict.STALE] == [
+        harness.trainer("finetune")
+    assert [f.part for f in verify_run(harness.run) if f.verdict is Verdict.STALE] == [
         "incubate/1",
         "finetune",
         "assembled",
@@ -243,21 +243,21 @@ def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_
 def test_opening_another_part_is_an_error(recipe: Path, mine: Path, tmp_path: Path, counted: None) -> None:
     from bigincubate.training.builder import build_phase
 
-    lab = Lab(recipe, tmp_path / "run")
-    assert lab.context("incubate", 0).data.part == 0
+    harness = TrainingHarness(recipe, tmp_path / "run")
+    assert harness.context("incubate", 0).data.part == 0
     for module, phase, data in (
         (0, "incubate", open_dataset(mine / "parts/01")),
-        (0, "incubate", lab.data),
+        (0, "incubate", harness.data),
         (None, "pretrain", open_dataset(mine / "parts/00")),
     ):
         # building a phase checks its data, whatever was opened for it
         with pytest.raises(ConfigError, match="may see"):
-            build_phase(replace(lab.context(phase, module), data=data))
+            build_phase(replace(harness.context(phase, module), data=data))
     # a part in another's place
     shutil.rmtree(mine / "parts/00")
     (mine / "parts/01").rename(mine / "parts/00")
     with pytest.raises(DataError, match="is not part 0"):
-        open_module_partition(lab.recipe, lab.data, 0)
+        open_module_partition(harness.recipe, harness.data, 0)
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,13 @@ def meta_of(init: str, select: Any = None, depths: Any = ((1,), (1,)), **model: 
     return pretrained_meta(MetaConfig(init=init, select=select), settings, partition, fresh), fresh
 
 
-def test_a_model_of_the_hub_is_loaded_by_timm_and_tuned(lab: Labs, hub: Path, tmp_path: Path) -> None:
+def test_a_model_of_the_hub_is_loaded_by_timm_and_tuned(harness: Labs, hub: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     theirs = timm.create_model(VIT, embed_dim=24, num_heads=3).state_dict()  # 12 blocks, 224 pixels, 1000 classes
     save_file(theirs, tmp_path / "model.safetensors")
     publish(hub, "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", tmp_path / "model.safetensors")
     small = ("train.max_steps=2", "pretrain.train.max_steps=1", "pretrain.train.lr=0.0")
-    made = lab(*small, f"meta.init=timm:{VIT}", "meta.select=[3, 8]")
+    made = harness(*small, f"meta.init=timm:{VIT}", "meta.select=[3, 8]")
     made.train("pretrain")
     tuned = made.weights("pretrain")
     assert torch.equal(tuned["blocks.0.attn.qkv.weight"], theirs["blocks.3.attn.qkv.weight"])

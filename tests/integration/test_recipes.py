@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMOKE, Lab
+from conftest import SMOKE, TrainingHarness
 from small_models import build_timm
 from timm.layers import resample_abs_pos_embed
 
@@ -133,9 +133,9 @@ def test_position_embeddings_are_resampled_and_nothing_else_changes() -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_binary_cross_entropy_is_torchs_on_both_classes_of_a_mixed_image(
-    lab: Callable[..., Any], smoothing: float
+    harness: Callable[..., Any], smoothing: float
 ) -> None:
-    made = lab("loss.name=bce", f"loss.label_smoothing={smoothing}", "mixup.mixup=0.8")
+    made = harness("loss.name=bce", f"loss.label_smoothing={smoothing}", "mixup.mixup=0.8")
     task = made.trainer("pretrain").task
     labels, rows = torch.tensor([1, 2, 3, 3]), torch.arange(4)
     images, logits = torch.rand(4, 3, 8, 8), torch.randn(4, 10)
@@ -220,14 +220,14 @@ def test_a_large_recipe_runs_end_to_end_when_small(tmp_path: Path, counted: None
     file = tmp_path / "recipe.toml"
     sets = ["data.decentralized=true", "loss.name=bce", "train.precision=fp32"]
     file.write_text(load_recipe("imagenet-vit-b-384", sets, smoke).toml())
-    lab = Lab(file, tmp_path / "run")
-    lab.train("pretrain")
+    harness = TrainingHarness(file, tmp_path / "run")
+    harness.train("pretrain")
     for module in range(4):
-        lab.train("incubate", module)
-    assert lab.weights("incubate", 0)["pos_embed"].shape[1] == 1 + 2 * 2
-    result = lab.train("finetune")
-    assert lab.weights("finetune")["pos_embed"].shape[1] == 1 + 3 * 3
+        harness.train("incubate", module)
+    assert harness.weights("incubate", 0)["pos_embed"].shape[1] == 1 + 2 * 2
+    result = harness.train("finetune")
+    assert harness.weights("finetune")["pos_embed"].shape[1] == 1 + 3 * 3
     assert (result["steps"], result["samples"]) == (6, 64)
-    assembled = lab.run.assembled.result
+    assembled = harness.run.assembled.result
     assert assembled is not None
     assert assembled["samples"] == 64

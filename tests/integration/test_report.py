@@ -79,9 +79,9 @@ def page_of(folder: Any) -> Page:
 
 
 @pytest.fixture(scope="module")
-def done(lab: Labs) -> Any:
+def done(harness: Labs) -> Any:
     """Everything trained, the baseline too; module 0 was stopped once."""
-    made = lab(*SETS)
+    made = harness(*SETS)
     made.train("pretrain")
     trainer = made.trainer("incubate", 0)
     made.run.phase("incubate", 0).write_attempt(1, state="preempted", host="elsewhere", pid=1, job="17", steps=6)
@@ -141,8 +141,8 @@ def test_it_says_what_was_trained_where_and_how_it_went(done: Any) -> None:
     assert "times the FLOPs. One seed each." in page.text
 
 
-def test_an_unfinished_run_has_a_page_that_says_what_is_missing(lab: Labs) -> None:
-    made = lab(*SETS)
+def test_an_unfinished_run_has_a_page_that_says_what_is_missing(harness: Labs) -> None:
+    made = harness(*SETS)
     empty = page_of(made.run)
     assert "Not there yet: meta model, module 0, module 1, fine-tuning." in empty.text
     assert "Nothing was logged yet." in empty.text
@@ -155,8 +155,8 @@ def test_an_unfinished_run_has_a_page_that_says_what_is_missing(lab: Labs) -> No
     assert "unfinished" in page.text
 
 
-def test_a_run_that_is_only_end_to_end_has_no_modules_on_its_page(lab: Labs, done: Any) -> None:
-    made = lab(*SETS, "end_to_end.budget=epochs")
+def test_a_run_that_is_only_end_to_end_has_no_modules_on_its_page(harness: Labs, done: Any) -> None:
+    made = harness(*SETS, "end_to_end.budget=epochs")
     made.train("end_to_end")
     page = page_of(made.run)
     assert page.row("end to end")["top-1 %"] == made.run.phase("end_to_end").result["metrics"]["top1"]
@@ -229,9 +229,9 @@ def test_curves_are_over_what_each_step_cost(done: Any) -> None:
     assert seconds[0] > 0
 
 
-def test_other_metrics_and_units_are_shown_as_they_describe_themselves(lab: Labs) -> None:
+def test_other_metrics_and_units_are_shown_as_they_describe_themselves(harness: Labs) -> None:
     """A task where less is better, samples are tokens, and the first phase measures something else."""
-    made = lab(*SETS)
+    made = harness(*SETS)
     perplexity = Metric("ppl", "perplexity", higher_is_better=False, format=".1f")
     loss = Metric("loss", "loss", higher_is_better=False, format=".3f")
     plan = read_json(made.run.path / "plan.json") or {}

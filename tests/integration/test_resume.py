@@ -30,45 +30,45 @@ each_phase = pytest.mark.parametrize(("phase", "module"), PHASES, ids=["pretrain
 class Reference:
     """A run that nothing happened to, and copies of it as it was before each phase."""
 
-    def __init__(self, lab: Labs, folder: Path, *sets: str) -> None:
+    def __init__(self, harness: Labs, folder: Path, *sets: str) -> None:
         self.folder = folder
         self.before: dict[str, Any] = {}
-        self.lab = lab(*SETS, *sets)
+        self.harness = harness(*SETS, *sets)
         for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
-            self.before[phase] = self.lab.copy(folder / f"before-{phase}-{module}")
-            self.lab.train(phase, module)
+            self.before[phase] = self.harness.copy(folder / f"before-{phase}-{module}")
+            self.harness.train(phase, module)
 
     def fresh(self, phase: str, name: str) -> Any:
         return self.before[phase].copy(self.folder / f"{phase}-{name}")
 
 
 @pytest.fixture(scope="module")
-def reference(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(lab, tmp_path_factory.mktemp("adamw"))
+def reference(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(harness, tmp_path_factory.mktemp("adamw"))
 
 
 @pytest.fixture(scope="module")
-def lamb_reference(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(lab, tmp_path_factory.mktemp("lamb"), "optim.name=lamb", 'incubate.export="ema"')
+def lamb_reference(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(harness, tmp_path_factory.mktemp("lamb"), "optim.name=lamb", 'incubate.export="ema"')
 
 
 def check_same(other: Any, reference: Reference, phase: str, module: int | None) -> None:
     """Weights, optimizer state, averages, result and log are those of the uninterrupted run, each step once."""
-    lab = reference.lab
-    expected, found = lab.weights(phase, module), other.weights(phase, module)
+    harness = reference.harness
+    expected, found = harness.weights(phase, module), other.weights(phase, module)
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, found[name]), name
-    results = [each.run.phase(phase, module).result for each in (lab, other)]
+    results = [each.run.phase(phase, module).result for each in (harness, other)]
     assert [result.pop("seconds") > 0 for result in results] == [True, True]
     assert results[0] == results[1]
     hashes = []
-    for each in (lab, other):
+    for each in (harness, other):
         folder = each.run.phase(phase, module).checkpoints / f"step-{STEPS:08d}"
         files = json.loads((folder / "manifest.json").read_text())["files"]
         hashes.append({name: entry for name, entry in files.items() if name != "state.json"})
     assert hashes[0] == hashes[1]
-    rows, own = lab.log(phase, module), other.log(phase, module)
+    rows, own = harness.log(phase, module), other.log(phase, module)
     assert [row["step"] for row in own] == list(range(1, STEPS + 1))
     assert [row["train/loss"] for row in own] == [row["train/loss"] for row in rows]
     shown = other.events(phase, module)
@@ -82,12 +82,12 @@ def check_same(other: Any, reference: Reference, phase: str, module: int | None)
     assert len(shown.Tensors("recipe/text_summary")) == 1
 
 
-def attempts(lab: Any, phase: str, module: int | None = None) -> list[dict[str, Any]]:
-    return lab.run.phase(phase, module).read_attempts()  # type: ignore[no-any-return]
+def attempts(harness: Any, phase: str, module: int | None = None) -> list[dict[str, Any]]:
+    return harness.run.phase(phase, module).read_attempts()  # type: ignore[no-any-return]
 
 
-def reached(lab: Any, step: int, phase: str, module: int | None = None) -> Callable[[], bool]:
-    return lambda: any(row["step"] >= step for row in lab.log(phase, module))
+def reached(harness: Any, step: int, phase: str, module: int | None = None) -> Callable[[], bool]:
+    return lambda: any(row["step"] >= step for row in harness.log(phase, module))
 
 
 # ------------------------------------------------------------------------------------------------ kill -9
@@ -182,7 +182,7 @@ def test_kill_9_between_the_last_step_and_the_end(reference: Reference, place: t
     assert other.run.phase("finetune").result is None
     assert run(*other.command("finetune")).wait() == 0
     check_same(other, reference, "finetune", None)
-    assert other.run.assembled.result == reference.lab.run.assembled.result
+    assert other.run.assembled.result == reference.harness.run.assembled.result
 
 
 def test_kill_9_before_the_first_checkpoint_logs_no_step_twice(reference: Reference) -> None:
@@ -258,9 +258,9 @@ def test_error_during_a_save_ends_after_the_save(reference: Reference, monkeypat
 
 
 def test_a_phase_that_is_done_is_done_at_once(reference: Reference) -> None:
-    again = run(*reference.lab.command("pretrain"))
+    again = run(*reference.harness.command("pretrain"))
     assert again.wait() == 0
-    assert len(attempts(reference.lab, "pretrain")) == 1
+    assert len(attempts(reference.harness, "pretrain")) == 1
 
 
 # ------------------------------------------------------------------------------------------------ damage
@@ -315,7 +315,7 @@ def test_a_log_line_cut_off_is_left_out(reference: Reference) -> None:
 
 
 def test_a_damaged_result_is_made_again(reference: Reference) -> None:
-    other = reference.lab.copy(reference.folder / "result")
+    other = reference.harness.copy(reference.folder / "result")
     for text in ("{", "[]", ""):
         (other.run.phase("pretrain").path / "DONE").write_text(text)
         assert run(*other.command("pretrain")).wait() == 0

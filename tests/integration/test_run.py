@@ -31,8 +31,8 @@ from bigincubate.storage.run_directory import RunDir
 Labs = Callable[..., Any]
 
 
-def words(lab: Any, *more: object) -> list[object]:
-    return ["run", lab.run.recipe_file, "--run-dir", lab.run.path, "--jobs", 2, *more]
+def words(harness: Any, *more: object) -> list[object]:
+    return ["run", harness.run.recipe_file, "--run-dir", harness.run.path, "--jobs", 2, *more]
 
 
 def same_weights(one: Any, other: Any, phase: str, module: int | None = None) -> bool:
@@ -153,13 +153,13 @@ def shell() -> None:
 class Launched:
     """The launcher as a shell starts it."""
 
-    def __init__(self, lab: Any, before: Callable[[], None] = shell) -> None:
-        self.lab = lab
-        self.command = Command(*words(lab), before=before)
+    def __init__(self, harness: Any, before: Callable[[], None] = shell) -> None:
+        self.harness = harness
+        self.command = Command(*words(harness), before=before)
 
     def until_step(self, step: int, *places: tuple[str, int | None]) -> None:
         def reached() -> bool:
-            return all(any(row["step"] >= step for row in self.lab.log(*place)) for place in places)
+            return all(any(row["step"] >= step for row in self.harness.log(*place)) for place in places)
 
         assert self.command.until(reached, pause=0.01), self.command.out + self.command.err
 
@@ -170,9 +170,9 @@ class Launched:
 
 
 @pytest.fixture(scope="module")
-def plain(lab: Labs) -> Any:
+def plain(harness: Labs) -> Any:
     """What nothing happened to."""
-    done = lab("train.max_steps=150", "log.every_steps=2", "checkpoint.every_steps=20", "incubate.optim.name=lamb")
+    done = harness("train.max_steps=150", "log.every_steps=2", "checkpoint.every_steps=20", "incubate.optim.name=lamb")
     for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
         done.train(phase, module)
     return done
@@ -322,14 +322,14 @@ everything: list[Started] = []
 codes: dict[str, int] = {}
 
 
-def executed(lab: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, nproc: int = 1, **ends: int) -> Exit:
+def executed(harness: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, nproc: int = 1, **ends: int) -> Exit:
     everything.clear()
     codes.clear()
     codes.update({key.removeprefix("m"): code for key, code in ends.items()})
     monkeypatch.setattr(ranks.subprocess, "Popen", Started)
     with ProgressReporter(Console(quiet=True)) as reporter:
-        return LocalRunner(lab.run, jobs, reporter, nproc, patience=0).execute(
-            build_job_graph(lab.rows, baseline=False)
+        return LocalRunner(harness.run, jobs, reporter, nproc, patience=0).execute(
+            build_job_graph(harness.rows, baseline=False)
         )
 
 
@@ -345,17 +345,17 @@ def executed(lab: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, nproc: in
     ],
 )
 def test_the_exit_code_is_that_of_the_first_that_failed(
-    lab: Labs, monkeypatch: pytest.MonkeyPatch, ends: dict[str, int], expected: Exit, started: int
+    harness: Labs, monkeypatch: pytest.MonkeyPatch, ends: dict[str, int], expected: Exit, started: int
 ) -> None:
-    assert executed(lab(), monkeypatch, **ends) is expected
+    assert executed(harness(), monkeypatch, **ends) is expected
     assert len(everything) == started
 
 
-def test_a_resumed_phase_computes_with_as_many_threads(lab: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_phase_computes_with_as_many_threads(harness: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their number may change the last bit of a sum: it follows from the graph, not from what happens to run."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    resumed = lab()
+    resumed = harness()
     executed(resumed, monkeypatch)
     whole = {process.module: process.env["OMP_NUM_THREADS"] for process in everything}
     assert whole == {"-": "8", "0": "4", "1": "4"}
@@ -366,9 +366,9 @@ def test_a_resumed_phase_computes_with_as_many_threads(lab: Labs, monkeypatch: p
     assert rest == {"1": "4", "-": "8"}
 
 
-def test_the_ranks_of_a_phase_share_its_threads(lab: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ranks_of_a_phase_share_its_threads(harness: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    executed(lab(), monkeypatch, nproc=3)
+    executed(harness(), monkeypatch, nproc=3)
     threads = [(process.module, process.env["OMP_NUM_THREADS"]) for process in everything]
     assert threads == [("-", "2")] * 3 + [("0", "1")] * 3 + [("1", "1")] * 3 + [("-", "2")] * 3

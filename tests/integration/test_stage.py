@@ -71,9 +71,9 @@ def test_what_cannot_be_staged_is_said(given: Any, cache: str, gib: float, words
 
 
 def test_training_from_a_copy_gives_the_same_weights(
-    lab: Callable[..., Any], tmp_path: Path, bigincubate: Callable[..., Any]
+    harness: Callable[..., Any], tmp_path: Path, bigincubate: Callable[..., Any]
 ) -> None:
-    plain, copied = lab(), lab()
+    plain, copied = harness(), harness()
     plain.train("pretrain")
     ended = bigincubate(*copied.command("pretrain"), "--set", f"data.local_cache={tmp_path}/disk/mine")
     assert ended.returncode == 0, ended.stderr

@@ -23,14 +23,14 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def losses(lab: Any, phase: str = "pretrain", module: int | None = None) -> list[float]:
-    return [row["train/loss"] for row in lab.log(phase, module) if "train/loss" in row]
+def losses(harness: Any, phase: str = "pretrain", module: int | None = None) -> list[float]:
+    return [row["train/loss"] for row in harness.log(phase, module) if "train/loss" in row]
 
 
 @pytest.fixture(scope="module")
-def trained(lab: Labs) -> Any:
+def trained(harness: Labs) -> Any:
     """Meta model and module 1, with every source of randomness on, each step logged."""
-    done = lab(*LOUD, "log.every_steps=1", "log.eval_every_epochs=0", "incubate.drop_path.ramp_over=hybrid")
+    done = harness(*LOUD, "log.every_steps=1", "log.eval_every_epochs=0", "incubate.drop_path.ramp_over=hybrid")
     done.train("pretrain")
     done.train("incubate", 1)
     return done
@@ -41,11 +41,11 @@ def trained(lab: Labs) -> Any:
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_micro_batches_make_one_batch(lab: Labs, count: int, repeats: int) -> None:
+def test_micro_batches_make_one_batch(harness: Labs, count: int, repeats: int) -> None:
     """The same losses and weights, with augmentation, mixing and stochastic depth."""
     sets = [*LOUD, "log.every_steps=1", f"augment.repeated_aug={repeats}", "mixup.prob=1.0", "augment.erase=0.3"]
     sets += ["optim.name=sgd", "train.lr=0.05"]  # plain: AdamW divides rounding errors by small numbers
-    whole, parts = lab(*sets), lab(*sets, f"train.micro_batch={32 // count}")
+    whole, parts = harness(*sets), harness(*sets, f"train.micro_batch={32 // count}")
     assert parts.trainer("pretrain").parts.micro_batches == count
     whole.train("pretrain")
     parts.train("pretrain")
@@ -56,15 +56,15 @@ def test_micro_batches_make_one_batch(lab: Labs, count: int, repeats: int) -> No
         torch.testing.assert_close(parts.weights("pretrain")[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_a_micro_batch_that_does_not_divide_is_refused(lab: Labs) -> None:
+def test_a_micro_batch_that_does_not_divide_is_refused(harness: Labs) -> None:
     with pytest.raises(ConfigError, match=r"train\.micro_batch = 12 does not divide"):
-        lab("train.micro_batch=12").trainer("pretrain")
+        harness("train.micro_batch=12").trainer("pretrain")
     with pytest.raises(ConfigError, match="mixup pairs samples inside a micro-batch"):
-        lab("train.micro_batch=1").trainer("pretrain")
+        harness("train.micro_batch=1").trainer("pretrain")
 
 
-def test_repeats_show_each_sample_so_often_and_count_as_images(lab: Labs) -> None:
-    repeated = lab("augment.repeated_aug=4", "mixup.mixup=0.0")
+def test_repeats_show_each_sample_so_often_and_count_as_images(harness: Labs) -> None:
+    repeated = harness("augment.repeated_aug=4", "mixup.mixup=0.0")
     trainer = repeated.trainer("pretrain")
     batch = next(trainer.parts.train_stream.batches(0))
     assert len(batch) == 32
@@ -74,10 +74,10 @@ def test_repeats_show_each_sample_so_often_and_count_as_images(lab: Labs) -> Non
     assert repeated.train("pretrain")["seen"] == 12 * 32
 
 
-def test_clipping_clips(lab: Labs) -> None:
+def test_clipping_clips(harness: Labs) -> None:
     """SGD without momentum's help: the first step moves by at most lr times the norm."""
     sets = ["optim.name=momentum", "optim.weight_decay=0.0", "train.lr=1.0", "train.max_steps=1", "log.every_steps=1"]
-    free, clipped = (lab(*sets, f"train.clip_grad={limit}") for limit in (0.0, 0.01))
+    free, clipped = (harness(*sets, f"train.clip_grad={limit}") for limit in (0.0, 0.01))
     moved = []
     for each in (free, clipped):
         start = {name: tensor.clone() for name, tensor in each.trainer("pretrain").model.state_dict().items()}
@@ -89,8 +89,8 @@ def test_clipping_clips(lab: Labs) -> None:
     assert moved[1] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_label_smoothing_reaches_the_loss(lab: Labs) -> None:
-    smooth, sharp = lab("loss.label_smoothing=0.5", "mixup.mixup=0.0"), lab("mixup.mixup=0.0")
+def test_label_smoothing_reaches_the_loss(harness: Labs) -> None:
+    smooth, sharp = harness("loss.label_smoothing=0.5", "mixup.mixup=0.0"), harness("mixup.mixup=0.0")
     trainers = [each.trainer("pretrain") for each in (smooth, sharp)]
     batch = next(trainers[0].parts.train_stream.batches(0))
     targets = [trainer.task.prepare(batch, 0)[1] for trainer in trainers]
@@ -103,8 +103,8 @@ def test_label_smoothing_reaches_the_loss(lab: Labs) -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def test_bfloat16_runs_and_keeps_weights_in_full_precision(lab: Labs) -> None:
-    half, full = lab("train.precision=bf16", "log.every_steps=1"), lab("log.every_steps=1")
+def test_bfloat16_runs_and_keeps_weights_in_full_precision(harness: Labs) -> None:
+    half, full = harness("train.precision=bf16", "log.every_steps=1"), harness("log.every_steps=1")
     result = half.train("pretrain")
     full.train("pretrain")
     assert math.isfinite(result["metrics"]["loss"])
@@ -113,8 +113,8 @@ def test_bfloat16_runs_and_keeps_weights_in_full_precision(lab: Labs) -> None:
     assert losses(half) != losses(full)
 
 
-def test_no_steps_hand_on_the_initialisation(lab: Labs) -> None:
-    none = lab("train.max_steps=0", "incubate.init=grow", "incubate.ema.decay=0.9", "incubate.export=ema")
+def test_no_steps_hand_on_the_initialisation(harness: Labs) -> None:
+    none = harness("train.max_steps=0", "incubate.init=grow", "incubate.ema.decay=0.9", "incubate.export=ema")
     result = none.train("pretrain")
     assert (result["steps"], result["seen"], result["flops"]) == (0, 0, 0)
     assert same(none.weights("pretrain"), none.trainer("pretrain").model.state_dict())
@@ -131,8 +131,10 @@ def test_no_steps_hand_on_the_initialisation(lab: Labs) -> None:
 
 
 @pytest.mark.parametrize("module", [0, 1])
-def test_frozen_tensors_keep_their_bits_and_only_the_module_is_handed_on(trained: Any, lab: Labs, module: int) -> None:
-    fresh = lab(*LOUD, "incubate.optim.weight_decay=0.5", "incubate.train.lr=0.05")
+def test_frozen_tensors_keep_their_bits_and_only_the_module_is_handed_on(
+    trained: Any, harness: Labs, module: int
+) -> None:
+    fresh = harness(*LOUD, "incubate.optim.weight_decay=0.5", "incubate.train.lr=0.05")
     fresh.train("pretrain")
     trainer = fresh.trainer("incubate", module)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
@@ -161,8 +163,8 @@ def test_frozen_tensors_keep_their_bits_and_only_the_module_is_handed_on(trained
     )
 
 
-def test_the_average_is_handed_on_where_asked_and_says_so(lab: Labs) -> None:
-    raw, ema = lab("ema.decay=0.9"), lab("ema.decay=0.9", 'pretrain.export="ema"')
+def test_the_average_is_handed_on_where_asked_and_says_so(harness: Labs) -> None:
+    raw, ema = harness("ema.decay=0.9"), harness("ema.decay=0.9", 'pretrain.export="ema"')
     for each in (raw, ema):
         each.train("pretrain")
     trainer = raw.trainer("pretrain")
@@ -179,8 +181,8 @@ def test_the_average_is_handed_on_where_asked_and_says_so(lab: Labs) -> None:
     assert checker.score()["loss"] == pytest.approx(shown["metrics"]["loss"], abs=1e-9)
 
 
-def test_the_average_is_that_of_the_weights_after_each_step(lab: Labs) -> None:
-    averaged = lab("ema.decay=0.9", 'pretrain.export="ema"', "train.max_steps=6")
+def test_the_average_is_that_of_the_weights_after_each_step(harness: Labs) -> None:
+    averaged = harness("ema.decay=0.9", 'pretrain.export="ema"', "train.max_steps=6")
     trainer = averaged.trainer("pretrain")
     expected = {name: tensor.double().clone() for name, tensor in trainer.model.state_dict().items()}
     step = trainer.step
@@ -197,10 +199,10 @@ def test_the_average_is_that_of_the_weights_after_each_step(lab: Labs) -> None:
         torch.testing.assert_close(tensor.double(), expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_evaluating_the_average_does_not_disturb_training(lab: Labs) -> None:
+def test_evaluating_the_average_does_not_disturb_training(harness: Labs) -> None:
     """With evaluations in between or not: the same weights in the end."""
     sets = ["ema.decay=0.9", 'pretrain.export="ema"', "train.batch_size=288", "train.max_steps=9", "drop_path.rate=0.3"]
-    often, never = lab(*sets, "log.eval_every_epochs=1"), lab(*sets)
+    often, never = harness(*sets, "log.eval_every_epochs=1"), harness(*sets)
     often.train("pretrain")
     never.train("pretrain")
     assert sum("val/top1" in row for row in often.log("pretrain")) == 3
@@ -273,11 +275,11 @@ def test_tensorboard_has_the_settings_and_inputs(trained: Any) -> None:
     assert grid.width * grid.height >= 8 * 64 * 64  # eight of them, enlarged to be seen
 
 
-def test_the_logged_rate_is_the_schedules(trained: Any, lab: Labs) -> None:
+def test_the_logged_rate_is_the_schedules(trained: Any, harness: Labs) -> None:
     rates = [row["train/lr"] for row in trained.log("pretrain")]
     expected = [1e-6 + 0.5 * (2e-3 - 1e-6) * (1 + math.cos(math.pi * step / 12)) for step in range(12)]
     assert rates == pytest.approx(expected)
-    layered = lab("optim.layer_decay=0.5", "log.every_steps=1", "train.max_steps=2")
+    layered = harness("optim.layer_decay=0.5", "log.every_steps=1", "train.max_steps=2")
     layered.train("pretrain")
     assert layered.log("pretrain")[0]["train/lr"] == pytest.approx(2e-3)  # not that of the lowest layer
 
@@ -295,9 +297,9 @@ def test_a_result_has_what_the_summary_shows(trained: Any) -> None:
     assert json.loads((trained.run.path / "summary.json").read_text()) == summary
 
 
-def test_same_seed_same_bits_other_seed_other_bits(trained: Any, lab: Labs) -> None:
+def test_same_seed_same_bits_other_seed_other_bits(trained: Any, harness: Labs) -> None:
     sets = [*LOUD, "incubate.drop_path.ramp_over=hybrid"]
-    again, other = lab(*sets), lab(*sets, "train.seed=1")
+    again, other = harness(*sets), harness(*sets, "train.seed=1")
     for each in (again, other):
         each.train("pretrain")
         each.train("incubate", 1)
@@ -306,7 +308,7 @@ def test_same_seed_same_bits_other_seed_other_bits(trained: Any, lab: Labs) -> N
     assert not same(other.weights("pretrain"), trained.weights("pretrain"))
 
 
-def test_workers_change_nothing(trained: Any, lab: Labs) -> None:
-    worked = lab(*LOUD, "data.workers=2")
+def test_workers_change_nothing(trained: Any, harness: Labs) -> None:
+    worked = harness(*LOUD, "data.workers=2")
     worked.train("pretrain")
     assert same(worked.weights("pretrain"), trained.weights("pretrain"))

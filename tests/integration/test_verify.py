@@ -21,9 +21,9 @@ GOOD, DAMAGED, STALE, RUNNING, UNFINISHED, ABSENT = Verdict
 
 
 @pytest.fixture(scope="module")
-def trained(lab: Labs) -> Any:
+def trained(harness: Labs) -> Any:
     """A run whose module 1 is missing, with data of its own that can be spoiled."""
-    made = lab("train.max_steps=4", "checkpoint.every_steps=2", "log.every_steps=2")
+    made = harness("train.max_steps=4", "checkpoint.every_steps=2", "log.every_steps=2")
     for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
         made.train(phase, module)
     return made
@@ -40,8 +40,8 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-def verdicts(lab: Any) -> dict[tuple[str, str], Verdict]:
-    return {(each.part, each.path.name): each.verdict for each in verify_run(lab.run)}
+def verdicts(harness: Any) -> dict[tuple[str, str], Verdict]:
+    return {(each.part, each.path.name): each.verdict for each in verify_run(harness.run)}
 
 
 def test_a_finished_run_is_good(mine: Any) -> None:

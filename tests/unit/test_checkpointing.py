@@ -37,8 +37,8 @@ def kept_and_gradients(trainer: Any, how: str) -> tuple[int, dict[str, Tensor]]:
 
 @pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")
 @pytest.mark.parametrize(("phase", "module"), [("pretrain", None), ("incubate", 1)])
-def test_gradients_are_equal_and_less_memory_is_kept(lab: Labs, phase: str, module: int | None) -> None:
-    one = lab("plan.target_depths=[4, 4]", "plan.meta_depths=[2, 2]", "train.max_steps=1")
+def test_gradients_are_equal_and_less_memory_is_kept(harness: Labs, phase: str, module: int | None) -> None:
+    one = harness("plan.target_depths=[4, 4]", "plan.meta_depths=[2, 2]", "train.max_steps=1")
     if phase != "pretrain":
         one.train("pretrain")
     sizes = {}
@@ -52,6 +52,6 @@ def test_gradients_are_equal_and_less_memory_is_kept(lab: Labs, phase: str, modu
     assert sizes["selective"] < 0.9 * sizes["none"]
 
 
-def test_parameter_names_are_unchanged(lab: Labs) -> None:
-    trainer = lab("sharding.activation_checkpointing=full").trainer("pretrain")
-    assert set(trainer.model.state_dict()) == set(lab().trainer("pretrain").model.state_dict())
+def test_parameter_names_are_unchanged(harness: Labs) -> None:
+    trainer = harness("sharding.activation_checkpointing=full").trainer("pretrain")
+    assert set(trainer.model.state_dict()) == set(harness().trainer("pretrain").model.state_dict())

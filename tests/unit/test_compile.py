@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Lab
+from conftest import TrainingHarness
 from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor import compile_fx
@@ -22,9 +22,9 @@ Labs = Callable[..., Any]
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", ["none", "full", "selective"])
-def test_compiled_blocks_give_the_same_losses(lab: Labs, how: str) -> None:
+def test_compiled_blocks_give_the_same_losses(harness: Labs, how: str) -> None:
     sets = ["train.max_steps=4", "log.every_steps=1", "plan.target_depths=[4, 4]", "drop_path.rate=0.3"]
-    plain, compiled = lab(*sets), lab(*sets, "train.compile=true", f"sharding.activation_checkpointing={how}")
+    plain, compiled = harness(*sets), harness(*sets, "train.compile=true", f"sharding.activation_checkpointing={how}")
     for phase, module in [("pretrain", None), ("incubate", 1)]:
         for one in (plain, compiled):
             one.train(phase, module)
@@ -47,13 +47,13 @@ def test_a_shipped_recipe_fine_tunes_with_both_kernels_in_its_compiled_graphs(
     torch._dynamo.reset()
     file = tmp_path / "recipe.toml"
     file.write_text(load_recipe("imagenet-vit-b-fused", ["train.precision=fp32"], smoke).toml())
-    lab = Lab(file, tmp_path / "run")
-    lab.train("pretrain")
+    harness = TrainingHarness(file, tmp_path / "run")
+    harness.train("pretrain")
     for module in range(4):
-        lab.train("incubate", module)
+        harness.train("incubate", module)
     graphs.clear()
     torch._dynamo.reset()
-    assert lab.train("finetune")["steps"] == 6
+    assert harness.train("finetune")["steps"] == 6
 
     def uses(name: str) -> list[int]:
         return [found for used in graphs if (found := sum(target.startswith(f"bigincubate.{name}") for target in used))]

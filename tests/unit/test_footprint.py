@@ -33,14 +33,14 @@ FSDP2 = "sharding.strategy=fsdp2"
 class Ranks:
     """All that two ranks do in this file, in one launch, and what was planned for it."""
 
-    def __init__(self, lab: Labs, folder: Path) -> None:
-        base = lab(*SHORT)
+    def __init__(self, harness: Labs, folder: Path) -> None:
+        base = harness(*SHORT)
         for phase, module in [("pretrain", None), ("incubate", 0), ("incubate", 1)]:
             base.train(phase, module)
         self.planned: dict[tuple[str, str], RankFootprint] = {}
         jobs = {}
         for strategy in STRATEGY_NAMES:
-            double = lab(*SHORT)
+            double = harness(*SHORT)
             for phase, module, micro in PHASES:
                 sets = [f"sharding.strategy={strategy}", f"train.micro_batch={micro}"]
                 if strategy.startswith("zero"):
@@ -57,7 +57,7 @@ class Ranks:
             run = base.copy(folder / option, ["meta"])
             jobs[option, "incubate"] = {**words(run, "incubate", 1, *more), "watch": 1}
         for option in ("gather_bf16=false", "gather_bf16=true"):
-            run = lab(*SHORT, FSDP2, "train.precision=bf16", f"sharding.fsdp2.{option}")
+            run = harness(*SHORT, FSDP2, "train.precision=bf16", f"sharding.fsdp2.{option}")
             jobs[option, "pretrain"] = {**words(run, "pretrain"), "watch": 1}
         self.found = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
 
@@ -78,8 +78,8 @@ def small(strategy: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(lab: Labs, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(lab, tmp_path_factory.mktemp("footprint"))
+def ranks(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(harness, tmp_path_factory.mktemp("footprint"))
 
 
 @pytest.mark.parametrize(("strategy", "phase"), CASES)
@@ -149,8 +149,8 @@ def test_gather_bf16_halves_what_is_gathered_and_nothing_else(ranks: Ranks) -> N
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "adafactor", "lion", "sgd", "adamp", "adagrad"])
-def test_optimizer_state_is_what_a_real_step_makes(lab: Labs, name: str) -> None:
-    one = lab(f"optim.name={name}")
+def test_optimizer_state_is_what_a_real_step_makes(harness: Labs, name: str) -> None:
+    one = harness(f"optim.name={name}")
     settings = one.recipe.settings("incubate")
     row = one.plan.row("incubate", 1)
     counted = {
@@ -171,8 +171,8 @@ def test_optimizer_state_is_what_a_real_step_makes(lab: Labs, name: str) -> None
         assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == expected, name
 
 
-def test_zero_leaves_out_what_it_refuses_and_one_process_is_alike_under_all(lab: Labs) -> None:
-    one = lab("optim.name=adafactor")
+def test_zero_leaves_out_what_it_refuses_and_one_process_is_alike_under_all(harness: Labs) -> None:
+    one = harness("optim.name=adafactor")
     recipe, plan, rows = one.recipe, one.plan, one.rows[:1]
     found = estimate_footprints(recipe, plan, rows, [1, 2])[rows[0].key]
     assert [each.strategy for each in found] == ["ddp", "oss", "fsdp2"] * 2

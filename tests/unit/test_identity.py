@@ -289,14 +289,14 @@ def test_digest_depends_on_identity_data_and_inputs() -> None:
 # ------------------------------------------------------------------------------------------------ run directories
 
 
-def test_changed_fine_tuning_keeps_modules(lab: Callable[..., Any]) -> None:
+def test_changed_fine_tuning_keeps_modules(harness: Callable[..., Any]) -> None:
     sets = ("train.max_steps=2", "finetune.train.max_steps=3")
-    first = lab(*sets)
+    first = harness(*sets)
     for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1)):
         first.train(phase, module)
     before = [load_manifest(first.run.phase("incubate", module).artifact) for module in range(2)]
 
-    changed = lab(sets[0], "finetune.train.max_steps=4", folder=first.run.path)
+    changed = harness(sets[0], "finetune.train.max_steps=4", folder=first.run.path)
     assert changed.run.load_recipe() == changed.recipe
     events = (first.run.path / "events.jsonl").read_text().splitlines()
     assert json.loads(events[-1])["changes"] == ["finetune.train.max_steps: 3 -> 4"]
@@ -307,17 +307,17 @@ def test_changed_fine_tuning_keeps_modules(lab: Callable[..., Any]) -> None:
     assert manifest.identity == expected_lineage(changed.run, "finetune").identity
 
     with pytest.raises(ConfigError) as caught:
-        lab(sets[0], "finetune.train.max_steps=5", folder=first.run.path)
+        harness(sets[0], "finetune.train.max_steps=5", folder=first.run.path)
     message = str(caught.value)
     assert "finetune.train.max_steps: 4 -> 5 would invalidate fine-tuning;" in message
     assert f"remove {changed.run.phase('finetune').path} to train again" in message
     assert "\n" not in message
     assert changed.run.load_recipe() == changed.recipe
-    lab(sets[0], "finetune.train.max_steps=4", "log.every_steps=1", 'name="renamed"', folder=first.run.path)
+    harness(sets[0], "finetune.train.max_steps=4", "log.every_steps=1", 'name="renamed"', folder=first.run.path)
 
 
-def test_checkpoint_of_other_settings_is_refused(lab: Callable[..., Any]) -> None:
-    one = lab("train.max_steps=4")
+def test_checkpoint_of_other_settings_is_refused(harness: Callable[..., Any]) -> None:
+    one = harness("train.max_steps=4")
     one.train("pretrain")
     (one.run.phase("pretrain").path / "DONE").unlink()
     one.rows[0].identity["train.lr"] = 0.5
@@ -325,8 +325,8 @@ def test_checkpoint_of_other_settings_is_refused(lab: Callable[..., Any]) -> Non
         one.train("pretrain")
 
 
-def test_stale_module_is_trained_again_from_its_start(lab: Callable[..., Any]) -> None:
-    one = lab("train.max_steps=2")
+def test_stale_module_is_trained_again_from_its_start(harness: Callable[..., Any]) -> None:
+    one = harness("train.max_steps=2")
     one.train("pretrain")
     one.train("incubate", 0)
     folder = one.run.phase("incubate", 0)
@@ -350,8 +350,8 @@ def test_stale_module_is_trained_again_from_its_start(lab: Callable[..., Any]) -
 
 
 def test_embedded_data_of_another_source_is_refused(smoke: Path, tmp_path: Path, counted: None) -> None:
-    from conftest import Lab
+    from conftest import TrainingHarness
 
-    Lab(smoke, tmp_path / "run")
+    TrainingHarness(smoke, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"data\.source = 'digits', but .* holds 'digits-dev'"):
-        Lab(smoke, tmp_path / "run", "data.source=digits")
+        TrainingHarness(smoke, tmp_path / "run", "data.source=digits")

@@ -333,12 +333,12 @@ def test_lease_superseded_during_commit_keeps_new_owner_checkpoint(
 # ------------------------------------------------------------------------------------------------ real processes
 
 
-def trainers(lab: Callable[..., Any]) -> Any:
-    return lab("train.max_steps=100000", "checkpoint.every_steps=4", "log.every_steps=1", "schedule.name=constant")
+def trainers(harness: Callable[..., Any]) -> Any:
+    return harness("train.max_steps=100000", "checkpoint.every_steps=4", "log.every_steps=1", "schedule.name=constant")
 
 
-def test_two_at_once_on_one_phase(lab: Callable[..., Any]) -> None:
-    shared = trainers(lab)
+def test_two_at_once_on_one_phase(harness: Callable[..., Any]) -> None:
+    shared = trainers(harness)
     commands = [Command(*shared.command("pretrain")) for _ in range(2)]
     while all(command.running for command in commands):
         time.sleep(0.01)
@@ -361,15 +361,15 @@ def test_two_at_once_on_one_phase(lab: Callable[..., Any]) -> None:
     new_owner.kill()
 
 
-def test_modules_do_not_lock_each_other(lab: Callable[..., Any]) -> None:
-    shared = lab()
+def test_modules_do_not_lock_each_other(harness: Callable[..., Any]) -> None:
+    shared = harness()
     shared.train("pretrain")
     commands = [Command(*shared.command("incubate", module)) for module in (0, 1)]
     assert [command.wait() for command in commands] == [0, 0]
 
 
-def test_the_lock_is_free_after_a_phase(lab: Callable[..., Any]) -> None:
-    shared = lab("train.max_steps=1")
+def test_the_lock_is_free_after_a_phase(harness: Callable[..., Any]) -> None:
+    shared = harness("train.max_steps=1")
     assert run(*shared.command("pretrain")).wait() == 0
     assert owner_of(shared.run.phase("pretrain").path) == (1, {})
 
@@ -384,8 +384,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_stopped_owner_that_was_superseded_wakes_up_and_changes_nothing(lab: Callable[..., Any]) -> None:
-    shared = lab("train.max_steps=60", "checkpoint.every_steps=4", "log.every_steps=1", "schedule.name=constant")
+def test_a_stopped_owner_that_was_superseded_wakes_up_and_changes_nothing(harness: Callable[..., Any]) -> None:
+    shared = harness("train.max_steps=60", "checkpoint.every_steps=4", "log.every_steps=1", "schedule.name=constant")
     folder = shared.run.phase("pretrain")
     first = Command(*shared.command("pretrain"), before=partial(as_of, "elsewhere", 1.0))
     assert first.until(lambda: list(folder.checkpoints.glob("step-*/COMMITTED")))
