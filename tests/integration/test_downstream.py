@@ -63,16 +63,18 @@ def test_features_are_what_the_classifier_sees(tmp_path: Path) -> None:
         artifact(name, tmp_path / name)
         model, _ = load_model(tmp_path / name)
         images, labels = torch.randn(2, 3, 3, 32, 32), torch.arange(6)
-        batches = [Batch(pair, labels[:3] + 3 * at, *[labels[:3]] * 3) for at, pair in enumerate(images)]
+        batches = [
+            Batch({"images": pair, "labels": labels[:3] + 3 * at}, *[labels[:3]] * 3) for at, pair in enumerate(images)
+        ]
         features, found = pooled_features(model, batches, torch.device("cpu"))
         assert found.tolist() == labels.tolist()
         head = model.get_classifier()  # type: ignore[operator]
         torch.testing.assert_close(head(features[3:]), model.eval()(images[1]))
 
 
-def test_neighbours_vote_by_their_cosine() -> None:
+def test_neighbors_vote_by_their_cosine() -> None:
     bank = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    votes = knn_scores(bank, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.0]]), 3, neighbours=2, temperature=0.5)
+    votes = knn_scores(bank, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.0]]), 3, neighbors=2, temperature=0.5)
     torch.testing.assert_close(votes, torch.tensor([[1.0, 0.0, 0.0]]).exp() ** 2 - torch.tensor([[0.0, 0.0, 1.0]]))
 
 
