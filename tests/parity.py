@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from launching import LOUD, PHASES, launch, words
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 OPTIMIZERS = {"adamw": [], "lamb": ["optim.name=lamb", "train.lr=1e-2"]}
 EARLIER = {"pretrain": [], "incubate": ["meta"], "finetune": ["meta", "modules"]}
 MICRO = ["train.micro_batch=4"]
@@ -43,7 +43,7 @@ class Parity:
 
     def __init__(
         self,
-        harness: Labs,
+        harness: Harnesses,
         folder: Path,
         cases: Iterable[Case],
         *,

@@ -21,7 +21,7 @@ from bigincubate.optim import make_optimizer
 from bigincubate.sharding.ddp import Replicated
 from bigincubate.training import trainer as trainer_module
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 STRATEGIES = ["ddp", "oss"]
 STEPS = 6
 # two gradients a step in pre-training, with SGD; four in incubation, with AdamW and frozen blocks
@@ -77,7 +77,7 @@ def gradients() -> Tensor:
     return torch.randn(20, 1, 50) + torch.linspace(0.1, 5, 20).view(20, 1, 1) * torch.randn(20, 4, 50)
 
 
-def test_the_gain_is_the_papers(gradients: Tensor) -> None:
+def test_gain_is_the_papers(gradients: Tensor) -> None:
     expected = by_the_paper(list(gradients))
     gains, rates = accumulated(gradients)
     assert 1 < min(expected) < 1.1 < 2.5 < max(expected) < 4
@@ -85,7 +85,7 @@ def test_the_gain_is_the_papers(gradients: Tensor) -> None:
     assert rates == pytest.approx([0.1 * gain for gain in gains])
 
 
-def test_the_gain_is_fairscales(gradients: Tensor) -> None:
+def test_gain_is_fairscales(gradients: Tensor) -> None:
     adascale = pytest.importorskip("fairscale.optim.adascale")
     weight = nn.Parameter(torch.zeros(50))
     optimizer = adascale.AdaScale(torch.optim.SGD([weight], lr=0.1), world_size=1, num_gradients_to_accumulate=4)
@@ -109,7 +109,7 @@ def test_noise_gains_all_and_agreement_nothing(name: str, power: float) -> None:
     assert accumulated(torch.zeros(2, 2, 10), name)[0] == [1.0, 1.0]
 
 
-def test_a_step_that_is_not_finite_changes_no_average(gradients: Tensor) -> None:
+def test_step_that_is_not_finite_changes_no_average(gradients: Tensor) -> None:
     spoiled = torch.cat([gradients[:5], torch.full((1, 4, 50), float("nan")), gradients[5:]])
     gains, _ = accumulated(spoiled)
     assert gains[5] == gains[4]
@@ -122,7 +122,7 @@ def test_a_step_that_is_not_finite_changes_no_average(gradients: Tensor) -> None
 class Spread:
     """All that two ranks do in this file, in one launch."""
 
-    def __init__(self, harness: Labs, folder: Path) -> None:
+    def __init__(self, harness: Harnesses, folder: Path) -> None:
         self.single = harness(*SETS)
         for phase, module in PHASES:
             self.single.train(phase, module)
@@ -145,12 +145,12 @@ class Spread:
 
 
 @pytest.fixture(scope="module")
-def spread(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Spread:
+def spread(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Spread:
     return Spread(harness, tmp_path_factory.mktemp("adascale"))
 
 
 @pytest.mark.parametrize(("phase", "module", "power"), [("pretrain", None, 1.0), ("incubate", 1, 0.5)])
-def test_a_training_step_has_the_gain_of_its_micro_batches(
+def test_training_step_has_the_gain_of_its_micro_batches(
     spread: Spread, monkeypatch: pytest.MonkeyPatch, phase: str, module: int | None, power: float
 ) -> None:
     """Against their gradients, caught one by one; with frozen blocks, clipping and groups with and without decay."""
@@ -195,7 +195,7 @@ def test_gains_are_those_of_one_process(spread: Spread, strategy: str, phase: st
     assert weights[0] == weights[1]
 
 
-def test_the_gain_is_logged_and_the_rate_is_the_one_used(spread: Spread) -> None:
+def test_gain_is_logged_and_the_rate_is_the_one_used(spread: Spread) -> None:
     for phase, module in PHASES:
         rate = spread.single.recipe.settings(phase).train.lr
         rows = spread.single.log(phase, module)
@@ -205,7 +205,7 @@ def test_the_gain_is_logged_and_the_rate_is_the_one_used(spread: Spread) -> None
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_resume_goes_on_with_the_same_bits(spread: Spread, strategy: str) -> None:
+def test_resume_goes_on_with_the_same_bits(spread: Spread, strategy: str) -> None:
     assert spread.codes(strategy, "stopped") == [75, 75]
     assert spread.codes(strategy, "again") == [0, 0]
     assert spread.outcomes[strategy, "again"][0]["weights"] == spread.outcomes[strategy, "pretrain"][0]["weights"]
@@ -225,13 +225,15 @@ def test_strategies_that_show_no_gradients_are_refused_on_every_rank(spread: Spr
         assert outcome["err"].count("\n") == 1
 
 
-def test_one_gradient_a_step_is_refused(harness: Labs) -> None:
+def test_one_gradient_a_step_is_refused(harness: Harnesses) -> None:
     alone = harness(*SETS, "pretrain.train.micro_batch=32")
     with pytest.raises(ConfigError, match=r"a step has only one; use .* train\.micro_batch <= 16$"):
         alone.trainer("pretrain")
 
 
-def test_another_number_of_gradients_does_not_go_on(harness: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_with_another_number_of_gradients_is_refused(
+    harness: Harnesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stopped = harness(*SETS)
     step = trainer_module.Trainer.step
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from launching import LOUD, PHASES, digest, environment, launch, torchrun, words
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 
 
 class Ranks:
     """Everything that two ranks are asked to do in this file, done in one launch."""
 
-    def __init__(self, harness: Labs, digits: Path, folder: Path) -> None:
+    def __init__(self, harness: Harnesses, digits: Path, folder: Path) -> None:
         self.single = harness(*LOUD)
         for phase, module in PHASES:
             self.single.train(phase, module)
@@ -56,7 +56,7 @@ class Ranks:
 
 
 @pytest.fixture(scope="module")
-def ranks(harness: Labs, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+def ranks(harness: Harnesses, digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return Ranks(harness, digits, tmp_path_factory.mktemp("ranks"))
 
 
@@ -98,7 +98,7 @@ def test_frozen_tensors_are_the_meta_models(ranks: Ranks, module: int) -> None:
 
 
 @pytest.mark.parametrize(("phase", "module"), PHASES)
-def test_only_gradients_that_train_travel_and_once_a_step(ranks: Ranks, phase: str, module: int | None) -> None:
+def test_trainable_gradients_alone_are_reduced_once_per_step(ranks: Ranks, phase: str, module: int | None) -> None:
     key = phase if module is None else f"{phase}/{module}"
     planned = next(row for row in ranks.double.rows if row.key == key)
     assert planned.cost.allreduce_bytes == 4 * planned.cost.trainable
@@ -131,7 +131,7 @@ def test_ranks_score_a_partial_assembly_together(ranks: Ranks) -> None:
         assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-4)
 
 
-def test_a_signal_to_one_rank_stops_both_with_a_checkpoint(ranks: Ranks) -> None:
+def test_signal_to_one_rank_stops_both_with_a_checkpoint(ranks: Ranks) -> None:
     assert ranks.codes("stopped") == [75, 75]
     folder = ranks.stopped.run.phase("pretrain")
     assert [attempt["state"] for attempt in folder.read_attempts()] == ["preempted"]
@@ -151,7 +151,7 @@ def test_one_process_goes_on_where_two_ranks_stopped(ranks: Ranks) -> None:
     assert [row["train/loss"] for row in rows] == pytest.approx([row["train/loss"] for row in single], abs=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_on_one_rank_stops_both_alike(ranks: Ranks) -> None:
+def test_gradient_that_is_not_finite_on_one_rank_stops_both_alike(ranks: Ranks) -> None:
     assert ranks.codes("poisoned") == [5, 5]
     folder = ranks.poisoned.run.phase("pretrain")
     assert folder.read_attempts()[-1]["state"] == "failed"
@@ -167,7 +167,7 @@ def test_errors_reach_every_rank_and_none_waits(ranks: Ranks, name: str, code: i
         assert outcome["err"].count("\n") == 1
 
 
-def test_under_torchrun_a_stop_is_recorded_and_nothing_is_left_locked(harness: Labs) -> None:
+def test_stop_under_torchrun_is_recorded_and_releases_the_lease(harness: Harnesses) -> None:
     """torchrun changes exit codes: what happened is in ``attempts``."""
     long = harness("train.max_steps=400", "log.every_steps=1", "schedule.name=constant")
     folder = long.run.phase("pretrain")

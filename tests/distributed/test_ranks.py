@@ -26,7 +26,7 @@ from bigincubate.storage.checkpoint_manager import verify_checkpoint
 from bigincubate.storage.checkpoint_tools import convert_checkpoint
 from bigincubate.storage.lease import process_start_time
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 
 # ------------------------------------------------------------------------------------------------ any command
 
@@ -80,7 +80,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.3)
 
 
-def test_each_learns_who_it_is_and_where_the_others_are(tmp_path: Path) -> None:
+def test_rank_gets_its_number_and_the_store(tmp_path: Path) -> None:
     group = told(tmp_path, 0, 0, 0)
     assert end(group) == 0
     for rank, log in enumerate(group.logs):
@@ -88,7 +88,7 @@ def test_each_learns_who_it_is_and_where_the_others_are(tmp_path: Path) -> None:
         assert (world, local, address, port) == ("3", str(rank), "127.0.0.1", str(group.store.port))
 
 
-def test_one_alone_needs_no_meeting_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_rank_needs_no_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.delenv("MASTER_PORT", raising=False)
     group = told(tmp_path, 5)
@@ -109,7 +109,7 @@ def test_one_alone_needs_no_meeting_place(tmp_path: Path, monkeypatch: pytest.Mo
         ((1, -9), -9, "rank 1: ended by signal 9 (Killed)"),
     ],
 )
-def test_the_code_is_that_of_the_rank_that_knows_most(
+def test_exit_code_is_that_of_the_most_specific_error(
     codes: tuple[Any, ...], code: int, reason: str | None, tmp_path: Path
 ) -> None:
     group = told(tmp_path, *codes)
@@ -119,7 +119,7 @@ def test_the_code_is_that_of_the_rank_that_knows_most(
 
 @pytest.mark.parametrize("other", ["waits", "stubborn"])
 @pytest.mark.parametrize(("died", "why"), [(-9, "ended by signal 9 (Killed)"), (1, "line of 1")])
-def test_none_outlives_one_that_died(died: int, why: str, other: str, tmp_path: Path, hurried: None) -> None:
+def test_other_ranks_end_after_one_died(died: int, why: str, other: str, tmp_path: Path, hurried: None) -> None:
     """Those that do not follow are asked, then killed; what that does to them is not the cause."""
     group = told(tmp_path, other, died, other)
     assert end(group) == died
@@ -127,13 +127,13 @@ def test_none_outlives_one_that_died(died: int, why: str, other: str, tmp_path: 
     assert group.log == group.logs[1]
 
 
-def test_of_several_that_know_the_reason_the_first_is_heard(tmp_path: Path) -> None:
+def test_exit_code_is_the_first_of_equally_specific_ones(tmp_path: Path) -> None:
     group = told(tmp_path, "late 2", 2)
     assert end(group) == 2
     assert group.log == group.logs[0]
 
 
-def test_a_stop_reaches_each_rank_once(tmp_path: Path) -> None:
+def test_stop_signal_reaches_each_rank_once(tmp_path: Path) -> None:
     group = told(tmp_path, "counts", "counts")
     wait_for(lambda: all(log.read_text() for log in group.logs))
     for _ in range(2):
@@ -146,13 +146,13 @@ def test_a_stop_reaches_each_rank_once(tmp_path: Path) -> None:
     assert [log.read_text().count("asked") for log in group.logs] == [1, 1]
 
 
-def test_ranks_that_were_stopped_before_they_had_begun_are_no_failure(tmp_path: Path) -> None:
+def test_ranks_stopped_before_they_began_are_no_failure(tmp_path: Path) -> None:
     group = told(tmp_path, "waits", "waits")
     group.stop()
     assert end(group) == -signal.SIGTERM
 
 
-def test_where_one_cannot_be_started_none_stays(tmp_path: Path) -> None:
+def test_rank_that_cannot_start_ends_the_others(tmp_path: Path) -> None:
     (tmp_path / "1.log").mkdir()
     with pytest.raises(IsADirectoryError):
         told(tmp_path, "waits", "waits")
@@ -199,7 +199,7 @@ def nameless() -> None:
 class Together:
     """A run of two ranks under FSDP2: stopped, its checkpoint rewritten, one rank killed, finished."""
 
-    def __init__(self, harness: Labs, folder: Path) -> None:
+    def __init__(self, harness: Harnesses, folder: Path) -> None:
         sets = [*LOUD, "pretrain.train.max_steps=40"]
         self.single = harness(*sets)
         for phase, module in PHASES:
@@ -252,11 +252,11 @@ class Together:
 
 
 @pytest.fixture(scope="module")
-def together(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Together:
+def together(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Together:
     return Together(harness, tmp_path_factory.mktemp("together"))
 
 
-def test_a_stop_is_one_checkpoint_of_both_and_exit_75(together: Together) -> None:
+def test_stop_writes_one_checkpoint_and_exits_75(together: Together) -> None:
     assert together.stopped_code == 75, together.stopped.err
     assert together.stopped.out.count("stopping:") == 1
     assert "failed" not in together.stopped.out
@@ -267,7 +267,7 @@ def test_a_stop_is_one_checkpoint_of_both_and_exit_75(together: Together) -> Non
     assert verify_checkpoint(together.original) is None
 
 
-def test_a_killed_rank_ends_the_other_and_is_named(together: Together) -> None:
+def test_killed_rank_is_named_and_ends_the_other(together: Together) -> None:
     assert together.killed_code == 3
     assert len(together.ranks) == 2
     assert "meta model: failed (exit -9): rank 1: ended by signal 9 (Killed)\n" in together.killed.out
@@ -279,12 +279,12 @@ def test_a_killed_rank_ends_the_other_and_is_named(together: Together) -> None:
     assert together.second_attempt["state"] == "failed"  # of the one that stayed
 
 
-def test_ranks_whose_launcher_was_killed_save_and_leave(together: Together) -> None:
+def test_ranks_of_a_killed_launcher_save_and_exit(together: Together) -> None:
     assert together.third_attempt["state"] == "preempted"
     assert together.third_attempt["attempt"] == 3
 
 
-def test_the_same_command_again_ends_with_the_losses_of_one_process(together: Together) -> None:
+def test_repeated_command_ends_with_the_losses_of_one_process(together: Together) -> None:
     assert together.last_code == 0, together.last.out
     for phase, module in PHASES:
         expected, found = together.single.log(phase, module), together.double.log(phase, module)
@@ -297,7 +297,7 @@ def test_the_same_command_again_ends_with_the_losses_of_one_process(together: To
     assert (together.double.run.path / "export" / "model.safetensors").exists()
 
 
-def test_what_is_shown_is_shown_once(together: Together) -> None:
+def test_output_is_printed_once(together: Together) -> None:
     lines = together.last.out.splitlines()
     for title in ("meta model", "module 0", "module 1", "fine-tuning"):
         assert lines.count(f"{title}: started") == 1
@@ -307,14 +307,14 @@ def test_what_is_shown_is_shown_once(together: Together) -> None:
     assert len(steps) == len(set(steps))
 
 
-def test_the_machines_name_need_not_resolve(together: Together) -> None:
+def test_host_name_need_not_resolve(together: Together) -> None:
     if "does not resolve" not in together.last.err:
         refused = together.last.err.strip()
         pytest.skip(f"unshare is not permitted here: {refused}" if refused else "here every name resolves")
     assert together.last_code == 0
 
 
-def test_a_batch_that_ranks_cannot_share_is_said_once(harness: Labs) -> None:
+def test_indivisible_batch_is_reported_once(harness: Harnesses) -> None:
     odd = harness()
     command = Command("run", odd.run.recipe_file, "--run-dir", odd.run.path, "--nproc", 3, before=nameless)
     assert command.wait() == 2
@@ -322,7 +322,7 @@ def test_a_batch_that_ranks_cannot_share_is_said_once(harness: Labs) -> None:
     assert f"log: {odd.run.phase('pretrain').path / 'logs' / 'train.log'}\n" in command.out
 
 
-def test_one_process_goes_on_from_the_rewritten_checkpoint_of_two(together: Together) -> None:
+def test_one_process_resumes_from_the_converted_checkpoint_of_two(together: Together) -> None:
     together.alone.train("pretrain")
     expected, found = together.single.log("pretrain"), together.alone.log("pretrain")
     assert [row["step"] for row in found] == list(range(1, 41))

@@ -18,7 +18,7 @@ from bigincubate.errors import ConfigError
 pytest.importorskip("deepspeed")
 pytest.importorskip("fairscale")
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 STRATEGIES = ["ddp", "fsdp2", "oss", "zero1", "zero2", "zero3"]
 PHASES = ["pretrain", "incubate", "finetune"]
 # fp32: another order of the same additions. bf16, whose 8 bits carry 4e-3: products of other shapes round elsewhere.
@@ -75,17 +75,17 @@ CHAIN = ["ddp", "zero1", "fsdp2", "zero3", "oss", "zero2", "ddp"]
 
 
 @pytest.fixture(scope="module")
-def parity(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Parity:
+def parity(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     return Parity(harness, tmp_path_factory.mktemp("parity"), THINNED)
 
 
 @pytest.fixture(scope="module")
-def full(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Parity:
+def full(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     return Parity(harness, tmp_path_factory.mktemp("full"), FULL, sets=["train.max_steps=20"])
 
 
 @pytest.fixture(scope="module")
-def four(harness: Labs, parity: Parity, tmp_path_factory: pytest.TempPathFactory) -> Parity:
+def four(harness: Harnesses, parity: Parity, tmp_path_factory: pytest.TempPathFactory) -> Parity:
     return Parity(harness, tmp_path_factory.mktemp("four"), FOUR, world=4, single=parity.single)
 
 
@@ -97,12 +97,12 @@ def test_losses_and_norms_are_those_of_one_process(parity: Parity, case: Case) -
 
 @pytest.mark.full
 @pytest.mark.parametrize("case", FULL, ids=str)
-def test_twenty_steps_of_everything(full: Parity, case: Case) -> None:
+def test_twenty_steps_of_every_strategy_have_the_same_losses(full: Parity, case: Case) -> None:
     full.check(case, tolerance(case))
 
 
 @pytest.mark.parametrize("case", FOUR, ids=str)
-def test_four_ranks(four: Parity, case: Case) -> None:
+def test_losses_of_four_ranks_are_those_of_one_process(four: Parity, case: Case) -> None:
     four.check(case, TOLERANCE["fp32"])
 
 
@@ -117,7 +117,7 @@ def test_frozen_tensors_keep_their_bits_on_every_rank(parity: Parity, case: Case
 
 
 @pytest.mark.parametrize("case", [case for case in THINNED if case.phase == "pretrain"][1:], ids=str)
-def test_each_rank_writes_its_share_and_no_more(parity: Parity, case: Case) -> None:
+def test_rank_writes_only_its_own_shards(parity: Parity, case: Case) -> None:
     written = [
         sorted(file.stat().st_size for file in folder.glob("rank-*.safetensors"))
         for one in (parity.spread[case], parity.single["lamb", "fp32"])
@@ -128,14 +128,14 @@ def test_each_rank_writes_its_share_and_no_more(parity: Parity, case: Case) -> N
     assert written[0][1] < 0.68 * sum(written[1])
 
 
-def test_replicas_write_once(four: Parity) -> None:
+def test_replicated_tensors_are_written_once(four: Parity) -> None:
     folder = four.spread[FOUR[0]].run.phase("pretrain").checkpoints / "step-00000012"
     sizes = [file.stat().st_size for file in sorted(folder.glob("rank-*.safetensors"))]
     assert max(sizes[2:], default=0) < 100 < 10_000 < min(sizes[:2])
 
 
-def test_every_strategy_goes_on_from_the_checkpoint_of_another(
-    parity: Parity, harness: Labs, tmp_path_factory: pytest.TempPathFactory
+def test_strategy_resumes_from_the_checkpoint_of_another(
+    parity: Parity, harness: Harnesses, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """LAMB, whose trust ratios need whole parameters, with its counts and a moving average, through all of them."""
     handed = harness(*LOUD, *OPTIMIZERS["lamb"])
@@ -155,7 +155,9 @@ def test_every_strategy_goes_on_from_the_checkpoint_of_another(
 
 
 @pytest.mark.full
-def test_four_ranks_hand_over_to_two_and_two_to_one(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_checkpoint_of_four_ranks_resumes_on_two_and_on_one(
+    harness: Harnesses, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Each strategy starts, the one after it goes on with half the ranks, and one process ends."""
     single = harness(*LOUD, *OPTIMIZERS["lamb"])
     single.train("pretrain")
@@ -175,7 +177,7 @@ def test_four_ranks_hand_over_to_two_and_two_to_one(harness: Labs, tmp_path_fact
         assert [row["train/loss"] for row in found] == pytest.approx([r["train/loss"] for r in expected], rel=1e-5)
 
 
-def test_modules_of_different_strategies_assemble(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_modules_of_different_strategies_assemble(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Four modules, four strategies, one meta model; then fine-tuning under a fifth."""
     sets = ["plan.target_depths=[2, 2, 2, 2]", "plan.meta_depths=[1, 1, 1, 1]", "train.max_steps=3"]
     mixed, single = harness(*sets), harness(*sets)
@@ -191,7 +193,7 @@ def test_modules_of_different_strategies_assemble(harness: Labs, tmp_path_factor
         torch.testing.assert_close(mixed.weights("finetune")[name], tensor, atol=1e-4, rtol=1e-3)
 
 
-def test_what_cannot_be_right_is_refused() -> None:
+def test_impossible_settings_are_refused() -> None:
     from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.sharding import make_sharding
 
@@ -216,7 +218,7 @@ def test_what_cannot_be_right_is_refused() -> None:
         load_recipe("digits", ["sharding.strategy=fsdp1"])
 
 
-def test_a_phase_may_have_its_own_strategy() -> None:
+def test_phase_may_have_a_strategy_of_its_own() -> None:
     recipe = load_recipe("digits", ["sharding.strategy=ddp", "finetune.sharding.strategy=fsdp2"])
     assert recipe.settings("finetune").sharding.strategy == "fsdp2"
     assert recipe.settings("incubate").sharding.strategy == "ddp"

@@ -15,7 +15,7 @@ from test_ranks import children, wait_for
 from bigincubate.distributed import watchdog
 from bigincubate.storage.lease import process_start_time
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 LONG = ["train.max_steps=100000", "log.every_steps=1", "schedule.name=constant"]
 
 
@@ -39,7 +39,7 @@ def impatient_launcher() -> None:
     impatient()
 
 
-def test_of_two_ranks_of_a_launcher_one_is_stopped(harness: Labs) -> None:
+def test_stopped_rank_is_named_by_the_other(harness: Harnesses) -> None:
     long = harness(*LONG)
     folder = long.run.phase("pretrain")
     words = ["run", long.run.recipe_file, "--run-dir", long.run.path, "--jobs", 1, "--nproc", 2]
@@ -82,7 +82,7 @@ def as_under_srun(harness: Any, before: Callable[[], None] | None = None) -> lis
     ]
 
 
-def test_the_rank_that_hosts_the_store_is_stopped(harness: Labs) -> None:
+def test_stopped_host_of_the_store_is_named(harness: Harnesses) -> None:
     """As under srun, where rank 0 does."""
     long = harness(*LONG)
     folder = long.run.phase("pretrain")
@@ -100,5 +100,5 @@ def test_the_rank_that_hosts_the_store_is_stopped(harness: Labs) -> None:
         assert ranks[0].kill() == -signal.SIGKILL
 
 
-def test_a_silent_rank_is_found_within_half_a_minute() -> None:
+def test_silent_rank_is_found_within_half_a_minute() -> None:
     assert (watchdog.MAX_UNCHANGED_POLLS + 1) * watchdog.POLL_SECONDS + 2.5 * watchdog.POLL_SECONDS <= 30

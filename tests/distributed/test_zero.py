@@ -22,7 +22,7 @@ from bigincubate.sharding.zero_config import deepspeed_config, shipped_config_pa
 
 pytest.importorskip("deepspeed")
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 STRATEGIES = ["zero1", "zero2", "zero3"]
 AVERAGED = [*LOUD, 'pretrain.export="ema"', "log.eval_every_epochs=1", "train.batch_size=128", "train.max_steps=20"]
 
@@ -35,7 +35,7 @@ def using(strategy: str, file: Path | None = None, micro_batch: int = 8) -> list
 class Spread:
     """All that two ranks do in this file, in one launch."""
 
-    def __init__(self, harness: Labs, folder: Path) -> None:
+    def __init__(self, harness: Harnesses, folder: Path) -> None:
         # in a model as small as this one, stage 3 would keep every parameter whole
         cut = json.loads(shipped_config_path("zero3").read_text())
         cut["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -66,12 +66,12 @@ class Spread:
 
 
 @pytest.fixture(scope="module")
-def spread(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Spread:
+def spread(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Spread:
     return Spread(harness, tmp_path_factory.mktemp("zero"))
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_average_is_evaluated_and_handed_on_and_training_goes_on_without_it(spread: Spread, strategy: str) -> None:
+def test_ema_is_evaluated_and_published_without_changing_training(spread: Spread, strategy: str) -> None:
     assert spread.codes("averaged", strategy) == [0, 0]
     single, double = spread.averaged, spread.means[strategy]
     expected, found = single.log("pretrain"), double.log("pretrain")
@@ -85,7 +85,7 @@ def test_the_average_is_evaluated_and_handed_on_and_training_goes_on_without_it(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(spread: Spread, strategy: str) -> None:
+def test_step_not_finite_on_one_rank_is_skipped_on_both(spread: Spread, strategy: str) -> None:
     assert spread.codes("poisoned", strategy) == [0, 0]
     expected, found = (spread.poisoned[name].log("pretrain") for name in ("ddp", strategy))
     assert [row["train/skipped"] for row in found] == [0.0] * 2 + [1.0] * 2
@@ -102,7 +102,7 @@ def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_both(spread: Sprea
         ("compiled", "fails or hangs with train.compile"),
     ],
 )
-def test_what_cannot_be_right_is_one_line_on_every_rank(spread: Spread, name: str, word: str) -> None:
+def test_impossible_settings_give_one_line_on_every_rank(spread: Spread, name: str, word: str) -> None:
     assert spread.codes(name) == [2, 2]
     for outcome in spread.outcomes[name]:
         assert outcome["err"].startswith("bigincubate: ")
@@ -110,7 +110,7 @@ def test_what_cannot_be_right_is_one_line_on_every_rank(spread: Spread, name: st
         assert word in outcome["err"]
 
 
-def test_deepspeed_says_nothing(spread: Spread) -> None:
+def test_deepspeed_prints_nothing(spread: Spread) -> None:
     for name, outcomes in spread.outcomes.items():
         if "poisoned" not in name:
             assert all(outcome["err"].count("\n") <= 1 for outcome in outcomes), name
@@ -137,7 +137,7 @@ def configured(file: Path, **train: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_a_file_that_contradicts_the_recipe_is_refused(tmp_path: Path, key: str) -> None:
+def test_config_file_that_contradicts_the_recipe_is_refused(tmp_path: Path, key: str) -> None:
     file = tmp_path / "mine.json"
     value, word = REFUSED[key]
     file.write_text(json.dumps({key: value}))
@@ -149,7 +149,7 @@ def test_a_file_that_contradicts_the_recipe_is_refused(tmp_path: Path, key: str)
     assert "\n" not in text
 
 
-def test_a_file_may_say_what_the_recipe_says(tmp_path: Path) -> None:
+def test_config_file_may_repeat_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     agreeing = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2}
     agreeing |= {"gradient_clipping": "auto", "bf16": {"enabled": False}, "zero_optimization": {"stage": 2, "a": 1}}
@@ -161,7 +161,7 @@ def test_a_file_may_say_what_the_recipe_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "word"), [("{", "not valid JSON"), ("[]", "is an object"), ('{"bf16": 1}', "bf16 must be an object")]
 )
-def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, word: str) -> None:
+def test_invalid_config_file_is_refused(tmp_path: Path, text: str, word: str) -> None:
     file = tmp_path / "mine.json"
     file.write_text(text)
     with pytest.raises(ConfigError, match=word):
@@ -170,7 +170,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str, w
         configured(tmp_path / "none.json")
 
 
-def test_one_process_is_told_of_a_contradiction_too(tmp_path: Path) -> None:
+def test_config_file_is_checked_in_one_process_too(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text('{"gradient_clipping": 3}')
     with pytest.raises(ConfigError, match="gradient_clipping"):
@@ -180,7 +180,7 @@ def test_one_process_is_told_of_a_contradiction_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop", "lion"])
-def test_optimizers_that_are_let_through_treat_elements_alone(name: str) -> None:
+def test_allowed_optimizers_are_elementwise(name: str) -> None:
     """One tensor or two halves of it laid into one slice with another: the same bits."""
     from timm.optim import create_optimizer_v2
 
@@ -208,7 +208,7 @@ def test_optimizers_that_need_whole_tensors_are_refused(name: str) -> None:
         flat_slice_optimizer(create_optimizer_v2(torch.nn.Linear(3, 3), opt=name, lr=0.1))
 
 
-def test_without_deepspeed_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_deepspeed_gives_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     from bigincubate.compat.deepspeed import import_deepspeed
     from bigincubate.errors import MissingDependencyError
 
@@ -217,12 +217,12 @@ def test_without_deepspeed_the_line_says_how_to_get_it(monkeypatch: pytest.Monke
         import_deepspeed("cpu")
 
 
-def test_deepspeed_is_imported_only_where_it_is_chosen(harness: Labs) -> None:
+def test_deepspeed_is_imported_only_where_it_is_chosen(harness: Harnesses) -> None:
     code = "import sys, bigincubate.training.trainer, bigincubate.sharding.zero; print('deepspeed' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
     assert ended.stdout.strip() == "False"
 
 
-def test_the_recipe_knows_the_strategies() -> None:
+def test_recipe_schema_has_the_strategies() -> None:
     for strategy in STRATEGIES:
         assert load_recipe("digits", [f"sharding.strategy={strategy}"]).sharding.strategy == strategy

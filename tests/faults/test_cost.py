@@ -32,7 +32,7 @@ class NoHash:
 
 @pytest.mark.faults
 @pytest.mark.scenario("cost")
-def test_cost(trial_log: TrialLog, tmp_path: Path) -> None:
+def test_cost_of_fault_tolerance(trial_log: TrialLog, tmp_path: Path) -> None:
     tensors = {f"w{index}": torch.randn(2**20 // 4 * 16) for index in range(MIB // 16)}
 
     def no_hash(patch: pytest.MonkeyPatch) -> None:

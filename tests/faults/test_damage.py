@@ -111,7 +111,7 @@ def test_damage_is_found(trial_log: TrialLog, files: Files, tmp_path: Path, caps
         )
 
 
-def test_a_checkpoint_under_another_steps_name_is_refused(files: Files, tmp_path: Path) -> None:
+def test_checkpoint_under_another_steps_name_is_refused(files: Files, tmp_path: Path) -> None:
     old, new = (tmp_path / "checkpoints" / f"step-{step:08d}" for step in (4, 8))
     new.rename(tmp_path / "aside")
     old.rename(new)

@@ -103,7 +103,7 @@ def fill(small: Path) -> int:
 
 
 @pytest.mark.scenario("disk")
-def test_a_disk_that_fails(trial_log: TrialLog, tmp_path: Path, small: Path | None) -> None:
+def test_failing_disk_loses_nothing(trial_log: TrialLog, tmp_path: Path, small: Path | None) -> None:
     for trial in trial_log.trials():
         with trial_log.keep(trial):
             calls = sum(fail_everywhere(tmp_path, number) for number in ERRORS)

@@ -18,7 +18,7 @@ import torch
 from forked import Command, fork_ranks
 from trial_log import FULL, ROOT, Trial, TrialLog
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 STEPS, EVERY = 24, 3
 SETS = [
     *("mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "ema.decay=0.9", "loss.label_smoothing=0.1"),
@@ -31,7 +31,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class Runs:
     """A finished run, and copies of it that lack one phase."""
 
-    def __init__(self, harness: Labs, folder: Path, world: int) -> None:
+    def __init__(self, harness: Harnesses, folder: Path, world: int) -> None:
         self.world, self.folder = world, folder
         self.harness = harness(*SETS)
         if world == 1:
@@ -74,7 +74,7 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Runs]:
+def runs(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Runs]:
     made: dict[int, Runs] = {}
 
     def get(world: int) -> Runs:
@@ -181,7 +181,7 @@ def attack(trial: Trial, runs: Callable[[int], Runs]) -> None:
 
 
 @pytest.mark.scenario("kill")
-def test_kill_9(trial_log: TrialLog, runs: Callable[[int], Runs]) -> None:
+def test_run_killed_at_any_moment_ends_with_the_same_bits(trial_log: TrialLog, runs: Callable[[int], Runs]) -> None:
     for trial in trial_log.trials():
         with trial_log.keep(trial):
             attack(trial, runs)
@@ -210,7 +210,7 @@ def stop(trial: Trial, run: Runs) -> None:
 
 
 @pytest.mark.scenario("signal")
-def test_signals(trial_log: TrialLog, runs: Callable[[int], Runs]) -> None:
+def test_run_stopped_by_any_signal_ends_with_the_same_bits(trial_log: TrialLog, runs: Callable[[int], Runs]) -> None:
     for trial in trial_log.trials():
         with trial_log.keep(trial):
             stop(trial, runs(1))

@@ -19,7 +19,7 @@ from bigincubate.storage.sharded_tensors import ShardedTensorReader
 pytest.importorskip("deepspeed")
 pytest.importorskip("fairscale")
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 STEPS, HALF = 50, 25
 LAYOUTS = [("none", 1), *itertools.product(STRATEGIES, (2, 4))]
 SETS = [*LOUD, f"train.max_steps={STEPS}", "ema.decay=0.9", f"checkpoint.every_steps={STEPS}"]
@@ -34,7 +34,7 @@ def tensors(checkpoints: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def stopped(harness: Labs, tmp_path: Path) -> dict[tuple[str, int], Any]:
+def stopped(harness: Harnesses, tmp_path: Path) -> dict[tuple[str, int], Any]:
     """A run in each layout, stopped half-way."""
     labs = {layout: harness(*SETS) for layout in LAYOUTS}
     for world in (1, 2, 4):
@@ -48,7 +48,9 @@ def stopped(harness: Labs, tmp_path: Path) -> dict[tuple[str, int], Any]:
 
 @pytest.mark.faults
 @pytest.mark.scenario("layouts")
-def test_layouts(trial_log: TrialLog, harness: Labs, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_layout_may_change_at_any_step(
+    trial_log: TrialLog, harness: Harnesses, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     assert trial_log.scenario.full == len(LAYOUTS)
     single = harness(*SETS)
     single.train("pretrain")

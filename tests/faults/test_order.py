@@ -19,7 +19,7 @@ CASES = tuple(itertools.product(CUTS, (1, 2, 4), (0, 2)))
 
 @pytest.mark.faults
 @pytest.mark.scenario("order")
-def test_order(trial_log: TrialLog, info: Any, whole: Any) -> None:
+def test_checkpoint_calls_keep_their_order(trial_log: TrialLog, info: Any, whole: Any) -> None:
     assert trial_log.scenario.full == len(CASES)
     for trial in trial_log.trials():
         with trial_log.keep(trial):

@@ -126,7 +126,7 @@ def shape(tree: Tree) -> Any:
 
 
 @pytest.mark.scenario("crash")
-def test_a_power_cut_after_every_call(
+def test_power_cut_after_every_call(
     trial_log: TrialLog, tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for trial in trial_log.trials():
@@ -137,7 +137,7 @@ def test_a_power_cut_after_every_call(
     trial_log.check()
 
 
-def test_the_layer_tells_what_was_done_and_loses_what_may_be_lost(tmp_path: Path) -> None:
+def test_layer_records_calls_and_loses_unsynced_data(tmp_path: Path) -> None:
     """The judge is judged: a writer that forgets one fsync is found out."""
     with recorded(tmp_path) as calls:
         (tmp_path / "new").write_text("content")

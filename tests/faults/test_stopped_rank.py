@@ -14,12 +14,12 @@ from test_ranks import children
 from test_watchdog import LONG, as_under_srun
 from trial_log import Trial, TrialLog
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 
 
 @pytest.mark.faults
 @pytest.mark.scenario("stopped-rank")
-def test_a_rank_is_stopped(trial_log: TrialLog, harness: Labs) -> None:
+def test_stopped_rank_is_found_and_named(trial_log: TrialLog, harness: Harnesses) -> None:
     for trial in trial_log.trials():
         with trial_log.keep(trial):
             (of_a_launcher, of_srun)[trial.number % 2](trial, harness(*LONG))

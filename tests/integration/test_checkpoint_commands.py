@@ -24,11 +24,11 @@ from bigincubate.storage.checkpoint_tools import convert_checkpoint, list_checkp
 from bigincubate.storage.lease import acquire_lease
 from bigincubate.storage.sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def trained(harness: Labs) -> Any:
+def trained(harness: Harnesses) -> Any:
     """A meta model and a module, twelve steps each, saved at 8 and 12."""
     made = harness("optim.name=lamb")
     made.train("pretrain")
@@ -54,7 +54,7 @@ def step(harness: Any, number: int, part: str = "meta") -> Path:
 # ------------------------------------------------------------------------------------------------ list
 
 
-def test_a_runs_checkpoints_are_listed_with_their_state(mine: Any) -> None:
+def test_list_shows_the_state_of_each_checkpoint(mine: Any) -> None:
     flip_a_bit(step(mine, 8) / "rank-00000.safetensors")
     (step(mine, 12, "modules/01") / "COMMITTED").unlink()
     (mine.run.path / "meta" / "checkpoints" / ".saving-00000016-abc").mkdir()
@@ -82,7 +82,7 @@ def test_a_runs_checkpoints_are_listed_with_their_state(mine: Any) -> None:
     assert lines[str(step(mine, 12, "modules/01"))][3:5] == ["no", "-"]
 
 
-def test_a_phase_its_checkpoints_and_one_of_them_are_listed_too(mine: Any) -> None:
+def test_list_takes_a_phase_or_one_checkpoint(mine: Any) -> None:
     def steps(folder: Path) -> list[int]:
         return [row["step"] for row in list_checkpoints(folder)]
 
@@ -102,7 +102,7 @@ def test_steps_are_in_numeric_order(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ verify
 
 
-def test_all_sound(mine: Any) -> None:
+def test_verify_of_valid_checkpoints_succeeds(mine: Any) -> None:
     verified = run("checkpoint", "verify", mine.run.path)
     assert (verified.wait(), verified.err) == (0, "")
     phases = ("meta", "modules/01")
@@ -111,7 +111,7 @@ def test_all_sound(mine: Any) -> None:
     ]
 
 
-def test_each_damaged_one_is_named_in_one_line(mine: Any) -> None:
+def test_verify_names_each_damaged_checkpoint(mine: Any) -> None:
     flip_a_bit(step(mine, 8) / "rank-00000.safetensors")
     flip_a_bit(step(mine, 12) / "state.json")
     verified = run("checkpoint", "verify", mine.run.path)
@@ -167,7 +167,7 @@ def same(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 4, 30])
-def test_every_tensor_keeps_its_bits_dtype_and_shape(world: int, ranks: int, tmp_path: Path) -> None:
+def test_convert_keeps_bits_dtypes_and_shapes(world: int, ranks: int, tmp_path: Path) -> None:
     source, out = spread(tmp_path, world), tmp_path / "deep" / "converted"
     convert_checkpoint(source, out, ranks=ranks)
     assert verify_checkpoint(out) is None
@@ -184,7 +184,7 @@ def test_every_tensor_keeps_its_bits_dtype_and_shape(world: int, ranks: int, tmp
     assert verify_checkpoint(source) is None
 
 
-def test_one_file_needs_safetensors_alone(tmp_path: Path) -> None:
+def test_converted_file_needs_safetensors_alone(tmp_path: Path) -> None:
     convert_checkpoint(spread(tmp_path, 3), tmp_path / "out")
     assert sorted(file.name for file in (tmp_path / "out").iterdir() if file.suffix == ".safetensors") == [
         "rank-00000.safetensors"
@@ -192,7 +192,7 @@ def test_one_file_needs_safetensors_alone(tmp_path: Path) -> None:
     assert same(load_file(tmp_path / "out" / "rank-00000.safetensors"), LOGICAL)
 
 
-def test_a_phase_resumes_with_the_same_bits_from_what_was_converted(mine: Any, trained: Any, tmp_path: Path) -> None:
+def test_phase_resumes_to_the_bit_from_a_converted_checkpoint(mine: Any, trained: Any, tmp_path: Path) -> None:
     folder = mine.run.phase("incubate", 1)
     for path in (folder.artifact, step(mine, 12, "modules/01")):
         shutil.rmtree(path)
@@ -210,7 +210,7 @@ def test_a_phase_resumes_with_the_same_bits_from_what_was_converted(mine: Any, t
     assert same(dict(tensors_of(step(mine, 12, "modules/01"))), dict(tensors_of(step(trained, 12, "modules/01"))))
 
 
-def test_nothing_is_unpickled_and_no_rank_is_asked(tmp_path: Path) -> None:
+def test_convert_unpickles_nothing_and_starts_no_process_group(tmp_path: Path) -> None:
     source = spread(tmp_path, 3)
     for words in (["list", tmp_path], ["verify", source], ["convert", source, tmp_path / "out"]):
         ended = run("checkpoint", *words, before=no_pickles)
@@ -227,7 +227,7 @@ def no_pickles() -> None:
     torch.distributed.init_process_group = die
 
 
-def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_conversion_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = spread(tmp_path, 3)
     opened = Path.open
 
@@ -246,7 +246,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 # ------------------------------------------------------------------------------------------------ prune
 
 
-def test_old_damaged_and_unfinished_ones_go_and_sound_ones_stay(tmp_path: Path) -> None:
+def test_prune_removes_old_damaged_and_unfinished_checkpoints(tmp_path: Path) -> None:
     folder = tmp_path / "meta" / "checkpoints"
     checkpoints = CheckpointManager.open(folder, DistributedContext(), digest="d", keep=9)
     for number in (4, 8, 12, 16, 20):
@@ -263,7 +263,7 @@ def test_old_damaged_and_unfinished_ones_go_and_sound_ones_stay(tmp_path: Path) 
     assert same(dict(tensors_of(folder / "step-00000016")), LOGICAL)
 
 
-def test_where_all_are_damaged_none_is_removed(mine: Any) -> None:
+def test_prune_keeps_everything_if_all_are_damaged(mine: Any) -> None:
     for number in (8, 12):
         flip_a_bit(step(mine, number) / "state.json")
     pruned = run("checkpoint", "prune", mine.run.path, "--keep", 1)
@@ -275,7 +275,7 @@ def test_where_all_are_damaged_none_is_removed(mine: Any) -> None:
     assert [row["step"] for row in list_checkpoints(mine.run.path)] == [8, 12, 12]  # of the module, the newest
 
 
-def test_what_somebody_trains_is_left_alone(mine: Any) -> None:
+def test_prune_leaves_a_phase_in_training_alone(mine: Any) -> None:
     with acquire_lease(mine.run.path / "meta", DistributedContext()):
         pruned = run("checkpoint", "prune", mine.run.path, "--keep", 1)
         assert pruned.wait() == 7
@@ -283,7 +283,7 @@ def test_what_somebody_trains_is_left_alone(mine: Any) -> None:
     assert [row["step"] for row in list_checkpoints(mine.run.path / "meta")] == [8, 12]
 
 
-def test_one_checkpoint_is_not_pruned(mine: Any) -> None:
+def test_prune_refuses_a_single_checkpoint(mine: Any) -> None:
     pruned = run("checkpoint", "prune", step(mine, 8))
     assert (pruned.wait(), step(mine, 8).exists()) == (2, True)
     assert "give a run directory" in pruned.err

@@ -16,7 +16,7 @@ from forked import Command, run
 from bigincubate import __version__
 from bigincubate.config import list_shipped_recipes
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 Called = Callable[..., Any]
 
 
@@ -29,7 +29,7 @@ def test_help_and_version(call: Called) -> None:
     assert call("train", "-h")[0] == 0
 
 
-def test_plan(call: Called) -> None:
+def test_plan_prints_every_phase(call: Called) -> None:
     code, out, _ = call("plan", "digits", "--json")
     assert code == 0
     rows = json.loads(out)["rows"]
@@ -42,7 +42,7 @@ def test_plan(call: Called) -> None:
     assert max(map(len, out.splitlines())) > 80  # not folded to a terminal that is not there
 
 
-def test_recipes(call: Called) -> None:
+def test_recipes_lists_the_shipped_ones(call: Called) -> None:
     code, out, _ = call("recipes")
     assert code == 0
     for name, file in list_shipped_recipes().items():
@@ -50,7 +50,7 @@ def test_recipes(call: Called) -> None:
         assert str(file) in out
 
 
-def test_doctor(call: Called) -> None:
+def test_doctor_checks_the_environment(call: Called) -> None:
     code, out, _ = call("doctor")
     checks = json.loads(call("doctor", "--json")[1])
     assert code == (0 if all(check["ok"] or not check["needed"] for check in checks) else 3)
@@ -71,7 +71,7 @@ def test_evaluate_a_run_a_phase_an_artifact_and_an_export(place: Any, call: Call
     assert re.match(r"top-1 [\d.]+%, top-5 [\d.]+%, loss [\d.]+ on \d+ images of ", out)
 
 
-def test_evaluating_on_data_of_other_classes_is_refused(place: Any, call: Called, tmp_path: Path) -> None:
+def test_evaluate_refuses_data_of_other_classes(place: Any, call: Called, tmp_path: Path) -> None:
     from PIL import Image
 
     for name in ("cat", "dog"):
@@ -93,7 +93,7 @@ def test_export_prints_the_python_that_loads_it(place: Any, call: Called) -> Non
     assert "timm.create_model('vit_tiny_patch16_224', pretrained=True" in out
 
 
-def test_a_reader_that_leaves_is_not_answered_with_a_traceback() -> None:
+def test_closed_pipe_gives_no_traceback() -> None:
     left = Command("recipes", before=close_stdout)
     assert left.wait() == 1  # as everywhere where click reads the command line
     assert left.err == ""
@@ -109,7 +109,7 @@ def close_stdout() -> None:
 # ------------------------------------------------------------------------------------------------ status
 
 
-def test_status_at_every_stage(harness: Labs, call: Called) -> None:
+def test_status_at_every_stage(harness: Harnesses, call: Called) -> None:
     watched = harness(
         "log.every_steps=1", "train.max_steps=400", "checkpoint.every_steps=5", "finetune.train.max_steps=2"
     )
@@ -161,7 +161,7 @@ def test_status_at_every_stage(harness: Labs, call: Called) -> None:
     assert (row["headline"], row["unit"]) == ("top1", "images")
 
 
-def test_watching_ends_with_ctrl_c(done: Any, call: Called, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_watch_ends_with_ctrl_c(done: Any, call: Called, monkeypatch: pytest.MonkeyPatch) -> None:
     naps = []
 
     def sleep(seconds: float) -> None:

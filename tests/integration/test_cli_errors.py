@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 Called = Callable[..., Any]
 
 
@@ -193,7 +193,7 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_one_line_and_a_documented_code(name: str, place: Any, call: Called) -> None:
+def test_bad_input_gives_one_line_and_a_documented_code(name: str, place: Any, call: Called) -> None:
     code, says, words = WRONG[name]
     found, _, err = call(*words(place))
     assert (found, err.count("\n")) == (code, 1), err
@@ -209,7 +209,7 @@ def test_what_is_wrong_is_one_line_and_a_documented_code(name: str, place: Any, 
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is outside WORLD_SIZE=2"),
     ],
 )
-def test_an_environment_that_contradicts_itself(
+def test_contradictory_environment_gives_one_line(
     variables: dict[str, str], says: str, place: Any, call: Called, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for key, value in variables.items():
@@ -229,7 +229,7 @@ def test_module_auto_takes_the_array_index(place: Any, call: Called, monkeypatch
     assert (code, err) == (2, "bigincubate: the environment variable SLURM_ARRAY_TASK_ID is 'x', not a number\n")
 
 
-def test_the_command_that_an_error_names_mends_it(place: Any, call: Called) -> None:
+def test_command_named_by_an_error_fixes_it(place: Any, call: Called) -> None:
     """From nothing to fine-tuning, led by the errors alone."""
     wanted = place.train(place.new, "finetune")
     made = []
@@ -249,7 +249,7 @@ def test_the_command_that_an_error_names_mends_it(place: Any, call: Called) -> N
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\x00\xff"])
-def test_damaged_notes_of_a_run_are_made_again(text: str, place: Any, call: Called) -> None:
+def test_damaged_run_files_are_written_again(text: str, place: Any, call: Called) -> None:
     expected = json.loads((place.run / "meta" / "DONE").read_text())
     for name in ("meta/DONE", "plan.json", "meta/attempts/1.json", "meta/owners/1.json", "summary.json"):
         place.spoiled(name, text)

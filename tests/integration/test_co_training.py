@@ -17,7 +17,7 @@ import pytest
 import torch
 from forked import Command, fork_ranks, run
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 MODULES = (0, 1)
 STEPS = 60
 
@@ -71,7 +71,7 @@ class CoTrained:
 
 
 @pytest.fixture(scope="module")
-def plain(harness: Labs) -> Any:
+def plain(harness: Harnesses) -> Any:
     """A run trained without co-training."""
     sets = ("log.every_steps=2", "checkpoint.every_steps=20", "finetune.train.max_steps=2")
     done = harness(f"train.max_steps={STEPS}", *sets)
@@ -108,7 +108,7 @@ def test_co_training_gives_the_same_weights_from_batches_made_once(plain: Any, o
     assert again.served == [(STEPS, 2 * STEPS)]  # no server was started again
 
 
-def test_co_training_two_ranks_have_one_server_each(harness: Labs, tmp_path: Path) -> None:
+def test_co_training_two_ranks_have_one_server_each(harness: Harnesses, tmp_path: Path) -> None:
     plain = harness("train.max_steps=6", "data.workers=1", "finetune.train.max_steps=0")
     plain.train("pretrain")
     other = plain.copy(tmp_path / "run")
@@ -180,7 +180,7 @@ def test_co_training_killed_module_stops_no_other(plain: Any, other: Any, tmp_pa
 
 
 def test_co_training_damaged_shard_ends_every_module_with_one_line(
-    harness: Labs, digits: Path, tmp_path: Path, bigincubate: Callable[..., Any]
+    harness: Harnesses, digits: Path, tmp_path: Path, bigincubate: Callable[..., Any]
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(digits, data)

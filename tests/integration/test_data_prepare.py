@@ -81,7 +81,7 @@ def test_class_folders_are_split_by_class_and_kept_byte_by_byte(tree: Path, tmp_
     assert sum(a != b for a, b in pairwise(labels)) > 50  # not class by class
 
 
-def test_a_validation_folder_is_used_as_it_is(tmp_path: Path) -> None:
+def test_validation_folder_is_used_as_it_is(tmp_path: Path) -> None:
     write_tree(tmp_path / "tree" / "train", 5)
     write_tree(tmp_path / "tree" / "validation", 2, "ab")
     (tmp_path / "tree" / "train" / "a" / "notes.txt").write_text("no image")
@@ -111,7 +111,7 @@ def test_digits_hold_out_a_fixed_fifth_of_each_digit(tmp_path: Path) -> None:
     assert np.array_equal(first.image, np.round(load_digits().images[int(first.name)] / 16 * 255))
 
 
-def test_digits_for_development_never_show_the_held_out_part() -> None:
+def test_development_digits_never_contain_the_held_out_part() -> None:
     held_out = {sample.name for sample in read_source("digits", 0.2).splits["val"]}
     development = read_source("digits-dev", 0.2).splits
     assert {split: len(part) for split, part in development.items()} == {"train": 1149, "val": 288}
@@ -134,9 +134,7 @@ def test_held_out_shares_follow_the_class_sizes() -> None:
         (lambda root: (root / "notes.txt").write_text("x") and "notes.txt", "unknown kind of source"),
     ],
 )
-def test_a_source_that_holds_nothing_is_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, message: str
-) -> None:
+def test_empty_source_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Any, message: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=message) as fault:
         prepare_dataset(make(tmp_path), tmp_path / "out")
@@ -144,7 +142,7 @@ def test_a_source_that_holds_nothing_is_one_clear_line(
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_an_image_that_does_not_decode_is_named(tmp_path: Path, small_chunks: None, jobs: int) -> None:
+def test_image_that_does_not_decode_is_named(tmp_path: Path, small_chunks: None, jobs: int) -> None:
     tree = write_tree(tmp_path / "tree", 20)
     broken = tree / "b" / "0003.png"
     broken.write_bytes(broken.read_bytes()[:100])
@@ -183,7 +181,9 @@ def _die_at_the_hundredth_image(source: str, out: Path, jobs: int) -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_killed_it_goes_on_from_the_finished_chunks(tree: Path, tmp_path: Path, small_chunks: None, jobs: int) -> None:
+def test_killed_preparation_resumes_after_the_finished_chunks(
+    tree: Path, tmp_path: Path, small_chunks: None, jobs: int
+) -> None:
     prepare_dataset(str(tree), tmp_path / "whole")
     child = FORK.Process(target=_die_at_the_hundredth_image, args=(str(tree), tmp_path / "out", jobs))
     child.start()
@@ -198,7 +198,7 @@ def test_killed_it_goes_on_from_the_finished_chunks(tree: Path, tmp_path: Path, 
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_a_worker_does_not_outlive_its_parent_nor_keep_the_lock(tree: Path, tmp_path: Path, small_chunks: None) -> None:
+def test_worker_does_not_outlive_its_parent_nor_keep_the_lock(tree: Path, tmp_path: Path, small_chunks: None) -> None:
     def die_alone(source: str, out: Path) -> None:
         os.setpgid(0, 0)
         prepare_dataset(source, out, jobs=2, on_progress=lambda done, _: done and os.kill(os.getpid(), signal.SIGKILL))
@@ -222,7 +222,7 @@ def _prepare_and_tell(source: str, out: Path, tell: Any) -> None:
     tell.put((info.digest, len(seen)))
 
 
-def test_of_two_at_once_one_prepares_and_the_other_waits(tree: Path, tmp_path: Path, small_chunks: None) -> None:
+def test_second_preparation_waits_for_the_first(tree: Path, tmp_path: Path, small_chunks: None) -> None:
     tell = FORK.Queue()
     both = [FORK.Process(target=_prepare_and_tell, args=(str(tree), tmp_path / "out", tell)) for _ in range(2)]
     for process in both:
@@ -235,7 +235,7 @@ def test_of_two_at_once_one_prepares_and_the_other_waits(tree: Path, tmp_path: P
     assert sorted((seen_first, seen_second)) == [0, 9]
 
 
-def test_what_is_there_from_another_source_is_refused(tree: Path, tmp_path: Path) -> None:
+def test_folder_of_another_source_is_refused(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare_dataset(str(tree), out)
     before = contents(out)
@@ -308,7 +308,7 @@ def test_cifar_100_packed_and_unpacked_without_loss(tmp_path: Path) -> None:
     assert {(np.asarray(Image.open(io.BytesIO(png))).tobytes(), label) for png, label in stored} == expected
 
 
-def test_cifar_10_in_its_five_batches(tmp_path: Path) -> None:
+def test_cifar_10_is_read_from_its_five_batches(tmp_path: Path) -> None:
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     part = {b"data": np.zeros((4, 3072), np.uint8), b"labels": [0, 1, 1, 0]}
@@ -327,7 +327,7 @@ class Evil:
         return os.system, (f"touch {self.mark}",)
 
 
-def test_an_archive_that_would_run_something_is_refused_unrun(tmp_path: Path) -> None:
+def test_archive_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     _, members = cifar100()
     evil = pickle.dumps({"data": Evil(tmp_path / "ran")}, protocol=2)
     archive = write_archive(tmp_path / "evil.tar.gz", {**members, "train": evil}, "cifar-100-python")
@@ -337,12 +337,12 @@ def test_an_archive_that_would_run_something_is_refused_unrun(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["eval", "exec", "getattr", "open", "__import__"])
-def test_the_unpickler_builds_no_function_of_python_itself(name: str) -> None:
+def test_unpickler_builds_no_function_of_python_itself(name: str) -> None:
     with pytest.raises(pickle.UnpicklingError, match=f"it asks for builtins.{name}"):
         safe_unpickle(f"cbuiltins\n{name}\n(tR.".encode())
 
 
-def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
+def test_damaged_archive_is_named(tmp_path: Path) -> None:
     archive = write_archive(tmp_path / "cifar.tar.gz", cifar100()[1], "cifar-100-python")
     archive.write_bytes(archive.read_bytes()[:5000])
     with pytest.raises(DataError, match=r"cifar\.tar\.gz is damaged"):
@@ -366,13 +366,13 @@ def point_shard_at(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../outside", "/etc/passwd", "00000/../../outside"])
-def test_an_index_that_leads_outside_is_refused(prepared: Path, name: str) -> None:
+def test_index_that_leads_outside_is_refused(prepared: Path, name: str) -> None:
     point_shard_at(prepared, name)
     with pytest.raises(DataError, match="lies outside its folder"):
         open_dataset(prepared)
 
 
-def test_a_link_that_leads_outside_is_refused(prepared: Path, tmp_path: Path) -> None:
+def test_link_that_leads_outside_is_refused(prepared: Path, tmp_path: Path) -> None:
     shutil.move(prepared / "train" / "00000", tmp_path / "outside")
     (prepared / "train" / "00000").symlink_to(tmp_path / "outside")
     with pytest.raises(DataError, match="lies outside its folder"):
@@ -390,7 +390,7 @@ def test_a_link_that_leads_outside_is_refused(prepared: Path, tmp_path: Path) ->
         ("dataset.json", lambda data: b"{}", "description is damaged"),
     ],
 )
-def test_damage_is_named(prepared: Path, file: str, change: Any, message: str) -> None:
+def test_damaged_data_is_named(prepared: Path, file: str, change: Any, message: str) -> None:
     data = (prepared / file).read_bytes()
     assert change(data) != data
     (prepared / file).write_bytes(change(data))

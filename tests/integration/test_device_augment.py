@@ -26,7 +26,7 @@ from bigincubate.planning.phases import make_plan
 from bigincubate.tasks.image_classification.augment import train_transform
 from bigincubate.tasks.image_classification.mixup import blend, draw
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 DEVICE_AUGMENT = "bigincubate.experimental.device_augment:DeviceAugment"
 SIZE, VIEWS = 32, 24
 POLICIES: dict[str, dict[str, Any]] = {
@@ -81,7 +81,7 @@ def test_images_are_the_hosts_up_to_rounding(name: str) -> None:
     assert apart.mean() < 2
 
 
-def test_what_is_erased_is_the_hosts_box_with_other_noise() -> None:
+def test_erasing_fills_the_hosts_box_with_other_noise() -> None:
     policy = {"three_augment": True, "color_jitter": 0.3, "erase": 0.7}
     host, images, parameters, augment = both_ways(policy)
     plain = both_ways({**policy, "erase": 0.0})[0]  # the box is drawn last
@@ -102,7 +102,7 @@ def test_what_is_erased_is_the_hosts_box_with_other_noise() -> None:
 
 
 @pytest.mark.parametrize("mixup", [MixupConfig(mixup=0.8), MixupConfig(cutmix=1.0), MixupConfig(mixup=0.8, prob=0.5)])
-def test_mixing_is_the_hosts(mixup: MixupConfig) -> None:
+def test_mixing_equals_the_hosts(mixup: MixupConfig) -> None:
     host, images, parameters, augment = both_ways(POLICIES["three-augment and jitter"])
     labels, kinds = torch.arange(VIEWS), set()
     for step in range(6):
@@ -120,7 +120,7 @@ def test_mixing_is_the_hosts(mixup: MixupConfig) -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 1.3, 2.0])
-def test_the_blur_is_pillows(sigma: float) -> None:
+def test_blur_equals_pillows(sigma: float) -> None:
     image = picture(0, SIZE, SIZE)
     parameters = torch.zeros(1, COLUMNS)
     parameters[0, AMOUNT] = sigma
@@ -140,11 +140,11 @@ def arguments() -> tuple[Any, ...]:
     return images, parameters, noise, mixing, augment.mean, augment.std, True, True, True
 
 
-def test_it_keeps_the_operator_contract() -> None:
+def test_operator_passes_opcheck() -> None:
     torch.library.opcheck(operator, arguments())
 
 
-def test_it_is_one_operator_of_the_compiled_graph_whatever_is_drawn() -> None:
+def test_operator_is_one_node_of_the_compiled_graph() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     images, parameters, *rest = arguments()
 
@@ -186,7 +186,7 @@ print(len(calls), "bodies ran")
 """
 
 
-def test_the_triton_body_is_at_most_twice_as_wrong_as_eager() -> None:
+def test_triton_error_is_at_most_twice_that_of_eager() -> None:
     pytest.importorskip("triton", reason="Triton is not made for this platform")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ended = subprocess.run([sys.executable, "-c", BODIES], env=environment, capture_output=True, text=True, check=False)
@@ -208,7 +208,7 @@ SETS = [
 ]
 
 
-def test_a_run_that_was_cut_off_ends_with_the_same_bits(harness: Labs, tmp_path: Any) -> None:
+def test_interrupted_run_resumes_to_the_bit(harness: Harnesses, tmp_path: Any) -> None:
     whole = harness(*SETS)
     resumed = whole.copy(tmp_path / "resumed")
     whole.train("pretrain")
@@ -228,7 +228,7 @@ def test_a_run_that_was_cut_off_ends_with_the_same_bits(harness: Labs, tmp_path:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_micro_batches_see_the_same_images(harness: Labs) -> None:
+def test_micro_batches_see_the_same_images(harness: Harnesses) -> None:
     trainer = harness(*SETS).trainer("pretrain")
     batch = next(trainer.parts.train_stream.batches(2))
     assert batch["images"].dtype == torch.uint8
@@ -241,7 +241,7 @@ def test_micro_batches_see_the_same_images(harness: Labs) -> None:
         assert torch.equal(shares, targets[rows])
 
 
-def test_the_trainer_sees_what_the_host_would_show_it(harness: Labs) -> None:
+def test_trainer_gets_the_images_of_the_host(harness: Harnesses) -> None:
     sets = [*SETS, "augment.erase=0.0"]
     ours, hosts = harness(*sets), harness(*sets[1:])
     (found, _), (expected, _) = (

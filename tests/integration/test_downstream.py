@@ -19,14 +19,14 @@ from bigincubate.data.streams import Batch
 from bigincubate.interchange.export import export, load_model
 from bigincubate.tasks.image_classification.probe import knn_scores, linear_scores, pooled_features
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 
 
 @pytest.mark.parametrize(
     "name",
     ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"],
 )
-def test_a_folder_of_the_hub_is_a_model_and_a_backbone(name: str, hub: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_exported_folder_is_a_model_and_a_backbone_for_timm(name: str, hub: Path, tmp_path: Path) -> None:  # noqa: F811
     artifact(name, tmp_path / "artifact")
     export(tmp_path / "artifact", tmp_path / "out")
     publish(hub, "me/model", *(tmp_path / "out").iterdir())
@@ -49,7 +49,7 @@ def pixels() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("scores", "at_least"), [(knn_scores, 95.0), (linear_scores, 94.0)])
-def test_a_probe_of_good_features_is_good(scores: Callable[..., torch.Tensor], at_least: float) -> None:
+def test_probe_of_good_features_scores_high(scores: Callable[..., torch.Tensor], at_least: float) -> None:
     features, labels = pixels()
     found = scores(features[::2], labels[::2], features[1::2], 10)
     assert 100 * (found.argmax(1) == labels[1::2]).double().mean() > at_least
@@ -58,7 +58,7 @@ def test_a_probe_of_good_features_is_good(scores: Callable[..., torch.Tensor], a
     assert (nothing.argmax(1) == labels[1::2]).double().mean() < 0.3
 
 
-def test_features_are_what_the_classifier_sees(tmp_path: Path) -> None:
+def test_features_are_the_inputs_of_the_classifier(tmp_path: Path) -> None:
     for name in ("vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto", "mixer_s16_224"):
         artifact(name, tmp_path / name)
         model, _ = load_model(tmp_path / name)
@@ -78,7 +78,7 @@ def test_neighbors_vote_by_their_cosine() -> None:
     torch.testing.assert_close(votes, torch.tensor([[1.0, 0.0, 0.0]]).exp() ** 2 - torch.tensor([[0.0, 0.0, 1.0]]))
 
 
-def test_a_class_that_training_lacks_is_never_named() -> None:
+def test_class_missing_in_training_is_never_predicted() -> None:
     features, labels = pixels()
     some = labels != 3
     scores = linear_scores(features[some], labels[some], features[:50], 12)
@@ -86,7 +86,12 @@ def test_a_class_that_training_lacks_is_never_named() -> None:
     assert not scores[:, [3, 10, 11]].any()
 
 
-def test_the_command(harness: Labs, digits: Path, tmp_path: Path, call: Callable[..., Any]) -> None:  # noqa: F811
+def test_evaluate_probe_prints_the_score(
+    harness: Harnesses,
+    digits: Path,
+    tmp_path: Path,
+    call: Callable[..., Any],  # noqa: F811
+) -> None:
     made = harness("train.max_steps=40", "log.every_steps=20", "mixup.mixup=0.0")
     made.train("pretrain")
     model = made.run.phase("pretrain").path

@@ -45,7 +45,7 @@ def test_gpus_go_where_the_flops_are(rows: list[Any]) -> None:
     assert path == pytest.approx(found["pretrain"].seconds + max(times) + found["finetune"].seconds)
 
 
-def test_a_batch_that_cannot_be_cut_so_leaves_gpus_idle(rows: list[Any]) -> None:
+def test_batch_that_cannot_be_cut_so_leaves_gpus_idle(rows: list[Any]) -> None:
     cluster = parse_cluster("nodes=1,gpus=24,tflops=100")
     found = {
         each.key: each for each in estimate_walltime(rows, cluster, lambda row, ranks: row.batch_size % ranks == 0)
@@ -54,7 +54,7 @@ def test_a_batch_that_cannot_be_cut_so_leaves_gpus_idle(rows: list[Any]) -> None
     assert [found[f"incubate/{k}"].gpus for k in range(4)] == [8, 8, 4, 4]
 
 
-def test_with_fewer_gpus_than_modules_they_take_turns(rows: list[Any]) -> None:
+def test_modules_take_turns_on_fewer_gpus(rows: list[Any]) -> None:
     cluster = parse_cluster("gpus=2,tflops=100")
     found = estimate_walltime(rows, cluster, lambda row, ranks: True)
     seconds = {each.key: each.seconds for each in found}
@@ -68,7 +68,7 @@ def test_with_fewer_gpus_than_modules_they_take_turns(rows: list[Any]) -> None:
 @pytest.mark.parametrize(
     "text", ["", "64", "nodes=0,tflops=1", "nodes=1", "tflops=1,rates=x", "gpus=2,flops=1", "tflops=-1"]
 )
-def test_anything_else_is_refused_in_one_line(text: str) -> None:
+def test_impossible_gpus_are_refused_in_one_line(text: str) -> None:
     with pytest.raises(ConfigError, match="expected nodes=N,gpus=N and tflops=X"):
         parse_cluster(text)
 

@@ -63,7 +63,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"mixer_s16_224"}))
-def test_timm_loads_it_and_computes_the_same_bits(name: str, tmp_path: Path) -> None:
+def test_timm_loads_the_folder_and_computes_the_same_bits(name: str, tmp_path: Path) -> None:
     spec = artifact(name, tmp_path / "artifact")
     export(tmp_path / "artifact", tmp_path / "out")
     file = str(tmp_path / "out" / "model.safetensors")
@@ -75,7 +75,7 @@ def test_timm_loads_it_and_computes_the_same_bits(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_the_python_that_it_prints_is_true(name: str, tmp_path: Path) -> None:
+def test_printed_python_loads_the_folder(name: str, tmp_path: Path) -> None:
     artifact(name, tmp_path / "artifact")
     snippet = export(tmp_path / "artifact", tmp_path / "out")
     known: dict[str, Any] = {"timm": timm, "safetensors": safetensors}
@@ -83,7 +83,7 @@ def test_the_python_that_it_prints_is_true(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(known["model"]), logits(load_model(tmp_path / "artifact")[0]))
 
 
-def test_an_exported_folder_loads_here_as_well(tmp_path: Path) -> None:
+def test_exported_folder_loads_here_as_well(tmp_path: Path) -> None:
     spec = artifact("vit_tiny_patch16_224", tmp_path / "artifact")
     export(tmp_path / "artifact", tmp_path / "out")
     model, read = load_model(tmp_path / "out")
@@ -102,7 +102,7 @@ def test_config_json_says_how_to_feed_it(tmp_path: Path) -> None:
     assert (told["interpolation"], told["crop_pct"]) == ("bilinear", 0.9)
 
 
-def test_exporting_again_replaces_it(tmp_path: Path) -> None:
+def test_second_export_replaces_the_first(tmp_path: Path) -> None:
     for seed in (0, 1):
         artifact("vit_tiny_patch16_224", tmp_path / f"artifact-{seed}", seed)
         export(tmp_path / f"artifact-{seed}", tmp_path / "out")
@@ -111,7 +111,7 @@ def test_exporting_again_replaces_it(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_something_else_is_not_written_over(tmp_path: Path) -> None:
+def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
     artifact("vit_tiny_patch16_224", tmp_path / "artifact")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
@@ -133,7 +133,7 @@ def test_something_else_is_not_written_over(tmp_path: Path) -> None:
         ("model.safetensors", None),
     ],
 )
-def test_a_damaged_export_is_refused_in_one_line(name: str, text: str | None, tmp_path: Path) -> None:
+def test_damaged_export_is_refused_in_one_line(name: str, text: str | None, tmp_path: Path) -> None:
     artifact("vit_tiny_patch16_224", tmp_path / "artifact")
     export(tmp_path / "artifact", tmp_path / "out")
     (tmp_path / "out" / name).unlink()
@@ -157,9 +157,7 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_exports_its_fine_tuned_model_and_a_module_is_refused(
-    harness: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_run_exports_its_fine_tuned_model_and_a_module_is_refused(harness: Callable[..., Any], tmp_path: Path) -> None:
     made = harness("train.max_steps=2")
     with pytest.raises(ArtifactError, match="no finished model yet"):
         best_artifact(RunDir(made.run.path))

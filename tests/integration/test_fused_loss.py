@@ -21,7 +21,7 @@ from bigincubate.experimental.fused_loss import soft_cross_entropy
 from bigincubate.experimental.fused_loss.operator import _soft_cross_entropy
 from bigincubate.tasks.image_classification.mixup import TwoHot, blend
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 CLASSES, SMOOTHING = 11, 0.1
 FUSED = "bigincubate.experimental.fused_loss:soft_cross_entropy_loss"
 
@@ -42,7 +42,7 @@ def expected(logits: Tensor, first: Tensor, second: Tensor, share: Tensor) -> Te
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_it_is_the_cross_entropy_of_the_dense_targets(dtype: torch.dtype) -> None:
+def test_loss_is_the_cross_entropy_of_the_dense_targets(dtype: torch.dtype) -> None:
     given = arguments(dtype)
     found = soft_cross_entropy(*given, SMOOTHING)
     assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -50,19 +50,19 @@ def test_it_is_the_cross_entropy_of_the_dense_targets(dtype: torch.dtype) -> Non
     torch.testing.assert_close(found.double(), expected(*given), rtol=close, atol=close)
 
 
-def test_its_gradient_is_that_of_finite_differences() -> None:
+def test_gradient_equals_finite_differences() -> None:
     logits, first, second, share = arguments()
     assert torch.autograd.gradcheck(
         lambda x: soft_cross_entropy(x, first, second, share, SMOOTHING), logits.requires_grad_()
     )
 
 
-def test_it_keeps_the_operator_contract() -> None:
+def test_operator_passes_opcheck() -> None:
     logits, *rest = arguments(torch.float32)
     torch.library.opcheck(_soft_cross_entropy, (logits.requires_grad_(), *rest, SMOOTHING))
 
 
-def test_it_is_one_operator_of_the_compiled_graph_whatever_is_drawn() -> None:
+def test_operator_is_one_node_of_the_compiled_graph() -> None:
     head = torch.nn.Linear(6, CLASSES)
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -91,7 +91,7 @@ class Shapes(TorchDispatchMode):
         return result
 
 
-def test_targets_are_never_written_down() -> None:
+def test_targets_are_never_materialized() -> None:
     images, labels = torch.randn(4, 3, 8, 8), torch.tensor([1, 0, 2, 2])
     with Shapes((4, CLASSES)) as seen:
         _, targets = blend(images, labels, mixup=MixupConfig(mixup=0.8), seed=0, step=0)
@@ -136,7 +136,7 @@ print(len(calls), "bodies ran")
 """
 
 
-def test_the_triton_bodies_are_at_most_twice_as_wrong_as_eager() -> None:
+def test_triton_errors_are_at_most_twice_those_of_eager() -> None:
     pytest.importorskip("triton", reason="Triton is not made for this platform")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ended = subprocess.run([sys.executable, "-c", BODIES], env=environment, capture_output=True, text=True, check=False)
@@ -144,7 +144,7 @@ def test_the_triton_bodies_are_at_most_twice_as_wrong_as_eager() -> None:
     assert ended.stdout.strip() == "4 bodies ran"
 
 
-def test_training_with_it_gives_the_same_losses(harness: Labs) -> None:
+def test_training_with_it_gives_the_same_losses(harness: Harnesses) -> None:
     sets = ["train.max_steps=4", "log.every_steps=1", "mixup.mixup=0.8", "loss.label_smoothing=0.1"]
     plain, fused = harness(*sets), harness(*sets, f"loss.name={FUSED}")
     for one in (plain, fused):
@@ -158,7 +158,7 @@ def test_training_with_it_gives_the_same_losses(harness: Labs) -> None:
     ("name", "problem"),
     [("no_such:loss", "cannot import no_such"), ("torch.nn.functional:entropy", "has no attribute 'entropy'")],
 )
-def test_loss_name_that_cannot_be_loaded_is_refused(harness: Labs, name: str, problem: str) -> None:
+def test_loss_name_that_cannot_be_loaded_is_refused(harness: Harnesses, name: str, problem: str) -> None:
     with pytest.raises(ConfigError, match=f"loss.name = '{name}': .*{problem}"):
         harness(f"loss.name={name}").trainer("pretrain")
 

@@ -194,7 +194,7 @@ def test_loss_and_gradients_are_the_papers(example: Example, module: int) -> Non
 
 
 @each_hybrid
-def test_nothing_before_the_module_builds_a_graph(example: Example, module: int) -> None:
+def test_modules_before_the_trained_one_build_no_graph(example: Example, module: int) -> None:
     hybrid = Hybrid(example, module)
     seen: list[tuple[int, bool, int]] = []
     saved: list[Tensor] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import Labs, losses, same
+from test_trainer import Harnesses, losses, same
 
 from bigincubate.data.batch import Batch
 from bigincubate.errors import NonFiniteError, Preempted
@@ -33,7 +33,7 @@ def poisoned(trainer: Any, steps: set[int]) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
-def test_a_poisoned_step_is_skipped(harness: Labs, optimizer: str) -> None:
+def test_poisoned_step_is_skipped(harness: Harnesses, optimizer: str) -> None:
     skipping = harness(f"optim.name={optimizer}", "log.every_steps=1", "train.max_steps=6", "ema.decay=0.5")
     trainer = skipping.trainer("pretrain")
     poisoned(trainer, {3})
@@ -56,7 +56,7 @@ def test_a_poisoned_step_is_skipped(harness: Labs, optimizer: str) -> None:
     assert [row["train/skipped"] for row in skipping.log("pretrain")] == [0, 0, 0, 1, 1, 1]
 
 
-def test_too_many_end_with_an_error_that_says_what_to_do(harness: Labs) -> None:
+def test_too_many_skipped_steps_end_with_an_error_that_says_what_to_do(harness: Harnesses) -> None:
     failing = harness("train.max_nonfinite=1", "log.every_steps=1")
     trainer = failing.trainer("pretrain")
     poisoned(trainer, {1, 3})
@@ -71,7 +71,7 @@ def events(harness: Any) -> list[Any]:
     return [(line["step"], line["to"]) for line in lines if line["event"] == "rolled_back"]
 
 
-def test_it_goes_back_to_the_last_checkpoint_once(harness: Labs) -> None:
+def test_rollback_to_the_last_checkpoint_happens_once(harness: Harnesses) -> None:
     failing = harness("train.max_nonfinite=1", "log.every_steps=1")
     trainer = failing.trainer("pretrain")
     poisoned(trainer, {1, 4, 6})  # 2 skipped of 5; after the rollback to step 4, 2 of 3
@@ -88,7 +88,7 @@ def test_it_goes_back_to_the_last_checkpoint_once(harness: Labs) -> None:
     assert events(failing) == [(5, 4)]
 
 
-def test_a_fault_that_passes_costs_the_steps_since_the_checkpoint_and_nothing_else(harness: Labs) -> None:
+def test_rollback_after_a_passing_fault_costs_only_the_steps_since_the_checkpoint(harness: Harnesses) -> None:
     sets = ["train.max_nonfinite=0", "log.every_steps=1", "data.workers=1"]
     failing, calm = harness(*sets), harness(*sets)
     trainer = failing.trainer("pretrain")
@@ -104,7 +104,7 @@ def test_a_fault_that_passes_costs_the_steps_since_the_checkpoint_and_nothing_el
 
 
 @pytest.mark.parametrize("killed", ["restore", "open_metrics"])
-def test_a_rollback_that_was_interrupted_is_the_same_after_a_resume(harness: Labs, killed: str) -> None:
+def test_interrupted_rollback_is_the_same_after_a_resume(harness: Harnesses, killed: str) -> None:
     sets = ["train.max_nonfinite=1", "log.every_steps=1", "train.max_steps=8"]
     one, other = harness(*sets), harness(*sets)
     for each, interrupted in ((one, False), (other, True)):
@@ -133,7 +133,7 @@ def test_a_rollback_that_was_interrupted_is_the_same_after_a_resume(harness: Lab
     assert same(one.weights("pretrain"), other.weights("pretrain"))
 
 
-def test_no_checkpoint_holds_more_skipped_steps_than_allowed(harness: Labs) -> None:
+def test_checkpoint_never_has_more_skipped_steps_than_allowed(harness: Harnesses) -> None:
     """Nothing is logged before the checkpoint is due, and still it is not written."""
     failing = harness("train.max_nonfinite=0", "log.every_steps=1000")
     trainer = failing.trainer("pretrain")
@@ -143,7 +143,7 @@ def test_no_checkpoint_holds_more_skipped_steps_than_allowed(harness: Labs) -> N
     assert trainer.checkpoints.committed_steps() == []
 
 
-def test_the_count_of_skipped_steps_survives_a_resume(harness: Labs) -> None:
+def test_count_of_skipped_steps_survives_a_resume(harness: Harnesses) -> None:
     failing = harness("train.max_nonfinite=1", "log.every_steps=1")
     trainer = failing.trainer("pretrain")
     poisoned(trainer, {1})
@@ -165,7 +165,7 @@ def test_the_count_of_skipped_steps_survives_a_resume(harness: Labs) -> None:
         resumed.run()
 
 
-def test_a_learning_rate_out_of_this_world_ends_in_exit_5(harness: Labs) -> None:
+def test_huge_learning_rate_ends_with_exit_5(harness: Harnesses) -> None:
     exploding = harness("train.lr=1e30", "train.max_nonfinite=2", "train.clip_grad=0.0", "log.every_steps=1")
     with pytest.raises(NonFiniteError):
         exploding.train("pretrain")

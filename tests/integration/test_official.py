@@ -25,7 +25,7 @@ from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_artifact
 from bigincubate.training.import_official import Part, import_model, import_part
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 ARGS = {"patch_size": 2, "embed_dim": 24, "num_heads": 3}
 
 
@@ -59,7 +59,7 @@ def save(file: Path, modules: list[dict[str, Tensor]]) -> Path:
 
 
 @pytest.fixture
-def empty(harness: Labs) -> Any:
+def empty(harness: Harnesses) -> Any:
     return harness("train.max_steps=2", "log.every_steps=1")
 
 
@@ -68,7 +68,7 @@ def import_all(harness: Any, part: Part, files: list[Path]) -> dict[str, dict[st
     return {context.row.title: result for context, result in import_part(harness.recipe, part, files, harness.run)}
 
 
-def test_meta_model_and_modules_take_their_places_in_a_run(empty: Any, tmp_path: Path) -> None:
+def test_import_puts_meta_model_and_modules_into_a_run(empty: Any, tmp_path: Path) -> None:
     meta = save(tmp_path / "finished_checkpoint.pth", stages([1, 1], seed=0))
     hybrids = [save(tmp_path / f"{k}.pth", stages([2, 1] if k == 0 else [1, 2], seed=1 + k)) for k in range(2)]
     with pytest.raises(ArtifactError, match="the meta model is missing"):
@@ -93,7 +93,7 @@ def test_meta_model_and_modules_take_their_places_in_a_run(empty: Any, tmp_path:
         list(import_part(empty.recipe, "meta", [meta], empty.run))
 
 
-def test_a_model_becomes_a_folder_and_a_checkpoint_again(empty: Any, tmp_path: Path) -> None:
+def test_checkpoint_converts_to_a_folder_and_back(empty: Any, tmp_path: Path) -> None:
     modules = stages([2, 2], seed=3)
     file = save(tmp_path / "vit.pth", modules)
     import_model(empty.recipe, [file], tmp_path / "vit")
@@ -118,7 +118,7 @@ def test_position_embeddings_are_resampled_for_larger_images(fast: Path, tmp_pat
     assert torch.equal(tokens[:, 0], before[:, 0])  # of the class token, as it was
 
 
-def test_a_whole_model_serves_as_modules_after_a_meta_model(empty: Any, tmp_path: Path) -> None:
+def test_import_cuts_a_whole_model_into_modules(empty: Any, tmp_path: Path) -> None:
     list(import_part(empty.recipe, "meta", [save(tmp_path / "meta.pth", stages([1, 1], seed=0))], empty.run))
     modules = stages([2, 2], seed=3)
     list(import_part(empty.recipe, "modules", [save(tmp_path / "vit.pth", modules)], empty.run))
@@ -146,7 +146,7 @@ def test_code_in_a_file_is_refused_and_not_run(zipped: bool, tmp_path: Path) -> 
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_no_official_checkpoint_is_named_in_one_line(empty: Any, tmp_path: Path) -> None:
+def test_file_that_is_no_official_checkpoint_is_refused(empty: Any, tmp_path: Path) -> None:
     def refused(says: str, *files: Path, error: type[Exception] = ArtifactError) -> None:
         with pytest.raises(error, match=says) as caught:
             import_model(empty.recipe, files, tmp_path / "out")
@@ -171,7 +171,7 @@ def test_what_is_no_official_checkpoint_is_named_in_one_line(empty: Any, tmp_pat
     refused("module 1 .* has no tensor 'cls_token'", save(tmp_path / "place.pth", good))
 
 
-def test_other_models_have_no_official_form(tmp_path: Path) -> None:
+def test_model_without_official_form_is_refused(tmp_path: Path) -> None:
     for name in ("deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"):
         artifact(name, tmp_path / name)
         with pytest.raises(ConfigError, match="has plain ViTs only"):
@@ -195,7 +195,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return called
 
 
-def test_the_commands(fast: Path, tmp_path: Path, call: Called) -> None:
+def test_import_and_export_commands(fast: Path, tmp_path: Path, call: Called) -> None:
     meta = save(tmp_path / "meta.pth", stages([1, 1], seed=0))
     code, out = call("import", fast, meta, "--as", "meta", "--to", tmp_path / "run")
     assert (code, out.startswith("meta model: imported, top-1 ")) == (0, True), out

@@ -17,12 +17,12 @@ from bigincubate.report.console_tables import format_ranges
 from bigincubate.report.status import run_status
 from bigincubate.training.partial_assembly import build_partial_assembly, finished_modules
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 SETS = ("train.max_steps=6", "plan.target_depths=[2, 2, 3]", "plan.meta_depths=[1, 1, 1]")
 
 
 @pytest.fixture(scope="module")
-def trained(harness: Labs) -> Any:
+def trained(harness: Harnesses) -> Any:
     """Modules that finish in the order 2, 0, 1; fine-tuned."""
     made = harness(*SETS)
     made.train("pretrain")
@@ -41,18 +41,18 @@ def scored(result: dict[str, Any]) -> list[float]:
     return [*result["metrics"].values(), result["samples"]]
 
 
-def test_each_module_is_scored_beside_those_before_it(trained: Any) -> None:
+def test_module_is_scored_with_those_that_finished_before(trained: Any) -> None:
     assert [partial(trained, module)["joined"] for module in (2, 0, 1)] == [[2], [0, 2], [0, 1, 2]]
     assert {partial(trained, module)["modules"] for module in range(3)} == {3}
 
 
-def test_the_first_one_alone_is_its_hybrid_and_the_last_ones_assembly_is_the_assembled_model(trained: Any) -> None:
+def test_first_score_is_of_its_hybrid_and_last_of_the_assembled_model(trained: Any) -> None:
     assert scored(partial(trained, 2)) == scored(trained.run.phase("incubate", 2).result)
     assert scored(partial(trained, 1)) == scored(trained.run.assembled.result)
     assert scored(partial(trained, 0)) not in ([scored(partial(trained, module)) for module in (1, 2)])
 
 
-def test_a_partial_assembly_computes_with_the_modules_and_the_meta_model(trained: Any) -> None:
+def test_partial_assembly_computes_with_the_modules_and_the_meta_model(trained: Any) -> None:
     """Blocks 0-1 and 3-5 are of modules 0 and 2, block 2 is the meta model's block 1."""
     context = trained.context("incubate", 0)
     state = torch.get_rng_state()
@@ -69,7 +69,7 @@ def test_a_partial_assembly_computes_with_the_modules_and_the_meta_model(trained
     assert scored(context.task.make_result(again)) == scored(partial(trained, 0))
 
 
-def test_it_is_told_in_the_events_in_tensorboard_and_by_status(trained: Any) -> None:
+def test_score_is_in_events_tensorboard_and_status(trained: Any) -> None:
     told = [row for row in read_json_lines(trained.run.path / "events.jsonl") if row["event"] == "partial_assembly"]
     assert [row["phase"] for row in told] == ["incubate/2", "incubate/0", "incubate/1"]
     assert [row["metrics"] for row in told] == [partial(trained, module)["metrics"] for module in (2, 0, 1)]
@@ -89,7 +89,7 @@ def test_it_is_told_in_the_events_in_tensorboard_and_by_status(trained: Any) -> 
     assert json.loads(as_json.out)[1]["partial"] == scores
 
 
-def test_what_cannot_be_assembled_is_left_out(trained: Any, tmp_path: Path) -> None:
+def test_module_that_does_not_fit_is_left_out(trained: Any, tmp_path: Path) -> None:
     mine = trained.copy(tmp_path / "run")
     context = mine.context("incubate", 0)
     assert finished_modules(context) == [0, 1, 2]
@@ -100,8 +100,8 @@ def test_what_cannot_be_assembled_is_left_out(trained: Any, tmp_path: Path) -> N
     assert finished_modules(context) == []
 
 
-def test_it_changes_nothing_that_training_hands_on_or_logs(
-    trained: Any, harness: Labs, monkeypatch: pytest.MonkeyPatch
+def test_scoring_changes_no_weights_and_no_logs(
+    trained: Any, harness: Harnesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = harness(*SETS)
     monkeypatch.setattr("bigincubate.training.trainer.Trainer.score_partial", lambda *_: None)
@@ -117,5 +117,5 @@ def test_it_changes_nothing_that_training_hands_on_or_logs(
     assert partial(other, 0) is None
 
 
-def test_numbers_in_a_row_are_told_as_a_range() -> None:
+def test_consecutive_numbers_are_printed_as_a_range() -> None:
     assert [format_ranges(numbers) for numbers in ([3], [0, 1, 2, 5], [0, 2])] == ["3", "0-2,5", "0,2"]

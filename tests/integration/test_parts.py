@@ -46,7 +46,7 @@ def images(info: DatasetInfo, split: str = "train") -> list[bytes]:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4, 9])
-def test_by_class_parts_differ_by_one_sample_at_most_in_each_class_and_in_all(parts: int) -> None:
+def test_partition_by_class_is_even_in_each_class_and_in_all(parts: int) -> None:
     cut = partition_by_class(SAMPLES, parts)
     assert sorted(sample.name for part in cut for sample in part) == sorted(sample.name for sample in SAMPLES)
     counts = [Counter(sample.label for sample in part) for part in cut]
@@ -54,19 +54,19 @@ def test_by_class_parts_differ_by_one_sample_at_most_in_each_class_and_in_all(pa
     assert max(map(len, cut)) - min(map(len, cut)) <= 1
 
 
-def test_by_class_a_part_is_no_run_of_neighbours() -> None:
+def test_partition_by_class_takes_no_consecutive_run() -> None:
     names = sorted(int(sample.name) for sample in partition_by_class(SAMPLES, 4)[0])
     assert len({b - a for a, b in pairwise(names)}) > 5
 
 
-def test_by_hash_a_sample_stays_in_its_part_when_others_come() -> None:
+def test_partition_by_hash_keeps_samples_when_others_are_added() -> None:
     before, after = (partition_by_hash(SAMPLES[:count], 3) for count in (500, 997))
     assert [[s.name for s in part if int(s.name) < 500] for part in after] == [[s.name for s in p] for p in before]
     assert all(len(part) > 250 for part in after)
 
 
 @pytest.mark.parametrize("name", ["mine.csv", "mine.jsonl"])
-def test_by_file_parts_are_as_uneven_as_the_file_says(name: str, tmp_path: Path) -> None:
+def test_partition_from_file_is_as_uneven_as_the_file(name: str, tmp_path: Path) -> None:
     file = tmp_path / name
     told = [(sample.name, 0 if int(sample.name) < 900 else 1) for sample in SAMPLES]
     if name.endswith("csv"):
@@ -88,7 +88,7 @@ def test_by_file_parts_are_as_uneven_as_the_file_says(name: str, tmp_path: Path)
         ("", "expected CSV"),
     ],
 )
-def test_a_file_that_does_not_fit_the_source_is_refused(text: str, says: str, tmp_path: Path) -> None:
+def test_file_that_does_not_fit_the_source_is_refused(text: str, says: str, tmp_path: Path) -> None:
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises(DataError, match=says):
         partition_from_file(SAMPLES, tmp_path / "mine.csv")
@@ -110,7 +110,7 @@ def mine(parted: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(parted, tmp_path / "data"))
 
 
-def test_each_part_is_a_data_set_of_its_own_and_together_they_are_the_whole(parted: Path, digits: Path) -> None:
+def test_partitions_are_data_sets_and_together_the_whole(parted: Path, digits: Path) -> None:
     whole = open_dataset(parted)
     parts = [open_dataset(parted / "parts" / f"{number:02d}") for number in range(PARTS)]
     assert [part.digest for part in parts] == list(whole.parts)
@@ -122,14 +122,14 @@ def test_each_part_is_a_data_set_of_its_own_and_together_they_are_the_whole(part
     assert len({whole.digest, open_dataset(digits).digest, *whole.parts}) == PARTS + 2
 
 
-def test_nothing_is_stored_twice(parted: Path) -> None:
+def test_partitions_store_no_shard_twice(parted: Path) -> None:
     shards = list(parted.rglob("*.mds"))
     stored = {file.stat().st_ino: file.stat().st_size for file in shards}
     assert len(shards) > len(stored)
     assert sum(stored.values()) == sum(file.stat().st_size for file in parted.glob("*/*/*.mds"))
 
 
-def test_other_parts_in_the_same_folder_are_refused_and_the_same_are_there_already(parted: Path) -> None:
+def test_folder_with_other_partitions_is_refused_and_with_the_same_reused(parted: Path) -> None:
     before = open_dataset(parted)
     assert prepare_dataset("digits-dev", parted, partition=lambda samples: partition_by_class(samples, PARTS)) == before
     for cut in (None, lambda samples: partition_by_class(samples, 2)):
@@ -137,7 +137,7 @@ def test_other_parts_in_the_same_folder_are_refused_and_the_same_are_there_alrea
             prepare_dataset("digits-dev", parted, partition=cut)
 
 
-def test_preparing_that_was_killed_among_the_parts_goes_on(mine: Path) -> None:
+def test_killed_preparation_of_partitions_resumes(mine: Path) -> None:
     before = open_dataset(mine)
     (mine / "dataset.json").rename(mine / ".preparing.json")
     shutil.rmtree(mine / "parts" / "02")
@@ -146,19 +146,19 @@ def test_preparing_that_was_killed_among_the_parts_goes_on(mine: Path) -> None:
     assert open_dataset(mine / "parts" / "02").digest == before.parts[2]
 
 
-def test_a_part_does_not_pass_for_another(mine: Path) -> None:
+def test_renamed_partition_is_refused(mine: Path) -> None:
     file = mine / "parts" / "01" / "dataset.json"
     file.write_text(file.read_text().replace('"part": 1', '"part": 0'))
     with pytest.raises(DataError, match="its digest does not match"):
         open_dataset(mine / "parts" / "01")
 
 
-def test_an_empty_part_is_refused(tmp_path: Path) -> None:
+def test_empty_part_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="part 1 would have no samples"):
         prepare_dataset("digits-dev", tmp_path / "data", partition=lambda samples: [list(samples), []])
 
 
-def test_the_command_cuts_and_refuses_two_ways_at_once(tmp_path: Path, bigincubate: Command) -> None:
+def test_data_prepare_refuses_two_ways_of_partitioning(tmp_path: Path, bigincubate: Command) -> None:
     file = tmp_path / "by.csv"
     train = read_source("digits-dev", 0.2).splits["train"]
     file.write_text("sample,part\n" + "".join(f"{sample.name},{sample.label % 2}\n" for sample in train))
@@ -183,7 +183,7 @@ def recipe(mine: Path, tmp_path: Path) -> Path:
     return file
 
 
-def test_a_module_trains_on_its_part_alone_for_as_many_steps_while_nothing_else_is_there(
+def test_module_trains_with_its_partition_alone_on_disk(
     recipe: Path, mine: Path, tmp_path: Path, counted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bigincubate.data import shards
@@ -271,9 +271,7 @@ def test_fewer_parts_than_modules_are_refused_in_one_line(cut: Any, has: str, tm
         ensure_data(recipe, RunDir(tmp_path / "run"))
 
 
-def test_from_afar_only_the_description_and_the_part_come_and_only_the_part_is_staged(
-    recipe: Path, mine: Path, tmp_path: Path
-) -> None:
+def test_remote_partition_downloads_only_itself_and_the_description(recipe: Path, mine: Path, tmp_path: Path) -> None:
     from bigincubate.data.local_staging import use_local_cache
 
     here = tmp_path / "here"
@@ -294,7 +292,7 @@ def test_from_afar_only_the_description_and_the_part_come_and_only_the_part_is_s
         Shards(copy, "train", LabelledImages(10), remote=there.data.remote).read(0)
 
 
-def test_made_up_data_is_cut_for_the_modules_by_itself(tmp_path: Path) -> None:
+def test_made_up_data_is_partitioned_for_the_modules(tmp_path: Path) -> None:
     (tmp_path / "smoke.toml").write_text(SMOKE)
     sets = ["data.source=made-up", "data.decentralized=true"]
     data = ensure_data(load_recipe(str(tmp_path / "smoke.toml"), sets), RunDir(tmp_path / "run"))

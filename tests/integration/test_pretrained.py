@@ -24,7 +24,7 @@ from bigincubate.interchange.official_format import join_stages
 from bigincubate.interchange.pretrained import choose_blocks, pretrained_meta
 from bigincubate.models import Partition, find_family
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 VIT = "vit_tiny_patch16_224"
 ARGS = {"patch_size": 2, "embed_dim": 24, "num_heads": 3}
 
@@ -58,7 +58,7 @@ def meta_of(init: str, select: Any = None, depths: Any = ((1,), (1,)), **model: 
     return pretrained_meta(MetaConfig(init=init, select=select), settings, partition, fresh), fresh
 
 
-def test_a_model_of_the_hub_is_loaded_by_timm_and_tuned(harness: Labs, hub: Path, tmp_path: Path) -> None:
+def test_hub_model_is_loaded_by_timm_and_fine_tuned(harness: Harnesses, hub: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     theirs = timm.create_model(VIT, embed_dim=24, num_heads=3).state_dict()  # 12 blocks, 224 pixels, 1000 classes
     save_file(theirs, tmp_path / "model.safetensors")
@@ -75,7 +75,7 @@ def test_a_model_of_the_hub_is_loaded_by_timm_and_tuned(harness: Labs, hub: Path
     made.train("incubate", 0)
 
 
-def test_weights_that_are_not_in_reach(hub: Path) -> None:
+def test_missing_weights_are_refused_in_one_line(hub: Path) -> None:
     with pytest.raises(DataError, match="cannot be fetched") as caught:
         meta_of(f"timm:{VIT}", args={})
     assert "\n" not in str(caught.value)
@@ -84,7 +84,7 @@ def test_weights_that_are_not_in_reach(hub: Path) -> None:
             meta_of(name, args={})
 
 
-def test_every_form_of_file_holds_the_same_model(hub: Path, tmp_path: Path) -> None:
+def test_file_formats_hold_the_same_model(hub: Path, tmp_path: Path) -> None:
     spec = artifact(VIT, tmp_path / "artifact")
     sizes: dict[str, Any] = spec.model.model_dump(include={"img_size", "args", "num_classes"})
     export(tmp_path / "artifact", tmp_path / "folder")
@@ -101,7 +101,7 @@ def test_every_form_of_file_holds_the_same_model(hub: Path, tmp_path: Path) -> N
         assert torch.equal(found["head.weight"], state["head.weight"]), init
 
 
-def test_a_classifier_of_other_classes_is_drawn_anew(tmp_path: Path) -> None:
+def test_classifier_of_other_classes_is_initialized_again(tmp_path: Path) -> None:
     file = save(tmp_path / "vit.pth", stages([2, 2], seed=0))  # of the official implementation
     same, _ = meta_of(str(file))
     assert torch.equal(same["head.weight"], stages([2, 2], seed=0)[1]["head.weight"])
@@ -151,12 +151,12 @@ def test_even_keeps_order_parity_and_both_ends(parity: int) -> None:
         ([[0, 1], [2, 3]], "has 1 stages; give a list"),
     ],
 )
-def test_blocks_that_do_not_fit(select: Any, says: str) -> None:
+def test_blocks_that_do_not_fit_are_refused(select: Any, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         choose_blocks(select, (12,), (2,), 1)
 
 
-def test_a_pretrained_model_that_is_too_shallow() -> None:
+def test_pretrained_model_that_is_too_shallow_is_refused() -> None:
     with pytest.raises(ConfigError, match="has 1 blocks, fewer than the meta model's 2"):
         choose_blocks(None, (1,), (2,), 1)
 
@@ -173,7 +173,7 @@ def test_a_pretrained_model_that_is_too_shallow() -> None:
         (["meta.init=timm:"], "init is a path, or"),
     ],
 )
-def test_what_a_recipe_may_not_say(sets: list[str], says: str, fast: Path) -> None:
+def test_contradictory_init_settings_are_refused(sets: list[str], says: str, fast: Path) -> None:
     with pytest.raises(ConfigError, match=says):
         load_recipe(str(fast), sets)
 

@@ -77,7 +77,7 @@ def test_every_recipe_plans_and_would_be_submitted(
 # ------------------------------------------------------------------------------------------------ base
 
 
-def test_a_recipe_on_a_base_differs_in_what_it_says_and_nothing_else() -> None:
+def test_recipe_with_a_base_differs_only_in_its_own_keys() -> None:
     base, derived = load_recipe("imagenet-vit-b").flat(), load_recipe("imagenet-vit-l").flat()
     assert {key for key in base.keys() | derived.keys() if base.get(key) != derived.get(key)} == {
         *("name", "description", "model.name", "plan.target_depths"),
@@ -86,7 +86,7 @@ def test_a_recipe_on_a_base_differs_in_what_it_says_and_nothing_else() -> None:
     assert load_recipe("cifar100-deit-t128-dmt").plan.target_depths == [32, 32, 32, 32]  # through a chain
 
 
-def test_a_users_recipe_may_have_a_base_whose_arguments_stay_with_its_model(tmp_path: Path) -> None:
+def test_users_recipe_may_have_a_base_whose_arguments_stay_with_its_model(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text('base = "digits"\n[train]\nbatch_size = 32\n[model.args]\nembed_dim = 24\n')
     mine, digits = load_recipe(str(file)), load_recipe("digits")
@@ -96,9 +96,7 @@ def test_a_users_recipe_may_have_a_base_whose_arguments_stay_with_its_model(tmp_
     assert load_recipe(str(file)).model.args == {"patch_size": 4}
 
 
-def test_a_base_that_is_missing_or_comes_back_to_itself_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_or_circular_base_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mine.toml"
     for base in ('"nothing"', "3", f'"{file}"'):
         file.write_text(f"base = {base}\n")
@@ -190,7 +188,7 @@ def kept(recipe: Recipe) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_smoke_size_is_the_same_experiment_and_each_phase_of_it_can_be_built(name: str) -> None:
+def test_smoke_size_is_the_same_experiment_and_each_phase_of_it_can_be_built(name: str) -> None:
     recipe, small = load_recipe(name), load_recipe(name, overlay=smoke)
     assert kept(small) == kept(recipe)
     cut = make_plan(small)
@@ -214,7 +212,7 @@ def test_smoke_leaves_a_users_own_settings_and_touches_no_data_of_theirs(tmp_pat
     assert (small.settings("pretrain").train.max_steps, small.train.max_steps) == (3, 50)
 
 
-def test_a_large_recipe_runs_end_to_end_when_small(tmp_path: Path, counted: None) -> None:
+def test_large_recipe_runs_end_to_end_when_small(tmp_path: Path, counted: None) -> None:
     """Every phase of ViT-B on decentralized data with DeiT III's loss, fine-tuned on larger images."""
     file = tmp_path / "recipe.toml"
     sets = ["data.decentralized=true", "loss.name=bce", "train.precision=fp32"]

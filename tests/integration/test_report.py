@@ -25,7 +25,7 @@ from bigincubate.report.units import format_duration, format_percent, format_qua
 from bigincubate.report.verify import verify_run
 from bigincubate.tasks.metric import Metric, planned_metrics
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 SETS = ("train.max_steps=6", "log.every_steps=2", "log.eval_every_epochs=1")
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -79,7 +79,7 @@ def page_of(folder: Any) -> Page:
 
 
 @pytest.fixture(scope="module")
-def done(harness: Labs) -> Any:
+def done(harness: Harnesses) -> Any:
     """Everything trained, the baseline too; module 0 was stopped once."""
     made = harness(*SETS)
     made.train("pretrain")
@@ -109,7 +109,7 @@ def test_numbers_on_the_page_are_those_of_the_summary(done: Any) -> None:
     assert "core-s" in page.text
 
 
-def test_the_page_is_one_file_that_asks_nobody(done: Any) -> None:
+def test_page_is_one_file_that_loads_nothing(done: Any) -> None:
     text = render_report(read_run(done.run), [])
     page = Page(text)
     assert "http" not in text
@@ -125,7 +125,7 @@ def test_the_page_is_one_file_that_asks_nobody(done: Any) -> None:
     assert text == render_report(read_run(done.run), [])  # the same run, the same page
 
 
-def test_it_says_what_was_trained_where_and_how_it_went(done: Any) -> None:
+def test_page_says_what_was_trained_where_and_with_what_result(done: Any) -> None:
     page = page_of(done.run)
     assert {"smoke", "vit_tiny_patch16_224", "2+2", "seed", "boundary"} <= set(re.findall(r"[\w+-]+", page.text))
     assert "module 0, attempt 1 on elsewhere (job 17): stopped with a checkpoint" in page.text
@@ -141,7 +141,7 @@ def test_it_says_what_was_trained_where_and_how_it_went(done: Any) -> None:
     assert "times the FLOPs. One seed each." in page.text
 
 
-def test_an_unfinished_run_has_a_page_that_says_what_is_missing(harness: Labs) -> None:
+def test_unfinished_run_has_a_page_that_says_what_is_missing(harness: Harnesses) -> None:
     made = harness(*SETS)
     empty = page_of(made.run)
     assert "Not there yet: meta model, module 0, module 1, fine-tuning." in empty.text
@@ -155,7 +155,7 @@ def test_an_unfinished_run_has_a_page_that_says_what_is_missing(harness: Labs) -
     assert "unfinished" in page.text
 
 
-def test_a_run_that_is_only_end_to_end_has_no_modules_on_its_page(harness: Labs, done: Any) -> None:
+def test_run_that_is_only_end_to_end_has_no_modules_on_its_page(harness: Harnesses, done: Any) -> None:
     made = harness(*SETS, "end_to_end.budget=epochs")
     made.train("end_to_end")
     page = page_of(made.run)
@@ -166,7 +166,7 @@ def test_a_run_that_is_only_end_to_end_has_no_modules_on_its_page(harness: Labs,
     assert [row["route"] for row in compare_json(routes)] == ["incubated", "end to end", "end to end"]
 
 
-def test_what_is_damaged_is_told_on_the_page(done: Any, tmp_path: Path) -> None:
+def test_page_names_damaged_files(done: Any, tmp_path: Path) -> None:
     mine = done.copy(tmp_path / "run")
     weights = mine.run.phase("incubate", 1).artifact / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
@@ -175,7 +175,7 @@ def test_what_is_damaged_is_told_on_the_page(done: Any, tmp_path: Path) -> None:
     assert [row for row in page.rows if row[0] == "incubate/1" and "damaged: " in row[1]]
 
 
-def test_text_of_others_cannot_become_markup(done: Any, tmp_path: Path) -> None:
+def test_text_from_files_is_escaped(done: Any, tmp_path: Path) -> None:
     mine = done.copy(tmp_path / "<b>run")
     append_json_line(mine.run.path / "events.jsonl", {"time": time.time(), "event": "cancelled", "jobs": ["<script>"]})
     page = page_of(mine.run)
@@ -183,7 +183,7 @@ def test_text_of_others_cannot_become_markup(done: Any, tmp_path: Path) -> None:
     assert not {"script", "b>run"} & {tag for tag, _ in page.tags}
 
 
-def test_the_commands(done: Any, tmp_path: Path) -> None:
+def test_report_and_compare_commands(done: Any, tmp_path: Path) -> None:
     mine = done.copy(tmp_path / "one")
     other = tmp_path / "other"
     shutil.copytree(mine.run.path, other)
@@ -229,7 +229,7 @@ def test_curves_are_over_what_each_step_cost(done: Any) -> None:
     assert seconds[0] > 0
 
 
-def test_other_metrics_and_units_are_shown_as_they_describe_themselves(harness: Labs) -> None:
+def test_metrics_and_units_are_shown_as_their_task_describes_them(harness: Harnesses) -> None:
     """A task where less is better, samples are tokens, and the first phase measures something else."""
     made = harness(*SETS)
     perplexity = Metric("ppl", "perplexity", higher_is_better=False, format=".1f")

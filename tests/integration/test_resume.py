@@ -17,7 +17,7 @@ from forked import Command, die_at_write, die_before, run
 
 from bigincubate.storage import checkpoint_manager
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 STEPS = 24
 SETS = [
     *("mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "ema.decay=0.9", "loss.label_smoothing=0.1"),
@@ -30,7 +30,7 @@ each_phase = pytest.mark.parametrize(("phase", "module"), PHASES, ids=["pretrain
 class Reference:
     """A run that nothing happened to, and copies of it as it was before each phase."""
 
-    def __init__(self, harness: Labs, folder: Path, *sets: str) -> None:
+    def __init__(self, harness: Harnesses, folder: Path, *sets: str) -> None:
         self.folder = folder
         self.before: dict[str, Any] = {}
         self.harness = harness(*SETS, *sets)
@@ -43,12 +43,12 @@ class Reference:
 
 
 @pytest.fixture(scope="module")
-def reference(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def reference(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(harness, tmp_path_factory.mktemp("adamw"))
 
 
 @pytest.fixture(scope="module")
-def lamb_reference(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+def lamb_reference(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(harness, tmp_path_factory.mktemp("lamb"), "optim.name=lamb", 'incubate.export="ema"')
 
 
@@ -201,7 +201,7 @@ def test_kill_9_before_the_first_checkpoint_logs_no_step_twice(reference: Refere
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGUSR2], ids=lambda n: n.name
 )
-def test_a_signal_means_checkpoint_and_exit_75(reference: Reference, number: signal.Signals) -> None:
+def test_signal_means_checkpoint_and_exit_75(reference: Reference, number: signal.Signals) -> None:
     phase, module = PHASES[number % 3]
     other = reference.fresh(phase, number.name)
     command = Command(*other.command(phase, module))
@@ -220,7 +220,7 @@ def test_a_signal_means_checkpoint_and_exit_75(reference: Reference, number: sig
     check_same(other, reference, phase, module)
 
 
-def test_a_second_signal_does_not_spoil_the_checkpoint_of_the_first(reference: Reference) -> None:
+def test_second_signal_does_not_spoil_the_checkpoint_of_the_first(reference: Reference) -> None:
     other = reference.fresh("pretrain", "twice")
     command = Command(*other.command("pretrain"))
     assert command.until(reached(other, 4, "pretrain"))
@@ -257,7 +257,7 @@ def test_error_during_a_save_ends_after_the_save(reference: Reference, monkeypat
     check_same(other, reference, "pretrain", None)
 
 
-def test_a_phase_that_is_done_is_done_at_once(reference: Reference) -> None:
+def test_phase_that_is_done_is_done_at_once(reference: Reference) -> None:
     again = run(*reference.harness.command("pretrain"))
     assert again.wait() == 0
     assert len(attempts(reference.harness, "pretrain")) == 1
@@ -281,7 +281,7 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_a_flipped_bit_is_named_and_training_goes_on_from_the_one_before(reference: Reference) -> None:
+def test_flipped_bit_is_named_and_training_goes_on_from_the_one_before(reference: Reference) -> None:
     other = reference.fresh("pretrain", "flipped")
     newest = sorted(stopped_at(other, 8).glob("step-*"))[-1]
     flip_a_bit(newest / "rank-00000.safetensors")
@@ -303,7 +303,7 @@ def test_every_checkpoint_damaged_is_exit_6(reference: Reference) -> None:
     assert len(list(folder.glob("step-*"))) == 2  # evidence is kept
 
 
-def test_a_log_line_cut_off_is_left_out(reference: Reference) -> None:
+def test_log_line_cut_off_is_left_out(reference: Reference) -> None:
     other = reference.fresh("pretrain", "cut")
     stopped_at(other, 8)
     file = other.run.phase("pretrain").metrics
@@ -314,7 +314,7 @@ def test_a_log_line_cut_off_is_left_out(reference: Reference) -> None:
     assert [line["step"] for line in lines] == [step for step in range(1, STEPS + 1) if step != cut]
 
 
-def test_a_damaged_result_is_made_again(reference: Reference) -> None:
+def test_damaged_result_is_made_again(reference: Reference) -> None:
     other = reference.harness.copy(reference.folder / "result")
     for text in ("{", "[]", ""):
         (other.run.phase("pretrain").path / "DONE").write_text(text)

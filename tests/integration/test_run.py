@@ -28,7 +28,7 @@ from bigincubate.launchers.progress import ProgressReporter
 from bigincubate.planning.job_graph import build_job_graph
 from bigincubate.storage.run_directory import RunDir
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 
 
 def words(harness: Any, *more: object) -> list[object]:
@@ -65,7 +65,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> FromScratch:
     return FromScratch(recipe, folder)
 
 
-def test_everything_is_made_from_nothing(scratch: FromScratch) -> None:
+def test_run_makes_every_phase_from_an_empty_folder(scratch: FromScratch) -> None:
     assert scratch.first.returncode == 0, scratch.first.stderr
     assert scratch.first.stderr == ""
     folder = scratch.run.path
@@ -81,7 +81,7 @@ def test_everything_is_made_from_nothing(scratch: FromScratch) -> None:
     assert (folder / "data" / "dataset.json").exists()
 
 
-def test_the_summary_has_every_phase(scratch: FromScratch) -> None:
+def test_summary_has_every_phase(scratch: FromScratch) -> None:
     summary = json.loads((scratch.run.path / "summary.json").read_text())
     assert len(summary["modules"]) == 2
     results = [summary[key] for key in ("meta", "assembled", "finetune", "end_to_end")] + summary["modules"]
@@ -94,7 +94,7 @@ def test_the_summary_has_every_phase(scratch: FromScratch) -> None:
     assert incubation - one_step < summary["end_to_end"]["flops"] <= incubation
 
 
-def test_a_pipe_gets_plain_lines_and_a_table(scratch: FromScratch) -> None:
+def test_output_to_a_pipe_is_plain_lines_and_a_table(scratch: FromScratch) -> None:
     out = scratch.first.stdout
     assert "\x1b" not in out
     assert "\r" not in out
@@ -109,7 +109,7 @@ def test_a_pipe_gets_plain_lines_and_a_table(scratch: FromScratch) -> None:
     assert f"bigincubate evaluate {scratch.run.path} --data {scratch.run.path / 'data'}" in out
 
 
-def test_the_next_command_it_names_works(scratch: FromScratch) -> None:
+def test_printed_next_command_works(scratch: FromScratch) -> None:
     command = scratch.first.stdout.rpartition("next:")[2].split()
     assert command[0] == "bigincubate"
     scores = run(*command[1:], "--json")
@@ -120,7 +120,7 @@ def test_the_next_command_it_names_works(scratch: FromScratch) -> None:
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
 
 
-def test_run_again_it_is_done(scratch: FromScratch) -> None:
+def test_second_run_does_nothing(scratch: FromScratch) -> None:
     assert scratch.second.wait() == 0
     assert "is done already" in scratch.second.out
     assert "started" not in scratch.second.out
@@ -128,7 +128,7 @@ def test_run_again_it_is_done(scratch: FromScratch) -> None:
     assert [len(scratch.run.phase("incubate", module).read_attempts()) for module in (0, 1)] == [1, 1]
 
 
-def test_an_export_that_was_cut_off_is_made_again(scratch: FromScratch) -> None:
+def test_interrupted_export_is_made_again(scratch: FromScratch) -> None:
     export = scratch.run.path / "export"
     files = {file.name: file.read_bytes() for file in export.iterdir()}
     shutil.rmtree(export)
@@ -170,7 +170,7 @@ class Launched:
 
 
 @pytest.fixture(scope="module")
-def plain(harness: Labs) -> Any:
+def plain(harness: Harnesses) -> Any:
     """What nothing happened to."""
     done = harness("train.max_steps=150", "log.every_steps=2", "checkpoint.every_steps=20", "incubate.optim.name=lamb")
     for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
@@ -236,7 +236,7 @@ def test_ctrl_c_before_the_phases_have_begun_is_no_failure(plain: Any, tmp_path:
 # ------------------------------------------------------------------------------------------------ failing
 
 
-def test_a_failing_module_does_not_stop_the_others(plain: Any, tmp_path: Path) -> None:
+def test_failing_module_does_not_stop_the_others(plain: Any, tmp_path: Path) -> None:
     other = after_the_meta_model(plain, tmp_path / "run")
     shutil.copytree(plain.run.path / "modules" / "01", other.run.path / "modules" / "01")
     (other.run.path / "modules" / "01" / "DONE").unlink()
@@ -254,7 +254,7 @@ def test_a_failing_module_does_not_stop_the_others(plain: Any, tmp_path: Path) -
     assert failed.err.count("\n") == 1
 
 
-def test_a_module_whose_folder_cannot_be_made_does_not_stop_the_others(plain: Any, tmp_path: Path) -> None:
+def test_module_whose_folder_cannot_be_made_does_not_stop_the_others(plain: Any, tmp_path: Path) -> None:
     other = after_the_meta_model(plain, tmp_path / "run")
     (other.run.path / "modules").mkdir()
     (other.run.path / "modules" / "00").write_text("in the way")
@@ -267,7 +267,7 @@ def test_a_module_whose_folder_cannot_be_made_does_not_stop_the_others(plain: An
 # ------------------------------------------------------------------------------------------------ what is shown
 
 
-def test_a_terminal_gets_a_live_bar_for_each_phase(plain: Any) -> None:
+def test_terminal_gets_a_live_bar_for_each_phase(plain: Any) -> None:
     screen = io.StringIO()
     graph = build_job_graph(plain.rows, baseline=False)[:2]
     with ProgressReporter(Console(file=screen, force_terminal=True, width=160)) as reporter:
@@ -288,7 +288,7 @@ def test_a_terminal_gets_a_live_bar_for_each_phase(plain: Any) -> None:
 # ------------------------------------------------------------------------------------------------ the graph
 
 
-def test_the_graph_is_meta_model_then_modules_then_fine_tuning(plain: Any) -> None:
+def test_graph_is_meta_model_then_modules_then_fine_tuning(plain: Any) -> None:
     graph = {job.key: job for job in build_job_graph(plain.rows, baseline=True)}
     assert list(graph) == ["pretrain", "incubate/0", "incubate/1", "finetune", "end_to_end"]
     assert graph["pretrain"].needs == graph["end_to_end"].needs == ()
@@ -344,14 +344,14 @@ def executed(harness: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, nproc
         ({"m1": 75}, Exit.PREEMPTED, 3),
     ],
 )
-def test_the_exit_code_is_that_of_the_first_that_failed(
-    harness: Labs, monkeypatch: pytest.MonkeyPatch, ends: dict[str, int], expected: Exit, started: int
+def test_exit_code_is_that_of_the_first_that_failed(
+    harness: Harnesses, monkeypatch: pytest.MonkeyPatch, ends: dict[str, int], expected: Exit, started: int
 ) -> None:
     assert executed(harness(), monkeypatch, **ends) is expected
     assert len(everything) == started
 
 
-def test_a_resumed_phase_computes_with_as_many_threads(harness: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_phase_computes_with_as_many_threads(harness: Harnesses, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their number may change the last bit of a sum: it follows from the graph, not from what happens to run."""
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -366,7 +366,7 @@ def test_a_resumed_phase_computes_with_as_many_threads(harness: Labs, monkeypatc
     assert rest == {"1": "4", "-": "8"}
 
 
-def test_the_ranks_of_a_phase_share_its_threads(harness: Labs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_of_a_phase_share_its_threads(harness: Harnesses, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     executed(harness(), monkeypatch, nproc=3)

@@ -79,7 +79,7 @@ def test_two_submits_at_the_same_moment_make_one_run(
 
 
 @LONG
-def test_before_its_time_limit_a_job_is_told_and_goes_on_in_a_requeue(
+def test_job_near_its_time_limit_checkpoints_and_requeues(
     slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
     sets = words(
@@ -95,7 +95,7 @@ def test_before_its_time_limit_a_job_is_told_and_goes_on_in_a_requeue(
 
 
 @LONG
-def test_a_module_that_failed_is_submitted_again_by_the_gate_alone(
+def test_module_that_failed_is_submitted_again_by_the_gate_alone(
     slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
     blocked = run.path / "modules" / "01"
@@ -113,7 +113,7 @@ def test_a_module_that_failed_is_submitted_again_by_the_gate_alone(
 
 
 @LONG
-def test_a_module_that_fails_again_and_again_is_given_up_and_healed_by_resume(
+def test_repeatedly_failing_module_is_given_up_and_resumed_by_hand(
     slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
     blocked = run.path / "modules" / "01"
@@ -132,7 +132,7 @@ def test_a_module_that_fails_again_and_again_is_given_up_and_healed_by_resume(
 
 
 @LONG
-def test_a_site_without_sbatch_in_jobs_is_told_what_to_type(
+def test_site_without_sbatch_in_jobs_gets_the_command(
     slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
     sets = words("slurm.submit_from_jobs=false", "train.max_steps=2")
@@ -146,9 +146,7 @@ def test_a_site_without_sbatch_in_jobs_is_told_what_to_type(
 
 
 @LONG
-def test_the_controller_restarts_and_what_a_person_ends_stays_ended(
-    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
-) -> None:
+def test_controller_restart_cancel_and_resume(slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command) -> None:
     """`slurmctld` restarts; `scancel` of a running job (no requeue: its gate submits it again); `cancel`; `resume`."""
     sets = words("checkpoint.every_steps=1", "train.max_steps=1500", "log.images=0")
     assert bigincubate("submit", fast, "--run-dir", run.path, *sets).returncode == 0
@@ -173,7 +171,7 @@ def test_the_controller_restarts_and_what_a_person_ends_stays_ended(
 
 
 @LONG
-def test_the_scripts_are_usable_by_hand(slurm: Cluster, run: RunDir, fast: Path) -> None:
+def test_scripts_are_usable_by_hand(slurm: Cluster, run: RunDir, fast: Path) -> None:
     scripts = resource_folder("slurm")
     more = words("train.max_steps=2")
     for script in ("pretrain.sbatch", "incubate.sbatch"):

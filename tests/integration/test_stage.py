@@ -24,7 +24,7 @@ def copies(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "disk" / "mine").glob("bigincubate-*"))
 
 
-def test_shards_come_when_they_are_read_and_go_with_their_last_reader(given: Any, tmp_path: Path) -> None:
+def test_shards_are_copied_when_read_and_removed_with_the_last_reader(given: Any, tmp_path: Path) -> None:
     from bigincubate.data.local_staging import use_local_cache
     from bigincubate.data.shards import Shards
     from bigincubate.tasks.image_classification.views import LabelledImages
@@ -44,7 +44,7 @@ def test_shards_come_when_they_are_read_and_go_with_their_last_reader(given: Any
     assert copies(tmp_path) == []
 
 
-def test_what_killed_readers_left_goes_with_the_next_one(given: Any, tmp_path: Path) -> None:
+def test_shards_of_killed_readers_are_removed_by_the_next(given: Any, tmp_path: Path) -> None:
     from bigincubate.data.local_staging import use_local_cache
 
     recipe, info = given
@@ -61,7 +61,7 @@ def test_what_killed_readers_left_goes_with_the_next_one(given: Any, tmp_path: P
     ("cache", "gib", "words"),
     [("$NODE_DISK", 1e-9, "allowed by data.local_cache_gib"), ("$NO_SUCH_DISK/x", 1, "no such variable")],
 )
-def test_what_cannot_be_staged_is_said(given: Any, cache: str, gib: float, words: str) -> None:
+def test_data_that_cannot_be_staged_is_refused(given: Any, cache: str, gib: float, words: str) -> None:
     from bigincubate.data.local_staging import use_local_cache
 
     recipe, info = given

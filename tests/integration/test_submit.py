@@ -54,7 +54,7 @@ def test_control_characters_never_reach_sbatch(fast: Path, tmp_path: Path, table
         build_sbatch_command(load_recipe(str(file)), RunDir(tmp_path), "incubate", modules=[0])
 
 
-def test_a_wrong_key_of_a_kind_of_job_is_named(fast: Path) -> None:
+def test_wrong_key_of_a_kind_of_job_is_named(fast: Path) -> None:
     with pytest.raises(ConfigError, match=r"slurm\.incubate\.nodes: Input should be greater than or equal to 1"):
         load_recipe(str(fast), ["slurm.incubate.nodes=0"])
     assert load_recipe(str(fast), ["slurm.gpus=8", "slurm.incubate.gpus=1"]).slurm.job("incubate").gpus == 1
@@ -75,18 +75,18 @@ def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.parametrize("code", [2, 4, 5, 6])
-def test_what_would_end_the_same_is_not_requeued(tmp_path: Path, code: int, requeued: list[str]) -> None:
+def test_job_that_would_fail_again_is_not_requeued(tmp_path: Path, code: int, requeued: list[str]) -> None:
     assert handle_job_exit(PhaseDir(tmp_path), "1", code)[0] == code
     assert requeued == []
 
 
-def test_a_phase_that_is_done_is_done_whatever_srun_says(tmp_path: Path, requeued: list[str]) -> None:
+def test_finished_phase_is_done_whatever_srun_returns(tmp_path: Path, requeued: list[str]) -> None:
     PhaseDir(tmp_path).write_result({"metrics": {"top1": 1.0}})
     assert handle_job_exit(PhaseDir(tmp_path), "1", 137)[0] == 0
     assert requeued == []
 
 
-def test_what_slurm_has_ended_is_not_requeued(
+def test_job_ended_by_slurm_is_not_requeued(
     tmp_path: Path, requeued: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ending, "query_job_state", lambda job: "COMPLETING")
@@ -108,7 +108,7 @@ def test_restarts_are_bounded(tmp_path: Path, requeued: list[str], monkeypatch: 
     assert requeued == []
 
 
-def test_three_restarts_without_a_new_checkpoint_are_enough(tmp_path: Path, requeued: list[str]) -> None:
+def test_job_without_progress_is_requeued_three_times(tmp_path: Path, requeued: list[str]) -> None:
     folder = PhaseDir(tmp_path)
     for step in (5, 10, 10, 10):
         marker = folder.checkpoints / f"step-{step:08d}" / "COMMITTED"
@@ -148,7 +148,7 @@ def test_logs_are_known_by_their_module(tmp_path: Path) -> None:
     assert job_name("incubate", 1000) == "bigincubate-incubate+1000"
 
 
-def test_a_dry_run_shows_everything_and_makes_nothing(fast: Path, tmp_path: Path, bigincubate: Command) -> None:
+def test_dry_run_shows_everything_and_makes_nothing(fast: Path, tmp_path: Path, bigincubate: Command) -> None:
     sets = ["--set", "slurm.time=0:30:00", "--partition", "gpu", "--account", "project 7"]
     shown = bigincubate("submit", fast, "--run-dir", tmp_path / "run", "--dry-run", *sets)
     assert shown.returncode == 0, shown.stderr
@@ -163,7 +163,7 @@ def test_a_dry_run_shows_everything_and_makes_nothing(fast: Path, tmp_path: Path
 # ------------------------------------------------------------------------------------------------ status
 
 
-def test_the_queue_is_read_past_the_jobs_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queue_is_read_past_the_jobs_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, theirs = (run_comment(RunDir(tmp_path / name)) for name in ("run", "other"))
     lines = [
         f"5|7|RUNNING|bigincubate-incubate+1000|n2|None|{mine}",
@@ -180,7 +180,7 @@ def test_the_queue_is_read_past_the_jobs_of_others(tmp_path: Path, monkeypatch: 
     ]
 
 
-def test_a_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path / "run")
     rows = [("pretrain", None), ("incubate/0", 0), ("incubate/1", 1), ("finetune", None)]
     about = {"steps": 10, "batch_size": 8, "unit": "images", "metrics": [asdict(Metric("top1", "top-1", "%"))]}

@@ -16,7 +16,7 @@ from bigincubate.errors import ConfigError
 from bigincubate.storage.artifacts import load_manifest
 
 LOUD = ["mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "loss.label_smoothing=0.1"]
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -28,7 +28,7 @@ def losses(harness: Any, phase: str = "pretrain", module: int | None = None) -> 
 
 
 @pytest.fixture(scope="module")
-def trained(harness: Labs) -> Any:
+def trained(harness: Harnesses) -> Any:
     """Meta model and module 1, with every source of randomness on, each step logged."""
     done = harness(*LOUD, "log.every_steps=1", "log.eval_every_epochs=0", "incubate.drop_path.ramp_over=hybrid")
     done.train("pretrain")
@@ -41,7 +41,7 @@ def trained(harness: Labs) -> Any:
 
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("repeats", [1, 2])
-def test_micro_batches_make_one_batch(harness: Labs, count: int, repeats: int) -> None:
+def test_micro_batches_make_one_batch(harness: Harnesses, count: int, repeats: int) -> None:
     """The same losses and weights, with augmentation, mixing and stochastic depth."""
     sets = [*LOUD, "log.every_steps=1", f"augment.repeated_aug={repeats}", "mixup.prob=1.0", "augment.erase=0.3"]
     sets += ["optim.name=sgd", "train.lr=0.05"]  # plain: AdamW divides rounding errors by small numbers
@@ -56,14 +56,14 @@ def test_micro_batches_make_one_batch(harness: Labs, count: int, repeats: int) -
         torch.testing.assert_close(parts.weights("pretrain")[name], tensor, atol=1e-5, rtol=1e-4)
 
 
-def test_a_micro_batch_that_does_not_divide_is_refused(harness: Labs) -> None:
+def test_micro_batch_that_does_not_divide_is_refused(harness: Harnesses) -> None:
     with pytest.raises(ConfigError, match=r"train\.micro_batch = 12 does not divide"):
         harness("train.micro_batch=12").trainer("pretrain")
     with pytest.raises(ConfigError, match="mixup pairs samples inside a micro-batch"):
         harness("train.micro_batch=1").trainer("pretrain")
 
 
-def test_repeats_show_each_sample_so_often_and_count_as_images(harness: Labs) -> None:
+def test_repeats_show_each_sample_so_often_and_count_as_images(harness: Harnesses) -> None:
     repeated = harness("augment.repeated_aug=4", "mixup.mixup=0.0")
     trainer = repeated.trainer("pretrain")
     batch = next(trainer.parts.train_stream.batches(0))
@@ -74,7 +74,7 @@ def test_repeats_show_each_sample_so_often_and_count_as_images(harness: Labs) ->
     assert repeated.train("pretrain")["seen"] == 12 * 32
 
 
-def test_clipping_clips(harness: Labs) -> None:
+def test_clipping_clips(harness: Harnesses) -> None:
     """SGD without momentum's help: the first step moves by at most lr times the norm."""
     sets = ["optim.name=momentum", "optim.weight_decay=0.0", "train.lr=1.0", "train.max_steps=1", "log.every_steps=1"]
     free, clipped = (harness(*sets, f"train.clip_grad={limit}") for limit in (0.0, 0.01))
@@ -89,7 +89,7 @@ def test_clipping_clips(harness: Labs) -> None:
     assert moved[1] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_label_smoothing_reaches_the_loss(harness: Labs) -> None:
+def test_label_smoothing_reaches_the_loss(harness: Harnesses) -> None:
     smooth, sharp = harness("loss.label_smoothing=0.5", "mixup.mixup=0.0"), harness("mixup.mixup=0.0")
     trainers = [each.trainer("pretrain") for each in (smooth, sharp)]
     batch = next(trainers[0].parts.train_stream.batches(0))
@@ -103,7 +103,7 @@ def test_label_smoothing_reaches_the_loss(harness: Labs) -> None:
     torch.testing.assert_close(loss, expected)
 
 
-def test_bfloat16_runs_and_keeps_weights_in_full_precision(harness: Labs) -> None:
+def test_bfloat16_runs_and_keeps_weights_in_full_precision(harness: Harnesses) -> None:
     half, full = harness("train.precision=bf16", "log.every_steps=1"), harness("log.every_steps=1")
     result = half.train("pretrain")
     full.train("pretrain")
@@ -113,7 +113,7 @@ def test_bfloat16_runs_and_keeps_weights_in_full_precision(harness: Labs) -> Non
     assert losses(half) != losses(full)
 
 
-def test_no_steps_hand_on_the_initialisation(harness: Labs) -> None:
+def test_phase_of_no_steps_publishes_the_initialization(harness: Harnesses) -> None:
     none = harness("train.max_steps=0", "incubate.init=grow", "incubate.ema.decay=0.9", "incubate.export=ema")
     result = none.train("pretrain")
     assert (result["steps"], result["seen"], result["flops"]) == (0, 0, 0)
@@ -131,8 +131,8 @@ def test_no_steps_hand_on_the_initialisation(harness: Labs) -> None:
 
 
 @pytest.mark.parametrize("module", [0, 1])
-def test_frozen_tensors_keep_their_bits_and_only_the_module_is_handed_on(
-    trained: Any, harness: Labs, module: int
+def test_frozen_tensors_keep_their_bits_and_only_the_module_is_published(
+    trained: Any, harness: Harnesses, module: int
 ) -> None:
     fresh = harness(*LOUD, "incubate.optim.weight_decay=0.5", "incubate.train.lr=0.05")
     fresh.train("pretrain")
@@ -163,7 +163,7 @@ def test_frozen_tensors_keep_their_bits_and_only_the_module_is_handed_on(
     )
 
 
-def test_the_average_is_handed_on_where_asked_and_says_so(harness: Labs) -> None:
+def test_ema_is_published_if_asked_for(harness: Harnesses) -> None:
     raw, ema = harness("ema.decay=0.9"), harness("ema.decay=0.9", 'pretrain.export="ema"')
     for each in (raw, ema):
         each.train("pretrain")
@@ -181,7 +181,7 @@ def test_the_average_is_handed_on_where_asked_and_says_so(harness: Labs) -> None
     assert checker.score()["loss"] == pytest.approx(shown["metrics"]["loss"], abs=1e-9)
 
 
-def test_the_average_is_that_of_the_weights_after_each_step(harness: Labs) -> None:
+def test_ema_is_of_the_weights_after_each_step(harness: Harnesses) -> None:
     averaged = harness("ema.decay=0.9", 'pretrain.export="ema"', "train.max_steps=6")
     trainer = averaged.trainer("pretrain")
     expected = {name: tensor.double().clone() for name, tensor in trainer.model.state_dict().items()}
@@ -199,7 +199,7 @@ def test_the_average_is_that_of_the_weights_after_each_step(harness: Labs) -> No
         torch.testing.assert_close(tensor.double(), expected[name], atol=1e-6, rtol=1e-5)
 
 
-def test_evaluating_the_average_does_not_disturb_training(harness: Labs) -> None:
+def test_evaluation_of_the_ema_does_not_change_training(harness: Harnesses) -> None:
     """With evaluations in between or not: the same weights in the end."""
     sets = ["ema.decay=0.9", 'pretrain.export="ema"', "train.batch_size=288", "train.max_steps=9", "drop_path.rate=0.3"]
     often, never = harness(*sets, "log.eval_every_epochs=1"), harness(*sets)
@@ -212,7 +212,7 @@ def test_evaluating_the_average_does_not_disturb_training(harness: Labs) -> None
 # ------------------------------------------------------------------------------------------------ what is logged
 
 
-def test_the_loss_that_is_logged_is_the_mean_over_the_batch(trained: Any) -> None:
+def test_loss_that_is_logged_is_the_mean_over_the_batch(trained: Any) -> None:
     """Computed again by hand for the first step: plain cross entropy with the soft targets of the whole batch."""
     trainer = trained.trainer("pretrain")
     batch = next(trainer.parts.train_stream.batches(0))
@@ -244,7 +244,7 @@ def test_tensorboard_has_every_tag_and_the_same_numbers_as_the_file(trained: Any
     assert [event.step for event in reader.Scalars("val/top1")] == [12]
 
 
-def test_the_fleet_shows_all_phases_under_the_same_tags(trained: Any) -> None:
+def test_tensorboard_of_a_run_has_all_phases_under_the_same_tags(trained: Any) -> None:
     for phase, module in (("pretrain", None), ("incubate", 1)):
         shown, own = trained.events(phase, module, fleet=True), trained.events(phase, module)
         for tag, of in (("fleet/loss", "train/loss"), ("fleet/images_per_sec", "perf/images_per_sec")):
@@ -257,7 +257,7 @@ def test_the_fleet_shows_all_phases_under_the_same_tags(trained: Any) -> None:
         assert {event.value for event in shown.Scalars("fleet/restarts")} == {0}
 
 
-def test_a_logged_step_is_one_object(trained: Any) -> None:
+def test_logged_step_is_one_object(trained: Any) -> None:
     for phase, module in (("pretrain", None), ("incubate", 1)):
         steps = [row["step"] for row in trained.log(phase, module)]
         assert steps == sorted(set(steps))
@@ -275,7 +275,7 @@ def test_tensorboard_has_the_settings_and_inputs(trained: Any) -> None:
     assert grid.width * grid.height >= 8 * 64 * 64  # eight of them, enlarged to be seen
 
 
-def test_the_logged_rate_is_the_schedules(trained: Any, harness: Labs) -> None:
+def test_logged_rate_is_the_schedules(trained: Any, harness: Harnesses) -> None:
     rates = [row["train/lr"] for row in trained.log("pretrain")]
     expected = [1e-6 + 0.5 * (2e-3 - 1e-6) * (1 + math.cos(math.pi * step / 12)) for step in range(12)]
     assert rates == pytest.approx(expected)
@@ -284,7 +284,7 @@ def test_the_logged_rate_is_the_schedules(trained: Any, harness: Labs) -> None:
     assert layered.log("pretrain")[0]["train/lr"] == pytest.approx(2e-3)  # not that of the lowest layer
 
 
-def test_a_result_has_what_the_summary_shows(trained: Any) -> None:
+def test_result_has_what_the_summary_shows(trained: Any) -> None:
     result = trained.run.phase("pretrain").result
     assert result["metrics"].keys() == {"top1", "top5", "loss"}
     assert result.keys() >= {"metrics", "headline", "unit", "seconds", "seen", "flops", "steps"}
@@ -297,7 +297,7 @@ def test_a_result_has_what_the_summary_shows(trained: Any) -> None:
     assert json.loads((trained.run.path / "summary.json").read_text()) == summary
 
 
-def test_same_seed_same_bits_other_seed_other_bits(trained: Any, harness: Labs) -> None:
+def test_same_seed_same_bits_other_seed_other_bits(trained: Any, harness: Harnesses) -> None:
     sets = [*LOUD, "incubate.drop_path.ramp_over=hybrid"]
     again, other = harness(*sets), harness(*sets, "train.seed=1")
     for each in (again, other):
@@ -308,7 +308,7 @@ def test_same_seed_same_bits_other_seed_other_bits(trained: Any, harness: Labs) 
     assert not same(other.weights("pretrain"), trained.weights("pretrain"))
 
 
-def test_workers_change_nothing(trained: Any, harness: Labs) -> None:
+def test_workers_change_nothing(trained: Any, harness: Harnesses) -> None:
     worked = harness(*LOUD, "data.workers=2")
     worked.train("pretrain")
     assert same(worked.weights("pretrain"), trained.weights("pretrain"))

@@ -16,12 +16,12 @@ from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_artifact, save_artifact
 from bigincubate.storage.lease import acquire_lease
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 GOOD, DAMAGED, STALE, RUNNING, UNFINISHED, ABSENT = Verdict
 
 
 @pytest.fixture(scope="module")
-def trained(harness: Labs) -> Any:
+def trained(harness: Harnesses) -> Any:
     """A run whose module 1 is missing, with data of its own that can be spoiled."""
     made = harness("train.max_steps=4", "checkpoint.every_steps=2", "log.every_steps=2")
     for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
@@ -44,7 +44,7 @@ def verdicts(harness: Any) -> dict[tuple[str, str], Verdict]:
     return {(each.part, each.path.name): each.verdict for each in verify_run(harness.run)}
 
 
-def test_a_finished_run_is_good(mine: Any) -> None:
+def test_finished_run_is_valid(mine: Any) -> None:
     verified = run("verify", mine.run.path)
     assert (verified.wait(), verified.err) == (0, "")
     found = verdicts(mine)
@@ -65,7 +65,7 @@ def test_a_finished_run_is_good(mine: Any) -> None:
         ("pretrain", "meta/checkpoints/step-00000002/rank-00000.safetensors"),
     ],
 )
-def test_what_is_damaged_is_named(part: str, file: str, mine: Any) -> None:
+def test_damaged_file_is_named(part: str, file: str, mine: Any) -> None:
     spoiled = mine.run.path / file
     if spoiled.name == "DONE":
         spoiled.write_text("{")
@@ -79,7 +79,7 @@ def test_what_is_damaged_is_named(part: str, file: str, mine: Any) -> None:
     assert "1 of" in verified.err
 
 
-def test_a_damaged_shard_of_the_data_is_named(mine: Any, tmp_path: Path) -> None:
+def test_damaged_shard_of_the_data_is_named(mine: Any, tmp_path: Path) -> None:
     shutil.copytree(mine.data.path, tmp_path / "data")
     recipe = mine.run.recipe_file
     recipe.write_text(recipe.read_text().replace(str(mine.data.path), str(tmp_path / "data")))
@@ -91,7 +91,7 @@ def test_a_damaged_shard_of_the_data_is_named(mine: Any, tmp_path: Path) -> None
     assert "SHA-256" in bad[0].why
 
 
-def test_what_grew_from_another_meta_model_is_stale(mine: Any, trained: Any) -> None:
+def test_module_of_another_meta_model_is_stale(mine: Any, trained: Any) -> None:
     shutil.rmtree(mine.run.path / "meta")
     tensors, manifest = load_artifact(trained.run.path / "meta" / "artifact")
     other = {name: tensor + 1 for name, tensor in tensors.items()}
@@ -103,7 +103,7 @@ def test_what_grew_from_another_meta_model_is_stale(mine: Any, trained: Any) -> 
     assert all("another meta model" in line for line in lines)
 
 
-def test_what_is_not_done_is_told_apart(mine: Any) -> None:
+def test_unfinished_phase_is_told_from_a_damaged_one(mine: Any) -> None:
     for part in ("modules/00", "modules/01", "finetune"):
         (mine.run.path / part / "DONE").unlink()
     shutil.rmtree(mine.run.path / "finetune")
@@ -117,7 +117,7 @@ def test_what_is_not_done_is_told_apart(mine: Any) -> None:
     assert found["incubate/1", "step-00000004"] is GOOD
 
 
-def test_no_run_is_said_in_one_line(tmp_path: Path) -> None:
+def test_folder_without_a_run_is_one_line(tmp_path: Path) -> None:
     verified = run("verify", tmp_path)
     assert verified.wait() == 4
     assert verified.err == f"bigincubate: {tmp_path} is not a run directory (no recipe.toml in it)\n"

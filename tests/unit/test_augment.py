@@ -50,7 +50,7 @@ def views(policy: dict[str, Any], *key: int, count: int = 8, size: int = 32) -> 
 # ------------------------------------------------------------------------------------------------ randomness
 
 
-def test_what_is_drawn_depends_on_the_key_alone() -> None:
+def test_drawn_parameters_depend_on_the_key_alone() -> None:
     def drawn(*key: int) -> tuple[Any, ...]:
         with seeded_rng(*key):
             return draws()
@@ -66,7 +66,7 @@ def test_what_is_drawn_depends_on_the_key_alone() -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_the_global_generators_go_on_as_if_nothing_had_happened(policy: dict[str, Any]) -> None:
+def test_global_generators_keep_their_state(policy: dict[str, Any]) -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = draws()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
@@ -77,7 +77,7 @@ def test_the_global_generators_go_on_as_if_nothing_had_happened(policy: dict[str
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_view_is_a_pure_function(policy: dict[str, Any]) -> None:
+def test_view_is_a_pure_function(policy: dict[str, Any]) -> None:
     first = views(policy, 0, 1, 2)
     random.seed(5), np.random.seed(5), torch.manual_seed(5)
     assert torch.equal(views(policy, 0, 1, 2), first)
@@ -90,7 +90,7 @@ def test_a_view_is_a_pure_function(policy: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("crop", ["none", "pad", "simple"])
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
-def test_what_is_said_to_draw_from_torch_only_does(crop: str, jitter: float) -> None:
+def test_transforms_said_to_draw_from_torch_only_do(crop: str, jitter: float) -> None:
     augment = AugmentConfig(crop=crop, color_jitter=jitter)
     assert draws_only_from_torch(augment)
     before = random.getstate(), np.random.get_state()[1:3]
@@ -113,7 +113,7 @@ def normalized(image: Image.Image, augment: AugmentConfig) -> Tensor:
     return transforms.Normalize(augment.mean, augment.std)(transforms.ToTensor()(image))
 
 
-def test_pixels_are_normalised_as_torchvision_does() -> None:
+def test_pixels_are_normalized_as_by_torchvision() -> None:
     augment = AugmentConfig(crop="none", flip=0.0)
     image = picture(32, 32)
     assert torch.allclose(train_transform(augment, 32)(image), normalized(image, augment), atol=1e-6)
@@ -162,7 +162,7 @@ def test_shifts_are_those_of_torchvision(crop: str, size: tuple[int, int], pad: 
             assert torch.equal(train_transform(ours, 32)(picture(*size)).round().byte(), expected)
 
 
-def test_three_augment_is_one_of_grey_solarised_blurred() -> None:
+def test_three_augment_is_one_of_gray_solarized_blurred() -> None:
     augment = AugmentConfig(crop="none", flip=0.0, three_augment=True, mean=[0.0] * 3, std=[1.0] * 3)
     image = picture(32, 32)
     plain = normalized(image, augment)
@@ -231,12 +231,12 @@ def test_png_keeps_every_pixel() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", encode_png(picture())[:200]])
-def test_what_is_not_an_image_is_a_value_error(data: bytes) -> None:
+def test_file_that_is_no_image_is_a_value_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode_image(data)
 
 
-def test_posterising_to_no_bits_is_black_and_not_an_error() -> None:
+def test_posterizing_to_no_bits_is_black_and_not_an_error() -> None:
     """RandAugment of magnitude 9 with noise reaches magnitude 10 for one image in a thousand."""
     transform: Any = train_transform(AugmentConfig(rand_augment="rand-m10-inc1"), 32)
     (posterize,) = (op for op in transform.transforms[2].ops if op.name == "PosterizeIncreasing")

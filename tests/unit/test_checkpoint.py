@@ -46,7 +46,7 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_what_was_saved_comes_back(tmp_path: Path) -> None:
+def test_saved_state_is_loaded_again(tmp_path: Path) -> None:
     saved(tmp_path, 7)
     checkpoint = manager(tmp_path).load_latest()
     assert checkpoint is not None
@@ -55,11 +55,11 @@ def test_what_was_saved_comes_back(tmp_path: Path) -> None:
     assert all(torch.equal(checkpoint.tensors[key], value) for key, value in tensors(7).items())
 
 
-def test_no_checkpoint_is_none(tmp_path: Path) -> None:
+def test_missing_checkpoint_is_none(tmp_path: Path) -> None:
     assert manager(tmp_path).load_latest() is None
 
 
-def test_the_newest_is_so_by_number_not_by_name(tmp_path: Path) -> None:
+def test_newest_checkpoint_is_found_by_number_not_by_name(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 99_999_998, 99_999_999, 100_000_000)
     assert checkpoints.committed_steps() == [99_999_999, 100_000_000]  # and the oldest went
     newest = manager(tmp_path).load_latest()
@@ -67,14 +67,14 @@ def test_the_newest_is_so_by_number_not_by_name(tmp_path: Path) -> None:
     assert newest.step == 100_000_000
 
 
-def test_only_the_newest_stay(tmp_path: Path) -> None:
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1, 2, 3, 4, 5, keep=3)
     assert checkpoints.committed_steps() == [3, 4, 5]
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == [f"step-{step:08d}" for step in (3, 4, 5)]
 
 
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "state.json", "manifest.json", "COMMITTED"])
-def test_a_flipped_bit_anywhere_is_named_and_the_one_before_is_used(
+def test_flipped_bit_anywhere_is_named_and_the_one_before_is_used(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = saved(tmp_path, 4, 8)
@@ -99,14 +99,14 @@ def test_a_flipped_bit_anywhere_is_named_and_the_one_before_is_used(
     ],
     ids=["missing tensors", "empty tensors", "marker not text", "empty marker", "no manifest"],
 )
-def test_other_damage_is_seen_too(spoil: Callable[[Path], Any], tmp_path: Path) -> None:
+def test_damage_of_other_kinds_is_found(spoil: Callable[[Path], Any], tmp_path: Path) -> None:
     folder = saved(tmp_path, 4).folder / "step-00000004"
     assert verify_checkpoint(folder) is None
     spoil(folder)
     assert "step-00000004" in str(verify_checkpoint(folder))
 
 
-def test_every_one_damaged_is_an_error_of_its_own(tmp_path: Path) -> None:
+def test_damage_of_every_checkpoint_is_an_error_of_its_own(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 4, 8)
     for step in checkpoints.committed_steps():
         flip_a_bit(checkpoints.folder / f"step-{step:08d}" / "rank-00000.safetensors")
@@ -115,7 +115,7 @@ def test_every_one_damaged_is_an_error_of_its_own(tmp_path: Path) -> None:
     assert caught.value.code == 6
 
 
-def test_a_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_path: Path) -> None:
+def test_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 4, 8)
     (checkpoints.folder / "step-00000008" / "COMMITTED").unlink()
     (checkpoints.folder / ".saving-00000012-abc").mkdir()
@@ -126,13 +126,13 @@ def test_a_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_pa
     assert [path.name for path in again.folder.iterdir()] == ["step-00000004"]
 
 
-def test_another_recipes_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, 4)
     with pytest.raises(ArtifactError, match="other settings, data, meta model or modules; remove"):
         manager(tmp_path, digest="e" * 64).load_latest()
 
 
-def test_damaged_ones_never_displace_a_sound_one(tmp_path: Path) -> None:
+def test_damaged_checkpoints_never_displace_a_valid_one(tmp_path: Path) -> None:
     """Training went back to step 4: what it saves from there counts, not the damaged ones beyond."""
     saved(tmp_path, 4, 8, 12, keep=3)
     for step in (8, 12):
@@ -145,14 +145,14 @@ def test_damaged_ones_never_displace_a_sound_one(tmp_path: Path) -> None:
     assert newest.step == 5
 
 
-def test_a_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_replaced_by_the_same_step(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 4, 8)
     flip_a_bit(checkpoints.folder / "step-00000008" / "state.json")
     checkpoints.save(8, tensors(8), {"step": 8})
     assert verify_checkpoint(checkpoints.folder / "step-00000008") is None
 
 
-def test_a_save_that_fails_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_that_fails_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = saved(tmp_path, 4)
 
     def full(path: Path, *_: Any) -> Any:
@@ -232,7 +232,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> list[str]:
     return calls
 
 
-def test_death_at_every_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path: Path) -> None:
+def test_save_killed_at_any_moment_leaves_a_valid_checkpoint(tmp_path: Path) -> None:
     """Before each single call that changes the disk, until a save gets through."""
     moments = 0
     while True:
@@ -264,7 +264,7 @@ def test_death_at_every_moment_of_a_save_leaves_a_sound_checkpoint(tmp_path: Pat
 MODULE = MANIFEST.model_copy(update={"kind": "module", "phase": "incubate", "module": 0, "inputs": {"meta": "m" * 64}})
 
 
-def test_an_artifact_comes_back_with_its_manifest(tmp_path: Path) -> None:
+def test_artifact_comes_back_with_its_manifest(tmp_path: Path) -> None:
     written = save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
     read, manifest = load_artifact(tmp_path / "artifact")
     assert manifest == written
@@ -272,7 +272,7 @@ def test_an_artifact_comes_back_with_its_manifest(tmp_path: Path) -> None:
     assert all(torch.equal(read[key], value) for key, value in tensors(1).items())
 
 
-def test_a_damaged_artifact_is_named(tmp_path: Path) -> None:
+def test_damaged_artifact_is_named(tmp_path: Path) -> None:
     save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
     flip_a_bit(tmp_path / "artifact" / store.WEIGHTS_FILE)
     with pytest.raises(ArtifactError, match=r"weights\.safetensors: SHA-256 .* expected .*damaged"):
@@ -280,7 +280,7 @@ def test_a_damaged_artifact_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"kind": "cake"}', "\x00"])
-def test_a_manifest_that_is_none_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+def test_invalid_manifest_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
     (tmp_path / "artifact" / "manifest.json").write_text(text)
     with pytest.raises(ArtifactError) as caught:
@@ -289,7 +289,7 @@ def test_a_manifest_that_is_none_is_refused_in_one_line(text: str, tmp_path: Pat
     assert str(tmp_path) in str(caught.value)
 
 
-def test_a_missing_artifact_or_weights_are_refused(tmp_path: Path) -> None:
+def test_missing_artifact_or_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no artifact in"):
         load_artifact(tmp_path / "nowhere")
     save_artifact(tmp_path / "artifact", tensors(1), MANIFEST)
@@ -298,7 +298,7 @@ def test_a_missing_artifact_or_weights_are_refused(tmp_path: Path) -> None:
         load_artifact(tmp_path / "artifact")
 
 
-def test_a_module_of_another_lineage_is_stale(tmp_path: Path) -> None:
+def test_module_of_another_lineage_is_stale(tmp_path: Path) -> None:
     save_artifact(tmp_path / "artifact", tensors(1), MODULE)
     own = Lineage(MODULE.identity, MODULE.data, MODULE.inputs)
     assert check_artifact_lineage(tmp_path / "artifact", own) is None
@@ -311,14 +311,14 @@ def test_a_module_of_another_lineage_is_stale(tmp_path: Path) -> None:
         assert message in str(problem)
 
 
-def test_a_new_artifact_replaces_the_old_one_whole(tmp_path: Path) -> None:
+def test_new_artifact_replaces_the_old_one_whole(tmp_path: Path) -> None:
     save_artifact(tmp_path / "artifact", {"old": torch.zeros(1)}, MANIFEST)
     save_artifact(tmp_path / "artifact", {"new": torch.ones(1)}, MANIFEST)
     assert load_artifact(tmp_path / "artifact")[0].keys() == {"new"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["artifact"]
 
 
-def test_a_manifest_reads_as_plain_json(tmp_path: Path) -> None:
+def test_manifest_reads_as_plain_json(tmp_path: Path) -> None:
     save_artifact(tmp_path / "artifact", tensors(1), MODULE)
     plain = json.loads((tmp_path / "artifact" / "manifest.json").read_text())
     assert (plain["kind"], plain["module"], plain["weights"]) == ("module", 0, "raw")

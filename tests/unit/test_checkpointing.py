@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bigincubate.models import checkpoint_activations
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 
 
 def kept_and_gradients(trainer: Any, how: str) -> tuple[int, dict[str, Tensor]]:
@@ -37,7 +37,7 @@ def kept_and_gradients(trainer: Any, how: str) -> tuple[int, dict[str, Tensor]]:
 
 @pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")
 @pytest.mark.parametrize(("phase", "module"), [("pretrain", None), ("incubate", 1)])
-def test_gradients_are_equal_and_less_memory_is_kept(harness: Labs, phase: str, module: int | None) -> None:
+def test_gradients_are_equal_and_less_memory_is_kept(harness: Harnesses, phase: str, module: int | None) -> None:
     one = harness("plan.target_depths=[4, 4]", "plan.meta_depths=[2, 2]", "train.max_steps=1")
     if phase != "pretrain":
         one.train("pretrain")
@@ -52,6 +52,6 @@ def test_gradients_are_equal_and_less_memory_is_kept(harness: Labs, phase: str, 
     assert sizes["selective"] < 0.9 * sizes["none"]
 
 
-def test_parameter_names_are_unchanged(harness: Labs) -> None:
+def test_parameter_names_are_unchanged(harness: Harnesses) -> None:
     trainer = harness("sharding.activation_checkpointing=full").trainer("pretrain")
     assert set(trainer.model.state_dict()) == set(harness().trainer("pretrain").model.state_dict())

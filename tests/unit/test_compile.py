@@ -17,12 +17,12 @@ from torch.fx import GraphModule
 from bigincubate.config import load_recipe
 from bigincubate.planning.smoke import smoke
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("how", ["none", "full", "selective"])
-def test_compiled_blocks_give_the_same_losses(harness: Labs, how: str) -> None:
+def test_compiled_blocks_give_the_same_losses(harness: Harnesses, how: str) -> None:
     sets = ["train.max_steps=4", "log.every_steps=1", "plan.target_depths=[4, 4]", "drop_path.rate=0.3"]
     plain, compiled = harness(*sets), harness(*sets, "train.compile=true", f"sharding.activation_checkpointing={how}")
     for phase, module in [("pretrain", None), ("incubate", 1)]:
@@ -32,7 +32,7 @@ def test_compiled_blocks_give_the_same_losses(harness: Labs, how: str) -> None:
         assert [row["train/loss"] for row in found] == pytest.approx([row["train/loss"] for row in expected], rel=1e-5)
 
 
-def test_a_shipped_recipe_fine_tunes_with_both_kernels_in_its_compiled_graphs(
+def test_shipped_recipe_fine_tunes_with_both_kernels_in_its_compiled_graphs(
     tmp_path: Path, counted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Graphs are counted where inductor would take them, and go no further than to autograd. Six steps, in each of

@@ -32,7 +32,7 @@ from bigincubate.storage.run_directory import RunDir
         ("train.lr", "expected KEY=VALUE"),
     ],
 )
-def test_a_wrong_value_is_one_line_that_names_key_and_file(item: str, says: str) -> None:
+def test_wrong_value_is_one_line_that_names_key_and_file(item: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("digits", [item])
     message = str(caught.value)
@@ -46,7 +46,7 @@ def test_contradictions_in_a_phase_are_found_without_running_it() -> None:
         load_recipe("digits", ["finetune.mixup.mixup=0.8", "finetune.train.batch_size=33"])
 
 
-def test_an_unknown_recipe_gets_the_nearest_name() -> None:
+def test_unknown_recipe_gets_the_nearest_name() -> None:
     with pytest.raises(ConfigError, match="did you mean 'digits'"):
         load_recipe("digit")
     with pytest.raises(ConfigError, match="no such recipe file"):
@@ -85,7 +85,7 @@ def test_whole_and_decimal_numbers_are_the_same_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(list_shipped_recipes()))
-def test_a_written_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> None:
+def test_written_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)
     file = tmp_path / "recipe.toml"
     file.write_text(recipe.toml())

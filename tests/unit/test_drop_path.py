@@ -94,7 +94,7 @@ def test_masks_drop_whole_branches_of_samples() -> None:
     assert torch.equal(model(case.images()), evaluated)  # evaluation never drops
 
 
-def test_a_block_of_a_ramp_with_rate_0_computes_what_it_would_without_a_scale() -> None:
+def test_block_of_a_ramp_with_rate_0_computes_what_it_would_without_a_scale() -> None:
     case = CASES[0]
     partition = case.partition([2, 1])
     model = disturb(case.build([2, 1])).train()
@@ -115,7 +115,7 @@ def test_frozen_blocks_have_no_scale_where_the_module_alone_drops() -> None:
     assert [path.scale is None for path in find_drop_paths(model)] == [True, True, False, False, False, False]
 
 
-def test_a_rank_with_its_columns_computes_what_one_process_computes() -> None:
+def test_rank_with_its_columns_computes_what_one_process_computes() -> None:
     case = CASES[1]
     partition = case.partition(case.target)
     model = disturb(case.build(case.target)).train()

@@ -21,7 +21,7 @@ from bigincubate.sharding.zero_config import shipped_config_path
 pytest.importorskip("deepspeed")
 pytest.importorskip("fairscale")
 
-Labs = Callable[..., Any]
+Harnesses = Callable[..., Any]
 PHASES = [("pretrain", None, 16), ("incubate", 1, 8), ("finetune", None, 8)]  # phase, module, micro-batch
 CASES = [(strategy, phase) for strategy in STRATEGY_NAMES for phase, _, _ in PHASES]
 SHORT = ["train.max_steps=2", "log.images=0"]
@@ -33,7 +33,7 @@ FSDP2 = "sharding.strategy=fsdp2"
 class Ranks:
     """All that two ranks do in this file, in one launch, and what was planned for it."""
 
-    def __init__(self, harness: Labs, folder: Path) -> None:
+    def __init__(self, harness: Harnesses, folder: Path) -> None:
         base = harness(*SHORT)
         for phase, module in [("pretrain", None), ("incubate", 0), ("incubate", 1)]:
             base.train(phase, module)
@@ -78,12 +78,12 @@ def small(strategy: str, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(harness: Labs, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+def ranks(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return Ranks(harness, tmp_path_factory.mktemp("footprint"))
 
 
 @pytest.mark.parametrize(("strategy", "phase"), CASES)
-def test_what_travels_in_a_step_is_what_was_planned(ranks: Ranks, strategy: str, phase: str) -> None:
+def test_communicated_bytes_of_a_step_are_as_planned(ranks: Ranks, strategy: str, phase: str) -> None:
     """To the byte, with one and with two micro-batches."""
     for outcome in ranks.found[strategy, phase]:
         assert outcome["code"] == 0, outcome["err"]
@@ -92,14 +92,14 @@ def test_what_travels_in_a_step_is_what_was_planned(ranks: Ranks, strategy: str,
 
 @pytest.mark.parametrize("part", ["weights", "optimizer", "masters", "average"])
 @pytest.mark.parametrize(("strategy", "phase"), CASES)
-def test_a_rank_holds_what_was_planned(ranks: Ranks, strategy: str, phase: str, part: str) -> None:
+def test_bytes_held_by_a_rank_are_as_planned(ranks: Ranks, strategy: str, phase: str, part: str) -> None:
     """But for what pads the slices of a group, and for step counts, which are one for a slice."""
     planned = getattr(ranks.planned[strategy, phase], part)
     assert ranks.most(strategy, phase, "held", part) == pytest.approx(planned, rel=0.003)
 
 
 @pytest.mark.parametrize(("strategy", "phase"), CASES)
-def test_nothing_is_held_that_was_not_planned(ranks: Ranks, strategy: str, phase: str) -> None:
+def test_bytes_that_were_not_planned_are_not_held(ranks: Ranks, strategy: str, phase: str) -> None:
     """When the last micro-batch begins, whole gradients added up; when its backward is over, with one micro-batch."""
     planned = ranks.planned[strategy, phase]
     moment = "held" if planned.micro_batches == 1 else "summed"
@@ -118,7 +118,7 @@ def test_nothing_is_held_that_was_not_planned(ranks: Ranks, strategy: str, phase
     assert expected * 0.997 <= max(totals) <= expected * 1.003 + IMAGES
 
 
-def test_a_bucket_of_zero_is_there_all_the_time_in_stage_3(ranks: Ranks) -> None:
+def test_bucket_of_zero_is_there_all_the_time_in_stage_3(ranks: Ranks) -> None:
     planned = ranks.planned["zero3", "pretrain"]
     assert 4 * BUCKET <= planned.buckets <= 4 * BUCKET + planned.weights + planned.gathered
     for outcome in ranks.found["zero3", "pretrain"]:
@@ -135,7 +135,7 @@ def test_shard_frozen_cuts_what_is_frozen_and_gathers_it(ranks: Ranks) -> None:
         assert cut["sent"]["reduce_scatter"] == whole["sent"]["reduce_scatter"]
 
 
-def test_without_reshard_after_forward_the_backward_gathers_nothing(ranks: Ranks) -> None:
+def test_backward_gathers_nothing_without_reshard_after_forward(ranks: Ranks) -> None:
     kept, given_up = ranks.found["reshard_after_forward=false", "incubate"], ranks.found["fsdp2", "incubate"]
     for one, other in zip(kept, given_up, strict=True):
         assert one["sent"] == {**other["sent"], "all_gather": other["sent"]["all_gather"] // 2}
@@ -149,7 +149,7 @@ def test_gather_bf16_halves_what_is_gathered_and_nothing_else(ranks: Ranks) -> N
 
 
 @pytest.mark.parametrize("name", ["adamw", "lamb", "adafactor", "lion", "sgd", "adamp", "adagrad"])
-def test_optimizer_state_is_what_a_real_step_makes(harness: Labs, name: str) -> None:
+def test_optimizer_state_is_what_a_real_step_makes(harness: Harnesses, name: str) -> None:
     one = harness(f"optim.name={name}")
     settings = one.recipe.settings("incubate")
     row = one.plan.row("incubate", 1)
@@ -171,7 +171,7 @@ def test_optimizer_state_is_what_a_real_step_makes(harness: Labs, name: str) -> 
         assert sum(tensor.numel() * tensor.element_size() for tensor in tensors) == expected, name
 
 
-def test_zero_leaves_out_what_it_refuses_and_one_process_is_alike_under_all(harness: Labs) -> None:
+def test_zero_leaves_out_what_it_refuses_and_one_process_is_alike_under_all(harness: Harnesses) -> None:
     one = harness("optim.name=adafactor")
     recipe, plan, rows = one.recipe, one.plan, one.rows[:1]
     found = estimate_footprints(recipe, plan, rows, [1, 2])[rows[0].key]

@@ -41,12 +41,12 @@ def faults_a_step(**environment: str) -> int:
     return int(out.stdout)
 
 
-def test_a_step_maps_no_page_anew() -> None:
+def test_step_maps_no_page_anew() -> None:
     assert faults_a_step() < PAGES / 10
 
 
 @pytest.mark.parametrize(
     "chosen", [{"MALLOC_TRIM_THRESHOLD_": "131072"}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}]
 )
-def test_an_allocator_that_the_user_has_set_up_is_left_alone(chosen: dict[str, str]) -> None:
+def test_allocator_that_the_user_has_set_up_is_left_alone(chosen: dict[str, str]) -> None:
     assert faults_a_step(**chosen) > PAGES / 2

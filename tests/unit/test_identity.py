@@ -218,7 +218,7 @@ def recomputed(key: str) -> str:
     return next(TABLE[part] for part in (key, key.rpartition(".")[0], key.split(".")[0]) if part in TABLE)
 
 
-def test_each_key_invalidates_the_phases_of_the_table(base: Path) -> None:
+def test_key_invalidates_the_phases_of_the_table(base: Path) -> None:
     found = {key: set(invalidated(base, f"{key}={example(key, field)}")) for key, field in leaves(Recipe)}
     expected = {key: {reader for phase in recomputed(key) for reader in READERS[phase]} for key in found}
     assert {key: (found[key], expected[key]) for key in found if found[key] != expected[key]} == {}
@@ -226,7 +226,7 @@ def test_each_key_invalidates_the_phases_of_the_table(base: Path) -> None:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_setting_of_one_phase_invalidates_it_and_what_reads_it(base: Path, phase: str) -> None:
+def test_setting_of_one_phase_invalidates_it_and_what_reads_it(base: Path, phase: str) -> None:
     wrong = {}
     for key, field in leaves(Settings):
         if key in CONSTANT_KEYS:

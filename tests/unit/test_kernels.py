@@ -30,13 +30,13 @@ def expected(
 
 
 @pytest.mark.parametrize("gamma", [True, False])
-def test_a_branch_is_added_to_the_rows_it_was_computed_for(gamma: bool) -> None:
+def test_branch_is_added_to_the_rows_it_was_computed_for(gamma: bool) -> None:
     given = arguments(torch.float32, gamma=gamma)
     torch.testing.assert_close(add_branch(*given).double(), expected(*given), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("gamma", [True, False])
-def test_its_gradients_are_those_of_finite_differences(gamma: bool) -> None:
+def test_gradients_equal_finite_differences(gamma: bool) -> None:
     x, branch, kept, scale, factor = arguments(gamma=gamma)
     learned = [tensor.requires_grad_() for tensor in (x, branch, factor) if tensor is not None]
 
@@ -46,13 +46,13 @@ def test_its_gradients_are_those_of_finite_differences(gamma: bool) -> None:
     assert torch.autograd.gradcheck(act, learned)
 
 
-def test_it_keeps_the_operator_contract() -> None:
+def test_operator_passes_opcheck() -> None:
     """Schema, fake tensors, autograd and dynamic shapes, as torch checks them."""
     given = [tensor.requires_grad_() if i in (0, 1, 4) else tensor for i, tensor in enumerate(arguments(torch.float32))]
     torch.library.opcheck(add_branch, tuple(given))
 
 
-def test_a_bf16_branch_on_a_fp32_stream_gives_fp32() -> None:
+def test_bf16_branch_on_a_fp32_stream_gives_fp32() -> None:
     x, branch, kept, scale, gamma = arguments(torch.float32)
     found = add_branch(x, branch.bfloat16(), kept, scale, gamma)
     assert found.dtype == torch.float32
@@ -80,7 +80,7 @@ print(len(calls), "bodies ran")
 """
 
 
-def test_the_triton_body_is_at_most_twice_as_wrong_as_eager() -> None:
+def test_triton_error_is_at_most_twice_that_of_eager() -> None:
     pytest.importorskip("triton", reason="Triton is not made for this platform")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     ended = subprocess.run([sys.executable, "-c", BODIES], env=environment, capture_output=True, text=True, check=False)

@@ -45,7 +45,7 @@ def owner_of(folder: Path) -> tuple[int, dict[str, Any]]:
     return int(file.stem), json.loads(file.read_text() or "{}")
 
 
-def test_an_owner_is_named_while_it_lives_and_gone_afterwards(tmp_path: Path) -> None:
+def test_owner_is_named_while_it_lives(tmp_path: Path) -> None:
     with acquire_lease(tmp_path / "phase", DistributedContext()) as lease:
         number, mine = owner_of(tmp_path / "phase")
         assert (number, mine["host"], mine["pid"]) == (lease.generation, HERE, os.getpid()) == (1, HERE, os.getpid())
@@ -59,14 +59,14 @@ def test_an_owner_is_named_while_it_lives_and_gone_afterwards(tmp_path: Path) ->
     assert LockedError.code == 7
 
 
-def test_it_is_given_back_after_an_error_and_its_number_never_used_again(tmp_path: Path) -> None:
+def test_lease_is_released_after_an_error_and_its_number_not_reused(tmp_path: Path) -> None:
     with pytest.raises(KeyError), acquire_lease(tmp_path, DistributedContext()):
         raise KeyError
     with acquire_lease(tmp_path, DistributedContext()) as lease:
         assert lease.generation == 2
 
 
-def test_a_live_process_here_is_respected_however_long_it_was_silent(tmp_path: Path) -> None:
+def test_live_local_process_keeps_its_lease_however_long_silent(tmp_path: Path) -> None:
     os.utime(owner(tmp_path, job="41_2"), (0, 0))
     with (
         pytest.raises(LockedError, match=rf"process 1 on {HERE}, job 41_2"),
@@ -75,7 +75,7 @@ def test_a_live_process_here_is_respected_however_long_it_was_silent(tmp_path: P
         pass
 
 
-def test_a_dead_process_here_is_replaced_at_once(tmp_path: Path) -> None:
+def test_dead_local_process_is_replaced_at_once(tmp_path: Path) -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
     owner(tmp_path, pid=gone.pid, started="1")
@@ -83,13 +83,13 @@ def test_a_dead_process_here_is_replaced_at_once(tmp_path: Path) -> None:
         assert owner_of(tmp_path)[1]["pid"] == os.getpid()
 
 
-def test_a_pid_that_was_given_to_another_process_is_not_the_owner(tmp_path: Path) -> None:
+def test_pid_that_was_given_to_another_process_is_not_the_owner(tmp_path: Path) -> None:
     owner(tmp_path, started="7")  # process 1 lives, but this is not when it started
     with acquire_lease(tmp_path, DistributedContext()):
         pass
 
 
-def test_a_zombie_is_dead(tmp_path: Path) -> None:
+def test_zombie_is_dead(tmp_path: Path) -> None:
     child = subprocess.Popen(["sleep", "60"])
     started = process_start_time(child.pid)
     assert started is not None
@@ -124,7 +124,7 @@ def silent(file: Path, seconds: float) -> Path:
 
 
 @pytest.mark.parametrize("fields", [{"host": "elsewhere"}, {"space": "a container"}, {"started": None}])
-def test_a_live_owner_of_which_only_its_heartbeat_is_known_is_respected(fields: Any, tmp_path: Path) -> None:
+def test_live_owner_known_by_heartbeat_only_keeps_its_lease(fields: Any, tmp_path: Path) -> None:
     """On another host, in another pid namespace of this one, or where processes cannot be told apart."""
     with (
         beating(owner(tmp_path, **{**ELSEWHERE, "host": HERE, **fields})),
@@ -134,9 +134,7 @@ def test_a_live_owner_of_which_only_its_heartbeat_is_known_is_respected(fields: 
         pass
 
 
-def test_a_silent_one_is_replaced_after_its_lease_and_not_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_silent_owner_is_replaced_when_its_lease_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     silent(owner(tmp_path, **ELSEWHERE), lease_module.LEASE_SECONDS + 1)
     with acquire_lease(tmp_path, DistributedContext()) as lease:
         assert lease.generation == 2
@@ -148,7 +146,7 @@ def test_a_silent_one_is_replaced_after_its_lease_and_not_before(
     assert lease_module.HEARTBEAT_SECONDS * 2 <= 10  # a live one is heard within ten seconds
 
 
-def test_the_lease_runs_by_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_uses_the_clock_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1e12)
     with (
         beating(owner(tmp_path, **ELSEWHERE)),
@@ -158,7 +156,7 @@ def test_the_lease_runs_by_the_clock_of_the_file_system(tmp_path: Path, monkeypa
         pass
 
 
-def test_a_live_owner_renews_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_owner_renews_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease_module, "HEARTBEAT_SECONDS", 0.01)
     with acquire_lease(tmp_path, DistributedContext()):
         file = tmp_path / "owners" / "1.json"
@@ -250,7 +248,7 @@ def test_requeued_job_takes_over_from_its_previous_attempt_at_once(job: Callable
         (None, "", False),
     ],
 )
-def test_a_job_that_the_queue_calls_ended_is_replaced_at_once(
+def test_ended_job_is_replaced_at_once(
     answer: str | None, error: str, ended: bool, job: Callable[..., None], tmp_path: Path
 ) -> None:
     job(answer, error, SLURM_JOB_ID="50")
@@ -264,7 +262,7 @@ def test_a_job_that_the_queue_calls_ended_is_replaced_at_once(
         pass
 
 
-def test_a_queue_that_does_not_answer_is_not_waited_for(
+def test_silent_queue_is_not_waited_for(
     job: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert lease_module.SQUEUE_TIMEOUT + lease_module.HEARTBEAT_SECONDS <= 10
@@ -282,7 +280,7 @@ def test_a_queue_that_does_not_answer_is_not_waited_for(
 # ------------------------------------------------------------------------------------------------ superseded
 
 
-def test_an_owner_that_was_superseded_commits_and_prunes_nothing(tmp_path: Path) -> None:
+def test_superseded_owner_commits_and_prunes_nothing(tmp_path: Path) -> None:
     with acquire_lease(tmp_path, DistributedContext()) as lease:
         checkpoints = CheckpointManager.open(tmp_path / "checkpoints", DistributedContext(), digest="d", lease=lease)
         for step in (1, 2):
@@ -337,7 +335,7 @@ def trainers(harness: Callable[..., Any]) -> Any:
     return harness("train.max_steps=100000", "checkpoint.every_steps=4", "log.every_steps=1", "schedule.name=constant")
 
 
-def test_two_at_once_on_one_phase(harness: Callable[..., Any]) -> None:
+def test_second_process_on_a_phase_is_refused(harness: Callable[..., Any]) -> None:
     shared = trainers(harness)
     commands = [Command(*shared.command("pretrain")) for _ in range(2)]
     while all(command.running for command in commands):
@@ -368,7 +366,7 @@ def test_modules_do_not_lock_each_other(harness: Callable[..., Any]) -> None:
     assert [command.wait() for command in commands] == [0, 0]
 
 
-def test_the_lock_is_free_after_a_phase(harness: Callable[..., Any]) -> None:
+def test_lease_is_free_after_a_phase(harness: Callable[..., Any]) -> None:
     shared = harness("train.max_steps=1")
     assert run(*shared.command("pretrain")).wait() == 0
     assert owner_of(shared.run.phase("pretrain").path) == (1, {})
@@ -384,7 +382,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_stopped_owner_that_was_superseded_wakes_up_and_changes_nothing(harness: Callable[..., Any]) -> None:
+def test_superseded_owner_changes_nothing_after_it_wakes_up(harness: Callable[..., Any]) -> None:
     shared = harness("train.max_steps=60", "checkpoint.every_steps=4", "log.every_steps=1", "schedule.name=constant")
     folder = shared.run.phase("pretrain")
     first = Command(*shared.command("pretrain"), before=partial(as_of, "elsewhere", 1.0))

@@ -47,7 +47,7 @@ def test_two_rows_are_mixed_as_timm_mixes_them(mixup: MixupConfig) -> None:
     assert changed > 2
 
 
-def test_a_row_is_mixed_with_the_row_half_a_batch_away() -> None:
+def test_row_is_mixed_with_the_row_half_a_batch_away() -> None:
     images, labels = batch(8)
     images, labels = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 8, 8).contiguous(), torch.arange(8) % CLASSES
     for step in range(10):
@@ -78,7 +78,7 @@ def test_mixing_every_slice_is_mixing_the_global_batch(repeats: int, world: int,
                 assert torch.equal(part_targets, targets[rows])
 
 
-def test_what_is_drawn_depends_on_seed_and_step_alone() -> None:
+def test_drawn_parameters_depend_on_seed_and_step_alone() -> None:
     def drawn(seed: int) -> list[object]:
         return [draw(BOTH, torch.Size((4, 3, 8, 8)), seed=seed, step=step) for step in range(12)]
 
@@ -93,7 +93,7 @@ def test_what_is_drawn_depends_on_seed_and_step_alone() -> None:
     assert {box is None for _, box in first} == {True, False}  # both kinds occur
 
 
-def test_without_mixing_targets_are_smoothed_labels() -> None:
+def test_targets_without_mixing_are_smoothed_labels() -> None:
     images, labels = batch(5)
     found, targets = mixed(images, labels, 0, MixupConfig())
     assert found is images
@@ -102,7 +102,7 @@ def test_without_mixing_targets_are_smoothed_labels() -> None:
     assert torch.allclose(targets, expected)
 
 
-def test_a_layout_that_parts_partners_is_refused() -> None:
+def test_layout_that_parts_partners_is_refused() -> None:
     check_mixing_layout(BOTH, batch_size=48, repeats=3, world=2, micro_batches=4)
     check_mixing_layout(MixupConfig(), batch_size=6, world=2, micro_batches=3)
     with pytest.raises(ConfigError, match=r"= 24 must be a multiple of 16 \(2 x 2 ranks x 4 micro-batches\)"):

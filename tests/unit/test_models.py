@@ -24,7 +24,7 @@ from bigincubate.models import (
 
 
 @each_case
-def test_a_model_is_timms_own(case: Case) -> None:
+def test_model_is_timms_own(case: Case) -> None:
     partition = case.partition(case.target)
     model = case.build(case.target).eval()
     kwargs = dict(case.args)
@@ -60,7 +60,7 @@ def test_a_model_is_timms_own(case: Case) -> None:
         ("vit_dpwee_patch16_reg1_gap_256", {}, "block's index"),
     ],
 )
-def test_what_cannot_be_built_is_said_in_one_line(name: str, args: dict[str, Any], message: str) -> None:
+def test_model_that_cannot_be_built_gives_one_line(name: str, args: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         build_timm(name, ((10,),), num_classes=2, img_size=224, args=args, device="meta")
     assert "\n" not in str(raised.value)
@@ -112,7 +112,7 @@ def test_grow_refuses_a_block_it_does_not_know() -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_only_the_module_trains() -> None:
+def test_trainable_parameters_are_those_of_the_module() -> None:
     case = CASES[1]
     model, partition = case.build(case.target), case.partition(case.target)
     for module in (0, 1, 2, None):

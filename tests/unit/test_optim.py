@@ -90,7 +90,7 @@ def test_decay_moves_what_decays_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("module", [0, 1])
 @pytest.mark.parametrize("layer_decay", [None, 0.75])
-def test_only_trainable_parameters_are_in_the_optimizer(module: int, layer_decay: float | None) -> None:
+def test_optimizer_has_trainable_parameters_only(module: int, layer_decay: float | None) -> None:
     model = vit(module=module)
     groups = by_name(model, make_optimizer(model, settings(layer_decay=layer_decay)))
     assert groups.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -114,7 +114,7 @@ def test_layer_decay_scales_the_rate_by_depth() -> None:
 
 
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1.0), ("linear", 4.0), ("sqrt", 2.0)])
-def test_the_rate_scales_with_the_batch(scaling: str, factor: float) -> None:
+def test_rate_scales_with_the_batch(scaling: str, factor: float) -> None:
     config = settings(lr=5e-4, batch_size=2048, lr_scaling=scaling, lr_base_batch=512)
     assert scaled_lr(config) == pytest.approx(5e-4 * factor)
     optimizer = make_optimizer(vit(), config)
@@ -140,19 +140,19 @@ def test_warm_up_is_a_line_and_then_comes_a_cosine() -> None:
         assert rate(step, **options) == pytest.approx(cosine), step
 
 
-def test_without_warm_up_it_starts_at_the_peak_and_ends_near_the_least() -> None:
+def test_schedule_without_warm_up_starts_at_the_peak() -> None:
     assert rate(0) == pytest.approx(0.1)
     assert rate(50, min_lr=0.0) == pytest.approx(0.05)
     assert rate(99, min_lr=1e-3) == pytest.approx(1e-3, rel=0.05)
 
 
-def test_a_constant_schedule_is_constant_after_its_warm_up() -> None:
+def test_constant_schedule_is_constant_after_its_warm_up() -> None:
     options: dict[str, Any] = {"name": "constant", "warmup_epochs": 1, "warmup_lr": 0.0}
     assert rate(5, **options) == pytest.approx(0.05)
     assert [rate(step, **options) for step in range(10, 100, 10)] == pytest.approx([0.1] * 9)
 
 
-def test_the_rate_is_a_function_of_the_step_alone() -> None:
+def test_rate_is_a_function_of_the_step_alone() -> None:
     config = settings(lr=0.1, schedule={"warmup_epochs": 1})
     optimizer = make_optimizer(nn.Linear(2, 2), config)
     schedule = make_schedule(optimizer, config, 100, 10)
@@ -168,12 +168,12 @@ def test_the_rate_is_a_function_of_the_step_alone() -> None:
 
 
 @pytest.mark.parametrize("warmup_epochs", [10, 11])
-def test_a_warm_up_as_long_as_the_phase_is_refused(warmup_epochs: int) -> None:
+def test_warm_up_as_long_as_the_phase_is_refused(warmup_epochs: int) -> None:
     with pytest.raises(ConfigError, match=rf"warmup_epochs is {warmup_epochs}0 steps, but the phase has only 100"):
         rate(0, warmup_epochs=warmup_epochs)
 
 
-def test_no_steps_need_no_warm_up() -> None:
+def test_phase_of_no_steps_needs_no_warm_up() -> None:
     assert rate(0, total=0, warmup_epochs=3) > 0
 
 
@@ -218,7 +218,7 @@ def test_lamb_does_not_clip_by_itself(name: str) -> None:
         ("", "optim.name = ''"),
     ],
 )
-def test_an_optimizer_that_cannot_be_is_refused_in_one_line(name: str, says: str) -> None:
+def test_optimizer_that_cannot_be_is_refused_in_one_line(name: str, says: str) -> None:
     with pytest.raises(ConfigError) as caught:
         make_optimizer(vit(), settings(name=name))
     assert says in str(caught.value)
@@ -232,7 +232,7 @@ def usable() -> list[str]:
 
 
 @pytest.mark.parametrize("name", usable())
-def test_what_an_optimizer_remembers_survives_a_checkpoint(name: str) -> None:
+def test_optimizer_state_survives_a_checkpoint(name: str) -> None:
     """Three steps, then two more; or the two more from what was saved: the same bits."""
     betas = [0.9, 0.99, 0.999] if "adan" in name else [0.9, 0.999]
 
@@ -283,7 +283,7 @@ def test_clipping_scales_the_whole_gradient() -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 1e6])
-def test_a_small_gradient_or_no_limit_is_left_alone(max_norm: float) -> None:
+def test_small_gradient_or_no_limit_is_left_alone(max_norm: float) -> None:
     model, sharding = prepared("momentum", weight_decay=0.0, lr=1.0)
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()
     gradients(model, scale=3.0)
@@ -296,7 +296,7 @@ def test_a_small_gradient_or_no_limit_is_left_alone(max_norm: float) -> None:
 @pytest.mark.parametrize("name", ["adamw", "lamb", "sgd", "adam", "lion"])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_gradient_that_is_not_finite_changes_nothing(name: str, poison: float, first: bool) -> None:
+def test_gradient_that_is_not_finite_changes_nothing(name: str, poison: float, first: bool) -> None:
     model, sharding = prepared(name)
     if not first:
         gradients(model)
@@ -326,7 +326,7 @@ def shards(model: nn.Module) -> dict[str, TensorShard]:
     return {name: full_tensor(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_the_average_follows_its_formula() -> None:
+def test_ema_follows_its_formula() -> None:
     model = vit(module=1)
     ema = Ema(shards(model), 0.9)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -357,7 +357,7 @@ def test_ema_is_applied_inside_the_context_only() -> None:
     assert [torch.equal(value, own) for value in synced] == [False, True]
 
 
-def test_no_decay_is_no_average() -> None:
+def test_ema_without_a_decay_is_none() -> None:
     ema = Ema(shards(vit()), 0.0)
     ema.update()
     assert ema.average == {}

@@ -96,7 +96,7 @@ def test_modules_go_from_hybrids_to_the_target(case: Case) -> None:
     assert all(torch.equal(whole[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_foreign_tensor_has_no_owner() -> None:
+def test_foreign_tensor_has_no_owner() -> None:
     flat = Case("vit_tiny_patch16_224", [2, 2], [1, 1]).partition([2, 2])
     staged = Case("swin_tiny_patch4_window7_224", *ODD_STAGES).partition(ODD_STAGES[0])
     for partition, name in [
@@ -163,14 +163,14 @@ def test_wrong_depths_are_named(value: Any, stages: int, message: str) -> None:
         ),
     ],
 )
-def test_a_meta_model_that_does_not_fit_is_refused(name: str, target: Any, meta: Any, message: str) -> None:
+def test_meta_model_that_does_not_fit_is_refused(name: str, target: Any, meta: Any, message: str) -> None:
     family = find_family(ModelConfig(name=name))
     with pytest.raises(ConfigError, match=message):
         check_depths(family, normalize_depths(target, family.stages), normalize_depths(meta, family.stages))
 
 
 @each_case
-def test_the_cases_are_legal_and_shifted_windows_stay_in_place(case: Case) -> None:
+def test_cases_are_legal_and_shifted_windows_stay_in_place(case: Case) -> None:
     target, meta = case.partition(case.target), case.partition(case.meta)
     check_depths(target.family, target.depths, meta.depths)
     for module in range(target.modules):
@@ -181,7 +181,7 @@ def test_the_cases_are_legal_and_shifted_windows_stay_in_place(case: Case) -> No
             assert (block.index_in_stage - start - block.index_in_module) % target.family.parity == 0
 
 
-def test_a_block_of_the_other_parity_computes_something_else() -> None:
+def test_block_of_the_other_parity_computes_something_else() -> None:
     """Why Swin is held to parity: the refused hybrid would not compute what the meta model computes."""
     case = next(case for case in CASES if case.name == "swin_tiny_patch4_window7_224")
     meta = [[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]]  # module 1 begins stage 2 at 1, in the hybrid at 2
@@ -192,7 +192,7 @@ def test_a_block_of_the_other_parity_computes_something_else() -> None:
 
 
 @pytest.mark.parametrize("parity", [1, 2])
-def test_the_balanced_cut_is_the_best_of_all_cuts(parity: int) -> None:
+def test_balanced_cut_is_the_best_of_all_cuts(parity: int) -> None:
     chance = random.Random(0)
     for _ in range(60):
         costs = [[chance.randint(1, 9)] * chance.randint(1, 4) for _ in range(chance.randint(1, 3))]
@@ -218,7 +218,7 @@ def test_balanced_cuts_of_known_models() -> None:
         find_balanced_cut([[1, 1, 1]], 3, parity=2)
 
 
-def test_the_default_meta_model_is_small_and_fits() -> None:
+def test_default_meta_model_is_small_and_fits() -> None:
     assert default_meta_depths(((3,), (3,)), 1) == ((1,), (1,))
     swin = ((2, 2, 6, 0), (0, 0, 6, 0), (0, 0, 6, 0), (0, 0, 0, 2))
     assert default_meta_depths(swin, 2) == ((1, 1, 2, 0), (0, 0, 2, 0), (0, 0, 1, 0), (0, 0, 0, 1))

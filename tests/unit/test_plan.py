@@ -105,7 +105,7 @@ def test_every_shipped_recipe_is_built(name: str) -> None:
     assert parts == total  # the modules are the model: nothing twice, nothing left out
 
 
-def test_the_baseline_has_the_flops_of_the_incubation() -> None:
+def test_baseline_has_the_flops_of_the_incubation() -> None:
     recipe = load_recipe("digits")
     rows = cost_plan(recipe, make_plan(recipe), samples=1437)
     *incubation, baseline = rows
@@ -132,7 +132,7 @@ def test_balanced_cut_takes_the_models_own_depth() -> None:
         (["finetune.model.name=vit_large_patch16_224"], "cannot change the model"),
     ],
 )
-def test_a_cut_that_cannot_be_is_refused(sets: list[str], says: str) -> None:
+def test_cut_that_cannot_be_is_refused(sets: list[str], says: str) -> None:
     recipe = load_recipe("imagenet-vit-b", sets)
     with pytest.raises(ConfigError, match=says):
         make_plan(recipe)

@@ -95,7 +95,7 @@ def test_outputs_and_gradients_equal_computing_everything(kind: str, drop_path: 
 
 
 @pytest.mark.parametrize("kind", ["layer scale", "swin"])
-def test_an_evaluation_drops_nothing(kind: str) -> None:
+def test_evaluation_drops_nothing(kind: str) -> None:
     model, partition, images = made(kind)
     plain = model.eval()(images)
     skip(model, partition)
@@ -103,7 +103,7 @@ def test_an_evaluation_drops_nothing(kind: str) -> None:
     torch.testing.assert_close(model(images), plain)
 
 
-def test_where_everything_is_dropped_gradients_are_zeros_and_not_missing() -> None:
+def test_gradients_are_zeros_if_everything_is_dropped() -> None:
     model, partition, images = made("layer scale")
     skip(model, partition)
     apply_masks(model, torch.full((len(find_drop_paths(model)), BATCH), 0.99))
@@ -128,7 +128,7 @@ def test_dropped_branches_cost_no_flops() -> None:
     assert flops(uniform) == flops(torch.zeros_like(uniform)) / 3
 
 
-def test_the_last_block_of_a_vit_serves_the_class_token_alone() -> None:
+def test_last_block_of_a_vit_serves_the_class_token_alone() -> None:
     """Its products with weights, 12 d² multiplications a token, are for one; beside them, each head reads the tokens
     twice: for its scores, and weighed by them."""
     recipe = load_recipe("imagenet-vit-b")
