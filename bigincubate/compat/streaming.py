@@ -54,8 +54,8 @@ class IsolatedStreamingDataset(StreamingDataset):
         self._begin = np.frombuffer(mmap.mmap(-1, 16), np.int64)
 
     def verify_shard(self, shard_id: int) -> None:
-        """Make a shard readable and set ``verified[shard_id]``. Also called from threads."""
-        raise NotImplementedError
+        """Make a shard readable and set ``verified[shard_id]``. Also called from threads. Subclasses implement it."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement verify_shard")
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Begin the next iteration at ``epoch``, after ``sample_in_epoch`` samples (over all ranks).

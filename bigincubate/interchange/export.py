@@ -35,7 +35,7 @@ def best_artifact(run: RunDir) -> Path:
         folder = run.phase(phase).artifact
         if (folder / "manifest.json").exists():
             return folder
-    raise ArtifactError(f"{run.path} has no finished model yet; go on with: bigincubate run {run.recipe_file} ...")
+    raise ArtifactError(f"{run.path} has no finished model yet; continue with: bigincubate run {run.recipe_file} ...")
 
 
 def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:

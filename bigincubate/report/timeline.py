@@ -55,7 +55,7 @@ def _attempts(phase: PhaseData) -> Iterator[TimelineEvent]:
             yield TimelineEvent(attempt["time"], f"{attempt_name}: begun")
         elif state == "done":
             if index:
-                yield TimelineEvent(attempt["time"], f"{attempt_name}: went on, and ended well")
+                yield TimelineEvent(attempt["time"], f"{attempt_name}: resumed and finished")
         else:
             why = f": {attempt['error']}" if attempt.get("error") else ""
             yield TimelineEvent(attempt["time"], f"{attempt_name}: {ENDS.get(state, ENDS['running'])}{why}", fault=True)

@@ -60,7 +60,7 @@ def test_stopped_rank_is_named_by_the_other(harness: Harnesses) -> None:
         assert launcher.wait(60) == 3, launcher.out
     except (AssertionError, TimeoutError):
         for pid in (main, other):
-            if process_start_time(pid) is not None:  # nobody else would end it
+            if process_start_time(pid) is not None:  # no other process would end it
                 os.kill(pid, signal.SIGKILL)
         raise
     named = f"rank 1 (process {other} on {socket.gethostname()}) gave no sign of life for 2 s"

@@ -129,7 +129,7 @@ def test_page_says_what_was_trained_where_and_with_what_result(done: Any) -> Non
     page = page_of(done.run)
     assert {"smoke", "vit_tiny_patch16_224", "2+2", "seed", "boundary"} <= set(re.findall(r"[\w+-]+", page.text))
     assert "module 0, attempt 1 on elsewhere (job 17): stopped with a checkpoint" in page.text
-    assert re.search(r"module 0, attempt 2 on \S+: went on, and ended well", page.text)
+    assert re.search(r"module 0, attempt 2 on \S+: resumed and finished", page.text)
     assert re.search(r"bigincubate [\d.]+, python 3[\d.]+, torch \d[\w.+]*, timm [\d.]+", page.text)
     assert "Artifacts and results, hashed for this page: 11 good." in page.text
     rows = {title: page.row(title) for title in ("module 0", "module 1")}

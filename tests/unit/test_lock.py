@@ -32,7 +32,7 @@ HERE = socket.gethostname()
 
 
 def owner(folder: Path, number: int = 1, **fields: Any) -> Path:
-    """Somebody else's lease on ``folder``."""
+    """Create a lease of another process on ``folder``."""
     file = folder / "owners" / f"{number}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({**lease_module.describe_process(1), **fields}))
