@@ -312,3 +312,9 @@ def test_workers_change_nothing(trained: Any, harness: Harnesses) -> None:
     worked = harness(*LOUD, "data.workers=2")
     worked.train("pretrain")
     assert same(worked.weights("pretrain"), trained.weights("pretrain"))
+
+
+def test_artifact_keeps_the_settings_of_the_task(harness: Harnesses) -> None:
+    made = harness("train.max_steps=1", "log.every_steps=1", 'task.args={note="kept"}')
+    made.train("pretrain")
+    assert load_manifest(made.run.phase("pretrain").artifact).model.task.args == {"note": "kept"}
