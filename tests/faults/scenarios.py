@@ -38,12 +38,12 @@ SCENARIOS = (
     Scenario(
         "kill",
         "`kill -9`",
-        "A process, one rank of two, both ranks, or their launcher is killed at a seeded random moment of the meta"
-        " model, a module or fine-tuning, in every second trial while a checkpoint is being written; then the same"
-        " command is run again. In every tenth trial the first process is a new interpreter; in the others it is"
-        " forked.",
-        "weights, optimizer state, log and result are bit-identical to those of an uninterrupted run; at most one"
-        " checkpoint interval is lost, and what was trained during the save that was killed",
+        "A process, one of two ranks, both ranks, or their launcher is killed with SIGKILL at a random moment while the"
+        " meta model, a module or the assembled model is trained. In every second trial this happens while a checkpoint"
+        " is being written. Then the same command is run again. In every tenth trial the first process is a new"
+        " interpreter (`cold`); in the others it is forked.",
+        "weights, optimizer state, log and result are bitwise identical to those of an uninterrupted run; at most the"
+        " steps of one checkpoint interval are lost, plus the steps during the save that was interrupted",
         full=200,
         few=2,
         most=("steps lost",),
@@ -51,25 +51,25 @@ SCENARIOS = (
     ),
     Scenario(
         "crash",
-        "power cut at every moment of a save",
-        "Four saves in a row (with the pruning of older checkpoints), three artifacts in the same place and two results"
-        " are recorded call by call: mkdir, create, write, fsync, rename, link, unlink, rmdir. After each call the"
-        " power is cut: data that was not fsynced is lost, empty, zeros or half written, and each name that was not"
-        " fsynced exists or not, in every combination (of more than 1,024: none, all, each one, all but each one, and"
-        " 200 at random).",
-        "the newest checkpoint is a complete N or N−1, and N once its save has returned; an artifact or a result is the"
-        " old one or the new one",
+        "power loss at every moment of a save",
+        "The file system calls (mkdir, create, write, fsync, rename, link, unlink, rmdir) of four consecutive saves"
+        " (with pruning of older checkpoints), of three artifacts in the same place and of two results are recorded. A"
+        " power loss is simulated after each call: data that was not fsynced is lost, empty, zero or half written, and"
+        " each name that was not fsynced exists or does not exist, in all combinations. If there are more than 1,024"
+        " combinations, these are tried: none of the names, all, each one, all except each one, and 200 random ones.",
+        "the newest checkpoint is complete; it is checkpoint N or N−1 during save N, and N after this save has"
+        " returned; an artifact or a result is the complete old one or the complete new one",
         full=3,
         few=3,
         total=("moments", "distinct disks"),
     ),
     Scenario(
         "damage",
-        "damage on the disk",
-        "1,000 flipped bits, 200 truncations and 200 zeroed pages, each at a random place in any file of a checkpoint"
-        " of two ranks or of an artifact; every file missing; every pair of files swapped, also between checkpoints and"
-        " artifacts.",
-        "the damage is found before a tensor is read; the previous checkpoint is used",
+        "damaged files",
+        "One change per trial in the files of a checkpoint of two ranks or of an artifact: a flipped bit (1,000"
+        " trials), a truncated file (200) or a zeroed page (200) at a random place, each file missing, and each pair of"
+        " files swapped, also between checkpoints and artifacts.",
+        "the damage is detected before a tensor is read, and the previous checkpoint is used",
         full=1536,
         few=1536,
         total=("flipped bits", "truncations", "zeroed pages", "missing files", "swapped files"),
@@ -77,16 +77,16 @@ SCENARIOS = (
     Scenario(
         "untrusted",
         "untrusted files",
-        "Checkpoints, artifacts, exported models, data sets and recipes that were made to harm, with right hashes.",
-        "no code runs, no process starts, nothing outside the folder is opened; the error is one line, with the exit"
-        " code of its kind",
+        "Malicious checkpoints, artifacts, exported models, data sets and recipes with correct hashes.",
+        "no code from the file is executed, no process is started, and no file outside the folder is opened; the error"
+        " is one line, with the documented exit code",
         full=91,
         few=91,
     ),
     Scenario(
         "history",
         "checkpoints under random sequences of faults",
-        "Saves, power cuts at random moments of a save and of its pruning, restarts, and damage to the newest"
+        "Saves, power losses at random moments of a save or of its pruning, restarts, and damage to the newest"
         " checkpoint, in random order.",
         "the newest valid checkpoint is never lost",
         full=10_000,
@@ -96,10 +96,10 @@ SCENARIOS = (
     Scenario(
         "disk",
         "full disk, quota, I/O error",
-        "The disk of a phase is full (a file system of 256 KiB, where one can be mounted), or one call of a save fails"
-        " with ENOSPC, EDQUOT or EIO: each call, each error.",
-        "the previous checkpoint is intact, the message has the path and, for a full disk, the free bytes; the next"
-        " save after it works",
+        "The disk of a phase is full (a file system of 256 KiB, if the machine allows mounting one), or one call of a"
+        " save fails with ENOSPC, EDQUOT or EIO. All calls and all three errors are tried.",
+        "the previous checkpoint is intact; the message contains the path and, for a full disk, the number of free"
+        " bytes; the next save succeeds",
         full=1,
         few=1,
         total=("failed calls", "full disks"),
@@ -107,9 +107,9 @@ SCENARIOS = (
     Scenario(
         "signal",
         "stop signals",
-        "SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 (one, or several) at a seeded random moment of any phase; then the same"
+        "SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, once or several times, at a random moment of any phase. Then the same"
         " command is run again.",
-        "exit code 75, no step lost, bit-identical in the end",
+        "exit code 75, no step is lost, and the final weights are bitwise identical",
         full=50,
         few=1,
         total=("stopped", "done before"),
@@ -117,11 +117,11 @@ SCENARIOS = (
     Scenario(
         "slurm",
         "a whole run on a Slurm cluster of three nodes",
-        "One `submit`. Until the model is exported, a node crashes and comes back (at once, or after Slurm noticed),"
-        " an array task is requeued, a rank is killed, in every second trial a gate too, each in a phase drawn at"
-        " random, after its first checkpoint.",
-        "weights and results of every phase are bit-identical to those of a run without faults; five jobs in all, no"
-        " dependency that cannot be satisfied, an empty queue",
+        "The run is submitted once. Before the model is exported, a node crashes and comes back (immediately, or after"
+        " Slurm has noticed), an array task is requeued, and a rank is killed; in every second trial a gate is killed"
+        " too. Each fault happens in a random phase, after its first checkpoint.",
+        "weights and results of every phase are bitwise identical to those of a run without faults; there are five jobs"
+        " in total, no dependency that cannot be satisfied, and an empty queue at the end",
         full=20,
         few=1,
         total=("faults", "attempts", "crashes", "requeues", "kills", "gates killed"),
@@ -130,38 +130,41 @@ SCENARIOS = (
     Scenario(
         "order",
         "data order",
-        "The stream is cut at 20 seeded points and at epoch boundaries, with 1, 2 and 4 ranks, 0 and 2 workers.",
-        "the same batches, bit by bit, as without a cut",
+        "Reading is interrupted and resumed at 20 random points and at epoch boundaries, with 1, 2 and 4 ranks and with"
+        " 0 and 2 workers.",
+        "all batches are bitwise identical to those without interruption",
         full=144,
         few=0,
         total=("batches",),
     ),
     Scenario(
         "cost",
-        "the cost of integrity",
-        "Saves of 256 MiB with and without hashing, with and without fsync, twelve of each, alternating; medians.",
-        "both together take at most 10 % of a save",
+        "cost of hashing and fsync",
+        "Saves of 256 MiB with and without hashing, with and without fsync, twelve of each, alternating. The figures"
+        " are medians.",
+        "hashing and fsync together take at most 10% of the time of a save",
         full=1,
         few=0,
-        short="without fsync a save ends in memory, where a power cut loses it: fsync costs the time of the disk;"
-        " SHA-256 is computed by a second thread while the first one writes, and costs time where it is slower than the"
-        " disk, or where there is no second core. Training waits for neither, only for the copy to the host",
+        short="without fsync, a save ends as soon as the data is in memory, where a power loss destroys it; fsync takes"
+        " the time that the disk needs. A second thread computes SHA-256 while the first one writes, which takes"
+        " additional time if hashing is slower than the disk or if there is no second core. Training waits for neither"
+        " of them, only for the copy to host memory",
         most=(
             "hashing, % of a save",
             "fsync, % of a save",
             "both, % of a save",
-            "MiB a second",
+            "MiB/s",
             "copy to host, % of a save",
         ),
     ),
     Scenario(
         "layouts",
-        "another world size, another strategy",
-        "A phase is stopped after 25 steps under each strategy with 2 and 4 ranks and in one process, and resumed by"
-        " each of these for 25 more: AdamW, moving average, clipping, mixing, stochastic depth. A trial is a layout"
-        " that resumes all.",
-        "a checkpoint that was loaded and saved again has the same bits; every loss and gradient norm is within 1e-5 of"
-        " those of one process",
+        "resuming with another world size or strategy",
+        "A phase is stopped after 25 steps under each layout: every strategy with 2 and with 4 ranks, and one process."
+        " It is then resumed for 25 steps under each layout. Training uses AdamW, a moving average, clipping, mixup or"
+        " CutMix, and stochastic depth. One trial is one layout that resumes the checkpoints of all layouts.",
+        "a checkpoint that is loaded and saved again is bitwise identical; every loss and gradient norm differs by at"
+        " most 1e-5 from those of one process",
         full=13,
         total=("pairs",),
         most=("relative error of a loss",),
@@ -169,8 +172,8 @@ SCENARIOS = (
     Scenario(
         "stopped-rank",
         "a stopped rank",
-        "SIGSTOP to one of two ranks, under the launcher and as under srun, at a random moment.",
-        "the rank is detected within 30 s and named; all ranks exit",
+        "One of two ranks receives SIGSTOP at a random moment, with the launcher of this project and as under srun.",
+        "the rank is detected and named within 30 s, and all ranks exit",
         full=6,
         most=("seconds",),
     ),

@@ -71,7 +71,7 @@ def test_cost_of_fault_tolerance(trial_log: TrialLog, tmp_path: Path) -> None:
                 "fsync, % of a save": 100 * (1 - unsynced / whole),
                 "both, % of a save": 100 * (1 - bare / whole),
                 "copy to host, % of a save": 100 * copied / whole,
-                "MiB a second": MIB / whole,
+                "MiB/s": MIB / whole,
             }
             trial.note(**{name: round(value, 1) for name, value in figures.items()})
             assert bare >= 0.9 * whole, f"{figures['both, % of a save']:.0f} % of a save"

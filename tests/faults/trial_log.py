@@ -105,7 +105,7 @@ def collect() -> dict[str, Any]:
             sums: Counter[str] = Counter()
             for line in lines:
                 sums.update({name: line[name] for name in scenario.total if name in line})
-            shown = {f"most {name}": max(line[name] for line in lines if name in line) for name in scenario.most}
+            shown = {f"max {name}": max(line[name] for line in lines if name in line) for name in scenario.most}
             results[scenario.key] = {
                 "done": len(lines),
                 "good": sum(not line["failure"] for line in lines),
@@ -120,12 +120,19 @@ def collect() -> dict[str, Any]:
 
 HEAD = """# Reliability: fault-injection results
 
-This page is written by `make test-faults` from `tests/faults/results.json`: how many trials of each fault were run, of
-how many that are planned, and in how many of them the requirement held. A part of each set runs with every `make test`.
-Trials are drawn from a seed; `code` begins the SHA-256 of the package that they ran with. An interrupted
-`make test-faults` resumes when it is run again.
+Each row of the table is one kind of fault. The sections below say what each trial does and what must hold afterwards; a
+trial passes if it holds. The columns:
 
-| fault | held | done of planned | seed | code | figures |
+- *passed*: number of trials that passed, of those that were run.
+- *run*: number of trials that were run, of those that are planned.
+- *seed*: trials draw their random numbers from this seed.
+- *code*: first digits of the SHA-256 of the package that was tested.
+- *figures*: sums over the trials; with `max`, the maximum.
+
+`make test-faults` runs the trials and writes this page from `tests/faults/results.json`. If it is interrupted, run it
+again to resume. `make test` runs some of the trials.
+
+| fault | passed | run | seed | code | figures |
 | --- | --- | --- | --- | --- | --- |
 """
 
@@ -140,14 +147,13 @@ def page(results: dict[str, Any]) -> str:
         held, done = f"{found['good']:,} of {found['done']:,}", f"{found['done']:,} of {found['of']:,}"
         text += f"| {scenario.title} | {held} | {done} | {found['seed']} | `{found['code']}` | {figures} |\n"
     for scenario in SCENARIOS:
-        text += (
-            f"\n## {scenario.title[0].upper() + scenario.title[1:]}\n\n{scenario.what}\n\nMust hold: {scenario.must}.\n"
-        )
+        text += f"\n## {scenario.title[0].upper() + scenario.title[1:]}\n\n{scenario.what}\n"
+        text += f"\n**Requirement:** {scenario.must}.\n"
         failures = results.get(scenario.key, {}).get("failures", [])
         for failure in failures:
-            text += f"\nDid not hold: {failure}\n"
+            text += f"\n**Failed:** {failure}\n"
         if failures and scenario.short:
-            text += f"\nWhy: {scenario.short}.\n"
+            text += f"\n**Reason:** {scenario.short}.\n"
     return text
 
 
