@@ -1,6 +1,6 @@
 # make demo      install, then run the whole pipeline on real images
 # make test      install with the test extras, then run the tests (what CI runs)
-# make test-gpu tests that need a CUDA GPU; they have never run on one
+# make test-gpu tests of the device; they have never run on a GPU. DEVICE=cpu: at toy size, on the CPU
 # make test-full longer proofs; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
 # make test-slurm runs on a real Slurm on this machine, 20 of them with faults (docs/reliability.md); run again, it resumes
 # make test-faults all trials of every fault, then docs/reliability.md; run again, it resumes. MINUTES: limit per scenario
@@ -22,7 +22,7 @@ test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -m "not full and not faults and not slurm and not gpu" -n $(TEST_JOBS) --dist loadfile
 
 test-gpu: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/gpu $(if $(DEVICE),--device $(DEVICE))
 
 test-full: $(VENV)/.installed-dev
 	BIGINCUBATE_CIFAR100="$(DATA)" $(BIN)/python -m pytest -m full

@@ -191,6 +191,49 @@ def harness(counted: None, fast: Path, tmp_path_factory: pytest.TempPathFactory)
     return lambda *sets, folder=None: TrainingHarness(fast, folder or tmp_path_factory.mktemp("harness") / "run", *sets)
 
 
+# ------------------------------------------------------------------------------------------------ devices
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    chosen = os.environ.get("BIGINCUBATE_TEST_DEVICE")
+    parser.addoption("--device", default=chosen, choices=["cuda", "cpu"], help="where tests of the device run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the code under test looks for GPUs by itself
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def gpus_needed(item: pytest.Item) -> int:
+    """How many GPUs a test needs: ``gpus(n)``, or one if it is marked ``gpu`` and does not take any ``device``."""
+    if (mark := item.get_closest_marker("gpus")) is not None:
+        return int(mark.args[0])
+    return int(item.get_closest_marker("gpu") is not None and "device" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    needed = gpus_needed(item)
+    if needed and (found := count_gpus()) < needed:
+        pytest.skip(f"needs {needed} CUDA device{'s' * (needed > 1)}, found {found}")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> Any:
+    """The device that the code under test chooses: that of ``--device``, or CUDA where there is a GPU."""
+    import torch
+
+    found, asked = "cuda" if count_gpus() else "cpu", request.config.getoption("--device")
+    if asked not in (None, found):
+        pytest.fail(f"--device {asked}, but torch finds no CUDA device")
+    return torch.device(found)
+
+
 # ------------------------------------------------------------------------------------------------ Slurm
 
 

@@ -176,7 +176,8 @@ def evaluate(job: dict[str, Any]) -> dict[str, Any]:
 def run_all() -> None:
     file = FILE
     jobs = json.loads(file.read_text())
-    dist.init_process_group("gloo")  # once: a second group would find the addresses of the first in the store
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend)  # once: a second group would find the addresses of the first in the store
     dist.init_process_group = lambda *_, **__: None
     destroy = dist.destroy_process_group
     dist.destroy_process_group = lambda group=None: destroy(group) if group is not None else None
