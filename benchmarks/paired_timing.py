@@ -24,28 +24,53 @@ class Contestant:
     step: Callable[[], Any]
     forward: Callable[[], Any]
     parameters: list[Any]
+    flops: int = 0  # training FLOPs of a sample, where nothing is left out; 0: not known
 
 
 def serve(contestant: Contestant) -> None:
     """In the contestant's process: a line with a number of steps on the input, a line with the seconds of each on the
-    output; ``saved`` for the bytes that a forward keeps for its backward, parameters not counted."""
+    output, on a GPU their mean; ``about`` for what :func:`describe` returns."""
     import torch
 
     on_gpu = torch.cuda.is_available()
     out = sys.stdout
     sys.stdout = sys.stderr  # whatever a contestant prints
 
-    def timed() -> float:
-        start = time.perf_counter()
-        contestant.step()
+    def timed(steps: int) -> float:
         if on_gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        start = time.perf_counter()
+        for _ in range(steps):
+            contestant.step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / steps
 
     for line in sys.stdin:
         asked = json.loads(line)
-        found: Any = saved_bytes(contestant) if asked == "saved" else [timed() for _ in range(asked)]
+        # the host runs ahead of a GPU, so it waits only after the last step
+        found: Any = (
+            describe(contestant) if asked == "about" else [timed(asked)] if on_gpu else [timed(1) for _ in range(asked)]
+        )
         print(json.dumps(found), file=out, flush=True)
+
+
+def describe(contestant: Contestant) -> dict[str, Any]:
+    """What does not depend on time.
+
+    Returns:
+        ``saved``: bytes that a forward keeps for its backward, parameters not counted; ``flops``: of a sample;
+        ``peak``: the most bytes that the device held in a step, 0 on a CPU; ``device``: its name.
+    """
+    import torch
+
+    saved = saved_bytes(contestant)
+    found = {"saved": saved, "flops": contestant.flops, "peak": 0, "device": "CPU"}
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        contestant.step()
+        found |= {"peak": torch.cuda.max_memory_allocated(), "device": torch.cuda.get_device_name()}
+    return found
 
 
 def saved_bytes(contestant: Contestant) -> int:
@@ -78,11 +103,17 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def ask(self, what: int | str) -> Any:
+        self.send(what)
+        return self.receive()
+
+    def send(self, what: int | str) -> None:
         assert self.process.stdin
-        assert self.process.stdout
         if self.process.poll() is None:
             self.process.stdin.write(json.dumps(what) + "\n")
             self.process.stdin.flush()
+
+    def receive(self) -> Any:
+        assert self.process.stdout
         if not (line := self.process.stdout.readline()):
             raise SystemExit(f"{self.name} failed: see above")
         return json.loads(line)
@@ -98,13 +129,15 @@ def time_in_turns(file: str, names: list[str], settings: dict[str, Any], *, repe
 
     Returns:
         Per name: ``seconds`` (median step), ``speed`` (median over repeats of the opponent's time over its own, with
-        ``least`` and ``most``) and ``saved`` (bytes).
+        ``least`` and ``most``) and what :func:`describe` says.
     """
     workers = [Worker(file, name, settings) for name in names]
     try:
         for worker in workers:
-            worker.ask(1)  # warm-up: lazily made state, compilation
-        saved = {worker.name: worker.ask("saved") for worker in workers}
+            worker.send(3)  # warm-up: lazily made state, compilation
+        for worker in workers:
+            worker.receive()
+        about = {worker.name: worker.ask("about") for worker in workers}
         times: dict[str, list[float]] = {name: [] for name in names}
         for repeat in range(repeats):
             first = repeat % len(workers)
@@ -123,7 +156,7 @@ def time_in_turns(file: str, names: list[str], settings: dict[str, Any], *, repe
             "speed": statistics.median(speed),
             "least": speed[0],
             "most": speed[-1],
-            "saved": saved[name],
+            **about[name],
         }
     return found
 

@@ -1,21 +1,31 @@
-"""One phase's training step, put together as the trainer does it, on images in memory: no loader, no log."""
+"""One phase's training step, that of the trainer itself, on images in memory: no loader, no log."""
 
 from __future__ import annotations
 
+import atexit
+import io
+import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
 import torch
 from paired_timing import Contestant
 
 from bigincubate.config import load_recipe
+from bigincubate.data.batch import Batch
+from bigincubate.data.dataset import open_dataset
+from bigincubate.data.prepare import prepare_dataset
 from bigincubate.distributed.process_group import DistributedContext
-from bigincubate.models import Partition, apply_masks, compile_blocks, draw_masks, find_drop_paths, set_drop_path_rates
-from bigincubate.optim import make_optimizer
-from bigincubate.planning.phases import make_plan, phase_model
-from bigincubate.sharding import make_sharding
-from bigincubate.tasks.image_classification.mixup import mix
+from bigincubate.distributed.signals import StopFlag
+from bigincubate.planning.context import PhaseContext
+from bigincubate.planning.cost import PlannedRow, count_cost
+from bigincubate.planning.phases import make_plan
+from bigincubate.storage.run_directory import RunDir
+from bigincubate.training.trainer import Trainer
 
 RECIPE = """
 name = "benchmark"
@@ -24,8 +34,6 @@ name = "{model}"
 img_size = {img_size}
 num_classes = {classes}
 args = {{ {args} }}
-[data]
-train_samples = 50000
 [plan]
 target_depths = {target}
 meta_depths = {meta}
@@ -59,7 +67,10 @@ DEFAULTS = {
     "clip": 0.0,
     "drop_path": 0.0,
     "threads": 0,
+    "data": None,  # a prepared folder with this number of classes; None: made up
+    "sets": [],  # further keys of the recipe
 }
+STEPS = 1_000_000  # of the plan: the schedule's, not the benchmark's
 
 
 def recipe(settings: dict[str, Any], *, skip: bool, compiled: bool = False) -> Any:
@@ -73,7 +84,7 @@ def recipe(settings: dict[str, Any], *, skip: bool, compiled: bool = False) -> A
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmark.toml"
         file.write_text(text)
-        return load_recipe(str(file))
+        return load_recipe(str(file), settings["sets"])
 
 
 def batch(settings: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,48 +96,95 @@ def batch(settings: dict[str, Any], device: torch.device) -> tuple[torch.Tensor,
     return images.to(device), labels.to(device)
 
 
-def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool, compiled: bool = False) -> Contestant:
-    """The step of `bigincubate.training.trainer.Trainer` for this phase."""
+def make_data(folder: Path, classes: int, batch_size: int) -> Path:
+    """A data set of tiny images that a phase can be built for, and that is not read."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(out, "PNG")
+    for split, each in (("train", -(-batch_size // classes)), ("val", 1)):
+        for label in range(classes):
+            made = folder / "images" / split / f"{label:05}"
+            made.mkdir(parents=True)
+            for number in range(each):
+                (made / f"{number}.png").write_bytes(out.getvalue())
+    prepare_dataset(str(folder / "images"), folder / "data")
+    return folder / "data"
+
+
+def temporary_folder() -> Path:
+    """A folder that is removed when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="bigincubate-benchmark-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def make_trainer(
+    settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool, compiled: bool = False
+) -> tuple[Trainer, int]:
+    """The trainer of a phase before its first step, and the training FLOPs of a sample where nothing is left out."""
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
-    torch.manual_seed(0)
-    loaded = recipe(settings, skip=skip, compiled=compiled)
+    loaded, folder = recipe(settings, skip=skip, compiled=compiled), temporary_folder()
     plan, env = make_plan(loaded), DistributedContext.detect()
-    row = plan.row(phase, module)
-    chosen = loaded.settings(phase)
-    model = phase_model(row, chosen, plan.family)
-    partition = Partition(plan.family, row.depths)
-    set_drop_path_rates(model, partition, chosen.drop_path.ramp_over, chosen.drop_path.rate, plan.target, row.module)
-    model = model.to(env.device).train()
-    plan.family.choose_attention(model, env.device, settings["precision"])
-    units = [block.path for block in partition.blocks()]
-    if compiled:
-        compile_blocks(model, units)
-    sharding = make_sharding(chosen, env, 1)
-    wrapped = sharding.prepare(model, units, lambda m: make_optimizer(m, chosen))
-    images, labels = batch(settings, env.device)
-    masked = len(find_drop_paths(model)) if chosen.drop_path.rate else 0
-    state = {"step": 0}
+    data = open_dataset(settings["data"] or make_data(folder, settings["classes"], settings["batch"]))
+    run = RunDir(folder / "run")
+
+    def context(phase: Any, module: int | None) -> PhaseContext:
+        row, chosen = plan.row(phase, module), loaded.settings(phase)
+        cost = count_cost(row, chosen, plan)
+        seen = STEPS * chosen.train.batch_size
+        planned = PlannedRow(
+            key=row.key,
+            phase=row.phase,
+            module=row.module,
+            title=row.title,
+            depths=[list(depths) for depths in row.depths],
+            metrics=(),
+            unit="images",
+            cost=cost,
+            batch_size=chosen.train.batch_size,
+            steps=STEPS,
+            epochs=1.0,
+            seen=seen,
+            total_flops=seen * cost.training_flops,
+        )
+        return PhaseContext(loaded, plan, row, planned, run, data, env)
+
+    if module is not None:  # a module is trained in a meta model, here an untrained one
+        meta = Trainer.build(context("pretrain", None), StopFlag())
+        meta.write_artifact(meta.folder, meta.sharding.full_state_dict(), "raw")
+        meta.checkpoints.close()
+        del meta
+    trainer = Trainer.build(context(phase, module), StopFlag())
+    trainer.wrapped.train()
+    whole = recipe(settings, skip=False)
+    flops = count_cost(plan.row(phase, module), whole.settings(phase), make_plan(whole)).training_flops
+    return trainer, flops
+
+
+def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool, compiled: bool = False) -> Contestant:
+    """The step of `bigincubate.training.trainer.Trainer` for this phase."""
+    trainer, flops = make_trainer(settings, phase, module, skip=skip, compiled=compiled)
+    images, labels = batch(settings, trainer.env.device)
+    places = torch.arange(len(images))
+    # the trainer selects masks by position on the host, so what counts samples stays there
+    held = OnDevice({"images": images, "labels": labels}, places, places, places)
 
     def forward() -> torch.Tensor:
-        if masked:
-            apply_masks(model, draw_masks(0, state["step"], masked, len(images)))
-        mixed, targets = mix(
-            images,
-            labels,
-            mixup=chosen.mixup,
-            smoothing=chosen.loss.label_smoothing,
-            num_classes=settings["classes"],
-            seed=0,
-            step=state["step"],
-        )
-        with torch.autocast(env.device.type, torch.bfloat16, enabled=settings["precision"] == "bf16"):
-            return torch.nn.functional.cross_entropy(wrapped(mixed).float(), targets)
+        device, train = trainer.env.device, trainer.settings.train
+        with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            return trainer.task.loss(trainer.wrapped, held, trainer.state.step)
 
     def step() -> None:
-        with sharding.gradient_sync(True):
-            sharding.backward(forward())
-        sharding.step(settings["clip"])
-        state["step"] += 1
+        trainer.step(held)
+        trainer.state.step += 1
 
-    return Contestant(step, forward, list(model.parameters()))
+    return Contestant(step, forward, list(trainer.model.parameters()), flops)
+
+
+class OnDevice(Batch):
+    """A batch whose columns are on the device already."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self

@@ -37,6 +37,7 @@ def plain_timm(settings: dict[str, Any], *, compiled: bool) -> Contestant:
     torch.manual_seed(0)
     model = timm.create_model(
         settings["model"],
+        img_size=settings["img_size"],
         num_classes=settings["classes"],
         drop_path_rate=settings["drop_path"],
         depth=settings["depth"] * settings["modules"],
