@@ -141,8 +141,8 @@ def main() -> None:
         own = [*sets, *(expanded(sets) if way == "expanded" else [])]
         flags = [word for value in own for word in ("--set", value)]
         code = call([command, RECIPE, "--run-dir", str(run.path), *more, *flags], environment, log, end)
-        if code == Exit.PREEMPTED:
-            print(f"{asked.minutes:g} minutes are over in *{way}*, which has a checkpoint; the same command goes on")
+        if code in (Exit.PREEMPTED, -signal.SIGTERM):  # the latter before there is anything to keep
+            print(f"{asked.minutes:g} minutes are over in *{way}*; the same command goes on from its last checkpoint")
             break
         if code:
             raise SystemExit(f"{way}: exit {code}, see {log}")
