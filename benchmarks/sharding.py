@@ -26,7 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # as a script, from anywhere
 
 STRATEGIES = ["ddp", "oss", "zero1", "zero2", "zero3", "fsdp2"]
 PACKAGES = {"oss": "fairscale", "zero1": "deepspeed", "zero2": "deepspeed", "zero3": "deepspeed"}
@@ -104,6 +105,7 @@ def place(asked: argparse.Namespace) -> tuple[str, int | None]:
 def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
     """One rank's part of one repeat."""
     import torch
+    from memory_profile import CollectiveCounter, peak_bytes
     from torch.nn import functional as F
 
     from bigincubate.distributed.process_group import DistributedContext
@@ -111,7 +113,6 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
     from bigincubate.optim import Ema, make_optimizer
     from bigincubate.planning.phases import make_plan, phase_model
     from bigincubate.sharding import make_sharding
-    from bigincubate.sharding.memory_profile import CollectiveCounter, peak_bytes
 
     env = DistributedContext.detect()
     if env.world > 1 and strategy in PACKAGES:
@@ -127,7 +128,7 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
 
     torch.manual_seed(0)
     model = phase_model(row, settings, plan.family).to(env.device)
-    sharding = make_sharding(loaded.sharding, settings.train, env, count)
+    sharding = make_sharding(settings, env, count)
     units = [block.path for block in Partition(plan.family, row.depths).blocks()]
     wrapped = sharding.prepare(model, units, lambda m: make_optimizer(m, settings))
     ema = Ema(sharding.local_shards(), settings.ema.decay)

@@ -21,10 +21,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from memory_profile import CollectiveCounter, bytes_by_role, live_storages
 from torch.nn.parallel import DistributedDataParallel
 
 from bigincubate.cli import main
-from bigincubate.sharding.memory_profile import CollectiveCounter, bytes_by_role, live_storages
 from bigincubate.storage.checkpoint_manager import CheckpointManager
 from bigincubate.training import trainer
 

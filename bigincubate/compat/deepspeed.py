@@ -96,8 +96,3 @@ def sync_weights_from_master(zero: Any, stage: int) -> None:
         zero._reassign_or_swap_out_partitioned_parameters(group)
     if persistent := zero.persistent_parameters:
         persistent[0].all_gather(persistent)
-
-
-def local_partition(parameter: Tensor) -> Tensor | None:
-    """Return this rank's part of a ZeRO-3 parameter; None for any other parameter."""
-    return getattr(parameter, "ds_tensor", None)

@@ -14,8 +14,6 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..compat.deepspeed import local_partition
-
 # c10d operator -> kind of collective, index of the argument with the full tensor or the list of its parts
 PAYLOAD_ARGUMENT = {
     "allreduce_": ("all_reduce", 0),
@@ -35,7 +33,7 @@ MAX_NORM_NUMEL = 2  # LAMB sums two squared norms for each parameter
 class CollectiveCounter(TorchDispatchMode):
     """Count the payload of this rank's collectives while the context is active.
 
-    See :mod:`.communication` for the definition of payload. Integers and norms are not counted.
+    See :mod:`bigincubate.sharding.communication` for the definition of payload. Integers and norms are not counted.
 
     Attributes:
         bytes: payload by kind of collective.
@@ -88,7 +86,7 @@ def bytes_by_role(
         Bytes by address for each role. A storage with several roles counts for the first one.
     """
     parameters = list(model.parameters())
-    partitions = [part for p in parameters if (part := local_partition(p)) is not None]
+    partitions = [p.ds_tensor for p in parameters if hasattr(p, "ds_tensor")]  # of ZeRO-3
     inner = getattr(optimizer, "optim", optimizer)  # fairscale keeps the state in the wrapped optimizer
     state = [value for entry in inner.state.values() for value in entry.values() if isinstance(value, Tensor)]
     roles = {
