@@ -2,7 +2,8 @@
 
 A :data:`LocalNumel` function returns how many elements of each tensor a rank has; a :class:`StrategyLayout` lists one
 function for weights, gradients, optimizer state and so on. The layouts describe the measured behavior of the libraries,
-which differs from their documentation in places; ``tests/unit/test_footprint.py`` compares each with two real ranks.
+which differs from their documentation in places; ``tests/distributed/test_planned_memory.py`` compares each with two
+real ranks.
 
 Traffic is counted as *payload*: the full tensors that a rank's collectives work on, padding included. That is the
 buffer of an all-reduce, reduce or broadcast, the input of a reduce-scatter and the output of an all-gather. A ring
