@@ -1,96 +1,17 @@
 """How parameters, gradients and optimizer state are distributed over the ranks.
 
-Every strategy implements the protocol :class:`Sharding`, and the trainer does not know which one it uses. Clipping and
-gradient accumulation are part of the protocol because some strategies implement both themselves.
+Every strategy implements :class:`Sharding`, and the trainer does not know which one it uses. Clipping and gradient
+accumulation are part of the interface because some strategies implement both themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
-
-from torch import Tensor, nn
-from torch.optim import Optimizer
-
+from ..config import Settings
+from ..distributed.process_group import DistributedContext
 from ..errors import ConfigError
+from .base import Sharding
 
-if TYPE_CHECKING:
-    from ..config import Settings
-    from ..distributed.process_group import DistributedContext
-    from ..storage.sharded_tensors import TensorShard
-
-
-class Sharding(Protocol):
-    """A sharding strategy on one rank.
-
-    Attributes:
-        optimizer: the optimizer whose ``param_groups`` have the learning rates. Set by :meth:`prepare`.
-        forward_is_collective: whether the forward runs collectives, so that all ranks must call it equally often.
-    """
-
-    optimizer: Optimizer
-    forward_is_collective: bool
-
-    def prepare(
-        self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
-    ) -> nn.Module:
-        """Shard a model and create its optimizer.
-
-        Args:
-            model: the model on its device. Parameters are already frozen; this must not change later.
-            units: paths of its blocks, each of which is sharded as a unit.
-            make_optimizer: creates the optimizer of a model's trainable parameters.
-
-        Returns:
-            The module to call in training.
-        """
-
-    def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Return the context for forward and backward of a micro-batch: gradients are reduced in the last one only."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Compute gradients of ``loss`` (scalar) and add them to those of earlier micro-batches."""
-
-    def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Clip the gradient, update the weights and clear the gradient.
-
-        If the gradient is not finite, all ranks skip the update: weights and optimizer state do not change.
-
-        Args:
-            max_norm: maximum L2 norm of the gradient; 0 turns clipping off.
-
-        Returns:
-            The norm before clipping and whether the update was skipped, both scalars on the device.
-        """
-
-    def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
-        """Call a function before every update on all ranks.
-
-        Args:
-            hook: takes the norm of the gradient before clipping (scalar); may change learning rates.
-
-        Raises:
-            ConfigError: the strategy never has the full gradients of a rank's own samples.
-        """
-
-    def local_shards(self) -> dict[str, TensorShard]:
-        """Return this rank's shards of the trainable parameters by name: the tensors themselves, not copies."""
-
-    def sync_weights_from_master(self) -> None:
-        """Copy values that were written to the local shards into the weights that the model computes with."""
-
-    def save(self) -> dict[str, Tensor | TensorShard]:
-        """Return this rank's part of weights and optimizer state for a checkpoint, without communication.
-
-        Keys are those of :mod:`.state`. Empty if other ranks have everything.
-        """
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore weights and optimizer state that any strategy saved at any world size."""
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Return all parameters and persistent buffers, unsharded, in fp32 on the CPU. Collective."""
+__all__ = ["Sharding", "make_sharding"]
 
 
 def make_sharding(settings: Settings, env: DistributedContext, micro_batches: int = 1) -> Sharding:

@@ -25,12 +25,11 @@ from torch.optim import Optimizer
 from ..config import Fsdp2Config
 from ..distributed.process_group import DistributedContext
 from ..errors import ConfigError
-from ..storage.sharded_tensors import ShardedTensorReader, TensorShard
-from .gradients import clip_gradients
-from .state import load_optimizer_state, save_optimizer_state
+from ..storage.sharded_tensors import TensorShard
+from .base import Sharding, clip_gradients
 
 
-class FullyShard:
+class FullyShard(Sharding):
     """torch's ``fully_shard``, applied to each block.
 
     Shards are fp32 and gradients are reduced in fp32. With bf16 precision, weights are gathered in fp32 and autocast
@@ -46,11 +45,11 @@ class FullyShard:
         ConfigError: the number of ranks is not divisible by the number of replicas.
     """
 
-    optimizer: Optimizer
     forward_is_collective = True
 
     def __init__(self, env: DistributedContext, choices: Fsdp2Config, precision: str) -> None:
-        self.env, self.choices = env, choices
+        super().__init__(env)
+        self.choices = choices
         if env.world % choices.replicas:
             raise ConfigError(f"sharding.fsdp2.replicas = {choices.replicas} does not divide {env.world} ranks")
         self.policy = MixedPrecisionPolicy()
@@ -81,7 +80,6 @@ class FullyShard:
         wrapped = fully_shard(model, **options, ignored_params=set(model.parameters()) - sharded)
         assert isinstance(wrapped, FSDPModule)
         self.model, self.wrapped = model, wrapped
-        self.trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.optimizer = make_optimizer(model)
         return model
 
@@ -94,10 +92,6 @@ class FullyShard:
         self.wrapped.set_reshard_after_forward(last and self.choices.reshard_after_forward)
         self.wrapped.set_reshard_after_backward(last)
         yield
-
-    def backward(self, loss: Tensor) -> None:
-        """Compute gradients."""
-        loss.backward()
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
         """Clip by the norm over all ranks, update this rank's shards and clear gradients."""
@@ -117,38 +111,20 @@ class FullyShard:
             ' sharding.strategy = "fsdp2" does not have; use "ddp" or "oss"'
         )
 
-    def local_shards(self) -> dict[str, TensorShard]:
-        """Return this rank's shards."""
-        return {name: _dim0_shard(parameter, parameter) for name, parameter in self.trainable.items()}
+    def local_shard(self, name: str, value: Tensor) -> TensorShard:
+        """Return this rank's shard of ``value``, which is sharded like parameter ``name``.
 
-    def sync_weights_from_master(self) -> None:
-        """Do nothing: the model computes with the local shards."""
+        ``fully_shard`` splits dimension 0 into equal chunks; the last ones may be smaller or empty.
+        """
+        assert isinstance(value, DTensor)
+        mesh, rows = value.device_mesh, value.shape[0]
+        dim = mesh.ndim - 1  # with replicas the mesh has a dimension before the one that shards
+        start = min(mesh.get_local_rank(dim) * -(-rows // mesh.size(dim)), rows)
+        return TensorShard(value.to_local().detach(), start * math.prod(value.shape[1:]), tuple(value.shape))
 
-    def save(self) -> dict[str, Tensor | TensorShard]:
-        """Return this rank's shards of weights and optimizer state; empty except in the first replica."""
-        if not self.first_replica:
-            return {}
-        tensors: dict[str, Tensor | TensorShard] = {
-            f"model/{name}": shard for name, shard in self.local_shards().items()
-        }
-        return tensors | save_optimizer_state(self.optimizer, self.trainable, _dim0_shard, counters=self.env.is_main)
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore this rank's shards of weights and optimizer state."""
-        assert isinstance(tensors, ShardedTensorReader)
-
-        def part(parameter: Tensor, key: str) -> Tensor:
-            assert isinstance(parameter, DTensor)
-            own = _dim0_shard(parameter, parameter)
-            flat = tensors.read_range(key, own.offset, own.tensor.numel()).to(own.tensor.device)
-            local = flat.view(own.tensor.shape).clone()
-            mesh, shape, stride = parameter.device_mesh, parameter.shape, parameter.stride()
-            return DTensor.from_local(local, mesh, parameter.placements, shape=shape, stride=stride)
-
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(part(parameter, f"model/{name}"))
-        load_optimizer_state(self.optimizer, self.trainable, tensors, part)
+    def saved_tensors(self) -> Mapping[str, Tensor]:
+        """Return all parameters in the first replica."""
+        return self.trainable if self.first_replica else {}
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return all parameters and persistent buffers on the CPU. Collective: sharded tensors are gathered."""
@@ -156,16 +132,3 @@ class FullyShard:
             name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
             for name, value in self.model.state_dict().items()
         }
-
-
-def _dim0_shard(parameter: Tensor, value: Tensor) -> TensorShard:
-    """Return this rank's shard of ``value``, which is sharded like ``parameter``.
-
-    ``fully_shard`` splits dimension 0 into equal chunks; the last ones may be smaller or empty.
-    """
-    assert isinstance(parameter, DTensor)
-    assert isinstance(value, DTensor)
-    mesh, rows = parameter.device_mesh, parameter.shape[0]
-    dim = mesh.ndim - 1  # with replicas the mesh has a dimension before the one that shards
-    start = min(mesh.get_local_rank(dim) * -(-rows // mesh.size(dim)), rows)
-    return TensorShard(value.to_local().detach(), start * math.prod(parameter.shape[1:]), tuple(parameter.shape))

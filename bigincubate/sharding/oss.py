@@ -12,20 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compat.fairscale import import_fairscale, owner_rank
-from ..distributed.process_group import DistributedContext
 from ..storage.sharded_tensors import TensorShard, full_tensor
-from .state import load_optimizer_state, save_optimizer_state
+from .base import Sharding
 
 
-class OptimizerStateSharding:
+class OptimizerStateSharding(Sharding):
     """fairscale's OSS with ShardedDataParallel: ZeRO stage 2 at the granularity of parameters."""
-
-    optimizer: Optimizer
-    forward_is_collective = False
-
-    def __init__(self, env: DistributedContext) -> None:
-        self.env = env
-        self.pre_step_hook: Callable[[Tensor], None] | None = None
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
@@ -37,7 +29,6 @@ class OptimizerStateSharding:
         """
         OSS, ShardedDataParallel = import_fairscale()
         self.model = model
-        self.trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         base = make_optimizer(model)
         accepted = inspect.signature(type(base)).parameters
         defaults = {key: value for key, value in base.defaults.items() if key in accepted}
@@ -52,10 +43,6 @@ class OptimizerStateSharding:
     def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
         """Return a context without communication except for the last micro-batch."""
         return nullcontext() if last else self.wrapped.no_sync()
-
-    def backward(self, loss: Tensor) -> None:
-        """Compute gradients."""
-        loss.backward()
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
         """Clip, update and clear gradients. Each rank updates the parameters it owns, then sends them to all ranks."""
@@ -76,32 +63,16 @@ class OptimizerStateSharding:
         self.optimizer.zero_grad(set_to_none=False)
         return norm, skip
 
-    def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
-        """Call ``hook`` before every update."""
-        self.pre_step_hook = hook
+    def updated_tensors(self) -> Mapping[str, Tensor]:
+        """Return the parameters that this rank owns."""
+        return self.owned
 
     def local_shards(self) -> dict[str, TensorShard]:
-        """Return the trainable parameters, which are not sharded."""
+        """Return all trainable parameters, which are not sharded."""
         return {name: full_tensor(parameter) for name, parameter in self.trainable.items()}
 
-    def sync_weights_from_master(self) -> None:
-        """Do nothing: the model computes with the local shards."""
-
-    def save(self) -> dict[str, Tensor | TensorShard]:
-        """Return weights and optimizer state of the parameters that this rank owns."""
-        tensors: dict[str, Tensor | TensorShard] = {f"model/{name}": p.detach() for name, p in self.owned.items()}
-        state = save_optimizer_state(self.oss.optim, self.owned, lambda _, value: value)
-        return tensors | {key: value for key, value in state.items() if "group/" not in key or self.env.is_main}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore all weights, and optimizer state of the parameters that this rank owns."""
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(tensors[f"model/{name}"])
-        load_optimizer_state(
-            self.oss.optim, self.owned, tensors, lambda parameter, key: tensors[key].to(parameter.device, copy=True)
-        )
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """Return all parameters and persistent buffers on the CPU."""
-        return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+    @property
+    def inner_optimizer(self) -> Optimizer:
+        """Return the optimizer of the parameters that this rank owns."""
+        inner: Optimizer = self.oss.optim
+        return inner

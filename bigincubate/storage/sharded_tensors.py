@@ -156,6 +156,23 @@ class ShardedTensorReader(Mapping[str, Tensor]):
             return torch.empty(0)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def dtype(self, key: str) -> torch.dtype:
+        """Return the dtype of the tensor ``key``."""
+        _, _, file = self._ranges[key][0]
+        name = self._open[file].get_slice(key).get_dtype()
+        return next(dtype for dtype, known in DTYPES.items() if known == name)
+
+    def copy_to_shard(self, key: str, shard: TensorShard) -> None:
+        """Copy a range of the tensor ``key`` into the tensor of ``shard``.
+
+        Raises:
+            ValueError: The tensor has another shape.
+        """
+        if (shape := self.shapes.get(key, shard.shape)) != shard.shape:
+            raise ValueError(f"tensor {key!r} has shape {list(shape)}, expected {list(shard.shape)}")
+        part = self.read_range(key, shard.offset, shard.tensor.numel())
+        shard.tensor.copy_(part.view(shard.tensor.shape))
+
     def _slice(self, file: Path, key: str, low: int, high: int) -> Tensor:
         handle = self._open[file]
         view = handle.get_slice(key)

@@ -14,6 +14,7 @@ from test_trainer import Harnesses, losses, same
 
 from bigincubate.data.batch import Batch
 from bigincubate.errors import NonFiniteError, Preempted
+from bigincubate.storage.sharded_tensors import copy_to_cpu
 
 
 def poisoned(trainer: Any, steps: set[int]) -> None:
@@ -41,10 +42,10 @@ def test_poisoned_step_is_skipped(harness: Harnesses, optimizer: str) -> None:
     update = trainer.step
 
     def step(batch: Batch) -> Any:
-        before = {key: torch.as_tensor(value).clone() for key, value in trainer.sharding.save().items()}
+        before = copy_to_cpu(trainer.sharding.save())
         out = update(batch)
-        after = trainer.sharding.save()
-        seen.append(all(torch.equal(value, torch.as_tensor(after[key])) for key, value in before.items()))
+        after = copy_to_cpu(trainer.sharding.save())
+        seen.append(all(torch.equal(shard.tensor, after[key].tensor) for key, shard in before.items()))
         return out
 
     trainer.step = step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,13 @@ from bigincubate.errors import ConfigError
 from bigincubate.models import Partition, find_family, freeze_other_modules
 from bigincubate.optim import Ema, make_optimizer, make_schedule, scaled_lr
 from bigincubate.sharding.ddp import Replicated
-from bigincubate.storage.sharded_tensors import TensorShard, full_tensor
+from bigincubate.storage.sharded_tensors import (
+    ShardedTensorReader,
+    TensorShard,
+    copy_to_cpu,
+    full_tensor,
+    write_sharded_tensors,
+)
 
 EMBEDDINGS = {"pos_embed", "cls_token", "reg_token", "dist_token"}
 
@@ -232,7 +239,7 @@ def usable() -> list[str]:
 
 
 @pytest.mark.parametrize("name", usable())
-def test_optimizer_state_survives_a_checkpoint(name: str) -> None:
+def test_optimizer_state_survives_a_checkpoint(name: str, tmp_path: Path) -> None:
     """Three steps, then two more; or the two more from what was saved: the same bits."""
     betas = [0.9, 0.99, 0.999] if "adan" in name else [0.9, 0.999]
 
@@ -248,10 +255,10 @@ def test_optimizer_state_survives_a_checkpoint(name: str) -> None:
 
     model, sharding = prepared()
     train(model, sharding, range(3))
-    kept = {key: torch.as_tensor(value).clone() for key, value in sharding.save().items()}
+    write_sharded_tensors(tmp_path / "kept.safetensors", copy_to_cpu(sharding.save()))
     start = [parameter.detach().clone() for parameter in model.parameters()]
     other, resumed = prepared()
-    resumed.load(kept)
+    resumed.load(ShardedTensorReader([tmp_path / "kept.safetensors"]))
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), start, strict=True))
     for each in ((model, sharding), (other, resumed)):
         train(*each, range(3, 5))

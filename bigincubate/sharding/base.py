@@ -1,0 +1,202 @@
+"""The interface of a sharding strategy, and what the strategies share: checkpoints that any other strategy can read.
+
+Keys of a checkpoint are ``model/NAME``, ``optim/STATE/NAME`` and ``group/step/INDEX`` (timm's LAMB counts steps per
+parameter group). Some optimizers store Python numbers and would compute differently with tensors; these are saved as
+64-bit tensors with the prefix ``number/``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..distributed.process_group import DistributedContext
+from ..storage.sharded_tensors import ShardedTensorReader, TensorShard, full_tensor
+
+NUMBER_PREFIX = "number/"
+
+
+class Sharding(ABC):
+    """A sharding strategy on one rank. The defaults are those of a strategy that keeps all weights on every rank.
+
+    Args:
+        env: the process group.
+
+    Attributes:
+        optimizer: the optimizer whose ``param_groups`` have the learning rates. Set by :meth:`prepare`.
+        model: the model before it is wrapped. Set by :meth:`prepare`.
+        pre_step_hook: see :meth:`register_pre_step_hook`.
+        forward_is_collective: whether the forward runs collectives, so that all ranks must call it equally often.
+    """
+
+    optimizer: Optimizer
+    model: nn.Module
+    pre_step_hook: Callable[[Tensor], None] | None = None
+    forward_is_collective = False
+
+    def __init__(self, env: DistributedContext) -> None:
+        self.env = env
+
+    @abstractmethod
+    def prepare(
+        self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
+    ) -> nn.Module:
+        """Shard a model and create its optimizer.
+
+        Args:
+            model: the model on its device. Parameters are already frozen; this must not change later.
+            units: paths of its blocks, each of which is sharded as a unit.
+            make_optimizer: creates the optimizer of a model's trainable parameters.
+
+        Returns:
+            The module to call in training.
+        """
+
+    @cached_property
+    def trainable(self) -> dict[str, Tensor]:
+        """The trainable parameters by name, after :meth:`prepare`."""
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    @abstractmethod
+    def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Return the context for forward and backward of a micro-batch: gradients are reduced in the last one only."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients of ``loss`` (scalar) and add them to those of earlier micro-batches."""
+        loss.backward()
+
+    @abstractmethod
+    def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
+        """Clip the gradient, update the weights and clear the gradient.
+
+        If the gradient is not finite, all ranks skip the update: weights and optimizer state do not change.
+
+        Args:
+            max_norm: maximum L2 norm of the gradient; 0 turns clipping off.
+
+        Returns:
+            The norm before clipping and whether the update was skipped, both scalars on the device.
+        """
+
+    def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
+        """Call a function before every update on all ranks.
+
+        Args:
+            hook: takes the norm of the gradient before clipping (scalar); may change learning rates.
+
+        Raises:
+            ConfigError: the strategy never has the full gradients of a rank's own samples.
+        """
+        self.pre_step_hook = hook
+
+    def updated_tensors(self) -> Mapping[str, Tensor]:
+        """Return by parameter name the tensors that the optimizer updates on this rank."""
+        return self.trainable
+
+    def local_shard(self, name: str, value: Tensor) -> TensorShard:
+        """Return this rank's shard of a parameter or of its optimizer state: a view, not a copy.
+
+        Args:
+            name: name of the parameter.
+            value: a tensor with the layout of the parameter's entry in :meth:`updated_tensors`.
+        """
+        return full_tensor(value)
+
+    def local_shards(self) -> dict[str, TensorShard]:
+        """Return this rank's shards of the trainable parameters by name: the tensors themselves, not copies."""
+        return {name: self.local_shard(name, updated) for name, updated in self.updated_tensors().items()}
+
+    def sync_weights_from_master(self) -> None:  # noqa: B027  # most models compute with the local shards
+        """Copy values that were written to the local shards into the weights that the model computes with."""
+
+    def saved_tensors(self) -> Mapping[str, Tensor]:
+        """Return those of :meth:`updated_tensors` that this rank saves; the others are the same on another rank."""
+        return self.updated_tensors()
+
+    def save(self) -> dict[str, Tensor | TensorShard]:
+        """Return this rank's part of weights and optimizer state for a checkpoint, without communication."""
+        tensors: dict[str, Tensor | TensorShard] = {}
+        for name, updated in self.saved_tensors().items():
+            shard = tensors[f"model/{name}"] = self.local_shard(name, updated)
+            for key, value in self.inner_optimizer.state.get(updated, {}).items():
+                if isinstance(value, Tensor) and value.shape == updated.shape:
+                    tensors[f"optim/{key}/{name}"] = self.local_shard(name, value)
+                elif shard.offset == 0:  # a step count: saved by the rank with the parameter's first element
+                    tensors |= _pack_value(f"optim/{key}/{name}", value)
+        for index, groups in self._groups_by_index().items():
+            if "step" in groups[0] and self.env.is_main:
+                tensors |= _pack_value(f"group/step/{index}", groups[0]["step"])
+        return tensors
+
+    @torch.no_grad()
+    def load(self, tensors: ShardedTensorReader) -> None:
+        """Restore weights and optimizer state that any strategy saved at any world size."""
+        for name, shard in self.local_shards().items():
+            tensors.copy_to_shard(f"model/{name}", shard)
+        optimizer, updated, groups = self.inner_optimizer, self.updated_tensors(), self._groups_by_index()
+        for path, shape in tensors.shapes.items():
+            kind, _, rest = path.removeprefix(NUMBER_PREFIX).partition("/")
+            key, _, name = rest.partition("/")
+            if kind == "optim" and name in updated:
+                parameter = updated[name]
+                state = optimizer.state[parameter]
+                if path.startswith(NUMBER_PREFIX) or key == "step" or shape != tensors.shapes[f"model/{name}"]:
+                    device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+                    state[key] = _unpack_value(path, tensors[path].to(device))
+                else:
+                    if key not in state:  # tensors that several parameters share are created once
+                        state[key] = torch.zeros_like(parameter, dtype=tensors.dtype(path))
+                    tensors.copy_to_shard(path, self.local_shard(name, state[key]))
+            elif kind == "group":
+                if int(name) not in groups:
+                    raise ValueError(f"{path}: there are {len(groups)} parameter groups")
+                for group in groups[int(name)]:
+                    group["step"] = _unpack_value(path, tensors[path])
+        self.sync_weights_from_master()
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """Return all parameters and persistent buffers, unsharded, in fp32 on the CPU. Collective."""
+        return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+
+    @property
+    def inner_optimizer(self) -> Optimizer:
+        """Return the optimizer that has the state on this rank."""
+        return self.optimizer
+
+    def _groups_by_index(self) -> dict[int, list[dict[str, Any]]]:
+        """Return parameter groups by index; those that :mod:`.flat_lamb` made of one group have the index of that."""
+        groups: dict[int, list[dict[str, Any]]] = {}
+        for index, group in enumerate(self.inner_optimizer.param_groups):
+            groups.setdefault(group.get("origin", index), []).append(group)
+        return groups
+
+
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale the gradients in place so that their L2 norm is at most ``max_norm`` (0: leave them unchanged).
+
+    Returns:
+        The norm before clipping: a scalar on the device, a ``DTensor`` if the gradients are.
+    """
+    parameters = list(parameters)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
+
+
+def _pack_value(path: str, value: Any) -> dict[str, Tensor]:
+    """Return a small value under its key: a tensor as it is, a Python number as a 64-bit tensor."""
+    if isinstance(value, Tensor):
+        return {path: value.clone()}  # parameters may share a count; a safetensors file may not
+    return {NUMBER_PREFIX + path: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)}
+
+
+def _unpack_value(path: str, value: Tensor) -> Any:
+    return value.item() if path.startswith(NUMBER_PREFIX) else value.clone()
