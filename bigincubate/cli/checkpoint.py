@@ -59,9 +59,10 @@ def checkpoint_prune(
     keep: Annotated[int, typer.Option(min=1, help="The newest valid ones to keep of each phase.")] = 2,
 ) -> None:
     """Remove old, damaged and unfinished checkpoints, except those of a phase that is being trained."""
+    from ..launchers.slurm.job_queue import SlurmQueue
     from ..storage.checkpoint_tools import prune_checkpoints
 
-    removed = prune_checkpoints(folder, keep=keep)
+    removed = prune_checkpoints(folder, keep=keep, queue=SlurmQueue())
     for path in removed:
         say(f"removed  {path}")
     if not removed:

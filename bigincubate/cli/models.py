@@ -145,6 +145,7 @@ def import_weights(
     from ..config import load_recipe
 
     loaded = load_recipe(recipe, sets or ())
+    from ..launchers.slurm.job_queue import SlurmQueue
     from ..storage.run_directory import RunDir
     from ..tasks.metric import describe_metrics
     from ..training.import_official import import_model, import_part
@@ -152,7 +153,7 @@ def import_weights(
     if part == "model":
         say(f"written to {to}; in Python:\n  {import_model(loaded, files, to)}")
     elif part in ("meta", "modules"):
-        for context, result in import_part(loaded, part, files, RunDir(to)):  # type: ignore[arg-type]
+        for context, result in import_part(loaded, part, files, RunDir(to), SlurmQueue()):  # type: ignore[arg-type]
             say(f"{context.row.title}: imported, {describe_metrics(context.task.metrics, result['metrics'])}")
     else:
         raise ConfigError(f"--as {part}: there are meta, modules and model")

@@ -161,6 +161,7 @@ def train(
     from ..distributed.parent_death import stop_with_parent
     from ..distributed.process_group import DistributedContext
     from ..launchers.slurm.environment import array_index, set_torchrun_variables
+    from ..launchers.slurm.job_queue import SlurmQueue
     from ..planning.context import open_run
     from ..storage.run_directory import RunDir
 
@@ -178,7 +179,7 @@ def train(
         from ..training.run_phase import train_phase
 
         with context.with_local_data() as local:
-            result = train_phase(local)
+            result = train_phase(local, queue=SlurmQueue())
         if env.is_main:
             say(f"{context.row.title}: done, {describe_metrics(context.task.metrics, result['metrics'])}")
     finally:

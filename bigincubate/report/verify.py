@@ -12,6 +12,7 @@ from ..config import Recipe
 from ..data.dataset import find_damaged_shards, open_dataset
 from ..errors import ArtifactError, DataError
 from ..files import read_json
+from ..launchers.slurm.job_queue import SlurmQueue
 from ..planning.identity import expected_lineage, phase_inputs
 from ..planning.prepare_run import data_path
 from ..storage.artifacts import Lineage, check_lineage, verify_artifact
@@ -101,7 +102,7 @@ def _data(recipe: Recipe, run: RunDir, digest: str) -> Iterator[Finding]:
 
 
 def _phase(run: RunDir, row: dict[str, Any], folder: PhaseDir, stale: dict[str, str]) -> Iterator[Finding]:
-    key, alive = row["key"], current_owner(folder.path)
+    key, alive = row["key"], current_owner(folder.path, SlurmQueue())
     result = folder.path / "DONE"
     if result.exists():
         valid = folder.result is not None
@@ -117,7 +118,7 @@ def _phase(run: RunDir, row: dict[str, Any], folder: PhaseDir, stale: dict[str, 
 
 
 def _checkpoints(key: str, folder: PhaseDir) -> Iterator[Finding]:
-    alive = current_owner(folder.path)
+    alive = current_owner(folder.path, SlurmQueue())
     if not folder.checkpoints.is_dir() or not any(folder.checkpoints.iterdir()):
         return
     for row in list_checkpoints(folder.path):

@@ -20,7 +20,7 @@ from .checkpoint_manager import (
     remove_checkpoint,
     verify_checkpoint,
 )
-from .lease import acquire_lease
+from .lease import NO_JOBS, JobQueue, acquire_lease
 from .sharded_tensors import ShardedTensorReader, TensorShard, write_sharded_tensors
 
 NAME_PATTERN = re.compile(r"(?:step|\.saving)-(\d{8,}).*")
@@ -72,10 +72,11 @@ def _inspect(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def prune_checkpoints(path: Path, *, keep: int) -> list[Path]:
+def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> list[Path]:
     """Remove all but the newest ``keep`` valid checkpoints of each phase in a run directory, or of one phase.
 
-    Damaged and incomplete checkpoints are removed too, unless all of a phase are damaged.
+    Damaged and incomplete checkpoints are removed too, unless all of a phase are damaged. ``queue`` tells
+    whether a job trains a phase.
 
     Returns:
         The directories that were removed.
@@ -91,7 +92,7 @@ def prune_checkpoints(path: Path, *, keep: int) -> list[Path]:
         raise ConfigError(f"{path} is one checkpoint; give a run directory or a phase's directory")
     removed, all_damaged = [], []
     for folder in dict.fromkeys(checkpoint.parent for checkpoint in checkpoints):
-        with acquire_lease(folder.parent, DistributedContext()) as lease:
+        with acquire_lease(folder.parent, DistributedContext(), queue) as lease:
             rows = {Path(row["path"]): row for row in list_checkpoints(folder.parent)}
             valid = [checkpoint for checkpoint, row in rows.items() if row["problem"] is None]
             if not valid and any(row["committed"] for row in rows.values()):

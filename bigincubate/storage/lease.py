@@ -1,6 +1,6 @@
 """Leases: one owner at a time for a directory, without any lock of the file system.
 
-``owners/7.json`` is the seventh lease on the directory; it names the process (host, pid, start time, Slurm job) that
+``owners/7.json`` is the seventh lease on the directory; it names the process (host, pid, start time, batch job) that
 created it. Exactly one process can create a file, and the number, called the *generation*, is never used again: the
 highest generation counts. The owner touches its file while it lives, and empties it when it leaves. A new lease is
 created only if the owner is provably dead, or gave no sign of life for ``LEASE_SECONDS``. An owner that was only
@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
 import tempfile
 import threading
 import time
@@ -28,12 +27,21 @@ from ..files import read_json, write_text
 
 LEASE_SECONDS = 60.0  # seconds without a sign of life after which an owner of unknown state counts as dead
 HEARTBEAT_SECONDS = 5.0  # seconds between two signs of life
-SQUEUE_TIMEOUT = 3.0  # seconds in which Slurm must answer
-# states of jobs without a running process: ended, or waiting to start (again)
-NOT_RUNNING = {
-    *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
-    *("TIMEOUT", "PENDING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"),
-}
+
+
+class JobQueue:
+    """What leases ask a batch system. This one has no jobs; :mod:`bigincubate.launchers.slurm` has Slurm's."""
+
+    def current_job(self) -> dict[str, Any]:
+        """Return the job of this process: ``cluster``, ``job`` (its id, or None), and its number of ``restarts``."""
+        return {"cluster": None, "job": None, "restarts": 0}
+
+    def has_ended(self, job: str) -> bool:
+        """Return whether it is known that no process of ``job``, a job of this cluster, runs."""
+        return False
+
+
+NO_JOBS = JobQueue()
 
 
 def process_start_time(pid: int) -> str | None:
@@ -49,18 +57,14 @@ def process_start_time(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def describe_process(pid: int) -> dict[str, Any]:
+def describe_process(pid: int, queue: JobQueue = NO_JOBS) -> dict[str, Any]:
     """Return what distinguishes a process of this host from all others, past ones and those of other hosts."""
-    env = os.environ
-    array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
     return {
         "host": socket.gethostname(),
         "space": _pid_namespace(),
         "pid": pid,
         "started": process_start_time(pid),
-        "cluster": env.get("SLURM_CLUSTER_NAME"),
-        "job": f"{array}_{task}" if array and task else env.get("SLURM_JOB_ID"),
-        "restarts": int(env.get("SLURM_RESTART_COUNT") or 0),
+        **queue.current_job(),
     }
 
 
@@ -117,15 +121,20 @@ class Lease:
 
 
 @contextmanager
-def acquire_lease(folder: Path, env: DistributedContext) -> Iterator[Lease]:
+def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JOBS) -> Iterator[Lease]:
     """Hold the lease on ``folder`` for all ranks together while the block runs.
 
     Wait for up to ``LEASE_SECONDS`` if only its heartbeat can tell whether the previous owner lives.
 
+    Args:
+        folder: The directory.
+        env: The ranks.
+        queue: The batch system that may have started this process or the previous owner.
+
     Raises:
         LockedError: On every rank: another live process, which the message names, owns the folder.
     """
-    taken = _try_acquire(folder) if env.is_main else ""
+    taken = _try_acquire(folder, queue) if env.is_main else ""
     problem = env.broadcast("" if isinstance(taken, Lease) else taken)
     if problem:
         raise LockedError(problem)
@@ -154,16 +163,17 @@ def acquire_lease(folder: Path, env: DistributedContext) -> Iterator[Lease]:
         lease.release()
 
 
-def _try_acquire(folder: Path) -> Lease | str:
+def _try_acquire(folder: Path, queue: JobQueue = NO_JOBS) -> Lease | str:
     """Return a new lease, or the reason why there is none: the owner that lives."""
     owners = folder / "owners"
     owners.mkdir(parents=True, exist_ok=True)
     while True:
         last = _newest(owners)
         last_path = owners / f"{last}.json"
-        if (owner := read_json(last_path)) and _wait_whether_alive(owner, last_path):
+        if (owner := read_json(last_path)) and _wait_whether_alive(owner, last_path, queue):
             return f"{folder} belongs to {_name(owner)}; wait for it, or stop it first"
-        path, content = owners / f"{last + 1}.json", {**describe_process(os.getpid()), "claim": uuid.uuid4().hex}
+        path = owners / f"{last + 1}.json"
+        content = {**describe_process(os.getpid(), queue), "claim": uuid.uuid4().hex}
         write_text(path, json.dumps(content, indent=1), exclusive=True)
         # read it back: a network file system may report a file that was just created as one that already existed
         if read_json(path) == content:
@@ -178,7 +188,7 @@ def _name(owner: dict[str, Any]) -> str:
     return f"process {owner['pid']} on {owner['host']}" + (f", job {owner['job']}" if owner["job"] else "")
 
 
-def current_owner(folder: Path) -> str | None:
+def current_owner(folder: Path, queue: JobQueue = NO_JOBS) -> str | None:
     """Return the name of the process that owns ``folder``, or None, without waiting.
 
     An owner of unknown state counts until it has been silent for ``LEASE_SECONDS``.
@@ -188,28 +198,28 @@ def current_owner(folder: Path) -> str | None:
         return None
     path = owners / f"{_newest(owners)}.json"
     found = read_json(path)
-    return _name(found) if found and _is_alive(found, path) is not False else None
+    return _name(found) if found and _is_alive(found, path, queue) is not False else None
 
 
-def _is_alive(owner: dict[str, Any], path: Path) -> bool | None:
+def _is_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> bool | None:
     """Return whether the owner may still write, or None if neither this host, the queue nor its silence tells."""
-    this = describe_process(os.getpid())
+    this = describe_process(os.getpid(), queue)
     same = {key for key in this if owner[key] == this[key] and this[key] is not None}
     if {"cluster", "job"} <= same and owner["restarts"] < this["restarts"]:
-        return False  # a previous attempt of this job: Slurm ended it before it started this one
+        return False  # a previous attempt of this job, which ended before this one began
     if {"host", "space"} <= same and owner["started"] is not None:
         return process_start_time(owner["pid"]) == owner["started"]
     silence = _file_system_time(path.parent) - _last_heartbeat(path)
-    if silence > LEASE_SECONDS or ("cluster" in same and owner["job"] and _job_has_ended(owner["job"])):
+    if silence > LEASE_SECONDS or ("cluster" in same and owner["job"] and queue.has_ended(owner["job"])):
         return False
     return None
 
 
-def _wait_whether_alive(owner: dict[str, Any], path: Path) -> bool:
+def _wait_whether_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> bool:
     """Return whether the owner may still write. If nothing else tells, wait for its heartbeat."""
     began, first = time.monotonic(), _last_heartbeat(path)
     silence = _file_system_time(path.parent) - first
-    if (alive := _is_alive(owner, path)) is not None:
+    if (alive := _is_alive(owner, path, queue)) is not None:
         return alive
     announced = False
     while (waited := time.monotonic() - began) + silence <= LEASE_SECONDS:
@@ -242,21 +252,3 @@ def _file_system_time(folder: Path) -> float:
             return os.fstat(file.fileno()).st_mtime
     except PermissionError:
         return time.time()
-
-
-def _job_has_ended(job: str) -> bool:
-    """Return whether Slurm says that no process of a job runs; False if Slurm does not answer."""
-    try:
-        answer = subprocess.run(
-            ["squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job],
-            capture_output=True,
-            text=True,
-            timeout=SQUEUE_TIMEOUT,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-    if "Invalid job id" in answer.stderr:
-        return True  # it ended so long ago that Slurm has forgotten it
-    states = set(answer.stdout.split())
-    return bool(states) and states <= NOT_RUNNING

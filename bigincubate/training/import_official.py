@@ -19,6 +19,7 @@ from ..models import Depths, Partition, extract
 from ..planning.context import PhaseContext, open_run
 from ..planning.phases import Plan, make_plan, phase_model
 from ..storage.artifacts import ModelSpec
+from ..storage.lease import NO_JOBS, JobQueue
 from ..storage.run_directory import RunDir
 from ..tasks.registry import make_task
 from .run_phase import train_phase
@@ -52,11 +53,12 @@ def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
 
 
 def import_part(
-    recipe: Recipe, part: Part, files: Sequence[Path], run: RunDir
+    recipe: Recipe, part: Part, files: Sequence[Path], run: RunDir, queue: JobQueue = NO_JOBS
 ) -> Iterator[tuple[PhaseContext, dict[str, Any]]]:
     """Import official weights as the meta model or the modules of a run.
 
-    Each phase trains for zero steps: it evaluates the weights and writes them as its artifact.
+    Each phase trains for zero steps: it evaluates the weights and writes them as its artifact. ``queue`` is the
+    batch system that may have started this process.
 
     Yields:
         The context and the result of each phase.
@@ -83,7 +85,7 @@ def import_part(
             context = opened.phase(row.phase, row.module, env)
             run.log_event("imported", phase=row.key, files=sources)
             context = replace(context, planned=replace(context.planned, steps=0))
-            yield context, train_phase(context, own)
+            yield context, train_phase(context, own, queue=queue)
     finally:
         env.close()
 

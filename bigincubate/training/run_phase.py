@@ -13,16 +13,19 @@ from ..distributed.signals import StopFlag
 from ..distributed.watchdog import watch_ranks
 from ..errors import BigincubateError, ExternalError, Preempted
 from ..planning.context import PhaseContext
-from ..storage.lease import acquire_lease
+from ..storage.lease import NO_JOBS, JobQueue, acquire_lease
 from .trainer import Trainer
 
 
-def train_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+def train_phase(
+    context: PhaseContext, start: Mapping[str, Tensor] | None = None, *, queue: JobQueue = NO_JOBS
+) -> dict[str, Any]:
     """Train one phase to its end, from its last checkpoint if there is one, and write its artifact.
 
     Args:
         context: The phase.
         start: Weights to start from instead of the phase's own; see :func:`build_model`.
+        queue: The batch system that may have started this process.
 
     Returns:
         The phase's result; see :meth:`Task.make_result`.
@@ -35,7 +38,7 @@ def train_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     folder, env, run = context.folder, context.env, context.run
     if (result := env.broadcast(folder.result)) is not None:
         return result
-    with acquire_lease(folder.path, env) as lease, StopFlag() as stop:
+    with acquire_lease(folder.path, env, queue) as lease, StopFlag() as stop:
         attempt = env.broadcast(1 + max((before["attempt"] for before in folder.read_attempts()), default=0))
         about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         layout = {"sharding": context.settings.sharding.strategy, "steps": context.planned.steps}

@@ -196,8 +196,9 @@ def test_heavy_library_is_imported_in_one_package(library: str, allowed: set[str
     assert found <= allowed
 
 
-def test_distributed_knows_neither_slurm_nor_launchers() -> None:
-    for file in (ROOT / "distributed").glob("*.py"):
+@pytest.mark.parametrize("package", ["distributed", "storage"])
+def test_package_knows_neither_slurm_nor_launchers(package: str) -> None:
+    for file in (ROOT / package).glob("*.py"):
         code = ast.unparse(without_docstrings(parse(file)))
         assert "slurm" not in code.lower(), file
         assert "launcher" not in code.lower(), file

@@ -23,6 +23,8 @@ from parts import MANIFEST
 
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import LockedError, SystemResourceError
+from bigincubate.launchers.slurm import job_queue
+from bigincubate.launchers.slurm.job_queue import SlurmQueue
 from bigincubate.storage import lease as lease_module
 from bigincubate.storage.artifacts import load_artifact, save_artifact
 from bigincubate.storage.checkpoint_manager import CheckpointManager, verify_checkpoint
@@ -207,7 +209,9 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
         tools = tmp_path / "bin"
         tools.mkdir(exist_ok=True)
         if answer is not None:
-            script = f"#!/bin/sh\necho $@ >>{tools}/asked\necho '{error}' >&2\necho '{answer}'\n"
+            script = (
+                f"#!/bin/sh\necho $@ >>{tools}/asked\necho '{error}' >&2\necho '{answer}'\nexit {int(bool(error))}\n"
+            )
             (tools / "squeue").write_text(script)
             (tools / "squeue").chmod(0o755)
         monkeypatch.setenv("PATH", f"{tools}:/bin" if answer is not None else str(tools))
@@ -221,7 +225,7 @@ def test_requeued_job_takes_over_from_its_previous_attempt_at_once(job: Callable
     for number, place in ((1, {}), (3, {"host": HERE, "pid": 1, "started": process_start_time(1)})):
         with (
             beating(owner(tmp_path, number, **{**previous, **place})),
-            acquire_lease(tmp_path, DistributedContext()) as lease,
+            acquire_lease(tmp_path, DistributedContext(), SlurmQueue()) as lease,
         ):
             mine = owner_of(tmp_path)[1]
             assert (mine["job"], mine["restarts"]) == ("41_2", 1)
@@ -231,7 +235,7 @@ def test_requeued_job_takes_over_from_its_previous_attempt_at_once(job: Callable
         with (
             beating(owner(tmp_path, number, **{**previous, **other})),
             pytest.raises(LockedError, match=rf"on elsewhere, job {other.get('job', '41_2')};"),
-            acquire_lease(tmp_path, DistributedContext()),
+            acquire_lease(tmp_path, DistributedContext(), SlurmQueue()),
         ):
             pass
 
@@ -254,25 +258,29 @@ def test_ended_job_is_replaced_at_once(
     job(answer, error, SLURM_JOB_ID="50")
     file = owner(tmp_path, **ELSEWHERE, cluster="here", job="41_2")
     if ended:
-        with acquire_lease(tmp_path, DistributedContext()) as lease:
+        with acquire_lease(tmp_path, DistributedContext(), SlurmQueue()) as lease:
             assert lease.generation == 2
         assert (tmp_path / "bin" / "asked").read_text().split()[-2:] == ["--jobs", "41_2"]
         return
-    with beating(file), pytest.raises(LockedError, match="job 41_2"), acquire_lease(tmp_path, DistributedContext()):
+    with (
+        beating(file),
+        pytest.raises(LockedError, match="job 41_2"),
+        acquire_lease(tmp_path, DistributedContext(), SlurmQueue()),
+    ):
         pass
 
 
 def test_silent_queue_is_not_waited_for(
     job: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert lease_module.SQUEUE_TIMEOUT + lease_module.HEARTBEAT_SECONDS <= 10
-    monkeypatch.setattr(lease_module, "SQUEUE_TIMEOUT", 0.2)
+    assert job_queue.SQUEUE_TIMEOUT + lease_module.HEARTBEAT_SECONDS <= 10
+    monkeypatch.setattr(job_queue, "SQUEUE_TIMEOUT", 0.2)
     job("RUNNING", SLURM_JOB_ID="50")
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexec sleep 60\n")
     with (
         beating(owner(tmp_path, **ELSEWHERE, cluster="here", job="41_2")),
         pytest.raises(LockedError),
-        acquire_lease(tmp_path, DistributedContext()),
+        acquire_lease(tmp_path, DistributedContext(), SlurmQueue()),
     ):
         pass
 

@@ -47,23 +47,24 @@ class QueuedJob:
         return self.kind if self.module is None else f"{self.kind}/{self.module}"
 
 
-def run_slurm_command(*words: str, env: Mapping[str, str] | None = None) -> str:
+def run_slurm_command(*words: str, env: Mapping[str, str] | None = None, timeout: float = 120) -> str:
     """Run one of Slurm's programs and return what it printed.
 
     Args:
         words: The program and its arguments.
         env: The environment of the program; None for that of this process.
+        timeout: Seconds in which it must end.
 
     Raises:
         MissingDependencyError: If the program is not installed.
-        SystemResourceError: If it fails, or does not answer within two minutes.
+        SystemResourceError: If it fails, or does not answer in time.
     """
     if shutil.which(words[0]) is None:
         raise MissingDependencyError(
             f"{words[0]} not found: this command needs Slurm; without Slurm use `bigincubate run`"
         )
     try:
-        ended = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=120)
+        ended = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise SystemResourceError(f"{words[0]} does not answer; try again later") from None
     if ended.returncode:
@@ -101,13 +102,17 @@ def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
     return found
 
 
-def query_job_state(job: str) -> str:
+def query_job_state(job: str, timeout: float = 120) -> str:
     """Return Slurm's state of a job or an array task (``12_3``), such as ``RUNNING`` or ``COMPLETING``.
+
+    Args:
+        job: The job.
+        timeout: Seconds in which Slurm must answer.
 
     Raises:
         SystemResourceError: If Slurm does not answer or no longer knows the job.
     """
-    return run_slurm_command("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job)
+    return run_slurm_command("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job, timeout=timeout)
 
 
 def requeue_job(job: str) -> None:

@@ -28,6 +28,7 @@ from ...storage.artifacts import Lineage, check_lineage, verify_artifact
 from ...storage.lease import acquire_lease
 from ...storage.run_directory import RunDir
 from .client import environment_outside_job, list_queued_jobs, query_max_array_size, run_slurm_command
+from .job_queue import SlurmQueue
 from .sbatch import build_sbatch_command, script_environment, split_into_arrays
 
 Say = Callable[[str], None]
@@ -62,7 +63,7 @@ def submit_missing_jobs(
         SystemResourceError: If Slurm does not answer.
         LockedError: If another process is submitting.
     """
-    with acquire_lease(run.path / "slurm", DistributedContext()):
+    with acquire_lease(run.path / "slurm", DistributedContext(), SlurmQueue()):
         submitter = JobSubmitter(recipe, run, say, submissions=read_submission_log(run)["submissions"] if gate else {})
         missing = [job for job in graph if not _is_valid(job, run, lineage)]
         if not missing:
