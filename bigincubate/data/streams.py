@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from streaming import StreamingDataLoader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from .. import config
 from ..errors import ConfigError, ExternalError
@@ -19,7 +19,7 @@ from ..seeds import shuffle_seed
 from .batch import Batch
 from .dataset import DatasetInfo
 from .rng import preserve_rng_state
-from .views import EvalViews, Row, SampleTransform, TrainViews, collate
+from .views import Row, SampleTransform, Views, collate
 
 
 class TrainStream:
@@ -74,8 +74,9 @@ class TrainStream:
             )
         self._rank, self._world, self._views_per_sample = rank, world, transform.views_per_sample
         share = self._distinct // world
-        views = TrainViews(
+        views = Views(
             info,
+            "train",
             transform,
             remote=data.remote,
             rank=rank,
@@ -140,10 +141,8 @@ class EvalStream:
     ) -> None:
         self._rank, self._world, self._batch_size = rank, world, batch_size
         ids = range(rank, info.samples[split], world)
-        views = EvalViews(info, split, transform, ids, remote=remote)
-        self._loader: DataLoader[Row | ExternalError] = DataLoader(
-            views, **_loading(workers, transform), batch_size=batch_size
-        )
+        views: Subset[Row | ExternalError] = Subset(Views(info, split, transform, remote=remote), ids)
+        self._loader = DataLoader(views, **_loading(workers, transform), batch_size=batch_size)
 
     def __len__(self) -> int:
         return len(self._loader)

@@ -8,10 +8,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..errors import ExternalError
-from .dataset import DatasetInfo
 from .shards import RecordDecoder, Shards
 
 Row = tuple[list[Any], int]  # the views of a sample, and its id
@@ -36,52 +34,17 @@ class SampleTransform(RecordDecoder, Protocol):
         """Return the columns of a batch, one row per view."""
 
 
-class TrainViews(Shards):
-    """Training samples as views, in the order of one rank. Iterate inside `preserve_rng_state`.
+class Views(Shards):
+    """Samples as views; iterating yields them in the order of one rank. Iterate inside `preserve_rng_state`."""
 
-    Args:
-        info: The data set.
-        transform: Makes the views.
-        order: Further arguments of `Shards`.
-    """
-
-    def __init__(self, info: DatasetInfo, transform: SampleTransform, **order: Any) -> None:
-        super().__init__(info, "train", transform, **order)
-        self.transform = transform
+    decoder: SampleTransform
 
     def __getitem__(self, at: Any) -> Row | ExternalError:
         try:
             sample = self.read(at)
         except ExternalError as error:
             return error
-        return self.transform.views(sample, self.epoch, at), at
-
-
-class EvalViews(Dataset[Row | ExternalError]):
-    """The samples ``ids`` of a split, one view each.
-
-    Args:
-        info: The data set.
-        split: ``"train"`` or ``"val"``.
-        transform: Makes the views.
-        ids: Indices of the samples in the split.
-        remote: A URL from which missing shards are downloaded.
-    """
-
-    def __init__(
-        self, info: DatasetInfo, split: str, transform: SampleTransform, ids: range, *, remote: str | None = None
-    ) -> None:
-        self.shards, self.transform, self.ids = Shards(info, split, transform, remote=remote), transform, ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, at: int) -> Row | ExternalError:
-        try:
-            sample = self.shards.read(self.ids[at])
-        except ExternalError as error:
-            return error
-        return self.transform.views(sample, 0, self.ids[at]), self.ids[at]
+        return self.decoder.views(sample, self.epoch, at), at
 
 
 def collate(transform: SampleTransform, rows: list[Row | ExternalError]) -> tuple[Any, Any]:
