@@ -21,7 +21,7 @@ def make_folder(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for created in missing:
-        fsync_dir(created.parent)
+        fsync_path(created.parent)
 
 
 def regular_file_size(path: Path) -> int:
@@ -57,7 +57,7 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
         Whether ``path`` now holds ``text``.
     """
     make_folder(path.parent)
-    temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(4)}"))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     # not mkstemp: the umask decides the permissions
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
@@ -66,18 +66,15 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
             file.flush()
             os.fsync(file.fileno())
         if exclusive:
-            try:
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
+            os.link(temporary, path)
         else:
             os.replace(temporary, path)
-            temporary = ""
-        fsync_dir(path.parent)
+        fsync_path(path.parent)
         return True
+    except FileExistsError:
+        return False
     finally:
-        if temporary:
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -132,9 +129,9 @@ def write_and_hash(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def fsync_dir(folder: Path) -> None:
-    """Sync the entries of a directory to disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def fsync_path(path: Path) -> None:
+    """Sync a file, or the entries of a directory, to disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

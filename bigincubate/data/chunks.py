@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .dataset import DESCRIPTION, FORMAT, INDEX, RecordSchema, compute_dataset_digest, fsync_path, read_json, write_json
+from ..files import fsync_path
+from .dataset import DESCRIPTION, FORMAT, INDEX, RecordSchema, compute_dataset_digest, read_json, write_json
 
 
 def write_chunk(folder: Path, columns: dict[str, str], records: Iterable[dict[str, Any]]) -> None:

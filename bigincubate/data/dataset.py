@@ -13,34 +13,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import hash_file, read_small_file
+from ..files import hash_file, read_small_file, write_text
 from .remote import fetch
 
 FORMAT = 1
 SPLITS = ("train", "val")
 DESCRIPTION = "dataset.json"
 INDEX = "index.json"
-OPTIONAL_KEYS = (
-    "parts",
-    "part",
-    "of",
-)  # optional keys of a description: a whole has its parts' digests, a part its number
+OPTIONAL_KEYS = ("parts", "part", "of")  # of a description: a whole has its parts' digests, a part its number
 REPREPARE_HINT = "delete the folder and prepare the data again"
-INVALID_JSON_ERRORS = (
-    KeyError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-)  # raised when JSON has an unexpected structure
+# raised when JSON has an unexpected structure
+INVALID_JSON_ERRORS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -220,21 +209,6 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write_json(file: Path, value: dict[str, Any]) -> str:
     """Write a JSON object to a file atomically and return the SHA-256 of the file."""
-    data = (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-    temporary.replace(file)
-    fsync_path(file.parent)
-    return hashlib.sha256(data).hexdigest()
-
-
-def fsync_path(path: Path) -> None:
-    """Wait until a file, or the names in a folder, have been written to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    text = json.dumps(value, sort_keys=True, indent=1) + "\n"
+    write_text(file, text)
+    return hashlib.sha256(text.encode()).hexdigest()

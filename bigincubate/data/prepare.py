@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import DataError, SystemResourceError
+from ..files import fsync_path
 from .chunks import write_chunk, write_description
-from .dataset import DESCRIPTION, DatasetInfo, fsync_path, open_dataset, read_json, write_json
+from .dataset import DESCRIPTION, DatasetInfo, open_dataset, read_json, write_json
 from .file_locks import file_lock
 from .images import LABELLED_IMAGE_COLUMNS, decode_image, encode_png, labelled_image_schema
 from .partitions import PartitionFunction, partition_path

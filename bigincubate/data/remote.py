@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -10,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import hash_file
 
 DAMAGED_HINT = "delete it and prepare or download it again"
 
@@ -26,8 +26,7 @@ def check_hash(file: Path, expected: str, *, name: str) -> None:
         DataError: If the file cannot be read or has another hash.
     """
     try:
-        with file.open("rb") as data:
-            found = hashlib.file_digest(data, "sha256").hexdigest()
+        found = hash_file(file)
     except OSError as error:
         raise DataError(f"{name}: {error.strerror}; {DAMAGED_HINT}") from None
     if found != expected:

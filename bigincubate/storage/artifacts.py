@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import ModelConfig, TaskConfig, describe_changes
 from ..errors import ArtifactError, LockedError
-from ..files import fsync_dir, hash_file, make_folder, regular_file_size, write_and_hash, write_text
+from ..files import fsync_path, hash_file, make_folder, regular_file_size, write_and_hash, write_text
 from .checkpoint_manager import COMMIT_MARKER, read_committed_manifest
 from .lease import Lease
 from .sharded_tensors import full_tensor, write_sharded_tensors
@@ -110,7 +110,7 @@ def save_artifact(
         shutil.rmtree(_replaced(folder), ignore_errors=True)
         folder.rename(_replaced(folder))
     temporary.rename(folder)
-    fsync_dir(folder.parent)
+    fsync_path(folder.parent)
     shutil.rmtree(_replaced(folder), ignore_errors=True)
     return manifest
 

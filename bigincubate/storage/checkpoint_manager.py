@@ -35,7 +35,7 @@ from torch import Tensor
 
 from ..distributed.process_group import DistributedContext, print_stderr
 from ..errors import ArtifactError, BigincubateError, DamagedError, LockedError, SystemResourceError
-from ..files import fsync_dir, hash_file, make_folder, read_json, read_small_file, regular_file_size, write_and_hash
+from ..files import fsync_path, hash_file, make_folder, read_json, read_small_file, regular_file_size, write_and_hash
 from .lease import Lease
 from .sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
 
@@ -328,11 +328,11 @@ def commit_checkpoint(
     write_and_hash(temporary / "manifest.json", [text.encode()])
     marker = f"{temporary.name}.marker"
     write_and_hash(temporary / marker, [hashlib.sha256(text.encode()).hexdigest().encode()])
-    fsync_dir(temporary)
+    fsync_path(temporary)
     temporary.rename(final)
-    fsync_dir(final.parent)
+    fsync_path(final.parent)
     (final / marker).rename(final / COMMIT_MARKER)
-    fsync_dir(final)
+    fsync_path(final)
 
 
 def remove_checkpoint(folder: Path) -> None:
