@@ -145,13 +145,11 @@ class DistributedContext:
                 yield
             except BigincubateError as error:
                 problem = error
-            problem = self.broadcast(problem)
-        else:
-            problem = self.broadcast(None)
-            if problem is None:
-                yield
+        problem = self.broadcast(problem)
         if problem is not None:
             raise problem
+        if not self.is_main:
+            yield
 
     def barrier(self) -> None:
         """Wait until every rank has called this."""

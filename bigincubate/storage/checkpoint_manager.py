@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from ..distributed.process_group import DistributedContext, print_stderr
-from ..errors import ArtifactError, BigincubateError, DamagedError, LockedError, SystemResourceError
+from ..errors import ArtifactError, BigincubateError, DamagedError, SystemResourceError
 from ..files import fsync_path, hash_file, make_folder, read_json, read_small_file, regular_file_size, write_and_hash
 from .lease import Lease
 from .sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
@@ -206,7 +206,6 @@ class CheckpointManager:
 
     def _save(self, step: int, shards: dict[str, TensorShard], state: str) -> None:
         began, env = time.perf_counter(), self._save_env
-        final = self.folder / f"step-{step:08d}"
         temporary = self.folder / env.broadcast(f".saving-{step:08d}-{uuid.uuid4().hex[:8]}")
         files: dict[str, dict[str, Any]] = {}
         problem = ""
@@ -220,36 +219,33 @@ class CheckpointManager:
         except OSError as error:
             problem = describe_os_error(error, temporary)
         reports = env.gather((files, problem))
-        problem = next((text for _, text in reports if text), "")
-        refusal: BigincubateError | None = None
-        if env.is_main:
-            try:
-                self.lease.check()  # first: a new owner may have removed the files written here
-                if not problem:
-                    if final.exists():  # damaged, so training resumed from an earlier one
-                        shutil.rmtree(final)
-                    entries = {name: entry for report, _ in reports for name, entry in sorted(report.items())}
-                    commit_checkpoint(temporary, final, step=step, digest=self.digest, world=env.world, files=entries)
-                    self._prune(step)
-            except OSError as error:
-                problem = describe_os_error(error, final)
-            except LockedError as error:
-                refusal = error
-            if problem and refusal is None:
-                refusal = SystemResourceError(
-                    f"checkpoint of step {step} not written: {problem}; earlier ones are intact"
-                )
-                try:
-                    self.lease.check()  # again: a new owner may have removed files that were being written
-                except LockedError as error:
-                    refusal = error
-        refusal = env.broadcast(refusal)
-        if refusal is not None:
+        with env.main_process_first():
             if env.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise refusal
+                entries = {name: entry for report, _ in reports for name, entry in sorted(report.items())}
+                problem = next((text for _, text in reports if text), "")
+                try:
+                    self._commit(temporary, step, entries, problem)
+                except BigincubateError:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    raise
         if written := sum(entry["size"] for entry in files.values()):
             self._metrics["checkpoint/mib_per_sec"] = written / 2**20 / (time.perf_counter() - began)
+
+    def _commit(self, temporary: Path, step: int, files: dict[str, dict[str, Any]], problem: str) -> None:
+        """Commit the files in ``temporary`` unless a rank had a ``problem`` writing them, and prune older ones."""
+        self.lease.check()  # first: a new owner may have removed the files written here
+        final = self._at(step)
+        try:
+            if not problem:
+                if final.exists():  # damaged, so training resumed from an earlier one
+                    shutil.rmtree(final)
+                commit_checkpoint(temporary, final, step=step, digest=self.digest, world=self.env.world, files=files)
+                self._prune(step)
+        except OSError as error:
+            problem = describe_os_error(error, final)
+        if problem:
+            self.lease.check()  # again: a new owner may have removed files that were being written
+            raise SystemResourceError(f"checkpoint of step {step} not written: {problem}; earlier ones are intact")
 
     def _prune(self, newest: int) -> None:
         """Remove all but the newest. Those after ``newest`` are damaged, or training would have resumed from them."""
@@ -264,9 +260,8 @@ class CheckpointManager:
         """Return the steps of the committed checkpoints, in numeric order."""
         matches = (STEP_PATTERN.fullmatch(marker.parent.name) for marker in self.folder.glob(f"step-*/{COMMIT_MARKER}"))
         numbers = {int(match[1]) for match in matches if match}
-        return sorted(
-            step for step in numbers if (self._at(step) / COMMIT_MARKER).exists()
-        )  # ignore other spellings of a number
+        # ignore other spellings of a number
+        return sorted(step for step in numbers if (self._at(step) / COMMIT_MARKER).exists())
 
     def load_latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that passes verification, or None if there are no checkpoints.

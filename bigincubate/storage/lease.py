@@ -134,15 +134,13 @@ def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JO
     Raises:
         LockedError: On every rank: another live process, which the message names, owns the folder.
     """
-    taken = _try_acquire(folder, queue) if env.is_main else ""
-    problem = env.broadcast("" if isinstance(taken, Lease) else taken)
-    if problem:
-        raise LockedError(problem)
-    if not isinstance(taken, Lease):
-        yield Lease()
+    lease, over = Lease(), threading.Event()
+    with env.main_process_first():
+        if env.is_main:
+            lease = _acquire_alone(folder, queue)
+    if (path := lease.path) is None:
+        yield lease
         return
-    lease, over = taken, threading.Event()
-    assert lease.path is not None
 
     def beat() -> None:
         while not over.wait(HEARTBEAT_SECONDS):
@@ -152,7 +150,6 @@ def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JO
             except OSError:
                 continue  # the file system may be unavailable for less than LEASE_SECONDS
 
-    path = lease.path
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
@@ -163,15 +160,19 @@ def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JO
         lease.release()
 
 
-def _try_acquire(folder: Path, queue: JobQueue = NO_JOBS) -> Lease | str:
-    """Return a new lease, or the reason why there is none: the owner that lives."""
+def _acquire_alone(folder: Path, queue: JobQueue = NO_JOBS) -> Lease:
+    """Return a new lease of this process.
+
+    Raises:
+        LockedError: Another live process, which the message names, owns the folder.
+    """
     owners = folder / "owners"
     owners.mkdir(parents=True, exist_ok=True)
     while True:
         last = _newest(owners)
         last_path = owners / f"{last}.json"
         if (owner := read_json(last_path)) and _wait_whether_alive(owner, last_path, queue):
-            return f"{folder} belongs to {_name(owner)}; wait for it, or stop it first"
+            raise LockedError(f"{folder} belongs to {_name(owner)}; wait for it, or stop it first")
         path = owners / f"{last + 1}.json"
         content = {**describe_process(os.getpid(), queue), "claim": uuid.uuid4().hex}
         write_text(path, json.dumps(content, indent=1), exclusive=True)

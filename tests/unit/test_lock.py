@@ -185,7 +185,10 @@ def test_lease_requested_by_many_at_once_goes_to_one(tmp_path: Path) -> None:
 
     def acquire(_: int) -> Any:
         start.wait()
-        return lease_module._try_acquire(tmp_path)
+        try:
+            return lease_module._acquire_alone(tmp_path)
+        except LockedError as error:
+            return error
 
     with ThreadPoolExecutor(8) as pool:
         outcomes = list(pool.map(acquire, range(8)))
