@@ -158,13 +158,10 @@ def _scan(root: Path, folder: Path, classes: list[str]) -> list[Sample]:
     for label, name in enumerate(classes):
         files = []
         for where, _, names in os.walk(folder / name, followlinks=True):
-            files += [os.path.join(where, file) for file in names if _is_image(file)]
+            images = [file for file in names if file.lower().endswith(SUFFIXES) and not file.startswith(".")]
+            files += [os.path.join(where, file) for file in images]
         samples += [Sample(os.path.relpath(file, root), label, file) for file in sorted(files)]
     return samples
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 # ------------------------------------------------------------------------------------------------ CIFAR

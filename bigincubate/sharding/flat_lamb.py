@@ -24,17 +24,6 @@ class FlatLamb(Lamb):
     ZeRO does. Zeros that pad the last slice do not change the norms.
     """
 
-    @classmethod
-    def of(cls, lamb: Lamb) -> FlatLamb:
-        """Return ``lamb`` with one group per parameter; ``group["origin"]`` is the index of the original group."""
-        return cls(
-            [
-                {**group, "params": [parameter], "origin": index}
-                for index, group in enumerate(lamb.param_groups)
-                for parameter in group["params"]
-            ]
-        )
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
         """Update the groups whose slice is set: ZeRO calls this for one parameter after the other."""
@@ -72,12 +61,20 @@ def trust_ratio(parameter: Tensor, update: Tensor, *, clip: bool) -> Tensor:
 def flat_slice_optimizer(optimizer: Optimizer) -> Optimizer:
     """Return the optimizer that DeepSpeed runs on flat slices in place of ``optimizer``.
 
+    LAMB gets one group per parameter, where ``group["origin"]`` is the index of the original group.
+
     Raises:
         ConfigError: the optimizer needs whole tensors.
     """
     cautious = any(group.get("caution") for group in optimizer.param_groups)
     if type(optimizer) is Lamb and not cautious:
-        return FlatLamb.of(optimizer)
+        return FlatLamb(
+            [
+                {**group, "params": [parameter], "origin": index}
+                for index, group in enumerate(optimizer.param_groups)
+                for parameter in group["params"]
+            ]
+        )
     if type(optimizer) not in ELEMENTWISE or cautious:
         raise ConfigError(
             f"optim.name: {type(optimizer).__name__}{' with caution' if cautious else ''} looks at whole tensors, but"
