@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..config import MetaConfig, ModelConfig
 from ..errors import ArtifactError, ConfigError, DataError
 from ..models import Partition
-from ..models.vision import TimmFamily, find_timm_family
+from ..models.vision.build import TimmFamily
+from ..models.vision.families import find_timm_family
 from .export import load_model
 from .official_format import is_state_dict, join_stages, read_torch, stages_of
 

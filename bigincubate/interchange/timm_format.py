@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..models.vision import TimmFamily, find_timm_family
+from ..models.vision.build import TimmFamily
+from ..models.vision.families import find_timm_family
 from ..storage.artifacts import ModelSpec
 
 # keys of timm's ``pretrained_cfg``, and what they are called in the metadata of an artifact

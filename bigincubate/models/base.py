@@ -97,7 +97,6 @@ class ModelFamily(ABC):
 
     def adapt_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return tensors of a model for inputs of one size, changed to fit ``model``, which takes another size."""
-        del model
         return dict(tensors)
 
     def smoke_overrides(self, model: ModelConfig, *, larger_inputs: bool) -> dict[str, Any]:
@@ -108,7 +107,6 @@ class ModelFamily(ABC):
             larger_inputs: Whether the phase takes larger inputs than the phase with the smallest ones, so that the
                 difference is kept.
         """
-        del model, larger_inputs
         return {}
 
     def choose_attention(self, model: nn.Module, device: torch.device, precision: str) -> None:
@@ -121,7 +119,6 @@ class ModelFamily(ABC):
         Raises:
             ConfigError: The model does not support it.
         """
-        del model, partition
         raise ConfigError(f"train.subset_drop_path: not supported for {self.name} models; set it to false")
 
     def compute_last_block_for_cls_token_only(self, model: nn.Module, partition: Partition) -> None:
@@ -130,7 +127,6 @@ class ModelFamily(ABC):
         Raises:
             ConfigError: The model does not support it.
         """
-        del model, partition
         raise ConfigError(f"train.last_block_cls_only: not supported for {self.name} models; set it to false")
 
     def count_block_flops(self, model: ModelConfig, stage_depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -38,16 +38,12 @@ class DropPath(nn.Module):
             None: the branch is computed for all samples.
     """
 
-    rate: float
-    active: bool
-    scale: Tensor | None
-    kept_samples: Tensor | None
-
     def __init__(self) -> None:
         super().__init__()
         self.rate = 0.0
         self.active = self.computes_subset = False
-        self.scale = self.kept_samples = None
+        self.scale: Tensor | None = None
+        self.kept_samples: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale each sample of ``x``, ``[batch, ...]``; shape and dtype stay the same."""

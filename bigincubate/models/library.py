@@ -6,7 +6,7 @@ from ..config import ModelConfig
 from ..config.objects import load_object
 from ..errors import ConfigError
 from .base import ModelFamily
-from .vision import find_timm_family
+from .vision.families import find_timm_family
 
 
 def find_family(model: ModelConfig) -> ModelFamily:

@@ -18,7 +18,7 @@ from bigincubate import cli
 from bigincubate.config import PHASES, Recipe, list_shipped_recipes, load_recipe, reading
 from bigincubate.data.batch import Batch
 from bigincubate.errors import ConfigError
-from bigincubate.models.vision import resample_position_embeddings
+from bigincubate.models.vision.families import find_timm_family
 from bigincubate.planning.cost import count_cost
 from bigincubate.planning.phases import make_plan, phase_model
 from bigincubate.planning.smoke import smoke
@@ -118,14 +118,14 @@ def test_position_embeddings_are_resampled_and_nothing_else_changes() -> None:
     for name, prefix in (("vit_tiny_patch16_224", 1), ("deit3_small_patch16_224", 0)):
         small, large = (build_timm(name, ((1,),), num_classes=3, img_size=size, args=args) for size in (16, 24))
         before = {key: torch.randn_like(tensor) for key, tensor in small.state_dict().items()}
-        after = resample_position_embeddings(before, large)
+        after = find_timm_family(name).adapt_state(before, large)
         large.load_state_dict(after)
         assert after["pos_embed"].shape == (1, 36 + prefix, 8)
         expected = resample_abs_pos_embed(before["pos_embed"], new_size=[6, 6], num_prefix_tokens=prefix)
         assert torch.equal(after["pos_embed"], expected)
         assert torch.equal(after["pos_embed"][:, :prefix], before["pos_embed"][:, :prefix])
         assert all(after[key] is before[key] for key in before.keys() - {"pos_embed"})
-        assert resample_position_embeddings(before, small) == before
+        assert find_timm_family(name).adapt_state(before, small) == before
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

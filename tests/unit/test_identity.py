@@ -17,7 +17,7 @@ from bigincubate.data.images import labelled_image_schema
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.launchers.slurm.scheduler import _is_valid
 from bigincubate.models.base import ModelFamily
-from bigincubate.models.vision import find_timm_family
+from bigincubate.models.vision.families import find_timm_family
 from bigincubate.planning import identity
 from bigincubate.planning.cost import PlannedRow
 from bigincubate.planning.identity import expected_lineage, invalidated_rows, phase_digest, phase_identity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ...config import ModelConfig
@@ -17,8 +19,6 @@ from ...errors import ConfigError
 from ..base import Depths, ModelFamily, explain_argument_errors
 from ..drop_path import replace_drop_path
 from ..partition import Partition
-from .attention import choose_attention
-from .position_embeddings import resample_position_embeddings
 from .subset_drop_path import compute_last_block_for_cls_token_only, use_subset_drop_path
 
 # Arguments of timm's factory that `model.args` may not hold: the recipe sets them elsewhere, or never.
@@ -96,8 +96,21 @@ class TimmFamily(ModelFamily):
         return outputs
 
     def adapt_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """Return tensors for a model that takes larger or smaller images: position embeddings are resampled."""
-        return resample_position_embeddings(tensors, model)
+        """Return tensors with learned position embeddings resampled to the patch grid of ``model``.
+
+        timm's bicubic resampling is used, which leaves the embeddings of class and register tokens unchanged.
+
+        Args:
+            tensors: Tensors by name, all or some of a model's.
+            model: A model that takes larger or smaller images; it may be on the meta device.
+        """
+        resampled = dict(tensors)
+        before, after = tensors.get("pos_embed"), model.state_dict().get("pos_embed")
+        if before is not None and after is not None and before.shape != after.shape:
+            grid = list(model.patch_embed.grid_size)  # type: ignore[union-attr, arg-type]
+            prefix_tokens = after.shape[1] - math.prod(grid)
+            resampled["pos_embed"] = resample_abs_pos_embed(before, new_size=grid, num_prefix_tokens=prefix_tokens)
+        return resampled
 
     def smoke_overrides(self, model: ModelConfig, *, larger_inputs: bool) -> dict[str, Any]:
         """Return a narrow model on images of two (or three, if larger) patches or last-stage pixels per side."""
@@ -109,8 +122,20 @@ class TimmFamily(ModelFamily):
         return {"img_size": size, "num_classes": SMOKE_CLASSES, "args": dict(self.smoke_args)}
 
     def choose_attention(self, model: nn.Module, device: torch.device, precision: str) -> None:
-        """Choose the faster attention implementation for a device and a precision."""
-        choose_attention(model, device, precision)
+        """Turn torch's fused attention off on a CPU in bf16.
+
+        There, two matrix products and a softmax take a third of its time (197 tokens, forward and backward;
+        `benchmarks/attention.py`), at the price of keeping the softmax for the backward.
+
+        Args:
+            model: A timm model.
+            device: Where it runs.
+            precision: ``"fp32"`` or ``"bf16"``.
+        """
+        if device.type == "cpu" and precision == "bf16":
+            for module in model.modules():
+                if hasattr(module, "fused_attn"):
+                    module.fused_attn = False  # type: ignore[assignment]
 
     def use_subset_drop_path(self, model: nn.Module, partition: Partition) -> None:
         """Make blocks compute their branches only for the samples that stochastic depth keeps."""
