@@ -30,7 +30,7 @@ from ..planning.identity import expected_lineage
 from ..planning.phases import phase_model
 from ..seeds import INIT, stable_seed
 from ..sharding import Sharding, make_sharding
-from ..storage.artifacts import check_artifact_lineage, load_artifact, load_manifest
+from ..storage.artifacts import ArtifactManifest, check_artifact_lineage, load_artifact, load_manifest
 from ..storage.run_directory import RunDir
 from ..tasks.base import EvalBatches, TrainBatches
 from .hooks import LearningRateHook, apply_batch_source, make_learning_rate_hook
@@ -98,11 +98,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     sharding = make_sharding(settings, env, micro_batches)
     lr_hook = make_learning_rate_hook(model, settings, sharding, env, micro_batches)
     wrapped = sharding.prepare(model, blocks, lambda built: make_optimizer(built, settings))
-    ema = Ema(sharding.local_shards(), settings.ema.decay)
-    eval_stream = task.eval_stream(context.data, "val", rank=env.rank, world=env.world)
-    train_stream = apply_batch_source(task.train_stream(context.data, rank=env.rank, world=env.world), context)
     _, steps_per_epoch = phase_steps(settings, context.data.epoch)
-    schedule = make_schedule(sharding.optimizer, settings, context.planned.steps, steps_per_epoch)
     paths = find_drop_paths(model)
     return PhaseComponents(
         model=model,
@@ -110,10 +106,10 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         inputs=inputs,
         sharding=sharding,
         lr_hook=lr_hook,
-        ema=ema,
-        schedule=schedule,
-        train_stream=train_stream,
-        eval_stream=eval_stream,
+        ema=Ema(sharding.local_shards(), settings.ema.decay),
+        schedule=make_schedule(sharding.optimizer, settings, context.planned.steps, steps_per_epoch),
+        eval_stream=task.eval_stream(context.data, "val", rank=env.rank, world=env.world),
+        train_stream=apply_batch_source(task.train_stream(context.data, rank=env.rank, world=env.world), context),
         steps_per_epoch=steps_per_epoch,
         micro_batches=micro_batches,
         num_drop_paths=len(paths) if any(path.active for path in paths) else 0,
@@ -143,8 +139,11 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     model = phase_model(row, settings, family)
     sources = {slot.source for slot in row.slots}
     inputs: dict[str, str] = {}
+    if sources != {"fresh"}:
+        _require_meta_model(context.run)
     if "meta" in sources:
-        meta, inputs["meta"] = load_meta_model(context)
+        meta, manifest = load_artifact(context.run.phase("pretrain").artifact)
+        inputs["meta"] = manifest.digest
         meta = family.adapt_state(meta, model)
         for module, slot in enumerate(row.slots):
             if slot.source == "meta":
@@ -152,9 +151,8 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         assert row.module is not None
         initialize(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
     if "module" in sources:
-        _require_meta_model(context.run)
         modules = _load_modules(context)
-        inputs = {f"module/{module}": digest for module, (_, digest) in enumerate(modules)}
+        inputs = {f"module/{module}": manifest.digest for module, (_, manifest) in enumerate(modules)}
         assembled = assemble([tensors for tensors, _ in modules], model.state_dict())
         model.load_state_dict(family.adapt_state(assembled, model))
     if start is None and row.phase == "pretrain" and recipe.meta.init is not None:
@@ -180,25 +178,15 @@ def _require_meta_model(run: RunDir) -> None:
         ) from None
 
 
-def load_meta_model(context: PhaseContext) -> tuple[dict[str, Tensor], str]:
-    """Return the tensors and the digest of the run's meta model.
-
-    Raises:
-        ArtifactError: It is missing or damaged.
-    """
-    _require_meta_model(context.run)
-    tensors, manifest = load_artifact(context.run.phase("pretrain").artifact)
-    return tensors, manifest.digest
-
-
-def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], str]]:
-    """Return the tensors and the digest of every module."""
+def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], ArtifactManifest]]:
+    """Return the tensors and the manifest of every module."""
     run = context.run
     folders = [run.phase("incubate", module).artifact for module in range(context.plan.modules)]
-    problems: dict[int, str] = {}
-    for module, folder in enumerate(folders):
-        if problem := check_artifact_lineage(folder, expected_lineage(run, "incubate", module)):
-            problems[module] = problem
+    problems = {
+        module: problem
+        for module, folder in enumerate(folders)
+        if (problem := check_artifact_lineage(folder, expected_lineage(run, "incubate", module)))
+    }
     if problems:
         listed = "; ".join(f"module {module}: {problem}" for module, problem in problems.items())
         first = next(iter(problems))
@@ -206,5 +194,4 @@ def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], str]]:
             f"cannot assemble: {listed}. Remove {folders[first].parent} if it exists, then make it with: bigincubate"
             f" train {run.recipe_file} --run-dir {run.path} --phase incubate --module {first}"
         )
-    loaded = [load_artifact(folder) for folder in folders]
-    return [(tensors, manifest.digest) for tensors, manifest in loaded]
+    return [load_artifact(folder) for folder in folders]
