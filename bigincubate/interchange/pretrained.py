@@ -130,12 +130,11 @@ def _load(init: str, settings: ModelConfig, family: TimmFamily) -> nn.Module:
             raise ConfigError(f"meta.init = {init!r} has no blocks of a {family.name} model, which model.name is")
         arguments |= family.depth_kwargs(depths)
     try:
-        model: nn.Module = timm.create_model(name, pretrained=True, **arguments)
+        return timm.create_model(name, pretrained=True, **arguments)
     except OSError as error:
         raise DataError(f"meta.init = {init!r} cannot be fetched: {_line(error)}") from None
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         raise ConfigError(f"meta.init = {init!r} cannot be loaded: {_line(error)}") from None
-    return model
 
 
 def _read(path: Path, family: TimmFamily) -> dict[str, Tensor]:

@@ -27,8 +27,7 @@ def write_timm_files(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[st
         **{key: spec.metadata[name] for key, name in METADATA.items() if name in spec.metadata},
     }
     save_for_hf(model, str(folder), model_args=timm_arguments(spec), safe_serialization=True)
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
+    return json.loads((folder / "config.json").read_text())
 
 
 def timm_snippet(spec: ModelSpec, weights: Path) -> str:

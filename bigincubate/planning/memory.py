@@ -198,5 +198,4 @@ def zero_section(sharding: ShardingConfig, strategy: str) -> dict[str, Any]:
         return {}
     if sharding.strategy != strategy:
         sharding = ShardingConfig.model_validate({"strategy": strategy})
-    section: dict[str, Any] = read_config(resolve_config_path(sharding)).get("zero_optimization", {})
-    return section
+    return read_config(resolve_config_path(sharding)).get("zero_optimization", {})

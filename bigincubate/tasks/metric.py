@@ -40,8 +40,7 @@ class Metric:
 
     def value_in(self, result: Mapping[str, Any] | None) -> float | None:
         """Return the value in a result (see :meth:`.Task.make_result`), or None if there is none."""
-        value: float | None = result["metrics"].get(self.name) if result else None
-        return value
+        return result["metrics"].get(self.name) if result else None
 
 
 def planned_metrics(row: Mapping[str, Any]) -> tuple[Metric, ...]:

@@ -18,8 +18,7 @@ def task_class(name: str) -> type[Task]:
     Raises:
         ConfigError: If there is no such class.
     """
-    found: type[Task] = load_object(TASKS.get(name, name), key="task.name")
-    return found
+    return load_object(TASKS.get(name, name), key="task.name")
 
 
 def make_task(settings: Settings, data: DataConfig) -> Task:

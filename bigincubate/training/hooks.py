@@ -38,11 +38,9 @@ class LearningRateHook(Protocol):
     @property
     def gain(self) -> float:
         """The factor by which the last step's learning rates were multiplied."""
-        ...
 
     def state(self) -> dict[str, float]:
         """Return the state for a checkpoint, equal on all ranks."""
-        ...
 
     def load_state(self, state: dict[str, float]) -> None:
         """Restore what `state` returned.
@@ -50,7 +48,6 @@ class LearningRateHook(Protocol):
         Raises:
             ConfigError: The state does not fit this run.
         """
-        ...
 
 
 def make_learning_rate_hook(
@@ -64,8 +61,7 @@ def make_learning_rate_hook(
     name = settings.optim.lr_scaling
     if ":" not in name:
         return None
-    hook: LearningRateHook = load_object(name, key="optim.lr_scaling")(model, settings, sharding, env, micro_batches)
-    return hook
+    return load_object(name, key="optim.lr_scaling")(model, settings, sharding, env, micro_batches)
 
 
 def apply_batch_source(stream: TrainBatches, context: PhaseContext) -> TrainBatches:
@@ -83,5 +79,4 @@ def apply_batch_source(stream: TrainBatches, context: PhaseContext) -> TrainBatc
     """
     if (name := os.environ.pop(BATCH_SOURCE, None)) is None:
         return stream
-    wrapped: TrainBatches = load_object(name, key=BATCH_SOURCE)(stream, context)
-    return wrapped
+    return load_object(name, key=BATCH_SOURCE)(stream, context)

@@ -32,17 +32,14 @@ class BatchTransform(Protocol):
 
         It may draw from the global random generators, which are seeded before. Both tensors are stacked over the batch.
         """
-        ...
 
     def finish(self, images: Tensor, parameters: Tensor) -> Tensor:
         """Apply the device part to a batch; return ``[n, 3, H, W]`` float32, not mixed."""
-        ...
 
     def finish_and_mix(
         self, images: Tensor, parameters: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: int, step: int
     ) -> tuple[Tensor, TwoHot]:
         """Apply the device part to a batch, mix it as `mixup.blend` does, and return it with its targets."""
-        ...
 
 
 def load_batch_transform(augment: config.AugmentConfig, img_size: int) -> BatchTransform | None:
@@ -53,5 +50,4 @@ def load_batch_transform(augment: config.AugmentConfig, img_size: int) -> BatchT
     """
     if (name := augment.batch_transform) is None:
         return None
-    transform: BatchTransform = load_object(name, key="augment.batch_transform")(augment, img_size)
-    return transform
+    return load_object(name, key="augment.batch_transform")(augment, img_size)

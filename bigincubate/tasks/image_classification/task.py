@@ -125,10 +125,7 @@ class ImageClassification(Task):
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
         """Return the mean loss over the batch in fp32; that of ``bce`` is the mean over batch and classes."""
         images, targets = self.prepare(batch, step)
-        return self.loss_of_logits(model(images), targets)
-
-    def loss_of_logits(self, logits: Tensor, targets: Tensor | TwoHot) -> Tensor:
-        """Return the mean loss of logits ``[n, classes]`` against what :meth:`prepare` returned."""
+        logits = model(images)
         chosen = self.settings.loss
         if isinstance(targets, TwoHot):
             assert self.named_loss is not None
@@ -169,13 +166,7 @@ class ImageClassification(Task):
 
     def artifact_metadata(self) -> dict[str, Any]:
         """Return normalization, interpolation and crop ratio of the model's inputs."""
-        augment = self.settings.augment
-        return {
-            "mean": augment.mean,
-            "std": augment.std,
-            "interpolation": augment.interpolation,
-            "eval_crop": augment.eval_crop,
-        }
+        return self.settings.augment.model_dump(include={"mean", "std", "interpolation", "eval_crop"})
 
     @classmethod
     def artifact_settings(cls, model: ModelConfig, metadata: dict[str, Any]) -> Settings:
