@@ -67,7 +67,8 @@ class ProgressReporter:
 
     def done(self, job: Job, result: dict[str, Any]) -> None:
         """Report that a job is done, with its result."""
-        note = f"{job.headline.title} {job.headline.text(job.headline.value_in(result), unit=True)}"
+        headline = job.metrics[0]
+        note = f"{headline.title} {headline.text(headline.value_in(result), unit=True)}"
         if self.console.is_terminal:
             self.progress.update(self.bars[job.key], completed=max(job.steps, 1), note=note)
         else:

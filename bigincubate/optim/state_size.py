@@ -70,14 +70,9 @@ def trainable_param_info(
 
 def _state_bytes(parameter: Tensor, state: Mapping[str, Any]) -> tuple[int, int]:
     """Return bytes per element in tensors of the parameter's shape, and bytes in all other tensors."""
-    per_element = other = 0
-    for value in state.values():
-        if isinstance(value, Tensor):
-            if value.shape == parameter.shape:
-                per_element += value.element_size()
-            else:
-                other += value.numel() * value.element_size()
-    return per_element, other
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    per_element = sum(tensor.element_size() for tensor in tensors if tensor.shape == parameter.shape)
+    return per_element, sum(tensor.nbytes for tensor in tensors if tensor.shape != parameter.shape)
 
 
 class _ScalarsAreOne(TorchDispatchMode):

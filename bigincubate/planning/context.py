@@ -18,7 +18,7 @@ from ..tasks.base import Task
 from ..tasks.registry import make_task
 from .cost import PlannedRow
 from .phases import PhasePlan, Plan
-from .prepare_run import ensure_data, ensure_plan, find_row
+from .prepare_run import ensure_data, ensure_plan
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,9 @@ class RunContext:
             DataError: a module's part of the data is missing or damaged.
         """
         row = self.plan.row(phase, module)
+        planned = next(planned for planned in self.rows if planned.key == row.key)
         recipe, data = open_module_partition(self.recipe, self.data, module)
-        return PhaseContext(
-            recipe, self.plan, row, find_row(self.rows, phase, module), self.run, data, env or DistributedContext()
-        )
+        return PhaseContext(recipe, self.plan, row, planned, self.run, data, env or DistributedContext())
 
 
 def open_run(

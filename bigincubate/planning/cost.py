@@ -84,10 +84,9 @@ def saved_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
     """
     with FakeTensorMode():
         state = {
-            name: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
-            for name, p in model.named_parameters()
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
-        state |= {name: torch.empty(b.shape, dtype=b.dtype) for name, b in model.named_buffers()}
         own = {tensor.untyped_storage()._cdata for tensor in state.values()}
         held: dict[int, torch.UntypedStorage] = {}
 
@@ -187,9 +186,8 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
 
 def plan_json(recipe: Recipe, plan: Plan, rows: list[PlannedRow]) -> dict[str, Any]:
     """``plan.json``: the rows, and the sum against end-to-end training at the recipe's own end-to-end length."""
-    baseline = next(row for row in rows if row.key == "end_to_end")
-    incubation = sum(row.total_flops for row in rows if row.key != "end_to_end")
-    fine = next(row for row in rows if row.key == "finetune")
+    flops = {row.key: row.total_flops for row in rows}
+    incubation = sum(flops.values()) - flops["end_to_end"]
     return {
         "recipe": recipe.name,
         "family": plan.family.name,
@@ -197,6 +195,6 @@ def plan_json(recipe: Recipe, plan: Plan, rows: list[PlannedRow]) -> dict[str, A
         "meta_depths": [list(depths) for depths in plan.meta],
         "rows": [asdict(row) for row in rows],
         "incubation_flops": incubation,
-        "end_to_end_flops": baseline.total_flops,
-        "finetune_share": fine.total_flops / incubation if incubation else 0.0,
+        "end_to_end_flops": flops["end_to_end"],
+        "finetune_share": flops["finetune"] / incubation if incubation else 0.0,
     }

@@ -69,10 +69,8 @@ def _drop_path_rates(plan: Plan, row: PhasePlan, settings: Settings) -> dict[str
         return {}
     model, partition = phase_model(row, settings, plan.family, device="meta"), Partition(plan.family, row.depths)
     set_drop_path_rates(model, partition, drop.ramp_over, drop.rate, plan.target, row.module)
-    rates = {
-        block.path: max((path.rate for path in find_drop_paths(model.get_submodule(block.path))), default=0.0)
-        for block in partition.blocks()
-    }
+    drop_paths = {block.path: find_drop_paths(model.get_submodule(block.path)) for block in partition.blocks()}
+    rates = {path: max((module.rate for module in modules), default=0.0) for path, modules in drop_paths.items()}
     return {path: rate for path, rate in rates.items() if rate > 0}
 
 

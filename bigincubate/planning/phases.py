@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..config import DataConfig, Phase, Recipe, Settings
+from ..config import PHASES, Phase, Recipe, Settings
 from ..config.objects import load_object
 from ..errors import ConfigError
 from ..models import (
@@ -116,22 +116,13 @@ class Plan:
         return [self.row("pretrain"), *modules, self.row("finetune"), self.row("end_to_end")]
 
 
-def _check_extensions(settings: Settings, data: DataConfig) -> None:
-    """Load what a phase's settings name as ``package.module:attribute``, before anything is trained.
-
-    Raises:
-        ConfigError: A name cannot be loaded, or what it names does not support the settings.
-    """
-    make_task(settings, data)
-    if ":" in (name := settings.optim.lr_scaling):
-        load_object(name, key="optim.lr_scaling")
-
-
 def make_plan(recipe: Recipe) -> Plan:
     """Decide how the recipe's model is cut, and check the settings of every phase.
 
+    What the settings name as ``package.module:attribute`` is loaded here, before anything is trained.
+
     Raises:
-        ConfigError: the model is not supported, or the depths do not fit it.
+        ConfigError: the model is not supported, the depths do not fit it, or a name cannot be loaded.
     """
     model, cut = recipe.model, recipe.plan
     family = find_family(model)
@@ -148,12 +139,14 @@ def make_plan(recipe: Recipe) -> Plan:
     else:
         meta = default_meta_depths(target, family.parity)
     check_depths(family, target, meta)
-    for phase in ("pretrain", "incubate", "finetune", "end_to_end"):
+    for phase in PHASES:
         settings = recipe.settings(phase)
         for key in ("library", "name"):
             if getattr(settings.model, key) != getattr(model, key):
                 raise ConfigError(f"{phase}.model.{key} differs from model.{key}: a phase cannot change the model")
-        _check_extensions(settings, recipe.data)
+        make_task(settings, recipe.data)
+        if ":" in (name := settings.optim.lr_scaling):
+            load_object(name, key="optim.lr_scaling")
     return Plan(family, target, meta)
 
 

@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..config import PHASES, Phase, Recipe, differences
+from ..config import PHASES, Recipe, differences
 from ..data.dataset import DatasetInfo, describe_dataset, open_dataset
 from ..data.partitions import dataset_digest_for_module, partition_by_class
 from ..errors import ConfigError, DataError
 from ..files import read_json, write_json
-from ..seeds import phase_key
 from ..storage.run_directory import RunDir
 from ..tasks.metric import planned_metrics
 from ..tasks.registry import make_task
@@ -134,11 +133,6 @@ def count_rows(recipe: Recipe, plan: Plan, data: DatasetInfo) -> list[PlannedRow
         )
         for row in cost_plan(recipe, plan, data.samples["train"])
     ]
-
-
-def find_row(rows: list[PlannedRow], phase: Phase, module: int | None) -> PlannedRow:
-    """Return the row of a phase."""
-    return next(row for row in rows if row.key == phase_key(phase, module))
 
 
 def expected_samples(recipe: Recipe) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError
-from ..seeds import phase_key
+from ..files import read_json
 from ..storage.run_directory import RunDir
 from .cost import PlannedRow
 
@@ -94,13 +94,11 @@ def measured_flops_per_second(run: RunDir) -> dict[str, float]:
         ConfigError: no phase has finished.
     """
     recipe = run.load_recipe()
-    modules = len(list((run.path / "modules").glob("[0-9]*")))
-    phases = [("pretrain", None), *(("incubate", k) for k in range(modules)), ("finetune", None), ("end_to_end", None)]
     found = {}
-    for phase, module in phases:
-        result = run.phase(phase, module).result  # type: ignore[arg-type]
+    for row in (read_json(run.path / "plan.json") or {}).get("rows", []):
+        result = run.phase(row["phase"], row["module"]).result
         if result and result["seconds"] and result["flops"]:
-            found[phase_key(phase, module)] = result["flops"] / result["seconds"]
+            found[row["key"]] = result["flops"] / result["seconds"]
     if not found:
         raise ConfigError(f"--cluster rates={run.path}: no phase of {recipe.name} has finished; use tflops=X")
     return found
