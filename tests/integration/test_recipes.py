@@ -22,7 +22,7 @@ from bigincubate.models.vision.families import find_timm_family
 from bigincubate.planning.cost import count_cost
 from bigincubate.planning.phases import make_plan, phase_model
 from bigincubate.planning.smoke import smoke
-from bigincubate.tasks.image_classification.mixup import mix
+from bigincubate.tasks.image_classification.mixup import blend
 
 NAMES = sorted(list_shipped_recipes())
 # millions of parameters and GFLOPs (multiply-adds) of a forward, at the size that is fine-tuned
@@ -149,7 +149,7 @@ def test_binary_cross_entropy_is_torchs_on_both_classes_of_a_mixed_image(
     # and off, it is cross entropy on shares
     task.settings = task.settings.model_copy(update={"loss": load_recipe("digits").loss})
     _, shares = task.prepare(batch, 5)
-    _, own = mix(images, labels, mixup=task.settings.mixup, smoothing=0.0, num_classes=10, seed=0, step=5)
+    own = blend(images, labels, mixup=task.settings.mixup, seed=0, step=5)[1].dense(10, smoothing=0.0)
     assert torch.equal(shares, own)
     torch.testing.assert_close(task.loss(lambda _: logits, batch, 5), F.cross_entropy(logits, own))
 

@@ -14,7 +14,7 @@ from bigincubate.config import MixupConfig
 from bigincubate.data.micro_batches import check_mixing_layout
 from bigincubate.data.rng import seeded_rng
 from bigincubate.errors import ConfigError
-from bigincubate.tasks.image_classification.mixup import draw, mix
+from bigincubate.tasks.image_classification.mixup import blend, draw
 
 BOTH = MixupConfig(mixup=0.8, cutmix=1.0)
 CLASSES = 7
@@ -26,7 +26,8 @@ def batch(rows: int) -> tuple[Tensor, Tensor]:
 
 
 def mixed(images: Tensor, labels: Tensor, step: int, mixup: MixupConfig = BOTH, seed: int = 0) -> tuple[Tensor, Tensor]:
-    return mix(images, labels, mixup=mixup, smoothing=0.1, num_classes=CLASSES, seed=seed, step=step)
+    images, targets = blend(images, labels, mixup=mixup, seed=seed, step=step)
+    return images, targets.dense(CLASSES, smoothing=0.1)
 
 
 @pytest.mark.parametrize(

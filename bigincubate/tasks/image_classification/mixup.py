@@ -78,21 +78,6 @@ def blend(images: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: in
     return images, TwoHot(labels, labels.roll(half, 0), ratio)
 
 
-def mix(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    mixup: config.MixupConfig,
-    smoothing: float,
-    num_classes: int,
-    seed: int,
-    step: int,
-) -> tuple[Tensor, Tensor]:
-    """Mix a micro-batch as :func:`blend` does, and return the targets as probabilities, [n, num_classes] float32."""
-    images, targets = blend(images, labels, mixup=mixup, seed=seed, step=step)
-    return images, targets.dense(num_classes, smoothing)
-
-
 def draw(
     mixup: config.MixupConfig, shape: torch.Size, *, seed: int, step: int
 ) -> tuple[float, tuple[int, int, int, int] | None]:

@@ -21,16 +21,17 @@ View = tuple[Any, ...]  # an image or pixels [3, H, W], with the parameters of a
 
 
 class LabelledImages:
-    """Decode labelled images.
+    """Decode labelled images and collate their views.
 
     Args:
         classes: Number of classes.
+        finish: Turns what the views have of their images into ``[n, 3, H, W]``.
     """
 
     views_per_sample = 1
 
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
+    def __init__(self, classes: int, finish: Callable[[tuple[Any, ...]], Tensor]) -> None:
+        self.classes, self.finish = classes, finish
 
     def decode(self, record: dict[str, Any]) -> LabelledImage:
         """Return an RGB image and its label.
@@ -49,6 +50,12 @@ class LabelledImages:
         pixels.info.clear()
         return (pixels, label), 4 * pixels.width * pixels.height
 
+    def collate(self, views: Sequence[View]) -> dict[str, Tensor]:
+        """Return ``images`` [n, 3, H, W], ``labels`` [n] int64, and ``augment_params`` of a batch transform."""
+        images, *params, labels = zip(*views, strict=True)
+        columns = {"images": self.finish(images), "labels": torch.tensor(labels)}
+        return columns | ({"augment_params": torch.stack(params[0])} if params else {})
+
 
 class TrainTransform(LabelledImages):
     """Augmented views. It seeds the global generators: call it inside `preserve_rng_state`.
@@ -61,9 +68,9 @@ class TrainTransform(LabelledImages):
     """
 
     def __init__(self, augment: config.AugmentConfig, img_size: int, *, seed: int, classes: int) -> None:
-        super().__init__(classes)
+        self.transform, finish = _halves(augment, img_size)
+        super().__init__(classes, finish)
         self.seed, self.views_per_sample, self.distinct_epochs = seed, augment.repeated_aug, augment.distinct_epochs
-        self.transform, self.finish = _halves(augment, img_size)
         self.torch_only = draws_only_from_torch(augment)
 
     def views(self, sample: LabelledImage, epoch: int, sample_id: int) -> list[View]:
@@ -77,12 +84,6 @@ class TrainTransform(LabelledImages):
             views.append((*self.transform(image), label))
         return views
 
-    def collate(self, views: Sequence[View]) -> dict[str, Tensor]:
-        """Return ``images`` [n, 3, H, W], ``labels`` [n] int64, and ``augment_params`` of a batch transform."""
-        images, *params, labels = zip(*views, strict=True)
-        columns = {"images": self.finish(images), "labels": torch.tensor(labels)}
-        return columns | ({"augment_params": torch.stack(params[0])} if params else {})
-
 
 class EvalTransform(LabelledImages):
     """The center crop of an image.
@@ -94,7 +95,7 @@ class EvalTransform(LabelledImages):
     """
 
     def __init__(self, augment: config.AugmentConfig, img_size: int, *, classes: int) -> None:
-        super().__init__(classes)
+        super().__init__(classes, torch.stack)
         self.transform = eval_transform(augment, img_size)
 
     def views(self, sample: LabelledImage, epoch: int, sample_id: int) -> list[View]:
@@ -102,24 +103,15 @@ class EvalTransform(LabelledImages):
         image, label = sample
         return [(self.transform(image), label)]
 
-    def collate(self, views: Sequence[View]) -> dict[str, Tensor]:
-        """Return ``images`` [n, 3, H, W] float32 and ``labels`` [n] int64."""
-        images, labels = zip(*views, strict=True)
-        return {"images": torch.stack(images), "labels": torch.tensor(labels)}
-
 
 def _halves(
     augment: config.AugmentConfig, img_size: int
-) -> tuple[Callable[[Image.Image], View], Callable[[Sequence[Any]], Tensor]]:
+) -> tuple[Callable[[Image.Image], View], Callable[[tuple[Any, ...]], Tensor]]:
     """Return a function for each image, and a function for all images of a batch."""
     if (transform := load_batch_transform(augment, img_size)) is not None:
-        return transform, _stack
+        return transform, torch.stack
     if augment.erase:  # its noise is drawn image by image, after normalization
         whole = train_transform(augment, img_size)
-        return lambda image: (whole(image),), _stack
+        return lambda image: (whole(image),), torch.stack
     pictures = Compose(image_steps(augment, img_size))
     return lambda image: (pictures(image),), ToNormalized(augment).all
-
-
-def _stack(columns: Sequence[Tensor]) -> Tensor:
-    return torch.stack(tuple(columns))
