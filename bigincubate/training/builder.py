@@ -14,6 +14,7 @@ from ..data.partitions import assert_partition_allowed
 from ..errors import ArtifactError
 from ..interchange.pretrained import pretrained_meta
 from ..models import (
+    Depths,
     assemble,
     checkpoint_activations,
     compile_blocks,
@@ -30,9 +31,9 @@ from ..planning.identity import expected_lineage
 from ..planning.phases import phase_model
 from ..seeds import INIT, stable_seed
 from ..sharding import Sharding, make_sharding
-from ..storage.artifacts import ArtifactManifest, check_artifact_lineage, load_artifact, load_manifest
+from ..storage.artifacts import ArtifactManifest, ModelSpec, check_artifact_lineage, load_artifact, load_manifest
 from ..storage.run_directory import RunDir
-from ..tasks.base import EvalBatches, TrainBatches
+from ..tasks.base import EvalBatches, Task, TrainBatches
 from .hooks import LearningRateHook, apply_batch_source, make_learning_rate_hook
 
 
@@ -161,6 +162,16 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         names = partition if row.module is None else context.target_partition
         insert(model, partition, family.adapt_state(start, model), names)
     return model, inputs
+
+
+def describe_model(task: Task, depths: Depths) -> ModelSpec:
+    """Return what an artifact or an export says about a model of these depths that was trained for a task."""
+    return ModelSpec(
+        task=task.settings.task,
+        model=task.settings.model,
+        depths=[list(stages) for stages in depths],
+        metadata=task.artifact_metadata(),
+    )
 
 
 def _require_meta_model(run: RunDir) -> None:

@@ -18,10 +18,10 @@ from ..interchange.official_format import join_stages, read_stages
 from ..models import Depths, Partition, extract
 from ..planning.context import PhaseContext, open_run
 from ..planning.phases import Plan, make_plan, phase_model
-from ..storage.artifacts import ModelSpec
 from ..storage.lease import NO_JOBS, JobQueue
 from ..storage.run_directory import RunDir
 from ..tasks.registry import make_task
+from .builder import describe_model
 from .run_phase import train_phase
 
 Part = Literal["meta", "modules"]
@@ -40,12 +40,7 @@ def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
         ConfigError: The number of files or modules differs from the recipe's; ``out`` contains something else.
     """
     plan, settings = make_plan(recipe), recipe.settings("finetune")
-    spec = ModelSpec(
-        task=settings.task,
-        model=settings.model,
-        depths=[list(stages) for stages in plan.target],
-        metadata=make_task(settings, recipe.data).artifact_metadata(),
-    )
+    spec = describe_model(make_task(settings, recipe.data), plan.target)
     tensors = _read(files, plan, plan.target, "target")
     model = phase_model(plan.row("finetune"), settings, plan.family, device="meta")
     named = ", ".join(map(str, files))

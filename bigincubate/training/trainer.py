@@ -24,12 +24,12 @@ from ..errors import ArtifactError, NonFiniteError, Preempted
 from ..models import apply_masks, draw_masks, extract, rename_tensors
 from ..planning.context import PhaseContext
 from ..planning.identity import phase_digest
-from ..storage.artifacts import ArtifactManifest, Lineage, ModelSpec, check_artifact_lineage, save_artifact
+from ..storage.artifacts import ArtifactManifest, Lineage, check_artifact_lineage, save_artifact
 from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
 from ..storage.lease import Lease
 from ..storage.run_directory import PhaseDir
 from ..storage.sharded_tensors import TensorShard
-from .builder import PhaseComponents, build_phase
+from .builder import PhaseComponents, build_phase, describe_model
 from .metrics_writer import MetricsWriter, ThroughputMeter, log_partial_assembly
 from .partial_assembly import build_partial_assembly, finished_modules
 
@@ -137,15 +137,10 @@ class Trainer:
     def open_metrics(self) -> MetricsWriter:
         """Open the metrics log for the steps after the current one."""
         # the last step is logged after its checkpoint, together with the evaluation
-        done = 0 < self.state.step < self.total
+        first = self.state.step + (0 < self.state.step < self.total)
         fleet = self.run_dir.path / "fleet" / self.folder.path.relative_to(self.run_dir.path)
         return MetricsWriter.open(
-            self.folder,
-            self.state.step + done,
-            enabled=self.env.is_main,
-            fleet=fleet,
-            total=self.total,
-            unit=self.task.unit,
+            self.folder, first, enabled=self.env.is_main, fleet=fleet, total=self.total, unit=self.task.unit
         )
 
     def roll_back(self, error: NonFiniteError) -> None:
@@ -382,14 +377,9 @@ class Trainer:
                     self.write_artifact(self.folder, tensors, self.recipe.phase_overrides(self.row.phase).export)
         if module is not None:
             self.score_partial(module)
-        state = self.state
-        return self.task.make_result(
-            scores,
-            steps=state.step,
-            seen=state.seen,
-            flops=state.seen * self.planned.cost.training_flops,
-            seconds=round(state.seconds, 3),
-        )
+        steps, seen, seconds = self.state.step, self.state.seen, round(self.state.seconds, 3)
+        flops = seen * self.planned.cost.training_flops
+        return self.task.make_result(scores, steps=steps, seen=seen, flops=flops, seconds=seconds)
 
     def score_partial(self, module: int) -> None:
         """Evaluate this module assembled with all other finished modules and the rest of the meta model.
@@ -427,24 +417,14 @@ class Trainer:
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
         """Write the weights of the whole model, or of a module under the target's names, as an artifact."""
         module = self.row.module
-        depths = self.row.depths if module is None else self.context.plan.target
-        save_artifact(
-            folder.artifact,
-            tensors,
-            ArtifactManifest(
-                kind="model" if module is None else "module",
-                phase=self.row.phase if folder is self.folder else "assembled",
-                module=module,
-                model=ModelSpec(
-                    task=self.settings.task,
-                    model=self.settings.model,
-                    depths=[list(stages) for stages in depths],
-                    metadata=self.task.artifact_metadata(),
-                ),
-                weights=export,
-                identity=self.planned.identity,
-                data=self.data.digest,
-                inputs=self.parts.inputs,
-            ),
-            self.lease,
+        manifest = ArtifactManifest(
+            kind="model" if module is None else "module",
+            phase=self.row.phase if folder is self.folder else "assembled",
+            module=module,
+            model=describe_model(self.task, self.row.depths if module is None else self.context.plan.target),
+            weights=export,
+            identity=self.planned.identity,
+            data=self.data.digest,
+            inputs=self.parts.inputs,
         )
+        save_artifact(folder.artifact, tensors, manifest, self.lease)

@@ -64,13 +64,8 @@ def image_steps(augment: config.AugmentConfig, img_size: int) -> list[Callable[[
 
 def eval_transform(augment: config.AugmentConfig, img_size: int) -> Transform:
     """Return the transform of an RGB image to its normalized center crop, [3, img_size, img_size] float32."""
-    return transforms.Compose(
-        [
-            transforms.Resize(round(img_size / augment.eval_crop), str_to_interp_mode(augment.interpolation)),
-            transforms.CenterCrop(img_size),
-            ToNormalized(augment),
-        ]
-    )
+    resize = transforms.Resize(round(img_size / augment.eval_crop), str_to_interp_mode(augment.interpolation))
+    return transforms.Compose([resize, transforms.CenterCrop(img_size), ToNormalized(augment)])
 
 
 class ToNormalized:

@@ -57,17 +57,10 @@ class ImageClassification(Task):
         from ...data.streams import TrainStream
         from .views import TrainTransform
 
-        settings = self.settings
+        augment, img_size, train = self.settings.augment, self.settings.model.img_size, self.settings.train
+        transform = TrainTransform(augment, img_size, seed=train.seed, classes=_count_classes(info))
         return TrainStream(
-            info,
-            self.data,
-            TrainTransform(
-                settings.augment, settings.model.img_size, seed=settings.train.seed, classes=_count_classes(info)
-            ),
-            seed=settings.train.seed,
-            batch_size=settings.train.batch_size,
-            rank=rank,
-            world=world,
+            info, self.data, transform, seed=train.seed, batch_size=train.batch_size, rank=rank, world=world
         )
 
     def eval_stream(
@@ -77,16 +70,11 @@ class ImageClassification(Task):
         from ...data.streams import EvalStream
         from .views import EvalTransform
 
-        settings = self.settings
+        settings, data = self.settings, self.data
+        transform = EvalTransform(settings.augment, settings.model.img_size, classes=_count_classes(info))
+        size = batch_size or min(256, max(1, settings.train.batch_size // world))
         return EvalStream(
-            info,
-            split,
-            EvalTransform(settings.augment, settings.model.img_size, classes=_count_classes(info)),
-            batch_size=batch_size or min(256, max(1, settings.train.batch_size // world)),
-            rank=rank,
-            world=world,
-            workers=self.data.workers,
-            remote=self.data.remote,
+            info, split, transform, batch_size=size, rank=rank, world=world, workers=data.workers, remote=data.remote
         )
 
     def preview(self, batch: Batch) -> Tensor:
