@@ -66,7 +66,7 @@ def plan(
             "gpus": there.gpus,
             "phases": [asdict(each) for each in estimates],
             "seconds": critical_path_seconds(estimates, there.gpus),
-            "gpu_seconds": sum(each.gpu_seconds for each in estimates if each.key != "end_to_end"),
+            "gpu_seconds": sum(each.gpus * each.seconds for each in estimates if each.key != "end_to_end"),
         }
     if as_json:
         print(json.dumps(counted, indent=1))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import PHASES, Phase, Recipe
@@ -84,8 +84,6 @@ def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> n
 
 
 def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
-    from safetensors.torch import load_file
-
     config = read_json(path / "config.json")
     try:
         spec = ModelSpec.model_validate((config or {})[SPEC])

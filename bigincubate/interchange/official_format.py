@@ -56,8 +56,7 @@ def read_stages(file: Path) -> list[dict[str, Tensor]]:
 def stages_of(checkpoint: Any) -> list[dict[str, Tensor]] | None:
     """Return the state dicts of the modules in a checkpoint that was read; None if it has none."""
     stages = checkpoint.get("model_stages") if isinstance(checkpoint, dict) else None
-    whole = isinstance(stages, list) and all(isinstance(stage, dict) for stage in stages)
-    return stages if whole and stages and all(is_state_dict(stage) for stage in stages) else None
+    return stages if isinstance(stages, list) and stages and all(map(is_state_dict, stages)) else None
 
 
 def is_state_dict(value: Any) -> bool:

@@ -48,11 +48,6 @@ class PhaseEstimate:
     gpus: int
     seconds: float
 
-    @property
-    def gpu_seconds(self) -> float:
-        """GPUs times seconds."""
-        return self.gpus * self.seconds
-
 
 def parse_cluster(text: str) -> ClusterSpec:
     """Parse ``--cluster``.
