@@ -20,7 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 import torch
 
 from bigincubate.config import ModelConfig
-from bigincubate.models import Partition, apply_masks, draw_masks, find_drop_paths, find_family, set_drop_path_rates
+from bigincubate.models.drop_path import apply_masks, draw_masks, find_drop_paths, set_drop_path_rates
+from bigincubate.models.library import find_family
+from bigincubate.models.partition import Partition
 
 
 def main() -> None:

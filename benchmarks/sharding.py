@@ -109,8 +109,9 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
     from torch.nn import functional as F
 
     from bigincubate.distributed.process_group import DistributedContext
-    from bigincubate.models import Partition
-    from bigincubate.optim import Ema, make_optimizer
+    from bigincubate.models.partition import Partition
+    from bigincubate.optim.ema import Ema
+    from bigincubate.optim.optimizer import make_optimizer
     from bigincubate.planning.phases import make_plan, phase_model
     from bigincubate.sharding import make_sharding
 

@@ -10,16 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from bigincubate.config import ModelConfig
-from bigincubate.models import (
-    Depths,
-    Partition,
-    extract,
-    find_family,
-    hybrid_depths,
-    initialize,
-    insert,
-    normalize_depths,
-)
+from bigincubate.models.base import Depths
+from bigincubate.models.library import find_family
+from bigincubate.models.partition import Partition, hybrid_depths, normalize_depths
+from bigincubate.models.surgery import extract, initialize, insert
 
 
 def build_timm(

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bigincubate.config import ModelConfig
-from bigincubate.models import Depths, DropPath, ModelFamily, Partition
+from bigincubate.models.base import Depths, ModelFamily
+from bigincubate.models.drop_path import DropPath
+from bigincubate.models.partition import Partition
 
 INPUTS, OUTPUTS = 6, 3
 

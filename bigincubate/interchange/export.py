@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..config import PHASES, Phase, Recipe
 from ..errors import ArtifactError, ConfigError
 from ..files import read_json, regular_file_size
-from ..models import Partition, find_family
+from ..models.library import find_family
+from ..models.partition import Partition
 from ..storage.artifacts import ModelSpec, load_artifact
 from ..storage.run_directory import RunDir
 from .official_format import write_official

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError
-from ..models import ModelFamily, Partition
+from ..models.base import ModelFamily
+from ..models.partition import Partition
 
 # tensor names of a plain ViT, the only model of the official implementation
 NAMES = re.compile(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import MetaConfig, ModelConfig
 from ..errors import ArtifactError, ConfigError, DataError
-from ..models import Partition
+from ..models.partition import Partition
 from ..models.vision.build import TimmFamily
 from ..models.vision.families import find_timm_family
 from .export import load_model

@@ -3,7 +3,3 @@
 Each is a ``torch.library.triton_op``, so ``torch.compile`` can trace it and fuse around it. CPUs run the reference. No
 operator has been measured on a GPU yet, so recipes have to opt in.
 """
-
-from .branch import add_branch
-
-__all__ = ["add_branch"]

@@ -29,7 +29,7 @@ def _add_branch(x, branch, slots, scale, gamma, out, numel, channels, HAS_GAMMA:
 
 
 def add_branch(x: Tensor, branch: Tensor, kept: Tensor, scale: Tensor, gamma: Tensor | None) -> Tensor:
-    """Run the kernel of :func:`bigincubate.kernels.add_branch`."""
+    """Run the kernel of :func:`bigincubate.kernels.branch.add_branch`."""
     x, branch = x.contiguous(), branch.contiguous()
     out = torch.empty_like(x)
     slots = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import Phase, Recipe, Settings
 from ..errors import ConfigError
-from ..optim import trainable_param_info
+from ..optim.state_size import trainable_param_info
 from ..tasks.metric import Metric
 from ..tasks.registry import task_class
 from .phases import PhasePlan, Plan, phase_model

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from ..config import Phase, Recipe, Settings, is_execution
 from ..errors import ArtifactError
 from ..files import read_json
-from ..models import find_drop_paths, set_drop_path_rates
+from ..models.drop_path import find_drop_paths, set_drop_path_rates
 from ..models.partition import Partition
 from ..seeds import phase_key
 from ..storage.artifacts import Lineage, load_manifest

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..config import PHASES, Recipe, Settings, ShardingConfig
 from ..errors import ConfigError
-from ..models import Partition
-from ..optim import ParamInfo, trainable_param_info
+from ..models.partition import Partition
+from ..optim.state_size import ParamInfo, trainable_param_info
 from ..sharding.communication import LocalNumel, StrategyLayout, replicated, strategy_layouts
 from ..sharding.flat_lamb import flat_slice_optimizer
 from ..sharding.zero_config import read_config, resolve_config_path

@@ -21,18 +21,11 @@ from torch import nn
 from ..config import PHASES, Phase, Recipe, Settings
 from ..config.objects import load_object
 from ..errors import ConfigError
-from ..models import (
-    Depths,
-    ModelFamily,
-    Partition,
-    check_depths,
-    check_model,
-    default_meta_depths,
-    find_balanced_cut,
-    find_family,
-    freeze_other_modules,
-    normalize_depths,
-)
+from ..models.base import Depths, ModelFamily
+from ..models.checks import check_model
+from ..models.library import find_family
+from ..models.partition import Partition, check_depths, default_meta_depths, find_balanced_cut, normalize_depths
+from ..models.surgery import freeze_other_modules
 from ..seeds import phase_key
 from ..tasks.registry import make_task
 

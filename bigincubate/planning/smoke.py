@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import PHASES, Recipe, Settings
-from ..models import find_family
+from ..models.library import find_family
 
 SAMPLES = 256  # of the made-up training split
 

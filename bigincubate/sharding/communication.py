@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..optim import ParamInfo
+from ..optim.state_size import ParamInfo
 
 FAIRSCALE_BUCKET_NUMEL = 2**23  # elements of gradients that fairscale reduces together for each owner
 DEEPSPEED_ALIGNMENT = 2  # elements: DeepSpeed pads a rank's slice of a group to a multiple of this

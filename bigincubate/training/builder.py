@@ -13,18 +13,13 @@ from ..data.micro_batches import count_micro_batches
 from ..data.partitions import assert_partition_allowed
 from ..errors import ArtifactError
 from ..interchange.pretrained import pretrained_meta
-from ..models import (
-    Depths,
-    assemble,
-    checkpoint_activations,
-    compile_blocks,
-    extract,
-    find_drop_paths,
-    initialize,
-    insert,
-    set_drop_path_rates,
-)
-from ..optim import Ema, make_optimizer, make_schedule
+from ..models.activation_checkpointing import checkpoint_activations
+from ..models.base import Depths
+from ..models.compilation import compile_blocks
+from ..models.drop_path import find_drop_paths, set_drop_path_rates
+from ..models.surgery import assemble, extract, initialize, insert
+from ..optim.ema import Ema
+from ..optim.optimizer import make_optimizer, make_schedule
 from ..planning.context import PhaseContext
 from ..planning.cost import phase_steps
 from ..planning.identity import expected_lineage

@@ -15,7 +15,9 @@ from ..errors import ArtifactError, ConfigError
 from ..files import hash_file
 from ..interchange.export import with_weights, write_folder
 from ..interchange.official_format import join_stages, read_stages
-from ..models import Depths, Partition, extract
+from ..models.base import Depths
+from ..models.partition import Partition
+from ..models.surgery import extract
 from ..planning.context import PhaseContext, open_run
 from ..planning.phases import Plan, make_plan, phase_model
 from ..storage.lease import NO_JOBS, JobQueue

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import ArtifactError
-from ..models import Partition, extract, insert
+from ..models.partition import Partition
+from ..models.surgery import extract, insert
 from ..planning.context import PhaseContext
 from ..planning.identity import expected_lineage
 from ..planning.phases import phase_model

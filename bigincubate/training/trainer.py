@@ -21,7 +21,8 @@ from ..data.batch import Batch
 from ..distributed.process_group import print_stderr
 from ..distributed.signals import StopFlag
 from ..errors import ArtifactError, NonFiniteError, Preempted
-from ..models import apply_masks, draw_masks, extract, rename_tensors
+from ..models.drop_path import apply_masks, draw_masks
+from ..models.surgery import extract, rename_tensors
 from ..planning.context import PhaseContext
 from ..planning.identity import phase_digest
 from ..storage.artifacts import ArtifactManifest, Lineage, check_artifact_lineage, save_artifact

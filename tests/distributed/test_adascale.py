@@ -17,7 +17,7 @@ from bigincubate.config import OptimConfig, Settings, TrainConfig
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError, Preempted
 from bigincubate.experimental.adascale import AdaScale
-from bigincubate.optim import make_optimizer
+from bigincubate.optim.optimizer import make_optimizer
 from bigincubate.sharding.ddp import Replicated
 from bigincubate.training import trainer as trainer_module
 

@@ -13,7 +13,8 @@ from launching import launch, words
 
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.optim import make_optimizer, trainable_param_info
+from bigincubate.optim.optimizer import make_optimizer
+from bigincubate.optim.state_size import trainable_param_info
 from bigincubate.planning.memory import STRATEGY_NAMES, RankFootprint, estimate_footprints
 from bigincubate.planning.phases import phase_model
 from bigincubate.sharding.zero_config import shipped_config_path

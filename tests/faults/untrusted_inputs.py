@@ -22,7 +22,7 @@ from bigincubate.data.dataset import compute_dataset_digest, open_dataset
 from bigincubate.data.images import labelled_image_schema
 from bigincubate.errors import ArtifactError, ConfigError, DataError
 from bigincubate.interchange.export import export, load_model
-from bigincubate.models import find_family
+from bigincubate.models.library import find_family
 from bigincubate.storage.artifacts import save_artifact
 from bigincubate.tasks.registry import make_task
 

@@ -13,8 +13,8 @@ from test_device_augment import arguments as augment_arguments
 from bigincubate.experimental.device_augment import operator as augmentation
 from bigincubate.experimental.fused_loss import operator as fused_loss
 from bigincubate.experimental.fused_loss import soft_cross_entropy
-from bigincubate.kernels import add_branch
 from bigincubate.kernels.branch import _eager as eager_add_branch
+from bigincubate.kernels.branch import add_branch
 
 pytestmark = pytest.mark.gpu
 

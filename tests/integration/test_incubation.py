@@ -19,19 +19,10 @@ from small_models import build_timm
 from torch import Tensor, nn
 
 from bigincubate.config import ModelConfig
-from bigincubate.models import (
-    Partition,
-    apply_masks,
-    draw_masks,
-    extract,
-    find_drop_paths,
-    find_family,
-    freeze_other_modules,
-    hybrid_depths,
-    insert,
-    normalize_depths,
-    set_drop_path_rates,
-)
+from bigincubate.models.drop_path import apply_masks, draw_masks, find_drop_paths, set_drop_path_rates
+from bigincubate.models.library import find_family
+from bigincubate.models.partition import Partition, hybrid_depths, normalize_depths
+from bigincubate.models.surgery import extract, freeze_other_modules, insert
 
 Part = Callable[[Tensor], Tensor]
 

@@ -22,7 +22,8 @@ from bigincubate.errors import ArtifactError, ConfigError, DataError
 from bigincubate.interchange.export import export
 from bigincubate.interchange.official_format import join_stages
 from bigincubate.interchange.pretrained import choose_blocks, pretrained_meta
-from bigincubate.models import Partition, find_family
+from bigincubate.models.library import find_family
+from bigincubate.models.partition import Partition
 
 Harnesses = Callable[..., Any]
 VIT = "vit_tiny_patch16_224"

@@ -217,7 +217,7 @@ def test_loss_that_is_logged_is_the_mean_over_the_batch(trained: Any) -> None:
     trainer = trained.trainer("pretrain")
     batch = next(trainer.parts.train_stream.batches(0))
     images, targets = trainer.task.prepare(batch, 0)
-    from bigincubate.models import apply_masks, draw_masks, find_drop_paths
+    from bigincubate.models.drop_path import apply_masks, draw_masks, find_drop_paths
 
     apply_masks(trainer.model, draw_masks(0, 0, len(find_drop_paths(trainer.model)), 32)[:, batch.global_position])
     each = -(targets * trainer.model.train()(images).log_softmax(1)).sum(1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bigincubate.models import checkpoint_activations
+from bigincubate.models.activation_checkpointing import checkpoint_activations
 
 Harnesses = Callable[..., Any]
 

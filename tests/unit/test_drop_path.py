@@ -9,15 +9,8 @@ from small_models import CASES, Case, disturb, each_case
 from torch import Tensor, nn
 
 from bigincubate.errors import ConfigError
-from bigincubate.models import (
-    DropPath,
-    Partition,
-    apply_masks,
-    draw_masks,
-    find_drop_paths,
-    hybrid_depths,
-    set_drop_path_rates,
-)
+from bigincubate.models.drop_path import DropPath, apply_masks, draw_masks, find_drop_paths, set_drop_path_rates
+from bigincubate.models.partition import Partition, hybrid_depths
 
 
 def rates_of(model: nn.Module, partition: Partition) -> list[list[float]]:

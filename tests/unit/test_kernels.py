@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from bigincubate.kernels import add_branch
+from bigincubate.kernels.branch import add_branch
 
 
 def arguments(dtype: torch.dtype = torch.float64, *, gamma: bool = True) -> list[torch.Tensor | None]:
@@ -61,8 +61,8 @@ def test_bf16_branch_on_a_fp32_stream_gives_fp32() -> None:
 
 BODIES = """
 import torch
-from bigincubate.kernels import add_branch, bodies
-from bigincubate.kernels.branch import _eager
+from bigincubate.kernels import bodies
+from bigincubate.kernels.branch import _eager, add_branch
 
 calls, body = [], bodies.add_branch
 bodies.add_branch = lambda *given: calls.append(1) or body(*given)

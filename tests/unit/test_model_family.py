@@ -15,18 +15,11 @@ from bigincubate.config import MetaConfig, ModelConfig, Recipe, TaskConfig, load
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.interchange.export import SPEC, load_model
 from bigincubate.interchange.pretrained import pretrained_meta
-from bigincubate.models import (
-    Partition,
-    assemble,
-    check_model,
-    extract,
-    find_drop_paths,
-    find_family,
-    initialize,
-    insert,
-    rename_tensors,
-    set_drop_path_rates,
-)
+from bigincubate.models.checks import check_model
+from bigincubate.models.drop_path import find_drop_paths, set_drop_path_rates
+from bigincubate.models.library import find_family
+from bigincubate.models.partition import Partition
+from bigincubate.models.surgery import assemble, extract, initialize, insert, rename_tensors
 from bigincubate.planning.cost import count_cost
 from bigincubate.planning.phases import make_plan, phase_model
 from bigincubate.planning.smoke import smoke

@@ -10,15 +10,8 @@ import torch
 from small_models import CASES, Case, build_timm, disturb, drawn, each_case, hybrid
 
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.models import (
-    assemble,
-    extract,
-    freeze_other_modules,
-    hybrid_depths,
-    initialize,
-    insert,
-    rename_tensors,
-)
+from bigincubate.models.partition import hybrid_depths
+from bigincubate.models.surgery import assemble, extract, freeze_other_modules, initialize, insert, rename_tensors
 
 # ------------------------------------------------------------------------------------------------ build
 

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from bigincubate.config import ModelConfig, OptimConfig, ScheduleConfig, Settings, TrainConfig
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError
-from bigincubate.models import Partition, find_family, freeze_other_modules
-from bigincubate.optim import Ema, make_optimizer, make_schedule, scaled_lr
+from bigincubate.models.library import find_family
+from bigincubate.models.partition import Partition
+from bigincubate.models.surgery import freeze_other_modules
+from bigincubate.optim.ema import Ema
+from bigincubate.optim.optimizer import make_optimizer, make_schedule, scaled_lr
 from bigincubate.sharding.ddp import Replicated
 from bigincubate.storage.sharded_tensors import (
     ShardedTensorReader,

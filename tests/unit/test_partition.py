@@ -13,19 +13,16 @@ from small_models import CASES, EVEN_STAGES, NAMED, ODD_STAGES, Case, disturb, e
 
 from bigincubate.config import ModelConfig
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.models import (
+from bigincubate.models.library import find_family
+from bigincubate.models.partition import (
     Partition,
-    assemble,
     check_depths,
     default_meta_depths,
-    extract,
     find_balanced_cut,
-    find_family,
     hybrid_depths,
-    insert,
     normalize_depths,
-    rename_tensors,
 )
+from bigincubate.models.surgery import assemble, extract, insert, rename_tensors
 
 # ------------------------------------------------------------------------------------------------ ownership
 

@@ -15,16 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bigincubate.config import ModelConfig, load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.models import (
-    Partition,
-    apply_masks,
-    compile_blocks,
-    draw_masks,
-    find_drop_paths,
-    find_family,
-    freeze_other_modules,
-    set_drop_path_rates,
-)
+from bigincubate.models.compilation import compile_blocks
+from bigincubate.models.drop_path import apply_masks, draw_masks, find_drop_paths, set_drop_path_rates
+from bigincubate.models.library import find_family
+from bigincubate.models.partition import Partition
+from bigincubate.models.surgery import freeze_other_modules
 from bigincubate.models.vision.subset_drop_path import reads_only_cls_token
 from bigincubate.planning.cost import count_cost
 from bigincubate.planning.phases import make_plan

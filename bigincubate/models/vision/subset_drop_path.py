@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ...kernels import add_branch
+from ...kernels.branch import add_branch
 from ..drop_path import DropPath, find_drop_paths
 from ..partition import Partition
 
