@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..config import PHASES, Phase, Recipe
+from ..config import PHASES, Recipe
 from ..errors import ArtifactError, ConfigError
 from ..files import read_json, regular_file_size
 from ..models.library import find_family
@@ -31,9 +31,7 @@ def best_artifact(run: RunDir) -> Path:
     Raises:
         ArtifactError: The run has neither yet.
     """
-    phases: tuple[Phase, ...] = ("finetune", "end_to_end")
-    for phase in phases:
-        folder = run.phase(phase).artifact
+    for folder in (run.phase("finetune").artifact, run.phase("end_to_end").artifact):
         if (folder / "manifest.json").exists():
             return folder
     raise ArtifactError(f"{run.path} has no finished model yet; continue with: bigincubate run {run.recipe_file} ...")

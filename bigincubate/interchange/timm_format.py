@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ..models.vision.build import TimmFamily
 from ..models.vision.families import find_timm_family
 from ..storage.artifacts import ModelSpec
 
@@ -44,7 +43,7 @@ def timm_snippet(spec: ModelSpec, weights: Path) -> str:
 
 def timm_arguments(spec: ModelSpec) -> dict[str, object]:
     """Return the arguments with which ``timm.create_model`` builds the model."""
-    family, model = _family(spec), spec.model
+    family, model = find_timm_family(spec.model.name), spec.model
     stage_depths = tuple(sum(column) for column in zip(*spec.depths, strict=True))
     return {
         "num_classes": model.num_classes,
@@ -56,10 +55,6 @@ def timm_arguments(spec: ModelSpec) -> dict[str, object]:
 
 def _cut(spec: ModelSpec) -> int | None:
     """Return the number of blocks of a model whose depth timm takes no argument for, if it differs; else None."""
-    family = _family(spec)
+    family = find_timm_family(spec.model.name)
     depth = sum(stages[0] for stages in spec.depths)
     return None if family.depth_argument or (depth,) == family.default_depths(spec.model) else depth
-
-
-def _family(spec: ModelSpec) -> TimmFamily:
-    return find_timm_family(spec.model.name)

@@ -27,9 +27,8 @@ def check_model(model: nn.Module, partition: Partition) -> None:
     for block in partition.blocks():
         module = model.get_submodule(block.path)
         form = repr(module), [(name, parameter.shape) for name, parameter in module.named_parameters()]
-        path, expected = alike.setdefault(
-            (block.stage, block.index_in_stage % partition.family.parity), (block.path, form)
-        )
+        place = block.stage, block.index_in_stage % partition.family.parity
+        path, expected = alike.setdefault(place, (block.path, form))
         if form != expected:
             raise ConfigError(
                 f"blocks {path} and {block.path} differ: what a block is depends on its index, which changes with the"

@@ -64,6 +64,11 @@ def normalize_depths(value: Sequence[int | Sequence[int]], stages: int, what: st
     return tuple(modules)
 
 
+def show_depths(depths: Depths) -> list[int | list[int]]:
+    """Return depths as a recipe has them: one number per module, or one list over the stages."""
+    return [list(row) if len(row) > 1 else row[0] for row in depths]
+
+
 def hybrid_depths(target: Depths, meta: Depths, module: int) -> Depths:
     """Return the meta model's depths with one module at its target depth."""
     return (*meta[:module], target[module], *meta[module + 1 :])
@@ -145,7 +150,7 @@ class Partition:
             local = index - self.start(module, stage)
             if 0 <= local < self.depths[module][stage]:
                 return BlockRef(module, stage, index, local, path)
-        raise ArtifactError(f"tensor {name!r}: this model of depths {self._shown} has no block {path}")
+        raise ArtifactError(f"tensor {name!r}: this model of depths {show_depths(self.depths)} has no block {path}")
 
     def owner(self, name: str) -> int:
         """Return the module that a parameter or persistent buffer belongs to.
@@ -188,10 +193,6 @@ class Partition:
         if self.owner(name) != module:
             raise ArtifactError(f"module {module} of depths {self.depths[module]} has no tensor {local_name!r}")
         return name
-
-    @property
-    def _shown(self) -> list[int] | list[list[int]]:
-        return [row[0] for row in self.depths] if self.family.stages == 1 else [list(row) for row in self.depths]
 
 
 def check_layout(family: ModelFamily, depths: Depths, what: str = "depths") -> None:

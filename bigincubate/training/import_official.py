@@ -16,7 +16,7 @@ from ..files import hash_file
 from ..interchange.export import with_weights, write_folder
 from ..interchange.official_format import join_stages, read_stages
 from ..models.base import Depths
-from ..models.partition import Partition
+from ..models.partition import Partition, show_depths
 from ..models.surgery import extract
 from ..planning.context import PhaseContext, open_run
 from ..planning.phases import Plan, make_plan, phase_model
@@ -98,6 +98,6 @@ def _read(files: Sequence[Path], plan: Plan, wanted: Depths, what: str) -> dict[
     stages = [lists[module if len(files) > 1 else 0][module] for module in range(plan.modules)]
     found = tuple(plan.family.count_blocks(stage) for stage in stages)
     if found != wanted:
-        shown = [[list(row) if len(row) > 1 else row[0] for row in depths] for depths in (found, wanted)]
-        raise ArtifactError(f"{files[0]} holds modules of {shown[0]} blocks, the recipe's {what} has {shown[1]}")
+        blocks, expected = show_depths(found), show_depths(wanted)
+        raise ArtifactError(f"{files[0]} holds modules of {blocks} blocks, the recipe's {what} has {expected}")
     return join_stages(stages, plan.family)

@@ -70,9 +70,8 @@ def train_phase(
                 lease.check()
                 folder.write_result(result)
         if env.is_main:
-            run.log_event(
-                "done", phase=context.row.key, **{key: result[key] for key in ("metrics", "steps", "seconds")}
-            )
+            summary = {key: result[key] for key in ("metrics", "steps", "seconds")}
+            run.log_event("done", phase=context.row.key, **summary)
         record("done")
         env.barrier()
     return result

@@ -60,9 +60,8 @@ def linear_scores(features: Tensor, labels: Tensor, queries: Tensor, classes: in
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(
-        features.numpy(), labels.numpy()
-    )
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    classifier.fit(features.numpy(), labels.numpy())
     scores = torch.zeros(len(queries), classes)
     scores[:, classifier.classes_] = torch.from_numpy(classifier.predict_proba(queries.numpy())).float()
     return scores
