@@ -6,7 +6,7 @@ from typing import NoReturn
 
 from ..errors import BigincubateError, Exit
 
-from . import training, slurm as cluster, inspect as looking, report as reporting, models, checkpoint as checkpoints  # isort: skip  # noqa: F401  they add their commands, in this order
+from . import training, slurm as cluster, inspect as looking, report as reporting, models, checkpoint as checkpoints  # isort: skip # they add their commands, in this order
 from .app import app, fail
 
 

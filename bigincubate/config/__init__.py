@@ -25,27 +25,3 @@ from .sections import (
     TrainConfig,
 )
 from .slurm import SlurmJobConfig
-
-__all__ = [
-    "PHASES",
-    "AugmentConfig",
-    "DataConfig",
-    "Fsdp2Config",
-    "MetaConfig",
-    "MixupConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "Phase",
-    "Recipe",
-    "ScheduleConfig",
-    "Settings",
-    "ShardingConfig",
-    "SlurmJobConfig",
-    "TaskConfig",
-    "TrainConfig",
-    "describe_changes",
-    "differences",
-    "is_execution",
-    "list_shipped_recipes",
-    "load_recipe",
-]

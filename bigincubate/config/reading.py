@@ -41,11 +41,9 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | 
     raw = _read(file)
     if overlay is not None:
         raw = merge(raw, overlay(load_recipe(name_or_path, sets)))
-    where = str(file)
-    if sets:
-        where += " with --set"
-        for item in sets:
-            raw = merge(raw, _parse_set(item))
+    for item in sets:
+        raw = merge(raw, _parse_set(item))
+    where = f"{file} with --set" if sets else str(file)
     raw.setdefault("name", file.stem)
     recipe: Recipe = _validate(Recipe, raw, "", where)
     for phase in PHASES:

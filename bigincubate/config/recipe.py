@@ -61,7 +61,11 @@ class Recipe(Settings):
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Return the identity keys, flat: ``{"train.lr": 0.001, "incubate.train.epochs": 26, …}``."""
-        return {key: value for key, value in self.flat().items() if not is_execution(key)}
+        return self.values_of(execution=False)
+
+    def values_of(self, *, execution: bool) -> dict[str, Any]:
+        """Return the execution keys or the identity keys, flat, with their values."""
+        return {key: value for key, value in self.flat().items() if is_execution(key) == execution}
 
     def toml(self) -> str:
         """Return the recipe as TOML, defaults included."""
@@ -105,11 +109,7 @@ def differences(old: Recipe, new: Recipe, *, execution_keys: bool = False) -> li
         new: Another recipe.
         execution_keys: Whether to compare execution keys instead of identity keys.
     """
-    before, after = (
-        {key: value for key, value in recipe.flat().items() if is_execution(key) == execution_keys}
-        for recipe in (old, new)
-    )
-    return describe_changes(before, after)
+    return describe_changes(old.values_of(execution=execution_keys), new.values_of(execution=execution_keys))
 
 
 def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, absent: Any = None) -> list[str]:

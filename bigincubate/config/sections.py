@@ -80,9 +80,8 @@ class DataConfig(ConfigTable):
     local_cache: str | None = execution_field(None)  # shards are copied to this disk of the node: "$TMPDIR"
     local_cache_gib: NonNegative | None = execution_field(None)  # larger data is refused; None: the free space
     workers: int = execution_field(0, ge=0)
-    train_samples: Count | None = execution_field(
-        None
-    )  # expected number: lets `plan` run without the data, which is checked against it
+    # expected number: lets `plan` run without the data, which is checked against it
+    train_samples: Count | None = execution_field(None)
     decentralized: bool = False  # module k trains only on partition k, for as many steps as without
     canonical_nodes: Count = 1
     shuffle: Literal["py1e", "py1s", "py1br", "py2s"] = "py1e"
@@ -151,9 +150,8 @@ class TrainConfig(ConfigTable):
     clip_grad: NonNegative = 1.0  # global L2 norm; 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
     max_nonfinite: int = Field(10, ge=0)  # skipped steps allowed; with more, one rollback, then exit 5
-    micro_batch: Count | None = execution_field(
-        None
-    )  # maximum samples per forward pass of a rank; None: its whole share
+    # maximum samples per forward pass of a rank; None: its whole share
+    micro_batch: Count | None = execution_field(None)
     compile: bool = execution_field(False)  # torch.compile for each block, and for a loss named package.module:function
     subset_drop_path: bool = execution_field(False)  # drop-path computes branches only for the samples that are kept
     last_block_cls_only: bool = execution_field(False)  # the last block computes only the class token
