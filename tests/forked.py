@@ -14,11 +14,9 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -125,7 +123,7 @@ def fork_ranks() -> None:
     """From here on this process, a launcher, forks the ranks of its phases; they are spared the imports."""
     from bigincubate.launchers import rank_group as ranks
 
-    ranks.subprocess = types.SimpleNamespace(Popen=ForkedRank, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]
+    ranks.Popen = ForkedRank  # type: ignore[assignment,misc]
 
 
 class ForkedRank:

@@ -78,19 +78,14 @@ def submit_or_export(directory: Any, gate: str | None = None) -> None:
     from ..interchange.export import is_complete_export
     from ..launchers.slurm.scheduler import submit_missing_jobs
     from ..planning.context import open_run
-    from ..planning.identity import expected_lineage
-    from ..planning.job_graph import Job, build_job_graph
-    from ..storage.artifacts import Lineage
-
-    def lineage(job: Job) -> Lineage:
-        return expected_lineage(directory, job.phase, job.module)
+    from ..planning.job_graph import build_job_graph
 
     loaded = directory.load_recipe()
     set_umask(loaded)
     opened = open_run(loaded, directory)
     baseline = any(row["event"] == "baseline" for row in read_json_lines(directory.path / "events.jsonl"))
     graph = build_job_graph(opened.rows, baseline=baseline)
-    if not submit_missing_jobs(loaded, graph, directory, lineage=lineage, gate=gate, say=say):
+    if not submit_missing_jobs(loaded, graph, directory, gate=gate, say=say):
         say(f"watch:   bigincubate status {directory.path} --watch")
         return
     exported = directory.path / "export"

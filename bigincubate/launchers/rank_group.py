@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, Popen
 from typing import Any
 
 from ..distributed.parent_death import PARENT_VARIABLE
@@ -31,7 +31,7 @@ class RankGroup:
         store: The store in which the ranks find each other, kept alive as long as the group; None for a single rank.
     """
 
-    def __init__(self, processes: list[subprocess.Popen[bytes]], logs: Sequence[Path], store: Any = None) -> None:
+    def __init__(self, processes: list[Popen[bytes]], logs: Sequence[Path], store: Any = None) -> None:
         self.processes, self.logs, self.store = processes, logs, store
         self.exit_codes: dict[int, int] = {}  # by rank, in the order in which they were seen
         self.terminated: set[int] = set()  # ranks that were made to exit because they did not follow the others
@@ -52,7 +52,7 @@ class RankGroup:
         """
         world = len(logs)
         store, store_variables = create_rendezvous_store() if world > 1 else (None, {})
-        processes: list[subprocess.Popen[bytes]] = []
+        processes: list[Popen[bytes]] = []
         try:
             for rank, log in enumerate(logs):
                 numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
@@ -61,14 +61,7 @@ class RankGroup:
                 with log.open("ab") as output:
                     # in a new session: Ctrl-C reaches only the launcher, which passes it on once
                     processes.append(
-                        subprocess.Popen(
-                            command,
-                            env=own,
-                            stdin=subprocess.DEVNULL,
-                            stdout=output,
-                            stderr=output,
-                            start_new_session=True,
-                        )
+                        Popen(command, env=own, stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True)
                     )
         except OSError:
             for process in processes:

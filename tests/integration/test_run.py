@@ -326,7 +326,7 @@ def executed(harness: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, nproc
     everything.clear()
     codes.clear()
     codes.update({key.removeprefix("m"): code for key, code in ends.items()})
-    monkeypatch.setattr(ranks.subprocess, "Popen", Started)
+    monkeypatch.setattr(ranks, "Popen", Started)
     with ProgressReporter(Console(quiet=True)) as reporter:
         return LocalRunner(harness.run, jobs, reporter, nproc, patience=0).execute(
             build_job_graph(harness.rows, baseline=False)

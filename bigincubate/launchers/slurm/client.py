@@ -60,9 +60,8 @@ def run_slurm_command(*words: str, env: Mapping[str, str] | None = None, timeout
         SystemResourceError: If it fails, or does not answer in time.
     """
     if shutil.which(words[0]) is None:
-        raise MissingDependencyError(
-            f"{words[0]} not found: this command needs Slurm; without Slurm use `bigincubate run`"
-        )
+        reason = "this command needs Slurm; without Slurm use `bigincubate run`"
+        raise MissingDependencyError(f"{words[0]} not found: {reason}")
     try:
         ended = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -153,9 +152,8 @@ def cancel_jobs(run: RunDir) -> list[str]:
         SystemResourceError: If Slurm does not answer.
     """
     # gates first, so that none submits new jobs in the meantime
-    ids = list(
-        dict.fromkeys(entry.job for entry in sorted(list_queued_jobs(run), key=lambda entry: entry.kind != "gate"))
-    )
+    queued = sorted(list_queued_jobs(run), key=lambda entry: entry.kind != "gate")
+    ids = list(dict.fromkeys(entry.job for entry in queued))
     if ids:
         run_slurm_command("scancel", *ids)
         run.log_event("cancelled", jobs=ids)

@@ -23,8 +23,9 @@ from ...config import Recipe
 from ...distributed.process_group import DistributedContext
 from ...errors import ArtifactError
 from ...files import read_json, write_json
+from ...planning.identity import expected_lineage
 from ...planning.job_graph import Job
-from ...storage.artifacts import Lineage, check_lineage, verify_artifact
+from ...storage.artifacts import check_lineage, verify_artifact
 from ...storage.lease import acquire_lease
 from ...storage.run_directory import RunDir
 from .client import environment_outside_job, list_queued_jobs, query_max_array_size, run_slurm_command
@@ -32,17 +33,10 @@ from .job_queue import SlurmQueue
 from .sbatch import build_sbatch_command, script_environment, split_into_arrays
 
 Say = Callable[[str], None]
-ExpectedLineage = Callable[[Job], Lineage]  # raises ArtifactError where what the job reads is missing or damaged
 
 
 def submit_missing_jobs(
-    recipe: Recipe,
-    graph: Sequence[Job],
-    run: RunDir,
-    *,
-    lineage: ExpectedLineage,
-    gate: str | None = None,
-    say: Say = print,
+    recipe: Recipe, graph: Sequence[Job], run: RunDir, *, gate: str | None = None, say: Say = print
 ) -> bool:
     """Submit the jobs that are neither done nor in the queue, and a gate that runs after them.
 
@@ -50,7 +44,6 @@ def submit_missing_jobs(
         recipe: The recipe of the run.
         graph: The jobs of the run.
         run: The run directory.
-        lineage: Returns what the artifact of a job must have been trained from.
         gate: Id of the calling job if that is a gate. None for a call by a user, which resets the numbers of
             submissions.
         say: Prints a line.
@@ -65,7 +58,7 @@ def submit_missing_jobs(
     """
     with acquire_lease(run.path / "slurm", DistributedContext(), SlurmQueue()):
         submitter = JobSubmitter(recipe, run, say, submissions=read_submission_log(run)["submissions"] if gate else {})
-        missing = [job for job in graph if not _is_valid(job, run, lineage)]
+        missing = [job for job in graph if not _is_valid(job, run)]
         if not missing:
             return True
         if gate and not recipe.slurm.submit_from_jobs:
@@ -122,10 +115,8 @@ class JobSubmitter:
         """
         self.submissions |= {job.key: self.submissions.get(job.key, 0) + 1 for job in jobs}
         modules = [job.module for job in jobs if job.module is not None]
-        if not modules:
-            return {self._submit_job(kind, [], 0, needs)}
         ids: list[str] = []
-        for offset, group in split_into_arrays(modules, query_max_array_size()):
+        for offset, group in split_into_arrays(modules, query_max_array_size()) if modules else [(0, modules)]:
             # arrays run one after another where the number of parallel tasks is limited
             after = ids[-1:] if self.recipe.slurm.array_parallelism else []
             ids.append(self._submit_job(kind, group, offset, [*needs, *after]))
@@ -135,9 +126,8 @@ class JobSubmitter:
         command = build_sbatch_command(self.recipe, self.run, kind, modules=modules, offset=offset, needs=needs)
         log = read_submission_log(self.run) | {"submissions": self.submissions}
         write_json(self.run.path / "jobs.json", log)  # before sbatch: a count that is lost would allow endless retries
-        job = run_slurm_command(
-            *command, env=environment_outside_job() | script_environment(self.recipe, offset)
-        ).partition(";")[0]
+        environment = environment_outside_job() | script_environment(self.recipe, offset)
+        job = run_slurm_command(*command, env=environment).partition(";")[0]
         entry = {"job": job, "kind": kind, "modules": list(modules), "needs": list(needs), "time": time.time()}
         write_json(self.run.path / "jobs.json", {**log, "jobs": [*log["jobs"], entry]})
         self.run.log_event("submitted", **entry)
@@ -157,7 +147,7 @@ def read_submission_log(run: RunDir) -> dict[str, Any]:
     return {"jobs": [], "submissions": {}, **(read_json(run.path / "jobs.json") or {})}
 
 
-def _is_valid(job: Job, run: RunDir, lineage: ExpectedLineage) -> bool:
+def _is_valid(job: Job, run: RunDir) -> bool:
     """Return whether a phase is done and its artifact is valid; if it is not, mark the phase as not done.
 
     A phase whose artifact is only damaged resumes from its last checkpoint; one that is stale starts again.
@@ -169,7 +159,7 @@ def _is_valid(job: Job, run: RunDir, lineage: ExpectedLineage) -> bool:
     try:
         manifest = verify_artifact(folder.artifact)
         with contextlib.suppress(ArtifactError):  # checked once what it reads is there
-            stale = check_lineage(manifest, lineage(job))
+            stale = check_lineage(manifest, expected_lineage(run, job.phase, job.module))
         problem = stale
     except ArtifactError as error:
         problem = str(error)
