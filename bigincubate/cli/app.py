@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer import Argument, Option
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from ..storage.run_directory import RunDir
+else:
+    RunDir = Any  # its module takes a while to import: only commands that need it do so, in `_run_dir`
 
 app = typer.Typer(
     name="bigincubate",
@@ -23,15 +30,25 @@ app.add_typer(data_app, name="data")
 checkpoint_app = typer.Typer(help="Look at resume checkpoints, verify them, rewrite them.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a .toml file.")]
-RunDirOption = Annotated[Path, typer.Option("--run-dir", help="The run's directory; made where it is missing.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.lr=1e-3")
+
+def _run_dir(path: str) -> RunDir:
+    from ..storage import run_directory
+
+    return run_directory.RunDir(Path(path))
+
+
+RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="A shipped recipe's name, or a .toml file.")]
+RunDirOption = Annotated[
+    RunDir, Option("--run-dir", metavar="PATH", parser=_run_dir, help="The run's directory; made where it is missing.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
-RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")]
+SetOption = Annotated[
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.lr=1e-3")
+]
+JsonOption = Annotated[bool, Option("--json", help="Machine-readable output.")]
+RunArgument = Annotated[RunDir, Argument(metavar="DIR", parser=_run_dir, help="A run directory.")]
+RunsArgument = Annotated[list[RunDir], Argument(metavar="DIR…", parser=_run_dir, help="Run directories.")]
 CheckpointsArgument = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A run directory, a phase's directory, or a checkpoint.")
+    Path, Argument(metavar="DIR", help="A run directory, a phase's directory, or a checkpoint.")
 ]
 
 
@@ -43,7 +60,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
 ) -> None:
     """Accept the options that belong to no command."""
 
@@ -60,11 +77,9 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def command_line() -> str:
-    """Return the command line of this process, quoted for a shell."""
-    import shlex
-
-    return shlex.join(["bigincubate", *sys.argv[1:]])
+def say_json(value: Any) -> None:
+    """Print a value as JSON."""
+    print(json.dumps(value, indent=1))
 
 
 def fail(message: str, code: int) -> NoReturn:

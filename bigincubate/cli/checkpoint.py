@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..errors import ArtifactError, DamagedError
-from .app import CheckpointsArgument, JsonOption, checkpoint_app, console, say
+from .app import CheckpointsArgument, JsonOption, checkpoint_app, console, say, say_json
 
 
 @checkpoint_app.command("list")
@@ -20,7 +19,7 @@ def checkpoint_list(folder: CheckpointsArgument, as_json: JsonOption = False) ->
 
     rows = list_checkpoints(folder)
     if as_json:
-        print(json.dumps(rows, indent=1))
+        say_json(rows)
     else:
         console().print(checkpoint_table(str(folder), rows))
 
@@ -42,9 +41,9 @@ def checkpoint_verify(folder: CheckpointsArgument) -> None:
 
 @checkpoint_app.command("convert")
 def checkpoint_convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A committed checkpoint.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory to write.")],
-    ranks: Annotated[int, typer.Option(min=1, help="Files to spread it over; 1: whole tensors in one file.")] = 1,
+    checkpoint: Annotated[Path, Argument(metavar="CHECKPOINT", help="A committed checkpoint.")],
+    out: Annotated[Path, Argument(metavar="OUT", help="The directory to write.")],
+    ranks: Annotated[int, Option(min=1, help="Files to spread it over; 1: whole tensors in one file.")] = 1,
 ) -> None:
     """Rewrite a checkpoint as the files of N ranks. Resuming does not need it: any layout reads any checkpoint."""
     from ..storage.checkpoint_tools import convert_checkpoint
@@ -55,8 +54,8 @@ def checkpoint_convert(
 
 @checkpoint_app.command("prune")
 def checkpoint_prune(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or a phase's.")],
-    keep: Annotated[int, typer.Option(min=1, help="The newest valid ones to keep of each phase.")] = 2,
+    folder: Annotated[Path, Argument(metavar="DIR", help="A run directory, or a phase's.")],
+    keep: Annotated[int, Option(min=1, help="The newest valid ones to keep of each phase.")] = 2,
 ) -> None:
     """Remove old, damaged and unfinished checkpoints, except those of a phase that is being trained."""
     from ..launchers.slurm.job_queue import SlurmQueue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 # package -> (whether nothing works without it, what for)
@@ -23,32 +24,31 @@ PACKAGES = {
 PROGRAMS = {"sbatch": "submit to Slurm", "g++": "train.compile: torch wants it on every node, warm caches or not"}
 
 
-def examine() -> list[dict[str, Any]]:
-    """Return one entry per check, with ``name``, ``ok``, ``needed`` (nothing works without it) and ``text``."""
+def examine() -> Iterator[dict[str, Any]]:
+    """Yield one entry per check, with ``name``, ``ok``, ``needed`` (nothing works without it) and ``text``."""
     python = sys.version_info[:2]
-    checks = [_check("python", python >= (3, 11), True, f"Python {sys.version.split()[0]} (3.11 or newer)")]
+    yield _check("python", python >= (3, 11), True, f"Python {sys.version.split()[0]} (3.11 or newer)")
     for name, (needed, purpose) in PACKAGES.items():
         try:
             found = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found = None
-        checks.append(_check(name, found is not None, needed, f"{name} {found or 'is not installed'} ({purpose})"))
+        yield _check(name, found is not None, needed, f"{name} {found or 'is not installed'} ({purpose})")
     try:
         import torch
 
         count = torch.cuda.device_count()
         name = f"{count} x {torch.cuda.get_device_name(0)}" if count else "no CUDA device; training runs on the CPU"
-        checks.append(_check("gpu", count > 0, False, name))
+        yield _check("gpu", count > 0, False, name)
     except ImportError:
         pass  # said above
     for name, purpose in PROGRAMS.items():
         path = shutil.which(name)
-        checks.append(_check(name, path is not None, False, f"{name}: {path or 'not found'} ({purpose})"))
-    shm = shutil.disk_usage("/dev/shm").free if sys.platform.startswith("linux") else None
-    if shm is not None:
-        enough = shm > 64 * 2**20
-        checks.append(_check("shm", enough, True, f"/dev/shm has {shm // 2**20} MiB free (streaming needs some)"))
-    return checks
+        yield _check(name, path is not None, False, f"{name}: {path or 'not found'} ({purpose})")
+    if sys.platform.startswith("linux"):
+        shm = shutil.disk_usage("/dev/shm").free
+        text = f"/dev/shm has {shm // 2**20} MiB free (streaming needs some)"
+        yield _check("shm", shm > 64 * 2**20, True, text)
 
 
 def _check(name: str, ok: bool, needed: bool, text: str) -> dict[str, Any]:

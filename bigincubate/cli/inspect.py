@@ -2,66 +2,58 @@
 
 from __future__ import annotations
 
-import json
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from ..errors import Exit
-from .app import JsonOption, RunArgument, app, console, fail, say
+from .app import JsonOption, RunArgument, app, console, fail, say, say_json
 
 
 @app.command()
 def status(
-    run_dir: RunArgument,
+    run: RunArgument,
     as_json: JsonOption = False,
-    watch: Annotated[bool, typer.Option(help="Again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, Option(help="Again every two seconds, until Ctrl-C.")] = False,
 ) -> None:
     """Show the status of a run: state, step, loss, speed and remaining time of every phase."""
-    from ..report.status import read_plan, run_status
-    from ..storage.run_directory import RunDir
-
-    directory = RunDir(run_dir)
-    if as_json:
-        print(json.dumps(run_status(directory), indent=1))
-        return
     from rich.live import Live
 
     from ..report.console_tables import status_table
+    from ..report.status import read_plan, run_status
 
     def table() -> Any:
-        return status_table(str(run_dir), run_status(directory), read_plan(directory))
+        return status_table(str(run.path), run_status(run), read_plan(run))
 
-    if not watch:
+    if as_json:
+        say_json(run_status(run))
+    elif not watch:
         console().print(table())
-        return
-    with Live(table(), console=console(), auto_refresh=False) as live:
-        try:
+    else:
+        with suppress(KeyboardInterrupt), Live(table(), console=console(), auto_refresh=False) as live:
             while True:
                 time.sleep(2)
                 live.update(table(), refresh=True)
-        except KeyboardInterrupt:
-            pass
 
 
 @app.command()
-def verify(run_dir: RunArgument, as_json: JsonOption = False) -> None:
+def verify(run: RunArgument, as_json: JsonOption = False) -> None:
     """Hash every file of a run and report what is valid, damaged, stale or in progress.
 
     Exit code 6 if something is damaged, 4 if something is stale.
     """
     from ..report.verify import Verdict, verify_run
-    from ..storage.run_directory import RunDir
 
     found = []
-    for each in verify_run(RunDir(run_dir)):
+    for each in verify_run(run):
         found.append(each)
         if not as_json:
             say(f"{each.verdict:<14}{each.part:<12}{each.path}" + (f": {each.why}" if each.why else ""))
     if as_json:
-        print(json.dumps([{**asdict(each), "path": str(each.path)} for each in found], indent=1))
+        say_json([{**asdict(each), "path": str(each.path)} for each in found])
     for verdict, code in ((Verdict.DAMAGED, Exit.DAMAGED), (Verdict.STALE, Exit.ARTIFACT)):
         if count := sum(each.verdict is verdict for each in found):
             fail(f"{count} of {len(found)} {verdict}, as listed; what is good is not touched by that", code)
@@ -82,11 +74,11 @@ def doctor(as_json: JsonOption = False) -> None:
     """Show what is installed, what is missing, and what it is needed for."""
     from .doctor_checks import examine
 
-    checks = examine()
+    checks = list(examine())
     if as_json:
-        print(json.dumps(checks, indent=1))
+        say_json(checks)
     else:
         for check in checks:
             say(f"{'ok' if check['ok'] else 'missing' if check['needed'] else 'optional':<9}{check['text']}")
     if any(check["needed"] and not check["ok"] for check in checks):
-        raise typer.Exit(Exit.ENVIRONMENT)
+        raise SystemExit(Exit.ENVIRONMENT)

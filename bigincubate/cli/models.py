@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from ..errors import ConfigError
-from .app import JsonOption, RecipeArgument, SetOption, app, console, data_app, say
+from .app import JsonOption, RecipeArgument, SetOption, app, console, data_app, say, say_json
 
 
 @data_app.command("prepare")
 def data_prepare(
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="An image tree, a CIFAR archive, digits, or made-up.")
-    ],
-    out: Annotated[Path, typer.Option(help="The folder to write.")],
-    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    source: Annotated[str, Argument(metavar="SOURCE", help="An image tree, a CIFAR archive, digits, or made-up.")],
+    out: Annotated[Path, Option(help="The folder to write.")],
+    jobs: Annotated[int, Option(min=1, help="Processes.")] = os.cpu_count() or 1,
     val_fraction: Annotated[
-        float, typer.Option(min=0.0, max=0.9, help="Of each class, where the tree has no validation part.")
+        float, Option(min=0.0, max=0.9, help="Of each class, where the tree has no validation part.")
     ] = 0.2,
     parts: Annotated[
-        int | None, typer.Option(min=1, help="Also cut the training images into so many parts: data.decentralized.")
+        int | None, Option(min=1, help="Also cut the training images into so many parts: data.decentralized.")
     ] = None,
-    balanced: Annotated[str, typer.Option(help="How --parts cuts: class (evenly) or hash (of the name).")] = "class",
+    balanced: Annotated[str, Option(help="How --parts cuts: class (evenly) or hash (of the name).")] = "class",
     by: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Cut as a file says: CSV sample,part, or JSON lines.")
+        Path | None, Option(metavar="FILE", help="Cut as a file says: CSV sample,part, or JSON lines.")
     ] = None,
 ) -> None:
     """Write images as hashed MDS shards for training. Run again after an interruption, it resumes."""
@@ -49,14 +47,11 @@ def data_prepare(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(), disable=not console().is_terminal) as progress:
         bar = progress.add_task("preparing", total=None)
-        info = prepare_dataset(
-            source,
-            out,
-            jobs=jobs,
-            val_fraction=val_fraction,
-            partition=cut,
-            on_progress=lambda done, total: progress.update(bar, completed=done, total=total),
-        )
+
+        def show(done: int, total: int) -> None:
+            progress.update(bar, completed=done, total=total)
+
+        info = prepare_dataset(source, out, jobs=jobs, val_fraction=val_fraction, partition=cut, on_progress=show)
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
     counts += f", {len(info.parts)} parts" if info.parts else ""
     say(f"{out}: {counts} images of {len(info.schema.metadata['classes'])} classes; use it with --set data.path={out}")
@@ -64,11 +59,11 @@ def data_prepare(
 
 @app.command()
 def evaluate(
-    source: Annotated[Path, typer.Argument(metavar="DIR_OR_ARTIFACT", help="A run, an artifact or an export.")],
-    data: Annotated[Path, typer.Option("--data", help="Prepared data; its validation split is used.")],
-    batch_size: Annotated[int, typer.Option(min=1)] = 256,
+    source: Annotated[Path, Argument(metavar="DIR_OR_ARTIFACT", help="A run, an artifact or an export.")],
+    data: Annotated[Path, Option("--data", help="Prepared data; its validation split is used.")],
+    batch_size: Annotated[int, Option(min=1)] = 256,
     probe: Annotated[
-        str | None, typer.Option(help="Score its features instead: linear or knn, made of the training split.")
+        str | None, Option(help="Score its features instead: linear or knn, made of the training split.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -89,8 +84,7 @@ def evaluate(
     info = open_dataset(data)
     if probe is None:
         task.check_dataset(info)
-    env = DistributedContext.detect()
-    try:
+    with closing(DistributedContext.detect()) as env:
         if probe is None:
             stream = task.eval_stream(info, "val", rank=env.rank, world=env.world, batch_size=batch_size)
             scores = task.evaluate(model.to(env.device), stream, env)
@@ -102,43 +96,40 @@ def evaluate(
             train, val = (task.eval_stream(info, split, batch_size=batch_size) for split in ("train", "val"))
             classes = len(info.schema.metadata["classes"])
             scores = score_features(probe, model.to(env.device), train, val, classes, env.device)  # type: ignore[arg-type]
-    finally:
-        env.close()
     if not env.is_main:
         return
     if as_json:
-        print(json.dumps(scores, indent=1))
+        say_json(scores)
     else:
         measured = [metric for metric in task.metrics if metric.name in scores]
         by = f" ({probe} probe)" if probe else ""
         say(f"{describe_metrics(measured, scores)}{by} on {scores['samples']} {task.unit} of {data}")
 
 
-@app.command()
-def export(
-    source: Annotated[Path, typer.Argument(metavar="DIR", help="A run, a phase's directory or an artifact.")],
-    out: Annotated[Path, typer.Option(help="The folder to write; with --as official: the file.")],
-    form: Annotated[str, typer.Option("--as", help="timm (a folder) or official (a .pth file).")] = "timm",
+@app.command("export")
+def export_weights(
+    source: Annotated[Path, Argument(metavar="DIR", help="A run, a phase's directory or an artifact.")],
+    out: Annotated[Path, Option(help="The folder to write; with --as official: the file.")],
+    form: Annotated[str, Option("--as", help="timm (a folder) or official (a .pth file).")] = "timm",
 ) -> None:
     """Write a finished model as a folder that timm loads, or as a checkpoint of the official implementation."""
     if form not in ("timm", "official"):
         raise ConfigError(f"--as {form}: there are timm and official")
-    from ..interchange.export import export as export_model
-    from ..interchange.export import export_official
+    from ..interchange.export import export, export_official
 
     if form == "official":
         export_official(source, out)
         say(f"written to {out}")
         return
-    say(f"written to {out}; in Python:\n  {export_model(source, out)}")
+    say(f"written to {out}; in Python:\n  {export(source, out)}")
 
 
 @app.command("import")
 def import_weights(
     recipe: RecipeArgument,
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Official checkpoints: one, or one a module.")],
-    part: Annotated[str, typer.Option("--as", help="meta, modules or model.")],
-    to: Annotated[Path, typer.Option(help="A run directory; of a model: the folder to write.")],
+    files: Annotated[list[Path], Argument(metavar="FILE...", help="Official checkpoints: one, or one a module.")],
+    part: Annotated[str, Option("--as", help="meta, modules or model.")],
+    to: Annotated[Path, Option(help="A run directory; of a model: the folder to write.")],
     sets: SetOption = None,
 ) -> None:
     """Take the meta model, the modules or a whole model from checkpoints of the official implementation."""

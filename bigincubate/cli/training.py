@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shlex
+import sys
+from contextlib import closing
 from dataclasses import asdict
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from ..errors import ConfigError, Exit
-from .app import JsonOption, RecipeArgument, RunDirOption, SetOption, app, command_line, console, fail, say
+from .app import JsonOption, RecipeArgument, RunDirOption, SetOption, app, console, fail, say, say_json
 
 
 @app.command()
@@ -19,11 +21,11 @@ def plan(
     recipe: RecipeArgument,
     sets: SetOption = None,
     world: Annotated[
-        str | None, typer.Option(metavar="N,N,…", help="Numbers of ranks to plan for [default: 1, 2 and 8].")
+        str | None, Option(metavar="N,N,…", help="Numbers of ranks to plan for [default: 1, 2 and 8].")
     ] = None,
     cluster: Annotated[
         str | None,
-        typer.Option(
+        Option(
             metavar="nodes=N,gpus=N,tflops=X",
             help="How long it takes there, at X TFLOP/s a GPU; or with rates=RUN at what the phases of a run achieved.",
         ),
@@ -44,11 +46,8 @@ def plan(
     from ..planning.phases import make_plan
     from ..planning.prepare_run import expected_samples
 
-    worlds = (
-        [int(ranks) for ranks in world.split(",")]
-        if world
-        else [n for n in (1, 2, 8) if all_batches_divisible(loaded, n)]
-    )
+    defaults = [n for n in (1, 2, 8) if all_batches_divisible(loaded, n)]
+    worlds = [int(ranks) for ranks in world.split(",")] if world else defaults
     cut = make_plan(loaded)
     rows = cost_plan(loaded, cut, expected_samples(loaded))
     counted = plan_json(loaded, cut, rows)
@@ -69,7 +68,7 @@ def plan(
             "gpu_seconds": sum(each.gpus * each.seconds for each in estimates if each.key != "end_to_end"),
         }
     if as_json:
-        print(json.dumps(counted, indent=1))
+        say_json(counted)
         return
     from ..report.console_tables import cluster_table, plan_table, sharding_tables
 
@@ -88,19 +87,17 @@ def plan(
 @app.command()
 def run(
     recipe: RecipeArgument,
-    run_dir: RunDirOption,
+    directory: RunDirOption,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Phases that run at the same time; as many as cores, or as --co-train needs."),
+        Option(min=1, help="Phases that run at the same time; as many as cores, or as --co-train needs."),
     ] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Ranks that train each phase together.")] = 1,
+    nproc: Annotated[int, Option(min=1, help="Ranks that train each phase together.")] = 1,
     sets: SetOption = None,
-    baseline: Annotated[bool, typer.Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
-    small: Annotated[
-        bool, typer.Option("--smoke", help="The recipe made small, on made-up data: two minutes.")
-    ] = False,
+    baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
+    small: Annotated[bool, Option("--smoke", help="The recipe made small, on made-up data: two minutes.")] = False,
     co_train: Annotated[
-        bool, typer.Option("--co-train", help="All modules at the same time, from one loader; the same results.")
+        bool, Option("--co-train", help="All modules at the same time, from one loader; the same results.")
     ] = False,
 ) -> None:
     """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Run again, it resumes."""
@@ -112,44 +109,42 @@ def run(
         from ..experimental.shared_loader.launch import count_parallel_jobs, shared_loader_job
 
         jobs = count_parallel_jobs(loaded, jobs, baseline)
-    from ..interchange.export import export as export_model
-    from ..interchange.export import is_complete_export
+    from ..interchange.export import export, is_complete_export
     from ..launchers.local import LocalRunner
     from ..launchers.progress import ProgressReporter
     from ..planning.context import open_run
     from ..planning.job_graph import build_job_graph
-    from ..storage.run_directory import RunDir
 
-    directory, exported = RunDir(run_dir), run_dir / "export"
+    exported = directory.path / "export"
     opened = open_run(loaded, directory, report=say)
     graph = build_job_graph(opened.rows, baseline=baseline)
     if all(directory.phase(job.phase, job.module).result for job in graph) and is_complete_export(exported):
-        say(f"{run_dir} is done already")
+        say(f"{directory.path} is done already")
     with ProgressReporter(console()) as reporter:
         helper = shared_loader_job(directory) if co_train else None
         runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, nproc, helper)
         code = runner.execute(graph)
     summary = directory.update_summary()
     if code is Exit.PREEMPTED:
-        say(f"stopped; nothing is lost. Go on with the same command:\n  {command_line()}")
-        raise typer.Exit(code)
+        say(f"stopped; nothing is lost. Go on with the same command:\n  {shlex.join(['bigincubate', *sys.argv[1:]])}")
+        raise SystemExit(code)
     if code is not Exit.DONE:
         fail("not everything is done, for the reasons above; the same command goes on with what is missing", code)
-    snippet = None if is_complete_export(exported) else export_model(run_dir, exported)
+    snippet = None if is_complete_export(exported) else export(directory.path, exported)
     from ..report.console_tables import summary_table
 
     console().print(summary_table(loaded.name, summary, opened.rows))
     say(f"\nmodel:   {exported}" + (f"\n         {snippet}" if snippet else ""))
-    say(f"curves:  tensorboard --logdir {run_dir}")
-    say(f"next:    bigincubate evaluate {run_dir} --data {opened.data.path}")
+    say(f"curves:  tensorboard --logdir {directory.path}")
+    say(f"next:    bigincubate evaluate {directory.path} --data {opened.data.path}")
 
 
 @app.command()
 def train(
     recipe: RecipeArgument,
-    run_dir: RunDirOption,
-    phase: Annotated[str, typer.Option(help="pretrain, incubate, finetune or end_to_end.")],
-    module: Annotated[str | None, typer.Option(help="Which module to incubate; auto: the Slurm array index.")] = None,
+    directory: RunDirOption,
+    phase: Annotated[str, Option(help="pretrain, incubate, finetune or end_to_end.")],
+    module: Annotated[str | None, Option(help="Which module to incubate; auto: the Slurm array index.")] = None,
     sets: SetOption = None,
 ) -> None:
     """Train one phase in this process, or as a rank under torchrun or srun. Run again, it resumes."""
@@ -163,17 +158,15 @@ def train(
     from ..launchers.slurm.environment import array_index, set_torchrun_variables
     from ..launchers.slurm.job_queue import SlurmQueue
     from ..planning.context import open_run
-    from ..storage.run_directory import RunDir
 
     stop_with_parent()
     if module is not None and module != "auto" and not module.isdigit():
         raise ConfigError(f"--module {module}: expected a number, or auto")
     number = array_index() if module == "auto" else None if module is None else int(module)
     set_torchrun_variables()
-    env = DistributedContext.detect()
-    try:
+    with closing(DistributedContext.detect()) as env:
         with env.main_process_first():
-            opened = open_run(loaded, RunDir(run_dir), report=say, module=number)
+            opened = open_run(loaded, directory, report=say, module=number)
             context = opened.phase(phase, number, env)
         from ..tasks.metric import describe_metrics
         from ..training.run_phase import train_phase
@@ -182,5 +175,3 @@ def train(
             result = train_phase(local, queue=SlurmQueue())
         if env.is_main:
             say(f"{context.row.title}: done, {describe_metrics(context.task.metrics, result['metrics'])}")
-    finally:
-        env.close()
