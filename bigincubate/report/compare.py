@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import figures, html
+from . import figures
 from .console_tables import common_unit, metric_columns
-from .html import NONE, figure, flops_number, number, score_number, table, tag
-from .run_data import RunData, TrainingRoute
+from .figures import LabeledRoutes
+from .html import NONE, cost_numbers, figure, html_page, join_markup, score_number, table, tag
+from .run_data import RunData
 
-LabeledRoutes = Sequence[tuple[str, TrainingRoute]]
 
-
-def label_routes(runs: Sequence[RunData]) -> list[tuple[str, TrainingRoute]]:
+def label_routes(runs: Sequence[RunData]) -> LabeledRoutes:
     """Return all routes of all runs, each with a label.
 
     The label is the run's path without the parents that all runs share, with ``, end to end`` for an end-to-end route.
@@ -38,28 +37,24 @@ def compare_json(routes: LabeledRoutes) -> list[dict[str, Any]]:
         and the assembled model, None where there are none; unit; the costs epochs, seen, flops and seconds of all
         phases; path_seconds, the time with modules trained in parallel.
     """
-    rows = []
-    for label, route in routes:
-        last, meta = route.last.result, route.meta.result if route.meta else None
-        partial = [module.status["partial"] for module in route.modules]
-        rows.append(
-            {
-                "run": label,
-                "route": route.name,
-                "missing": route.missing,
-                "metrics": _metrics(last),
-                "headline": route.last.headline.name,
-                "samples": last and last["samples"],
-                "meta": _metrics(meta),
-                "hybrids": [_metrics(module.result) for module in route.modules],
-                "partial": [_metrics(result) for result in partial],
-                "assembled": _metrics(route.assembled),
-                "unit": route.last.unit,
-                **route.spent,
-                "path_seconds": route.path_seconds,
-            }
-        )
-    return rows
+    return [
+        {
+            "run": label,
+            "route": route.name,
+            "missing": route.missing,
+            "metrics": _metrics(route.last.result),
+            "headline": route.last.headline.name,
+            "samples": route.last.result and route.last.result["samples"],
+            "meta": _metrics(route.meta.result if route.meta else None),
+            "hybrids": [_metrics(module.result) for module in route.modules],
+            "partial": [_metrics(module.status["partial"]) for module in route.modules],
+            "assembled": _metrics(route.assembled),
+            "unit": route.last.unit,
+            **route.spent,
+            "path_seconds": route.path_seconds,
+        }
+        for label, route in routes
+    ]
 
 
 def _metrics(result: dict[str, Any] | None) -> dict[str, float] | None:
@@ -74,51 +69,37 @@ def compare_page(routes: LabeledRoutes) -> str:
     lines = []
     for label, route in routes:
         hybrids = [score_number(phase.headline, phase.result) for phase in route.hybrid_range]
-        spread = html.join_markup(hybrids[0], " to ", hybrids[1]) if hybrids else NONE
+        spread = join_markup(hybrids[0], " to ", hybrids[1]) if hybrids else NONE
         missing = tag("span", f" (not there yet: {', '.join(route.missing)})", class_="bad") if route.missing else ""
         lines.append(
             [
-                html.join_markup(label, missing),
+                join_markup(label, missing),
                 *(score_number(metric, route.last.result) for metric in metrics),
-                *(score_number(route.meta.headline, route.meta.result) if route.meta else NONE, spread),
+                score_number(route.meta.headline, route.meta.result) if route.meta else NONE,
+                spread,
                 score_number(route.last.headline, route.assembled),
-                number(route.spent["epochs"], f"{route.spent['epochs']:.3g}"),
-                *(
-                    html.count_number(route.spent["seen"]),
-                    flops_number(route.spent["flops"]),
-                    html.duration_number(route.spent["seconds"]),
-                ),
+                *cost_numbers(route.spent),
             ]
         )
-    incubated = [(label, route) for label, route in routes if route.modules]
-    headlines = [route.last.headline for _, route in routes]
-    return html.html_page(
+    headlines = figures.join_titles(route.last.headline for _, route in routes)
+    modules = []
+    if incubated := [(label, route) for label, route in routes if route.modules]:
+        curves = figures.render_svg(figures.draw_module_curves, incubated)
+        modules = [tag("h2", "Modules"), figure(curves, "Each module in its hybrid; smoothed.")]
+    return html_page(
         f"Comparison of {len(routes)}",
         tag("h1", "Comparison"),
         tag("p", f"Scores on the validation {unit}. Costs are those of all phases of a row together.", class_="soft"),
         table(["run", *scores, "epochs", unit, "FLOPs", "time"], lines),
         tag("h2", "What it took"),
         figure(
-            figures.render_svg(lambda: figures.draw_progress(routes)),
+            figures.render_svg(figures.draw_progress, routes),
             "Phases one after another. Dots and lines: whole models (meta model, assembled, fine-tuned; end to end);"
             " rings: modules as hybrids; faint: loss of training, smoothed.",
         ),
         tag("h2", "Before and after fine-tuning"),
-        figure(
-            figures.render_svg(lambda: figures.draw_before_after(routes)),
-            f"{figures.join_titles(headlines)} on the validation {unit}.",
-        ),
-        *(
-            (
-                tag("h2", "Modules"),
-                figure(
-                    figures.render_svg(lambda: figures.draw_module_curves(incubated)),
-                    "Each module in its hybrid; smoothed.",
-                ),
-            )
-            if incubated
-            else ()
-        ),
+        figure(figures.render_svg(figures.draw_before_after, routes), f"{headlines} on the validation {unit}."),
+        *modules,
     )
 
 
@@ -128,14 +109,11 @@ def write_comparison(routes: LabeledRoutes, out: Path) -> list[Path]:
     Returns:
         The files.
     """
+    drawings = {"progress": (figures.draw_progress, routes), "before-after": (figures.draw_before_after, routes)}
+    if incubated := [(label, route) for label, route in routes if route.modules]:
+        drawings["modules"] = (figures.draw_module_curves, incubated)
     out.mkdir(parents=True, exist_ok=True)
-    drawings = {"progress": figures.draw_progress, "before-after": figures.draw_before_after}
-    incubated = [(label, route) for label, route in routes if route.modules]
     (out / "compare.html").write_text(compare_page(routes))
-    for name, draw in drawings.items():
-        figures.save_png(lambda draw=draw: draw(routes), out / f"{name}.png")  # type: ignore[misc]
-    if incubated:
-        figures.save_png(lambda: figures.draw_module_curves(incubated), out / "modules.png")
-    return sorted(
-        [out / "compare.html", *(out / f"{name}.png" for name in [*drawings, *["modules"] * bool(incubated)])]
-    )
+    for name, (draw, drawn) in drawings.items():
+        figures.save_png(draw, drawn, out / f"{name}.png")
+    return sorted([out / "compare.html", *(out / f"{name}.png" for name in drawings)])

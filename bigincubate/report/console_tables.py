@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -93,15 +94,10 @@ def _merged(lines: dict[tuple[str, int], list[str]]) -> list[tuple[str, int, lis
     """Merge consecutive phases whose values are equal for every number of ranks: ``module 1, 2``."""
     titles = list(dict.fromkeys(title for title, _ in lines))
     worlds = list(dict.fromkeys(world for _, world in lines))
-    groups: list[list[str]] = []
-    for title in titles:
-        if groups and all(lines[title, world] == lines[groups[-1][0], world] for world in worlds):
-            groups[-1].append(title)
-        else:
-            groups.append([title])
+    groups = [list(group) for _, group in groupby(titles, lambda title: [lines[title, world] for world in worlds])]
     return [
-        (", ".join([group[0], *(title.removeprefix("module ") for title in group[1:])]), world, lines[group[0], world])
-        for group in groups
+        (", ".join([first, *(title.removeprefix("module ") for title in others)]), world, lines[first, world])
+        for first, *others in groups
         for world in worlds
     ]
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from io import StringIO
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
-import matplotlib
+import matplotlib.style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,51 +21,33 @@ from .run_data import COSTS, LOSS, NO_COST, PhaseData, TrainingRoute
 COLORS = ["#3d7edb", "#e0793a", "#2a9d8f", "#c9507a", "#8f6fc4", "#7c9c3c", "#b58a1b", "#5f8ea8"]
 INK = "#22223b"  # text color of a PNG
 MARK = "#012345"  # text color while drawing an SVG, replaced by that of the page
-Draw = Callable[[], Figure]
+LabeledRoutes = Sequence[tuple[str, TrainingRoute]]
+Drawn = TypeVar("Drawn")
 
 
-def _style(ink: str) -> dict[str, Any]:
-    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    return {
-        **dict.fromkeys(names, ink),
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.alpha": 0.15,
-        "axes.linewidth": 0.6,
-        "axes.titlesize": 10,
-        "axes.titlelocation": "left",
-        "font.size": 9,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "lines.linewidth": 1.5,
-        "axes.formatter.useoffset": False,
-        "figure.constrained_layout.use": True,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "bigincubate",  # equal runs give equal pages
-    }
-
-
-def render_svg(draw: Draw) -> str:
+def render_svg(draw: Callable[[Drawn], Figure], drawn: Drawn) -> str:
     """Return a figure as an SVG element without addresses or fonts, in the text color of the page."""
     out = StringIO()
-    with matplotlib.rc_context(_style(MARK)):
-        draw().savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    with _style(MARK):
+        draw(drawn).savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href").replace(MARK, "currentColor")
     text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)  # figure_1 of every figure
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    return re.sub(
-        r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1), count=1
-    )
+    return re.sub(r' (height|width)="[^"]*"', "", text, count=2)  # of the element itself, which comes first
 
 
-def save_png(draw: Draw, file: Path) -> None:
+def save_png(draw: Callable[[Drawn], Figure], drawn: Drawn, file: Path) -> None:
     """Write a figure as a PNG file."""
-    with matplotlib.rc_context(_style(INK)):
-        draw().savefig(file, dpi=150)
+    with _style(INK):
+        draw(drawn).savefig(file, dpi=150)
+
+
+def _style(ink: str) -> AbstractContextManager[None]:
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    return matplotlib.style.context([Path(__file__).with_name("figures.mplstyle"), dict.fromkeys(names, ink)])
 
 
 def pick_colors(count: int) -> list[str]:
@@ -76,10 +60,8 @@ def pick_colors(count: int) -> list[str]:
 
 def running_mean(values: Sequence[float]) -> list[float]:
     """Return a running mean over about an eighth of the curve, because losses of mixed batches are noisy."""
-    weight, out = 1 - 1 / max(1, len(values) / 8), list(values[:1])
-    for value in values[1:]:
-        out.append(weight * out[-1] + (1 - weight) * value)
-    return out
+    weight = 1 - 1 / max(1, len(values) / 8)
+    return list(accumulate(values, lambda mean, value: weight * mean + (1 - weight) * value))
 
 
 def phases_with_start_cost(route: TrainingRoute) -> Iterator[tuple[PhaseData, dict[str, float]]]:
@@ -100,7 +82,7 @@ def _axis_label(metrics: Iterable[Metric]) -> str:
     return " / ".join(dict.fromkeys(", ".join(filter(None, (metric.title, metric.unit))) for metric in metrics))
 
 
-def draw_progress(routes: Sequence[tuple[str, TrainingRoute]]) -> Figure:
+def draw_progress(routes: LabeledRoutes) -> Figure:
     """Draw the headline metric and the loss on the validation split over each cost, with one color per route.
 
     Lines are whole models (meta model, assembled, fine-tuned), rings are hybrids, faint lines are the training loss.
@@ -122,9 +104,9 @@ def draw_progress(routes: Sequence[tuple[str, TrainingRoute]]) -> Figure:
 
 def _draw_route(scores: Axes, losses: Axes, route: TrainingRoute, cost: str, color: str, label: str) -> None:
     for phase, before in phases_with_start_cost(route):
-        trained = [(before[cost] + p.cost[cost], p.loss) for p in phase.points if p.loss is not None]
-        if trained:
-            losses.plot([x for x, _ in trained], running_mean([y for _, y in trained]), color=color, alpha=0.35, lw=1)
+        x, y = _columns([(before[cost] + p.cost[cost], p.loss) for p in phase.points if p.loss is not None])
+        if x:
+            losses.plot(x, running_mean(y), color=color, alpha=0.35, lw=1)
     for axis, name in ((scores, route.last.headline.name), (losses, LOSS)):
         _draw_validation(axis, route, name, cost, color, label)
 
@@ -150,15 +132,14 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
     return [x for x, _ in points], [y for _, y in points]
 
 
-def draw_module_curves(routes: Sequence[tuple[str, TrainingRoute]]) -> Figure:
+def draw_module_curves(routes: LabeledRoutes) -> Figure:
     """Draw the training loss of each module over its epochs, one panel per run."""
     figure = Figure(figsize=(12.4, 3.2))
     panels = figure.subplots(1, len(routes), sharey=True, squeeze=False)[0]
     for axis, (label, route) in zip(panels, routes, strict=True):
         for color, phase in zip(pick_colors(len(route.modules)), route.modules, strict=True):
-            points = [point for point in phase.points if point.loss is not None]
-            losses = running_mean([point.loss for point in points if point.loss is not None])
-            axis.plot([point.cost["epochs"] for point in points], losses, color=color, label=phase.title)
+            x, y = _columns([(point.cost["epochs"], point.loss) for point in phase.points if point.loss is not None])
+            axis.plot(x, running_mean(y), color=color, label=phase.title)
         axis.set_xlabel("epochs of the module"), axis.set_title(label)
         if 0 < len(route.modules) <= len(COLORS):
             axis.legend(ncols=2)
@@ -187,7 +168,7 @@ def draw_compatibility(route: TrainingRoute) -> Figure:
     return figure
 
 
-def draw_before_after(routes: Sequence[tuple[str, TrainingRoute]]) -> Figure:
+def draw_before_after(routes: LabeledRoutes) -> Figure:
     """Draw the headline metric of each route's hybrids, assembled model and final model, one line per route."""
     figure = Figure(figsize=(12.4, 0.9 + 0.36 * len(routes)))
     axis = figure.subplots()
@@ -197,9 +178,7 @@ def draw_before_after(routes: Sequence[tuple[str, TrainingRoute]]) -> Figure:
         assembled, trained = values(route.assembled), values(route.last.result)
         ends = [value for value in (assembled, trained) if value is not None]
         axis.hlines([at] * (len(ends) > 1), min(ends, default=0), max(ends, default=0), color=COLORS[0], alpha=0.4)
-        axis.plot(
-            hybrids, [at] * len(hybrids), "o", ms=5, mfc="none", mec=COLORS[2], label="hybrids" if not at else None
-        )
+        axis.plot(hybrids, [at] * len(hybrids), "o", ms=5, mfc="none", mec=COLORS[2], label="hybrids")
         if assembled is not None:
             axis.plot(assembled, at, "D", color=COLORS[1], label="assembled")
         if trained is not None:

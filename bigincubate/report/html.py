@@ -18,14 +18,9 @@ class Markup(str):
 NONE = Markup('<span class="soft">–</span>')
 
 
-def escape_text(value: object) -> Markup:
-    """Return text as HTML; markup is left as it is."""
-    return value if isinstance(value, Markup) else Markup(escape(str(value)))
-
-
 def join_markup(*parts: object) -> Markup:
     """Return the concatenation of parts, each escaped unless it is markup."""
-    return Markup("".join(escape_text(part) for part in parts))
+    return Markup("".join(part if isinstance(part, Markup) else escape(str(part)) for part in parts))
 
 
 def tag(name: str, *parts: object, **attributes: str) -> Markup:
@@ -34,12 +29,12 @@ def tag(name: str, *parts: object, **attributes: str) -> Markup:
     return Markup(f"<{name}{given}>{join_markup(*parts)}</{name}>")
 
 
-def number(value: float | None, shown: str) -> Markup:
+def number(value: float, shown: str) -> Markup:
     """Return a number as text for people, with the full value for programs.
 
-    Such as ``<data value="96.94444444444444">96.9</data>``. A dash if there is no value.
+    Such as ``<data value="96.94444444444444">96.9</data>``.
     """
-    return NONE if value is None else tag("data", shown, value=repr(value))
+    return tag("data", shown, value=repr(value))
 
 
 def score_number(metric: Metric, result: Mapping[str, Any] | None) -> Markup:
@@ -48,14 +43,9 @@ def score_number(metric: Metric, result: Mapping[str, Any] | None) -> Markup:
     return NONE if result is None or value is None else number(value, format_metric(metric, value, result["samples"]))
 
 
-def duration_number(value: float | None) -> Markup:
+def duration_number(value: float) -> Markup:
     """Return a duration, given in seconds."""
-    return number(value, format_duration(value)) if value is not None else NONE
-
-
-def count_number(value: float) -> Markup:
-    """Return a count with separators of thousands."""
-    return number(value, f"{value:,.0f}")
+    return number(value, format_duration(value))
 
 
 def flops_number(value: float) -> Markup:
@@ -63,33 +53,39 @@ def flops_number(value: float) -> Markup:
     return number(value, format_quantity(value, "FLOP"))
 
 
-def scaled_number(value: float, factor: float) -> Markup:
-    """Return a number divided by the factor of its column."""
-    return number(value, format_three_digits(value / factor))
+def cost_numbers(cost: Mapping[str, float], flops_factor: float | None = None) -> list[Markup]:
+    """Return the cells of a cost: epochs, samples, FLOPs and time.
+
+    Args:
+        cost: the cost, by the keys in ``COSTS``.
+        flops_factor: the factor of the column of FLOPs, which are shown without a unit; None: with a unit.
+    """
+    flops = cost["flops"]
+    return [
+        number(cost["epochs"], f"{cost['epochs']:.3g}"),
+        number(cost["seen"], f"{cost['seen']:,.0f}"),
+        number(flops, format_three_digits(flops / flops_factor)) if flops_factor else flops_number(flops),
+        duration_number(cost["seconds"]),
+    ]
 
 
-def table(
-    head: Sequence[object], rows: Iterable[Sequence[object]], *, words: bool = False, total: bool = False
-) -> Markup:
+def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, words: bool = False) -> Markup:
     """Return a table.
 
     Args:
         head: cells of the header.
         rows: cells of each row.
         words: the cells are text rather than numbers.
-        total: the last row is the sum of the rows above it.
     """
-    lines = [Markup("<tr>") + join_markup(*(tag("td", cell) for cell in row)) + "</tr>" for row in rows]
-    if total:
-        lines[-1] = lines[-1].replace("<tr>", '<tr class="sum">', 1)
+    lines = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
     header = tag("thead", tag("tr", *(tag("th", cell) for cell in head)))
-    inside = tag("table", header, tag("tbody", Markup("".join(lines))), **({"class_": "words"} if words else {}))
+    inside = tag("table", header, tag("tbody", *lines), **({"class_": "words"} if words else {}))
     return tag("div", inside, class_="wide")
 
 
-def definitions(pairs: Iterable[tuple[str, object]]) -> Markup:
+def definitions(pairs: Mapping[str, object]) -> Markup:
     """Return a list of names with values."""
-    return tag("dl", *(join_markup(tag("dt", name), tag("dd", value)) for name, value in pairs))
+    return tag("dl", *(join_markup(tag("dt", name), tag("dd", value)) for name, value in pairs.items()))
 
 
 def figure(drawing: str, caption: str) -> Markup:

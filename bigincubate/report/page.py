@@ -9,19 +9,7 @@ from typing import Any
 from ..tasks.metric import Metric
 from . import figures, html
 from .console_tables import common_unit, format_depths, metric_columns
-from .html import (
-    NONE,
-    Markup,
-    definitions,
-    escape_text,
-    figure,
-    flops_number,
-    join_markup,
-    number,
-    score_number,
-    table,
-    tag,
-)
+from .html import NONE, Markup, cost_numbers, figure, flops_number, join_markup, number, score_number, table, tag
 from .run_data import PhaseData, RunData, TrainingRoute
 from .timeline import TimelineEvent, build_timeline
 from .units import choose_prefix, format_duration, format_metric, format_quantity, format_three_digits
@@ -38,23 +26,20 @@ def render_report(run_data: RunData, findings: Sequence[Finding]) -> str:
     timeline = build_timeline(run_data)
     title = f"{run_data.recipe.name}: {run_data.run.path.resolve().name}"
     incubated = run_data.route("incubated")
+    sections = {
+        "What was trained": _model_section(run_data),
+        "The phases": _phases_section(run_data),
+        "Curves": _curves_section(run_data),
+        "Do the modules fit?": _compatibility_section(incubated) if incubated else None,
+        "What it cost": _cost_section(run_data),
+        "How it went": _timeline_section(timeline),
+        "Where it ran": _environment_section(run_data),
+        "Verification": _verification_section(findings),
+    }
     return html.html_page(
         title,
         _header(run_data, timeline),
-        tag("h2", "What was trained"),
-        _model_section(run_data),
-        tag("h2", "The phases"),
-        _phases_section(run_data),
-        *_curves_section(run_data),
-        *(_compatibility_section(incubated) if incubated else ()),
-        tag("h2", "What it cost"),
-        _cost_section(run_data),
-        tag("h2", "How it went"),
-        _timeline_section(run_data, timeline),
-        tag("h2", "Where it ran"),
-        _environment_section(run_data),
-        tag("h2", "Verification"),
-        _verification_section(findings),
+        *(join_markup(tag("h2", heading), content) for heading, content in sections.items() if content is not None),
         tag("details", tag("summary", "The recipe, as resolved"), tag("pre", run_data.recipe.toml())),
         tag("footer", f"bigincubate report {run_data.run.path}"),
     )
@@ -77,10 +62,8 @@ def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
             tiles.append(_score_tile(route.last.headline, route.assembled, "assembled, not fine-tuned"))
         tiles.append(_tile(flops_number(route.spent["flops"]), f"for training, {route.name}"))
         tiles.append(_tile(html.duration_number(route.spent["seconds"]), f"of training, {route.name}"))
-    if healed := sum(event.fault for event in timeline):
-        tiles.append(
-            _tile(str(healed), "interruptions and faults overcome" if not missing else "interruptions and faults")
-        )
+    if faults := sum(event.fault for event in timeline):
+        tiles.append(_tile(str(faults), f"interruptions and faults{'' if missing else ' overcome'}"))
     return join_markup(tag("h1", run_data.recipe.name, state), said, told, tag("div", *tiles, class_="tiles"))
 
 
@@ -95,7 +78,6 @@ def _tile(value: object, name: str) -> Markup:
 def _model_section(run_data: RunData) -> Markup:
     recipe, plan = run_data.recipe, run_data.plan
     rows = {row["key"]: row for row in plan["rows"]}
-    target, meta = rows["end_to_end"], rows["pretrain"]
     settings = recipe.settings("finetune" if run_data.route("incubated") else "end_to_end")
 
     def model(row: dict[str, Any], blocks: list[list[int]]) -> Markup:
@@ -110,21 +92,12 @@ def _model_section(run_data: RunData) -> Markup:
     keys = settings.model.model_dump(exclude={"name", "args"}) | settings.model.args
     described = ", ".join([settings.model.name, *(f"{key} = {value}" for key, value in keys.items())])
     parts = "; module k only on part k" if recipe.data.decentralized else ""
-    pairs: list[tuple[str, object]] = [
-        ("model", described),
-        ("target", model(target, plan["target_depths"])),
-    ]
+    data = join_markup(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts)
+    pairs: dict[str, object] = {"model": described, "target": model(rows["end_to_end"], plan["target_depths"])}
     if run_data.route("incubated"):
-        pairs.append(("meta model", model(meta, plan["meta_depths"])))
-        pairs.append(("modules", f"{len(plan['target_depths'])}, initialised: {recipe.incubate.init}"))
-    pairs += [
-        (
-            "data",
-            join_markup(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts),
-        ),
-        ("seed", str(settings.train.seed)),
-    ]
-    return definitions(pairs)
+        pairs["meta model"] = model(rows["pretrain"], plan["meta_depths"])
+        pairs["modules"] = f"{len(plan['target_depths'])}, initialised: {recipe.incubate.init}"
+    return html.definitions({**pairs, "data": data, "seed": settings.train.seed})
 
 
 def _phases_section(run_data: RunData) -> Markup:
@@ -137,38 +110,28 @@ def _phases_section(run_data: RunData) -> Markup:
     for route in run_data.routes:
         for phase in route.phases:
             if phase is route.last and route.assembled:
-                done = tag("span", "done", class_="good")
-                rows.append(
-                    ["assembled", done, *(score_number(metric, route.assembled) for metric in metrics), *[NONE] * 6]
-                )
+                scored = [score_number(metric, route.assembled) for metric in metrics]
+                rows.append(["assembled", tag("span", "done", class_="good"), *scored, *[NONE] * 6])
             rows.append(_phase_row(phase, factor, metrics))
-    return join_markup(
-        table(head, rows),
-        tag(
-            "p",
-            f"{figures.join_titles(metrics)} on the validation {unit}. A module is scored as a hybrid: itself, and the"
-            " meta model around it. Device time: time, times the GPUs or CPU cores at work.",
-            class_="soft",
-        ),
+    note = (
+        f"{figures.join_titles(metrics)} on the validation {unit}. A module is scored as a hybrid: itself, and the"
+        " meta model around it. Device time: time, times the GPUs or CPU cores at work."
     )
+    return join_markup(table(head, rows), tag("p", note, class_="soft"))
 
 
 def _phase_row(phase: PhaseData, factor: float, metrics: Sequence[Metric]) -> list[object]:
-    spent, state = phase.spent, phase.status["state"]
-    if phase.result is None and phase.started:
-        state = f"{state}, {phase.status['percent']:.0f} %"
-    spent_on = phase.device_seconds
-    device = number(spent_on[0], f"{format_three_digits(spent_on[0])} {spent_on[1]}-s") if spent_on else NONE
     if not phase.started:
         return [phase.title, "not begun", *[NONE] * (len(metrics) + 6)]
+    state, spent_on = phase.status["state"], phase.device_seconds
+    if phase.result is None:
+        state = f"{state}, {phase.status['percent']:.0f} %"
+    device = number(spent_on[0], f"{format_three_digits(spent_on[0])} {spent_on[1]}-s") if spent_on else NONE
     return [
         phase.title,
         tag("span", state, class_="good" if state == "done" else "bad"),
         *(score_number(metric, phase.result) for metric in metrics),
-        number(spent["epochs"], f"{spent['epochs']:.3g}"),
-        html.count_number(spent["seen"]),
-        html.scaled_number(spent["flops"], factor),
-        html.duration_number(spent["seconds"]),
+        *cost_numbers(phase.spent, factor),
         device,
         len(phase.attempts),
     ]
@@ -177,59 +140,42 @@ def _phase_row(phase: PhaseData, factor: float, metrics: Sequence[Metric]) -> li
 # ------------------------------------------------------------------------------------------------ curves
 
 
-def _curves_section(run_data: RunData) -> list[Markup]:
+def _curves_section(run_data: RunData) -> Markup:
     routes = [(route.name, route) for route in run_data.routes if any(phase.points for phase in route.phases)]
     if not routes:
-        return [tag("h2", "Curves"), tag("p", "Nothing was logged yet.")]
+        return tag("p", "Nothing was logged yet.")
     unit = common_unit(phase.unit for phase in run_data.phases)
-    parts = [
-        tag("h2", "Curves"),
-        figure(
-            figures.render_svg(lambda: figures.draw_progress(routes)),
-            f"Phases one after another. Dots and lines: validation {unit}, whole models (meta model, assembled,"
-            " fine-tuned; end to end); rings: modules as hybrids; faint: loss of training, smoothed.",
-        ),
-    ]
+    caption = (
+        f"Phases one after another. Dots and lines: validation {unit}, whole models (meta model, assembled,"
+        " fine-tuned; end to end); rings: modules as hybrids; faint: loss of training, smoothed."
+    )
+    parts = [figure(figures.render_svg(figures.draw_progress, routes), caption)]
     if incubated := [(name, route) for name, route in routes if any(module.points for module in route.modules)]:
-        drawing = figures.render_svg(lambda: figures.draw_module_curves(incubated))
+        drawing = figures.render_svg(figures.draw_module_curves, incubated)
         parts.append(figure(drawing, "Each module in its hybrid, the meta model around it frozen; smoothed."))
-    return parts
+    return join_markup(*parts)
 
 
-def _compatibility_section(route: TrainingRoute) -> list[Markup]:
+def _compatibility_section(route: TrainingRoute) -> Markup:
     scored = [phase for phase in route.modules if phase.status["partial"] and phase.result]
-    title = tag("h2", "Do the modules fit?")
     if not scored:
-        return [title, tag("p", "No module was scored beside others yet.")]
+        return tag("p", "No module was scored beside others yet.")
     headline, unit = scored[0].headline, scored[0].unit
     metrics = metric_columns(phase.metrics for phase in scored)
     rows = []
     for phase in sorted(scored, key=lambda phase: len(phase.status["partial"]["joined"])):
         partial = phase.status["partial"]
-        joined = ", ".join(map(str, partial["joined"]))
-        rows.append(
-            [
-                phase.title,
-                joined,
-                score_number(headline, phase.result),
-                *(score_number(metric, partial) for metric in metrics),
-            ]
-        )
+        scores = [score_number(headline, phase.result), *(score_number(metric, partial) for metric in metrics)]
+        rows.append([phase.title, ", ".join(map(str, partial["joined"])), *scores])
     beside = [f"beside those, {headline.column}", *(metric.column for metric in metrics[1:])]
     head = ["in the order of finishing", "modules in", f"hybrid, {headline.column}", *beside]
-    return [
-        title,
-        tag(
-            "p",
-            "Before fine-tuning: each module when it was finished, beside those that were, the meta model in place of"
-            " the others. With all modules in it is the assembled model.",
-        ),
-        figure(
-            figures.render_svg(lambda: figures.draw_compatibility(route)),
-            f"{figures.join_titles([headline])} on the validation {unit}.",
-        ),
-        table(head, rows),
-    ]
+    note = (
+        "Before fine-tuning: each module when it was finished, beside those that were, the meta model in place of"
+        " the others. With all modules in it is the assembled model."
+    )
+    drawing = figures.render_svg(figures.draw_compatibility, route)
+    caption = f"{figures.join_titles([headline])} on the validation {unit}."
+    return join_markup(tag("p", note), figure(drawing, caption), table(head, rows))
 
 
 # ------------------------------------------------------------------------------------------------ costs
@@ -292,7 +238,7 @@ def _cost_summary(run_data: RunData) -> Markup:
 # ------------------------------------------------------------------------------------------------ events and machines
 
 
-def _timeline_section(run_data: RunData, timeline: Sequence[TimelineEvent]) -> Markup:
+def _timeline_section(timeline: Sequence[TimelineEvent]) -> Markup:
     faults = [event for event in timeline if event.fault]
     said = f"{len(faults)} interruptions and faults." if len(faults) > 1 else "One interruption." if faults else ""
     rows = [[event.when, tag("span", event.text, class_="bad") if event.fault else event.text] for event in timeline]
@@ -301,31 +247,25 @@ def _timeline_section(run_data: RunData, timeline: Sequence[TimelineEvent]) -> M
 
 def _environment_section(run_data: RunData) -> Markup:
     attempts = [attempt for phase in run_data.phases for attempt in phase.attempts]
-    machines = Counter(
-        f"{each['device']}, {each['world']} rank{'s' if each['world'] > 1 else ''}"
-        + (
-            f" of {each['threads']} thread{'s' if each['threads'] > 1 else ''}"
-            if each["device"].startswith("CPU")
-            else ""
-        )
-        + (f", {each['sharding']}" if each["world"] > 1 else "")
-        for each in attempts
-        if "device" in each
-    )
-    versions = Counter(
-        ", ".join(f"{name} {version}" for name, version in each["versions"].items())
-        for each in attempts
-        if "versions" in each
-    )
+    versions = [each["versions"].items() for each in attempts if "versions" in each]
+    pairs = {
+        "devices": _list_by_count(_format_device(each) for each in attempts if "device" in each),
+        "versions": _list_by_count(", ".join(f"{name} {version}" for name, version in each) for each in versions),
+        "hosts": ", ".join(sorted({attempt["host"] for attempt in attempts})) or "none yet",
+    }
+    return html.definitions(pairs)
 
-    def listed(found: Counter[str]) -> str:
-        several = len(found) > 1
-        return (
-            "; ".join(f"{what} ({n} attempts)" if several else what for what, n in found.most_common()) or "not noted"
-        )
 
-    hosts = ", ".join(sorted({attempt["host"] for attempt in attempts})) or "none yet"
-    return definitions([("devices", listed(machines)), ("versions", listed(versions)), ("hosts", hosts)])
+def _format_device(attempt: dict[str, Any]) -> str:
+    text = f"{attempt['device']}, {attempt['world']} rank{'s' if attempt['world'] > 1 else ''}"
+    if attempt["device"].startswith("CPU"):
+        text += f" of {attempt['threads']} thread{'s' if attempt['threads'] > 1 else ''}"
+    return f"{text}, {attempt['sharding']}" if attempt["world"] > 1 else text
+
+
+def _list_by_count(texts: Iterable[str]) -> str:
+    found = Counter(texts).most_common()
+    return "; ".join(f"{text} ({n} attempts)" if len(found) > 1 else text for text, n in found) or "not noted"
 
 
 def _verification_section(findings: Sequence[Finding]) -> Markup:
@@ -333,8 +273,7 @@ def _verification_section(findings: Sequence[Finding]) -> Markup:
     bad = [each for each in findings if each.verdict in (Verdict.DAMAGED, Verdict.STALE)]
     words = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
     said = tag("p", f"Artifacts and results, hashed for this page: {words}.", class_="bad" if bad else "good")
-    more = tag(
-        "p", "Data and resume checkpoints were not read for it: ", tag("code", "bigincubate verify"), " reads all."
-    )
-    rows = [[each.part, join_markup(escape_text(each.verdict), ": ", str(each.path), " ", each.why)] for each in bad]
+    command = tag("code", "bigincubate verify")
+    more = tag("p", "Data and resume checkpoints were not read for it: ", command, " reads all.")
+    rows = [[each.part, f"{each.verdict}: {each.path} {each.why}"] for each in bad]
     return join_markup(said, table(["part", "problem"], rows, words=True) if rows else "", more)

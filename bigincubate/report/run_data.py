@@ -7,10 +7,10 @@ from functools import cached_property
 from typing import Any
 
 from ..config import Recipe
-from ..files import read_json, read_json_lines
+from ..files import read_json_lines
 from ..storage.run_directory import RunDir
 from ..tasks.metric import Metric, planned_metrics
-from .status import run_status
+from .status import read_plan, run_status
 
 COSTS = ("epochs", "seen", "flops", "seconds")
 NO_COST = dict.fromkeys(COSTS, 0.0)
@@ -98,14 +98,13 @@ class PhaseData:
         """
         made: list[Point] = []
         seconds: list[float] = []
-        last = 0
+        measured, last = 0.0, 0
         for row in self.rows:
-            seen = (row["step"] - last) * self.planned["batch_size"]
-            rate = row.get(f"perf/{self.unit}_per_sec")
-            before = seconds[-1] if seconds else 0.0
-            seconds.append(before + seen / rate if rate else before)
-            last = row["step"] if rate else last
-        whole = self.result["seconds"] / seconds[-1] if self.result and seconds and seconds[-1] else 1.0
+            if rate := row.get(f"perf/{self.unit}_per_sec"):
+                measured += (row["step"] - last) * self.planned["batch_size"] / rate
+                last = row["step"]
+            seconds.append(measured)
+        whole = self.result["seconds"] / measured if self.result and measured else 1.0
         for row, elapsed in zip(self.rows, seconds, strict=True):
             cost = {**self.cost(row["step"]), "seconds": elapsed * whole}
             metrics = {m.name: row[tag] for m in self.metrics if (tag := f"val/{m.name}") in row}
@@ -122,10 +121,7 @@ class PhaseData:
     def spent(self) -> dict[str, float]:
         """Return the cost of the phase so far."""
         if self.result:
-            return {
-                **self.cost(self.result["steps"]),
-                **{key: self.result[key] for key in ("seen", "flops", "seconds")},
-            }
+            return self.cost(self.result["steps"]) | {key: self.result[key] for key in ("seen", "flops", "seconds")}
         return self.points[-1].cost if self.points else NO_COST
 
     @property
@@ -239,9 +235,7 @@ def read_run(run: RunDir) -> RunData:
     Raises:
         ArtifactError: not a run directory, or nothing has been planned in it yet.
     """
-    recipe, status = run.load_recipe(), {row["phase"]: row for row in run_status(run)}
-    plan = read_json(run.path / "plan.json")
-    assert plan is not None  # else there is no status
+    recipe, plan, status = run.load_recipe(), read_plan(run), {row["phase"]: row for row in run_status(run)}
     phases = {row["key"]: _phase(run, row, status[row["key"]]) for row in plan["rows"] if row["key"] in status}
     baseline = phases.pop("end_to_end", None)
     routes = [TrainingRoute("incubated", list(phases.values()), run.assembled.result)]

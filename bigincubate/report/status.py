@@ -45,7 +45,7 @@ def read_plan(run: RunDir) -> dict[str, Any]:
         ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
     """
     plan = read_json(run.path / "plan.json")
-    if plan is None or "rows" not in plan:
+    if plan is None or not {"rows", "data"} <= plan.keys():
         run.load_recipe()
         raise ArtifactError(f"nothing has run in {run.path} yet")
     return plan
@@ -62,7 +62,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     measured = planned_metrics(planned)
     logged = {metric.name: metrics[tag] for metric in measured if (tag := f"val/{metric.name}") in metrics}
     left = (planned["steps"] - step) * planned["batch_size"]
-    checkpoints = sorted(int(path.parent.name[5:]) for path in folder.checkpoints.glob("step-*/COMMITTED"))
+    checkpoints = (int(path.parent.name[5:]) for path in folder.checkpoints.glob("step-*/COMMITTED"))
     return {
         "state": state,
         "step": step,
@@ -76,7 +76,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
         "eta_seconds": left / rate if rate and state == "running" else None,
         "attempts": len(attempts),
         "partial": folder.partial,
-        "checkpoint": checkpoints[-1] if checkpoints else None,
+        "checkpoint": max(checkpoints, default=None),
         "error": attempts[-1].get("error") if attempts and state == "failed" else None,
     }
 

@@ -15,6 +15,19 @@ ENDS = {
     "running": "ended without a word (killed, or its machine was lost)",
     "failed": "failed",
 }
+EVENTS = {  # texts of the rows of ``events.jsonl``
+    "created": "created from the recipe {recipe}",
+    "recipe_changed": "recipe changed: {changes}",
+    "done": "{title}: done after {steps:,} steps",
+    "shared_loader": "co-trained: {made:,} batches made, {sent:,} sent to modules",
+    "partial_assembly": "{title}: scored beside the modules that were finished ({joined})",
+    "rolled_back": "{title}: too many gradients were not finite at step {step:,}; back to step {to:,}",
+    "made_again": "{title}: made again: {reason}",
+    "submitted": "submitted: job {job} ({kind}{modules})",
+    "cancelled": "cancelled: jobs {jobs}",
+    "baseline": "an end-to-end baseline was asked for",
+}
+FAULTS = ("rolled_back", "made_again", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -67,33 +80,14 @@ def _attempts(phase: PhaseData) -> Iterator[TimelineEvent]:
 
 
 def _event(event: dict[str, Any], titles: dict[str, str]) -> TimelineEvent:
-    kind, time = event["event"], event["time"]
-    title = titles.get(event.get("phase", ""), event.get("phase", ""))
-    match kind:
-        case "created":
-            return TimelineEvent(time, f"created from the recipe {event['recipe']}")
-        case "recipe_changed":
-            return TimelineEvent(time, f"recipe changed: {'; '.join(event['changes'])}")
-        case "done":
-            return TimelineEvent(time, f"{title}: done after {event['steps']:,} steps")
-        case "shared_loader":
-            return TimelineEvent(time, f"co-trained: {event['made']:,} batches made, {event['sent']:,} sent to modules")
-        case "partial_assembly":
-            return TimelineEvent(
-                time, f"{title}: scored beside the modules that were finished ({format_ranges(event['joined'])})"
-            )
-        case "rolled_back":
-            text = (
-                f"{title}: too many gradients were not finite at step {event['step']:,}; back to step {event['to']:,}"
-            )
-            return TimelineEvent(time, text, fault=True)
-        case "made_again":
-            return TimelineEvent(time, f"{title}: made again: {event['reason']}", fault=True)
-        case "submitted":
-            modules = f", modules {format_ranges(event['modules'])}" if event["modules"] else ""
-            return TimelineEvent(time, f"submitted: job {event['job']} ({event['kind']}{modules})")
-        case "cancelled":
-            return TimelineEvent(time, f"cancelled: jobs {', '.join(event['jobs'])}", fault=True)
-        case "baseline":
-            return TimelineEvent(time, "an end-to-end baseline was asked for")
-    return TimelineEvent(time, kind.replace("_", " "))
+    """Return the event of a row of ``events.jsonl``."""
+    kind, phase, modules = event["event"], event.get("phase", ""), event.get("modules")
+    fields = event | {
+        "title": titles.get(phase, phase),
+        "changes": "; ".join(event.get("changes", ())),
+        "jobs": ", ".join(event.get("jobs", ())),
+        "joined": format_ranges(event.get("joined", [])),
+        "modules": f", modules {format_ranges(modules)}" if modules else "",
+    }
+    text = EVENTS[kind].format(**fields) if kind in EVENTS else kind.replace("_", " ")
+    return TimelineEvent(event["time"], text, fault=kind in FAULTS)
