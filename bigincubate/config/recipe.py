@@ -10,20 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from .sections import (
-    PHASES,
-    CheckpointConfig,
-    DataConfig,
-    EndToEndConfig,
-    IncubateConfig,
-    LogConfig,
-    MetaConfig,
-    Phase,
-    PhaseConfig,
-    PlanConfig,
-    Settings,
-    execution_field,
-)
+from . import sections
+from .sections import PHASES, Phase, PhaseConfig, Settings, execution_field
 from .slurm import SlurmConfig
 
 
@@ -32,15 +20,15 @@ class Recipe(Settings):
 
     name: str = execution_field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = execution_field("")
-    data: DataConfig = DataConfig()
-    plan: PlanConfig
-    meta: MetaConfig = MetaConfig()
+    data: sections.DataConfig = sections.DataConfig()
+    plan: sections.PlanConfig
+    meta: sections.MetaConfig = sections.MetaConfig()
     pretrain: PhaseConfig = PhaseConfig()
-    incubate: IncubateConfig = IncubateConfig()
+    incubate: sections.IncubateConfig = sections.IncubateConfig()
     finetune: PhaseConfig = PhaseConfig()
-    end_to_end: EndToEndConfig = EndToEndConfig()
-    log: LogConfig = LogConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    end_to_end: sections.EndToEndConfig = sections.EndToEndConfig()
+    log: sections.LogConfig = sections.LogConfig()
+    checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
     slurm: SlurmConfig = SlurmConfig()
 
     def phase_overrides(self, phase: Phase) -> PhaseConfig:
@@ -51,12 +39,11 @@ class Recipe(Settings):
     def settings(self, phase: Phase) -> Settings:
         """Return the settings of a phase: its own values over the common ones."""
         own = self.phase_overrides(phase)
-        return Settings(
-            **{
-                key: type(getattr(self, key)).model_validate(merge(getattr(self, key).model_dump(), getattr(own, key)))
-                for key in Settings.model_fields
-            }
-        )
+        tables: dict[str, Any] = {}
+        for key in Settings.model_fields:
+            common = getattr(self, key)
+            tables[key] = type(common).model_validate(merge(common.model_dump(), getattr(own, key)))
+        return Settings(**tables)
 
     @cached_property
     def identity(self) -> dict[str, Any]:

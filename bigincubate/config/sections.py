@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from .objects import OBJECT_NAME
 
@@ -291,20 +291,14 @@ class Settings(ConfigTable):
         return self
 
 
-class PhaseConfig(ConfigTable):
+# a phase may override keys of every table of `Settings`
+_OVERRIDES: dict[str, Any] = {table: (dict[str, Any], {}) for table in Settings.model_fields}
+PhaseTables: type[ConfigTable] = create_model("PhaseTables", __base__=ConfigTable, **_OVERRIDES)
+
+
+class PhaseConfig(PhaseTables):
     """The settings that a phase overrides; all others come from the common tables."""
 
-    task: dict[str, Any] = Field(default_factory=dict)
-    model: dict[str, Any] = Field(default_factory=dict)
-    train: dict[str, Any] = Field(default_factory=dict)
-    optim: dict[str, Any] = Field(default_factory=dict)
-    schedule: dict[str, Any] = Field(default_factory=dict)
-    augment: dict[str, Any] = Field(default_factory=dict)
-    mixup: dict[str, Any] = Field(default_factory=dict)
-    drop_path: dict[str, Any] = Field(default_factory=dict)
-    loss: dict[str, Any] = Field(default_factory=dict)
-    ema: dict[str, Any] = Field(default_factory=dict)
-    sharding: dict[str, Any] = Field(default_factory=dict)
     export: Literal["raw", "ema"] = "raw"  # which weights become the artifact of the phase
 
 
