@@ -53,7 +53,6 @@ class HelperJob:
         Raises:
             OSError: A process could not be started, or the folder not be made.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         logs = [folder / (f"{self.log}.{rank}.log" if rank else f"{self.log}.log") for rank in range(nproc)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
         self.ranks = RankGroup.start(self.command(modules), environment, logs)
@@ -154,7 +153,6 @@ class LocalRunner:
             parallel: Number of jobs that share the cores of this machine.
         """
         logs = [self._log_file(job, rank) for rank in range(self.nproc)]
-        logs[0].parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "bigincubate", "train", str(self.run.recipe_file)]
         command += ["--run-dir", str(self.run.path), "--phase", job.phase]
         command += ["--module", str(job.module)] if job.module is not None else []

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..planning.job_graph import Job
 from ..storage.metrics_log import read_last_metrics
 from ..storage.run_directory import PhaseDir
-
-if TYPE_CHECKING:
-    from ..planning.job_graph import Job
 
 
 class ProgressReporter:

@@ -45,12 +45,13 @@ class RankGroup:
         Args:
             command: Program and arguments.
             environment: Environment variables of every rank, to which those of the rank are added.
-            logs: One file per rank, to which the rank's output is appended.
+            logs: One file per rank, to which the rank's output is appended, in a folder that is created if needed.
 
         Raises:
             OSError: A rank could not be started. Then none is left running.
         """
         world = len(logs)
+        logs[0].parent.mkdir(parents=True, exist_ok=True)
         store, store_variables = create_rendezvous_store() if world > 1 else (None, {})
         processes: list[Popen[bytes]] = []
         try:
