@@ -62,7 +62,4 @@ def checkpoint_prune(
     from ..storage.checkpoint_tools import prune_checkpoints
 
     removed = prune_checkpoints(folder, keep=keep, queue=SlurmQueue())
-    for path in removed:
-        say(f"removed  {path}")
-    if not removed:
-        say("nothing to remove")
+    say("\n".join(f"removed  {path}" for path in removed) or "nothing to remove")

@@ -6,6 +6,7 @@ import importlib.metadata
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 # package -> (whether nothing works without it, what for)
@@ -34,14 +35,12 @@ def examine() -> Iterator[dict[str, Any]]:
         except importlib.metadata.PackageNotFoundError:
             found = None
         yield _check(name, found is not None, needed, f"{name} {found or 'is not installed'} ({purpose})")
-    try:
+    with suppress(ImportError):  # of torch, which is missing: said above
         import torch
 
         count = torch.cuda.device_count()
         name = f"{count} x {torch.cuda.get_device_name(0)}" if count else "no CUDA device; training runs on the CPU"
         yield _check("gpu", count > 0, False, name)
-    except ImportError:
-        pass  # said above
     for name, purpose in PROGRAMS.items():
         path = shutil.which(name)
         yield _check(name, path is not None, False, f"{name}: {path or 'not found'} ({purpose})")

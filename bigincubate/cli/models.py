@@ -33,7 +33,7 @@ def data_prepare(
     """Write images as hashed MDS shards for training. Run again after an interruption, it resumes."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from ..data.partitions import PartitionFunction, partition_by_class, partition_by_hash, partition_from_file
+    from ..data.partitions import partition_by_class, partition_by_hash, partition_from_file
     from ..data.prepare import prepare_dataset
 
     ways = {"class": partition_by_class, "hash": partition_by_hash}
@@ -41,9 +41,7 @@ def data_prepare(
         raise ConfigError(f"--balanced {balanced}: there are class and hash")
     if by is not None and parts is not None:
         raise ConfigError("--by FILE says which parts there are: leave out --parts")
-    cut: PartitionFunction | None = (
-        partial(partition_from_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
-    )
+    cut = partial(partition_from_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(), disable=not console().is_terminal) as progress:
         bar = progress.add_task("preparing", total=None)
