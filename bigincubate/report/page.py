@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from ..tasks.metric import Metric
@@ -49,7 +50,7 @@ def render_report(run_data: RunData, findings: Sequence[Finding]) -> str:
 
 
 def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
-    missing = run_data.missing
+    missing = [title for route in run_data.routes for title in route.missing]
     state = tag("span", "unfinished" if missing else "done", class_="state" if missing else "state done")
     said = tag("p", run_data.recipe.description, class_="soft") if run_data.recipe.description else Markup()
     told = tag("p", f"Not there yet: {', '.join(missing)}.", class_="missing") if missing else Markup()
@@ -184,18 +185,11 @@ def _compatibility_section(route: TrainingRoute) -> Markup:
 def _cost_section(run_data: RunData) -> Markup:
     incubated, baseline = run_data.route("incubated"), run_data.route("end to end")
     planned = next(row for row in run_data.plan["rows"] if row["key"] == "end_to_end")["total_flops"]
-    bars: list[tuple[str, list[tuple[str, float]]]] = []
-    if incubated:
-        done = [(str(phase.planned["phase"]), phase.spent["flops"]) for phase in incubated.phases]
-        rest = sum(phase.planned["total_flops"] for phase in incubated.phases if phase.result is None)
-        left = max(0.0, rest - sum(phase.spent["flops"] for phase in incubated.phases if phase.result is None))
-        bars.append(("incubated", [*done, ("planned", left)]))
-    done = [("end_to_end", baseline.spent["flops"] if baseline else 0.0)]
-    left = 0.0 if baseline and not baseline.missing else max(0.0, planned - done[0][1])
-    bars.append(("end to end", [*done, ("end_to_end planned", left)]))
-    longest = max(sum(amount for _, amount in parts) for _, parts in bars) or 1.0
+    bars = {"incubated": _bar(incubated, "planned")} if incubated else {}
+    bars["end to end"] = _bar(baseline, "end_to_end planned") if baseline else [("end_to_end planned", planned)]
+    longest = max(sum(amount for _, amount in parts) for parts in bars.values()) or 1.0
     lines = []
-    for name, parts in bars:
+    for name, parts in bars.items():
         widths = [(kind, amount) for kind, amount in parts if amount]
         inside = [tag("i", "", class_=kind, style=f"width:{100 * amount / longest:.2f}%") for kind, amount in widths]
         spent = sum(amount for kind, amount in parts if "planned" not in kind)
@@ -205,6 +199,13 @@ def _cost_section(run_data: RunData) -> Markup:
     keys = join_markup(*(tag("span", title, class_=f"key {kind}") for kind, title in kinds.items()))
     key = tag("p", keys, tag("span", "\u2002pale: planned, not spent", class_="soft"))
     return join_markup(tag("div", *lines, class_="bars"), key, _cost_summary(run_data))
+
+
+def _bar(route: TrainingRoute, rest: str) -> list[tuple[str, float]]:
+    """Return the kind and the FLOPs of each part of a bar: what each phase spent, then as ``rest`` what is left."""
+    unfinished = [phase for phase in route.phases if phase.result is None]
+    left = sum(phase.planned["total_flops"] for phase in unfinished) - sum(phase.spent["flops"] for phase in unfinished)
+    return [*((str(phase.planned["phase"]), phase.spent["flops"]) for phase in route.phases), (rest, max(0.0, left))]
 
 
 def _cost_summary(run_data: RunData) -> Markup:
@@ -241,8 +242,12 @@ def _cost_summary(run_data: RunData) -> Markup:
 def _timeline_section(timeline: Sequence[TimelineEvent]) -> Markup:
     faults = [event for event in timeline if event.fault]
     said = f"{len(faults)} interruptions and faults." if len(faults) > 1 else "One interruption." if faults else ""
-    rows = [[event.when, tag("span", event.text, class_="bad") if event.fault else event.text] for event in timeline]
-    return join_markup(tag("p", said or "Nothing interrupted it."), table(["UTC", "what"], rows, words=True))
+    times = [f"{datetime.fromtimestamp(event.time, UTC):%Y-%m-%d %H:%M:%S}" for event in timeline]
+    texts = [tag("span", event.text, class_="bad") if event.fault else event.text for event in timeline]
+    return join_markup(
+        tag("p", said or "Nothing interrupted it."),
+        table(["UTC", "what"], list(zip(times, texts, strict=True)), words=True),
+    )
 
 
 def _environment_section(run_data: RunData) -> Markup:

@@ -217,11 +217,6 @@ class RunData:
         """Return the phases of all routes."""
         return [phase for route in self.routes for phase in route.phases]
 
-    @property
-    def missing(self) -> list[str]:
-        """Return the titles of the phases that are not done."""
-        return [title for route in self.routes for title in route.missing]
-
     def route(self, name: str) -> TrainingRoute | None:
         """Return the route of a name, or None."""
         return next((route for route in self.routes if route.name == name), None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from .console_tables import format_ranges
@@ -44,11 +43,6 @@ class TimelineEvent:
     text: str
     fault: bool = False
 
-    @property
-    def when(self) -> str:
-        """Return the time (UTC) as text."""
-        return f"{datetime.fromtimestamp(self.time, UTC):%Y-%m-%d %H:%M:%S}"
-
 
 def build_timeline(run_data: RunData) -> list[TimelineEvent]:
     """Return all events of a run, oldest first."""
@@ -74,9 +68,8 @@ def _attempts(phase: PhaseData) -> Iterator[TimelineEvent]:
             yield TimelineEvent(attempt["time"], f"{attempt_name}: {ENDS.get(state, ENDS['running'])}{why}", fault=True)
     for requeue in phase.requeues:
         where = f"step {requeue['checkpoint']}" if requeue["checkpoint"] is not None else "the beginning"
-        yield TimelineEvent(
-            requeue["time"], f"{phase.title}: requeued to go on from {where}: {requeue['reason']}", fault=True
-        )
+        text = f"{phase.title}: requeued to go on from {where}: {requeue['reason']}"
+        yield TimelineEvent(requeue["time"], text, fault=True)
 
 
 def _event(event: dict[str, Any], titles: dict[str, str]) -> TimelineEvent:
