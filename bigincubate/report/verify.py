@@ -11,6 +11,7 @@ from typing import Any
 from ..config import Recipe
 from ..data.dataset import find_damaged_shards, open_dataset
 from ..errors import ArtifactError, DataError
+from ..files import read_json
 from ..launchers.slurm.job_queue import SlurmQueue
 from ..planning.identity import expected_lineage, phase_inputs
 from ..planning.prepare_run import data_path
@@ -18,7 +19,6 @@ from ..storage.artifacts import Lineage, check_lineage, verify_artifact
 from ..storage.checkpoint_tools import list_checkpoints
 from ..storage.lease import current_owner
 from ..storage.run_directory import PhaseDir, RunDir
-from .status import read_plan
 
 
 class Verdict(StrEnum):
@@ -71,7 +71,9 @@ def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
     Raises:
         ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
     """
-    recipe, plan = run.load_recipe(), read_plan(run)
+    recipe, plan = run.load_recipe(), read_json(run.path / "plan.json")
+    if plan is None or not {"rows", "data"} <= plan.keys():
+        raise ArtifactError(f"nothing has run in {run.path} yet")
     if everything:
         yield from _data(recipe, run, plan["data"])
     stale: dict[str, str] = {}
