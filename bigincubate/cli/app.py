@@ -15,7 +15,7 @@ from .. import __version__
 if TYPE_CHECKING:
     from ..storage.run_directory import RunDir
 else:
-    RunDir = Any  # its module takes a while to import: only commands that need it do so, in `_run_dir`
+    RunDir = Path  # what --help shows. The class takes a while to import: only `_run_dir` does, when a command runs
 
 app = typer.Typer(
     name="bigincubate",
@@ -39,7 +39,7 @@ def _run_dir(path: str) -> RunDir:
 
 RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="A shipped recipe's name, or a .toml file.")]
 RunDirOption = Annotated[
-    RunDir, Option("--run-dir", metavar="PATH", parser=_run_dir, help="The run's directory; made where it is missing.")
+    RunDir, Option("--run-dir", parser=_run_dir, help="The run's directory; made where it is missing.")
 ]
 SetOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.lr=1e-3")
