@@ -75,8 +75,7 @@ def size_of(*tensors: Tensor) -> int:
 
 
 def measure_add_branch(request: Request) -> list[Line]:
-    from bigincubate.kernels.branch import add_branch
-    from bigincubate.kernels.branch import _eager
+    from bigincubate.kernels.branch import _eager, add_branch
 
     rows, tokens, channels = (8, 5, 24) if request.sizes.toy else (256, 197, 768)
     lines = []
