@@ -48,8 +48,6 @@ def write_vectors(folder: Path, *, train: int = 256, val: int = 64) -> Path:
 class VectorTransform:
     """Vectors as they are, one row per sample."""
 
-    views_per_sample = 1
-
     def decode(self, record: dict[str, Any]) -> tuple[np.ndarray, float]:
         """Return the vector and its target."""
         return record["vector"], float(record["target"])
@@ -58,9 +56,9 @@ class VectorTransform:
         """Return the sample, and its bytes."""
         return sample, sample[0].nbytes
 
-    def views(self, sample: tuple[np.ndarray, float], epoch: int, sample_id: int) -> list[Any]:
+    def view(self, sample: tuple[np.ndarray, float], epoch: int, sample_id: int, repeat: int) -> Any:
         """Return the one view."""
-        return [sample]
+        return sample
 
     def collate(self, views: Sequence[tuple[np.ndarray, float]]) -> dict[str, Tensor]:
         """Return ``vectors`` [n, features] and ``targets`` [n], float32."""

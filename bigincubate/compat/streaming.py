@@ -2,7 +2,8 @@
 
 `streaming` numbers its shared memory from zero without a lock, so that jobs that start at the same time collide; it
 couples all ranks; and its threads that load ahead lose errors. Its private names that are used to avoid this:
-``shared.prefix._each_prefix_int``, ``_parallel_rank_world``, ``_shard_states``, ``_resume``, ``_each_sample_id``.
+``shared.prefix._each_prefix_int``, ``_parallel_worker_world``, ``_shard_states``, ``_resume``, ``_get_work``,
+``_each_sample_id``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch.distributed
+from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base import shared
 from streaming.base.world import World
@@ -25,10 +27,9 @@ LOCAL = 3  # streaming's state of a shard that is ready to read
 
 
 class IsolatedStreamingDataset(StreamingDataset):
-    """A `StreamingDataset` of one rank, independent of every other process.
+    """A `StreamingDataset` that is independent of every other process and leaves it to a subclass what is shown when.
 
-    Position j of an epoch belongs to rank j mod ``world``; neither the number of nodes nor that of workers matters.
-    A subclass implements `verify_shard`.
+    A subclass implements `verify_shard` and, if it is iterated over, `select` and ``__getitem__((sample id, repeat))``.
 
     The constructor reads the index and creates shared memory: `StreamingDataset` is designed so.
 
@@ -36,18 +37,15 @@ class IsolatedStreamingDataset(StreamingDataset):
         local: Folder of the data set.
         split: Subfolder of the split.
         prefix: Number that names the shared memory; no other live data set of this node may use it.
-        rank: The rank whose samples are iterated over.
-        world: Number of ranks.
         order: Further arguments of `StreamingDataset`.
 
     Attributes:
         verified: ``[num_shards]`` uint8, 1 for each shard that has been verified by any worker.
     """
 
-    def __init__(self, local: str, split: str, *, prefix: int, rank: int = 0, world: int = 1, **order: Any) -> None:
+    def __init__(self, local: str, split: str, *, prefix: int, **order: Any) -> None:
         with _as_single_process(prefix):
             super().__init__(local=local, split=split, **order)
-        self._parallel_rank_world = World(1, world, 1, rank)
         # shared by forked workers, and kept over epochs
         self.verified = np.frombuffer(mmap.mmap(-1, self.num_shards), np.uint8)
         # where persistent workers begin the next iteration: epoch, number of samples done in it
@@ -56,6 +54,16 @@ class IsolatedStreamingDataset(StreamingDataset):
     def verify_shard(self, shard_id: int) -> None:
         """Make a shard readable and set ``verified[shard_id]``. Also called from threads. Subclasses implement it."""
         raise NotImplementedError(f"{type(self).__name__} does not implement verify_shard")
+
+    def select(self, first_row: int, worker: int, workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return what a worker shows in an epoch: positions in the shuffled samples, and their numbers of repeat.
+
+        Args:
+            first_row: Number of rows of the epoch that are done, over all ranks.
+            worker: This loader worker.
+            workers: Number of loader workers of this rank.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement select")
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:
         """Begin the next iteration at ``epoch``, after ``sample_in_epoch`` samples (over all ranks).
@@ -79,12 +87,25 @@ class IsolatedStreamingDataset(StreamingDataset):
                 self.verify_shard(shard_id)
         self._shard_states[shard_id] = LOCAL
 
-    def _each_sample_id(self, it: Any) -> Iterator[int]:
-        """Skip streaming's threads, which look ahead at every sample, where all shards are verified."""
-        if not self.verified.all():
-            return (yield from super()._each_sample_id(it))
-        it.non_blocking_exit()
-        yield from map(int, it.sample_ids[it.sample_ids >= 0])
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        """Return the sample ids that this worker shows, from the shuffle of the whole epoch."""
+        own: World = self._unique_worker_world
+        self._parallel_worker_world = World(1, 1, 1, 0)
+        shuffled = super()._get_work(epoch, 0)
+        positions, self._repeats = self.select(sample_in_epoch, own.worker_of_rank, own.workers_per_rank)
+        return shuffled[shuffled >= 0][positions]
+
+    def _each_sample_id(self, it: Any) -> Iterator[tuple[int, int]]:
+        """Yield sample ids and their numbers of repeat.
+
+        Where all shards are verified, skip streaming's threads, which look ahead at every sample.
+        """
+        ids, repeats = it.sample_ids, self._repeats
+        if self.verified.all():
+            it.non_blocking_exit()
+        else:
+            ids = super()._each_sample_id(it)
+        yield from zip(map(int, ids), map(int, repeats), strict=False)
 
 
 @contextmanager

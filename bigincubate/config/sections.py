@@ -189,7 +189,9 @@ class AugmentConfig(ConfigTable):
     rand_augment: str | None = None  # e.g. "rand-m9-mstd0.5-inc1"
     three_augment: bool = False
     erase: Unit = 0.0
-    repeated_aug: Count = 1  # repeated augmentation: views of each sample in a batch
+    # repeated augmentation of DeiT: each sample is taken so often in succession, and an epoch keeps its length, so with
+    # 3 it shows about a third of the samples
+    repeated_aug: Count = 1
     distinct_epochs: Count | None = None  # epochs with different augmentations, then they repeat; None: all differ
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
@@ -283,11 +285,8 @@ class Settings(ConfigTable):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        batch_size, repeats = self.train.batch_size, self.augment.repeated_aug
-        if batch_size % repeats:
-            raise ValueError(f"train.batch_size = {batch_size} is no multiple of augment.repeated_aug = {repeats}")
-        if self.mixup.active and (batch_size // repeats) % 2:
-            raise ValueError("mixup pairs the halves of a batch: train.batch_size / augment.repeated_aug must be even")
+        if self.mixup.active and self.train.batch_size % 2:
+            raise ValueError("mixup pairs the halves of a batch: train.batch_size must be even")
         return self
 
 

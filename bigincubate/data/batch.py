@@ -13,13 +13,13 @@ from torch import Tensor
 class Batch:
     """One rank's share of a global batch, n rows.
 
-    A row is one view of a sample; in training each sample has R views (repeated augmentation).
+    A row is one view of a sample, which may have several in a batch (repeated augmentation).
 
     Attributes:
         columns: The task's tensors by name, each ``[n, ...]``.
         sample_ids: ``[n]`` int64, index of the sample in its split.
-        global_position: ``[n]`` int64, position p in the global batch; view v of its sample j has p = j * R + v.
-        rank_sample_index: ``[n]`` int64, index i among the samples of the rank; on rank r of W, j = i * W + r.
+        global_position: ``[n]`` int64, position p in the global batch.
+        rank_sample_index: ``[n]`` int64, index i among the rows of the rank; on rank r of W, p = i * W + r.
     """
 
     columns: dict[str, Tensor]
@@ -34,7 +34,7 @@ class Batch:
         return self.columns[name]
 
     def micro_batch(self, index: int, count: int) -> Batch:
-        """Return micro-batch ``index`` of ``count``: all views of the samples i with i mod count = index."""
+        """Return micro-batch ``index`` of ``count``: the rows i with i mod count = index."""
         if count == 1:
             return self
         rows = (self.rank_sample_index % count == index).nonzero().squeeze(1)

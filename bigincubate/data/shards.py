@@ -44,9 +44,7 @@ class RecordDecoder(Protocol):
 
 
 class Shards(IsolatedStreamingDataset):
-    """Samples of one split by their index, verified and decoded. Iterating yields them in the order of one rank.
-
-    Position j of an epoch belongs to rank j mod ``world``. Neither the number of nodes nor that of workers matters.
+    """Samples of one split by their index, verified and decoded.
 
     The constructor reads the split's index and creates shared memory, as that of `StreamingDataset` does.
 
@@ -55,8 +53,6 @@ class Shards(IsolatedStreamingDataset):
         split: ``"train"`` or ``"val"``.
         decoder: Decodes the records.
         remote: A URL from which missing shards are downloaded.
-        rank: The rank whose samples are iterated over.
-        world: Number of ranks.
         order: Further arguments of `StreamingDataset`.
 
     Attributes:
@@ -73,14 +69,12 @@ class Shards(IsolatedStreamingDataset):
         decoder: RecordDecoder,
         *,
         remote: str | None = None,
-        rank: int = 0,
-        world: int = 1,
         **order: Any,
     ) -> None:
         self.memory_prefix = claim_memory_prefix()
         self.folder, self.kind, self.decoder = info.path / split, info.schema.kind, decoder
         self.source = f"{remote}/{split}" if remote else None
-        super().__init__(str(info.path), split, prefix=self.memory_prefix, rank=rank, world=world, **order)
+        super().__init__(str(info.path), split, prefix=self.memory_prefix, **order)
         self._names = [str(self._file(number)) for number in range(self.num_shards)]
         self._decoded: dict[int, Any] = {}  # all samples read so far, if the whole split fits
         self._bytes_left = DECODED_CACHE_BYTES

@@ -18,17 +18,17 @@ from ..errors import ConfigError, ExternalError
 from ..seeds import shuffle_seed
 from .batch import Batch
 from .dataset import DatasetInfo
+from .epoch_layout import EpochLayout
 from .rng import preserve_rng_state
-from .views import Row, SampleTransform, Views, collate
+from .views import Row, SampleTransform, TrainViews, Views, collate
 
 
 class TrainStream:
     """An endless stream of the training batches of one rank.
 
-    The step determines epoch and position. An epoch has floor(N / (batch_size / R)) batches, for N samples with R views
-    each: a shuffle of the samples without its tail. The batches do not depend on the number of workers; rank r of W
-    gets the samples j with j mod W = r. (With several `canonical_nodes` that do not divide N, streaming repeats up to
-    that many samples at the end of its shuffle.)
+    The step determines epoch and position. An epoch is a shuffle of the samples, cut as `EpochLayout` says. The batches
+    do not depend on the number of workers. (With several `canonical_nodes` that do not divide the number of samples,
+    streaming repeats up to that many samples at the end of its shuffle.)
 
     The constructor opens the shards, as `Shards` does.
 
@@ -37,7 +37,8 @@ class TrainStream:
         data: The data settings.
         transform: Makes the rows of a batch.
         seed: The seed of the shuffles.
-        batch_size: Number of rows of a global batch, over all ranks and views.
+        batch_size: Number of rows of a global batch, over all ranks.
+        repeats: Rows of each sample (repeated augmentation).
         rank: This rank.
         world: Number of ranks.
 
@@ -56,31 +57,24 @@ class TrainStream:
         *,
         seed: int,
         batch_size: int,
+        repeats: int = 1,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         samples = info.samples["train"]
         if data.train_samples not in (None, info.epoch):
             raise ConfigError(f"data.train_samples = {data.train_samples}, but {info.path} holds {info.epoch}")
-        self._distinct = batch_size // transform.views_per_sample  # samples of a global batch
-        if self._distinct % world:
-            raise ConfigError(
-                f"train.batch_size / augment.repeated_aug = {self._distinct} cannot be shared evenly by {world} ranks"
-            )
-        self.steps_per_epoch = samples // self._distinct
-        if not self.steps_per_epoch:
-            raise ConfigError(
-                f"a batch takes {self._distinct} samples, {info.path} holds {samples}: lower train.batch_size"
-            )
-        self._rank, self._world, self._views_per_sample = rank, world, transform.views_per_sample
-        share = self._distinct // world
-        views = Views(
+        if batch_size % world:
+            raise ConfigError(f"train.batch_size = {batch_size} cannot be shared evenly by {world} ranks")
+        self._layout = EpochLayout(samples, batch_size, repeats, rank, world)
+        self._layout.check(str(info.path))
+        self.steps_per_epoch = self._layout.steps
+        share = batch_size // world
+        views = TrainViews(
             info,
-            "train",
             transform,
+            self._layout,
             remote=data.remote,
-            rank=rank,
-            world=world,
             batch_size=share,
             partition_algo="orig",
             num_canonical_nodes=data.canonical_nodes,
@@ -102,10 +96,10 @@ class TrainStream:
         """
         while True:
             epoch, done = divmod(step, self.steps_per_epoch)
-            self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._distinct})
+            self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._layout.batch_size})
             with closing(iter(self._loader)) as loaded:
                 for rows in islice(_iterate_preserving_rng(loaded), self.steps_per_epoch - done):
-                    yield _batch(rows, rank=self._rank, world=self._world, views_per_sample=self._views_per_sample)
+                    yield _batch(rows, rank=self._layout.rank, world=self._layout.world)
                     step += 1
             if step % self.steps_per_epoch:
                 raise RuntimeError(f"the loader ended at step {step}, before the end of epoch {epoch}")
@@ -170,13 +164,12 @@ def _iterate_preserving_rng(loaded: Iterator[Any]) -> Iterator[Any]:
         yield rows
 
 
-def _batch(rows: tuple[Any, Any], *, rank: int, world: int, views_per_sample: int = 1, first: int = 0) -> Batch:
+def _batch(rows: tuple[Any, Any], *, rank: int, world: int, first: int = 0) -> Batch:
     ids, columns = rows
     if isinstance(columns, ExternalError):
         raise columns
-    local = torch.arange(first, first + len(ids)).repeat_interleave(views_per_sample)
-    positions = (local * world + rank) * views_per_sample + torch.arange(views_per_sample).repeat(len(ids))
-    return Batch(columns, ids.repeat_interleave(views_per_sample), positions, local)
+    index = torch.arange(first, first + len(ids))
+    return Batch(columns, ids, index * world + rank, index)
 
 
 def _loading(workers: int, transform: SampleTransform) -> dict[str, Any]:

@@ -1,33 +1,31 @@
-"""Datasets of views: a sample has several views in training, and one in validation."""
+"""Datasets of views: the rows of a batch, made of samples."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ExternalError
+from .dataset import DatasetInfo
+from .epoch_layout import EpochLayout
 from .shards import RecordDecoder, Shards
 
-Row = tuple[list[Any], int]  # the views of a sample, and its id
+Row = tuple[Any, int]  # a view of a sample, and the id of the sample
 
 
 class SampleTransform(RecordDecoder, Protocol):
-    """Turns records into the columns of a batch, as a task needs them.
+    """Turns records into the columns of a batch, as a task needs them."""
 
-    Attributes:
-        views_per_sample: Number of rows of a batch that a sample becomes.
-    """
+    def view(self, sample: Any, epoch: int, sample_id: int, repeat: int) -> Any:
+        """Return a view of a sample without changing it.
 
-    views_per_sample: int
-
-    def views(self, sample: Any, epoch: int, sample_id: int) -> list[Any]:
-        """Return the views of a sample without changing it.
-
-        They are a pure function of the sample, the seed, ``epoch`` and ``sample_id``.
+        It is a pure function of the sample, the seed, ``epoch``, ``sample_id`` and ``repeat``, which counts the views
+        of a sample in an epoch.
         """
 
     def collate(self, views: Sequence[Any]) -> dict[str, Tensor]:
@@ -35,16 +33,43 @@ class SampleTransform(RecordDecoder, Protocol):
 
 
 class Views(Shards):
-    """Samples as views; iterating yields them in the order of one rank. Iterate inside `preserve_rng_state`."""
+    """The samples of a split, one view each."""
 
     decoder: SampleTransform
 
-    def __getitem__(self, at: Any) -> Row | ExternalError:
+    def make_view(self, sample_id: int, repeat: int) -> Row | ExternalError:
+        """Return a view of a sample in the current epoch, or why it cannot be read."""
         try:
-            sample = self.read(at)
+            sample = self.read(sample_id)
         except ExternalError as error:
             return error
-        return self.decoder.views(sample, self.epoch, at), at
+        return self.decoder.view(sample, self.epoch, sample_id, repeat), sample_id
+
+    def __getitem__(self, at: Any) -> Row | ExternalError:
+        return self.make_view(at, 0)
+
+
+class TrainViews(Views):
+    """Views of training samples; iterating yields those of one rank. Iterate inside `preserve_rng_state`.
+
+    Args:
+        info: The data set.
+        transform: Makes the views.
+        layout: Which views an epoch has.
+        order: Further arguments of `Shards`.
+    """
+
+    def __init__(self, info: DatasetInfo, transform: SampleTransform, layout: EpochLayout, **order: Any) -> None:
+        super().__init__(info, "train", transform, **order)
+        self.layout = layout
+
+    def select(self, first_row: int, worker: int, workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the positions and repeats that a worker shows, from a row of the epoch on."""
+        return self.layout.select(first_row // self.layout.batch_size, worker, workers)
+
+    def __getitem__(self, at: Any) -> Row | ExternalError:
+        """Return the view ``(sample id, repeat)``."""
+        return self.make_view(*at)
 
 
 def collate(transform: SampleTransform, rows: list[Row | ExternalError]) -> tuple[Any, Any]:
@@ -57,4 +82,4 @@ def collate(transform: SampleTransform, rows: list[Row | ExternalError]) -> tupl
         if isinstance(row, ExternalError):
             return (), row
     views, ids = zip(*rows, strict=True)
-    return torch.tensor(ids), transform.collate(list(chain.from_iterable(views)))
+    return torch.tensor(ids), transform.collate(views)

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import Phase, Recipe, Settings
-from ..errors import ConfigError
+from ..data.epoch_layout import EpochLayout
 from ..optim.state_size import trainable_param_info
 from ..tasks.metric import Metric
 from ..tasks.registry import task_class
@@ -145,11 +145,10 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
     Raises:
         ConfigError: A batch needs more samples than there are.
     """
-    per_epoch = samples // (settings.train.batch_size // settings.augment.repeated_aug)
-    if per_epoch == 0:
-        raise ConfigError(f"train.batch_size = {settings.train.batch_size} is more than the {samples} training samples")
-    steps = round(settings.train.epochs * per_epoch)
-    return steps if settings.train.max_steps is None else min(steps, settings.train.max_steps), per_epoch
+    layout = EpochLayout(samples, settings.train.batch_size, settings.augment.repeated_aug)
+    layout.check()
+    steps = round(settings.train.epochs * layout.steps)
+    return steps if settings.train.max_steps is None else min(steps, settings.train.max_steps), layout.steps
 
 
 def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:

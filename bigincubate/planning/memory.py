@@ -130,7 +130,7 @@ def all_batches_divisible(recipe: Recipe, world: int) -> bool:
 
 def batch_divisible(settings: Settings, world: int) -> bool:
     """Return whether a phase's batch can be divided among ``world`` ranks."""
-    return settings.train.batch_size // settings.augment.repeated_aug % world == 0
+    return settings.train.batch_size % world == 0
 
 
 def _estimate_footprint(

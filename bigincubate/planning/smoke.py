@@ -25,9 +25,12 @@ def smoke(recipe: Recipe) -> dict[str, Any]:
     smallest = min(map(input_size, phases.values()))
 
     def small(settings: Settings) -> dict[str, dict[str, Any]]:
-        batch = 16 * settings.augment.repeated_aug
+        batch = 16
         warmup = min(settings.schedule.warmup_epochs, 2 * batch / SAMPLES)  # two steps
+        # a part of the made-up data is smaller than the 256 samples that repeated augmentation needs
+        augment = {"augment": {"repeated_aug": 1}} if recipe.data.decentralized else {}
         return {
+            **augment,
             "model": family.smoke_overrides(settings.model, larger_inputs=input_size(settings) > smallest),
             "train": {"batch_size": batch, "max_steps": 6, "micro_batch": batch},
             "schedule": {"warmup_epochs": warmup},

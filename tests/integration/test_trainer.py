@@ -63,14 +63,15 @@ def test_micro_batch_that_does_not_divide_is_refused(harness: Harnesses) -> None
         harness("train.micro_batch=1").trainer("pretrain")
 
 
-def test_repeats_show_each_sample_so_often_and_count_as_images(harness: Harnesses) -> None:
-    repeated = harness("augment.repeated_aug=4", "mixup.mixup=0.0")
+def test_repeated_augmentation_shows_a_sample_several_times_and_counts_views_as_images(harness: Harnesses) -> None:
+    repeated = harness("augment.repeated_aug=3", "mixup.mixup=0.0")
     trainer = repeated.trainer("pretrain")
     batch = next(trainer.parts.train_stream.batches(0))
     assert len(batch) == 32
-    assert len(set(batch.sample_ids.tolist())) == 8
-    assert trainer.parts.train_stream.steps_per_epoch == repeated.data.samples["train"] // 8
-    assert len({image.numpy().tobytes() for image in batch["images"]}) > 8  # views differ
+    assert len(set(batch.sample_ids.tolist())) == 11
+    steps = repeated.data.samples["train"] // 256 * 256 // 32
+    assert trainer.parts.train_stream.steps_per_epoch == trainer.parts.steps_per_epoch == steps
+    assert len({image.numpy().tobytes() for image in batch["images"]}) > 11  # views differ
     assert repeated.train("pretrain")["seen"] == 12 * 32
 
 

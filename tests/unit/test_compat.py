@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -46,8 +47,17 @@ def test_torch_fused_step_is_skipped_if_flag_is_set(optimizer: type[torch.optim.
 
 
 class AlwaysVerified(IsolatedStreamingDataset):
+    """Shows the second half of the shuffle, each sample twice."""
+
     def verify_shard(self, shard_id: int) -> None:
         self.verified[shard_id] = 1
+
+    def select(self, first_row: int, worker: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.arange(100 + first_row, 200)
+        return rows // 2, rows % 2
+
+    def __getitem__(self, at: tuple[int, int]) -> tuple[int, int]:
+        return super().__getitem__(at[0])["index"], at[1]
 
 
 @pytest.fixture
@@ -61,10 +71,10 @@ def mds(tmp_path: Path) -> str:
 
 def test_streaming_private_names_exist(mds: str) -> None:
     assert callable(shared.prefix._each_prefix_int)
-    for name in ("_resume", "_each_sample_id", "prepare_shard", "load_state_dict"):
+    for name in ("_resume", "_get_work", "_each_sample_id", "prepare_shard", "load_state_dict"):
         assert callable(getattr(StreamingDataset, name))
     data = AlwaysVerified(mds, "train", prefix=claim_memory_prefix())
-    assert data._parallel_rank_world.num_ranks == 1
+    assert data._unique_rank_world.num_ranks == data._parallel_rank_world.num_ranks == 1
     data.prepare_shard(1)
     assert data._shard_states[1] == LOCAL == _ShardState.LOCAL
     assert data.verified.tolist() == [0, 1] + [0] * (data.num_shards - 2)
@@ -80,29 +90,27 @@ def test_streaming_shared_memory_is_named_by_the_prefix(mds: str) -> None:
 
 
 @pytest.mark.parametrize("verified", [False, True])
-def test_streaming_positions_belong_to_ranks_in_turn_from_any_sample(mds: str, verified: bool) -> None:
-    def order(rank: int, world: int, **state: int) -> list[int]:
+def test_streaming_shows_what_is_selected_of_the_shuffle(mds: str, verified: bool) -> None:
+    def order(**state: int) -> list[tuple[int, int]]:
         options = {
             "partition_algo": "orig",
             "num_canonical_nodes": 1,
             "shuffle_algo": "py1s",
             "shuffle_block_size": 256,
         }
-        data = AlwaysVerified(
-            mds, "train", prefix=claim_memory_prefix(), rank=rank, world=world, batch_size=2, shuffle=True, **options
-        )
+        data = AlwaysVerified(mds, "train", prefix=claim_memory_prefix(), batch_size=3, shuffle=True, **options)
         if verified:
             data.verified[:] = 1
         data.load_state_dict({"epoch": 1, "sample_in_epoch": 0} | state)
-        return [sample["index"] for sample in data]
+        return list(data)
 
-    whole = order(0, 1)
-    assert sorted(whole) == list(range(100))
-    assert whole != list(range(100))
-    for rank in range(2):
-        assert order(rank, 2) == whole[rank::2]
-        assert order(rank, 2, sample_in_epoch=4) == whole[4 + rank :: 2]
-    assert order(0, 1, epoch=2) != whole
+    half = order()
+    samples = [sample for sample, _ in half[::2]]
+    assert half == [(sample, repeat) for sample in samples for repeat in (0, 1)]
+    assert len(set(samples)) == 50
+    assert samples != sorted(samples)
+    assert order(sample_in_epoch=5) == half[5:]
+    assert order(epoch=2) != half
 
 
 # ------------------------------------------------------------------------------------------------ fairscale

@@ -26,7 +26,7 @@ from bigincubate.storage.run_directory import RunDir
         ("train.lr=nan", "train.lr: Input should be a finite number"),
         ("plan.modules=3", "modules = 3, but target_depths lists 4"),
         ("incubate.export=ema", "needs incubate.ema.decay"),
-        ("augment.repeated_aug=3", "no multiple of augment.repeated_aug = 3"),
+        ("augment.repeated_aug=0", "augment.repeated_aug: Input should be greater than or equal to 1"),
         ("data.source=imagenet", "data.source: Input should be 'digits', 'digits-dev' or 'made-up'"),
         ("train=3", "train: Input should be a valid dictionary"),
         ("train.lr", "expected KEY=VALUE"),

@@ -58,6 +58,7 @@ def stream(
 ) -> TrainStream:
     data = DataConfig(workers=workers, **{k: options.pop(k) for k in list(options) if k in DataConfig.model_fields})
     options.setdefault("batch_size", BATCH)
+    options.setdefault("repeats", augment.repeated_aug)
     transform = TrainTransform(augment, 8, seed=seed, classes=len(info.schema.metadata["classes"]))
     return TrainStream(info, data, transform, seed=seed, **options)
 
@@ -188,29 +189,40 @@ def test_ranks_divide_the_batch_of_one_rank(info: DatasetInfo, whole: list[Batch
                 assert torch.equal(share.rank_sample_index, torch.arange(BATCH // world))
 
 
-def test_views_of_a_sample_stay_in_one_micro_batch(info: DatasetInfo, whole: list[Batch]) -> None:
-    augment = AUGMENT.model_copy(update={"repeated_aug": 3})
+def test_micro_batches_divide_the_share_of_a_rank(info: DatasetInfo, whole: list[Batch]) -> None:
     world, micros = 2, 4
     for rank in range(world):
-        batch = take(stream(info, augment=augment, batch_size=3 * BATCH, rank=rank, world=world), 1)[0]
-        assert torch.equal(batch.sample_ids[::3], whole[0].sample_ids[rank::world])
-        assert torch.equal(
-            batch["images"][::3], whole[0]["images"][rank::world]
-        )  # the first view is the only one of R = 1
-        assert torch.equal(
-            batch.global_position, (batch.rank_sample_index * world + rank) * 3 + torch.arange(3).repeat(8)
-        )
-        views = batch["images"].view(8, 3, -1)
-        assert not any(torch.equal(views[n, a], views[n, b]) for n in range(8) for a, b in [(0, 1), (0, 2), (1, 2)])
+        batch = take(stream(info, rank=rank, world=world), 1)[0]
         parts = [batch.micro_batch(index, micros) for index in range(micros)]
         for index, part in enumerate(parts):
-            assert part.rank_sample_index.tolist() == [index] * 3 + [index + 4] * 3
-            assert torch.equal(part.sample_ids, batch.sample_ids[(batch.rank_sample_index % micros == index)])
-            partner = (part.global_position + 3 * BATCH // 2) % (3 * BATCH)
-            assert torch.equal(partner, part.global_position.roll(len(part) // 2))
+            assert part.rank_sample_index.tolist() == [index, index + 4]
+            assert torch.equal(part.sample_ids, batch.sample_ids[index::4])
+            assert torch.equal((part.global_position + BATCH // 2) % BATCH, part.global_position.roll(1))
         assert torch.equal(torch.cat([part.global_position for part in parts]).sort().values, batch.global_position)
     assert batch.micro_batch(0, 1) is batch
     assert same([batch.to("cpu")], [batch])
+
+
+@pytest.mark.parametrize(("world", "workers", "step"), [(1, 0, 0), (1, 2, 20), (2, 2, 5), (4, 0, 47), (8, 1, 31)])
+def test_repeated_augmentation_shows_views_in_succession(
+    info: DatasetInfo, whole: list[Batch], world: int, workers: int, step: int
+) -> None:
+    """The first rows of the shuffle, each three times; the first view of each is the one of R = 1."""
+    repeats, epoch = 3, SAMPLES // 256 * 256 // BATCH
+    augment = AUGMENT.model_copy(update={"repeated_aug": repeats})
+    ids = [torch.cat([batch.sample_ids for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2)]
+    images = [torch.cat([batch["images"] for batch in whole[n * EPOCH : (n + 1) * EPOCH]]) for n in range(2)]
+    sources = [stream(info, workers, augment, rank=rank, world=world) for rank in range(world)]
+    assert {source.steps_per_epoch for source in sources} == {epoch}
+    for offset, shares in enumerate(zip(*(take(source, 3, step) for source in sources), strict=True)):
+        number, first = divmod(step + offset, epoch)
+        rows = first * BATCH + torch.arange(BATCH)
+        for rank, share in enumerate(shares):
+            own = rows[rank::world]
+            assert torch.equal(share.sample_ids, ids[number][own // repeats])
+            assert torch.equal(share.global_position, torch.arange(rank, BATCH, world))
+            for row, image in zip(own.tolist(), share["images"], strict=True):
+                assert torch.equal(image, images[number][row // repeats]) == (row % repeats == 0)
 
 
 def test_augmentations_repeat_after_distinct_epochs(info: DatasetInfo, whole: list[Batch]) -> None:

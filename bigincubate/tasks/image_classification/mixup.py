@@ -1,10 +1,10 @@
 """Mixup and CutMix for a batch that is cut over ranks and micro-batches.
 
 The random numbers belong to the global batch: one mixing ratio, one choice between Mixup and CutMix and one box, as a
-function of (seed, step). The partner of position p is (p + B/2) mod B. Rank r of W has the samples j with j mod W = r,
-and micro-batch m of M has those of its samples i with i mod M = m. So if the number of samples B/R of a batch (with R
-views of each) is a multiple of 2 W M, partners are always in the same micro-batch, half of its rows apart, and mixing
-each micro-batch separately equals mixing the global batch.
+function of (seed, step). The partner of position p is (p + B/2) mod B. Rank r of W has the positions p with
+p mod W = r, and micro-batch m of M has those of its rows i with i mod M = m. So if B is a multiple of 2 W M, partners
+are always in the same micro-batch, half of its rows apart, and mixing each micro-batch separately equals mixing the
+global batch.
 """
 
 from __future__ import annotations

@@ -60,7 +60,14 @@ class ImageClassification(Task):
         augment, img_size, train = self.settings.augment, self.settings.model.img_size, self.settings.train
         transform = TrainTransform(augment, img_size, seed=train.seed, classes=_count_classes(info))
         return TrainStream(
-            info, self.data, transform, seed=train.seed, batch_size=train.batch_size, rank=rank, world=world
+            info,
+            self.data,
+            transform,
+            seed=train.seed,
+            batch_size=train.batch_size,
+            repeats=augment.repeated_aug,
+            rank=rank,
+            world=world,
         )
 
     def eval_stream(

@@ -28,8 +28,6 @@ class LabelledImages:
         finish: Turns what the views have of their images into ``[n, 3, H, W]``.
     """
 
-    views_per_sample = 1
-
     def __init__(self, classes: int, finish: Callable[[tuple[Any, ...]], Tensor]) -> None:
         self.classes, self.finish = classes, finish
 
@@ -70,19 +68,16 @@ class TrainTransform(LabelledImages):
     def __init__(self, augment: config.AugmentConfig, img_size: int, *, seed: int, classes: int) -> None:
         self.transform, finish = _halves(augment, img_size)
         super().__init__(classes, finish)
-        self.seed, self.views_per_sample, self.distinct_epochs = seed, augment.repeated_aug, augment.distinct_epochs
+        self.seed, self.distinct_epochs = seed, augment.distinct_epochs
         self.torch_only = draws_only_from_torch(augment)
 
-    def views(self, sample: LabelledImage, epoch: int, sample_id: int) -> list[View]:
-        """Return views that are a function of (seed, epoch, sample_id, view)."""
+    def view(self, sample: LabelledImage, epoch: int, sample_id: int, repeat: int) -> View:
+        """Return a view that is a function of (seed, epoch, sample_id, repeat)."""
         image, label = sample
         if self.distinct_epochs is not None:
             epoch %= self.distinct_epochs
-        views = []
-        for view in range(self.views_per_sample):
-            seed_rng(self.seed, epoch, sample_id, view, torch_only=self.torch_only)
-            views.append((*self.transform(image), label))
-        return views
+        seed_rng(self.seed, epoch, sample_id, repeat, torch_only=self.torch_only)
+        return (*self.transform(image), label)
 
 
 class EvalTransform(LabelledImages):
@@ -98,10 +93,10 @@ class EvalTransform(LabelledImages):
         super().__init__(classes, torch.stack)
         self.transform = eval_transform(augment, img_size)
 
-    def views(self, sample: LabelledImage, epoch: int, sample_id: int) -> list[View]:
+    def view(self, sample: LabelledImage, epoch: int, sample_id: int, repeat: int) -> View:
         """Return the one view."""
         image, label = sample
-        return [(self.transform(image), label)]
+        return self.transform(image), label
 
 
 def _halves(
