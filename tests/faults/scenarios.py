@@ -19,7 +19,6 @@ class Scenario:
         seed: seed of the trials.
         most: figures of trials of which the page shows the maximum.
         total: figures of trials of which the page shows the sum.
-        short: why the requirement cannot be met, where it cannot; failures are then reported without failing the test.
     """
 
     key: str
@@ -31,7 +30,6 @@ class Scenario:
     seed: int = 0
     most: tuple[str, ...] = ()
     total: tuple[str, ...] = ()
-    short: str = ""
 
 
 SCENARIOS = (
@@ -136,26 +134,6 @@ SCENARIOS = (
         full=144,
         few=0,
         total=("batches",),
-    ),
-    Scenario(
-        "cost",
-        "cost of hashing and fsync",
-        "Saves of 256 MiB with and without hashing, with and without fsync, twelve of each, alternating. The figures"
-        " are medians.",
-        "hashing and fsync together take at most 10% of the time of a save",
-        full=1,
-        few=0,
-        short="without fsync, a save ends as soon as the data is in memory, where a power loss destroys it; fsync takes"
-        " the time that the disk needs. A second thread computes SHA-256 while the first one writes, which takes"
-        " additional time if hashing is slower than the disk or if there is no second core. Training waits for neither"
-        " of them, only for the copy to host memory",
-        most=(
-            "hashing, % of a save",
-            "fsync, % of a save",
-            "both, % of a save",
-            "MiB/s",
-            "copy to host, % of a save",
-        ),
     ),
     Scenario(
         "layouts",

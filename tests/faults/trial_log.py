@@ -79,9 +79,7 @@ class TrialLog:
 
     def check(self) -> None:
         failed = [f"trial {line['trial']}: {line['failure']}" for line in self.lines.values() if line["failure"]]
-        assert self.scenario.short or not failed, "\n".join(
-            [f"{len(failed)} of {len(self.lines)} failed", *failed[:20]]
-        )
+        assert not failed, "\n".join([f"{len(failed)} of {len(self.lines)} failed", *failed[:20]])
         assert self.lines
 
 
@@ -129,6 +127,9 @@ trial passes if it holds. The columns:
 - *code*: first digits of the SHA-256 of the package that was tested.
 - *figures*: sums over the trials; with `max`, the maximum.
 
+The benchmark `python benchmarks/fault_cost.py` measures what hashing and fsync cost. In the last measurement they took 17%
+and 38% of the time of a save of 256 MiB.
+
 `make test-faults` runs the trials and writes this page from `tests/faults/results.json`. If it is interrupted, run it
 again to resume. `make test` runs some of the trials.
 
@@ -149,11 +150,8 @@ def page(results: dict[str, Any]) -> str:
     for scenario in SCENARIOS:
         text += f"\n## {scenario.title[0].upper() + scenario.title[1:]}\n\n{scenario.what}\n"
         text += f"\n**Requirement:** {scenario.must}.\n"
-        failures = results.get(scenario.key, {}).get("failures", [])
-        for failure in failures:
+        for failure in results.get(scenario.key, {}).get("failures", []):
             text += f"\n**Failed:** {failure}\n"
-        if failures and scenario.short:
-            text += f"\n**Reason:** {scenario.short}.\n"
     return text
 
 
