@@ -11,6 +11,7 @@ import typer
 from typer import Argument, Option
 
 from .. import __version__
+from ..distributed.rank_logging import LEVEL_VARIABLE, LogLevel
 
 if TYPE_CHECKING:
     from ..storage.run_directory import RunDir
@@ -43,6 +44,9 @@ RunDirOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.lr=1e-3")
+]
+LogLevelOption = Annotated[
+    LogLevel, Option("--log-level", envvar=LEVEL_VARIABLE, help="The lowest level that logs show.")
 ]
 JsonOption = Annotated[bool, Option("--json", help="Machine-readable output.")]
 RunArgument = Annotated[RunDir, Argument(metavar="DIR", parser=_run_dir, help="A run directory.")]

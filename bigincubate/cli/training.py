@@ -12,8 +12,20 @@ from typing import Annotated
 
 from typer import Option
 
+from ..distributed.rank_logging import LEVEL_VARIABLE, setup_logging
 from ..errors import ConfigError, Exit
-from .app import JsonOption, RecipeArgument, RunDirOption, SetOption, app, console, fail, say, say_json
+from .app import (
+    JsonOption,
+    LogLevelOption,
+    RecipeArgument,
+    RunDirOption,
+    SetOption,
+    app,
+    console,
+    fail,
+    say,
+    say_json,
+)
 
 
 @app.command()
@@ -99,12 +111,15 @@ def run(
     co_train: Annotated[
         bool, Option("--co-train", help="All modules at the same time, from one loader; the same results.")
     ] = False,
+    log_level: LogLevelOption = "info",
 ) -> None:
     """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Run again, it resumes."""
     from ..config import load_recipe
     from ..planning.smoke import smoke
 
     loaded = load_recipe(recipe, sets or (), smoke if small else None)
+    os.environ[LEVEL_VARIABLE] = log_level  # for the processes of the phases
+    setup_logging(log_level)
     if co_train:
         from ..experimental.shared_loader.launch import count_parallel_jobs, shared_loader_job
 
@@ -146,6 +161,7 @@ def train(
     phase: Annotated[str, Option(help="pretrain, incubate, finetune or end_to_end.")],
     module: Annotated[str | None, Option(help="Which module to incubate; auto: the Slurm array index.")] = None,
     sets: SetOption = None,
+    log_level: LogLevelOption = "info",
 ) -> None:
     """Train one phase in this process, or as a rank under torchrun or srun. Run again, it resumes."""
     from ..config import PHASES, load_recipe
@@ -165,6 +181,7 @@ def train(
     number = array_index() if module == "auto" else None if module is None else int(module)
     set_torchrun_variables()
     with closing(DistributedContext.detect()) as env:
+        setup_logging(log_level, env.rank)
         with env.main_process_first():
             opened = open_run(loaded, directory, report=say, module=number)
             context = opened.phase(phase, number, env)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import re
 import shutil
 import threading
@@ -33,11 +34,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from ..distributed.process_group import DistributedContext, print_stderr
+from ..distributed.process_group import DistributedContext
 from ..errors import ArtifactError, BigincubateError, DamagedError, SystemResourceError
 from ..files import fsync_path, hash_file, make_folder, read_json, read_small_file, regular_file_size, write_and_hash
 from .lease import Lease
 from .sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
+
+logger = logging.getLogger(__name__)
 
 STEP_PATTERN = re.compile(r"step-(\d{8,})")
 COMMIT_MARKER = "COMMITTED"
@@ -294,7 +297,7 @@ class CheckpointManager:
             if (problem := verify_checkpoint(self._at(step))) is None:
                 return step
             damaged.append(problem)
-            print_stderr(f"damaged checkpoint, skipped: {problem}")
+            logger.warning("damaged checkpoint, skipped: %s", problem)
         if damaged:
             return f"every checkpoint in {self.folder} is damaged ({damaged[0]}); remove the folder to start over"
         return None

@@ -10,6 +10,7 @@ suspended or disconnected finds the later lease before it writes anything that l
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import tempfile
@@ -21,9 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ..distributed.process_group import DistributedContext, print_stderr
+from ..distributed.process_group import DistributedContext
 from ..errors import LockedError
 from ..files import read_json, write_text
+
+logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0  # seconds without a sign of life after which an owner of unknown state counts as dead
 HEARTBEAT_SECONDS = 5.0  # seconds between two signs of life
@@ -229,8 +232,8 @@ def _wait_whether_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> b
         if not announced and waited > 2 * HEARTBEAT_SECONDS:
             announced = True
             left = LEASE_SECONDS - silence - waited
-            print_stderr(
-                f"{path.parent.parent} belonged to {_name(owner)}, which is silent; taking over in {left:.0f} s"
+            logger.warning(
+                "%s belonged to %s, which is silent; taking over in %.0f s", path.parent.parent, _name(owner), left
             )
         time.sleep(min(0.2, HEARTBEAT_SECONDS / 4))
     return False

@@ -1,10 +1,12 @@
-"""Metrics of a running phase, written to both TensorBoard and ``metrics.jsonl``."""
+"""Metrics of a running phase, written to TensorBoard, ``metrics.jsonl`` and the log."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..files import append_json_line, read_json_lines, write_text
+from ..planning.cost import PlannedRow
 from ..storage.run_directory import PhaseDir
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -23,8 +28,7 @@ class MetricsWriter:
         file: the phase's ``metrics.jsonl``.
         writer: TensorBoard of the phase; None makes every method do nothing.
         fleet: TensorBoard of an overview of all phases, which has progress and loss of each phase under the same tags.
-        total: optimizer steps of the phase.
-        unit: what a sample is called, such as ``"images"``.
+        planned: the phase.
         restarts: how often the phase was restarted.
     """
 
@@ -34,24 +38,23 @@ class MetricsWriter:
         writer: SummaryWriter | None = None,
         fleet: SummaryWriter | None = None,
         *,
-        total: int = 0,
-        unit: str = "samples",
+        planned: PlannedRow,
         restarts: int = 0,
     ) -> None:
         self.file, self.writer, self.fleet = file, writer, fleet
-        self.total, self.restarts = max(1, total), restarts
-        self.fleet_tags = {"train/loss": "fleet/loss", f"perf/{unit}_per_sec": f"fleet/{unit}_per_sec"}
+        self.planned, self.restarts = planned, restarts
+        rate = f"{planned.unit}_per_sec"
+        self.fleet_tags = {"train/loss": "fleet/loss", f"perf/{rate}": f"fleet/{rate}"}
 
     @classmethod
     def open(
         cls,
         folder: PhaseDir,
         first: int,
+        planned: PlannedRow,
         *,
         enabled: bool,
         fleet: Path | None = None,
-        total: int = 0,
-        unit: str = "samples",
     ) -> MetricsWriter:
         """Open the logs of a phase.
 
@@ -59,20 +62,18 @@ class MetricsWriter:
             folder: the phase's directory.
             first: the first optimizer step that will be logged. Rows of earlier attempts from this step on are removed,
                 so that no step appears twice.
+            planned: the phase.
             enabled: False makes every method do nothing; True on rank 0 only.
             fleet: directory of the overview of all phases.
-            total: optimizer steps of the phase.
-            unit: what a sample is called.
         """
         if not enabled:
-            return cls(folder.metrics)
+            return cls(folder.metrics, planned=planned)
         _truncate(folder.metrics, first)
         return cls(
             folder.metrics,
             _writer(folder.path / "tb", first),
             _writer(fleet, first) if fleet else None,
-            total=total,
-            unit=unit,
+            planned=planned,
             restarts=max(0, len(folder.read_attempts()) - 1),
         )
 
@@ -81,11 +82,12 @@ class MetricsWriter:
         if self.writer is None:
             return
         append_json_line(self.file, {"step": step, **values})
+        logger.info(describe_step(self.planned, step, values))
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
         if self.fleet is not None:
             known = {name: values[tag] for tag, name in self.fleet_tags.items() if tag in values}
-            known |= {"fleet/percent": 100 * step / self.total, "fleet/restarts": self.restarts}
+            known |= {"fleet/percent": 100 * step / max(1, self.planned.steps), "fleet/restarts": self.restarts}
             for tag, value in known.items():
                 self.fleet.add_scalar(tag, value, step)
 
@@ -109,6 +111,33 @@ class MetricsWriter:
         """Close the writers."""
         for writer in filter(None, (self.writer, self.fleet)):
             writer.close()
+
+
+def describe_step(planned: PlannedRow, step: int, values: dict[str, float]) -> str:
+    """Return the log line of an optimizer step: what is measured, by name, and the time that is left at this rate.
+
+    Args:
+        planned: The phase.
+        step: Number of optimizer steps done.
+        values: Metrics by tag; those that are missing are left out.
+    """
+    rate = f"perf/{planned.unit}_per_sec"
+    formats = {
+        "train/loss": "loss {:.4f}",
+        "train/grad_norm": "grad norm {:.3g}",
+        "train/lr": "lr {:.3g}",
+        rate: f"{{:.1f}} {planned.unit}/s",
+        "perf/data_wait": "data wait {:.1%}",
+        "memory/peak_gib": "memory {:.2f} GiB",
+    }
+    parts = [text.format(values[tag]) for tag, text in formats.items() if tag in values]
+    for metric in planned.metrics:
+        if (tag := f"val/{metric.name}") in values:
+            parts.append(f"{metric.title} {metric.text(values[tag], unit=True)}")
+    if values.get(rate):
+        left = (planned.steps - step) * planned.batch_size / values[rate]
+        parts.append(f"ETA {timedelta(seconds=round(left))}")
+    return f"{planned.title}: step {step} of {planned.steps}, " + ", ".join(parts)
 
 
 def log_partial_assembly(folder: Path, modules: int, metrics: dict[str, float]) -> None:

@@ -7,6 +7,7 @@ are in :mod:`bigincubate.training.run_phase`.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
@@ -18,7 +19,6 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..distributed.process_group import print_stderr
 from ..distributed.signals import StopFlag
 from ..errors import ArtifactError, NonFiniteError, Preempted
 from ..models.drop_path import apply_masks, draw_masks
@@ -33,6 +33,8 @@ from ..storage.sharded_tensors import TensorShard
 from .builder import PhaseComponents, build_phase, describe_model
 from .metrics_writer import MetricsWriter, ThroughputMeter, log_partial_assembly
 from .partial_assembly import build_partial_assembly, finished_modules
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -140,9 +142,7 @@ class Trainer:
         # the last step is logged after its checkpoint, together with the evaluation
         first = self.state.step + (0 < self.state.step < self.total)
         fleet = self.run_dir.path / "fleet" / self.folder.path.relative_to(self.run_dir.path)
-        return MetricsWriter.open(
-            self.folder, first, enabled=self.env.is_main, fleet=fleet, total=self.total, unit=self.task.unit
-        )
+        return MetricsWriter.open(self.folder, first, self.planned, enabled=self.env.is_main, fleet=fleet)
 
     def roll_back(self, error: NonFiniteError) -> None:
         """Restore the last valid checkpoint, once per phase, and reset the count of skipped steps.
@@ -160,7 +160,7 @@ class Trainer:
         if self.env.is_main:  # first, so that there is no second rollback, whenever this process is killed
             self.folder.write_rollback(checkpoint.step, at=self.state.step)
             self.run_dir.log_event("rolled_back", phase=self.row.key, step=self.state.step, to=checkpoint.step)
-            print_stderr(f"{error}; resuming from the checkpoint of step {checkpoint.step}")
+            logger.warning("%s; resuming from the checkpoint of step %d", error, checkpoint.step)
         self.metrics.close()
         self.restore(checkpoint)
         self.metrics = self.open_metrics()

@@ -127,8 +127,8 @@ trial passes if it holds. The columns:
 - *code*: first digits of the SHA-256 of the package that was tested.
 - *figures*: sums over the trials; with `max`, the maximum.
 
-The benchmark `python benchmarks/fault_cost.py` measures what hashing and fsync cost. In the last measurement they took 17%
-and 38% of the time of a save of 256 MiB.
+The benchmark `python benchmarks/fault_cost.py` measures what hashing and fsync cost. In the last measurement they took
+17% and 38% of the time of a save of 256 MiB.
 
 `make test-faults` runs the trials and writes this page from `tests/faults/results.json`. If it is interrupted, run it
 again to resume. `make test` runs some of the trials.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
 import os
 import secrets
@@ -22,6 +23,7 @@ from bigincubate.config import AugmentConfig, DataConfig
 from bigincubate.data.batch import Batch
 from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.streams import TrainStream
+from bigincubate.distributed.rank_logging import setup_logging
 from bigincubate.errors import ExternalError
 from bigincubate.experimental.shared_loader.client import SharedLoaderClient
 from bigincubate.experimental.shared_loader.fd_socket import connect, listen
@@ -122,35 +124,35 @@ def test_batch_memory_is_private_to_each_client(info: DatasetInfo) -> None:
     assert all(offset % 64 == 0 for _, _, offset in layout.values())
 
 
-def test_client_whose_step_is_over_uses_its_own_stream(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_whose_step_is_over_uses_its_own_stream(info: DatasetInfo, caplog: pytest.LogCaptureFixture) -> None:
     with serving(info) as server, closing(server.client().batches(10)) as batches:
         fingerprints(batches, 2)
         late = fingerprints(server.client().batches(3), 3)
     assert late == fingerprints(stream(info).batches(3), 3)
-    assert capfd.readouterr().err == "shared loader: step 3 is over; using this module's own loader from step 3\n"
+    assert caplog.messages == ["shared loader: step 3 is over; using this module's own loader from step 3"]
 
 
-def test_client_with_another_digest_is_refused(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_with_another_digest_is_refused(info: DatasetInfo, caplog: pytest.LogCaptureFixture) -> None:
     with serving(info) as server:
         found = fingerprints(server.client("another").batches(0), 2)
         assert server.end() == (0, 0)
     assert found == fingerprints(stream(info).batches(0), 2)
-    assert "it makes other batches" in capfd.readouterr().err
+    assert "it makes other batches" in caplog.text
 
 
-def test_client_without_a_server_uses_its_own_stream(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_without_a_server_uses_its_own_stream(info: DatasetInfo, caplog: pytest.LogCaptureFixture) -> None:
     client = SharedLoaderClient(stream(info), None, "digest")
     assert fingerprints(client.batches(5), 2) == fingerprints(stream(info).batches(5), 2)
-    assert capfd.readouterr().err == "shared loader: not found; using this module's own loader\n"
+    assert caplog.messages == ["shared loader: not found; using this module's own loader"]
 
 
-def test_client_gives_up_a_stopped_server(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_gives_up_a_stopped_server(info: DatasetInfo, caplog: pytest.LogCaptureFixture) -> None:
     with serving(info) as server, closing(server.client(timeout=0.5).batches(0)) as batches:
         found = fingerprints(batches, 2)
         os.kill(server.process.pid or 0, signal.SIGSTOP)
         found += fingerprints(batches, 8)
     assert found == fingerprints(stream(info).batches(0), 10)
-    assert "no batch for 0.5 s; using this module's own loader from step" in capfd.readouterr().err
+    assert "no batch for 0.5 s; using this module's own loader from step" in caplog.text
 
 
 def test_server_starts_without_a_client_that_never_connects(info: DatasetInfo) -> None:
@@ -168,8 +170,18 @@ def _read(client: SharedLoaderClient, report: Any, stop_at: int, count: int) -> 
     report.send(found + fingerprints(batches, count - stop_at))
 
 
+@pytest.fixture
+def logged(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> pytest.CaptureFixture[str]:
+    """What this process and the processes that it forks log."""
+    logger = logging.getLogger("bigincubate")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    setup_logging("warning")
+    return capfd
+
+
 def test_server_refuses_a_stopped_client_after_its_patience(
-    info: DatasetInfo, capfd: pytest.CaptureFixture[str]
+    info: DatasetInfo, logged: pytest.CaptureFixture[str]
 ) -> None:
     expected = fingerprints(stream(info).batches(0), 20)
     with serving(info, clients=2, steps=20, patience=2) as server:
@@ -179,18 +191,18 @@ def test_server_refuses_a_stopped_client_after_its_patience(
         with closing(server.client().batches(0)) as batches:
             assert fingerprints(batches, 20) == expected
         assert result.recv() == expected[:3]
-        assert capfd.readouterr().err == ""
+        assert logged.readouterr().err == ""
         os.kill(stopped.pid or 0, signal.SIGCONT)
         assert result.recv() == expected
         stopped.join()
-        assert "others waited for 2 s; using this module's own loader from step" in capfd.readouterr().err
+        assert "others waited for 2 s; using this module's own loader from step" in logged.readouterr().err
         made, sent = server.end()
         assert made == 20
         assert 20 + 3 <= sent < 40
 
 
 def test_server_is_at_most_four_batches_ahead_of_the_slowest_client(
-    info: DatasetInfo, capfd: pytest.CaptureFixture[str]
+    info: DatasetInfo, caplog: pytest.LogCaptureFixture
 ) -> None:
     with serving(info) as server:
         result, report = FORK.Pipe(duplex=False)
@@ -199,7 +211,7 @@ def test_server_is_at_most_four_batches_ahead_of_the_slowest_client(
         result.recv()  # it stands at step 2
         with closing(server.client(timeout=0.5).batches(6)) as batches:
             assert fingerprints(batches, 2) == fingerprints(stream(info).batches(6), 2)
-        assert "no batch for 0.5 s; using this module's own loader from step 6" in capfd.readouterr().err
+        assert "no batch for 0.5 s; using this module's own loader from step 6" in caplog.text
         stopped.kill()
         stopped.join()
         made, sent = server.end()
@@ -220,7 +232,7 @@ def test_client_ahead_waits_and_gets_only_the_steps_it_needs(info: DatasetInfo) 
         assert 7 <= sent <= made <= 10
 
 
-def test_client_waiting_for_slower_ones_keeps_the_server(info: DatasetInfo, capfd: pytest.CaptureFixture[str]) -> None:
+def test_client_waiting_for_slower_ones_keeps_the_server(info: DatasetInfo, logged: pytest.CaptureFixture[str]) -> None:
     """A wait longer than the timeout does not end the connection: the server sends wait messages."""
     with serving(info, clients=2, steps=12, patience=4) as server:
         result, report = FORK.Pipe(duplex=False)
@@ -233,7 +245,7 @@ def test_client_waiting_for_slower_ones_keeps_the_server(info: DatasetInfo, capf
         assert result.recv() == fingerprints(stream(info).batches(10), 2)
         ahead.join()
         server.end()
-    assert OWN_LOADER not in capfd.readouterr().err
+    assert OWN_LOADER not in logged.readouterr().err
 
 
 def _from(client: SharedLoaderClient, report: Any, step: int, count: int) -> None:

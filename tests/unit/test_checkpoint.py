@@ -75,14 +75,14 @@ def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["rank-00000.safetensors", "state.json", "manifest.json", "COMMITTED"])
 def test_flipped_bit_anywhere_is_named_and_the_one_before_is_used(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = saved(tmp_path, 4, 8)
     flip_a_bit(checkpoints.folder / "step-00000008" / name)
     newest = manager(tmp_path).load_latest()
     assert newest is not None
     assert newest.step == 4
-    said = capsys.readouterr().err
+    said = caplog.text
     assert "step-00000008" in said
     assert ("manifest.json" if name == "COMMITTED" else name) in said
     assert "expected" in said

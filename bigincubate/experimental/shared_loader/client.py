@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import socket
-import sys
 from collections.abc import Generator
 from contextlib import closing
 
@@ -17,6 +17,8 @@ from ...tasks.base import TrainBatches
 from . import SERVER_NAME
 from .fd_socket import connect, recv_message, send_message
 from .packing import unpack_batch
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT = 180.0  # seconds without a message after which a client gives the server up
 
@@ -100,4 +102,4 @@ class SharedLoaderClient:
 
 def _report(reason: str, step: int | None = None) -> None:
     since = "" if step is None else f" from step {step}"
-    print(f"shared loader: {reason}; using this module's own loader{since}", file=sys.stderr, flush=True)
+    logger.warning("shared loader: %s; using this module's own loader%s", reason, since)

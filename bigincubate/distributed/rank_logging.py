@@ -1,0 +1,54 @@
+"""Logging of a training process: which rank writes what, and how a line looks."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Literal, get_args
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+LOG_LEVELS: tuple[LogLevel, ...] = get_args(LogLevel)
+LEVEL_VARIABLE = "BIGINCUBATE_LOG_LEVEL"  # environment variable with the default of --log-level
+
+
+def setup_logging(level: LogLevel = "info", rank: int = 0) -> None:
+    """Write the log records of this package to the console. A later call replaces the level and the rank.
+
+    Rank 0 writes records from ``level`` on; other ranks write warnings and errors only, so that a line that all ranks
+    would write appears once. Warnings and errors go to stderr, other records to stdout.
+
+    Args:
+        level: The lowest level that is written.
+        rank: Rank of this process.
+    """
+    handler = ConsoleHandler()
+    handler.setFormatter(RankFormatter(rank))
+    lowest = logging.getLevelName(level.upper())
+    logger = logging.getLogger("bigincubate")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(lowest if rank == 0 else max(lowest, logging.WARNING))
+
+
+class RankFormatter(logging.Formatter):
+    """Format records as ``2026-01-31 12:00:00 rank 1 WARNING: text``.
+
+    Args:
+        rank: Rank of this process.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"%(asctime)s rank {rank} %(levelname)s: %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+
+class ConsoleHandler(logging.StreamHandler):
+    """Write warnings and errors to stderr, and other records to stdout.
+
+    The streams are looked up for each record, because progress bars replace them while they are shown, so that lines
+    appear above the bars.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record at once."""
+        self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
+        super().emit(record)
