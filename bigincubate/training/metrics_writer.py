@@ -150,6 +150,10 @@ def log_partial_assembly(folder: Path, modules: int, metrics: dict[str, float]) 
 def _writer(folder: Path, first: int) -> SummaryWriter:
     if first == 0:
         shutil.rmtree(folder, ignore_errors=True)
+    # TensorBoard reads files in the order of their names: the second they were made in, then host and process. Of two
+    # attempts within a second the later one could be read first, and steps that it replaces would be shown twice
+    while any(file.name.split(".")[3] == f"{int(time.time()):010d}" for file in folder.glob("events.out.tfevents.*")):
+        time.sleep(0.01)
     return SummaryWriter(str(folder), purge_step=first)
 
 

@@ -1,0 +1,34 @@
+"""What TensorBoard shows of a phase that was restarted."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from bigincubate.storage.run_directory import PhaseDir
+from bigincubate.training.metrics_writer import MetricsWriter
+
+
+def test_attempts_within_a_second_show_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the number of the later process comes first in the order of texts."""
+    planned: Any = SimpleNamespace(title="meta model", steps=6, unit="images", batch_size=8, metrics=())
+    folder = PhaseDir(tmp_path)
+    time.sleep(1 - time.time() % 1)  # a second begins
+    for pid, first, steps in ((9999, 0, range(1, 6)), (10000, 4, range(4, 7))):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        writer = MetricsWriter.open(folder, first, planned, enabled=True, fleet=tmp_path / "fleet")
+        for step in steps:
+            writer.log(step, {"train/loss": float(pid)})
+        writer.close()
+    for shown, tag in ((tmp_path / "tb", "train/loss"), (tmp_path / "fleet", "fleet/loss")):
+        scalars = EventAccumulator(str(shown)).Reload().Scalars(tag)
+        assert [(event.step, event.value) for event in scalars] == [
+            *((step, 9999.0) for step in (1, 2, 3)),
+            *((step, 10000.0) for step in (4, 5, 6)),
+        ]
