@@ -34,6 +34,7 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 LAYOUT = "layout"  # in a file's header: {key: [offset, logical shape]}, for shards that are not full tensors
 Count = Annotated[int, Field(ge=0)]
 Layout = TypeAdapter(dict[str, tuple[Count, tuple[Count, ...]]])
@@ -153,7 +154,7 @@ class ShardedTensorReader(Mapping[str, Tensor]):
         if position < offset + length:
             raise ArtifactError(f"the checkpoint lacks elements of tensor {key!r} from {position} on")
         if not parts:
-            return torch.empty(0)
+            return torch.empty(0, dtype=self._dtype(key))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def dtype(self, key: str) -> torch.dtype:
@@ -181,3 +182,9 @@ class ShardedTensorReader(Mapping[str, Tensor]):
             return part
         tensor: Tensor = handle.get_tensor(key)
         return tensor.flatten()[low:high]
+
+    def _dtype(self, key: str) -> torch.dtype | None:
+        """Return the type of a tensor; None if no rank wrote it."""
+        for _, _, file in self._ranges.get(key, []):
+            return TORCH_DTYPES[self._open[file].get_slice(key).get_dtype()]
+        return None
