@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import importlib
+import itertools
 import multiprocessing
 import os
 import runpy
@@ -184,14 +185,12 @@ def die_at_write(moment: int) -> None:
     """``kill -9`` before the ``moment``-th call that makes something last: an fsync, a rename, a removal."""
     import shutil
 
-    calls = 0
+    calls = itertools.count(1)  # a save writes in a thread of its own: no call may be missed or counted twice
     for owner, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
         original = getattr(owner, name)
 
         def call(*arguments: Any, original: Callable[..., Any] = original, **options: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == moment:
+            if next(calls) == moment:
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments, **options)
 
