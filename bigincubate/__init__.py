@@ -1,3 +1,60 @@
-"""Deep Incubation: train a large model as modules that are trained separately, then joined."""
+"""Deep Incubation: train a large model as modules that are trained separately, then joined.
+
+The names below are loaded when they are first used, so that importing the package loads neither torch nor timm.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import errors as errors
+
+if TYPE_CHECKING:
+    from .api import RunResult, evaluate, load_model, plan, run, train_phase
+    from .config import Recipe, load_recipe
+    from .data.prepare import prepare_dataset
+    from .models.hybrid import build_hybrid, extract_module, grow
+    from .models.partition import Partition
+    from .models.surgery import assemble
 
 __version__ = "0.2.0"
+
+__all__ = [
+    "Partition",
+    "Recipe",
+    "RunResult",
+    "assemble",
+    "build_hybrid",
+    "errors",
+    "evaluate",
+    "extract_module",
+    "grow",
+    "load_model",
+    "load_recipe",
+    "plan",
+    "prepare_dataset",
+    "run",
+    "train_phase",
+]
+
+_MODULES = {
+    "api": ("RunResult", "evaluate", "load_model", "plan", "run", "train_phase"),
+    "config": ("Recipe", "load_recipe"),
+    "data.prepare": ("prepare_dataset",),
+    "models.hybrid": ("build_hybrid", "extract_module", "grow"),
+    "models.partition": ("Partition",),
+    "models.surgery": ("assemble",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used (PEP 562)."""
+    for module, names in _MODULES.items():
+        if name in names:
+            value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, whether or not they are loaded."""
+    return sorted({*globals(), *__all__})

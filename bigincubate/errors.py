@@ -87,3 +87,9 @@ class Preempted(BigincubateError):
     """Training was asked to stop and saved a checkpoint. The same command resumes from it."""
 
     code = Exit.PREEMPTED
+
+
+def error_of_code(code: int) -> type[BigincubateError]:
+    """Return the class of the errors with an exit code; `ExternalError` for a code that is not documented."""
+    classes = (ConfigError, ArtifactError, NonFiniteError, DamagedError, LockedError, Preempted)
+    return next((error for error in classes if error.code == code), ExternalError)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -66,42 +65,17 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Evaluate a finished model on a validation split."""
+    from ..api import evaluate as score
+
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"--probe {probe}: there are linear and knn")
-    from ..config import DataConfig
-    from ..data.dataset import open_dataset
-    from ..distributed.process_group import DistributedContext
-    from ..interchange.export import load_model
-    from ..tasks.metric import describe_metrics
-    from ..tasks.registry import task_class
-
-    model, spec = load_model(source)
-    found = task_class(spec.task.name)
-    settings = found.artifact_settings(spec.model, spec.metadata).model_copy(update={"task": spec.task})
-    task = found(settings, DataConfig())
-    info = open_dataset(data)
-    if probe is None:
-        task.check_dataset(info)
-    with closing(DistributedContext.detect()) as env:
-        if probe is None:
-            stream = task.eval_stream(info, "val", rank=env.rank, world=env.world, batch_size=batch_size)
-            scores = task.evaluate(model.to(env.device), stream, env)
-        elif env.world > 1:
-            raise ConfigError("--probe looks at all features at once: run it in one process")
+    lines: list[str] = []  # none on ranks other than 0
+    scores = score(source, data, batch_size=batch_size, probe=probe, report=lines.append)  # type: ignore[arg-type]
+    for line in lines:
+        if as_json:
+            say_json(scores)
         else:
-            from ..tasks.image_classification.probe import probe as score_features
-
-            train, val = (task.eval_stream(info, split, batch_size=batch_size) for split in ("train", "val"))
-            classes = len(info.schema.metadata["classes"])
-            scores = score_features(probe, model.to(env.device), train, val, classes, env.device)  # type: ignore[arg-type]
-    if not env.is_main:
-        return
-    if as_json:
-        say_json(scores)
-    else:
-        measured = [metric for metric in task.metrics if metric.name in scores]
-        by = f" ({probe} probe)" if probe else ""
-        say(f"{describe_metrics(measured, scores)}{by} on {scores['samples']} {task.unit} of {data}")
+            say(line)
 
 
 @app.command("export")

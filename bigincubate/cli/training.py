@@ -6,14 +6,12 @@ import os
 import re
 import shlex
 import sys
-from contextlib import closing
-from dataclasses import asdict
 from typing import Annotated
 
 from typer import Option
 
 from ..distributed.rank_logging import LEVEL_VARIABLE, setup_logging
-from ..errors import ConfigError, Exit
+from ..errors import ConfigError, Preempted
 from .app import (
     JsonOption,
     LogLevelOption,
@@ -22,7 +20,6 @@ from .app import (
     SetOption,
     app,
     console,
-    fail,
     say,
     say_json,
 )
@@ -53,32 +50,10 @@ def plan(
     loaded = load_recipe(recipe, sets or ())
     if world is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", world):
         raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
-    from ..planning.cost import cost_plan, plan_json
-    from ..planning.memory import all_batches_divisible, batch_divisible, estimate_footprints
-    from ..planning.phases import make_plan
-    from ..planning.prepare_run import expected_samples
+    from ..api import plan as count_costs
 
-    defaults = [n for n in (1, 2, 8) if all_batches_divisible(loaded, n)]
-    worlds = [int(ranks) for ranks in world.split(",")] if world else defaults
-    cut = make_plan(loaded)
-    rows = cost_plan(loaded, cut, expected_samples(loaded))
-    counted = plan_json(loaded, cut, rows)
-    spread = estimate_footprints(loaded, cut, rows, worlds)
-    for row in counted["rows"]:
-        row["sharding"] = [asdict(each) for each in spread[row["key"]]]
-    if cluster is not None:
-        from ..planning.walltime import critical_path_seconds, estimate_walltime, parse_cluster
-
-        there = parse_cluster(cluster)
-        estimates = estimate_walltime(
-            rows, there, lambda row, ranks: batch_divisible(loaded.settings(row.phase), ranks)
-        )
-        counted["cluster"] = {
-            "gpus": there.gpus,
-            "phases": [asdict(each) for each in estimates],
-            "seconds": critical_path_seconds(estimates, there.gpus),
-            "gpu_seconds": sum(each.gpus * each.seconds for each in estimates if each.key != "end_to_end"),
-        }
+    world_sizes = [int(ranks) for ranks in world.split(",")] if world else []
+    counted = count_costs(loaded, world_sizes=world_sizes, cluster=cluster)
     if as_json:
         say_json(counted)
         return
@@ -120,38 +95,28 @@ def run(
     loaded = load_recipe(recipe, sets or (), smoke if small else None)
     os.environ[LEVEL_VARIABLE] = log_level  # for the processes of the phases
     setup_logging(log_level)
+    helper = None
     if co_train:
         from ..experimental.shared_loader.launch import count_parallel_jobs, shared_loader_job
 
-        jobs = count_parallel_jobs(loaded, jobs, baseline)
-    from ..interchange.export import export, is_complete_export
-    from ..launchers.local import LocalRunner
-    from ..launchers.progress import ProgressReporter
-    from ..planning.context import open_run
-    from ..planning.job_graph import build_job_graph
+        jobs, helper = count_parallel_jobs(loaded, jobs, baseline), shared_loader_job(directory)
+    from ..api import run as run_phases
 
-    exported = directory.path / "export"
-    opened = open_run(loaded, directory, report=say)
-    graph = build_job_graph(opened.rows, baseline=baseline)
-    if all(directory.phase(job.phase, job.module).result for job in graph) and is_complete_export(exported):
-        say(f"{directory.path} is done already")
-    with ProgressReporter(console()) as reporter:
-        helper = shared_loader_job(directory) if co_train else None
-        runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, nproc, helper)
-        code = runner.execute(graph)
-    summary = directory.update_summary()
-    if code is Exit.PREEMPTED:
+    try:
+        result = run_phases(
+            loaded, directory.path, jobs=jobs, ranks=nproc, baseline=baseline, console=console(), helper=helper
+        )
+    except Preempted as stopped:
         say(f"stopped; nothing is lost. Go on with the same command:\n  {shlex.join(['bigincubate', *sys.argv[1:]])}")
-        raise SystemExit(code)
-    if code is not Exit.DONE:
-        fail("not everything is done, for the reasons above; the same command goes on with what is missing", code)
-    snippet = None if is_complete_export(exported) else export(directory.path, exported)
+        raise SystemExit(stopped.code) from None
     from ..report.console_tables import summary_table
 
-    console().print(summary_table(loaded.name, summary, opened.rows))
-    say(f"\nmodel:   {exported}" + (f"\n         {snippet}" if snippet else ""))
+    if result.already_done:
+        say(f"{directory.path} is done already")
+    console().print(summary_table(loaded.name, result.results, result.context.rows))
+    say(f"\nmodel:   {result.export}" + (f"\n         {result.load_code}" if result.load_code else ""))
     say(f"curves:  tensorboard --logdir {directory.path}")
-    say(f"next:    bigincubate evaluate {directory.path} --data {opened.data.path}")
+    say(f"next:    bigincubate evaluate {directory.path} --data {result.context.data.path}")
 
 
 @app.command()
@@ -169,26 +134,14 @@ def train(
     if phase not in PHASES:
         raise ConfigError(f"--phase {phase}: there are {', '.join(PHASES)}")
     loaded = load_recipe(recipe, sets or ())
+    from ..api import train_phase
     from ..distributed.parent_death import stop_with_parent
-    from ..distributed.process_group import DistributedContext
     from ..launchers.slurm.environment import array_index, set_torchrun_variables
-    from ..launchers.slurm.job_queue import SlurmQueue
-    from ..planning.context import open_run
 
     stop_with_parent()
     if module is not None and module != "auto" and not module.isdigit():
         raise ConfigError(f"--module {module}: expected a number, or auto")
     number = array_index() if module == "auto" else None if module is None else int(module)
     set_torchrun_variables()
-    with closing(DistributedContext.detect()) as env:
-        setup_logging(log_level, env.rank)
-        with env.main_process_first():
-            opened = open_run(loaded, directory, report=say, module=number)
-            context = opened.phase(phase, number, env)
-        from ..tasks.metric import describe_metrics
-        from ..training.run_phase import train_phase
-
-        with context.with_local_data() as local:
-            result = train_phase(local, queue=SlurmQueue())
-        if env.is_main:
-            say(f"{context.row.title}: done, {describe_metrics(context.task.metrics, result['metrics'])}")
+    setup_logging(log_level, int(os.environ.get("RANK", "0")))
+    train_phase(loaded, directory.path, phase, number, report=say)

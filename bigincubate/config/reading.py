@@ -26,7 +26,7 @@ def list_shipped_recipes() -> dict[str, Path]:
     return {file.stem: file for file in sorted(folder.rglob("*.toml"), key=lambda file: file.stem)}
 
 
-def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | None = None) -> Recipe:
+def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Overlay | None = None) -> Recipe:
     """Read a shipped recipe by name, or a file by path, and apply ``--set`` values.
 
     Args:
@@ -34,10 +34,16 @@ def load_recipe(name_or_path: str, sets: Sequence[str] = (), overlay: Overlay | 
         sets: ``KEY=VALUE`` strings, with dotted keys.
         overlay: Computes tables from the recipe that override it, and are overridden by ``sets``.
 
+    Returns:
+        The recipe, validated.
+
     Raises:
         ConfigError: Naming the file and the key, with the nearest valid name for an unknown one.
+
+    Example:
+        >>> recipe = bi.load_recipe("digits", ["train.seed=1", "finetune.train.epochs=5"])
     """
-    file = _find(name_or_path)
+    file = _find(str(name_or_path))
     raw = _read(file)
     if overlay is not None:
         raw = merge(raw, overlay(load_recipe(name_or_path, sets)))

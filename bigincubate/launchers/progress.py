@@ -14,13 +14,18 @@ from ..storage.run_directory import PhaseDir
 
 
 class ProgressReporter:
-    """Prints the progress of jobs. Use it as a context manager."""
+    """Prints the progress of jobs. Use it as a context manager.
+
+    Attributes:
+        failures: A line for each job that has failed.
+    """
 
     def __init__(self, console: Console) -> None:
         """Create a reporter that prints to ``console``."""
         self.console = console
         self.bars: dict[str, TaskID] = {}
         self.tenths: dict[str, int] = {}
+        self.failures: list[str] = []
         self.progress = Progress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=32),
@@ -74,4 +79,5 @@ class ProgressReporter:
 
     def failed(self, job: Job, code: int, line: str, log: Path) -> None:
         """Report that a job has failed, with its exit code, the reason and the log file."""
+        self.failures.append(f"{job.title}: {line} (log: {log})")
         self.say(f"{job.title}: failed (exit {code}): {line}\n  log: {log}")

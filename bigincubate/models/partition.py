@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ArtifactError, ConfigError
 from .base import Depths, ModelFamily
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class BlockRef(NamedTuple):
@@ -103,6 +106,44 @@ class Partition:
 
     def __post_init__(self) -> None:
         check_layout(self.family, self.depths)
+
+    @classmethod
+    def from_model(
+        cls, model: nn.Module, *, modules: int = 1, depths: Sequence[int | Sequence[int]] | None = None
+    ) -> Partition:
+        """Cut a timm model that is already built.
+
+        Args:
+            model: A timm model of a supported family.
+            modules: Number of modules with (almost) equally many blocks, for a model without stages.
+            depths: Number of blocks of each module instead: ``[3, 3, 3, 3]``, or one list over the stages per module.
+
+        Raises:
+            ConfigError: The family is not supported, the depths do not add up to the model's, or it has stages and
+                there are no ``depths``.
+
+        Example:
+            >>> bi.Partition.from_model(timm.create_model("vit_small_patch16_224"), modules=4).depths
+            ((3,), (3,), (3,), (3,))
+        """
+        from .vision.build import check_timm_model
+        from .vision.families import find_timm_family
+
+        name = type(model).__name__
+        family = find_timm_family(name, model)
+        check_timm_model(model, name)
+        found = family.count_blocks(model.state_dict())
+        if depths is None and modules > 1 and family.stages > 1:
+            raise ConfigError(
+                f"{name} has {family.stages} stages: cut it with Partition.from_model(model, depths=...), one list over"
+                " the stages per module"
+            )
+        if depths is None:
+            return cls(family, find_balanced_cut([[1] * found[0]], modules) if modules > 1 else (found,))
+        partition = cls(family, normalize_depths(depths, family.stages))
+        if partition.stage_depths != found:
+            raise ConfigError(f"depths = {depths} have {partition.stage_depths} blocks, the model has {found}")
+        return partition
 
     @property
     def modules(self) -> int:

@@ -57,8 +57,14 @@ def assemble(parts: list[dict[str, Tensor]], expected: Iterable[str] | None = No
         parts: The tensors of each module.
         expected: The names that the target has, such as ``model.state_dict()``; without it only overlaps are found.
 
+    Returns:
+        The tensors of all modules by name.
+
     Raises:
         ArtifactError: Two modules hold the same tensor, or a tensor is missing or not expected.
+
+    Example:
+        >>> target.load_state_dict(bi.assemble([bi.extract_module(hybrid) for hybrid in hybrids]))
     """
     whole: dict[str, Tensor] = {}
     for module, part in enumerate(parts):

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bigincubate.config import ModelConfig
-from bigincubate.models import (
-    Depths,
-    ModelFamily,
-    Partition,
-    assemble,
-    extract,
-    find_balanced_cut,
-    find_family,
-    hybrid_depths,
-    rename_tensors,
-)
+from bigincubate.models.base import Depths, ModelFamily
+from bigincubate.models.library import find_family
+from bigincubate.models.partition import Partition, find_balanced_cut, hybrid_depths
+from bigincubate.models.surgery import assemble, extract, rename_tensors
 
 FAMILIES = {
     name: find_family(ModelConfig(name=name))

@@ -170,13 +170,24 @@ class TimmFamily(ModelFamily):
         kwargs |= self.size_kwargs(model) | ({} if stages is None else self.depth_kwargs(stages))
         with explain_argument_errors(model.name):
             built: nn.Module = timm.create_model(model.name, **kwargs)
-        if any(hasattr(module, "set_lambda_init") for module in built.modules()):
-            raise ConfigError(
-                f"model {model.name!r}: its attention depends on a block's index, which changes with the depths of"
-                " modules in front of it"
-            )
-        if built.state_dict().keys() - dict(built.named_parameters()).keys():
-            raise ConfigError(
-                f"model {model.name!r} keeps running statistics (batch norm), which would change in frozen modules"
-            )
+        check_timm_model(built, model.name)
         return built
+
+
+def check_timm_model(model: nn.Module, name: str) -> None:
+    """Refuse a model in which a block depends on its index, or that keeps running statistics.
+
+    Args:
+        model: A timm model.
+        name: What to call it in the message.
+
+    Raises:
+        ConfigError: It cannot be trained in modules.
+    """
+    if any(hasattr(module, "set_lambda_init") for module in model.modules()):
+        raise ConfigError(
+            f"model {name!r}: its attention depends on a block's index, which changes with the depths of modules in"
+            " front of it"
+        )
+    if model.state_dict().keys() - dict(model.named_parameters()).keys():
+        raise ConfigError(f"model {name!r} keeps running statistics (batch norm), which would change in frozen modules")

@@ -1,0 +1,318 @@
+"""The functions of ``import bigincubate`` that plan, train, load and evaluate. The commands call the same ones.
+
+They print nothing, and raise the errors of :mod:`bigincubate.errors`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from .config import PHASES, Phase, Recipe
+from .errors import ConfigError, Exit, error_of_code
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from .launchers.local import HelperJob
+    from .planning.context import RunContext
+
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def _ignore(text: str) -> None:
+    """Discard a line."""
+
+
+def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None = None) -> dict[str, Any]:
+    """Count what each phase of a recipe costs. Needs no data and no GPU.
+
+    Args:
+        recipe: The recipe.
+        world_sizes: Numbers of ranks to estimate memory and communication for; by default those of 1, 2 and 8 that
+            the batch sizes allow.
+        cluster: Where to estimate the training time: ``"nodes=8,gpus=8,tflops=200"``, or ``"...,rates=RUN_DIR"`` for
+            the rates that the phases of a run achieved.
+
+    Returns:
+        ``rows`` (one table per phase: depths, parameters, steps, FLOPs, bytes per strategy), ``incubation_flops``,
+        ``end_to_end_flops``, ``finetune_share``, and ``cluster`` if it was asked for: plain values for JSON.
+
+    Raises:
+        ConfigError: The model is not supported, the depths do not fit it, or ``data.train_samples`` is missing.
+
+    Example:
+        >>> costs = bi.plan(bi.load_recipe("imagenet-vit-b"))
+        >>> costs["incubation_flops"] / costs["end_to_end_flops"]
+    """
+    from .planning.cost import cost_plan, plan_json
+    from .planning.memory import all_batches_divisible, batch_divisible, estimate_footprints
+    from .planning.phases import make_plan
+    from .planning.prepare_run import expected_samples
+
+    worlds = list(world_sizes) or [ranks for ranks in (1, 2, 8) if all_batches_divisible(recipe, ranks)]
+    cut = make_plan(recipe)
+    rows = cost_plan(recipe, cut, expected_samples(recipe))
+    counted = plan_json(recipe, cut, rows)
+    footprints = estimate_footprints(recipe, cut, rows, worlds)
+    for row in counted["rows"]:
+        row["sharding"] = [asdict(footprint) for footprint in footprints[row["key"]]]
+    if cluster is not None:
+        from .planning.walltime import critical_path_seconds, estimate_walltime, parse_cluster
+
+        machines = parse_cluster(cluster)
+        estimates = estimate_walltime(
+            rows, machines, lambda row, ranks: batch_divisible(recipe.settings(row.phase), ranks)
+        )
+        counted["cluster"] = {
+            "gpus": machines.gpus,
+            "phases": [asdict(estimate) for estimate in estimates],
+            "seconds": critical_path_seconds(estimates, machines.gpus),
+            "gpu_seconds": sum(
+                estimate.gpus * estimate.seconds for estimate in estimates if estimate.key != "end_to_end"
+            ),
+        }
+    return counted
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        path: The run directory.
+        export: The folder with the final model, for ``timm.create_model(f"local-dir:{export}", pretrained=True)``.
+        results: The result of each phase: ``meta``, ``modules`` (a list), ``assembled``, ``finetune`` and
+            ``end_to_end`` (None if it was not trained). A result has ``metrics``, ``steps``, ``seen``, ``flops``,
+            ``seconds``.
+        load_code: Python code that loads the final model; None if it had been exported before.
+        already_done: Whether there was nothing left to do.
+        context: The recipe, data and plan of the run.
+    """
+
+    path: Path
+    export: Path
+    results: dict[str, Any]
+    load_code: str | None
+    already_done: bool
+    context: RunContext
+
+
+def run(
+    recipe: Recipe,
+    run_dir: str | Path,
+    *,
+    jobs: int | None = None,
+    ranks: int = 1,
+    baseline: bool = False,
+    console: Console | None = None,
+    helper: HelperJob | None = None,
+) -> RunResult:
+    """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Called again, it resumes.
+
+    Each phase has processes of its own, which write to ``logs/`` in the folder of the phase. Call this from the main
+    thread: SIGINT and SIGTERM make every phase write a checkpoint.
+
+    Args:
+        recipe: The recipe.
+        run_dir: The run directory; created if it is missing.
+        jobs: Maximum number of phases that run in parallel; None: as many as there are cores.
+        ranks: Number of processes that train each phase together, on one GPU each.
+        baseline: Whether to train the same model end to end as well, with the same FLOPs.
+        console: Where to print the progress; None: nowhere.
+        helper: Processes that serve the modules, as ``bigincubate run --co-train`` starts them.
+
+    Returns:
+        The results, and where the final model is.
+
+    Raises:
+        Preempted: It was asked to stop; there are checkpoints.
+        BigincubateError: A phase failed; the message names the phase, the reason and its log file.
+
+    Example:
+        >>> result = bi.run(bi.load_recipe("digits"), "runs/digits")
+        >>> result.results["finetune"]["metrics"]["top1"]
+    """
+    from rich.console import Console
+
+    from .interchange.export import export, is_complete_export
+    from .launchers.local import LocalRunner
+    from .launchers.progress import ProgressReporter
+    from .planning.context import open_run
+    from .planning.job_graph import build_job_graph
+    from .storage.run_directory import RunDir
+
+    directory = RunDir(Path(run_dir))
+    exported = directory.path / "export"
+    with ProgressReporter(console or Console(quiet=True)) as reporter:
+        opened = open_run(recipe, directory, report=reporter.say)
+        graph = build_job_graph(opened.rows, baseline=baseline)
+        done = all(directory.phase(job.phase, job.module).result for job in graph) and is_complete_export(exported)
+        code = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper).execute(graph)
+    results = directory.update_summary()
+    if code is Exit.PREEMPTED:
+        raise error_of_code(code)(f"{directory.path}: stopped with checkpoints; run it again to resume")
+    if code is not Exit.DONE:
+        raise error_of_code(code)(f"not everything is done: {'; '.join(reporter.failures)}. Run it again to resume")
+    snippet = None if is_complete_export(exported) else export(directory.path, exported)
+    return RunResult(directory.path, exported, results, snippet, done, opened)
+
+
+def train_phase(
+    recipe: Recipe,
+    run_dir: str | Path,
+    phase: Phase,
+    module: int | None = None,
+    *,
+    report: Callable[[str], None] = _ignore,
+) -> dict[str, Any]:
+    """Train one phase in this process, or as one rank of those that ``torchrun`` started. Called again, it resumes.
+
+    A checkpoint that another number of ranks or another sharding strategy wrote is resumed too. While it trains, stop
+    signals write a checkpoint, so call this from the main thread.
+
+    Args:
+        recipe: The recipe.
+        run_dir: The run directory; created if it is missing.
+        phase: ``"pretrain"``, ``"incubate"``, ``"finetune"`` or ``"end_to_end"``.
+        module: Which module to incubate; None for the other phases.
+        report: Called on rank 0 with a line before slow preparations, and with the result.
+
+    Returns:
+        The result: ``metrics`` by name, ``headline`` (the first of them), ``samples``, ``unit``, ``steps``, ``seen``,
+        ``flops``, ``seconds``. The weights are in the run directory.
+
+    Raises:
+        ConfigError: The settings do not fit the data, or what has already been trained in the directory.
+        ArtifactError: The phase needs the result of one that has not been trained.
+        Preempted: Training was asked to stop; there is a checkpoint.
+        NonFiniteError: The gradient was not finite in too many steps.
+        LockedError: Another process trains this phase.
+
+    Example:
+        >>> recipe = bi.load_recipe("digits")
+        >>> bi.train_phase(recipe, "runs/digits", "pretrain")["metrics"]["top1"]
+        >>> bi.train_phase(recipe, "runs/digits", "incubate", module=2)
+    """
+    if phase not in PHASES:
+        raise ConfigError(f"phase = {phase!r}: there are {', '.join(PHASES)}")
+    from .distributed.process_group import DistributedContext
+    from .launchers.slurm.job_queue import SlurmQueue
+    from .planning.context import open_run
+    from .storage.run_directory import RunDir
+    from .tasks.metric import describe_metrics
+    from .training.run_phase import train_phase as train
+
+    with _restored_rank_variables(), closing(DistributedContext.detect()) as env:
+        with env.main_process_first():
+            opened = open_run(recipe, RunDir(Path(run_dir)), report=report, module=module)
+            context = opened.phase(phase, module, env)
+        with context.with_local_data() as local:
+            result = train(local, queue=SlurmQueue())
+        if env.is_main:
+            report(f"{context.row.title}: done, {describe_metrics(context.task.metrics, result['metrics'])}")
+    return result
+
+
+def load_model(source: str | Path) -> nn.Module:
+    """Load a finished model for inference.
+
+    Args:
+        source: A run directory, the folder of a phase, an artifact, or an exported folder.
+
+    Returns:
+        The model (a timm model, if the recipe names one) with its weights, on the CPU in evaluation mode.
+
+    Raises:
+        ArtifactError: There is no complete model.
+
+    Example:
+        >>> logits = bi.load_model("runs/digits")(images)
+    """
+    from .interchange.export import load_model as load
+
+    model, _ = load(Path(source))
+    return model.eval()
+
+
+def evaluate(
+    source: str | Path,
+    data: str | Path,
+    *,
+    batch_size: int = 256,
+    probe: Literal["linear", "knn"] | None = None,
+    report: Callable[[str], None] = _ignore,
+) -> dict[str, float]:
+    """Evaluate a finished model on the validation split of prepared data.
+
+    Args:
+        source: A run directory, the folder of a phase, an artifact, or an exported folder.
+        data: A folder that ``bigincubate data prepare`` wrote.
+        batch_size: Number of samples in a batch of each rank.
+        probe: Evaluate the model's features instead: by a linear classifier, or by nearest neighbors, made from the
+            training split.
+        report: Called on rank 0 with the scores in one line.
+
+    Returns:
+        The metrics of the task by name, such as ``top1`` in percent, and ``samples``.
+
+    Raises:
+        ArtifactError: There is no complete model.
+        ConfigError: The data does not fit the model.
+        DataError: The data is missing or damaged.
+
+    Example:
+        >>> bi.evaluate("runs/digits", "runs/digits/data")["top1"]
+    """
+    if probe not in (None, "linear", "knn"):
+        raise ConfigError(f"probe = {probe!r}: there are linear and knn")
+    from .config import DataConfig
+    from .data.dataset import open_dataset
+    from .distributed.process_group import DistributedContext
+    from .interchange.export import load_model as load
+    from .tasks.metric import describe_metrics
+    from .tasks.registry import task_class
+
+    model, spec = load(Path(source))
+    found = task_class(spec.task.name)
+    settings = found.artifact_settings(spec.model, spec.metadata).model_copy(update={"task": spec.task})
+    task = found(settings, DataConfig())
+    info = open_dataset(Path(data))
+    if probe is None:
+        task.check_dataset(info)
+    with _restored_rank_variables(), closing(DistributedContext.detect()) as env:
+        if probe is None:
+            stream = task.eval_stream(info, "val", rank=env.rank, world=env.world, batch_size=batch_size)
+            scores = task.evaluate(model.to(env.device), stream, env)
+        elif env.world > 1:
+            raise ConfigError("a probe looks at all features at once: evaluate it in one process")
+        else:
+            from .tasks.image_classification.probe import probe as score_features
+
+            train, val = (task.eval_stream(info, split, batch_size=batch_size) for split in ("train", "val"))
+            classes = len(info.schema.metadata["classes"])
+            scores = score_features(probe, model.to(env.device), train, val, classes, env.device)
+    if env.is_main:
+        measured = [metric for metric in task.metrics if metric.name in scores]
+        by = f" ({probe} probe)" if probe else ""
+        report(f"{describe_metrics(measured, scores)}{by} on {scores['samples']} {task.unit} of {data}")
+    return scores
+
+
+@contextmanager
+def _restored_rank_variables() -> Iterator[None]:
+    """Leave the variables that describe a rank as they were: a later call may start ranks of its own."""
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
