@@ -79,5 +79,5 @@ class ProgressReporter:
 
     def failed(self, job: Job, code: int, line: str, log: Path) -> None:
         """Report that a job has failed, with its exit code, the reason and the log file."""
-        self.failures.append(f"{job.title}: {line} (log: {log})")
+        self.failures.append(f"{job.title}: {line.removeprefix('bigincubate: ')} (log: {log})")
         self.say(f"{job.title}: failed (exit {code}): {line}\n  log: {log}")

@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(
-    r"(?<![\w/])(?:bigincubate|tests|benchmarks|scripts|slurm|ds_configs)/[\w./-]*\.(?:py|toml|json|sh|sbatch)\b"
+    r"(?<![\w/])(?:bigincubate|tests|benchmarks|examples|scripts|slurm|ds_configs)/[\w./-]*\.(?:py|toml|json|sh|sbatch)\b"
 )
-PACKAGE_FILE = re.compile(r"`((?!bigincubate/|tests/|benchmarks/|scripts/)[a-z_]+/[\w/]*\.py)`")
+PACKAGE_FILE = re.compile(r"`((?!bigincubate/|tests/|benchmarks/|examples/|scripts/)[a-z_]+/[\w/]*\.py)`")
 # a key in backticks, possibly with a value: `train.lr`, `finetune.model.img_size = 384`, `drop_path.*`
 KEY = re.compile(r"`([a-z_0-9]+(?:\.[a-z_0-9]+)*\.(?:[a-z_0-9]+|\*))(?: ?= ?[^`]*)?`")
 SET = re.compile(r"--set ([a-z_0-9.]+)=")

@@ -1,0 +1,115 @@
+"""Planning, running and evaluating from Python: the same results and errors as the commands, and nothing printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+import bigincubate as bi
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def finished(done: Any, tmp_path: Path) -> Path:
+    """A copy of a finished run that has not been exported."""
+    return Path(shutil.copytree(done.run.path, tmp_path / "run"))
+
+
+def test_plan_is_that_of_the_command(counted: None, fast: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ["data.train_samples=1149"]
+    costs = bi.plan(bi.load_recipe(fast, sets), world_sizes=[1, 4], cluster="nodes=1,gpus=4,tflops=1")
+    assert capsys.readouterr() == ("", "")
+    options = ["--world", "1,4", "--cluster", "nodes=1,gpus=4,tflops=1", "--json"]
+    assert json.loads(json.dumps(costs)) == json.loads(call("plan", fast, "--set", *sets, *options)[1])
+    assert [row["key"] for row in costs["rows"]] == ["pretrain", "incubate/0", "incubate/1", "finetune", "end_to_end"]
+
+
+def test_phase_has_the_result_of_the_harness(
+    harness: Callable[..., Any], done: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained through the library it has the same metrics and weights, and leaves no variable of a rank behind."""
+    before, lines = dict(os.environ), []
+    result = bi.train_phase(done.recipe, tmp_path / "run", "pretrain", report=lines.append)
+    assert dict(os.environ) == before
+    assert capsys.readouterr() == ("", "")
+    assert len(lines) == 1
+    assert lines[0].startswith("meta model: done, top-1 ")
+    assert result["metrics"] == done.run.phase("pretrain").result["metrics"]
+    other = harness("train.max_steps=2", "log.every_steps=1", folder=tmp_path / "run")
+    expected = done.weights("pretrain")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in other.weights("pretrain").items())
+
+
+@pytest.mark.parametrize(
+    ("phase", "module", "error", "message"),
+    [
+        ("pretraining", None, bi.errors.ConfigError, "there are pretrain, incubate, finetune, end_to_end"),
+        ("incubate", 2, bi.errors.ConfigError, "0 to 1"),
+        ("incubate", 1, bi.errors.ArtifactError, "the meta model is missing"),
+        ("finetune", None, bi.errors.ArtifactError, "the meta model is missing"),
+    ],
+)
+def test_phase_that_cannot_be_trained_raises(
+    done: Any, tmp_path: Path, phase: Any, module: int | None, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        bi.train_phase(done.recipe, tmp_path / "run", phase, module)
+
+
+def test_finished_run_is_exported_once(done: Any, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = bi.run(done.recipe, finished), bi.run(done.recipe, str(finished))
+    assert capsys.readouterr() == ("", "")
+    assert (first.already_done, second.already_done) == (False, True)
+    assert first.load_code is not None
+    assert second.load_code is None
+    assert first.results == second.results
+    assert first.results["finetune"] == done.run.phase("finetune").result
+    model, images = timm.create_model(f"local-dir:{first.export}", pretrained=True), torch.randn(2, 3, 8, 8)
+    assert not bi.load_model(finished).training
+    assert torch.equal(model.eval()(images), bi.load_model(finished)(images))
+
+
+def test_failed_run_names_phase_reason_and_log(done: Any, finished: Path) -> None:
+    """Exit code 3 of a phase is the error that has it; no process is started, because no log file can be created."""
+    shutil.rmtree(finished / "modules")
+    (finished / "modules").mkdir()
+    for module in ("00", "01"):
+        (finished / "modules" / module).write_text("in the way")
+    with pytest.raises(bi.errors.ExternalError) as caught:
+        bi.run(done.recipe, finished)
+    assert caught.value.code == 3
+    assert str(caught.value).count("\n") == 0
+    for module in (0, 1):
+        assert f"module {module}: {finished / 'modules' / f'0{module}'}" in str(caught.value)
+        assert str(finished / "modules" / f"0{module}" / "logs" / "train.log") in str(caught.value)
+
+
+def test_evaluation_is_that_of_the_command(
+    finished: Path, digits: Path, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, lines = dict(os.environ), []
+    scores = bi.evaluate(finished, digits, report=lines.append)
+    assert dict(os.environ) == before
+    assert capsys.readouterr() == ("", "")
+    assert scores == json.loads(call("evaluate", finished, "--data", digits, "--json")[1])
+    assert call("evaluate", finished, "--data", digits)[1] == f"{lines[0]}\n"
+    with pytest.raises(bi.errors.ConfigError, match="linear and knn"):
+        bi.evaluate(finished, digits, probe="tree")  # type: ignore[arg-type]
+    with pytest.raises(bi.errors.ArtifactError):
+        bi.load_model(finished / "nothing")
+
+
+def test_every_exit_code_has_its_error() -> None:
+    errors = bi.errors
+    found = {code: errors.error_of_code(code) for code in errors.Exit if code is not errors.Exit.DONE}
+    assert {code: error.code for code, error in found.items()} == {code: code for code in found}
+    assert errors.error_of_code(137) is errors.ExternalError
