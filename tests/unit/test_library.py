@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from functools import partial
@@ -75,6 +76,14 @@ def test_type_checkers_see_the_names_that_are_loaded_lazily() -> None:
     seen = {str(node.module): tuple(alias.name for alias in node.names) for node in imports}
     assert seen == bi._MODULES  # type: ignore[attr-defined]
     assert sorted(["errors", *(name for names in seen.values() for name in names)]) == sorted(bi.__all__)
+
+
+def test_page_lists_every_public_name() -> None:
+    """`docs/library.md` has one row for each name, and uses no other."""
+    page = (Path(bi.__file__).parents[1] / "docs" / "library.md").read_text()
+    rows = re.findall(r"^\| `(\w+)[^|]*` \|", page, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(bi.__all__)
+    assert set(re.findall(r"\bbi\.(\w+)", page)) <= set(bi.__all__)
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
