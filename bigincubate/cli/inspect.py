@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Argument, Option
 
-from ..errors import Exit
+from ..errors import ConfigError, Exit
 from .app import JsonOption, RunArgument, app, console, fail, say, say_json
 
 
@@ -60,10 +60,22 @@ def verify(run: RunArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def recipes() -> None:
-    """List the recipes that come with the package."""
-    from ..config import list_shipped_recipes, load_recipe
+def recipes(
+    pattern: Annotated[
+        str | None, Argument(metavar="[PATTERN]", help="With --keys: a part of a key, or a pattern: 'train.*'.")
+    ] = None,
+    keys: Annotated[bool, Option("--keys", help="List every key of a recipe and what it means.")] = False,
+    markdown: Annotated[bool, Option("--markdown", help="With --keys: as the page docs/recipe_keys.md.")] = False,
+) -> None:
+    """List the recipes that come with the package, or the keys that a recipe may have."""
+    from ..config import format_recipe_keys, list_recipe_keys, list_shipped_recipes, load_recipe
 
+    if not keys and (pattern or markdown):
+        raise ConfigError("PATTERN and --markdown go with --keys: bigincubate recipes --keys 'train.*'")
+    if keys:
+        found = list_recipe_keys(pattern)
+        print(format_recipe_keys(found) if markdown else "\n".join(map(str, found)))
+        return
     width = max(map(len, list_shipped_recipes())) + 1
     for name, file in list_shipped_recipes().items():
         say(f"{name:<{width}} {load_recipe(name).description}\n{'':<{width}} {file}")

@@ -6,6 +6,7 @@ computed (two runs that differ in one are different experiments), or an *executi
 computed (sharding, workers, micro-batch, logging). The identity of a phase depends on identity keys only.
 """
 
+from .keys import RecipeKey, format_recipe_keys, list_recipe_keys
 from .reading import list_shipped_recipes, load_recipe
 from .recipe import Recipe, describe_changes, differences, is_execution
 from .sections import (

@@ -19,7 +19,9 @@ class Recipe(Settings):
     """One experiment: common settings, and what each phase overrides. :meth:`settings` resolves them for a phase."""
 
     name: str = execution_field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the experiment, for tables and messages."""
     description: str = execution_field("")
+    """What the experiment is, for people."""
     data: sections.DataConfig = sections.DataConfig()
     plan: sections.PlanConfig
     meta: sections.MetaConfig = sections.MetaConfig()

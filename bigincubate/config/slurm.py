@@ -13,34 +13,58 @@ class SlurmJobConfig(ConfigTable):
     """The resources that a job requests from Slurm. What is None is left to the defaults of the site."""
 
     nodes: Count = execution_field(1)
-    ranks: Count = execution_field(1)  # per node; one per GPU
-    gpus: int = execution_field(0, ge=0)  # per node
-    cpus: Count | None = execution_field(None)  # per rank
-    memory: str | None = execution_field(None)  # per node: "64G"
-    time: str | None = execution_field(None)  # time limit, "2-00:00:00"; a job that is not done by then is requeued
+    """Nodes of a job. Unit: nodes."""
+    ranks: Count = execution_field(1)
+    """Ranks per node, one per GPU. Unit: ranks."""
+    gpus: int = execution_field(0, ge=0)
+    """GPUs per node. Unit: GPUs."""
+    cpus: Count | None = execution_field(None)
+    """CPU cores per rank. Unit: cores."""
+    memory: str | None = execution_field(None)
+    """Memory per node, with its unit, such as `"64G"`."""
+    time: str | None = execution_field(None)
+    """Time limit, such as `"2-00:00:00"` (two days); a job that is not done by then is requeued."""
     partition: str | None = execution_field(None)
+    """Partition that the jobs run in."""
     account: str | None = execution_field(None)
+    """Account that the jobs are charged to."""
     qos: str | None = execution_field(None)
+    """Quality of service."""
     constraint: str | None = execution_field(None)
-    extra: list[str] = execution_field([])  # more options of sbatch: ["--exclusive"]
+    """Features that nodes must have."""
+    extra: list[str] = execution_field([])
+    """More options of sbatch, such as `["--exclusive"]`."""
 
 
 class SlurmConfig(SlurmJobConfig):
     """How ``submit`` makes jobs. Tables such as ``[slurm.incubate]`` override the common keys for one kind of job."""
 
     pretrain: dict[str, Any] = execution_field({})
+    """Resources of the meta model's job, where they differ from the common keys."""
     incubate: dict[str, Any] = execution_field({})
+    """Resources of each task of the array of modules, where they differ from the common keys."""
     finetune: dict[str, Any] = execution_field({})
+    """Resources of the fine-tuning job, where they differ from the common keys."""
     end_to_end: dict[str, Any] = execution_field({})
+    """Resources of the baseline's job, where they differ from the common keys."""
     gate: dict[str, Any] = execution_field({})
-    array_parallelism: Count | None = execution_field(None)  # array tasks that run in parallel; None: no limit
-    setup_script: str | None = execution_field(None)  # a script that jobs source first: modules, conda, proxies
-    python: str | None = execution_field(None)  # None: the interpreter that submits
-    container: str | None = execution_field(None)  # a prefix of the python command: "apptainer exec --nv image.sif"
-    umask: str | None = execution_field(None, pattern="^0?[0-7]{3}$")  # "007": a run that a group shares
-    submit_from_jobs: bool = execution_field(True)  # false: jobs may not call sbatch; the gate prints what to do
-    max_submissions: Count = execution_field(3)  # how often a phase is submitted before a user must call `resume`
-    max_requeues: int = execution_field(20, ge=0)  # how often a job requeues itself
+    """Resources of the gate, where they differ from one node and one rank without GPU."""
+    array_parallelism: Count | None = execution_field(None)
+    """Array tasks that run in parallel. None: no limit. Unit: tasks."""
+    setup_script: str | None = execution_field(None)
+    """Script that jobs source first: environment modules, conda, proxies."""
+    python: str | None = execution_field(None)
+    """Python interpreter of the jobs. None: the one that submits."""
+    container: str | None = execution_field(None)
+    """Prefix of the python command, such as `"apptainer exec --nv image.sif"`."""
+    umask: str | None = execution_field(None, pattern="^0?[0-7]{3}$")
+    """File mode mask of the run, such as `"007"` for a run that a group shares."""
+    submit_from_jobs: bool = execution_field(True)
+    """Let jobs call sbatch; false: the gate prints the command to run."""
+    max_submissions: Count = execution_field(3)
+    """How often a phase is submitted before a user must call `resume`. Unit: submissions."""
+    max_requeues: int = execution_field(20, ge=0)
+    """How often a job requeues itself. Unit: requeues."""
 
     @model_validator(mode="after")
     def _validate_jobs(self) -> SlurmConfig:
