@@ -17,8 +17,8 @@ PACKAGES = {
     "mosaicml-streaming": (True, "streaming data"),
     "safetensors": (True, "checkpoints and artifacts"),
     "tensorboard": (True, "curves"),
-    "matplotlib": (True, "reports and comparisons"),
     "scikit-learn": (True, "the embedded digits"),
+    "matplotlib": (False, "figures of reports and comparisons: pip install 'bigincubate[report]'"),
     "deepspeed": (False, "ZeRO sharding: pip install 'bigincubate[deepspeed]'"),
     "fairscale": (False, "optimizer-state sharding: pip install 'bigincubate[fairscale]'"),
 }

@@ -108,12 +108,16 @@ def write_comparison(routes: LabeledRoutes, out: Path) -> list[Path]:
 
     Returns:
         The files.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed; nothing is written.
     """
     drawings = {"progress": (figures.draw_progress, routes), "before-after": (figures.draw_before_after, routes)}
     if incubated := [(label, route) for label, route in routes if route.modules]:
         drawings["modules"] = (figures.draw_module_curves, incubated)
+    page = compare_page(routes)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.html").write_text(compare_page(routes))
+    (out / "compare.html").write_text(page)
     for name, (draw, drawn) in drawings.items():
         figures.save_png(draw, drawn, out / f"{name}.png")
     return sorted([out / "compare.html", *(out / f"{name}.png" for name in drawings)])

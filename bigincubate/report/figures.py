@@ -8,21 +8,36 @@ from contextlib import AbstractContextManager
 from io import StringIO
 from itertools import accumulate
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import matplotlib.style
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
+from ..errors import MissingDependencyError
 from ..tasks.metric import Metric
 from .console_tables import common_unit
 from .run_data import COSTS, LOSS, NO_COST, PhaseData, TrainingRoute
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = ["#3d7edb", "#e0793a", "#2a9d8f", "#c9507a", "#8f6fc4", "#7c9c3c", "#b58a1b", "#5f8ea8"]
 INK = "#22223b"  # text color of a PNG
 MARK = "#012345"  # text color while drawing an SVG, replaced by that of the page
 LabeledRoutes = Sequence[tuple[str, TrainingRoute]]
 Drawn = TypeVar("Drawn")
+
+
+def import_matplotlib() -> Any:
+    """Import matplotlib, which only figures need, and return it.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure
+        import matplotlib.style
+    except ImportError as error:
+        raise MissingDependencyError(f"figures need matplotlib ({error}): pip install 'bigincubate[report]'") from None
+    return matplotlib
 
 
 def render_svg(draw: Callable[[Drawn], Figure], drawn: Drawn) -> str:
@@ -47,13 +62,14 @@ def save_png(draw: Callable[[Drawn], Figure], drawn: Drawn, file: Path) -> None:
 
 def _style(ink: str) -> AbstractContextManager[None]:
     names = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
-    return matplotlib.style.context([Path(__file__).with_name("figures.mplstyle"), dict.fromkeys(names, ink)])
+    return import_matplotlib().style.context([Path(__file__).with_name("figures.mplstyle"), dict.fromkeys(names, ink)])
 
 
 def pick_colors(count: int) -> list[str]:
     """Return colors that can be told apart on light and dark backgrounds."""
     if count <= len(COLORS):
         return COLORS[:count]
+    matplotlib = import_matplotlib()
     ramp = matplotlib.colormaps["viridis"]
     return [matplotlib.colors.to_hex(ramp(0.15 + 0.7 * k / (count - 1))) for k in range(count)]
 
@@ -87,7 +103,7 @@ def draw_progress(routes: LabeledRoutes) -> Figure:
 
     Lines are whole models (meta model, assembled, fine-tuned), rings are hybrids, faint lines are the training loss.
     """
-    figure = Figure(figsize=(12.4, 5.6))
+    figure = import_matplotlib().figure.Figure(figsize=(12.4, 5.6))
     axes = figure.subplots(2, len(COSTS), sharex="col", sharey="row")
     for color, (label, route) in zip(pick_colors(len(routes)), routes, strict=True):
         for column, cost in enumerate(COSTS):
@@ -134,7 +150,7 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
 
 def draw_module_curves(routes: LabeledRoutes) -> Figure:
     """Draw the training loss of each module over its epochs, one panel per run."""
-    figure = Figure(figsize=(12.4, 3.2))
+    figure = import_matplotlib().figure.Figure(figsize=(12.4, 3.2))
     panels = figure.subplots(1, len(routes), sharey=True, squeeze=False)[0]
     for axis, (label, route) in zip(panels, routes, strict=True):
         for color, phase in zip(pick_colors(len(route.modules)), route.modules, strict=True):
@@ -149,14 +165,14 @@ def draw_module_curves(routes: LabeledRoutes) -> Figure:
 
 def draw_compatibility(route: TrainingRoute) -> Figure:
     """Draw the headline metric of each module as a hybrid and in its partial assembly, in the order of finishing."""
-    figure = Figure(figsize=(12.4, 2.9))
+    figure = import_matplotlib().figure.Figure(figsize=(12.4, 2.9))
     axis = figure.subplots()
     done = [(phase, phase.status["partial"]) for phase in route.modules if phase.result and phase.status["partial"]]
     done.sort(key=lambda each: len(each[1]["joined"]))
     places = range(len(done))
     headline = route.modules[0].headline
     if route.meta is not None and (reference := headline.value_in(route.meta.result)) is not None:
-        axis.axhline(reference, color=matplotlib.rcParams["text.color"], lw=1, ls=":", label="meta model")
+        axis.axhline(reference, color=import_matplotlib().rcParams["text.color"], lw=1, ls=":", label="meta model")
     hybrids = [phase.score for phase, _ in done if phase.score is not None]
     partial = [value for _, scores in done if (value := headline.value_in(scores)) is not None]
     axis.vlines(places, hybrids, partial, color=COLORS[0], alpha=0.4, lw=1)
@@ -170,7 +186,7 @@ def draw_compatibility(route: TrainingRoute) -> Figure:
 
 def draw_before_after(routes: LabeledRoutes) -> Figure:
     """Draw the headline metric of each route's hybrids, assembled model and final model, one line per route."""
-    figure = Figure(figsize=(12.4, 0.9 + 0.36 * len(routes)))
+    figure = import_matplotlib().figure.Figure(figsize=(12.4, 0.9 + 0.36 * len(routes)))
     axis = figure.subplots()
     for at, (_, route) in enumerate(routes):
         values = route.last.headline.value_in

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from collections.abc import Mapping
@@ -119,6 +121,37 @@ def test_sdist_holds_every_tracked_file(archive: Path, sdist: Path) -> None:
         tracked = {name for name in zipped.namelist() if not name.endswith("/")}
     assert len(tracked) > 200
     assert tracked - shipped == set()
+
+
+def test_tests_of_the_sdist_can_run(pythons: Mapping[str, Path], sdist: Path, tmp_path: Path) -> None:
+    """Every test module finds its helpers, and tests of files outside the package pass."""
+    with tarfile.open(sdist) as file:
+        file.extractall(tmp_path, filter="data")
+    unpacked = next(tmp_path.iterdir())
+    python = pythons["sdist"]
+    collected = run(python, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=unpacked)
+    assert {file.name for file in (ROOT / "tests").rglob("test_*.py")} <= set(re.findall(r"test_\w+\.py", collected))
+    files = ("tests/unit/test_docs_links.py", "tests/unit/test_recipe_keys.py", "tests/unit/test_config.py")
+    run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, cwd=unpacked)
+
+
+def packages_of(extra: str) -> set[str]:
+    """Return the names of the packages that an extra installs, those of extras that it includes among them."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names: set[str] = set()
+    for requirement in extras[extra]:
+        name, included = re.fullmatch(r"([\w-]+)(?:\[([\w,]+)\])?.*", requirement).groups()  # type: ignore[union-attr]
+        names |= {name} if name != "bigincubate" else set().union(*map(packages_of, included.split(",")))
+    return names
+
+
+def test_extra_all_has_what_users_want_and_no_test_tools() -> None:
+    """Extra `dev` adds what developers need."""
+    wanted = set().union(*map(packages_of, ("report", "text", "deepspeed", "fairscale")))
+    assert packages_of("all") == wanted
+    assert {"matplotlib", "transformers", "deepspeed", "fairscale"} <= wanted
+    assert packages_of("dev") - wanted >= {"pytest", "mypy", "ruff", "mkdocs", "codespell"}
+    assert not wanted & {"pytest", "mypy", "ruff", "mkdocs"}
 
 
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable", "archive"])

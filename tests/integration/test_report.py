@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Command
 from forked import run
 
+from bigincubate.errors import Exit
 from bigincubate.files import append_json_line, read_json, write_json
 from bigincubate.report.compare import compare_json, compare_page, label_routes
 from bigincubate.report.console_tables import compare_table, status_table, summary_table
@@ -72,6 +75,21 @@ class Page(HTMLParser):
         head = max(i for i in range(at) if self.rows[i][0] in ("phase", "run", "in the order of finishing"))
         cells = enumerate(zip(self.rows[head], self.rows[at], strict=True))
         return {name: self.numbers.get((at, cell), shown) for cell, (name, shown) in cells}
+
+
+def test_report_without_matplotlib_is_one_line_with_the_remedy(done: Any, tmp_path: Path, bigincubate: Command) -> None:
+    """A comparison as a table needs no figures; what needs them writes nothing."""
+    folder = done.run.path
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
+    blocked = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])}
+    for words in (["report", folder, "--out", tmp_path / "r.html"], ["compare", folder, "--out", tmp_path / "out"]):
+        refused = bigincubate(*words, env=blocked)
+        assert refused.returncode == Exit.ENVIRONMENT
+        assert refused.stderr.splitlines() == [
+            "bigincubate: figures need matplotlib (not here): pip install 'bigincubate[report]'"
+        ]
+    assert sorted(file.name for file in tmp_path.iterdir() if file.suffix != ".py") in ([], ["__pycache__"])
+    assert bigincubate("compare", folder, env=blocked).returncode == 0
 
 
 def page_of(folder: Any) -> Page:
