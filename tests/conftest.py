@@ -86,7 +86,7 @@ def bigincubate() -> Command:
         command = [sys.executable, "-m", "bigincubate", *map(str, arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", **options.pop("env", {})}  # type: ignore[dict-item]
         options = {"timeout": 600, **options}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, **options)  # type: ignore[call-overload,no-any-return]
+        return subprocess.run(command, capture_output=True, text=True, env=environment, **options)  # type: ignore[call-overload]
 
     return run
 

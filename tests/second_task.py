@@ -137,15 +137,22 @@ class ResidualBlock(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm(x))))
 
 
+class ResidualBody(nn.Module):
+    """The layers of a `ResidualMlp` before its output layer."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(FEATURES, width)
+        self.layers = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+
+
 class ResidualMlp(nn.Module):
     """Blocks under a dotted prefix, so that names are not timm's."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        self.body = nn.Module()
-        self.body.embed = nn.Linear(FEATURES, width)
-        self.body.layers = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
-        self.body.norm = nn.LayerNorm(width)
+        self.body = ResidualBody(width, depth)
         self.out = nn.Linear(width, 1)
 
     def forward(self, x: Tensor) -> Tensor:

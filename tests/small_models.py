@@ -13,7 +13,7 @@ from bigincubate.config import ModelConfig
 from bigincubate.models.base import Depths
 from bigincubate.models.library import find_family
 from bigincubate.models.partition import Partition, hybrid_depths, normalize_depths
-from bigincubate.models.surgery import extract, initialize, insert
+from bigincubate.models.surgery import Init, extract, initialize, insert
 
 
 def build_timm(
@@ -97,7 +97,7 @@ CASES = [
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 # As timm ships them, on the meta device: the depths are the models' own.
-NAMED = {
+NAMED: dict[str, list[Any]] = {
     "vit_base_patch16_224": [3, 3, 3, 3],
     "vit_large_patch16_224": [7, 9, 8],
     "vit_huge_patch14_224": [8, 8, 8, 8],
@@ -136,7 +136,7 @@ def drawn(case: Case, partition: Partition) -> nn.Module:
     return disturb(case.build(partition.depths, seed=11), seed=12)
 
 
-def hybrid(case: Case, module: int, init: str, meta: nn.Module) -> nn.Module:
+def hybrid(case: Case, module: int, init: Init, meta: nn.Module) -> nn.Module:
     """The meta model with one module at its target depth and initialized, all others inserted."""
     target, shallow = case.partition(case.target), case.partition(case.meta)
     own = case.partition(hybrid_depths(target.depths, shallow.depths, module))

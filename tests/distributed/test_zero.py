@@ -151,7 +151,11 @@ def test_config_file_that_contradicts_the_recipe_is_refused(tmp_path: Path, key:
 
 def test_config_file_may_repeat_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
-    agreeing = {"train_batch_size": 32, "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 2}
+    agreeing: dict[str, Any] = {
+        "train_batch_size": 32,
+        "train_micro_batch_size_per_gpu": 8,
+        "gradient_accumulation_steps": 2,
+    }
     agreeing |= {"gradient_clipping": "auto", "bf16": {"enabled": False}, "zero_optimization": {"stage": 2, "a": 1}}
     file.write_text(json.dumps(agreeing))
     assert configured(file)["zero_optimization"] == {"stage": 2, "a": 1}

@@ -89,7 +89,7 @@ class Written:
 
     def write(self, data: Any) -> int:
         content = data.encode() if isinstance(data, str) else bytes(data)
-        return self.noting(lambda: self.file.write(data), content)  # type: ignore[no-any-return]
+        return self.noting(lambda: self.file.write(data), content)
 
     def __enter__(self) -> Written:
         return self

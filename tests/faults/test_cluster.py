@@ -7,7 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from cluster import ARRAY, Cluster, committed, kill, nodes, processes, ranks, running
@@ -15,6 +15,7 @@ from conftest import Command
 from parity import launch
 from trial_log import Trial, TrialLog
 
+from bigincubate.config import Phase
 from bigincubate.errors import ExternalError
 from bigincubate.storage.run_directory import RunDir
 
@@ -22,7 +23,7 @@ SETS = [
     *("train.max_steps=80", "checkpoint.every_steps=5", "log.every_steps=1", "finetune.sharding.strategy=fsdp2"),
     *("slurm.finetune.nodes=2", "slurm.umask=027", "log.images=0"),
 ]
-Phases = list[tuple[str, int | None]]
+Phases = list[tuple[Phase, int | None]]
 PHASES: Phases = [("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)]
 Fault = Callable[["Struck"], bool]
 
@@ -70,7 +71,7 @@ class Struck:
 
     def ripe(self) -> bool:
         phase, _, module = self.key.partition("/")
-        folder = self.run.phase(phase, int(module) if module else None)  # type: ignore[arg-type]
+        folder = self.run.phase(cast(Phase, phase), int(module) if module else None)
         return folder.result is None and committed(folder) > 0
 
 
@@ -128,7 +129,7 @@ def test_one_submit_ends_in_the_model_whatever_happens(
             finally:
                 bigincubate("cancel", run.path)
             check(run, calm)
-            attempts = sum(len(run.phase(phase, module).read_attempts()) for phase, module in PHASES)  # type: ignore[arg-type]
+            attempts = sum(len(run.phase(phase, module).read_attempts()) for phase, module in PHASES)
             hits = {name.replace(" ", "_"): count for name, count in struck.done.items()}
             assert sum(hits.values()) >= 2, f"the run was over before it was struck: {hits}"
             seconds = round(time.monotonic() - began)
@@ -139,14 +140,14 @@ def test_one_submit_ends_in_the_model_whatever_happens(
 def check(run: RunDir, calm: RunDir) -> None:
     same(run, calm, PHASES)
     for phase, module in PHASES:
-        assert (run.phase(phase, module).path / "DONE").stat().st_mode & 0o777 == 0o640, (phase, module)  # type: ignore[arg-type]
+        assert (run.phase(phase, module).path / "DONE").stat().st_mode & 0o777 == 0o640, (phase, module)
     kinds = [job["kind"] for job in json.loads((run.path / "jobs.json").read_text())["jobs"]]
     assert kinds == ["pretrain", "incubate", "gate", "finetune", "gate"]
 
 
 def same(run: RunDir, calm: RunDir, phases: Phases) -> None:
     for phase, module in phases:
-        folders = [one.phase(phase, module) for one in (run, calm)]  # type: ignore[arg-type]
+        folders = [one.phase(phase, module) for one in (run, calm)]
         digests = [json.loads((folder.artifact / "manifest.json").read_text())["digest"] for folder in folders]
         assert digests[0] == digests[1], (phase, module)
         scores = [{**(folder.result or {}), "seconds": 0} for folder in folders]
@@ -171,4 +172,4 @@ def test_digits_in_full(slurm: Cluster, tmp_path: Path, bigincubate: Command) ->
     same(run, calm, phases)
     summary = bigincubate("verify", run.path)
     assert summary.returncode == 0, summary.stdout
-    print(json.dumps({phase: run.phase(phase).result for phase in ("pretrain", "finetune")}))  # type: ignore[arg-type]
+    print(json.dumps({phase: run.phase(phase).result for phase in ("pretrain", "finetune")}))

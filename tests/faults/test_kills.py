@@ -139,7 +139,12 @@ def wait_for_the_moment(
     if in_save:
         seen: set[Path] = set()
         begun = set(folder.checkpoints.glob(".saving-*"))
-        command.until(lambda: seen.update(set(folder.checkpoints.glob(".saving-*")) - begun) or seen, pause=0)
+
+        def saving() -> bool:
+            seen.update(set(folder.checkpoints.glob(".saving-*")) - begun)
+            return bool(seen)
+
+        command.until(saving, pause=0)
         time.sleep(dice.uniform(0, 0.01))
     else:
         time.sleep(dice.uniform(0, 0.2))

@@ -103,17 +103,15 @@ def test_checkpoint_with_right_hashes_that_does_not_fit_is_refused(trainer: Any)
     trainer.restore(valid)
     tensors = {key: valid.tensors[key] for key in valid.tensors}
     name = next(key for key in tensors if key.startswith("model/") and tensors[key].ndim == 2)
-    for step, (state, own) in enumerate(
-        [
-            ({"seen": "many"}, {}),
-            ({"lr_hook": {"gain": [1]}}, {}),
-            ({"last": 3}, {}),
-            ({}, {name: torch.zeros(3, 3)}),
-            ({}, {"group/step/99": torch.tensor(1)}),
-            ({}, {"group/step/x": torch.tensor(1)}),
-        ],
-        start=1,
-    ):
+    damages: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"seen": "many"}, {}),
+        ({"lr_hook": {"gain": [1]}}, {}),
+        ({"last": 3}, {}),
+        ({}, {name: torch.zeros(3, 3)}),
+        ({}, {"group/step/99": torch.tensor(1)}),
+        ({}, {"group/step/x": torch.tensor(1)}),
+    ]
+    for step, (state, own) in enumerate(damages, start=1):
         trainer.checkpoints.save(step, {**tensors, **own}, {**valid.state, "step": step, **state})
         with pytest.raises(ArtifactError, match="does not fit") as caught:
             trainer.restore(trainer.checkpoints.load_latest())

@@ -44,7 +44,10 @@ def torch_zip(place: Any) -> bytes:
 
 
 def put(name: str, data: Callable[[Any], bytes]) -> Callable[[Any, Path], None]:
-    return lambda place, folder: (folder / name).write_bytes(data(place)) and None
+    def write(place: Any, folder: Path) -> None:
+        (folder / name).write_bytes(data(place))
+
+    return write
 
 
 def moved_outside(name: str) -> Callable[[Any, Path], None]:

@@ -152,8 +152,8 @@ def dataset(place: Any, data: bytes, *, raw: dict[str, Any] | None = None, index
         splits[split] = {"index": hashlib.sha256(text).hexdigest(), "samples": one["samples"]}
     schema = labelled_image_schema(["a", "b"])
     digest = compute_dataset_digest(schema, splits, {})
-    text = json.dumps({"format": 1, **asdict(schema), "splits": splits, "digest": digest})
-    (folder / "dataset.json").write_text(text)
+    description = json.dumps({"format": 1, **asdict(schema), "splits": splits, "digest": digest})
+    (folder / "dataset.json").write_text(description)
 
     def read() -> None:
         info = open_dataset(folder)

@@ -48,7 +48,7 @@ def flip_a_bit(file: Path) -> None:
 
 
 def step(harness: Any, number: int, part: str = "meta") -> Path:
-    return harness.run.path / part / "checkpoints" / f"step-{number:08d}"  # type: ignore[no-any-return]
+    return harness.run.path / part / "checkpoints" / f"step-{number:08d}"
 
 
 # ------------------------------------------------------------------------------------------------ list

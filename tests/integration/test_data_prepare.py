@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -106,7 +107,7 @@ def test_digits_hold_out_a_fixed_fifth_of_each_digit(tmp_path: Path) -> None:
         assert len(held) == pytest.approx(len(rows) / 5, abs=1)
     assert [int(sample.name) for sample in source.splits["val"][:4]] == FIRST_HELD_OUT
     stored = {(np.asarray(Image.open(io.BytesIO(png))).tobytes(), n) for png, n in samples(tmp_path / "digits", "val")}
-    assert stored == {(sample.image.tobytes(), sample.label) for sample in source.splits["val"]}
+    assert stored == {(np.asarray(sample.image).tobytes(), sample.label) for sample in source.splits["val"]}
     first = source.splits["val"][0]
     assert np.array_equal(first.image, np.round(load_digits().images[int(first.name)] / 16 * 255))
 
@@ -200,8 +201,12 @@ def test_killed_preparation_resumes_after_the_finished_chunks(
 
 def test_worker_does_not_outlive_its_parent_nor_keep_the_lock(tree: Path, tmp_path: Path, small_chunks: None) -> None:
     def die_alone(source: str, out: Path) -> None:
+        def die_after_the_first_chunk(done: int, total: int) -> None:
+            if done:
+                os.kill(os.getpid(), signal.SIGKILL)
+
         os.setpgid(0, 0)
-        prepare_dataset(source, out, jobs=2, on_progress=lambda done, _: done and os.kill(os.getpid(), signal.SIGKILL))
+        prepare_dataset(source, out, jobs=2, on_progress=die_after_the_first_chunk)
 
     child = FORK.Process(target=die_alone, args=(str(tree), tmp_path / "out"))
     child.start()
@@ -211,6 +216,7 @@ def test_worker_does_not_outlive_its_parent_nor_keep_the_lock(tree: Path, tmp_pa
     second.start()
     second.join(20)
     second.kill()  # where it still waits for the lock
+    assert child.pid is not None
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     assert second.exitcode == 0
@@ -255,10 +261,11 @@ def test_folder_of_another_source_is_refused(tree: Path, tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------ CIFAR
 
 
-class Python2Pickler(pickle._Pickler):  # type: ignore[name-defined]
+class Python2Pickler(pickle._Pickler):
     """Writes text and bytes as Python 2 did, and names numpy's parts as it then did: how CIFAR was published."""
 
-    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
+    write: Callable[[bytes], Any]
 
     def save_text(self, value: str | bytes) -> None:
         data = value.encode() if isinstance(value, str) else value

@@ -189,12 +189,17 @@ def test_modules_before_the_trained_one_build_no_graph(example: Example, module:
     hybrid = Hybrid(example, module)
     seen: list[tuple[int, bool, int]] = []
     saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
     for block in hybrid.partition.blocks():
         hybrid.model.get_submodule(block.path).register_forward_hook(
             lambda _, inputs, output, k=block.module: seen.append((k, output.requires_grad, len(saved)))
         )
     images, targets = example.batch()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         soft_cross_entropy(hybrid.model.train()(images), targets)
     assert len(seen) == sum(hybrid.partition.stage_depths)
     for k, in_graph, number_saved in seen:
@@ -226,12 +231,17 @@ def test_frozen_linear_layers_do_not_keep_their_inputs(module: int) -> None:
     hybrid = Hybrid(EXAMPLES[0], module)
     inputs: list[tuple[int, Tensor]] = []
     saved: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
     for block in hybrid.partition.blocks():
         child = hybrid.model.get_submodule(block.path)
-        for layer in (child.attn.qkv, child.mlp.fc1, child.mlp.fc2):
-            layer.register_forward_pre_hook(lambda _, x, k=block.module: inputs.append((k, x[0])))
+        for layer in ("attn.qkv", "mlp.fc1", "mlp.fc2"):
+            child.get_submodule(layer).register_forward_pre_hook(lambda _, x, k=block.module: inputs.append((k, x[0])))
     images, targets = EXAMPLES[0].batch()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         soft_cross_entropy(hybrid.model.train()(images), targets)
     kept = {tensor.untyped_storage().data_ptr() for tensor in saved}
     assert len(inputs) == 3 * sum(hybrid.partition.stage_depths)

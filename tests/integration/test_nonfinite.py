@@ -95,7 +95,13 @@ def test_rollback_after_a_passing_fault_costs_only_the_steps_since_the_checkpoin
     trainer = failing.trainer("pretrain")
     bad = {6}
     poisoned(trainer, bad)
-    trainer.roll_back = lambda error, back=trainer.roll_back: (bad.clear(), back(error))
+    back = trainer.roll_back
+
+    def roll_back_to_good_data(error: Any) -> Any:
+        bad.clear()
+        return back(error)
+
+    trainer.roll_back = roll_back_to_good_data
     with trainer.stop:
         trainer.run()
     calm.train("pretrain")

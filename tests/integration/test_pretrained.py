@@ -50,8 +50,7 @@ def publish(hub: Path, name: str, *files: Path) -> None:
 
 def meta_of(init: str, select: Any = None, depths: Any = ((1,), (1,)), **model: Any) -> tuple[dict[str, Tensor], Any]:
     """What the meta model starts from, and the fresh one."""
-    model = {"name": VIT, "args": ARGS, "img_size": 8, "num_classes": 10} | model
-    settings = ModelConfig(**model)
+    settings = ModelConfig(**{"name": VIT, "args": ARGS, "img_size": 8, "num_classes": 10, **model})
     torch.manual_seed(7)
     family = find_family(settings)
     fresh = family.build(settings, depths).state_dict()

@@ -196,9 +196,9 @@ def test_smoke_size_is_the_same_experiment_and_each_phase_of_it_can_be_built(nam
     larger = recipe.settings("finetune").model.img_size > recipe.settings("pretrain").model.img_size
     assert (small.settings("finetune").model.img_size > small.settings("pretrain").model.img_size) == larger
     for phase in ("pretrain", "finetune"):
-        settings = small.settings(phase)  # type: ignore[arg-type]
+        settings = small.settings(phase)
         assert (settings.train.max_steps, settings.model.num_classes) == (6, 10)
-        model = phase_model(cut.row(phase), settings, cut.family, device="meta")  # type: ignore[arg-type]
+        model = phase_model(cut.row(phase), settings, cut.family, device="meta")
         size = settings.model.img_size
         assert model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
         assert sum(p.numel() for p in model.parameters()) < 3e6

@@ -83,7 +83,7 @@ def check_same(other: Any, reference: Reference, phase: str, module: int | None)
 
 
 def attempts(harness: Any, phase: str, module: int | None = None) -> list[dict[str, Any]]:
-    return harness.run.phase(phase, module).read_attempts()  # type: ignore[no-any-return]
+    return harness.run.phase(phase, module).read_attempts()
 
 
 def reached(harness: Any, step: int, phase: str, module: int | None = None) -> Callable[[], bool]:
@@ -101,7 +101,12 @@ def kill_at_random(other: Any, phase: str, module: int | None, seed: int, kills:
 
     def saves(wanted: int) -> Callable[[], bool]:
         seen: set[Path] = set()
-        return lambda: seen.update(folder.checkpoints.glob(".saving-*")) or len(seen) >= wanted
+
+        def enough() -> bool:
+            seen.update(folder.checkpoints.glob(".saving-*"))
+            return len(seen) >= wanted
+
+        return enough
 
     def begun(attempts: int) -> Callable[[], bool]:
         return lambda: len(folder.read_attempts()) > attempts

@@ -188,7 +188,7 @@ def after_the_meta_model(plain: Any, folder: Path) -> Any:
 
 def test_ctrl_c_then_kill_9_then_the_same_command_finishes_with_the_same_bits(plain: Any, tmp_path: Path) -> None:
     other = after_the_meta_model(plain, tmp_path / "run")
-    modules = [("incubate", 0), ("incubate", 1)]
+    modules: list[tuple[str, int | None]] = [("incubate", 0), ("incubate", 1)]
 
     launched = Launched(other)
     launched.until_step(10, *modules)
@@ -202,7 +202,7 @@ def test_ctrl_c_then_kill_9_then_the_same_command_finishes_with_the_same_bits(pl
         assert 10 <= steps[-1] < 150
 
     launched = Launched(other)
-    children = []
+    children: list[int] = []
 
     def both_run() -> bool:
         children[:] = [

@@ -159,7 +159,8 @@ def test_controller_restart_cancel_and_resume(slurm: Cluster, run: RunDir, fast:
     assert "requeued" not in "".join(file.read_text() for file in (run.path / "slurm").glob("*pretrain*.out"))
     slurm.wait(lambda: running(run, "pretrain") and len(folder.read_attempts()) == 2)
     row = json.loads(bigincubate("status", run.path, "--json").stdout)[0]
-    assert (row["queue"], row["node"], row["restarts"]) == ("RUNNING", running(run, "pretrain").node, 1)
+    entry = slurm.wait(lambda: running(run, "pretrain"))
+    assert (row["queue"], row["node"], row["restarts"]) == ("RUNNING", entry.node, 1)
     assert "cancelled: " in bigincubate("cancel", run.path).stdout
     slurm.wait(lambda: not list_queued_jobs(run))
     assert "nothing of this run" in bigincubate("cancel", run.path).stdout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -90,13 +90,13 @@ def test_view_is_a_pure_function(policy: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("crop", ["none", "pad", "simple"])
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
-def test_transforms_said_to_draw_from_torch_only_do(crop: str, jitter: float) -> None:
+def test_transforms_said_to_draw_from_torch_only_do(crop: Literal["none", "pad", "simple"], jitter: float) -> None:
     augment = AugmentConfig(crop=crop, color_jitter=jitter)
     assert draws_only_from_torch(augment)
-    before = random.getstate(), np.random.get_state()[1:3]
+    before = random.getstate(), str(np.random.get_state())
     train_transform(augment, 32)(picture())
     assert random.getstate() == before[0]
-    assert str(np.random.get_state()[1:3]) == str(before[1])
+    assert str(np.random.get_state()) == before[1]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_simple_reflects_at_the_border() -> None:
 
 @pytest.mark.parametrize("crop", ["pad", "simple"])
 @pytest.mark.parametrize(("size", "pad"), [((32, 32), 4), ((32, 32), 0), ((45, 36), 3), ((20, 64), 40)])
-def test_shifts_are_those_of_torchvision(crop: str, size: tuple[int, int], pad: int) -> None:
+def test_shifts_are_those_of_torchvision(crop: Literal["pad", "simple"], size: tuple[int, int], pad: int) -> None:
     if crop == "simple":
         pad = min(pad, 31)  # nothing to reflect beyond
     ours = AugmentConfig(crop=crop, pad=pad, flip=0.5, interpolation="bicubic", mean=[0.0] * 3, std=[1 / 255] * 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def test_shipped_recipe_fine_tunes_with_both_kernels_in_its_compiled_graphs(
     which other branches are dropped and other images mixed."""
     graphs: list[list[str]] = []
 
-    def take(graph: GraphModule, inputs: Sequence[Tensor], **_: Any) -> Any:
+    def take(graph: GraphModule, inputs: list[Tensor], **_: Any) -> Any:
         graphs.append([str(node.target) for node in graph.graph.nodes])
         return aot_eager(graph, inputs)
 

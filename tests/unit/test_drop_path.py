@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bigincubate.errors import ConfigError
 from bigincubate.models.drop_path import DropPath, apply_masks, draw_masks, find_drop_paths, set_drop_path_rates
 from bigincubate.models.partition import Partition, hybrid_depths
+from bigincubate.models.vision.build import TimmFamily
 
 
 def rates_of(model: nn.Module, partition: Partition) -> list[list[float]]:
@@ -23,6 +24,7 @@ def test_hybrid_rates_are_timms(case: Case) -> None:
     own = case.partition(hybrid_depths(target.depths, meta.depths, 0))
     model = case.build(own.depths)
     set_drop_path_rates(model, own, "hybrid", 0.3, target.depths, 0)
+    assert isinstance(own.family, TimmFamily)
     kwargs = dict(case.args)
     if own.family.depth_argument:
         kwargs[own.family.depth_argument] = own.stage_depths if own.family.stages > 1 else own.stage_depths[0]
@@ -62,6 +64,12 @@ def test_masks_are_a_pure_function_of_seed_and_step() -> None:
     torch.testing.assert_close(masks[0, :3], pinned, rtol=0, atol=1e-6)
 
 
+def scale_of(module: nn.Module) -> Tensor:
+    assert isinstance(module, DropPath)
+    assert module.scale is not None
+    return module.scale
+
+
 def test_masks_drop_whole_branches_of_samples() -> None:
     case = CASES[0]
     partition = case.partition([2, 1])
@@ -70,13 +78,13 @@ def test_masks_drop_whole_branches_of_samples() -> None:
     uniform = torch.ones(6, 2) * 0.1
     uniform[4, 1] = uniform[5, 1] = 0.9  # the last block, rate 0.5: both branches of sample 1 dropped
     apply_masks(model, uniform)
-    scales = [module.scale for module in find_drop_paths(model)]
+    scales = [scale_of(module) for module in find_drop_paths(model)]
     assert scales[0].tolist() == [1.0, 1.0]  # rate 0, in a ramp
     assert [s.tolist() for s in scales[4:]] == [[2.0, 0.0], [2.0, 0.0]]
     torch.testing.assert_close(scales[2], torch.full((2,), 1 / 0.75))
 
     seen: list[Tensor] = []
-    model.blocks[2].register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
+    model.get_submodule("blocks.2").register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
     model(case.images())
     assert torch.equal(seen[0][1], seen[1][1])
     assert not torch.equal(seen[0][0], seen[1][0])
@@ -92,10 +100,10 @@ def test_block_of_a_ramp_with_rate_0_computes_what_it_would_without_a_scale() ->
     partition = case.partition([2, 1])
     model = disturb(case.build([2, 1])).train()
     set_drop_path_rates(model, partition, "target", 0.5, partition.depths, None)
-    first, x = model.blocks[0], torch.randn(2, 5, model.embed_dim)
+    first, x = model.get_submodule("blocks.0"), torch.randn(2, 5, case.args["embed_dim"])
     without = first(x)
     apply_masks(model, draw_masks(0, 0, 6, 2))
-    assert first.drop_path1.scale is not None
+    assert scale_of(first.get_submodule("drop_path1")) is not None
     assert torch.equal(first(x), without)
 
 

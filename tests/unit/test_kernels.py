@@ -11,12 +11,14 @@ import torch
 
 from bigincubate.kernels.branch import add_branch
 
+Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
-def arguments(dtype: torch.dtype = torch.float64, *, gamma: bool = True) -> list[torch.Tensor | None]:
+
+def arguments(dtype: torch.dtype = torch.float64, *, gamma: bool = True) -> Arguments:
     torch.manual_seed(0)
     x, branch = torch.randn(5, 3, 4, dtype=dtype), torch.randn(3, 3, 4, dtype=dtype)
     scale = torch.tensor([2.0, 0.0, 2.0], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    return [x, branch, torch.tensor([3, 0, 1]), scale, torch.randn(4, dtype=dtype) if gamma else None]
+    return x, branch, torch.tensor([3, 0, 1]), scale, torch.randn(4, dtype=dtype) if gamma else None
 
 
 def expected(
@@ -48,8 +50,10 @@ def test_gradients_equal_finite_differences(gamma: bool) -> None:
 
 def test_operator_passes_opcheck() -> None:
     """Schema, fake tensors, autograd and dynamic shapes, as torch checks them."""
-    given = [tensor.requires_grad_() if i in (0, 1, 4) else tensor for i, tensor in enumerate(arguments(torch.float32))]
-    torch.library.opcheck(add_branch, tuple(given))
+    x, branch, kept, scale, gamma = arguments(torch.float32)
+    assert gamma is not None
+    given = x.requires_grad_(), branch.requires_grad_(), kept, scale, gamma.requires_grad_()
+    torch.library.opcheck(add_branch, given)
 
 
 def test_bf16_branch_on_a_fp32_stream_gives_fp32() -> None:

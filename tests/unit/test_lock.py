@@ -105,14 +105,19 @@ def test_zombie_is_dead(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ other hosts
 
-ELSEWHERE = {"host": "elsewhere", "pid": 5, "started": "3"}
+ELSEWHERE: dict[str, Any] = {"host": "elsewhere", "pid": 5, "started": "3"}
 
 
 @contextmanager
 def beating(file: Path) -> Iterator[None]:
     """Its owner lives, somewhere."""
     over = threading.Event()
-    thread = threading.Thread(target=lambda: [os.utime(file) for _ in iter(lambda: over.wait(0.05), True)])
+
+    def touch_until_over() -> None:
+        while not over.wait(0.05):
+            os.utime(file)
+
+    thread = threading.Thread(target=touch_until_over)
     thread.start()
     yield
     over.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,7 +79,7 @@ def test_mixing_every_slice_is_mixing_the_global_batch(world: int, micro_batches
 
 
 def test_drawn_parameters_depend_on_seed_and_step_alone() -> None:
-    def drawn(seed: int) -> list[object]:
+    def drawn(seed: int) -> list[Any]:
         return [draw(BOTH, torch.Size((4, 3, 8, 8)), seed=seed, step=step) for step in range(12)]
 
     first = drawn(0)

@@ -11,7 +11,8 @@ from small_models import CASES, Case, build_timm, disturb, drawn, each_case, hyb
 
 from bigincubate.errors import ArtifactError, ConfigError
 from bigincubate.models.partition import hybrid_depths
-from bigincubate.models.surgery import assemble, extract, freeze_other_modules, initialize, insert, rename_tensors
+from bigincubate.models.surgery import Init, assemble, extract, freeze_other_modules, initialize, insert, rename_tensors
+from bigincubate.models.vision.build import TimmFamily
 
 # ------------------------------------------------------------------------------------------------ build
 
@@ -20,6 +21,7 @@ from bigincubate.models.surgery import assemble, extract, freeze_other_modules, 
 def test_model_is_timms_own(case: Case) -> None:
     partition = case.partition(case.target)
     model = case.build(case.target).eval()
+    assert isinstance(partition.family, TimmFamily)
     kwargs = dict(case.args)
     if partition.family.depth_argument == "depth":
         kwargs["depth"] = partition.stage_depths[0]
@@ -86,7 +88,8 @@ def test_boundary_and_fresh_start_where_they_say(case: Case) -> None:
             shallow,
             own,
         )
-        for init in ("boundary", "fresh"):
+        inits: tuple[Init, ...] = ("boundary", "fresh")
+        for init in inits:
             state = hybrid(case, module, init, meta).state_dict()
             for name, tensor in state.items():
                 from_meta = own.owner(name) != module or (init == "boundary" and own.block_of(name) is None)
@@ -98,7 +101,8 @@ def test_grow_refuses_a_block_it_does_not_know() -> None:
     meta, shallow = case.build(case.meta), case.partition(case.meta)
     own = case.partition(hybrid_depths(case.partition(case.target).depths, shallow.depths, 1))
     model = case.build(own.depths)
-    model.blocks[2].__class__ = type("StrangeBlock", (type(model.blocks[2]),), {})
+    block = model.get_submodule("blocks.2")
+    block.__class__ = type("StrangeBlock", (type(block),), {})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ConfigError, match=r"StrangeBlock.*'boundary' or 'fresh'"):
         initialize(model, own, 1, meta.state_dict(), shallow, "grow")

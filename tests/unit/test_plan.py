@@ -147,6 +147,6 @@ def test_gradients_of_a_depthwise_convolution_cost_what_its_forward_does(tmp_pat
     cost = count_cost(row, recipe.settings("finetune"), plan)
     model = phase_model(row, recipe.settings("finetune"), plan.family)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.stem(torch.randn(1, 3, 64, 64))
+        model.get_submodule("stem")(torch.randn(1, 3, 64, 64))
     # every product has two gradients of its own price, save that the image gets none
     assert cost.training_flops == pytest.approx(3 * cost.forward_flops - counter.get_total_flops(), rel=0.01)

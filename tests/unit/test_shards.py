@@ -145,8 +145,14 @@ def test_small_split_is_decoded_once_and_large_split_every_time(
     info: DatasetInfo, room: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "DECODED_CACHE_BYTES", room)
-    decoded, decode = [], views.decode_image
-    monkeypatch.setattr(views, "decode_image", lambda data: decoded.append(data) or decode(data))
+    decoded: list[Any] = []
+    decode = views.decode_image
+
+    def decode_and_count(data: Any) -> Any:
+        decoded.append(data)
+        return decode(data)
+
+    monkeypatch.setattr(views, "decode_image", decode_and_count)
     split = shards.Shards(info, "train", LabelledImages(5))
     first, second = ([split.read(sample) for sample in range(split.size)] for _ in range(2))
     assert [(image.tobytes(), label) for image, label in first] == [(i.tobytes(), label) for i, label in second]
