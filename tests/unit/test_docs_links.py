@@ -1,4 +1,4 @@
-"""README.md and docs/*.md name only files, links and recipe keys that exist."""
+"""The pages of the project and of docs/ name only files, links and recipe keys that exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bigincubate.config.slurm import SlurmConfig
 
 JOBS = (*PHASES, "gate")
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED_FILE = re.compile(
     r"(?<![\w/])(?:bigincubate|tests|benchmarks|examples|scripts|slurm|ds_configs)/[\w./-]*\.(?:py|toml|json|sh|sbatch)\b"
