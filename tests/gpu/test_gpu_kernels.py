@@ -31,7 +31,12 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any, str], list[st
     def counted(module: Any, name: str) -> list[str]:
         calls: list[str] = []
         body = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given: calls.append(name) or body(*given))
+
+        def counting(*given: Any) -> Any:
+            calls.append(name)
+            return body(*given)
+
+        monkeypatch.setattr(module, name, counting)
         return calls
 
     return counted

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import bigincubate as bi
-from bigincubate.models import extract, rename_tensors
+from bigincubate.models.surgery import extract, rename_tensors
 from bigincubate.training.builder import build_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -79,8 +79,8 @@ def test_own_images_become_a_timm_model(tmp_path: Path) -> None:
         folder = tmp_path / "images" / ("odd" if label else "even")
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((row.reshape(8, 8) * 15).astype("uint8")).save(folder / f"{index}.png")
-    sets = (*SMALL, "model.name=vit_tiny_patch16_224", "model.img_size=8", "plan.modules=2")
-    sets += ("plan.target_depths=[2,2]", "augment.eval_crop=1.0")
+    sets = [*SMALL, "model.name=vit_tiny_patch16_224", "model.img_size=8", "plan.modules=2"]
+    sets += ["plan.target_depths=[2,2]", "augment.eval_crop=1.0"]
     model = own_images.main(tmp_path / "images", tmp_path / "work", *sets)
     ours = bi.load_model(tmp_path / "work" / "run")
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

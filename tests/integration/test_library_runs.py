@@ -37,7 +37,8 @@ def test_phase_has_the_result_of_the_harness(
     harness: Callable[..., Any], done: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Trained through the library it has the same metrics and weights, and leaves no variable of a rank behind."""
-    before, lines = dict(os.environ), []
+    before = dict(os.environ)
+    lines: list[str] = []
     result = bi.train_phase(done.recipe, tmp_path / "run", "pretrain", report=lines.append)
     assert dict(os.environ) == before
     assert capsys.readouterr() == ("", "")
@@ -88,15 +89,16 @@ def test_failed_run_names_phase_reason_and_log(done: Any, finished: Path) -> Non
         bi.run(done.recipe, finished)
     assert caught.value.code == 3
     assert str(caught.value).count("\n") == 0
-    for module in (0, 1):
-        assert f"module {module}: {finished / 'modules' / f'0{module}'}" in str(caught.value)
-        assert str(finished / "modules" / f"0{module}" / "logs" / "train.log") in str(caught.value)
+    for number in (0, 1):
+        assert f"module {number}: {finished / 'modules' / f'0{number}'}" in str(caught.value)
+        assert str(finished / "modules" / f"0{number}" / "logs" / "train.log") in str(caught.value)
 
 
 def test_evaluation_is_that_of_the_command(
     finished: Path, digits: Path, call: Call, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before, lines = dict(os.environ), []
+    before = dict(os.environ)
+    lines: list[str] = []
     scores = bi.evaluate(finished, digits, report=lines.append)
     assert dict(os.environ) == before
     assert capsys.readouterr() == ("", "")

@@ -74,7 +74,7 @@ def test_type_checkers_see_the_names_that_are_loaded_lazily() -> None:
     guard = next(node for node in tree.body if isinstance(node, ast.If))
     imports = [node for node in guard.body if isinstance(node, ast.ImportFrom)]
     seen = {str(node.module): tuple(alias.name for alias in node.names) for node in imports}
-    assert seen == bi._MODULES  # type: ignore[attr-defined]
+    assert seen == bi._MODULES
     assert sorted(["errors", *(name for names in seen.values() for name in names)]) == sorted(bi.__all__)
 
 
@@ -88,7 +88,7 @@ def test_page_lists_every_public_name() -> None:
 
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'bigincubate' has no attribute 'build_hybird'"):
-        bi.build_hybird  # type: ignore[attr-defined]  # noqa: B018
+        bi.build_hybird  # noqa: B018
 
 
 # ------------------------------------------------------------------------------------------------ hybrids
@@ -206,9 +206,7 @@ def test_drop_path_rates_are_those_of_the_target() -> None:
         hybrid = bi.build_hybrid(target, meta, module)
         assert all(child.training for child in hybrid.modules())
         rates = {
-            path: child.drop_prob
-            for path, child in hybrid.named_modules()
-            if isinstance(child, timm.layers.DropPath)  # type: ignore[attr-defined]
+            path: child.drop_prob for path, child in hybrid.named_modules() if isinstance(child, timm.layers.DropPath)
         }
         expected = {
             f"blocks.{module + index}.drop_path{branch}": target.blocks[2 * module + index].drop_path1.drop_prob  # type: ignore
@@ -232,7 +230,7 @@ def test_drop_path_rates_are_those_of_the_target() -> None:
         (lambda: timm.create_model("swin_tiny_patch4_window7_224", device="meta"), lambda: vit(3), {}, "4 stages"),
     ],
 )
-def test_models_that_do_not_fit_are_refused(target: Any, meta: Any, arguments: dict[str, int], message: str) -> None:
+def test_models_that_do_not_fit_are_refused(target: Any, meta: Any, arguments: dict[str, Any], message: str) -> None:
     model, shallow = target(), meta()
     partition = bi.Partition.from_model(model, **arguments) if arguments else None
     with pytest.raises(bi.errors.ConfigError, match=message):

@@ -46,7 +46,7 @@ def test_stream_of_any_world_resumes_where_another_stopped(info: Any, data: st.D
     """The batches after a cut, of any ranks and workers, are those of one rank without workers that was not cut."""
     world, share = data.draw(st.integers(1, 3)), data.draw(st.integers(2, 40))
     augment = AUGMENT.model_copy(update={"repeated_aug": data.draw(st.integers(1, 3))})
-    options = {"augment": augment, "batch_size": world * share, "seed": data.draw(st.integers(0, 3))}
+    options: dict[str, Any] = {"augment": augment, "batch_size": world * share, "seed": data.draw(st.integers(0, 3))}
     options["shuffle"] = data.draw(st.sampled_from(["py1e", "py1s", "py1br"]))
     whole = stream(info, **options)
     step = data.draw(st.integers(0, 2 * whole.steps_per_epoch))

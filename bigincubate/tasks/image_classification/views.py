@@ -28,7 +28,7 @@ class LabelledImages:
         finish: Turns what the views have of their images into ``[n, 3, H, W]``.
     """
 
-    def __init__(self, classes: int, finish: Callable[[tuple[Any, ...]], Tensor]) -> None:
+    def __init__(self, classes: int, finish: Callable[[tuple[Any, ...]], Tensor] = torch.stack) -> None:
         self.classes, self.finish = classes, finish
 
     def decode(self, record: dict[str, Any]) -> LabelledImage:
@@ -90,7 +90,7 @@ class EvalTransform(LabelledImages):
     """
 
     def __init__(self, augment: config.AugmentConfig, img_size: int, *, classes: int) -> None:
-        super().__init__(classes, torch.stack)
+        super().__init__(classes)
         self.transform = eval_transform(augment, img_size)
 
     def view(self, sample: LabelledImage, epoch: int, sample_id: int, repeat: int) -> View:
