@@ -158,7 +158,7 @@ def run(
     if code is Exit.PREEMPTED:
         raise error_of_code(code)(f"{directory.path}: stopped with checkpoints; run it again to resume")
     if code is not Exit.DONE:
-        raise error_of_code(code)(f"not everything is done: {'; '.join(reporter.failures)}. Run it again to resume")
+        raise error_of_code(code)(f"some phases are not done: {'; '.join(reporter.failures)}. Run it again to resume")
     snippet = None if is_complete_export(exported) else export(directory.path, exported)
     return RunResult(directory.path, exported, results, snippet, done, opened)
 
@@ -290,7 +290,7 @@ def evaluate(
             stream = task.eval_stream(info, "val", rank=env.rank, world=env.world, batch_size=batch_size)
             scores = task.evaluate(model.to(env.device), stream, env)
         elif env.world > 1:
-            raise ConfigError("a probe looks at all features at once: evaluate it in one process")
+            raise ConfigError("a probe needs all features in one process: evaluate it with one rank")
         else:
             from .tasks.image_classification.probe import probe as score_features
 

@@ -6,22 +6,24 @@ from typing import NoReturn
 
 from ..errors import BigincubateError, Exit
 
-from . import training, slurm as cluster, inspect as looking, report as reporting, models, checkpoint as checkpoints  # isort: skip # they add their commands, in this order
+from . import training, slurm as cluster, inspect as looking, report as reporting, models, checkpoint as checkpoints  # isort: skip # importing them adds their commands, in this order
 from .app import app, fail
 
 
 def main() -> NoReturn:
-    """Run the command line and exit with a documented code. Errors that a user can cause are one line, no traceback."""
+    """Run the command line and exit with a documented code. User errors are one line without a traceback."""
     try:
         code = app(standalone_mode=False)
     except BigincubateError as error:
         fail(str(error), error.code)
     except KeyboardInterrupt:
-        fail("interrupted; nothing that was committed is lost, the same command goes on", Exit.PREEMPTED)
+        fail(
+            "interrupted; everything that was committed is saved; run the same command again to resume", Exit.PREEMPTED
+        )
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), Exit.ENVIRONMENT)
     except Exception as error:
-        # usage errors of the argument parser, wherever this version of typer keeps their class
+        # usage errors of the argument parser; versions of typer define their class in different modules
         if not hasattr(error, "format_message"):
             raise
         fail(f"{error.format_message()} (see --help)", Exit.USAGE)

@@ -20,7 +20,7 @@ else:
 
 app = typer.Typer(
     name="bigincubate",
-    help="Train a large model in pieces: grow its modules apart, join them, fine-tune (Deep Incubation).",
+    help="Train the modules of a large model separately, assemble them, fine-tune (Deep Incubation).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Prepare data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-checkpoint_app = typer.Typer(help="Look at resume checkpoints, verify them, rewrite them.", no_args_is_help=True)
+checkpoint_app = typer.Typer(help="List, verify, convert and prune resume checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
@@ -38,17 +38,17 @@ def _run_dir(path: str) -> RunDir:
     return run_directory.RunDir(Path(path))
 
 
-RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="A shipped recipe's name, or a .toml file.")]
+RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="Name of an included recipe, or a .toml file.")]
 RunDirOption = Annotated[
-    RunDir, Option("--run-dir", parser=_run_dir, help="The run's directory; made where it is missing.")
+    RunDir, Option("--run-dir", parser=_run_dir, help="The run directory; created if it does not exist.")
 ]
 SetOption = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a key: --set train.lr=1e-3")
+    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a recipe key: --set train.lr=1e-3")
 ]
 LogLevelOption = Annotated[
     LogLevel, Option("--log-level", envvar=LEVEL_VARIABLE, help="The lowest level that logs show.")
 ]
-JsonOption = Annotated[bool, Option("--json", help="Machine-readable output.")]
+JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
 RunArgument = Annotated[RunDir, Argument(metavar="DIR", parser=_run_dir, help="A run directory.")]
 RunsArgument = Annotated[list[RunDir], Argument(metavar="DIR…", parser=_run_dir, help="Run directories.")]
 CheckpointsArgument = Annotated[
@@ -64,13 +64,13 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Accept the options that belong to no command."""
 
 
 def console() -> Any:
-    """Return a rich console; output to a pipe is wide enough that tables are not folded."""
+    """Return a rich console; output to a pipe is wide enough that tables are not wrapped."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=200)

@@ -31,7 +31,7 @@ def checkpoint_verify(folder: CheckpointsArgument) -> None:
 
     rows = [row for row in list_checkpoints(folder) if row["committed"]]
     if not rows:
-        raise ArtifactError(f"no checkpoint in {folder} was ever committed")
+        raise ArtifactError(f"{folder} has no committed checkpoint")
     for row in rows:
         if row["problem"] is None:
             say(f"valid  {row['path']}")
@@ -43,19 +43,19 @@ def checkpoint_verify(folder: CheckpointsArgument) -> None:
 def checkpoint_convert(
     checkpoint: Annotated[Path, Argument(metavar="CHECKPOINT", help="A committed checkpoint.")],
     out: Annotated[Path, Argument(metavar="OUT", help="The directory to write.")],
-    ranks: Annotated[int, Option(min=1, help="Files to spread it over; 1: whole tensors in one file.")] = 1,
+    ranks: Annotated[int, Option(min=1, help="Number of files; 1: complete tensors in one file.")] = 1,
 ) -> None:
-    """Rewrite a checkpoint as the files of N ranks. Resuming does not need it: any layout reads any checkpoint."""
+    """Convert a checkpoint to N files. Resuming does not need this: any layout reads any checkpoint."""
     from ..storage.checkpoint_tools import convert_checkpoint
 
     convert_checkpoint(checkpoint, out, ranks=ranks)
-    say(f"{out}: the checkpoint of {checkpoint} as {ranks} file{'s' if ranks > 1 else ''} of tensors")
+    say(f"{out}: {checkpoint}, converted to {ranks} file{'s' if ranks > 1 else ''}")
 
 
 @checkpoint_app.command("prune")
 def checkpoint_prune(
-    folder: Annotated[Path, Argument(metavar="DIR", help="A run directory, or a phase's.")],
-    keep: Annotated[int, Option(min=1, help="The newest valid ones to keep of each phase.")] = 2,
+    folder: Annotated[Path, Argument(metavar="DIR", help="A run directory or a phase's directory.")],
+    keep: Annotated[int, Option(min=1, help="How many of the newest valid checkpoints to keep per phase.")] = 2,
 ) -> None:
     """Remove old, damaged and unfinished checkpoints, except those of a phase that is being trained."""
     from ..launchers.slurm.job_queue import SlurmQueue

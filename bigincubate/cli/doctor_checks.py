@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-# package -> (whether nothing works without it, what for)
+# package -> (whether it is required, what it is used for)
 PACKAGES = {
     "torch": (True, "training"),
     "torchvision": (True, "image transforms"),
@@ -17,16 +17,16 @@ PACKAGES = {
     "mosaicml-streaming": (True, "streaming data"),
     "safetensors": (True, "checkpoints and artifacts"),
     "tensorboard": (True, "curves"),
-    "scikit-learn": (True, "the embedded digits"),
+    "scikit-learn": (True, "the digits data set"),
     "matplotlib": (False, "figures of reports and comparisons: pip install 'bigincubate[report]'"),
     "deepspeed": (False, "ZeRO sharding: pip install 'bigincubate[deepspeed]'"),
     "fairscale": (False, "optimizer-state sharding: pip install 'bigincubate[fairscale]'"),
 }
-PROGRAMS = {"sbatch": "submit to Slurm", "g++": "train.compile: torch wants it on every node, warm caches or not"}
+PROGRAMS = {"sbatch": "submit to Slurm", "g++": "train.compile on CPUs: every node needs it, even with a warm cache"}
 
 
 def examine() -> Iterator[dict[str, Any]]:
-    """Yield one entry per check, with ``name``, ``ok``, ``needed`` (nothing works without it) and ``text``."""
+    """Yield one entry per check, with ``name``, ``ok``, ``needed`` (required) and ``text``."""
     python = sys.version_info[:2]
     yield _check("python", python >= (3, 11), True, f"Python {sys.version.split()[0]} (3.11 or newer)")
     for name, (needed, purpose) in PACKAGES.items():
@@ -35,7 +35,7 @@ def examine() -> Iterator[dict[str, Any]]:
         except importlib.metadata.PackageNotFoundError:
             found = None
         yield _check(name, found is not None, needed, f"{name} {found or 'is not installed'} ({purpose})")
-    with suppress(ImportError):  # of torch, which is missing: said above
+    with suppress(ImportError):  # of torch, which is missing: reported above
         import torch
 
         count = torch.cuda.device_count()
@@ -46,7 +46,7 @@ def examine() -> Iterator[dict[str, Any]]:
         yield _check(name, path is not None, False, f"{name}: {path or 'not found'} ({purpose})")
     if sys.platform.startswith("linux"):
         shm = shutil.disk_usage("/dev/shm").free
-        text = f"/dev/shm has {shm // 2**20} MiB free (streaming needs some)"
+        text = f"/dev/shm has {shm // 2**20} MiB free (streaming needs 64 MiB)"
         yield _check("shm", shm > 64 * 2**20, True, text)
 
 

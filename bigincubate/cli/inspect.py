@@ -17,7 +17,7 @@ from .app import JsonOption, RunArgument, app, console, fail, say, say_json
 def status(
     run: RunArgument,
     as_json: JsonOption = False,
-    watch: Annotated[bool, Option(help="Again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, Option(help="Refresh every two seconds until Ctrl-C.")] = False,
 ) -> None:
     """Show the status of a run: state, step, loss, speed and remaining time of every phase."""
     from rich.live import Live
@@ -56,7 +56,7 @@ def verify(run: RunArgument, as_json: JsonOption = False) -> None:
         say_json([{**asdict(each), "path": str(each.path)} for each in found])
     for verdict, code in ((Verdict.DAMAGED, Exit.DAMAGED), (Verdict.STALE, Exit.ARTIFACT)):
         if count := sum(each.verdict is verdict for each in found):
-            fail(f"{count} of {len(found)} {verdict}, as listed; what is good is not touched by that", code)
+            fail(f"{count} of {len(found)} {verdict}, see the list above; the others are not affected", code)
 
 
 @app.command()

@@ -15,21 +15,26 @@ from .app import JsonOption, RecipeArgument, SetOption, app, console, data_app, 
 
 @data_app.command("prepare")
 def data_prepare(
-    source: Annotated[str, Argument(metavar="SOURCE", help="An image tree, a CIFAR archive, digits, or made-up.")],
-    out: Annotated[Path, Option(help="The folder to write.")],
-    jobs: Annotated[int, Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    source: Annotated[
+        str, Argument(metavar="SOURCE", help="Folder of images by class, CIFAR archive, digits, or made-up.")
+    ],
+    out: Annotated[Path, Option(help="The output folder.")],
+    jobs: Annotated[int, Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
     val_fraction: Annotated[
-        float, Option(min=0.0, max=0.9, help="Of each class, where the tree has no validation part.")
+        float, Option(min=0.0, max=0.9, help="Share of each class to hold out if there is no validation split.")
     ] = 0.2,
     parts: Annotated[
-        int | None, Option(min=1, help="Also cut the training images into so many parts: data.decentralized.")
+        int | None, Option(min=1, help="Also divide the training images into N partitions, for data.decentralized.")
     ] = None,
-    balanced: Annotated[str, Option(help="How --parts cuts: class (evenly) or hash (of the name).")] = "class",
+    balanced: Annotated[
+        str, Option(help="How --parts divides: class (each class evenly) or hash (of names).")
+    ] = "class",
     by: Annotated[
-        Path | None, Option(metavar="FILE", help="Cut as a file says: CSV sample,part, or JSON lines.")
+        Path | None,
+        Option(metavar="FILE", help="File with the partition of each sample: CSV sample,part, or JSON lines."),
     ] = None,
 ) -> None:
-    """Write images as hashed MDS shards for training. Run again after an interruption, it resumes."""
+    """Write images as hashed MDS shards for training. Run it again to resume."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..data.partitions import partition_by_class, partition_by_hash, partition_from_file
@@ -37,9 +42,9 @@ def data_prepare(
 
     ways = {"class": partition_by_class, "hash": partition_by_hash}
     if balanced not in ways:
-        raise ConfigError(f"--balanced {balanced}: there are class and hash")
+        raise ConfigError(f"--balanced {balanced}: expected class or hash")
     if by is not None and parts is not None:
-        raise ConfigError("--by FILE says which parts there are: leave out --parts")
+        raise ConfigError("--by and --parts: use only one of them; the file of --by defines the partitions")
     cut = partial(partition_from_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(), disable=not console().is_terminal) as progress:
@@ -50,7 +55,7 @@ def data_prepare(
 
         info = prepare_dataset(source, out, jobs=jobs, val_fraction=val_fraction, partition=cut, on_progress=show)
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
-    counts += f", {len(info.parts)} parts" if info.parts else ""
+    counts += f", {len(info.parts)} partitions" if info.parts else ""
     say(f"{out}: {counts} images of {len(info.schema.metadata['classes'])} classes; use it with --set data.path={out}")
 
 
@@ -60,7 +65,7 @@ def evaluate(
     data: Annotated[Path, Option("--data", help="Prepared data; its validation split is used.")],
     batch_size: Annotated[int, Option(min=1)] = 256,
     probe: Annotated[
-        str | None, Option(help="Score its features instead: linear or knn, made of the training split.")
+        str | None, Option(help="Evaluate the features instead: linear or knn, fitted on the training split.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -68,7 +73,7 @@ def evaluate(
     from ..api import evaluate as score
 
     if probe not in (None, "linear", "knn"):
-        raise ConfigError(f"--probe {probe}: there are linear and knn")
+        raise ConfigError(f"--probe {probe}: expected linear or knn")
     lines: list[str] = []  # none on ranks other than 0
     scores = score(source, data, batch_size=batch_size, probe=probe, report=lines.append)  # type: ignore[arg-type]
     for line in lines:
@@ -81,12 +86,12 @@ def evaluate(
 @app.command("export")
 def export_weights(
     source: Annotated[Path, Argument(metavar="DIR", help="A run, a phase's directory or an artifact.")],
-    out: Annotated[Path, Option(help="The folder to write; with --as official: the file.")],
+    out: Annotated[Path, Option(help="The output folder; with --as official, the output file.")],
     form: Annotated[str, Option("--as", help="timm (a folder) or official (a .pth file).")] = "timm",
 ) -> None:
     """Write a finished model as a folder that timm loads, or as a checkpoint of the official implementation."""
     if form not in ("timm", "official"):
-        raise ConfigError(f"--as {form}: there are timm and official")
+        raise ConfigError(f"--as {form}: expected timm or official")
     from ..interchange.export import export, export_official
 
     if form == "official":
@@ -99,12 +104,12 @@ def export_weights(
 @app.command("import")
 def import_weights(
     recipe: RecipeArgument,
-    files: Annotated[list[Path], Argument(metavar="FILE...", help="Official checkpoints: one, or one a module.")],
+    files: Annotated[list[Path], Argument(metavar="FILE...", help="Official checkpoints: one, or one per module.")],
     part: Annotated[str, Option("--as", help="meta, modules or model.")],
-    to: Annotated[Path, Option(help="A run directory; of a model: the folder to write.")],
+    to: Annotated[Path, Option(help="A run directory; with --as model, the output folder.")],
     sets: SetOption = None,
 ) -> None:
-    """Take the meta model, the modules or a whole model from checkpoints of the official implementation."""
+    """Import the meta model, the modules or a complete model from checkpoints of the official implementation."""
     from ..config import load_recipe
 
     loaded = load_recipe(recipe, sets or ())
@@ -119,4 +124,4 @@ def import_weights(
         for context, result in import_part(loaded, part, files, RunDir(to), SlurmQueue()):  # type: ignore[arg-type]
             say(f"{context.row.title}: imported, {describe_metrics(context.task.metrics, result['metrics'])}")
     else:
-        raise ConfigError(f"--as {part}: there are meta, modules and model")
+        raise ConfigError(f"--as {part}: expected meta, modules or model")

@@ -13,7 +13,7 @@ from .app import JsonOption, RunArgument, RunsArgument, app, console, say, say_j
 @app.command()
 def report(
     run: RunArgument,
-    out: Annotated[Path | None, Option(metavar="FILE", help="The page to write [default: DIR/report.html].")] = None,
+    out: Annotated[Path | None, Option(metavar="FILE", help="The page to write (default: DIR/report.html).")] = None,
 ) -> None:
     """Write a report of a run, finished or not, as one HTML file: scores, curves, costs, interruptions."""
     from ..files import write_text
@@ -30,7 +30,7 @@ def report(
 def compare(
     runs: RunsArgument,
     out: Annotated[
-        Path | None, Option(metavar="FOLDER", help="Also draw: compare.html and pictures, in this folder.")
+        Path | None, Option(metavar="FOLDER", help="Also write compare.html and its figures to this folder.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -19,11 +19,11 @@ def submit(
     run: RunDirOption,
     sets: SetOption = None,
     baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
-    partition: Annotated[str | None, Option(help="As --set slurm.partition=…")] = None,
-    account: Annotated[str | None, Option(help="As --set slurm.account=…")] = None,
+    partition: Annotated[str | None, Option(help="Same as --set slurm.partition=…")] = None,
+    account: Annotated[str | None, Option(help="Same as --set slurm.account=…")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print commands and scripts; submit nothing.")] = False,
 ) -> None:
-    """Submit a whole run to Slurm: meta model, array of modules, fine-tuning. Run again, it submits what is missing."""
+    """Submit a whole run to Slurm: meta model, modules, fine-tuning. Run it again to submit what is missing."""
     from ..config import load_recipe
 
     given = [f'slurm.{key}="{value}"' for key, value in (("partition", partition), ("account", account)) if value]
@@ -34,7 +34,7 @@ def submit(
         from ..planning.phases import make_plan
 
         size = DEFAULT_MAX_ARRAY_SIZE
-        with contextlib.suppress(ExternalError):  # no Slurm here
+        with contextlib.suppress(ExternalError):  # this machine has no Slurm
             size = query_max_array_size()
         say(format_submission(loaded, run, make_plan(loaded).modules, baseline=baseline, size=size))
         return
@@ -49,9 +49,9 @@ def submit(
 
 @app.command()
 def scripts(
-    copy: Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Write them to DIR.")] = None,
+    copy: Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Copy them to DIR.")] = None,
 ) -> None:
-    """Print where the sbatch scripts are; with --copy, write them to a folder to use or edit them."""
+    """Print where the sbatch scripts are, or copy them to a folder."""
     from ..config.resources import copy_scripts, resource_folder
 
     files = copy_scripts(copy) if copy else sorted(resource_folder("slurm").glob("*.sbatch"))
@@ -120,7 +120,7 @@ def cancel(run: RunArgument) -> None:
 
     run.load_recipe()
     ids = cancel_jobs(run)
-    say(f"cancelled: {', '.join(ids)}" if ids else "nothing of this run is in the queue")
+    say(f"canceled: {', '.join(ids)}" if ids else "this run has no jobs in the queue")
 
 
 @app.command()

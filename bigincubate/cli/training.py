@@ -30,13 +30,13 @@ def plan(
     recipe: RecipeArgument,
     sets: SetOption = None,
     world: Annotated[
-        str | None, Option(metavar="N,N,…", help="Numbers of ranks to plan for [default: 1, 2 and 8].")
+        str | None, Option(metavar="N,N,…", help="Numbers of ranks to plan for (default: 1, 2 and 8).")
     ] = None,
     cluster: Annotated[
         str | None,
         Option(
             metavar="nodes=N,gpus=N,tflops=X",
-            help="How long it takes there, at X TFLOP/s a GPU; or with rates=RUN at what the phases of a run achieved.",
+            help="Also estimate the time on a cluster, at X TFLOP/s per GPU, or with rates=RUN at the speed of a run.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -62,10 +62,10 @@ def plan(
     for table in (plan_table(counted), *sharding_tables(counted)):
         console().print(table, "")
     own, baseline = counted["incubation_flops"], counted["end_to_end_flops"]
-    ratio = f"{own / baseline:.3f} times" if baseline else "no"
+    ratio = f"{own / baseline:.3f} times the" if baseline else "compared with the"
     say(
-        f"incubation: {own / 1e15:.4g} PFLOPs in all, {100 * counted['finetune_share']:.1f}% of them fine-tuning;"
-        f" {ratio} end-to-end training's {baseline / 1e15:.4g}"
+        f"incubation: {own / 1e15:.4g} PFLOPs in total, {100 * counted['finetune_share']:.1f}% of them for fine-tuning;"
+        f" {ratio} {baseline / 1e15:.4g} PFLOPs of end-to-end training"
     )
     if cluster is not None:
         console().print("", cluster_table(counted["cluster"]))
@@ -77,18 +77,20 @@ def run(
     directory: RunDirOption,
     jobs: Annotated[
         int | None,
-        Option(min=1, help="Phases that run at the same time; as many as cores, or as --co-train needs."),
+        Option(min=1, help="Phases that run in parallel (default: number of cores, or what --co-train needs)."),
     ] = None,
-    nproc: Annotated[int, Option(min=1, help="Ranks that train each phase together.")] = 1,
+    nproc: Annotated[int, Option(min=1, help="Number of ranks that train each phase.")] = 1,
     sets: SetOption = None,
     baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
-    small: Annotated[bool, Option("--smoke", help="The recipe made small, on made-up data: two minutes.")] = False,
+    small: Annotated[
+        bool, Option("--smoke", help="Run a small version of the recipe on generated data, in two minutes.")
+    ] = False,
     co_train: Annotated[
-        bool, Option("--co-train", help="All modules at the same time, from one loader; the same results.")
+        bool, Option("--co-train", help="Train all modules in parallel with one shared loader; same results.")
     ] = False,
     log_level: LogLevelOption = "info",
 ) -> None:
-    """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Run again, it resumes."""
+    """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Run it again to resume."""
     from ..config import load_recipe
     from ..planning.smoke import smoke
 
@@ -107,12 +109,13 @@ def run(
             loaded, directory.path, jobs=jobs, ranks=nproc, baseline=baseline, console=console(), helper=helper
         )
     except Preempted as stopped:
-        say(f"stopped; nothing is lost. Go on with the same command:\n  {shlex.join(['bigincubate', *sys.argv[1:]])}")
+        command = shlex.join(["bigincubate", *sys.argv[1:]])
+        say(f"stopped; all progress is saved. To resume, run the same command:\n  {command}")
         raise SystemExit(stopped.code) from None
     from ..report.console_tables import summary_table
 
     if result.already_done:
-        say(f"{directory.path} is done already")
+        say(f"{directory.path} is already done")
     console().print(summary_table(loaded.name, result.results, result.context.rows))
     say(f"\nmodel:   {result.export}" + (f"\n         {result.load_code}" if result.load_code else ""))
     say(f"curves:  tensorboard --logdir {directory.path}")
@@ -124,15 +127,15 @@ def train(
     recipe: RecipeArgument,
     directory: RunDirOption,
     phase: Annotated[str, Option(help="pretrain, incubate, finetune or end_to_end.")],
-    module: Annotated[str | None, Option(help="Which module to incubate; auto: the Slurm array index.")] = None,
+    module: Annotated[str | None, Option(help="Index of the module to incubate; auto: the Slurm array index.")] = None,
     sets: SetOption = None,
     log_level: LogLevelOption = "info",
 ) -> None:
-    """Train one phase in this process, or as a rank under torchrun or srun. Run again, it resumes."""
+    """Train one phase in this process, or as a rank under torchrun or srun. Run it again to resume."""
     from ..config import PHASES, load_recipe
 
     if phase not in PHASES:
-        raise ConfigError(f"--phase {phase}: there are {', '.join(PHASES)}")
+        raise ConfigError(f"--phase {phase}: expected one of {', '.join(PHASES)}")
     loaded = load_recipe(recipe, sets or ())
     from ..api import train_phase
     from ..distributed.parent_death import stop_with_parent

@@ -70,7 +70,7 @@ def compare_page(routes: LabeledRoutes) -> str:
     for label, route in routes:
         hybrids = [score_number(phase.headline, phase.result) for phase in route.hybrid_range]
         spread = join_markup(hybrids[0], " to ", hybrids[1]) if hybrids else NONE
-        missing = tag("span", f" (not there yet: {', '.join(route.missing)})", class_="bad") if route.missing else ""
+        missing = tag("span", f" (missing: {', '.join(route.missing)})", class_="bad") if route.missing else ""
         lines.append(
             [
                 join_markup(label, missing),
@@ -85,17 +85,17 @@ def compare_page(routes: LabeledRoutes) -> str:
     modules = []
     if incubated := [(label, route) for label, route in routes if route.modules]:
         curves = figures.render_svg(figures.draw_module_curves, incubated)
-        modules = [tag("h2", "Modules"), figure(curves, "Each module in its hybrid; smoothed.")]
+        modules = [tag("h2", "Modules"), figure(curves, "Training loss of each module in its hybrid, smoothed.")]
     return html_page(
         f"Comparison of {len(routes)}",
         tag("h1", "Comparison"),
-        tag("p", f"Scores on the validation {unit}. Costs are those of all phases of a row together.", class_="soft"),
+        tag("p", f"Scores on the validation {unit}. Costs are sums over all phases of a row.", class_="soft"),
         table(["run", *scores, "epochs", unit, "FLOPs", "time"], lines),
-        tag("h2", "What it took"),
+        tag("h2", "Cost"),
         figure(
             figures.render_svg(figures.draw_progress, routes),
-            "Phases one after another. Dots and lines: whole models (meta model, assembled, fine-tuned; end to end);"
-            " rings: modules as hybrids; faint: loss of training, smoothed.",
+            "Phases in order. Dots and lines: complete models (meta model, assembled, fine-tuned; end to end);"
+            " rings: modules as hybrids; pale lines: training loss, smoothed.",
         ),
         tag("h2", "Before and after fine-tuning"),
         figure(figures.render_svg(figures.draw_before_after, routes), f"{headlines} on the validation {unit}."),

@@ -44,7 +44,7 @@ def format_depths(depths: list[list[int]]) -> str:
 def plan_table(plan: dict[str, Any]) -> Table:
     """Return the table of the phases' costs."""
     columns = ["phase", "depths", "params M", "train M", "fwd GF", "train GF", "act MiB", "opt MiB", "sync MiB"]
-    table = _table(f"{plan['recipe']}: what each phase costs", [*columns, "steps", "epochs", "total PF"])
+    table = _table(f"{plan['recipe']}: cost of each phase", [*columns, "steps", "epochs", "total PF"])
     for row in plan["rows"]:
         cost = row["cost"]
         table.add_row(
@@ -70,11 +70,9 @@ def sharding_tables(plan: dict[str, Any]) -> list[Table]:
     Consecutive modules with equal values share a row.
     """
     names = list(dict.fromkeys(each["strategy"] for row in plan["rows"] for each in row["sharding"]))
-    title = (
-        "MiB that a rank holds, DeepSpeed's fixed buckets included; besides, `act MiB` for each sample of a micro-batch"
-    )
+    title = "MiB per rank, including DeepSpeed's fixed buckets; add `act MiB` for each sample of a micro-batch"
     holds = _table(title, ["phase", "ranks", common_unit(row["unit"] for row in plan["rows"]), *names])
-    sends = _table("MiB that travel in a step (whole tensors in collectives)", ["phase", "ranks", *names])
+    sends = _table("MiB sent per step (complete tensors in collectives)", ["phase", "ranks", *names])
     lines: dict[tuple[str, int], tuple[list[str], list[str]]] = {}
     for row in plan["rows"]:
         for world in dict.fromkeys(each["world"] for each in row["sharding"]):
@@ -108,7 +106,7 @@ def _mib(size: int) -> str:
 
 def cluster_table(cluster: dict[str, Any]) -> Table:
     """Return the table of the estimated durations on a cluster."""
-    title = f"on {cluster['gpus']:,} GPUs: training alone, scaling taken as linear"
+    title = f"on {cluster['gpus']:,} GPUs: training only, assuming linear scaling"
     table = _table(title, ["phase", "GPUs", "h:mm:ss", "GPU-hours"])
     for each in cluster["phases"]:
         used = each["gpus"] * each["seconds"] / 3600
@@ -160,7 +158,7 @@ def compare_table(routes: Sequence[tuple[str, TrainingRoute]]) -> Table:
     metrics = metric_columns(route.last.metrics for _, route in routes)
     unit = common_unit(route.last.unit for _, route in routes)
     scores = [*(metric.column for metric in metrics), "meta", "hybrids", "assembled"]
-    table = _table("runs compared", ["run", *scores, "epochs", unit, "TFLOPs", "seconds", "missing"])
+    table = _table("comparison of runs", ["run", *scores, "epochs", unit, "TFLOPs", "seconds", "missing"])
     for label, route in routes:
         hybrids = [phase.headline.text(phase.score) for phase in route.hybrid_range]
         table.add_row(
@@ -191,7 +189,7 @@ def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) ->
     unit = common_unit(row["unit"] for row in rows)
     submitted, joined = (any(row[key] for row in rows) for key in ("job", "partial"))
     queued = ["job", "in Slurm", "node"] if submitted else []
-    scores = [*(metric.column for metric in headlines), *(["beside finished modules"] if joined else [])]
+    scores = [*(metric.column for metric in headlines), *(["with finished modules"] if joined else [])]
     columns = ["step", "done", "loss", *scores, f"{unit}/s", "ETA", "restarts", "checkpoint", "error"]
     table = _table(f"{name}: status", ["phase", "state", *queued, *columns])
     for row in rows:

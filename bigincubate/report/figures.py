@@ -129,7 +129,7 @@ def _draw_route(scores: Axes, losses: Axes, route: TrainingRoute, cost: str, col
 
 def _draw_validation(axis: Axes, route: TrainingRoute, name: str, cost: str, color: str, label: str) -> None:
     """Draw one metric of the validation split."""
-    whole: list[list[tuple[float, float]]] = [[]]  # the meta model; what was assembled
+    whole: list[list[tuple[float, float]]] = [[]]  # the meta model; the assembled model
     for phase, before in phases_with_start_cost(route):
         if phase is route.last and route.assembled:
             whole.append([(before[cost], value) for key, value in route.assembled["metrics"].items() if key == name])
@@ -176,9 +176,9 @@ def draw_compatibility(route: TrainingRoute) -> Figure:
     hybrids = [phase.score for phase, _ in done if phase.score is not None]
     partial = [value for _, scores in done if (value := headline.value_in(scores)) is not None]
     axis.vlines(places, hybrids, partial, color=COLORS[0], alpha=0.4, lw=1)
-    axis.plot(places, hybrids, "o", ms=10, mfc="none", mec=COLORS[0], label="as a hybrid, alone")
-    axis.plot(places, partial, "o", ms=7, color=COLORS[1], label="beside those finished before")
-    axis.set_xticks(places, [f"{phase.title}\n{len(s['joined'])} of {s['modules']} in" for phase, s in done])
+    axis.plot(places, hybrids, "o", ms=10, mfc="none", mec=COLORS[0], label="as a hybrid")
+    axis.plot(places, partial, "o", ms=7, color=COLORS[1], label="with the modules finished before")
+    axis.set_xticks(places, [f"{phase.title}\n{len(s['joined'])} of {s['modules']} modules" for phase, s in done])
     axis.set_xlim(-0.5, len(done) - 0.5), axis.set_ylabel(_axis_label([headline]))
     figure.legend(loc="outside upper left", ncols=3)
     return figure

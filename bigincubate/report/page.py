@@ -28,20 +28,20 @@ def render_report(run_data: RunData, findings: Sequence[Finding]) -> str:
     title = f"{run_data.recipe.name}: {run_data.run.path.resolve().name}"
     incubated = run_data.route("incubated")
     sections = {
-        "What was trained": _model_section(run_data),
-        "The phases": _phases_section(run_data),
+        "Model and data": _model_section(run_data),
+        "Phases": _phases_section(run_data),
         "Curves": _curves_section(run_data),
-        "Do the modules fit?": _compatibility_section(incubated) if incubated else None,
-        "What it cost": _cost_section(run_data),
-        "How it went": _timeline_section(timeline),
-        "Where it ran": _environment_section(run_data),
+        "Do the modules fit together?": _compatibility_section(incubated) if incubated else None,
+        "Cost": _cost_section(run_data),
+        "Events": _timeline_section(timeline),
+        "Machines and software": _environment_section(run_data),
         "Verification": _verification_section(findings),
     }
     return html.html_page(
         title,
         _header(run_data, timeline),
         *(join_markup(tag("h2", heading), content) for heading, content in sections.items() if content is not None),
-        tag("details", tag("summary", "The recipe, as resolved"), tag("pre", run_data.recipe.toml())),
+        tag("details", tag("summary", "Resolved recipe"), tag("pre", run_data.recipe.toml())),
         tag("footer", f"bigincubate report {run_data.run.path}"),
     )
 
@@ -53,7 +53,7 @@ def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
     missing = [title for route in run_data.routes for title in route.missing]
     state = tag("span", "unfinished" if missing else "done", class_="state" if missing else "state done")
     said = tag("p", run_data.recipe.description, class_="soft") if run_data.recipe.description else Markup()
-    told = tag("p", f"Not there yet: {', '.join(missing)}.", class_="missing") if missing else Markup()
+    told = tag("p", f"Missing: {', '.join(missing)}.", class_="missing") if missing else Markup()
     tiles = []
     for route in run_data.routes:
         if route.last.result:
@@ -97,7 +97,7 @@ def _model_section(run_data: RunData) -> Markup:
     pairs: dict[str, object] = {"model": described, "target": model(rows["end_to_end"], plan["target_depths"])}
     if run_data.route("incubated"):
         pairs["meta model"] = model(rows["pretrain"], plan["meta_depths"])
-        pairs["modules"] = f"{len(plan['target_depths'])}, initialised: {recipe.incubate.init}"
+        pairs["modules"] = f"{len(plan['target_depths'])}, initialized: {recipe.incubate.init}"
     return html.definitions({**pairs, "data": data, "seed": settings.train.seed})
 
 
@@ -115,15 +115,15 @@ def _phases_section(run_data: RunData) -> Markup:
                 rows.append(["assembled", tag("span", "done", class_="good"), *scored, *[NONE] * 6])
             rows.append(_phase_row(phase, factor, metrics))
     note = (
-        f"{figures.join_titles(metrics)} on the validation {unit}. A module is scored as a hybrid: itself, and the"
-        " meta model around it. Device time: time, times the GPUs or CPU cores at work."
+        f"{figures.join_titles(metrics)} on the validation {unit}. A module is evaluated as a hybrid, inside the"
+        " meta model. Device time is time multiplied by the number of GPUs or CPU cores in use."
     )
     return join_markup(table(head, rows), tag("p", note, class_="soft"))
 
 
 def _phase_row(phase: PhaseData, factor: float, metrics: Sequence[Metric]) -> list[object]:
     if not phase.started:
-        return [phase.title, "not begun", *[NONE] * (len(metrics) + 6)]
+        return [phase.title, "not started", *[NONE] * (len(metrics) + 6)]
     state, spent_on = phase.status["state"], phase.device_seconds
     if phase.result is None:
         state = f"{state}, {phase.status['percent']:.0f} %"
@@ -144,23 +144,23 @@ def _phase_row(phase: PhaseData, factor: float, metrics: Sequence[Metric]) -> li
 def _curves_section(run_data: RunData) -> Markup:
     routes = [(route.name, route) for route in run_data.routes if any(phase.points for phase in route.phases)]
     if not routes:
-        return tag("p", "Nothing was logged yet.")
+        return tag("p", "Nothing has been logged yet.")
     unit = common_unit(phase.unit for phase in run_data.phases)
     caption = (
-        f"Phases one after another. Dots and lines: validation {unit}, whole models (meta model, assembled,"
-        " fine-tuned; end to end); rings: modules as hybrids; faint: loss of training, smoothed."
+        f"Phases in order. Dots and lines: complete models on the validation {unit} (meta model, assembled,"
+        " fine-tuned; end to end); rings: modules as hybrids; pale lines: training loss, smoothed."
     )
     parts = [figure(figures.render_svg(figures.draw_progress, routes), caption)]
     if incubated := [(name, route) for name, route in routes if any(module.points for module in route.modules)]:
         drawing = figures.render_svg(figures.draw_module_curves, incubated)
-        parts.append(figure(drawing, "Each module in its hybrid, the meta model around it frozen; smoothed."))
+        parts.append(figure(drawing, "Training loss of each module in its hybrid, smoothed."))
     return join_markup(*parts)
 
 
 def _compatibility_section(route: TrainingRoute) -> Markup:
     scored = [phase for phase in route.modules if phase.status["partial"] and phase.result]
     if not scored:
-        return tag("p", "No module was scored beside others yet.")
+        return tag("p", "No module has been evaluated together with others yet.")
     headline, unit = scored[0].headline, scored[0].unit
     metrics = metric_columns(phase.metrics for phase in scored)
     rows = []
@@ -168,11 +168,11 @@ def _compatibility_section(route: TrainingRoute) -> Markup:
         partial = phase.status["partial"]
         scores = [score_number(headline, phase.result), *(score_number(metric, partial) for metric in metrics)]
         rows.append([phase.title, ", ".join(map(str, partial["joined"])), *scores])
-    beside = [f"beside those, {headline.column}", *(metric.column for metric in metrics[1:])]
-    head = ["in the order of finishing", "modules in", f"hybrid, {headline.column}", *beside]
+    partial_columns = [f"together, {headline.column}", *(metric.column for metric in metrics[1:])]
+    head = ["in order of completion", "modules used", f"hybrid, {headline.column}", *partial_columns]
     note = (
-        "Before fine-tuning: each module when it was finished, beside those that were, the meta model in place of"
-        " the others. With all modules in it is the assembled model."
+        "Before fine-tuning: each finished module was evaluated together with those that were finished before it, and"
+        " with the meta model's modules in place of the others. With all modules this is the assembled model."
     )
     drawing = figures.render_svg(figures.draw_compatibility, route)
     caption = f"{figures.join_titles([headline])} on the validation {unit}."
@@ -215,8 +215,9 @@ def _cost_summary(run_data: RunData) -> Markup:
     if incubated and len(incubated.modules) > 1:
         share = incubated.last.spent["flops"] / (incubated.spent["flops"] or 1)
         words.append(
-            f"Phases one after another: {format_duration(incubated.spent['seconds'])} of training; modules beside each"
-            f" other: {format_duration(incubated.path_seconds)}. Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
+            f"Training takes {format_duration(incubated.spent['seconds'])} with one phase after another, and"
+            f" {format_duration(incubated.path_seconds)} with all modules in parallel."
+            f" Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
         )
     if incubated and baseline and incubated.last.score is not None and baseline.last.score is not None:
         metric, samples = incubated.last.headline, (incubated.last.result or {})["samples"]
@@ -232,7 +233,7 @@ def _cost_summary(run_data: RunData) -> Markup:
             f" for {ratio:.2f} times the FLOPs. One seed each."
         )
     elif incubated and not baseline:
-        words.append("Nothing was trained end to end in this run (run --baseline does): its cost is the plan's.")
+        words.append("This run has no end-to-end baseline (run --baseline trains one): its planned cost is shown.")
     return join_markup(*(tag("p", sentence) for sentence in words))
 
 
@@ -245,7 +246,7 @@ def _timeline_section(timeline: Sequence[TimelineEvent]) -> Markup:
     times = [f"{datetime.fromtimestamp(event.time, UTC):%Y-%m-%d %H:%M:%S}" for event in timeline]
     texts = [tag("span", event.text, class_="bad") if event.fault else event.text for event in timeline]
     return join_markup(
-        tag("p", said or "Nothing interrupted it."),
+        tag("p", said or "There were no interruptions."),
         table(["UTC", "what"], list(zip(times, texts, strict=True)), words=True),
     )
 
@@ -270,15 +271,15 @@ def _format_device(attempt: dict[str, Any]) -> str:
 
 def _list_by_count(texts: Iterable[str]) -> str:
     found = Counter(texts).most_common()
-    return "; ".join(f"{text} ({n} attempts)" if len(found) > 1 else text for text, n in found) or "not noted"
+    return "; ".join(f"{text} ({n} attempts)" if len(found) > 1 else text for text, n in found) or "not recorded"
 
 
 def _verification_section(findings: Sequence[Finding]) -> Markup:
     counts = Counter(each.verdict for each in findings)
     bad = [each for each in findings if each.verdict in (Verdict.DAMAGED, Verdict.STALE)]
     words = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-    said = tag("p", f"Artifacts and results, hashed for this page: {words}.", class_="bad" if bad else "good")
+    said = tag("p", f"Artifacts and results, verified for this page: {words}.", class_="bad" if bad else "good")
     command = tag("code", "bigincubate verify")
-    more = tag("p", "Data and resume checkpoints were not read for it: ", command, " reads all.")
+    more = tag("p", "Data and resume checkpoints were not verified for this page: ", command, " verifies all files.")
     rows = [[each.part, f"{each.verdict}: {each.path} {each.why}"] for each in bad]
     return join_markup(said, table(["part", "problem"], rows, words=True) if rows else "", more)

@@ -11,7 +11,7 @@ from .run_data import PhaseData, RunData
 
 ENDS = {
     "preempted": "stopped with a checkpoint",
-    "running": "ended without a word (killed, or its machine was lost)",
+    "running": "ended without a message (killed, or its machine failed)",
     "failed": "failed",
 }
 EVENTS = {  # texts of the rows of ``events.jsonl``
@@ -19,12 +19,12 @@ EVENTS = {  # texts of the rows of ``events.jsonl``
     "recipe_changed": "recipe changed: {changes}",
     "done": "{title}: done after {steps:,} steps",
     "shared_loader": "co-trained: {made:,} batches made, {sent:,} sent to modules",
-    "partial_assembly": "{title}: scored beside the modules that were finished ({joined})",
-    "rolled_back": "{title}: too many gradients were not finite at step {step:,}; back to step {to:,}",
-    "made_again": "{title}: made again: {reason}",
+    "partial_assembly": "{title}: evaluated together with the finished modules ({joined})",
+    "rolled_back": "{title}: too many non-finite gradients at step {step:,}; returned to step {to:,}",
+    "made_again": "{title}: created again: {reason}",
     "submitted": "submitted: job {job} ({kind}{modules})",
-    "cancelled": "cancelled: jobs {jobs}",
-    "baseline": "an end-to-end baseline was asked for",
+    "cancelled": "canceled: jobs {jobs}",
+    "baseline": "an end-to-end baseline was requested",
 }
 FAULTS = ("rolled_back", "made_again", "cancelled")
 
@@ -59,7 +59,7 @@ def _attempts(phase: PhaseData) -> Iterator[TimelineEvent]:
         attempt_name = f"{phase.title}, attempt {attempt['attempt']} on {attempt['host']}"
         attempt_name += f" (job {attempt['job']})" if attempt.get("job") else ""
         if state in ("running", "queued") and index == last:
-            yield TimelineEvent(attempt["time"], f"{attempt_name}: begun")
+            yield TimelineEvent(attempt["time"], f"{attempt_name}: started")
         elif state == "done":
             if index:
                 yield TimelineEvent(attempt["time"], f"{attempt_name}: resumed and finished")
@@ -68,7 +68,7 @@ def _attempts(phase: PhaseData) -> Iterator[TimelineEvent]:
             yield TimelineEvent(attempt["time"], f"{attempt_name}: {ENDS.get(state, ENDS['running'])}{why}", fault=True)
     for requeue in phase.requeues:
         where = f"step {requeue['checkpoint']}" if requeue["checkpoint"] is not None else "the beginning"
-        text = f"{phase.title}: requeued to go on from {where}: {requeue['reason']}"
+        text = f"{phase.title}: requeued to resume from {where}: {requeue['reason']}"
         yield TimelineEvent(requeue["time"], text, fault=True)
 
 

@@ -38,7 +38,7 @@ class Verdict(StrEnum):
     STALE = "stale"
     RUNNING = "in progress"
     UNFINISHED = "unfinished"
-    ABSENT = "not there yet"
+    ABSENT = "missing"
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def test_phase_resumes_to_the_bit_from_a_converted_checkpoint(mine: Any, trained
     original = step(mine, 8, "modules/01")
     converted = run("checkpoint", "convert", original, tmp_path / "three", "--ranks", 3)
     assert converted.wait() == 0, converted.err
-    assert converted.out == f"{tmp_path / 'three'}: the checkpoint of {original} as 3 files of tensors\n"
+    assert converted.out == f"{tmp_path / 'three'}: {original}, converted to 3 files\n"
     shutil.rmtree(original)
     (tmp_path / "three").rename(original)
     mine.train("incubate", 1)

@@ -38,7 +38,7 @@ def test_plan_prints_every_phase(call: Called) -> None:
     code, out, _ = call("plan", "digits")
     assert code == 0
     assert "module 3" in out
-    assert re.search(r"incubation: .* PFLOPs in all", out)
+    assert re.search(r"incubation: .* PFLOPs in total", out)
     assert max(map(len, out.splitlines())) > 80  # not folded to a terminal that is not there
 
 

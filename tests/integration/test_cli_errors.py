@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
     "checkpoints of an empty folder": (4, "no checkpoints in", lambda p: ["checkpoint", "list", p.empty]),
     "verify what was not committed": (
         4,
-        "ever committed",
+        "no committed checkpoint",
         lambda p: ["checkpoint", "verify", p.without(f"{META}/COMMITTED") / META],
     ),
     "convert what was not committed": (

@@ -72,7 +72,7 @@ class Page(HTMLParser):
     def row(self, title: str) -> dict[str, float | str]:
         """The first line that begins so, by the head of its table: numbers in full where there are any."""
         at = next(index for index, row in enumerate(self.rows) if row[0] == title)
-        head = max(i for i in range(at) if self.rows[i][0] in ("phase", "run", "in the order of finishing"))
+        head = max(i for i in range(at) if self.rows[i][0] in ("phase", "run", "in order of completion"))
         cells = enumerate(zip(self.rows[head], self.rows[at], strict=True))
         return {name: self.numbers.get((at, cell), shown) for cell, (name, shown) in cells}
 
@@ -149,7 +149,7 @@ def test_page_says_what_was_trained_where_and_with_what_result(done: Any) -> Non
     assert "module 0, attempt 1 on elsewhere (job 17): stopped with a checkpoint" in page.text
     assert re.search(r"module 0, attempt 2 on \S+: resumed and finished", page.text)
     assert re.search(r"bigincubate [\d.]+, python 3[\d.]+, torch \d[\w.+]*, timm [\d.]+", page.text)
-    assert "Artifacts and results, hashed for this page: 11 good." in page.text
+    assert "Artifacts and results, verified for this page: 11 good." in page.text
     rows = {title: page.row(title) for title in ("module 0", "module 1")}
     assert [row["attempts"] for row in rows.values()] == ["2", "1"]
     at = [index for index, row in enumerate(page.rows) if row[0] == "module 1"]
@@ -162,13 +162,13 @@ def test_page_says_what_was_trained_where_and_with_what_result(done: Any) -> Non
 def test_unfinished_run_has_a_page_that_says_what_is_missing(harness: Harnesses) -> None:
     made = harness(*SETS)
     empty = page_of(made.run)
-    assert "Not there yet: meta model, module 0, module 1, fine-tuning." in empty.text
-    assert "Nothing was logged yet." in empty.text
+    assert "Missing: meta model, module 0, module 1, fine-tuning." in empty.text
+    assert "Nothing has been logged yet." in empty.text
     made.train("pretrain")
     made.train("incubate", 1)
     page = page_of(made.run)
-    assert "Not there yet: module 0, fine-tuning." in page.text
-    assert page.row("module 0")["state"] == "not begun"
+    assert "Missing: module 0, fine-tuning." in page.text
+    assert page.row("module 0")["state"] == "not started"
     assert page.row("module 1")["top-1 %"] == made.run.phase("incubate", 1).result["metrics"]["top1"]
     assert "unfinished" in page.text
 
@@ -178,7 +178,7 @@ def test_run_that_is_only_end_to_end_has_no_modules_on_its_page(harness: Harness
     made.train("end_to_end")
     page = page_of(made.run)
     assert page.row("end to end")["top-1 %"] == made.run.phase("end_to_end").result["metrics"]["top1"]
-    assert "Not there yet" not in page.text
+    assert "Missing: " not in page.text
     assert not {"meta model", "module 0", "fine-tuning"} & {row[0] for row in page.rows}
     routes = label_routes([read_run(done.run), read_run(made.run)])
     assert [row["route"] for row in compare_json(routes)] == ["incubated", "end to end", "end to end"]
@@ -197,7 +197,7 @@ def test_text_from_files_is_escaped(done: Any, tmp_path: Path) -> None:
     mine = done.copy(tmp_path / "<b>run")
     append_json_line(mine.run.path / "events.jsonl", {"time": time.time(), "event": "cancelled", "jobs": ["<script>"]})
     page = page_of(mine.run)
-    assert "cancelled: jobs <script>" in page.text
+    assert "canceled: jobs <script>" in page.text
     assert not {"script", "b>run"} & {tag for tag, _ in page.tags}
 
 
@@ -218,7 +218,7 @@ def test_report_and_compare_commands(done: Any, tmp_path: Path) -> None:
     assert f"{done.run.phase('end_to_end').result['metrics']['top1']:.2f}" in line
     page = Page((tmp_path / "drawn" / "compare.html").read_text())
     assert page.row("one")["assembled"] == done.run.assembled.result["metrics"]["top1"]
-    assert "other (not there yet: fine-tuning)" in page.text
+    assert "other (missing: fine-tuning)" in page.text
     for name in ("progress", "before-after", "modules"):
         assert (tmp_path / "drawn" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert as_json.wait() == 0
@@ -277,8 +277,8 @@ def test_metrics_and_units_are_shown_as_their_task_describes_them(harness: Harne
     }
     assert cells["run: status"]["perplexity"] == ["-", "9.0", "12.0", "7.0", "8.0"]
     assert cells["run: status"]["tokens/s"] == ["5"] * 5
-    assert cells["runs compared"]["hybrids"] == ["12.0 to 9.0", "-"]
-    assert cells["runs compared"]["meta"] == ["3.000", "-"]
+    assert cells["comparison of runs"]["hybrids"] == ["12.0 to 9.0", "-"]
+    assert cells["comparison of runs"]["meta"] == ["3.000", "-"]
     assert cells["run: results"]["loss"] == ["3.000", "-", "-", "-", "-"]
     page = page_of(made.run)
     assert (page.row("meta model")["loss"], page.row("end to end")["perplexity"]) == (3.0, 8.0)

@@ -122,7 +122,7 @@ def test_printed_next_command_works(scratch: FromScratch) -> None:
 
 def test_second_run_does_nothing(scratch: FromScratch) -> None:
     assert scratch.second.wait() == 0
-    assert "is done already" in scratch.second.out
+    assert "is already done" in scratch.second.out
     assert "started" not in scratch.second.out
     assert "fine-tuned" in scratch.second.out
     assert [len(scratch.run.phase("incubate", module).read_attempts()) for module in (0, 1)] == [1, 1]

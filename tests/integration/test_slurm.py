@@ -74,7 +74,7 @@ def test_two_submits_at_the_same_moment_make_one_run(
     again = bigincubate("submit", fast, "--run-dir", run.path, *sets)
     assert (again.returncode, len(jobs(run))) == (0, 4)
     assert "in the queue already" in again.stdout
-    assert "cancelled: " in bigincubate("cancel", run.path).stdout
+    assert "canceled: " in bigincubate("cancel", run.path).stdout
     slurm.wait(lambda: not list_queued_jobs(run))
 
 
@@ -161,9 +161,9 @@ def test_controller_restart_cancel_and_resume(slurm: Cluster, run: RunDir, fast:
     row = json.loads(bigincubate("status", run.path, "--json").stdout)[0]
     entry = slurm.wait(lambda: running(run, "pretrain"))
     assert (row["queue"], row["node"], row["restarts"]) == ("RUNNING", entry.node, 1)
-    assert "cancelled: " in bigincubate("cancel", run.path).stdout
+    assert "canceled: " in bigincubate("cancel", run.path).stdout
     slurm.wait(lambda: not list_queued_jobs(run))
-    assert "nothing of this run" in bigincubate("cancel", run.path).stdout
+    assert "no jobs in the queue" in bigincubate("cancel", run.path).stdout
     assert folder.result is None
     assert "pretrain" in bigincubate("logs", run.path).stdout
     assert "JobState=CANCELLED" in say("scontrol", "show", "job", entry.job)
