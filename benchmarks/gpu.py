@@ -28,7 +28,7 @@ from gpu_rows import ROWS, BenchmarkRow, Request, Sizes
 from bigincubate.files import append_json_line, read_json_lines, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 150  # seconds, after which a row has failed
+LIMIT = 200  # seconds, after which a row has failed
 
 
 def measure_row(row: BenchmarkRow, asked: argparse.Namespace, limit: float) -> dict[str, Any]:

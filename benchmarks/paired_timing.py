@@ -22,7 +22,7 @@ from typing import Any
 @dataclass
 class Contestant:
     step: Callable[[], Any]
-    forward: Callable[[], Any]
+    forward: Callable[[], Any] | None  # None: what it saves is not counted
     parameters: list[Any]
     flops: int = 0  # training FLOPs of a sample, where nothing is left out; 0: not known
 
@@ -59,12 +59,13 @@ def describe(contestant: Contestant) -> dict[str, Any]:
     """What does not depend on time.
 
     Returns:
-        ``saved``: bytes that a forward keeps for its backward, parameters not counted; ``flops``: of a sample;
+        ``saved``: bytes that a forward keeps for its backward, parameters not counted; None if they are not counted;
+        ``flops``: of a sample;
         ``peak``: the most bytes that the device held in a step, 0 on a CPU; ``device``: its name.
     """
     import torch
 
-    saved = saved_bytes(contestant)
+    saved = saved_bytes(contestant.parameters, contestant.forward) if contestant.forward else None
     found = {"saved": saved, "flops": contestant.flops, "peak": 0, "device": "CPU"}
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -73,10 +74,10 @@ def describe(contestant: Contestant) -> dict[str, Any]:
     return found
 
 
-def saved_bytes(contestant: Contestant) -> int:
+def saved_bytes(parameters: list[Any], forward: Callable[[], Any]) -> int:
     import torch
 
-    own = {parameter.untyped_storage().data_ptr() for parameter in contestant.parameters}
+    own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     held: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -85,7 +86,7 @@ def saved_bytes(contestant: Contestant) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = contestant.forward()
+        loss = forward()
     total = sum(storage.nbytes() for address, storage in held.items() if address not in own)
     del loss
     return total
@@ -164,10 +165,17 @@ def time_in_turns(file: str, names: list[str], settings: dict[str, Any], *, repe
 def table_row(label: str, found: dict[str, Any], opponent: str) -> list[str]:
     """A Markdown row for each contestant but the opponent."""
     theirs = found[opponent]
+
+    def saved(own: dict[str, Any]) -> str:
+        if own["saved"] is None:
+            return "| | | |"
+        return (
+            f"| {own['saved'] / 2**20:,.0f} | {theirs['saved'] / 2**20:,.0f} | {theirs['saved'] / own['saved']:.2f} |"
+        )
+
     return [
         f"| {label} | {name} | {own['seconds']:.2f} | {theirs['seconds']:.2f} | **{own['speed']:.2f}** "
-        f"| {own['least']:.2f} to {own['most']:.2f} | {own['saved'] / 2**20:,.0f} | {theirs['saved'] / 2**20:,.0f} "
-        f"| {theirs['saved'] / own['saved']:.2f} |"
+        f"| {own['least']:.2f} to {own['most']:.2f} {saved(own)}"
         for name, own in found.items()
         if name != opponent
     ]

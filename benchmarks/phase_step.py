@@ -25,6 +25,7 @@ from bigincubate.planning.context import PhaseContext
 from bigincubate.planning.cost import PlannedRow, count_cost
 from bigincubate.planning.phases import make_plan
 from bigincubate.storage.run_directory import RunDir
+from bigincubate.training.determinism import deterministic_algorithms
 from bigincubate.training.trainer import Trainer
 
 RECIPE = """
@@ -170,6 +171,9 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
     places = torch.arange(len(images))
     # the trainer selects masks by position on the host, so what counts samples stays there
     held = OnDevice({"images": images, "labels": labels}, places, places, places)
+
+    # as `Trainer.run` does, here until the process ends
+    deterministic_algorithms(trainer.env.device, trainer.settings.train.deterministic).__enter__()
 
     def forward() -> torch.Tensor:
         device, train = trainer.env.device, trainer.settings.train

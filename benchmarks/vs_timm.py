@@ -61,7 +61,8 @@ def plain_timm(settings: dict[str, Any], *, compiled: bool) -> Contestant:
             dispatch_clip_grad(model.parameters(), settings["clip"])
         optimizer.step()
 
-    return Contestant(step, forward, list(model.parameters()))
+    # hooks on what is saved would compile the model once more, which takes minutes
+    return Contestant(step, None if compiled else forward, list(model.parameters()))
 
 
 def contestant(name: str, settings: dict[str, Any]) -> Contestant:

@@ -100,10 +100,25 @@ ROWS = [
     _step(
         "end-to-end-b-timm",
         what="ViT-B, end to end",
-        names=["plain", "compiled", "timm-compiled", "timm"],
+        names=["plain", "any-order", "skipping", "timm"],
         drop_path=0.1,
         clip=1.0,
         **END_TO_END,
+    ),
+    _step(
+        "end-to-end-b-timm-compiled",
+        what="ViT-B, end to end",
+        names=["compiled", "timm-compiled"],
+        drop_path=0.1,
+        clip=1.0,
+        **END_TO_END,
+    ),
+    _step(
+        "incubation-b-0-any-order",
+        what="ViT-B, module 0",
+        names=["any-order", "plain"],
+        phase="incubate",
+        module=0,
     ),
     *(
         _step(

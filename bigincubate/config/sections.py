@@ -198,6 +198,8 @@ class TrainConfig(ConfigTable):
     samples."""
     compile: bool = execution_field(False)
     """Compile each block with torch.compile, and a loss that is named package.module:function."""
+    deterministic: bool = execution_field(True)
+    """On a GPU, use kernels whose results are the same in every run, so that a resumed run has the same bits."""
     subset_drop_path: bool = execution_field(False)
     """Compute residual branches only for the samples that drop-path keeps."""
     last_block_cls_only: bool = execution_field(False)

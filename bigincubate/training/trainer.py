@@ -31,6 +31,7 @@ from ..storage.lease import Lease
 from ..storage.run_directory import PhaseDir
 from ..storage.sharded_tensors import TensorShard
 from .builder import PhaseComponents, build_phase, describe_model
+from .determinism import deterministic_algorithms
 from .metrics_writer import MetricsWriter, ThroughputMeter, log_partial_assembly
 from .partial_assembly import build_partial_assembly, finished_modules
 
@@ -127,12 +128,13 @@ class Trainer:
         if self.state.step == 0:
             self.metrics.add_text("recipe", f"```\n{self.recipe.toml()}\n```")
         try:
-            try:
-                self.train()
-            except NonFiniteError as error:
-                self.roll_back(error)
-                self.train()
-            return self.finish()
+            with deterministic_algorithms(self.env.device, self.settings.train.deterministic):
+                try:
+                    self.train()
+                except NonFiniteError as error:
+                    self.roll_back(error)
+                    self.train()
+                return self.finish()
         finally:
             self.metrics.close()
             self.checkpoints.close()

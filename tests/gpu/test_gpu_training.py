@@ -16,10 +16,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from launching import LOUD, PHASES
-from parity import Case, Parity
+from parity import Case as ParityCase
+from parity import Parity
+from small_models import Case, each_case
 
-from bigincubate.errors import Preempted
+from bigincubate.errors import ConfigError, Preempted
 from bigincubate.training import builder
+from bigincubate.training.determinism import deterministic_algorithms
 
 pytestmark = pytest.mark.gpu
 
@@ -129,6 +132,30 @@ def test_same_phase_twice_and_resumed_gives_the_same_bits(
     assert differing(resumed.weights("incubate", 0), expected) == []
 
 
+@each_case
+def test_every_family_has_deterministic_kernels(case: Case, device: torch.device) -> None:
+    """The gradients of a family are the same bits twice, and no operator is refused."""
+    model, images = case.build(case.target).to(device), case.images().to(device)
+    gradients = []
+    for _ in range(2):
+        model.zero_grad()
+        with deterministic_algorithms(device, True):
+            model(images).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.gpus(1)
+def test_operator_without_a_deterministic_kernel_is_refused_by_name(device: torch.device) -> None:
+    image = torch.randn(1, 1, 8, 8, device=device, requires_grad=True)
+    with (
+        pytest.raises(ConfigError, match=r"^upsample_bicubic2d_backward_out_cuda has no .* train.deterministic=false$"),
+        deterministic_algorithms(device, True),
+    ):
+        torch.nn.functional.interpolate(image, size=(4, 4), mode="bicubic").sum().backward()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 class StopAt:
     """Takes the place of a stop signal that arrives in a step."""
 
@@ -226,8 +253,8 @@ def one_rank(strategy: str, settings: Any, env: Any, micro_batches: int) -> Any:
 def test_strategies_on_two_ranks_have_the_losses_of_one(
     harness: Harnesses, tmp_path: Path, size: list[str], device: torch.device
 ) -> None:
-    cases = [Case(strategy, "incubate") for strategy in ("ddp", *STRATEGIES)]
-    cases += [Case("fsdp2", "finetune", precision="bf16"), Case("zero2", "finetune", "lamb", "bf16")]
+    cases = [ParityCase(strategy, "incubate") for strategy in ("ddp", *STRATEGIES)]
+    cases += [ParityCase("fsdp2", "finetune", precision="bf16"), ParityCase("zero2", "finetune", "lamb", "bf16")]
     parity = Parity(harness, tmp_path, cases, sets=size)
     for case in cases:
         parity.check(case, 1e-2 if case.precision == "fp32" else 3e-2)

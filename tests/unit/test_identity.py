@@ -82,6 +82,7 @@ TABLE = {
     "train": "PIFE",
     "train.micro_batch": "",
     "train.compile": "",
+    "train.deterministic": "",
     "train.subset_drop_path": "",
     "train.last_block_cls_only": "",
     "optim": "PIFE",
