@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 
 from ..errors import Exit
 from ..planning.job_graph import Job
 from ..storage.run_directory import PhaseDir, RunDir
+from .gpus import GPU_VARIABLE, choose_gpus, list_visible_gpus
 from .progress import ProgressReporter
 from .rank_group import RankGroup
 
@@ -74,6 +76,7 @@ class LocalRunner:
         nproc: Number of ranks of each phase.
         helper: Processes that serve the modules; None: there are none.
         running: The ranks of running jobs, by the key of the job.
+        gpus: The GPUs of running jobs, by the key of the job.
         stopping: Whether the run has been asked to stop.
         patience: How many more times a phase may find its directory owned by a previous attempt that was killed.
     """
@@ -84,6 +87,7 @@ class LocalRunner:
     nproc: int = 1
     helper: HelperJob | None = None
     running: dict[str, RankGroup] = field(default_factory=dict)
+    gpus: dict[str, list[str]] = field(default_factory=dict)
     stopping: bool = False
     patience: int = 20
 
@@ -163,6 +167,9 @@ class LocalRunner:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (parallel * self.nproc))))
         # threads that spin while they wait slow a step down several times when another process is running
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if len(visible := list_visible_gpus()) > 1:  # jobs that run in parallel get different ones
+            self.gpus[job.key] = choose_gpus(visible, chain.from_iterable(self.gpus.values()), self.nproc)
+            environment[GPU_VARIABLE] = ",".join(self.gpus[job.key])
         self.running[job.key] = RankGroup.start(command, environment, logs)
         if self.stopping:  # since the ranks were being started
             self.running[job.key].stop()
@@ -199,6 +206,7 @@ class LocalRunner:
             ranks = self.running.get(job.key)
             if ranks is not None and (code := ranks.poll()) is not None:
                 del self.running[job.key]
+                self.gpus.pop(job.key, None)
                 yield job, ranks, code
 
     def _phase_dir(self, job: Job) -> PhaseDir:

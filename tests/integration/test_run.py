@@ -366,6 +366,27 @@ def test_resumed_phase_computes_with_as_many_threads(harness: Harnesses, monkeyp
     assert rest == {"1": "4", "-": "8"}
 
 
+@pytest.mark.parametrize(
+    ("visible", "nproc", "expected"),
+    [
+        ("0,1,2", 1, {"-": {"0"}, "0": {"0"}, "1": {"1"}}),  # modules in parallel, each on a GPU of its own
+        ("4,5,6,7", 2, {"-": {"4,5"}, "0": {"4,5"}, "1": {"6,7"}}),
+        ("GPU-a,GPU-b", 2, {"-": {"GPU-a,GPU-b"}, "0": {"GPU-a,GPU-b"}, "1": {"GPU-a,GPU-b"}}),
+        ("3", 1, {"-": {"3"}, "0": {"3"}, "1": {"3"}}),
+        ("", 1, {"-": {""}, "0": {""}, "1": {""}}),
+    ],
+)
+def test_phases_in_parallel_get_different_gpus(
+    visible: str, nproc: int, expected: dict[str, set[str]], harness: Harnesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    executed(harness(), monkeypatch, nproc=nproc)
+    found: dict[str, set[str]] = {}
+    for process in everything:
+        found.setdefault(process.module, set()).add(process.env["CUDA_VISIBLE_DEVICES"])
+    assert found == expected
+
+
 def test_ranks_of_a_phase_share_its_threads(harness: Harnesses, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
