@@ -4,6 +4,8 @@
 # make test-full longer proofs; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
 # make test-slurm runs on a real Slurm on this machine, 20 of them with faults (docs/reliability.md); run again, it resumes
 # make test-faults all trials of every fault, then docs/reliability.md; run again, it resumes. MINUTES: limit per scenario
+SHELL := /bin/bash
+.SHELLFLAGS := -e -o pipefail -c
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,17 +46,26 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 # the same versions for users, developers and CI: constraints.txt is what the tests passed with
+# uv installs faster and shows what it does; pip's output is shortened to the packages that it downloads
+UV := $(shell command -v uv)
+PROGRESS := sed -u -n -e 's/^ *\(Downloading\|Using cached\) /  /p' -e 's/^Installing collected .*/  installing/p'
+PIP_INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python,$(BIN)/python -m pip install --no-color)
+SHORTEN = $(if $(UV),,| $(PROGRESS))
+
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigincubate needs Python 3.11 or newer: make PYTHON=python3.12")'
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "bigincubate needs Python 3.11 or newer: make PYTHON=python3.12")'
+	@echo "creating a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml setup.py constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[report]'
-	touch $@
+	@echo "installing bigincubate and its dependencies: 6 GB, mostly torch, in 2 to 5 minutes"
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[report]' $(SHORTEN)
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "installing what the tests need: DeepSpeed, fairscale, pytest, linters, mkdocs; about a minute"
+	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]' $(SHORTEN)
+	@touch $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
