@@ -24,7 +24,10 @@ import torch
 
 from bigincubate.config import ModelConfig, Settings
 from bigincubate.errors import ConfigError
-from bigincubate.models import Depths, Partition, assemble, check_depths, check_model, extract, rename_tensors
+from bigincubate.models.base import Depths
+from bigincubate.models.checks import check_model
+from bigincubate.models.partition import Partition, check_depths
+from bigincubate.models.surgery import assemble, extract, rename_tensors
 from bigincubate.models.vision.build import TimmFamily
 from bigincubate.models.vision.families import FAMILIES, find_timm_family
 from bigincubate.planning.cost import count_cost

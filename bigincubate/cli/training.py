@@ -139,6 +139,7 @@ def train(
     loaded = load_recipe(recipe, sets or ())
     from ..api import train_phase
     from ..distributed.parent_death import stop_with_parent
+    from ..distributed.process_group import read_count
     from ..launchers.slurm.environment import array_index, set_torchrun_variables
 
     stop_with_parent()
@@ -146,5 +147,5 @@ def train(
         raise ConfigError(f"--module {module}: expected a number, or auto")
     number = array_index() if module == "auto" else None if module is None else int(module)
     set_torchrun_variables()
-    setup_logging(log_level, int(os.environ.get("RANK", "0")))
+    setup_logging(log_level, read_count("RANK", 0))
     train_phase(loaded, directory.path, phase, number, report=say)

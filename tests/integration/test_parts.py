@@ -164,7 +164,7 @@ def test_data_prepare_refuses_two_ways_of_partitioning(tmp_path: Path, bigincuba
     file.write_text("sample,part\n" + "".join(f"{sample.name},{sample.label % 2}\n" for sample in train))
     done = bigincubate("data", "prepare", "digits-dev", "--out", tmp_path / "data", "--by", file)
     assert done.returncode == 0, done.stderr
-    assert "2 parts" in done.stdout
+    assert "2 partitions" in done.stdout
     assert open_dataset(tmp_path / "data/parts/01").samples["train"] == sum(s.label % 2 for s in train)
     for wrong in (["--by", file, "--parts", 2], ["--parts", 2, "--balanced", "colour"]):
         done = bigincubate("data", "prepare", "digits-dev", "--out", tmp_path / "other", *wrong)
