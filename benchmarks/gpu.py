@@ -117,9 +117,12 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / "rows.jsonl"
     known = {row["row"]: row for row in read_json_lines(file)}  # the last attempt at a row counts
-    for row in ROWS:
-        wanted = row.name in asked.only if asked.only else row.reference in (None, bool(asked.reference))
-        if not wanted or "lines" in known.get(row.name, ()):
+    by_name = {row.name: row for row in ROWS}
+    wanted = (
+        [by_name[name] for name in asked.only] if asked.only else [row for row in ROWS if row.fits(asked.reference)]
+    )
+    for row in wanted:
+        if "lines" in known.get(row.name, ()):
             continue
         if (left := end - time.monotonic()) <= 0:
             print(f"{asked.minutes:g} minutes are over; the same command goes on with {row.name}")

@@ -63,6 +63,10 @@ class BenchmarkRow:
     arguments: dict[str, Any] = field(default_factory=dict)
     reference: bool | None = None
 
+    def fits(self, reference: Path | None) -> bool:
+        """Whether the row is measured where there is, or is not, a checkout of the official implementation."""
+        return self.reference in (None, bool(reference))
+
     def measure(self, request: Request) -> list[Line]:
         import importlib
 
