@@ -1,1 +1,1 @@
-"""Data: anything to MDS shards (`prepare`), and shards to batches (`streams`)."""
+"""Prepare data sets as MDS shards (`prepare`), and read batches from the shards (`streams`)."""

@@ -13,13 +13,13 @@ from torch import Tensor
 class Batch:
     """One rank's share of a global batch, n rows.
 
-    A row is one view of a sample, which may have several in a batch (repeated augmentation).
+    A row is one view of a sample. With repeated augmentation, a batch may contain several views of a sample.
 
     Attributes:
         columns: The task's tensors by name, each ``[n, ...]``.
         sample_ids: ``[n]`` int64, index of the sample in its split.
         global_position: ``[n]`` int64, position p in the global batch.
-        rank_sample_index: ``[n]`` int64, index i among the rows of the rank; on rank r of W, p = i * W + r.
+        rank_sample_index: ``[n]`` int64, index i among the rows of this rank; on rank r of W, p = i * W + r.
     """
 
     columns: dict[str, Tensor]

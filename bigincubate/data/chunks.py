@@ -1,6 +1,6 @@
-"""Writing folders of MDS shards chunk by chunk; a chunk exists completely or not at all.
+"""Write a data set as chunks, each a folder of MDS shards that is written atomically.
 
-So the result does not depend on the number of processes, and an interrupted run resumes at the first missing chunk.
+Therefore the result does not depend on the number of processes, and an interrupted run writes only the missing chunks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .dataset import DESCRIPTION, FORMAT, INDEX, RecordSchema, compute_dataset_d
 
 
 def write_chunk(folder: Path, columns: dict[str, str], records: Iterable[dict[str, Any]]) -> None:
-    """Write a chunk atomically. If another process has written it in the meantime, that chunk is kept.
+    """Write a chunk atomically. A chunk that another process has written in the meantime is kept.
 
     Args:
         folder: The folder of the chunk.
@@ -48,14 +48,14 @@ def write_description(
     source: dict[str, Any],
     more: dict[str, Any],
 ) -> str:
-    """Write the indexes and the description of a data set whose chunks are complete.
+    """Write the indexes and the description (``dataset.json``) of a data set whose chunks are complete.
 
     Args:
         folder: The folder of the data set.
-        schema: What the records are.
+        schema: Schema of the records.
         splits: The chunks of each split, in order.
         source: Where the data came from; not part of the digest.
-        more: Values for the keys in `dataset.OPTIONAL_KEYS`, if any.
+        more: Values of the keys in `dataset.OPTIONAL_KEYS`, if any.
 
     Returns:
         The digest of the data set.
@@ -68,7 +68,7 @@ def write_description(
 
 
 def _merge_indexes(folder: Path, chunks: Sequence[Path]) -> dict[str, Any]:
-    """Write one index over the chunks of a split to ``folder``, which has them under their names."""
+    """Write one index of all chunks of a split to ``folder``, which contains the chunks."""
     shards = []
     for chunk in chunks:
         for shard in read_json(chunk / INDEX)["shards"]:

@@ -1,12 +1,13 @@
-"""A prepared data set: a folder of MDS shards with a description and hashes of all files.
+"""The format of a prepared data set: a folder of MDS shards with a description and hashes of all files.
 
-    DIR/dataset.json                  the description; written last, so a folder without it is unfinished
-    DIR/train/index.json              every shard with its size and SHA-256
+    DIR/dataset.json                  the description; written last, so a folder without it is incomplete
+    DIR/train/index.json              size and SHA-256 of every shard
     DIR/train/00000/shard.00000.mds   samples: `image` (the bytes of an image file), `label` (an integer)
     DIR/val/...
-    DIR/parts/00/...                  optional: a partition of the training samples, a data set like this one
+    DIR/parts/00/...                  optional: a partition of the training samples, in the same format
 
-`dataset.json` has the SHA-256 of both indexes, and an index has those of its shards: one digest covers every byte.
+`dataset.json` contains the SHA-256 of both indexes, and an index contains those of its shards. Therefore the digest of
+the data set covers every byte.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ FORMAT = 1
 SPLITS = ("train", "val")
 DESCRIPTION = "dataset.json"
 INDEX = "index.json"
-OPTIONAL_KEYS = ("parts", "part", "of")  # of a description: a whole has its parts' digests, a part its number
+# optional keys of dataset.json: digests of the partitions; or for a partition, its number and the size of the whole
+OPTIONAL_KEYS = ("parts", "part", "of")
 REPREPARE_HINT = "delete the folder and prepare the data again"
 # raised when JSON has an unexpected structure
 INVALID_JSON_ERRORS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -34,12 +36,12 @@ INVALID_JSON_ERRORS = (KeyError, TypeError, ValueError, AttributeError, Overflow
 
 @dataclass(frozen=True)
 class RecordSchema:
-    """What the records of a data set are.
+    """The type of a data set's records.
 
     Attributes:
-        kind: Such as ``"labelled_image"``; a task says which kind it reads.
+        kind: Kind of record, such as ``"labelled_image"``; each task reads one kind.
         columns: MDS encoding of each column.
-        metadata: What belongs to the records (plain JSON values), such as the names of classes.
+        metadata: Further properties of the records (plain JSON values), such as the names of classes.
     """
 
     kind: str
@@ -53,12 +55,12 @@ class DatasetInfo:
 
     Attributes:
         path: The folder.
-        schema: What its records are.
+        schema: Schema of the records.
         samples: Number of samples in each split.
-        digest: SHA-256 (hexadecimal) of schema, records, their order and partitions.
-        parts: Digests of the partitions of the training samples, if there are any.
-        part: If this is a partition, its number.
-        of: If this is a partition, the number of training samples of the whole data set.
+        digest: SHA-256 (hexadecimal) of the schema, the records, their order and the partitions.
+        parts: Digests of the partitions of the training samples; empty without partitions.
+        part: For a partition, its number; otherwise None.
+        of: For a partition, the number of training samples in the whole data set; otherwise None.
     """
 
     path: Path
@@ -71,16 +73,16 @@ class DatasetInfo:
 
     @property
     def epoch(self) -> int:
-        """Return the number of samples in an epoch; an epoch of a partition is as long as one of the whole data set."""
+        """Return the number of samples in an epoch: for a partition, that of the whole data set."""
         return self.of or self.samples["train"]
 
 
 def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
-    """Read the description and check the indexes of a data set.
+    """Read the description of a data set and check its indexes.
 
     Args:
         path: The folder.
-        remote: A URL from which a missing description and its indexes are downloaded.
+        remote: URL from which a missing description and its indexes are downloaded.
 
     Raises:
         DataError: If there is no data set, or its description, an index or a shard is damaged.
@@ -88,52 +90,54 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
     path = Path(path)
     if remote and not (path / DESCRIPTION).exists():
         fetch(remote, path, [*[f"{split}/{INDEX}" for split in SPLITS], DESCRIPTION])
-    info, splits = _described(path)
+    info, splits = _read_description(path)
     try:
         for split in SPLITS:
             _check_index(path / split, splits[split], info.schema.columns, present=remote is None)
     except INVALID_JSON_ERRORS:
-        raise DataError(f"{path}: its description is damaged; {REPREPARE_HINT}") from None
+        raise DataError(f"{path}: the description or an index is damaged; {REPREPARE_HINT}") from None
     return info
 
 
 def describe_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
-    """Read only ``dataset.json``, for a data set of which only a partition may be here.
+    """Read only ``dataset.json``. The samples may be missing, as at a site that has only one partition.
 
     Args:
         path: The folder.
-        remote: A URL from which a missing description is downloaded.
+        remote: URL from which a missing description is downloaded.
 
     Raises:
-        DataError: If there is no description, or it is damaged.
+        DataError: If the description is missing or damaged.
     """
     path = Path(path)
     if remote and not (path / DESCRIPTION).exists():
         fetch(remote, path, [DESCRIPTION])
-    return _described(path)[0]
+    return _read_description(path)[0]
 
 
-def _described(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
+def _read_description(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
     if not (path / DESCRIPTION).exists():
-        raise DataError(f"no data in {path}: make it with `bigincubate data prepare SOURCE --out {path}`")
-    described = read_json(path / DESCRIPTION)
+        raise DataError(f"no data in {path}; prepare it with: bigincubate data prepare SOURCE --out {path}")
+    description = read_json(path / DESCRIPTION)
     try:
-        if described["format"] != FORMAT:
-            raise DataError(f"{path}: data format {described['format']}, this version reads {FORMAT}")
-        schema = RecordSchema(described["kind"], described["columns"], described["metadata"])
-        splits, digest = described["splits"], described["digest"]
-        more = {key: described[key] for key in OPTIONAL_KEYS if key in described}
+        if description["format"] != FORMAT:
+            raise DataError(
+                f"{path}: data format {description['format']!r}, but this version reads {FORMAT}; {REPREPARE_HINT}"
+            )
+        schema = RecordSchema(description["kind"], description["columns"], description["metadata"])
+        splits, digest = description["splits"], description["digest"]
+        more = {key: description[key] for key in OPTIONAL_KEYS if key in description}
         expected = compute_dataset_digest(schema, splits, more)
         info = DatasetInfo(path, schema, {split: splits[split]["samples"] for split in SPLITS}, digest, **more)
     except INVALID_JSON_ERRORS:
-        raise DataError(f"{path}: its description is damaged; {REPREPARE_HINT}") from None
+        raise DataError(f"{path}: the description is damaged; {REPREPARE_HINT}") from None
     if digest != expected:
         raise DataError(f"{path / DESCRIPTION} is damaged: its digest does not match; {REPREPARE_HINT}")
     return info, splits
 
 
 def find_damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
-    """Yield each shard whose SHA-256 differs from the index, with the reason. Shards not yet downloaded are skipped."""
+    """Yield each shard whose SHA-256 differs from the index, with both hashes. Missing shards are skipped."""
     for split in SPLITS:
         for shard in read_json(info.path / split / INDEX)["shards"]:
             file, expected = info.path / split / shard["raw_data"]["basename"], shard["raw_data"]["hashes"]["sha256"]
@@ -145,21 +149,21 @@ def compute_dataset_digest(schema: RecordSchema, splits: dict[str, dict[str, Any
     """Return the digest of a data set, which does not depend on where the data came from.
 
     Args:
-        schema: What the records are.
+        schema: Schema of the records.
         splits: Number of samples and SHA-256 of the index of each split.
-        more: Values for the keys in ``OPTIONAL_KEYS``, if any.
+        more: Values of the keys in ``OPTIONAL_KEYS``, if any.
     """
     contents = [FORMAT, schema.kind, schema.columns, schema.metadata, splits, more]
     return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _check_index(folder: Path, split: dict[str, Any], columns: dict[str, str], *, present: bool) -> None:
-    """Refuse an index that names files outside of its folder, or is not the one that was written."""
+    """Refuse an index that names files outside its folder or was changed after it was written."""
     file = folder / INDEX
     index = read_json(file)
     for shard in index["shards"]:
         raw = shard["raw_data"]
-        if not _inside(folder, raw["basename"]):
+        if not _is_inside(folder, raw["basename"]):
             raise DataError(f"{file}: shard {raw['basename']!r} lies outside its folder; refused")
         layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
         foreign = shard["format"] != "mds" or shard["compression"] or shard["zip_data"]
@@ -177,8 +181,8 @@ def _check_index(folder: Path, split: dict[str, Any], columns: dict[str, str], *
         raise DataError(f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; {REPREPARE_HINT}")
 
 
-def _inside(folder: Path, name: str) -> bool:
-    """Return whether ``name`` is inside the folder, after following symbolic links."""
+def _is_inside(folder: Path, name: str) -> bool:
+    """Return whether the file ``name`` is inside the folder, after symbolic links are resolved."""
     root = folder.resolve()
     return (root / name).resolve().is_relative_to(root)
 
@@ -194,7 +198,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        DataError: If the file is missing, unreadable, or has no JSON object.
+        DataError: If the file is missing or unreadable, or does not contain a JSON object.
     """
     try:
         value = json.loads(read_small_file(file))

@@ -1,4 +1,4 @@
-"""Which samples an epoch shows, and how they are cut into global batches, ranks and workers."""
+"""Which samples an epoch uses, and how they are divided into global batches and over ranks and workers."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError
 
-REPEATED_MULTIPLE = 256  # with repeated augmentation, an epoch shows a multiple of so many images, as in DeiT
+REPEATED_MULTIPLE = 256  # with repeated augmentation, the rows of an epoch are a multiple of this, as in DeiT
 
 
 @dataclass(frozen=True)
 class EpochLayout:
-    """The layout of an epoch: which position of the shuffled samples each row of each batch comes from.
+    """The layout of an epoch: the position in the shuffled samples that each row of each batch comes from.
 
     With ``repeats`` R = 1, the rows of an epoch are the shuffled samples. With R > 1 this is the repeated augmentation
-    of DeiT (``RASampler``): each shuffled sample is taken R times in succession, and only the first
-    floor(N / 256) * 256 rows are used. So an epoch is as long as without repeats and shows about N / R samples.
+    of DeiT (``RASampler``): each shuffled sample is repeated R times in a row, and only the first
+    floor(N / 256) * 256 rows are used. An epoch is therefore as long as without repeats and uses about N / R samples.
 
-    The rows are cut into global batches of ``batch_size``; what is left at the end is not used, and a batch may end
-    between two rows of one sample. Rank r of W has the rows p with p mod W = r of each batch.
+    The rows are divided into global batches of ``batch_size``. An incomplete last batch is dropped, and the rows of one
+    sample may be in two batches. Rank r of W has the rows p with p mod W = r of each batch.
 
     Attributes:
         samples: Number of samples, N.
         batch_size: Rows of a global batch.
-        repeats: Rows of each sample, R.
+        repeats: Rows per sample, R.
         rank: This rank, r.
         world: Number of ranks, W, a divisor of ``batch_size``.
     """
@@ -44,30 +44,29 @@ class EpochLayout:
         return self.samples // multiple * multiple // self.batch_size
 
     def check(self, path: str | None = None) -> None:
-        """Refuse an epoch without a batch.
+        """Check that an epoch has at least one batch.
 
         Args:
-            path: The data set, for the message.
+            path: Path of the data set, for the error message.
 
         Raises:
             ConfigError: If there are too few samples for one batch.
         """
         if self.steps:
             return
-        holder = f"{path} holds" if path else "the training split has"
-        lower = "lower train.batch_size"
+        where = path or "the training split"
+        message = f"train.batch_size = {self.batch_size}, but {where} has only {self.samples} samples; lower it"
         if self.repeats > 1:
-            lower += f" (with augment.repeated_aug, an epoch has a multiple of {REPEATED_MULTIPLE} rows)"
-        raise ConfigError(f"a batch takes {self.batch_size} samples, {holder} {self.samples}: {lower}")
+            message += f" (with augment.repeated_aug, the rows of an epoch are a multiple of {REPEATED_MULTIPLE})"
+        raise ConfigError(message)
 
     def select(self, first_step: int, worker: int = 0, workers: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the rows that a loader worker of this rank makes, in its order, from a step of the epoch on.
+        """Return the rows that a loader worker of this rank loads, in order, starting at a step of the epoch.
 
-        Worker w of V makes the batches ``first_step`` + w, + V, + 2 V and so on.
+        Worker w of V loads the batches ``first_step`` + w, ``first_step`` + w + V, ``first_step`` + w + 2 V and so on.
 
         Returns:
-            ``[n]`` positions in the shuffled samples, and ``[n]`` numbers in 0 to R - 1, which count the rows of a
-            sample.
+            ``[n]`` positions in the shuffled samples, and ``[n]`` repeat numbers from 0 to R - 1.
         """
         steps = np.arange(first_step + worker, self.steps, workers)
         own = np.arange(self.rank, self.batch_size, self.world)

@@ -1,4 +1,4 @@
-"""File locks that the operating system releases when their holder ends."""
+"""File locks that the operating system releases when the process that holds them ends."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def runtime_dir() -> Path:
     """Return this user's folder for locks on this node; create it if it is missing.
 
     Raises:
-        SystemResourceError: A folder of that name belongs to another user.
+        SystemResourceError: If a folder of that name belongs to another user.
     """
     folder = Path(tempfile.gettempdir()) / f"bigincubate-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise SystemResourceError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
+        raise SystemResourceError(f"{folder} belongs to another user; set TMPDIR to a folder that you own")
     return folder

@@ -1,4 +1,4 @@
-"""Labelled images: the schema of their records, and decoding and encoding of image files."""
+"""Labeled images: the schema of their records, and decoding and encoding of image files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".
 
 
 def labelled_image_schema(classes: list[str]) -> RecordSchema:
-    """Return the schema of images with one label each, an index into ``classes``."""
+    """Return the schema of images with one label each; a label is an index into ``classes``."""
     return RecordSchema(LABELLED_IMAGE, LABELLED_IMAGE_COLUMNS, {"classes": classes})
 
 
@@ -23,18 +23,19 @@ def decode_image(data: bytes) -> Image.Image:
     """Return the first frame of an image file as an RGB image.
 
     Raises:
-        ValueError: If this is not a readable image of one of the ``FORMATS``.
+        ValueError: If ``data`` is not a readable image in one of the ``FORMATS``.
     """
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")  # a copy may take as long as decoding
-    except Exception as error:  # what Pillow raises depends on the decoder: OSError, SyntaxError, struct.error, …
+        # convert() copies even an RGB image, which may take as long as decoding
+        return image if image.mode == "RGB" else image.convert("RGB")
+    except Exception as error:  # the type depends on Pillow's decoder: OSError, SyntaxError, struct.error, …
         raise ValueError(str(error) or type(error).__name__) from None
 
 
 def encode_png(pixels: Image.Image) -> bytes:
-    """Return an image as an uncompressed PNG: lossless, fast to read, and independent of the version of zlib."""
+    """Return an image as an uncompressed PNG, which is lossless, fast to read, and independent of the zlib version."""
     out = io.BytesIO()
     pixels.save(out, "PNG", compress_level=0)
     return out.getvalue()

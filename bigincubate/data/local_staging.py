@@ -1,7 +1,8 @@
-"""Local cache: shards are copied to a disk of the node when they are first read, and removed after their last reader.
+"""Local cache: shards are copied to a local disk of the node when they are first read, and removed after the last use.
 
-All processes of a user on a node share one copy of a data set. Each process holds a shared lock on a file of that disk
-while it reads, and the last one removes the copy. If all were killed, the next process removes it when it ends.
+All processes of a user on a node share one copy of a data set. Each process holds a shared lock on a file next to the
+copy while it reads, and the last process to finish removes the copy. If all processes were killed, the next process
+that uses the copy removes it.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from .dataset import INDEX, SPLITS, DatasetInfo, open_dataset, read_json
 
 @contextmanager
 def use_local_cache(recipe: Recipe, info: DatasetInfo) -> Iterator[tuple[Recipe, DatasetInfo]]:
-    """Provide the recipe and the data set to train with: a local copy if the recipe sets ``data.local_cache``.
+    """Train with a local copy of the data set while the block runs, if the recipe sets ``data.local_cache``.
 
     Args:
         recipe: The recipe of the run.
         info: The data set to copy.
 
     Yields:
-        The recipe with the path of the copy, and the copy; or the arguments without ``data.local_cache``.
+        The recipe with the path of the copy, and the copy. Without ``data.local_cache``, the arguments.
 
     Raises:
         SystemResourceError: If an environment variable in ``data.local_cache`` is not set, or the data is larger than
@@ -36,28 +37,28 @@ def use_local_cache(recipe: Recipe, info: DatasetInfo) -> Iterator[tuple[Recipe,
     if recipe.data.local_cache is None:
         yield recipe, info
         return
-    place = Path(os.path.expandvars(recipe.data.local_cache))
-    if "$" in str(place):
+    cache_root = Path(os.path.expandvars(recipe.data.local_cache))
+    if "$" in str(cache_root):
         raise SystemResourceError(
-            f"data.local_cache = {recipe.data.local_cache}: the environment has no such variable here; set it"
+            f"data.local_cache = {recipe.data.local_cache}: this environment variable is not set on this node; set it"
         )
-    place.mkdir(parents=True, exist_ok=True)
-    folder = place / f"bigincubate-{os.getuid()}-{info.digest[:16]}"
+    cache_root.mkdir(parents=True, exist_ok=True)
+    folder = cache_root / f"bigincubate-{os.getuid()}-{info.digest[:16]}"
     source = recipe.data.remote or str(info.path.absolute())
     with _reader_lock(folder):
         _check_size(info, folder, recipe.data.local_cache_gib)
         for split in SPLITS:
             (folder / split).mkdir(parents=True, exist_ok=True)
-        here = open_dataset(folder, source)
-        if here.digest != info.digest:
+        copy = open_dataset(folder, source)
+        if copy.digest != info.digest:
             raise DataError(f"{folder} is not a copy of {source}; delete it")
         data = recipe.data.model_copy(update={"path": str(folder), "remote": source})
-        yield recipe.model_copy(update={"data": data}), here
+        yield recipe.model_copy(update={"data": data}), copy
 
 
 @contextmanager
 def _reader_lock(folder: Path) -> Iterator[None]:
-    """Hold the shared lock of the readers of ``folder``. The last reader removes the folder."""
+    """Hold the readers' shared lock on ``folder``. The last reader removes the folder."""
     descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -70,15 +71,15 @@ def _reader_lock(folder: Path) -> Iterator[None]:
 
 
 def _check_size(info: DatasetInfo, folder: Path, limit_gib: float | None) -> None:
-    """Refuse a data set that is larger than the limit or the free space, counting what has been copied already."""
+    """Refuse a data set that is larger than the limit or the free space (shards already copied count as free space)."""
     indexes = [read_json(info.path / split / INDEX) for split in SPLITS]
     size = sum(int(shard["raw_data"]["bytes"]) for index in indexes for shard in index["shards"])
-    here = sum(file.stat().st_size for file in folder.rglob("*.mds")) if folder.exists() else 0
-    free = shutil.disk_usage(folder.parent).free + here
+    copied = sum(file.stat().st_size for file in folder.rglob("*.mds")) if folder.exists() else 0
+    free = shutil.disk_usage(folder.parent).free + copied
     allowed = free if limit_gib is None else min(free, int(limit_gib * 2**30))
     if size > allowed:
         limit = "free on that disk" if allowed == free else "allowed by data.local_cache_gib"
         raise SystemResourceError(
-            f"the data has {size / 2**30:.3g} GiB, {allowed / 2**30:.3g} GiB are {limit} ({folder.parent}); train"
-            " without data.local_cache"
+            f"data.local_cache = {folder.parent}: the data set has {size / 2**30:.3g} GiB, but only"
+            f" {allowed / 2**30:.3g} GiB are {limit}; train without data.local_cache"
         )

@@ -1,4 +1,4 @@
-"""How a global batch is cut over ranks and micro-batches."""
+"""How a global batch is divided over ranks and into micro-batches."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from ..errors import ConfigError
 
 
 def check_mixing_layout(mixup: config.MixupConfig, *, batch_size: int, world: int = 1, micro_batches: int = 1) -> None:
-    """Refuse a layout that would put two rows that are mixed with each other into different micro-batches.
+    """Check that two rows that are mixed with each other are always in the same micro-batch.
 
     Args:
-        mixup: The mixing settings; without mixing every layout is fine.
+        mixup: The mixing settings; without mixing, every layout is accepted.
         batch_size: Rows of a global batch.
         world: Number of ranks.
-        micro_batches: Micro-batches of each rank.
+        micro_batches: Micro-batches per step on each rank.
 
     Raises:
         ConfigError: If mixing is on and batch_size is not a multiple of 2 x world x micro_batches.
@@ -27,7 +27,7 @@ def check_mixing_layout(mixup: config.MixupConfig, *, batch_size: int, world: in
 
 
 def count_micro_batches(settings: config.Settings, world: int) -> int:
-    """Return the number of micro-batches that each rank cuts its share of a global batch into.
+    """Return the number of micro-batches into which each rank divides its share of a global batch.
 
     Args:
         settings: The settings of a phase.
@@ -39,11 +39,14 @@ def count_micro_batches(settings: config.Settings, world: int) -> int:
     train = settings.train
     if train.batch_size % world:
         raise ConfigError(
-            f"train.batch_size = {train.batch_size} cannot be shared by {world} ranks; use a multiple of {world}"
+            f"train.batch_size = {train.batch_size} is not divisible by {world} ranks; use a multiple of {world}"
         )
     share = train.batch_size // world
     count = 1 if train.micro_batch is None else -(-share // train.micro_batch)
     if share % count:
-        raise ConfigError(f"train.micro_batch = {train.micro_batch} does not divide a rank's share of {share} evenly")
+        raise ConfigError(
+            f"train.micro_batch = {train.micro_batch} does not divide the {share} samples of a rank evenly; use a"
+            f" divisor of {share}"
+        )
     check_mixing_layout(settings.mixup, batch_size=train.batch_size, world=world, micro_batches=count)
     return count

@@ -1,7 +1,7 @@
-"""Preparation of a data set: any source to MDS shards.
+"""Prepare a data set: write the samples of a source as MDS shards.
 
-Samples are written in chunks (:mod:`.chunks`), so that an interrupted run can resume. A chunk has samples of only one
-partition (`data/partitions.py`), so that partitions consist of shards of the whole data set.
+Samples are written in chunks (:mod:`.chunks`), so that an interrupted run can resume. A chunk contains samples of only
+one partition (:mod:`.partitions`), so that partitions can share the shards of the whole data set.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Chunk(NamedTuple):
     """Samples that are written together.
 
     Attributes:
-        folder: The folder of their shards.
+        folder: The folder of the shards.
         samples: The samples.
         part: The partition they belong to.
     """
@@ -56,21 +56,22 @@ def prepare_dataset(
     partition: PartitionFunction | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DatasetInfo:
-    """Write ``source`` as MDS shards to ``out``, unless they exist. A second process waits for the first one.
+    """Write ``source`` as MDS shards to ``out``, unless they exist. Processes with the same ``out`` take turns.
 
     Args:
         source: A folder of images by class, a CIFAR python archive (packed or unpacked), or the name of embedded data.
-        out: A folder that is missing, empty, or has been prepared from the same source, completely or partly.
-        jobs: Number of processes; the result has the same bits for any number.
+        out: A folder that is missing, empty, or completely or partly prepared from the same source.
+        jobs: Number of processes, which does not affect the result.
         val_fraction: Share of each class to hold out if a folder of images has no validation split.
-        partition: Partitions the training samples; each partition is written as a data set too.
+        partition: Divides the training samples into partitions, each of which is also written as a data set.
         on_progress: Called with the number of samples done and the total.
 
     Returns:
         The description of the data set.
 
     Raises:
-        DataError: If the source does not exist, an image cannot be read, or ``out`` has other files.
+        DataError: If the source does not exist, an image cannot be read, or ``out`` contains other files.
+        SystemResourceError: If a file cannot be written, or a process was killed.
     """
     out = Path(os.path.abspath(out))
     try:
@@ -84,7 +85,7 @@ def prepare_dataset(
         ) from None
     except BrokenProcessPool:
         raise SystemResourceError(
-            f"a process that prepared {source} was killed (out of memory?); run the same command again to resume"
+            f"a process preparing {source} was killed (out of memory?); run the same command again to resume"
         ) from None
 
 
@@ -96,25 +97,28 @@ def _prepare(
     identity = {"kind": source.kind, "fingerprint": source.fingerprint}
     if parts is not None:
         if not all(parts):
-            raise DataError(f"part {parts.index([])} would have no samples: use fewer parts")
+            raise DataError(f"part {parts.index([])} would have no samples; use fewer parts")
         names = [sorted(sample.name for sample in part) for part in parts]
         identity["parts"] = hashlib.sha256(repr(names).encode()).hexdigest()
     for mark in (DESCRIPTION, UNFINISHED):
         if (out / mark).exists() and read_json(out / mark).get("source") != identity:
             raise DataError(
-                f"{out} holds data from another source, or in other parts: delete it, or use another folder"
+                f"{out} holds data from another source or with other parts; delete it or use another folder"
             )
     if (out / DESCRIPTION).exists():
         (out / UNFINISHED).unlink(missing_ok=True)
         return open_dataset(out)
     if not (out / UNFINISHED).exists() and out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} holds other files: use an empty or a new folder")
+        raise DataError(f"{out} holds other files; use a new or empty folder")
     out.mkdir(exist_ok=True)
     write_json(out / UNFINISHED, {"source": identity})
     for leftover in (*out.glob(".tmp-*"), *out.glob("parts")):
         shutil.rmtree(leftover)
 
-    train, val = _chunks(out / "train", parts or [source.splits["train"]]), _chunks(out / "val", [source.splits["val"]])
+    train, val = (
+        _make_chunks(out / "train", parts or [source.splits["train"]]),
+        _make_chunks(out / "val", [source.splits["val"]]),
+    )
     chunks = [*train, *val]
     total = sum(len(chunk.samples) for chunk in chunks)
     done = sum(len(chunk.samples) for chunk in chunks if chunk.folder.exists())
@@ -141,8 +145,8 @@ def _prepare(
     return open_dataset(out)
 
 
-def _chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
-    """Return the chunks of a split, numbered consecutively; each has samples of one partition."""
+def _make_chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
+    """Return the chunks of a split, numbered consecutively; each contains samples of one partition."""
     folder.mkdir(exist_ok=True)
     groups = [
         (part, ordered[begin : begin + CHUNK_SAMPLES])
@@ -185,13 +189,13 @@ def _image_bytes(sample: Sample) -> bytes:
     try:
         decode_image(data)
     except ValueError as error:
-        raise DataError(f"{sample.image} is not a readable image ({error}): repair or remove it") from None
+        raise DataError(f"{sample.image} is not a readable image ({error}); repair or remove it") from None
     return data
 
 
 @contextmanager
 def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
-    """Write chunks in this process, or in ``jobs`` others. Yields an iterator over their sizes as they are done."""
+    """Write chunks in this process, or in ``jobs`` other processes. Yields an iterator over the sizes of the chunks."""
     if jobs <= 1 or len(chunks) <= 1:
         yield map(write_samples, chunks)
         return
@@ -211,7 +215,7 @@ def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
 
 
 def _exit_with_parent(parent: int) -> None:
-    """Exit when the parent process has ended, even if it was killed: this process holds its lock, too."""
+    """Exit when the parent process has ended, even by SIGKILL, because this process also holds the parent's lock."""
 
     def watch() -> None:
         while os.getppid() == parent:

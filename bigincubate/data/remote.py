@@ -1,4 +1,4 @@
-"""Downloads of data set files, and the check of their hashes."""
+"""Download the files of a data set and check their hashes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def check_hash(file: Path, expected: str, *, name: str) -> None:
     Args:
         file: The file.
         expected: Its SHA-256 in hexadecimal.
-        name: How messages call the file.
+        name: Name of the file in error messages.
 
     Raises:
         DataError: If the file cannot be read or has another hash.
@@ -35,7 +35,7 @@ def check_hash(file: Path, expected: str, *, name: str) -> None:
 
 @contextmanager
 def download(url: str, file: Path) -> Iterator[Path]:
-    """Download to a temporary file, and rename it to ``file`` if the block, which can check it, raises no error.
+    """Download to a temporary file, which the block may check, and rename it to ``file`` if the block succeeds.
 
     Yields:
         The path of the temporary file.
@@ -50,7 +50,7 @@ def download(url: str, file: Path) -> Iterator[Path]:
     try:
         try:
             retry(num_attempts=3)(lambda: CloudDownloader.direct_download(url, str(temporary)))()
-        except Exception as error:  # whatever the storage library raises
+        except Exception as error:  # the type depends on the storage library
             raise DataError(f"cannot download {url}: {error}") from None
         yield temporary
         temporary.replace(file)
@@ -59,7 +59,7 @@ def download(url: str, file: Path) -> Iterator[Path]:
 
 
 def fetch(remote: str, path: Path, names: Iterable[str]) -> None:
-    """Download the files ``names`` of a prepared data set at the URL ``remote`` to the folder ``path``, in order."""
+    """Download the files ``names`` of the prepared data set at URL ``remote`` to the folder ``path``, in order."""
     for name in names:
         with download(f"{remote}/{name}", path / name):
             pass

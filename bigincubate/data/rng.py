@@ -1,4 +1,4 @@
-"""Random draws as a pure function of a key: seed the global generators, and restore them afterwards."""
+"""Seed the global random generators from a key, and restore their state afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def seed_rng(*key: int | str, torch_only: bool = False) -> None:
 
     Args:
         key: Determines all draws.
-        torch_only: Seed torch's generator only, for code that uses no other.
+        torch_only: Seed only torch's generator, for code that uses no other.
     """
     seed = generator_seed(*key)
     torch.default_generator.manual_seed(seed)
@@ -30,23 +30,23 @@ def seed_rng(*key: int | str, torch_only: bool = False) -> None:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Restore the global generators afterwards (except for the one Gaussian that numpy may have cached).
+    """Restore the state of the global generators on exit (except for one Gaussian sample that numpy may have cached).
 
-    It takes longer than all other random work on a small image, so use it once per batch. It cannot be nested.
+    This takes longer than all random draws for a small image, so use it once per batch. It cannot be nested.
     """
-    ours, numpys, torchs = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
+    python_state, numpy_generator, torch_state = random.getstate(), np.random.get_bit_generator(), torch.get_rng_state()
     try:
-        np.random.set_bit_generator(_GENERATOR)  # a swap: copying numpy's state takes 30 times as long
+        np.random.set_bit_generator(_GENERATOR)  # replacing the generator is 30 times as fast as copying its state
         yield
     finally:
-        random.setstate(ours)
-        np.random.set_bit_generator(numpys)
-        torch.set_rng_state(torchs)
+        random.setstate(python_state)
+        np.random.set_bit_generator(numpy_generator)
+        torch.set_rng_state(torch_state)
 
 
 @contextmanager
 def seeded_rng(*key: int | str) -> Iterator[None]:
-    """Run a block with the global generators seeded from ``key``, and restore them. It cannot be nested."""
+    """Run a block with the global generators seeded from ``key``, and restore their state. It cannot be nested."""
     with preserve_rng_state():
         seed_rng(*key)
         yield

@@ -1,11 +1,11 @@
 """One split of a prepared data set as a `StreamingDataset` that verifies its files and is independent of other jobs.
 
-`streaming` has these problems on a machine with several jobs, which are solved here:
+`streaming` has these problems on a machine with several jobs, which this module solves:
 
-- It numbers its shared memory from zero without a lock, so that jobs that start at the same time collide, and it finds
-  what killed jobs left. Here each data set has a number of its own (`shared_memory.claim_memory_prefix`).
-- It couples all ranks. Here each rank is independent, with its own workers: no barrier, no deadlock.
-- It reads files without checking them. Here a shard is hashed once before anything is read from it.
+- It numbers its shared memory from zero without a lock, so jobs that start at the same time collide, and it picks up
+  the memory of killed jobs. Here each data set has its own number (`shared_memory.claim_memory_prefix`).
+- It synchronizes all ranks. Here each rank is independent and has its own workers: no barrier, no deadlock.
+- It reads files without checking them. Here a shard is hashed before it is first read.
 - When a download fails, it hangs or ends the epoch early. Here the reader raises an error.
 """
 
@@ -26,37 +26,40 @@ from .remote import check_hash, download
 from .shared_memory import claim_memory_prefix
 
 DECODED_CACHE_BYTES = 64 << 20  # per process; a split that needs more is not kept decoded
-PER_IMAGE_OVERHEAD = 2048  # bytes, about what Pillow, torch and Python add to an image
+PER_IMAGE_OVERHEAD = 2048  # bytes, approximately: overhead of Pillow, torch and Python
 
 
 class RecordDecoder(Protocol):
-    """Turns a kind of record into samples in memory."""
+    """Decodes records of one kind into samples in memory."""
 
     def decode(self, record: dict[str, Any]) -> Any:
-        """Return the sample of a record, which has a value for each column.
+        """Return the sample of a record.
+
+        Args:
+            record: A value for each column.
 
         Raises:
             ValueError: If the record is not valid; the message says why.
         """
 
     def compact(self, sample: Any) -> tuple[Any, int]:
-        """Return a copy of a sample to keep in memory, with nothing that training does not use, and its bytes."""
+        """Return a copy of a sample with only what training uses, to keep in memory, and its size in bytes."""
 
 
 class Shards(IsolatedStreamingDataset):
-    """Samples of one split by their index, verified and decoded.
+    """The samples of one split, verified and decoded, by sample index.
 
-    The constructor reads the split's index and creates shared memory, as that of `StreamingDataset` does.
+    Like that of `StreamingDataset`, the constructor reads the index of the split and creates shared memory.
 
     Args:
         info: The data set.
         split: ``"train"`` or ``"val"``.
         decoder: Decodes the records.
-        remote: A URL from which missing shards are downloaded.
+        remote: URL from which missing shards are downloaded.
         order: Further arguments of `StreamingDataset`.
 
     Attributes:
-        memory_prefix: The number that names the shared memory.
+        memory_prefix: The number in the names of the shared memory.
 
     Raises:
         SystemResourceError: If the folder for locks belongs to another user.
@@ -91,7 +94,7 @@ class Shards(IsolatedStreamingDataset):
         if self._bytes_left > 0:
             self._decoded[sample], size = self.decoder.compact(decoded)
             self._bytes_left -= PER_IMAGE_OVERHEAD + size
-            if self._bytes_left <= 0:  # a large split: a part of it would seldom be used
+            if self._bytes_left <= 0:  # a cache of part of a large split would seldom be hit
                 self._decoded.clear()
         return decoded
 
@@ -115,14 +118,14 @@ class Shards(IsolatedStreamingDataset):
         return self.folder / self.shards[number].raw_data.basename
 
     def verify_shard(self, shard_id: int) -> None:
-        """Download a shard if it is missing, and check its hash. One worker does it while the others wait.
+        """Download a shard if it is missing, and check its hash, in one worker while the others wait.
 
         Raises:
             DataError: If the shard cannot be downloaded or read, or is damaged.
         """
         file, raw = self._file(shard_id), self.shards[shard_id].raw_data
         stripe = zlib.crc32(os.fsencode(file.resolve())) % 16
-        # a cache is shared by all jobs of this node
+        # downloaded files are shared by all jobs on this node
         name = f"cache-{stripe}.lock" if self.source else f"{self.memory_prefix}-{stripe}.lock"
         with file_lock(runtime_dir() / name):
             if self.verified[shard_id]:
@@ -137,7 +140,7 @@ class Shards(IsolatedStreamingDataset):
 
 
 def read_record(file: str, row: int) -> bytes:
-    """Return the bytes of a record. The shard is opened each time: a process cannot have all shards open."""
+    """Return the bytes of a record. The shard is opened each time, because a process cannot keep all shards open."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         ends = os.pread(descriptor, 8, 4 * (1 + row))
@@ -148,10 +151,10 @@ def read_record(file: str, row: int) -> bytes:
 
 
 def check_offsets(file: Path, samples: int) -> None:
-    """Refuse a shard whose table of contents has records outside of the file or out of order.
+    """Check the record offsets in the header of a shard.
 
     Raises:
-        DataError: If that is so.
+        DataError: If records are outside the file or out of order.
     """
     begins = np.fromfile(file, np.uint32, samples + 2)[1:].astype(np.int64)
     if len(begins) <= samples or begins[-1] != file.stat().st_size or (np.diff(begins) < 0).any():

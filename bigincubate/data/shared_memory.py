@@ -1,4 +1,4 @@
-"""Names for the shared memory of data sets, so that processes of one node never use the same ones."""
+"""Unique names for the shared memory of data sets on a node."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .file_locks import file_lock, runtime_dir
 
 
 def claim_memory_prefix() -> int:
-    """Return a number for shared memory that no other live data set of this user has on this node.
+    """Return a number for naming shared memory that no other open data set of this user on this node has.
 
-    A file ``<number>.claim`` is locked for as long as this process and its workers live. If a lock is free, its owner
-    has ended, and the shared memory it left is removed. (streaming's own clean-up also removes that of live processes.)
+    A file ``<number>.claim`` is locked for as long as this process and its workers run. If its lock is free, the owner
+    has ended, and its shared memory is removed. (streaming's own cleanup also removes that of running processes.)
 
     Raises:
         SystemResourceError: If the folder for locks belongs to another user.
@@ -26,18 +26,19 @@ def claim_memory_prefix() -> int:
     folder = runtime_dir()
     with file_lock(folder / "claims"):
         for file in folder.glob("*.claim"):
-            # BlockingIOError: the owner is alive; FileNotFoundError: the owner has just removed its claim
+            # BlockingIOError: the owner is running; FileNotFoundError: the owner has just removed its claim
             with suppress(BlockingIOError, FileNotFoundError), file.open() as other:
                 fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 _remove_memory(int(file.stem))
         while True:
             prefix = secrets.randbelow(10**9)
-            # FileExistsError also follows a signal during open(): the file was made, and Python called open() again
+            # a signal during open() can also cause FileExistsError: Python calls open() again after it created the file
             with suppress(FileExistsError):
-                claim = (folder / f"{prefix}.claim").open("x")  # never closed: the lock must last
+                claim = (folder / f"{prefix}.claim").open("x")  # never closed, to keep the lock
                 break
         fcntl.flock(claim, fcntl.LOCK_EX)
-    atexit.register(_release_claim, prefix, claim, os.getpid())  # before streaming registers its own: runs after them
+    # registered before streaming's exit handlers, so it runs after them
+    atexit.register(_release_claim, prefix, claim, os.getpid())
     return prefix
 
 

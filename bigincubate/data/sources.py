@@ -1,4 +1,4 @@
-"""Sources of samples: folders of images, CIFAR archives, scikit-learn's digits, and generated images."""
+"""Read the samples of a source: a folder of images, a CIFAR archive, scikit-learn's digits, or generated images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .splits import sort_by_name_hash, split_train_val
 
 EMBEDDED = ("digits", "digits-dev", "made-up")
 VALIDATION_FOLDERS = ("val", "validation", "test")
-CIFAR = {  # files of the training split, of the test split and of the class names, and the key of the labels
+CIFAR = {  # files of the training split, of the test split and of the class names; key of the labels
     "cifar-10": ([f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "batches.meta", "label"),
     "cifar-100": (["train"], ["test"], "meta", "fine_label"),
 }
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     """An image with its label.
 
     Attributes:
-        name: A name that is unique in the source.
+        name: Unique name in the source.
         label: Index of the class.
         image: Path of an image file, or pixels [H, W] or [H, W, 3] uint8.
     """
@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """A source with its list of samples; image files are not read yet.
+    """A source with the list of its samples. Image files are not read yet.
 
     Attributes:
         kind: The kind of source, such as ``images`` or ``cifar-10``.
@@ -58,7 +58,7 @@ class Source:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Return the SHA-256 of names, labels, and file sizes or pixels, which identifies the source."""
+        """Return a SHA-256 that identifies the source: of names, labels, and file sizes or pixels."""
         digest = hashlib.sha256(repr((self.kind, self.classes)).encode())
         for split, samples in self.splits.items():
             for name, label, image in samples:
@@ -78,14 +78,14 @@ def read_source(source: str, val_fraction: float) -> Source:
         DataError: If the source is missing, empty, of an unknown kind, or damaged.
     """
     if source == "made-up":
-        return _made_up()
+        return _generate_images()
     if source in EMBEDDED:
-        return _digits(development=source == "digits-dev")
+        return _read_digits(development=source == "digits-dev")
     path = Path(source)
     if path.is_file() and tarfile.is_tarfile(path):
-        return _cifar_archive(path)
+        return _read_cifar_archive(path)
     if path.is_dir():
-        return _cifar_folder(path) or _image_tree(path, val_fraction)
+        return _read_cifar_folder(path) or _read_image_tree(path, val_fraction)
     known = "a folder of images by class, a CIFAR-10 or CIFAR-100 python archive, or " + " or ".join(EMBEDDED)
     if path.exists():
         raise DataError(f"{source}: unknown kind of source; expected {known}")
@@ -95,10 +95,10 @@ def read_source(source: str, val_fraction: float) -> Source:
 # ------------------------------------------------------------------------------------------------ digits
 
 
-def _digits(*, development: bool) -> Source:
+def _read_digits(*, development: bool) -> Source:
     """Return scikit-learn's digits: 1,797 images of 8x8 pixels and 17 gray levels; 20% of each digit is held out.
 
-    The development set leaves out the held-out samples, and holds out 20% of the rest.
+    The development set contains only the training samples of the full set, of which 20% are held out.
     """
     from sklearn.datasets import load_digits
 
@@ -111,9 +111,9 @@ def _digits(*, development: bool) -> Source:
     return Source("digits-dev" if development else "digits", [str(n) for n in range(10)], splits)
 
 
-def _made_up() -> Source:
-    """Return colored noise: 32 images of 40x40 pixels in each of ten classes of different color; 20% is held out."""
-    random = np.random.RandomState(0)  # the only generator whose numbers numpy guarantees never to change
+def _generate_images() -> Source:
+    """Return colored noise: ten classes of different colors, with 32 images of 40x40 pixels each; 20% is held out."""
+    random = np.random.RandomState(0)  # the only generator whose output numpy guarantees never to change
     colors, noise = random.randint(0, 128, (10, 1, 1, 3)), random.randint(0, 128, (320, 40, 40, 3))
     samples = [Sample(f"{n}", n % 10, (noise[n] + colors[n % 10]).astype(np.uint8)) for n in range(320)]
     return Source("made-up", [str(n) for n in range(10)], split_train_val(sort_by_name_hash(samples), 0.2))
@@ -122,38 +122,38 @@ def _made_up() -> Source:
 # ------------------------------------------------------------------------------------------------ image trees
 
 
-def _image_tree(root: Path, val_fraction: float) -> Source:
-    """Return the images of a folder with one folder per class, or with such folders for each split."""
-    folders = _folders(root)
+def _read_image_tree(root: Path, val_fraction: float) -> Source:
+    """Return the images of a folder that has one folder per class, or such folders for each split."""
+    folders = _list_folders(root)
     held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
     if "train" in folders and held_out:
         parts = {"train": root / "train", "val": root / held_out}
     else:
         parts = {"train": root / "train" if folders == ["train"] else root}
-    classes = _folders(parts["train"])
+    classes = _list_folders(parts["train"])
     if not classes:
         raise DataError(
             f"no images in {root}: expected {root}/CLASS/*.jpg, or {root}/train/CLASS/* and {root}/val/CLASS/*"
         )
-    splits = {split: _scan(root, folder, classes) for split, folder in parts.items()}
+    splits = {split: _list_images(root, folder, classes) for split, folder in parts.items()}
     for label, name in enumerate(classes):
         if not any(sample.label == label for sample in splits["train"]):
-            raise DataError(f"no images in {parts['train'] / name}: remove the folder or fill it")
+            raise DataError(f"no images in {parts['train'] / name}; add images or remove the folder")
     if "val" not in splits:
         splits = split_train_val(sort_by_name_hash(splits["train"]), val_fraction)
     if not splits["val"]:
-        raise DataError(f"no images in {parts['val']}")
+        raise DataError(f"no images in {parts['val']}; add images or remove the folder")
     return Source("images", classes, splits)
 
 
-def _folders(root: Path) -> list[str]:
+def _list_folders(root: Path) -> list[str]:
     return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _scan(root: Path, folder: Path, classes: list[str]) -> list[Sample]:
-    unknown = sorted(set(_folders(folder)) - set(classes))
+def _list_images(root: Path, folder: Path, classes: list[str]) -> list[Sample]:
+    unknown = sorted(set(_list_folders(folder)) - set(classes))
     if unknown:
-        raise DataError(f"{folder / unknown[0]}: no training images have this class; remove the folder")
+        raise DataError(f"{folder / unknown[0]}: this class has no training images; remove the folder")
     samples = []
     for label, name in enumerate(classes):
         files = []
@@ -167,17 +167,17 @@ def _scan(root: Path, folder: Path, classes: list[str]) -> list[Sample]:
 # ------------------------------------------------------------------------------------------------ CIFAR
 
 
-def _cifar_archive(archive: Path) -> Source:
+def _read_cifar_archive(archive: Path) -> Source:
     try:
         with tarfile.open(archive) as tar:
             members = {os.path.basename(member.name): member for member in tar if member.isfile()}
 
             def read(name: str) -> bytes:
                 file = tar.extractfile(members[name])
-                assert file is not None  # a regular file, by the choice above
+                assert file is not None  # members contains only regular files
                 return file.read()
 
-            source = _cifar(members, read, str(archive))
+            source = _read_cifar(members, read, str(archive))
     except (tarfile.TarError, EOFError, zlib.error) as error:
         raise DataError(f"{archive} is damaged: {error}; download it again") from None
     if source is None:
@@ -185,13 +185,13 @@ def _cifar_archive(archive: Path) -> Source:
     return source
 
 
-def _cifar_folder(root: Path) -> Source | None:
+def _read_cifar_folder(root: Path) -> Source | None:
     names = [entry.name for entry in root.iterdir() if entry.is_file()]
-    return _cifar(names, lambda name: (root / name).read_bytes(), str(root))
+    return _read_cifar(names, lambda name: (root / name).read_bytes(), str(root))
 
 
-def _cifar(names: Iterable[str], read: Callable[[str], bytes], where: str) -> Source | None:
-    """Return the images of a CIFAR archive, or None if some of its files are missing."""
+def _read_cifar(names: Iterable[str], read: Callable[[str], bytes], where: str) -> Source | None:
+    """Return the images of a CIFAR archive; None if a file is missing."""
     names = set(names)
     for kind, (train, test, meta, label) in CIFAR.items():
         if not names >= {*train, *test, meta}:
@@ -200,24 +200,24 @@ def _cifar(names: Iterable[str], read: Callable[[str], bytes], where: str) -> So
             labels = safe_unpickle(read(meta))[f"{label}_names".encode()]
             parts = {"train": train, "val": test}
             splits = {
-                split: [s for name in files for s in _rows(name, safe_unpickle(read(name)), f"{label}s")]
+                split: [s for name in files for s in _cifar_samples(name, safe_unpickle(read(name)), f"{label}s")]
                 for split, files in parts.items()
             }
             return Source(kind, [name.decode() for name in labels], splits)
         except (pickle.UnpicklingError, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
-            raise DataError(f"{where}: refused, not a {kind} archive as published: {error}") from None
+            raise DataError(f"{where}: not an original {kind} archive; refused: {error}") from None
     return None
 
 
-def _rows(file: str, batch: dict[bytes, Any], key: str) -> list[Sample]:
+def _cifar_samples(file: str, batch: dict[bytes, Any], key: str) -> list[Sample]:
     labels = batch[key.encode()] if key.encode() in batch else batch[b"labels"]
     pixels = batch[b"data"].reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
     if pixels.dtype != np.uint8:
-        raise ValueError(f"pixels of type {pixels.dtype}")
+        raise ValueError(f"pixels of dtype {pixels.dtype}, expected uint8")
     return [Sample(f"{file}/{n}", int(label), pixels[n]) for n, label in enumerate(labels)]
 
 
-class _Restricted(pickle.Unpickler):
+class _RestrictedUnpickler(pickle.Unpickler):
     """Unpickles arrays and plain containers, and refuses everything else."""
 
     allowed = frozenset(
@@ -226,13 +226,13 @@ class _Restricted(pickle.Unpickler):
             ("numpy", "dtype"),
             ("numpy.core.multiarray", "_reconstruct"),
             ("numpy._core.multiarray", "_reconstruct"),
-            ("_codecs", "encode"),  # how Python 3 writes bytes in the older protocols
+            ("_codecs", "encode"),  # Python 3 writes bytes this way in older pickle protocols
         }
     )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise pickle.UnpicklingError(f"the pickle refers to {module}.{name}")
         if name == "_reconstruct":
             from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined, unused-ignore]
 
@@ -244,6 +244,6 @@ def safe_unpickle(data: bytes) -> Any:
     """Read an untrusted pickle. Strings of Python 2 are returned as bytes.
 
     Raises:
-        pickle.UnpicklingError: If the pickle has anything but arrays and plain containers.
+        pickle.UnpicklingError: If the pickle contains anything but arrays and plain containers.
     """
-    return _Restricted(io.BytesIO(data), encoding="bytes").load()
+    return _RestrictedUnpickler(io.BytesIO(data), encoding="bytes").load()

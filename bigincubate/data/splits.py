@@ -1,4 +1,4 @@
-"""Splitting samples in ways that depend only on their names and labels."""
+"""Split and sort samples in ways that depend only on their names and labels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def split_train_val(samples: list[Sample], fraction: float) -> dict[str, list[Sample]]:
-    """Split samples into ``"train"`` and ``"val"``; the last samples of each class are for validation.
+    """Split samples into ``"train"`` and ``"val"``, which gets the last samples of each class.
 
-    The validation split has ceil(n * fraction) samples. Classes share that number in proportion to their sizes, by the
-    largest-remainder method.
+    The validation split has ceil(n * fraction) samples. The number per class is in proportion to the size of the class,
+    rounded by the largest-remainder method.
 
     Args:
-        samples: All samples, in an order that does not favor some of them.
+        samples: All samples, in an order that is unrelated to their content.
         fraction: Share of the samples to hold out, in [0, 1].
     """
     by_class: dict[int, list[Sample]] = {}
@@ -39,5 +39,5 @@ def split_train_val(samples: list[Sample], fraction: float) -> dict[str, list[Sa
 
 
 def sort_by_name_hash(samples: Iterable[Sample]) -> list[Sample]:
-    """Return the samples sorted by the hash of their names: a shuffle that no library version can change."""
+    """Return the samples sorted by the hash of their names: a shuffle that does not depend on library versions."""
     return sorted(samples, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())

@@ -1,4 +1,4 @@
-"""Streams of batches. The samples of a batch and their views are a function of the optimizer step."""
+"""Streams of batches. The optimizer step determines the samples of a batch and their views."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .views import Row, SampleTransform, TrainViews, Views, collate
 class TrainStream:
     """An endless stream of the training batches of one rank.
 
-    The step determines epoch and position. An epoch is a shuffle of the samples, cut as `EpochLayout` says. The batches
-    do not depend on the number of workers. (With several `canonical_nodes` that do not divide the number of samples,
-    streaming repeats up to that many samples at the end of its shuffle.)
+    The step determines the epoch and the position in it. An epoch is a shuffle of the samples, divided into batches by
+    `EpochLayout`. The batches do not depend on the number of workers. (If the number of samples is not divisible by
+    ``data.canonical_nodes``, streaming repeats up to that many samples at the end of its shuffle.)
 
-    The constructor opens the shards, as `Shards` does.
+    The constructor opens the shards; see `Shards`.
 
     Args:
         info: The data set.
         data: The data settings.
-        transform: Makes the rows of a batch.
-        seed: The seed of the shuffles.
+        transform: Computes the rows of a batch from samples.
+        seed: Seed of the shuffles.
         batch_size: Number of rows of a global batch, over all ranks.
-        repeats: Rows of each sample (repeated augmentation).
+        repeats: Rows per sample (repeated augmentation).
         rank: This rank.
         world: Number of ranks.
 
@@ -46,7 +46,7 @@ class TrainStream:
         steps_per_epoch: Number of batches in an epoch.
 
     Raises:
-        ConfigError: If there are too few samples for one batch, or the batch cannot be divided evenly by the ranks.
+        ConfigError: If there are too few samples for one batch, or the batch size is not divisible by the world size.
     """
 
     def __init__(
@@ -63,9 +63,13 @@ class TrainStream:
     ) -> None:
         samples = info.samples["train"]
         if data.train_samples not in (None, info.epoch):
-            raise ConfigError(f"data.train_samples = {data.train_samples}, but {info.path} holds {info.epoch}")
+            raise ConfigError(
+                f"data.train_samples = {data.train_samples}, but {info.path} has {info.epoch} training samples"
+            )
         if batch_size % world:
-            raise ConfigError(f"train.batch_size = {batch_size} cannot be shared evenly by {world} ranks")
+            raise ConfigError(
+                f"train.batch_size = {batch_size} is not divisible by {world} ranks; use a multiple of {world}"
+            )
         self._layout = EpochLayout(samples, batch_size, repeats, rank, world)
         self._layout.check(str(info.path))
         self.steps_per_epoch = self._layout.steps
@@ -83,13 +87,13 @@ class TrainStream:
             shuffle_seed=shuffle_seed(seed),
             shuffle_block_size=data.shuffle_block_size,
         )
-        # persistent: forking workers for each epoch costs a sixth of the time of a short epoch
+        # workers are persistent: forking them for each epoch took a sixth of the time of a short epoch
         self._loader = StreamingDataLoader(
-            views, **_loading(data.workers, transform), batch_size=share, persistent_workers=data.workers > 0
+            views, **_loader_options(data.workers, transform), batch_size=share, persistent_workers=data.workers > 0
         )
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
-        """Yield batches from optimizer step ``step`` on. Use one iterator at a time.
+        """Yield batches, starting at optimizer step ``step``. Use one iterator at a time.
 
         Raises:
             DataError: If a shard or a record cannot be read.
@@ -99,7 +103,7 @@ class TrainStream:
             self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._layout.batch_size})
             with closing(iter(self._loader)) as loaded:
                 for rows in islice(_iterate_preserving_rng(loaded), self.steps_per_epoch - done):
-                    yield _batch(rows, rank=self._layout.rank, world=self._layout.world)
+                    yield _make_batch(rows, rank=self._layout.rank, world=self._layout.world)
                     step += 1
             if step % self.steps_per_epoch:
                 raise RuntimeError(f"the loader ended at step {step}, before the end of epoch {epoch}")
@@ -108,17 +112,17 @@ class TrainStream:
 class EvalStream:
     """One rank's share of a split, each sample exactly once: rank r of W gets samples r, r + W, ..., without padding.
 
-    The constructor opens the shards, as `Shards` does.
+    The constructor opens the shards; see `Shards`.
 
     Args:
         info: The data set.
         split: ``"train"`` or ``"val"``.
-        transform: Makes the rows of a batch, one per sample.
+        transform: Computes the rows of a batch, one per sample.
         batch_size: Number of rows in a batch of this rank; the last batch may be smaller.
         rank: This rank.
         world: Number of ranks.
         workers: Number of worker processes.
-        remote: A URL from which missing shards are downloaded.
+        remote: URL from which missing shards are downloaded.
     """
 
     def __init__(
@@ -136,26 +140,26 @@ class EvalStream:
         self._rank, self._world, self._batch_size = rank, world, batch_size
         ids = range(rank, info.samples[split], world)
         views: Subset[Row | ExternalError] = Subset(Views(info, split, transform, remote=remote), ids)
-        self._loader = DataLoader(views, **_loading(workers, transform), batch_size=batch_size)
+        self._loader = DataLoader(views, **_loader_options(workers, transform), batch_size=batch_size)
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yield batches in the order of sample ids.
+        """Yield batches, in the order of the sample ids.
 
         Raises:
             DataError: If a shard or a record cannot be read.
         """
         for number, rows in enumerate(self._loader):
-            yield _batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
+            yield _make_batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
 
 
 # ------------------------------------------------------------------------------------------------ rows
 
 
 def _iterate_preserving_rng(loaded: Iterator[Any]) -> Iterator[Any]:
-    """Yield the same items. Random draws made while an item is loaded do not change the global generators."""
+    """Yield the same items, without changing the state of the global generators while an item is loaded."""
     while True:
         with preserve_rng_state():
             rows = next(loaded, None)
@@ -164,7 +168,7 @@ def _iterate_preserving_rng(loaded: Iterator[Any]) -> Iterator[Any]:
         yield rows
 
 
-def _batch(rows: tuple[Any, Any], *, rank: int, world: int, first: int = 0) -> Batch:
+def _make_batch(rows: tuple[Any, Any], *, rank: int, world: int, first: int = 0) -> Batch:
     ids, columns = rows
     if isinstance(columns, ExternalError):
         raise columns
@@ -172,16 +176,16 @@ def _batch(rows: tuple[Any, Any], *, rank: int, world: int, first: int = 0) -> B
     return Batch(columns, ids, index * world + rank, index)
 
 
-def _loading(workers: int, transform: SampleTransform) -> dict[str, Any]:
+def _loader_options(workers: int, transform: SampleTransform) -> dict[str, Any]:
     return {
         "num_workers": workers,
         "collate_fn": partial(collate, transform),
         "pin_memory": torch.cuda.is_available(),
-        "generator": torch.Generator(),  # or each epoch would draw from the global one
+        "generator": torch.Generator(),  # without one, each epoch would draw from the global generator
         "multiprocessing_context": "fork" if workers else None,  # workers share the memory of the main process
         "worker_init_fn": _ignore_interrupt,
     }
 
 
 def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and stops its workers

@@ -1,4 +1,4 @@
-"""Datasets of views: the rows of a batch, made of samples."""
+"""Datasets of views. A view is an augmented sample, one row of a batch."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .dataset import DatasetInfo
 from .epoch_layout import EpochLayout
 from .shards import RecordDecoder, Shards
 
-Row = tuple[Any, int]  # a view of a sample, and the id of the sample
+Row = tuple[Any, int]  # a view and the id of its sample
 
 
 class SampleTransform(RecordDecoder, Protocol):
-    """Turns records into the columns of a batch, as a task needs them."""
+    """Converts records to the columns of a batch that a task needs."""
 
     def view(self, sample: Any, epoch: int, sample_id: int, repeat: int) -> Any:
-        """Return a view of a sample without changing it.
+        """Return a view of a sample without changing the sample.
 
-        It is a pure function of the sample, the seed, ``epoch``, ``sample_id`` and ``repeat``, which counts the views
-        of a sample in an epoch.
+        The view is a pure function of the sample, the seed, ``epoch``, ``sample_id`` and ``repeat``, the index of the
+        view among those of the sample in an epoch.
         """
 
     def collate(self, views: Sequence[Any]) -> dict[str, Tensor]:
@@ -38,7 +38,7 @@ class Views(Shards):
     decoder: SampleTransform
 
     def make_view(self, sample_id: int, repeat: int) -> Row | ExternalError:
-        """Return a view of a sample in the current epoch, or why it cannot be read."""
+        """Return a view of a sample in the current epoch, or the error if the sample cannot be read."""
         try:
             sample = self.read(sample_id)
         except ExternalError as error:
@@ -50,12 +50,12 @@ class Views(Shards):
 
 
 class TrainViews(Views):
-    """Views of training samples; iterating yields those of one rank. Iterate inside `preserve_rng_state`.
+    """Views of training samples. Iteration yields those of one rank; iterate inside `preserve_rng_state`.
 
     Args:
         info: The data set.
-        transform: Makes the views.
-        layout: Which views an epoch has.
+        transform: Computes the views.
+        layout: Determines the views of an epoch.
         order: Further arguments of `Shards`.
     """
 
@@ -64,7 +64,7 @@ class TrainViews(Views):
         self.layout = layout
 
     def select(self, first_row: int, worker: int, workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the positions and repeats that a worker shows, from a row of the epoch on."""
+        """Return the positions and repeat numbers of a worker, starting at a row of the epoch."""
         return self.layout.select(first_row // self.layout.batch_size, worker, workers)
 
     def __getitem__(self, at: Any) -> Row | ExternalError:
@@ -73,10 +73,10 @@ class TrainViews(Views):
 
 
 def collate(transform: SampleTransform, rows: list[Row | ExternalError]) -> tuple[Any, Any]:
-    """Return sample ids ``[n]`` and columns; or nothing and the first error.
+    """Return sample ids ``[n]`` and columns; or an empty tuple and the first error.
 
-    An error is returned because it would be wrapped in a traceback if a worker raised it. The ids are first because
-    `StreamingDataLoader` takes the length of the first element.
+    An error is returned, because an error that a worker raises is wrapped in a traceback. The ids come first, because
+    `StreamingDataLoader` uses the length of the first element.
     """
     for row in rows:
         if isinstance(row, ExternalError):

@@ -338,14 +338,14 @@ def test_archive_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     _, members = cifar100()
     evil = pickle.dumps({"data": Evil(tmp_path / "ran")}, protocol=2)
     archive = write_archive(tmp_path / "evil.tar.gz", {**members, "train": evil}, "cifar-100-python")
-    with pytest.raises(DataError, match=r"refused, .*it asks for (posix|os)\.system"):
+    with pytest.raises(DataError, match=r"refused: .*(posix|os)\.system"):
         prepare_dataset(str(archive), tmp_path / "out")
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["eval", "exec", "getattr", "open", "__import__"])
 def test_unpickler_builds_no_function_of_python_itself(name: str) -> None:
-    with pytest.raises(pickle.UnpicklingError, match=f"it asks for builtins.{name}"):
+    with pytest.raises(pickle.UnpicklingError, match=rf"builtins\.{name}"):
         safe_unpickle(f"cbuiltins\n{name}\n(tR.".encode())
 
 
@@ -394,7 +394,7 @@ def test_link_that_leads_outside_is_refused(prepared: Path, tmp_path: Path) -> N
         ("train/00000/shard.00000.mds", lambda data: data[:-1], "shard.00000.mds is damaged"),
         ("dataset.json", lambda data: data.replace(b'"a"', b'"x"'), "dataset.json is damaged"),
         ("dataset.json", lambda data: data[:40], "not a JSON object"),
-        ("dataset.json", lambda data: b"{}", "description is damaged"),
+        ("dataset.json", lambda data: b"{}", "description.* is damaged"),
     ],
 )
 def test_damaged_data_is_named(prepared: Path, file: str, change: Any, message: str) -> None:

@@ -79,11 +79,11 @@ def test_partition_from_file_is_as_uneven_as_the_file(name: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("sample,part\n0,0\n", r"leaves out 996 training samples, such as '1'"),
+        ("sample,part\n0,0\n", r"996 training samples, such as '1'"),
         ("sample,part\n0,0\n0,1\n", "row 2: '0' is listed twice"),
         ("sample,part\nx.png,0\n", "row 1: 'x.png' is not a training sample"),
         ("sample,part\n0,left\n", "row 1: the part 'left' is not an integer"),
-        ("sample,part\n0,-1\n", "no part -1"),
+        ("sample,part\n0,-1\n", "row 1: part -1"),
         ("name,part\n0,0\n", "expected CSV"),
         ("", "expected CSV"),
     ],
@@ -133,7 +133,7 @@ def test_folder_with_other_partitions_is_refused_and_with_the_same_reused(parted
     before = open_dataset(parted)
     assert prepare_dataset("digits-dev", parted, partition=lambda samples: partition_by_class(samples, PARTS)) == before
     for cut in (None, lambda samples: partition_by_class(samples, 2)):
-        with pytest.raises(DataError, match="or in other parts"):
+        with pytest.raises(DataError, match="other parts"):
             prepare_dataset("digits-dev", parted, partition=cut)
 
 
@@ -251,7 +251,7 @@ def test_opening_another_part_is_an_error(recipe: Path, mine: Path, tmp_path: Pa
         (None, "pretrain", open_dataset(mine / "parts/00")),
     ):
         # building a phase checks its data, whatever was opened for it
-        with pytest.raises(ConfigError, match="may see"):
+        with pytest.raises(ConfigError, match=r"data\.decentralized"):
             build_phase(replace(harness.context(phase, module), data=data))
     # a part in another's place
     shutil.rmtree(mine / "parts/00")

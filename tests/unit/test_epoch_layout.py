@@ -52,6 +52,6 @@ def test_epoch_with_three_repeats_shows_a_third_of_the_samples() -> None:
 
 @pytest.mark.parametrize("samples", [15, 255])
 def test_epoch_without_a_batch_is_refused(samples: int) -> None:
-    with pytest.raises(ConfigError, match=f"a batch takes 16 samples, the training split has {samples}: .*multiple"):
+    with pytest.raises(ConfigError, match=rf"train\.batch_size = 16, but .* {samples} samples.*multiple"):
         EpochLayout(samples, 16, 3).check()
     EpochLayout(16, 16).check()

@@ -306,9 +306,9 @@ def test_many_epochs_leave_no_files_open(info: DatasetInfo) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 1004}, "a batch takes 1004 samples, .* holds 1003"),
-        ({"world": 3}, "= 16 cannot be shared evenly by 3 ranks"),
-        ({"train_samples": 1000}, "data.train_samples = 1000, but .* holds 1003"),
+        ({"batch_size": 1004}, r"train\.batch_size = 1004, but .* has only 1003 samples"),
+        ({"world": 3}, r"train\.batch_size = 16 .* 3 ranks"),
+        ({"train_samples": 1000}, r"data\.train_samples = 1000, but .* has 1003"),
     ],
 )
 def test_impossible_batch_sizes_are_refused(info: DatasetInfo, options: dict[str, Any], message: str) -> None:
