@@ -1,1 +1,1 @@
-"""Files of a run: the run directory, leases, checkpoints, artifacts."""
+"""The files of a run: run directory, leases, checkpoints and artifacts."""

@@ -1,8 +1,8 @@
-"""Artifacts: the output of a phase, as safetensors under timm's own names, with a manifest of its lineage.
+"""Artifacts: the output of a phase, as safetensors with timm's parameter names and a manifest of the lineage.
 
-A module holds the parameters of its own blocks under the block indices of the **target**, so that modules are joined by
-the union of their keys, whatever trained them. The folder holds ``weights.safetensors``, ``manifest.json``, and the
-SHA-256 of the latter in ``COMMITTED``, which is written last.
+A module contains the parameters of its own blocks under the block indices of the **target**, so modules are assembled
+by merging their state dicts. The folder contains ``weights.safetensors``, ``manifest.json``, and ``COMMITTED``, which
+contains the SHA-256 of the manifest and is written last.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ WEIGHTS_FILE = "weights.safetensors"
 
 
 class ModelSpec(BaseModel):
-    """What is needed to build a model again, and to evaluate it.
+    """What is needed to rebuild a model and to evaluate it.
 
     Attributes:
-        task: the recipe's task settings.
-        model: the recipe's model settings.
-        depths: number of blocks, per module and stage.
-        metadata: what the task needs besides, such as the normalization of images.
+        task: The recipe's task settings.
+        model: The recipe's model settings.
+        depths: Number of blocks, per module and stage.
+        metadata: Other values that the task needs, such as the normalization of images.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,9 +52,9 @@ class Lineage:
     """What an artifact is trained from. Digests are SHA-256 in hexadecimal.
 
     Attributes:
-        identity: What its phase computes, by key (:mod:`bigincubate.planning.identity`).
+        identity: Settings that determine what the phase computes, by key (:mod:`bigincubate.planning.identity`).
         data: Digest of the data set that the phase trains on.
-        inputs: Digests of the weights that the phase reads, by artifact: ``meta``, ``module/0``.
+        inputs: Digests of the weights that the phase reads, by artifact, such as ``meta`` or ``module/0``.
     """
 
     identity: dict[str, Any]
@@ -63,7 +63,7 @@ class Lineage:
 
 
 class ArtifactManifest(BaseModel):
-    """What an artifact is and what it was trained from (:class:`Lineage`). Digests are SHA-256 in hexadecimal."""
+    """Description of an artifact and its :class:`Lineage`. Digests are SHA-256 in hexadecimal."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal[1] = 1
@@ -81,16 +81,16 @@ class ArtifactManifest(BaseModel):
 def save_artifact(
     folder: Path, tensors: dict[str, Tensor], manifest: ArtifactManifest, lease: Lease | None = None
 ) -> ArtifactManifest:
-    """Write an artifact completely or not at all. An older artifact is replaced only once the new one is complete.
+    """Write an artifact atomically. An existing artifact is replaced only after the new one is complete.
 
     Returns:
         The manifest with the digest of the weights.
 
     Raises:
-        LockedError: The lease was lost. An older artifact is unchanged.
+        LockedError: The lease was lost. An existing artifact is unchanged.
     """
     make_folder(folder.parent)
-    for leftover in folder.parent.glob(f".{folder.name}-*"):  # of an attempt that died
+    for leftover in folder.parent.glob(f".{folder.name}-*"):  # from an attempt that was killed
         shutil.rmtree(leftover)
     temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     temporary.mkdir()
@@ -107,22 +107,22 @@ def save_artifact(
         shutil.rmtree(temporary)
         raise
     if folder.exists():
-        shutil.rmtree(_replaced(folder), ignore_errors=True)
-        folder.rename(_replaced(folder))
+        shutil.rmtree(_replaced_path(folder), ignore_errors=True)
+        folder.rename(_replaced_path(folder))
     temporary.rename(folder)
     fsync_path(folder.parent)
-    shutil.rmtree(_replaced(folder), ignore_errors=True)
+    shutil.rmtree(_replaced_path(folder), ignore_errors=True)
     return manifest
 
 
-def _replaced(folder: Path) -> Path:
-    """Return where the old artifact is between the two renames that replace it."""
+def _replaced_path(folder: Path) -> Path:
+    """Return the path of the old artifact between the two renames that replace it."""
     return folder.with_name(f".{folder.name}.older")
 
 
-def _current(folder: Path) -> Path:
-    """Return where the artifact is: still at :func:`_replaced` if a save died between its renames."""
-    return folder if folder.exists() or not _replaced(folder).exists() else _replaced(folder)
+def _current_path(folder: Path) -> Path:
+    """Return the path of the artifact: ``folder``, or the replaced one if a save was killed between its renames."""
+    return folder if folder.exists() or not _replaced_path(folder).exists() else _replaced_path(folder)
 
 
 def load_manifest(folder: Path) -> ArtifactManifest:
@@ -131,7 +131,7 @@ def load_manifest(folder: Path) -> ArtifactManifest:
     Raises:
         ArtifactError: There is no artifact, or its manifest is invalid.
     """
-    current = _current(folder)
+    current = _current_path(folder)
     try:
         return ArtifactManifest.model_validate_json(read_committed_manifest(current))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -143,20 +143,20 @@ def load_manifest(folder: Path) -> ArtifactManifest:
 
 
 def verify_artifact(folder: Path) -> ArtifactManifest:
-    """Return the manifest of an artifact after a check of its weights, which are hashed but not loaded.
+    """Check the hash of an artifact's weights, without loading them, and return the manifest.
 
     Raises:
-        ArtifactError: A file is missing, or differs from its hash (the message has the file and both hashes).
+        ArtifactError: A file is missing, or its hash differs (the message contains the file and both hashes).
     """
     manifest = load_manifest(folder)
-    file = _current(folder) / WEIGHTS_FILE
+    file = _current_path(folder) / WEIGHTS_FILE
     try:
         regular_file_size(file)
         found = hash_file(file)
     except OSError as error:
         raise ArtifactError(f"{file}: {error.strerror}") from None
     if found != manifest.digest:
-        raise ArtifactError(f"{file}: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…: damaged")
+        raise ArtifactError(f"{file} is damaged: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…")
     return manifest
 
 
@@ -166,7 +166,7 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], ArtifactManifest]:
     Raises:
         ArtifactError: See :func:`verify_artifact`.
     """
-    manifest, file = verify_artifact(folder), _current(folder) / WEIGHTS_FILE
+    manifest, file = verify_artifact(folder), _current_path(folder) / WEIGHTS_FILE
     try:
         return load_file(file), manifest
     except OSError as error:
@@ -176,7 +176,7 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], ArtifactManifest]:
 
 
 def check_artifact_lineage(folder: Path, expected: Lineage) -> str | None:
-    """Return why the artifact in ``folder`` cannot be used, or None if it can."""
+    """Return the reason why the artifact in ``folder`` cannot be used, or None if it can."""
     try:
         return check_lineage(load_manifest(folder), expected)
     except ArtifactError as error:
@@ -184,12 +184,12 @@ def check_artifact_lineage(folder: Path, expected: Lineage) -> str | None:
 
 
 def check_lineage(manifest: ArtifactManifest, expected: Lineage) -> str | None:
-    """Return what an artifact was trained from that this run does not have, or None if the lineage is the same."""
+    """Return how the lineage of an artifact differs from the expected one, or None if it is the same."""
     if changed := describe_changes(manifest.identity, expected.identity, absent="default"):
         return f"stale: trained with other settings ({'; '.join(changed)})"
     found = {"data": manifest.data, **manifest.inputs}
     for name, digest in {"data": expected.data, **expected.inputs}.items():
         if digest != found.get(name):
             source = "meta model" if name == "meta" else name.replace("/", " ")
-            return f"stale: trained from another {source} ({found.get(name, '')[:12]}…, this run's is {digest[:12]}…)"
+            return f"stale: trained from another {source} ({found.get(name, '')[:12]}…, this run has {digest[:12]}…)"
     return None

@@ -1,17 +1,17 @@
-"""Resume checkpoints: written to a temporary directory, hashed, committed last, verified before they are read.
+"""Resume checkpoints, written in the background, committed atomically and verified before they are read.
 
-Training waits only for the copy to the CPU; a thread of each rank writes the files. One save is in progress at a time:
-if the disk is slower than the training, the next save waits for it.
+Training waits only until the tensors are copied to the CPU; then a thread of each rank writes the files. Only one save
+is in progress at a time: if the disk is too slow, the next save waits for the previous one.
 
 ::
 
     checkpoints/step-00000500/
       rank-00000.safetensors    the tensors of rank 0
       state.json                step, seconds, counters
-      manifest.json             size and SHA-256 of every file, the phase's digest, the world size
+      manifest.json             size and SHA-256 of every file, digest of the phase, world size
       COMMITTED                 the SHA-256 of manifest.json; written last
 
-A directory without a valid ``COMMITTED`` is ignored. Nothing is overwritten, and nothing is unpickled: tensors are
+A directory without a valid ``COMMITTED`` is ignored. Files are never overwritten, and nothing is unpickled: tensors are
 safetensors, everything else is JSON.
 """
 
@@ -62,12 +62,12 @@ class CheckpointManifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     format: Literal[1]
     step: int = Field(ge=0)
-    digest: str  # of the phase: what it computes, its data and the artifacts that it reads
+    digest: str  # of the phase: its identity keys, its data and the artifacts that it reads
     world: int = Field(ge=1)
     files: dict[FileName, FileEntry]
 
     def tensor_files(self, folder: Path) -> list[Path]:
-        """Return the paths of the files that hold tensors, of a checkpoint in ``folder``."""
+        """Return the paths of the files with tensors of the checkpoint in ``folder``."""
         return [folder / name for name in self.files if name != STATE_FILE]
 
 
@@ -77,7 +77,7 @@ class Checkpoint:
 
     Attributes:
         step: Optimizer step after which it was saved.
-        tensors: The tensors of all ranks, read on access.
+        tensors: The tensors of all ranks, which are read on access.
         state: The content of ``state.json``.
     """
 
@@ -92,7 +92,7 @@ class CheckpointManager:
     Args:
         folder: The phase's ``checkpoints`` directory.
         env: The ranks.
-        save_env: The ranks with a group of their own: messages of saves must not mix with those of the training.
+        save_env: The same ranks with a separate control group, so that messages of saves and training do not mix.
         digest: Digest of the phase. A checkpoint with another digest is refused.
         keep: Number of committed checkpoints to keep (at least 2).
         lease: Lease on the phase directory. Once it is lost, nothing is committed or removed.
@@ -111,16 +111,16 @@ class CheckpointManager:
         self.folder, self.env, self._save_env = folder, env, save_env
         self.digest, self.keep, self.lease = digest, keep, lease
         self._thread: threading.Thread | None = None
-        self._problem: BaseException | None = None
+        self._error: BaseException | None = None
         self._metrics: dict[str, float] = {}
 
     @classmethod
     def open(
         cls, folder: Path, env: DistributedContext, *, digest: str, keep: int = 2, lease: Lease | None = None
     ) -> CheckpointManager:
-        """Open the checkpoints of a phase directory, and remove what an attempt left unfinished there.
+        """Open the checkpoints of a phase directory, and remove incomplete ones of previous attempts.
 
-        Called by all ranks together; arguments as for the constructor.
+        Called by all ranks together. Arguments are those of the constructor.
 
         Raises:
             LockedError: The lease is lost.
@@ -130,26 +130,26 @@ class CheckpointManager:
             if env.is_main:
                 manager.lease.check()
                 make_folder(folder)
-                committed = {manager._at(step) for step in manager.committed_steps()}
+                committed = {manager._step_path(step) for step in manager.committed_steps()}
                 for path in (*folder.glob(".saving-*"), *folder.glob("step-*")):
-                    if path not in committed:  # an attempt died while it wrote or removed this
+                    if path not in committed:  # an attempt was killed while it wrote or removed this
                         shutil.rmtree(path)
         return manager
 
     # ------------------------------------------------------------------------------------------ writing
 
     def start_save(self, step: int, tensors: Mapping[str, Tensor | TensorShard], state: dict[str, Any]) -> None:
-        """Start to save a checkpoint. Called by all ranks together.
+        """Start saving a checkpoint. Called by all ranks together.
 
         Tensors are copied to the CPU before this returns, and written and committed while training continues.
 
         Args:
             step: Number of optimizer steps done.
-            tensors: What this rank holds, possibly nothing.
-            state: A JSON object; that of rank 0 is saved.
+            tensors: The tensors of this rank; may be empty.
+            state: A JSON object; only that of rank 0 is saved.
 
         Raises:
-            SystemResourceError: The previous save, for which this waits first, failed.
+            SystemResourceError: The previous save, for which this waits, failed.
         """
         began = time.perf_counter()
         self.wait()
@@ -162,15 +162,15 @@ class CheckpointManager:
         """Wait until the last save is committed. Called by all ranks together.
 
         Raises:
-            SystemResourceError: A rank could not write. Earlier checkpoints are unchanged.
+            SystemResourceError: A rank could not write its files. Earlier checkpoints are unchanged.
             LockedError: The lease is lost. Nothing was committed.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._problem is not None:
-            problem, self._problem = self._problem, None
-            raise problem
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def save(self, step: int, tensors: Mapping[str, Tensor | TensorShard], state: dict[str, Any]) -> None:
         """Save a checkpoint and wait until it is committed; see :meth:`start_save`."""
@@ -178,9 +178,9 @@ class CheckpointManager:
         self.wait()
 
     def close(self) -> None:
-        """Wait for a save that is in progress after an error elsewhere, and release the control group.
+        """Wait for a save in progress, ignoring its errors, and destroy the control group.
 
-        The lease is released next. A new owner must not find a directory that this process still writes.
+        Call this before the lease is released: this process must not write to a directory that has a new owner.
         """
         if self._thread is not None:
             self._thread.join()
@@ -188,15 +188,15 @@ class CheckpointManager:
 
     @property
     def failed(self) -> bool:
-        """Return whether :meth:`wait` would raise. A rank may know before the others do."""
-        return self._problem is not None
+        """Return whether the last save failed, so that :meth:`wait` raises. May differ between ranks for a while."""
+        return self._error is not None
 
     def pop_metrics(self) -> dict[str, float]:
         """Return the metrics of saves since the last call.
 
         Returns:
-            ``checkpoint/blocked_ms``: how long training was blocked; ``checkpoint/mib_per_sec``: the rate at which this
-            rank wrote.
+            ``checkpoint/blocked_ms``, the time that training waited, and ``checkpoint/mib_per_sec``, the write rate of
+            this rank.
         """
         metrics, self._metrics = self._metrics, {}
         return metrics
@@ -205,7 +205,7 @@ class CheckpointManager:
         try:
             self._save(step, shards, state)
         except BaseException as error:  # raised by wait()
-            self._problem = error
+            self._error = error
 
     def _save(self, step: int, shards: dict[str, TensorShard], state: str) -> None:
         began, env = time.perf_counter(), self._save_env
@@ -235,12 +235,12 @@ class CheckpointManager:
             self._metrics["checkpoint/mib_per_sec"] = written / 2**20 / (time.perf_counter() - began)
 
     def _commit(self, temporary: Path, step: int, files: dict[str, dict[str, Any]], problem: str) -> None:
-        """Commit the files in ``temporary`` unless a rank had a ``problem`` writing them, and prune older ones."""
+        """Commit the files in ``temporary`` unless a rank failed with ``problem``, and prune older checkpoints."""
         self.lease.check()  # first: a new owner may have removed the files written here
-        final = self._at(step)
+        final = self._step_path(step)
         try:
             if not problem:
-                if final.exists():  # damaged, so training resumed from an earlier one
+                if final.exists():  # damaged, because training resumed from an earlier checkpoint
                     shutil.rmtree(final)
                 commit_checkpoint(temporary, final, step=step, digest=self.digest, world=self.env.world, files=files)
                 self._prune(step)
@@ -248,14 +248,19 @@ class CheckpointManager:
             problem = describe_os_error(error, final)
         if problem:
             self.lease.check()  # again: a new owner may have removed files that were being written
-            raise SystemResourceError(f"checkpoint of step {step} not written: {problem}; earlier ones are intact")
+            raise SystemResourceError(
+                f"checkpoint of step {step} not written: {problem}; earlier checkpoints are unchanged"
+            )
 
     def _prune(self, newest: int) -> None:
-        """Remove all but the newest. Those after ``newest`` are damaged, or training would have resumed from them."""
+        """Remove all but the last ``keep`` checkpoints up to step ``newest``.
+
+        Later checkpoints are damaged, because training would have resumed from them otherwise.
+        """
         kept = [step for step in self.committed_steps() if step <= newest][-self.keep :]
         for step in set(self.committed_steps()).difference(kept):
             self.lease.check()
-            remove_checkpoint(self._at(step))
+            remove_checkpoint(self._step_path(step))
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -263,8 +268,8 @@ class CheckpointManager:
         """Return the steps of the committed checkpoints, in numeric order."""
         matches = (STEP_PATTERN.fullmatch(marker.parent.name) for marker in self.folder.glob(f"step-*/{COMMIT_MARKER}"))
         numbers = {int(match[1]) for match in matches if match}
-        # ignore other spellings of a number
-        return sorted(step for step in numbers if (self._at(step) / COMMIT_MARKER).exists())
+        # ignore directories whose number has another form, such as more leading zeros
+        return sorted(step for step in numbers if (self._step_path(step) / COMMIT_MARKER).exists())
 
     def load_latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that passes verification, or None if there are no checkpoints.
@@ -273,14 +278,14 @@ class CheckpointManager:
 
         Raises:
             DamagedError: There are checkpoints, and all are damaged.
-            ArtifactError: The checkpoint was saved with other settings, data or inputs.
+            ArtifactError: The checkpoint was saved with other settings, data or input artifacts.
         """
-        step = self.env.broadcast(self._choose() if self.env.is_main else None)
+        step = self.env.broadcast(self._choose_step() if self.env.is_main else None)
         if isinstance(step, str):
             raise DamagedError(step)
         if step is None:
             return None
-        folder = self._at(step)
+        folder = self._step_path(step)
         manifest = CheckpointManifest.model_validate_json(read_small_file(folder / "manifest.json"))
         if manifest.digest != self.digest:
             raise ArtifactError(
@@ -291,10 +296,10 @@ class CheckpointManager:
             step, ShardedTensorReader(manifest.tensor_files(folder)), read_json(folder / STATE_FILE) or {}
         )
 
-    def _choose(self) -> int | str | None:
+    def _choose_step(self) -> int | str | None:
         damaged = []
         for step in reversed(self.committed_steps()):
-            if (problem := verify_checkpoint(self._at(step))) is None:
+            if (problem := verify_checkpoint(self._step_path(step))) is None:
                 return step
             damaged.append(problem)
             logger.warning("damaged checkpoint, skipped: %s", problem)
@@ -302,16 +307,16 @@ class CheckpointManager:
             return f"every checkpoint in {self.folder} is damaged ({damaged[0]}); remove the folder to start over"
         return None
 
-    def _at(self, step: int) -> Path:
+    def _step_path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
 
 
 def commit_checkpoint(
     temporary: Path, final: Path, *, step: int, digest: str, world: int, files: dict[str, dict[str, Any]]
 ) -> None:
-    """Turn a directory into a committed checkpoint: write the manifest, rename, rename the marker.
+    """Commit a checkpoint: write the manifest, rename the directory, then rename the marker.
 
-    If a new owner has removed ``temporary`` or ``final`` meanwhile, the renames fail and change none of its files.
+    If a new owner of the phase has removed ``temporary`` or ``final``, the renames fail without changing its files.
 
     Args:
         temporary: Directory with the files.
@@ -343,9 +348,9 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """Return what is wrong with a committed checkpoint (file, expected and found value), or None if it is valid.
+    """Return why a committed checkpoint is invalid (file, expected and found value), or None if it is valid.
 
-    Nothing outside the directory is opened, nothing without a hash is read, and tensors are not loaded.
+    Files outside the directory are not opened, files without a hash are not read, and tensors are not loaded.
     """
     file = folder / "manifest.json"
     try:
@@ -373,7 +378,7 @@ def verify_checkpoint(folder: Path) -> str | None:
 
 
 def read_committed_manifest(folder: Path) -> bytes:
-    """Return the content of ``manifest.json`` after a check against the commit marker.
+    """Return the content of ``manifest.json``, checked against the commit marker.
 
     Raises:
         OSError: The manifest or the marker is missing, or not a regular file.
@@ -389,7 +394,7 @@ def read_committed_manifest(folder: Path) -> bytes:
 
 
 def describe_os_error(error: OSError, path: Path) -> str:
-    """Return a message: the file (``path`` if the error names none), the reason, and the free space of a full disk."""
+    """Return a message with the file (default ``path``), the reason and, if the disk is full, its free space."""
     text = f"{error.filename or path}: {error.strerror or error}"
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return text

@@ -1,4 +1,4 @@
-"""List, prune and convert resume checkpoints from their files, in one process, while nothing trains them."""
+"""List, prune and convert resume checkpoints, in a single process."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ PATTERNS = ("*", "checkpoints/*", "*/checkpoints/*", "modules/*/checkpoints/*") 
 
 
 def list_checkpoints(path: Path) -> list[dict[str, Any]]:
-    """List the checkpoints below a run directory or the directory of a phase, or the checkpoint ``path`` itself.
+    """List the checkpoints below a run directory or the directory of a phase, or only the checkpoint ``path``.
 
     Directories that were never committed are listed too. Every file of a committed checkpoint is read and hashed.
 
     Returns:
         One row per checkpoint: path, step, ranks, bytes, committed, problem (None if committed and valid; see
-        :func:`verify_checkpoint`), time (last change, in seconds since the epoch). Phases are in order, and steps in
-        numeric order.
+        :func:`verify_checkpoint`), time (last change, in seconds since the epoch). Rows are sorted by directory and
+        step.
 
     Raises:
-        ArtifactError: There is none.
+        ArtifactError: There is no checkpoint.
     """
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such directory")
@@ -47,14 +47,14 @@ def list_checkpoints(path: Path) -> list[dict[str, Any]]:
         named = {folder: NAME_PATTERN.fullmatch(folder.name) for pattern in PATTERNS for folder in path.glob(pattern)}
         steps = {folder: int(match[1]) for folder, match in named.items() if match and folder.is_dir()}
         folders = sorted(steps, key=lambda folder: (folder.parent, steps[folder], folder))
-    rows = [row for folder in folders if (row := _inspect(folder))]
+    rows = [row for folder in folders if (row := _describe_checkpoint(folder))]
     if not rows:
         raise ArtifactError(f"no checkpoints in {path}; give a run directory, a phase's directory or a checkpoint")
     return rows
 
 
-def _inspect(folder: Path) -> dict[str, Any] | None:
-    """Return the row of a checkpoint, or None if a running phase has removed or renamed it meanwhile."""
+def _describe_checkpoint(folder: Path) -> dict[str, Any] | None:
+    """Return the row of a checkpoint, or None if a running phase has just removed or renamed it."""
     problem, committed = verify_checkpoint(folder), (folder / COMMIT_MARKER).exists()
     manifest, name = read_json(folder / "manifest.json") or {}, NAME_PATTERN.fullmatch(folder.name)
     try:
@@ -75,8 +75,12 @@ def _inspect(folder: Path) -> dict[str, Any] | None:
 def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> list[Path]:
     """Remove all but the newest ``keep`` valid checkpoints of each phase in a run directory, or of one phase.
 
-    Damaged and incomplete checkpoints are removed too, unless all of a phase are damaged. ``queue`` tells
-    whether a job trains a phase.
+    Damaged and incomplete checkpoints are removed too, unless all checkpoints of a phase are damaged.
+
+    Args:
+        path: The run directory or the directory of a phase.
+        keep: Number of checkpoints to keep per phase.
+        queue: The batch system, which is asked whether a job is training a phase.
 
     Returns:
         The directories that were removed.
@@ -84,7 +88,7 @@ def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> li
     Raises:
         ArtifactError: There is no checkpoint.
         ConfigError: ``path`` is one checkpoint.
-        LockedError: A process trains the phase.
+        LockedError: A process is training a phase.
         DamagedError: Every checkpoint of a phase is damaged. They are kept; other phases are pruned.
     """
     checkpoints = [Path(row["path"]) for row in list_checkpoints(path)]
@@ -103,12 +107,12 @@ def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> li
                 remove_checkpoint(checkpoint)
                 removed.append(checkpoint)
     if all_damaged:
-        raise DamagedError(f"every checkpoint is damaged in {', '.join(all_damaged)}; they were left as they are")
+        raise DamagedError(f"every checkpoint is damaged in {', '.join(all_damaged)}; these were not removed")
     return sorted(removed)
 
 
 def convert_checkpoint(source: Path, out: Path, *, ranks: int = 1) -> None:
-    """Write a checkpoint again as the files of ``ranks`` ranks; of one rank, full tensors in one safetensors file.
+    """Convert a checkpoint to files of ``ranks`` ranks. With one rank, one safetensors file contains full tensors.
 
     The result is a committed checkpoint that can replace ``source``.
 
@@ -132,7 +136,7 @@ def convert_checkpoint(source: Path, out: Path, *, ranks: int = 1) -> None:
         temporary.mkdir(parents=True)
         files = {}
         for rank in range(ranks):
-            if shards := _split(tensors, rank, ranks):
+            if shards := _split_tensors(tensors, rank, ranks):
                 name = f"rank-{rank:05d}.safetensors"
                 files[name] = write_sharded_tensors(temporary / name, shards)
         files[STATE_FILE] = write_and_hash(temporary / STATE_FILE, [read_small_file(source / STATE_FILE)])
@@ -141,8 +145,8 @@ def convert_checkpoint(source: Path, out: Path, *, ranks: int = 1) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _split(tensors: ShardedTensorReader, rank: int, ranks: int) -> dict[str, TensorShard]:
-    """Return part ``rank`` of ``ranks`` equal parts of every tensor; of a small tensor, some ranks have nothing."""
+def _split_tensors(tensors: ShardedTensorReader, rank: int, ranks: int) -> dict[str, TensorShard]:
+    """Return shard ``rank`` of ``ranks`` equal shards of every tensor, without empty shards of small tensors."""
     shards = {}
     for key, shape in tensors.shapes.items():
         size = math.prod(shape)

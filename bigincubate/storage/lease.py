@@ -1,10 +1,11 @@
-"""Leases: one owner at a time for a directory, without any lock of the file system.
+"""Leases: one owner at a time for a directory, without file-system locks.
 
-``owners/7.json`` is the seventh lease on the directory; it names the process (host, pid, start time, batch job) that
-created it. Exactly one process can create a file, and the number, called the *generation*, is never used again: the
-highest generation counts. The owner touches its file while it lives, and empties it when it leaves. A new lease is
-created only if the owner is provably dead, or gave no sign of life for ``LEASE_SECONDS``. An owner that was only
-suspended or disconnected finds the later lease before it writes anything that lasts, and gives up.
+``owners/7.json`` is the seventh lease on the directory; it identifies the process (host, pid, start time, batch job)
+that created it. Exactly one process can create a file, and its number, called the *generation*, is never reused; the
+highest generation is the valid lease. While the owner runs, it updates the modification time of its file (the
+heartbeat), and when it ends, it empties the file. A new lease is created only if the owner has certainly ended, or has
+sent no heartbeat for ``LEASE_SECONDS``. An owner that was only suspended or disconnected checks for a later lease
+before it commits anything, and stops if there is one.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ from ..files import read_json, write_text
 
 logger = logging.getLogger(__name__)
 
-LEASE_SECONDS = 60.0  # seconds without a sign of life after which an owner of unknown state counts as dead
-HEARTBEAT_SECONDS = 5.0  # seconds between two signs of life
+LEASE_SECONDS = 60.0  # seconds without a heartbeat after which an owner of unknown state counts as ended
+HEARTBEAT_SECONDS = 5.0  # seconds between heartbeats
 
 
 class JobQueue:
-    """What leases ask a batch system. This one has no jobs; :mod:`bigincubate.launchers.slurm` has Slurm's."""
+    """Queries of leases to a batch system. This class has no jobs; :mod:`bigincubate.launchers.slurm` asks Slurm."""
 
     def current_job(self) -> dict[str, Any]:
-        """Return the job of this process: ``cluster``, ``job`` (its id, or None), and its number of ``restarts``."""
+        """Return the job of this process: ``cluster``, ``job`` (its id, or None), and the number of ``restarts``."""
         return {"cluster": None, "job": None, "restarts": 0}
 
     def has_ended(self, job: str) -> bool:
-        """Return whether it is known that no process of ``job``, a job of this cluster, runs."""
+        """Return whether it is certain that no process of ``job``, a job of this cluster, is running."""
         return False
 
 
@@ -48,9 +49,9 @@ NO_JOBS = JobQueue()
 
 
 def process_start_time(pid: int) -> str | None:
-    """Return when a process of this host started, or None if it does not run.
+    """Return when a process of this host started (clock ticks since boot), or None if it is not running.
 
-    The start time (clock ticks since boot) and the pid identify a process even after the pid is reused.
+    Start time and pid together identify a process, even if the pid is reused.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
@@ -61,7 +62,7 @@ def process_start_time(pid: int) -> str | None:
 
 
 def describe_process(pid: int, queue: JobQueue = NO_JOBS) -> dict[str, Any]:
-    """Return what distinguishes a process of this host from all others, past ones and those of other hosts."""
+    """Return fields that together identify a process of this host uniquely, over time and all hosts."""
     return {
         "host": socket.gethostname(),
         "space": _pid_namespace(),
@@ -72,7 +73,7 @@ def describe_process(pid: int, queue: JobQueue = NO_JOBS) -> dict[str, Any]:
 
 
 def _pid_namespace() -> str | None:
-    """Return an identifier of this boot and pid namespace. Containers may share the name of their host."""
+    """Return an identifier of this boot and pid namespace, because containers may have the same host name."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -82,11 +83,11 @@ def _pid_namespace() -> str | None:
 class Lease:
     """A lease on a directory, held by rank 0.
 
-    Other ranks hold a lease without a path, which is never lost.
+    Other ranks have a lease without a path, which is never lost.
 
     Attributes:
         path: The file of the lease.
-        lost: Whether a later lease was seen.
+        lost: Whether a later lease was found.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -98,8 +99,8 @@ class Lease:
         return int(self.path.stem) if self.path else 0
 
     def is_held(self) -> bool:
-        """Return whether there is no later lease. Lists the directory, so that no cache can hide one."""
-        if self.path is not None and _newest(self.path.parent) > self.generation:
+        """Return whether there is no later lease. Lists the directory, because a file lookup may be cached."""
+        if self.path is not None and _newest_generation(self.path.parent) > self.generation:
             self.lost = True
         return not self.lost
 
@@ -112,12 +113,14 @@ class Lease:
         if self.path is None or self.is_held():
             return
         folder = self.path.parent
-        new_owner = read_json(folder / f"{_newest(folder)}.json")
-        name = _name(new_owner) if new_owner else "a process that has exited since"
-        raise LockedError(f"{folder.parent} was taken over by {name} while this process was silent; it writes no more")
+        new_owner = read_json(folder / f"{_newest_generation(folder)}.json")
+        name = _describe_owner(new_owner) if new_owner else "a process that has since ended"
+        raise LockedError(
+            f"{folder.parent} was taken over by {name} while this process sent no heartbeat; this process stops"
+        )
 
     def release(self) -> None:
-        """Release the lease. Its number stays in use. Needs no free space on the disk."""
+        """Release the lease, which needs no free disk space. Its number is not reused."""
         if self.path is not None:
             with suppress(FileNotFoundError):
                 os.truncate(self.path, 0)
@@ -127,7 +130,7 @@ class Lease:
 def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JOBS) -> Iterator[Lease]:
     """Hold the lease on ``folder`` for all ranks together while the block runs.
 
-    Wait for up to ``LEASE_SECONDS`` if only its heartbeat can tell whether the previous owner lives.
+    Wait for up to ``LEASE_SECONDS`` if only its heartbeat can show whether the previous owner is running.
 
     Args:
         folder: The directory.
@@ -135,9 +138,9 @@ def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JO
         queue: The batch system that may have started this process or the previous owner.
 
     Raises:
-        LockedError: On every rank: another live process, which the message names, owns the folder.
+        LockedError: Another running process, which the message names, owns the folder. Raised on every rank.
     """
-    lease, over = Lease(), threading.Event()
+    lease, finished = Lease(), threading.Event()
     with env.main_process_first():
         if env.is_main:
             lease = _acquire_alone(folder, queue)
@@ -145,20 +148,20 @@ def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JO
         yield lease
         return
 
-    def beat() -> None:
-        while not over.wait(HEARTBEAT_SECONDS):
+    def send_heartbeats() -> None:
+        while not finished.wait(HEARTBEAT_SECONDS):
             try:
                 os.utime(path)
                 lease.is_held()
             except OSError:
                 continue  # the file system may be unavailable for less than LEASE_SECONDS
 
-    thread = threading.Thread(target=beat, daemon=True)
+    thread = threading.Thread(target=send_heartbeats, daemon=True)
     thread.start()
     try:
         yield lease
     finally:
-        over.set()
+        finished.set()
         thread.join()
         lease.release()
 
@@ -167,15 +170,15 @@ def _acquire_alone(folder: Path, queue: JobQueue = NO_JOBS) -> Lease:
     """Return a new lease of this process.
 
     Raises:
-        LockedError: Another live process, which the message names, owns the folder.
+        LockedError: Another running process, which the message names, owns the folder.
     """
     owners = folder / "owners"
     owners.mkdir(parents=True, exist_ok=True)
     while True:
-        last = _newest(owners)
+        last = _newest_generation(owners)
         last_path = owners / f"{last}.json"
         if (owner := read_json(last_path)) and _wait_whether_alive(owner, last_path, queue):
-            raise LockedError(f"{folder} belongs to {_name(owner)}; wait for it, or stop it first")
+            raise LockedError(f"{folder} belongs to {_describe_owner(owner)}; wait for it, or stop it first")
         path = owners / f"{last + 1}.json"
         content = {**describe_process(os.getpid(), queue), "claim": uuid.uuid4().hex}
         write_text(path, json.dumps(content, indent=1), exclusive=True)
@@ -184,33 +187,33 @@ def _acquire_alone(folder: Path, queue: JobQueue = NO_JOBS) -> Lease:
             return Lease(path)
 
 
-def _newest(owners: Path) -> int:
+def _newest_generation(owners: Path) -> int:
     return max((int(name[:-5]) for name in os.listdir(owners) if name[:-5].isdecimal()), default=0)
 
 
-def _name(owner: dict[str, Any]) -> str:
+def _describe_owner(owner: dict[str, Any]) -> str:
     return f"process {owner['pid']} on {owner['host']}" + (f", job {owner['job']}" if owner["job"] else "")
 
 
 def current_owner(folder: Path, queue: JobQueue = NO_JOBS) -> str | None:
     """Return the name of the process that owns ``folder``, or None, without waiting.
 
-    An owner of unknown state counts until it has been silent for ``LEASE_SECONDS``.
+    An owner of unknown state counts until it has sent no heartbeat for ``LEASE_SECONDS``.
     """
     owners = folder / "owners"
     if not owners.is_dir():
         return None
-    path = owners / f"{_newest(owners)}.json"
+    path = owners / f"{_newest_generation(owners)}.json"
     found = read_json(path)
-    return _name(found) if found and _is_alive(found, path, queue) is not False else None
+    return _describe_owner(found) if found and _is_alive(found, path, queue) is not False else None
 
 
 def _is_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> bool | None:
-    """Return whether the owner may still write, or None if neither this host, the queue nor its silence tells."""
+    """Return whether the owner may still write, or None if neither host, queue nor heartbeat decides it."""
     this = describe_process(os.getpid(), queue)
     same = {key for key in this if owner[key] == this[key] and this[key] is not None}
     if {"cluster", "job"} <= same and owner["restarts"] < this["restarts"]:
-        return False  # a previous attempt of this job, which ended before this one began
+        return False  # a previous attempt of this job, which ended before this attempt started
     if {"host", "space"} <= same and owner["started"] is not None:
         return process_start_time(owner["pid"]) == owner["started"]
     silence = _file_system_time(path.parent) - _last_heartbeat(path)
@@ -220,7 +223,7 @@ def _is_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> bool | None
 
 
 def _wait_whether_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> bool:
-    """Return whether the owner may still write. If nothing else tells, wait for its heartbeat."""
+    """Return whether the owner may still write. If nothing else decides it, wait for a heartbeat."""
     began, first = time.monotonic(), _last_heartbeat(path)
     silence = _file_system_time(path.parent) - first
     if (alive := _is_alive(owner, path, queue)) is not None:
@@ -228,27 +231,30 @@ def _wait_whether_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> b
     announced = False
     while (waited := time.monotonic() - began) + silence <= LEASE_SECONDS:
         if _last_heartbeat(path) != first:
-            return bool(read_json(path))  # empty if it has left meanwhile
+            return bool(read_json(path))  # the file is empty if the owner has just released the lease
         if not announced and waited > 2 * HEARTBEAT_SECONDS:
             announced = True
             left = LEASE_SECONDS - silence - waited
             logger.warning(
-                "%s belonged to %s, which is silent; taking over in %.0f s", path.parent.parent, _name(owner), left
+                "%s belongs to %s, which has sent no heartbeat; taking over in %.0f s",
+                path.parent.parent,
+                _describe_owner(owner),
+                left,
             )
         time.sleep(min(0.2, HEARTBEAT_SECONDS / 4))
     return False
 
 
 def _last_heartbeat(path: Path) -> float:
-    """Return the modification time. Of an open file, because a network file system must then refresh its cache."""
+    """Return the modification time. The file is opened, so that a network file system refreshes its cache."""
     with path.open() as file:
         return os.fstat(file.fileno()).st_mtime
 
 
 def _file_system_time(folder: Path) -> float:
-    """Return the time of the clock that stamps files here, which may be that of another machine.
+    """Return the current time of the file system of ``folder``, which may have the clock of another machine.
 
-    Return this machine's time if the folder is not writable.
+    If the folder is not writable, this is the time of this machine.
     """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:

@@ -1,4 +1,4 @@
-"""Reading the metrics that a phase has logged."""
+"""Read the metrics that a phase has logged."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .run_directory import PhaseDir
 
 
 def read_last_metrics(folder: PhaseDir) -> dict[str, Any]:
-    """Return the newest value of each metric in the last rows that a phase logged, or an empty dict."""
+    """Return the latest value of each metric in the last rows that a phase logged; empty if there are none."""
     values: dict[str, Any] = {}
     for line in _read_tail(folder.metrics).splitlines():
         try:
             values |= json.loads(line)
         except ValueError:
-            continue  # the first line may be cut off by the limit, the last one is being written
+            continue  # the first line may be truncated, and the last line may be incomplete
     return values
 
 
 def _read_tail(file: Path, size: int = 4096) -> str:
-    """Return the last ``size`` bytes of a text file, or an empty string where it cannot be read."""
+    """Return the last ``size`` bytes of a text file, or an empty string if it cannot be read."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, os.fstat(stream.fileno()).st_size - size))

@@ -1,31 +1,31 @@
-"""The run directory: one tree with fixed names and no timestamps, so that a restarted job finds its earlier work.
+"""The run directory: fixed names without timestamps, so that a restarted job finds its earlier work.
 
 ::
 
     RUN/
       recipe.toml           the resolved recipe
       plan.json             depths, sizes and costs of every phase
-      events.jsonl          what happened, one event per line
-      summary.json          the results, one per phase
-      data/                 embedded data only; other data stays where it is
+      events.jsonl          events, one per line
+      summary.json          the results of all phases
+      data/                 embedded data only; other data is not copied
       meta/                 pre-training of the meta model
       modules/00 … K-1/     incubation of module k
-      modules/logs/         logs of helper processes that serve the modules, such as a shared loader
+      modules/logs/         logs of helper processes of the modules, such as a shared loader
       assembled/            the joined modules, before fine-tuning
       finetune/  end_to_end/
         checkpoints/step-00000500/    resume checkpoints
         artifact/                     the output of the phase: weights.safetensors, manifest.json, COMMITTED
         metrics.jsonl  tb/  logs/
         attempts/1.json               running, preempted, failed or done
-        owners/1.json                 the process that owns the folder; the highest number counts
-        partial.json                  of a module: the score of the partial assembly when the module was finished
-        rollback.json                 the step that training went back to after too many non-finite gradients
-        requeues.jsonl                of a Slurm job: why it was requeued, and from which checkpoint it resumes
+        owners/1.json                 the process that owns the folder; the highest number is valid
+        partial.json                  for a module: score of the partial assembly when the module was finished
+        rollback.json                 the step that training rolled back to after too many non-finite gradients
+        requeues.jsonl                for a Slurm job: why it was requeued, and from which checkpoint it resumes
         DONE                          the result; written last
       fleet/                progress of each phase for TensorBoard, under the same tags
       partial/              the scores in partial.json for TensorBoard, over the number of modules
       report.html           written by `bigincubate report`
-      slurm/  jobs.json     logs of jobs and their ranks; what was submitted, and how often
+      slurm/  jobs.json     logs of jobs and their ranks; submitted jobs and numbers of submissions
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ class PhaseDir:
         return read_json(self.path / "rollback.json")
 
     def write_rollback(self, to: int, **fields: Any) -> None:
-        """Write that training went back to the checkpoint of step ``to``."""
+        """Record that training rolled back to the checkpoint of step ``to``."""
         write_json(self.path / "rollback.json", {"to": to, **fields})
 
     @property
     def partial(self) -> dict[str, Any] | None:
         """Return the result of the partial assembly when this module was finished, or None before.
 
-        The modules in ``joined`` (this one included) were in their places, and the meta model in the others.
+        The assembly consisted of the modules in ``joined`` (including this one), and the meta model in place of others.
         """
         return read_json(self.path / "partial.json")
 
@@ -124,7 +124,7 @@ class RunDir:
     path: Path
 
     def phase(self, phase: Phase, module: int | None = None) -> PhaseDir:
-        """Return the folder of a phase; of incubation, that of ``module``."""
+        """Return the folder of a phase; for incubation, the folder of ``module``."""
         if phase == "incubate":
             assert module is not None
             return PhaseDir(self.path / "modules" / f"{module:02d}")
@@ -145,7 +145,7 @@ class RunDir:
         append_json_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **fields})
 
     def create(self, recipe: Recipe) -> None:
-        """Create the directory for a recipe, unless it has one.
+        """Create the directory and write the recipe, unless there is one already.
 
         Raises:
             ConfigError: The path is a file.
@@ -156,7 +156,7 @@ class RunDir:
             self.log_event("created", recipe=recipe.name)
 
     def update_recipe(self, recipe: Recipe) -> None:
-        """Replace the recipe, and log what differs, if anything does."""
+        """Replace the recipe and log the changes, if there are any."""
         before = self.load_recipe()
         if changes := differences(before, recipe) + differences(before, recipe, execution_keys=True):
             write_text(self.recipe_file, recipe.toml())

@@ -1,8 +1,8 @@
 """Read and write tensors that are sharded over ranks, in files that do not depend on the sharding strategy.
 
-A *shard* here is a contiguous range of elements, in row-major order, of a logical tensor. Every strategy can say which
-shards a rank holds, and restores itself from the ranges that it asks for. So a checkpoint is written without gathering
-anything, and can be read at another world size or by another strategy.
+A *shard* is a contiguous range of elements of a logical tensor in row-major order. Every strategy knows which shards a
+rank holds, and reads the ranges that it needs. Therefore a checkpoint is written without gathering tensors, and can be
+read with another world size or by another strategy.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def copy_to_cpu(tensors: Mapping[str, Tensor | TensorShard]) -> dict[str, Tensor
 def write_sharded_tensors(path: Path, shards: Mapping[str, TensorShard]) -> dict[str, Any]:
     """Write the shards of one rank, which must be on the CPU, to a safetensors file.
 
-    Unlike the library's own writer, this makes no second copy in memory, and hashes while it writes.
+    Unlike the library's own writer, this does not copy the tensors in memory, and it hashes while it writes.
 
     Returns:
         The manifest entry of the file; see :func:`bigincubate.files.write_and_hash`.
     """
     layout, header, tensors, end = {}, {}, [], 0
-    # wide types first: then each tensor begins at a multiple of its element size
+    # wide dtypes first, so that each tensor begins at a multiple of its element size
     for key, shard in sorted(shards.items(), key=lambda item: (-item[1].tensor.element_size(), item[0])):
         tensor = shard.tensor.contiguous()
         if tuple(tensor.shape) != tuple(shard.shape):
@@ -94,7 +94,7 @@ def write_sharded_tensors(path: Path, shards: Mapping[str, TensorShard]) -> dict
 
 
 class ShardedTensorReader(Mapping[str, Tensor]):
-    """The logical tensors in the files of all ranks, in full or in part. Loads nothing before it is asked for.
+    """Read logical tensors, full or in part, from the files of all ranks. Tensors are loaded on access.
 
     Args:
         files: Files of :func:`write_sharded_tensors`.
@@ -103,7 +103,7 @@ class ShardedTensorReader(Mapping[str, Tensor]):
         shapes: Shape of each logical tensor.
 
     Raises:
-        ArtifactError: A file holds no shards; on access, no rank wrote a tensor, or the ranks did not write all of it.
+        ArtifactError: A file is invalid; or, on access, elements of a tensor are in none of the files.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -115,7 +115,7 @@ class ShardedTensorReader(Mapping[str, Tensor]):
                 handle = self._open[file] = safe_open(file, framework="pt")
                 layout = Layout.validate_json((handle.metadata() or {}).get(LAYOUT, "{}"))
             except SafetensorError as error:
-                raise ArtifactError(f"{file} holds no tensors: {str(error).splitlines()[0]}") from None
+                raise ArtifactError(f"{file} is not a safetensors file: {str(error).splitlines()[0]}") from None
             except ValidationError as error:
                 raise ArtifactError(f"{file}: invalid layout of tensor shards: {error.errors()[0]['msg']}") from None
             for key in handle.keys():  # noqa: SIM118  # not a dictionary
@@ -133,7 +133,7 @@ class ShardedTensorReader(Mapping[str, Tensor]):
         return len(self.shapes)
 
     def __getitem__(self, key: str) -> Tensor:
-        """Return a full tensor in its shape."""
+        """Return a full tensor in its logical shape."""
         if key not in self.shapes:
             raise ArtifactError(f"the checkpoint has no tensor {key!r}")
         shape = self.shapes[key]
@@ -145,14 +145,14 @@ class ShardedTensorReader(Mapping[str, Tensor]):
         for start, size, file in sorted(self._ranges.get(key, []), key=lambda entry: entry[0]):
             low, high = max(start, offset), min(start + size, offset + length)
             if low < high or (length == 0 and size == 0):
-                found.append((low, self._slice(file, key, low - start, high - start)))
+                found.append((low, self._read_slice(file, key, low - start, high - start)))
         position, parts = offset, []
-        for low, part in found:  # replicas overlap: skip elements that are there already
+        for low, part in found:  # shards may overlap: skip elements that were read already
             if low <= position < low + len(part):
                 parts.append(part[position - low :])
                 position = low + len(part)
         if position < offset + length:
-            raise ArtifactError(f"the checkpoint lacks elements of tensor {key!r} from {position} on")
+            raise ArtifactError(f"the checkpoint is incomplete: tensor {key!r} has no element {position}")
         if not parts:
             return torch.empty(0, dtype=self._dtype(key))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -174,7 +174,7 @@ class ShardedTensorReader(Mapping[str, Tensor]):
         part = self.read_range(key, shard.offset, shard.tensor.numel())
         shard.tensor.copy_(part.view(shard.tensor.shape))
 
-    def _slice(self, file: Path, key: str, low: int, high: int) -> Tensor:
+    def _read_slice(self, file: Path, key: str, low: int, high: int) -> Tensor:
         handle = self._open[file]
         view = handle.get_slice(key)
         if len(view.get_shape()) == 1:
@@ -184,7 +184,7 @@ class ShardedTensorReader(Mapping[str, Tensor]):
         return tensor.flatten()[low:high]
 
     def _dtype(self, key: str) -> torch.dtype | None:
-        """Return the type of a tensor; None if no rank wrote it."""
+        """Return the dtype of a tensor; None if no rank wrote it."""
         for _, _, file in self._ranges.get(key, []):
             return TORCH_DTYPES[self._open[file].get_slice(key).get_dtype()]
         return None

@@ -270,7 +270,7 @@ def test_prune_keeps_everything_if_all_are_damaged(mine: Any) -> None:
     assert pruned.wait() == 6
     assert pruned.err == (
         f"bigincubate: every checkpoint is damaged in {mine.run.path / 'meta' / 'checkpoints'};"
-        " they were left as they are\n"
+        " these were not removed\n"
     )
     assert [row["step"] for row in list_checkpoints(mine.run.path)] == [8, 12, 12]  # of the module, the newest
 
