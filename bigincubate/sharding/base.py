@@ -1,8 +1,8 @@
-"""The interface of a sharding strategy, and what the strategies share: checkpoints that any other strategy can read.
+"""The interface of a sharding strategy, and checkpoints that every strategy can read.
 
 Keys of a checkpoint are ``model/NAME``, ``optim/STATE/NAME`` and ``group/step/INDEX`` (timm's LAMB counts steps per
-parameter group). Some optimizers store Python numbers and would compute differently with tensors; these are saved as
-64-bit tensors with the prefix ``number/``.
+parameter group). Some optimizers store Python numbers and would compute other results from tensors; these numbers are
+saved as 64-bit tensors with the prefix ``number/`` and restored as numbers.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ NUMBER_PREFIX = "number/"
 
 
 class Sharding(ABC):
-    """A sharding strategy on one rank. The defaults are those of a strategy that keeps all weights on every rank.
+    """A sharding strategy on one rank. Default methods are for strategies with all weights on every rank.
 
     Args:
-        env: the process group.
+        env: The process group.
 
     Attributes:
-        optimizer: the optimizer whose ``param_groups`` have the learning rates. Set by :meth:`prepare`.
-        model: the model before it is wrapped. Set by :meth:`prepare`.
-        pre_step_hook: see :meth:`register_pre_step_hook`.
-        forward_is_collective: whether the forward runs collectives, so that all ranks must call it equally often.
+        optimizer: The optimizer whose ``param_groups`` contain the learning rates. Set by :meth:`prepare`.
+        model: The model before it is wrapped. Set by :meth:`prepare`.
+        pre_step_hook: See :meth:`register_pre_step_hook`.
+        forward_is_collective: Whether the forward runs collectives. If so, all ranks must call it equally often.
     """
 
     optimizer: Optimizer
@@ -51,9 +51,9 @@ class Sharding(ABC):
         """Shard a model and create its optimizer.
 
         Args:
-            model: the model on its device. Parameters are already frozen; this must not change later.
-            units: paths of its blocks, each of which is sharded as a unit.
-            make_optimizer: creates the optimizer of a model's trainable parameters.
+            model: The model on its device. ``requires_grad`` of its parameters must not change later.
+            units: Paths of the model's blocks, each of which is sharded as a unit.
+            make_optimizer: Returns the optimizer of a model's trainable parameters.
 
         Returns:
             The module to call in training.
@@ -66,7 +66,7 @@ class Sharding(ABC):
 
     @abstractmethod
     def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Return the context for forward and backward of a micro-batch: gradients are reduced in the last one only."""
+        """Return the context for forward and backward of a micro-batch. Only the last one reduces gradients."""
 
     def backward(self, loss: Tensor) -> None:
         """Compute gradients of ``loss`` (scalar) and add them to those of earlier micro-batches."""
@@ -74,38 +74,38 @@ class Sharding(ABC):
 
     @abstractmethod
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Clip the gradient, update the weights and clear the gradient.
+        """Clip the gradients, update the weights and clear the gradients.
 
-        If the gradient is not finite, all ranks skip the update: weights and optimizer state do not change.
+        If the gradient norm is not finite, all ranks skip the update: weights and optimizer state do not change.
 
         Args:
-            max_norm: maximum L2 norm of the gradient; 0 turns clipping off.
+            max_norm: Maximum L2 norm of the gradient; 0 turns clipping off.
 
         Returns:
             The norm before clipping and whether the update was skipped, both scalars on the device.
         """
 
     def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
-        """Call a function before every update on all ranks.
+        """Register a function that is called before every update on all ranks.
 
         Args:
-            hook: takes the norm of the gradient before clipping (scalar); may change learning rates.
+            hook: Takes the norm of the gradient before clipping (scalar); may change learning rates.
 
         Raises:
-            ConfigError: the strategy never has the full gradients of a rank's own samples.
+            ConfigError: The strategy does not have the gradients of each rank before they are reduced.
         """
         self.pre_step_hook = hook
 
     def updated_tensors(self) -> Mapping[str, Tensor]:
-        """Return by parameter name the tensors that the optimizer updates on this rank."""
+        """Return the tensors that the optimizer updates on this rank, by parameter name."""
         return self.trainable
 
     def local_shard(self, name: str, value: Tensor) -> TensorShard:
         """Return this rank's shard of a parameter or of its optimizer state: a view, not a copy.
 
         Args:
-            name: name of the parameter.
-            value: a tensor with the layout of the parameter's entry in :meth:`updated_tensors`.
+            name: Name of the parameter.
+            value: A tensor with the layout of the parameter's entry in :meth:`updated_tensors`.
         """
         return full_tensor(value)
 
@@ -113,11 +113,11 @@ class Sharding(ABC):
         """Return this rank's shards of the trainable parameters by name: the tensors themselves, not copies."""
         return {name: self.local_shard(name, updated) for name, updated in self.updated_tensors().items()}
 
-    def sync_weights_from_master(self) -> None:  # noqa: B027  # most models compute with the local shards
-        """Copy values that were written to the local shards into the weights that the model computes with."""
+    def sync_weights_from_master(self) -> None:  # noqa: B027  # in most strategies the local shards are the weights
+        """Copy the local shards, after a change, to the weights that the model computes with."""
 
     def saved_tensors(self) -> Mapping[str, Tensor]:
-        """Return those of :meth:`updated_tensors` that this rank saves; the others are the same on another rank."""
+        """Return the subset of :meth:`updated_tensors` that this rank saves; other ranks save the others."""
         return self.updated_tensors()
 
     def save(self) -> dict[str, Tensor | TensorShard]:
@@ -151,7 +151,7 @@ class Sharding(ABC):
                     device = parameter.device if optimizer.defaults.get("fused") else "cpu"
                     state[key] = _unpack_value(path, tensors[path].to(device))
                 else:
-                    if key not in state:  # tensors that several parameters share are created once
+                    if key not in state:  # several parameters may share one state tensor
                         state[key] = torch.zeros_like(parameter, dtype=tensors.dtype(path))
                     tensors.copy_to_shard(path, self.local_shard(name, state[key]))
             elif kind == "group":
@@ -167,11 +167,11 @@ class Sharding(ABC):
 
     @property
     def inner_optimizer(self) -> Optimizer:
-        """Return the optimizer that has the state on this rank."""
+        """Return the optimizer that contains the state of this rank."""
         return self.optimizer
 
     def _groups_by_index(self) -> dict[int, list[dict[str, Any]]]:
-        """Return parameter groups by index; those that :mod:`.flat_lamb` made of one group have the index of that."""
+        """Return parameter groups by index; groups that :mod:`.flat_lamb` split have that of the original group."""
         groups: dict[int, list[dict[str, Any]]] = {}
         for index, group in enumerate(self.inner_optimizer.param_groups):
             groups.setdefault(group.get("origin", index), []).append(group)
@@ -192,9 +192,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 def _pack_value(path: str, value: Any) -> dict[str, Tensor]:
-    """Return a small value under its key: a tensor as it is, a Python number as a 64-bit tensor."""
+    """Return a small value by its key: a copy of a tensor, or a Python number as a 64-bit tensor."""
     if isinstance(value, Tensor):
-        return {path: value.clone()}  # parameters may share a count; a safetensors file may not
+        return {path: value.clone()}  # parameters may share a step count, but safetensors refuses shared memory
     return {NUMBER_PREFIX + path: torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else None)}
 
 

@@ -1,14 +1,14 @@
-"""Elements that a rank holds and sends in a step under each sharding strategy, used to estimate memory and traffic.
+"""Numbers of elements that a rank holds and sends in a step under each strategy, to estimate memory and traffic.
 
-A :data:`LocalNumel` function returns how many elements of each tensor a rank has; a :class:`StrategyLayout` lists one
-function for weights, gradients, optimizer state and so on. The layouts describe the measured behavior of the libraries,
-which differs from their documentation in places; ``tests/distributed/test_planned_memory.py`` compares each with two
-real ranks.
+A :data:`LocalNumel` function returns how many elements of each tensor a rank holds. A :class:`StrategyLayout` has one
+such function for weights, one for gradients, one for optimizer state and so on. The layouts describe the measured
+behavior of the libraries, which in places differs from their documentation;
+``tests/distributed/test_planned_memory.py`` compares each layout with two real ranks.
 
-Traffic is counted as *payload*: the full tensors that a rank's collectives work on, padding included. That is the
-buffer of an all-reduce, reduce or broadcast, the input of a reduce-scatter and the output of an all-gather. A ring
-algorithm sends 2 * (W - 1) / W of the payload over each rank's link for an all-reduce on W ranks, and (W - 1) / W for
-the other collectives. Norms and flags (a few bytes each) are not counted.
+Traffic is counted as *payload*: the full tensors of a rank's collectives, including padding. This is the buffer of an
+all-reduce, reduce or broadcast, the input of a reduce-scatter and the output of an all-gather. On W ranks, a ring
+algorithm sends 2 * (W - 1) / W of the payload over each rank's link for an all-reduce, and (W - 1) / W for the other
+collectives. Norms and flags (a few bytes each) are not counted.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import Any, Literal
 
 from ..optim.state_size import ParamInfo
 
-FAIRSCALE_BUCKET_NUMEL = 2**23  # elements of gradients that fairscale reduces together for each owner
+FAIRSCALE_BUCKET_NUMEL = 2**23  # elements; size of fairscale's bucket of gradients for each owner
 DEEPSPEED_ALIGNMENT = 2  # elements: DeepSpeed pads a rank's slice of a group to a multiple of this
 
-# (tensors, world size, rank) -> elements of each tensor on that rank
+# takes tensors, world size and rank; returns the number of elements of each tensor on that rank
 LocalNumel = Callable[[Sequence[ParamInfo], int, int], list[int]]
-# (all tensors, trainable tensors by block, world size) -> elements that are gathered at the same time; the first entry
-# of the second argument has the tensors outside of any block
+# takes all tensors, trainable tensors by block (first the tensors outside of blocks) and world size; returns the number
+# of elements that are gathered at the same time
 GatheredNumel = Callable[[Sequence[ParamInfo], Sequence[Sequence[ParamInfo]], int], int]
 
 
 def replicated(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
-    """Return the full size of each tensor: every rank has all of it."""
+    """Return the full size of each tensor, which every rank holds."""
     return [math.prod(tensor.shape) for tensor in tensors]
 
 
 def absent(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
-    """Return zero for each tensor: no rank has it."""
+    """Return zero for each tensor, which no rank holds."""
     return [0] * len(tensors)
 
 
@@ -56,7 +56,7 @@ def padded_even_shard(tensors: Sequence[ParamInfo], world: int, rank: int) -> li
 
 
 def flat_slice(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
-    """Return the sizes in ZeRO-1 and 2: an equal slice of the concatenated tensors of each parameter group."""
+    """Return the sizes in ZeRO-1 and 2, where a rank has an equal slice of each group's concatenated tensors."""
     sizes = replicated(tensors, world, rank)
     totals: dict[int, int] = {}
     starts = []
@@ -78,7 +78,7 @@ def grads_touching_slice(tensors: Sequence[ParamInfo], world: int, rank: int) ->
 
 
 def assign_owners(tensors: Sequence[ParamInfo], world: int) -> list[int]:
-    """Return the rank that owns each tensor in fairscale: the one with the fewest elements so far."""
+    """Return the rank that owns each tensor in fairscale, which chooses the rank with the fewest elements so far."""
     load = [0] * world
     owners = []
     for size in replicated(tensors, world, 0):
@@ -88,7 +88,7 @@ def assign_owners(tensors: Sequence[ParamInfo], world: int) -> list[int]:
 
 
 def owned_only(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
-    """Return the sizes of what fairscale keeps on the owner of each tensor only."""
+    """Return the sizes of tensors that fairscale keeps only on their owner."""
     owners, sizes = assign_owners(tensors, world), replicated(tensors, world, rank)
     return [size if owner == rank else 0 for size, owner in zip(sizes, owners, strict=True)]
 
@@ -96,8 +96,8 @@ def owned_only(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]
 def bucketed_grads(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
     """Return the gradient sizes in fairscale.
 
-    Every rank has one bucket for each owner, filled in order of tensor size. Only the owner keeps the gradient of a
-    tensor that does not fit into the bucket.
+    Every rank has one bucket for each owner, which is filled in order of tensor size. If a gradient does not fit into
+    the bucket, only the owner keeps it.
     """
     sizes, owners = replicated(tensors, world, rank), assign_owners(tensors, world)
     filled, kept = [0] * world, [0] * len(sizes)
@@ -114,10 +114,10 @@ class CollectiveCost:
     """One kind of collective in an optimizer step.
 
     Attributes:
-        kind: name of the collective.
-        numel: what each rank has of the full tensor.
-        tensors: whether it runs on trainable tensors only.
-        times: how often it runs ``per`` step or micro-batch.
+        kind: Name of the collective.
+        numel: Number of elements of each tensor on a rank.
+        tensors: The tensors on which it runs: ``"trainable"`` or ``"all"``.
+        times: Number of runs per ``per``.
         per: ``"step"`` or ``"micro_batch"``.
     """
 
@@ -134,21 +134,21 @@ class CollectiveCost:
 
 @dataclass(frozen=True)
 class StrategyLayout:
-    """Which part of each tensor a rank holds, and which collectives run in a step.
+    """The parts of tensors that a rank holds, and the collectives of a step.
 
     Attributes:
-        weights: trainable weights that the model computes with.
-        frozen: frozen weights.
-        gradients: gradients when the last backward is done.
-        persistent_gradients: whether memory for ``gradients`` stays allocated while full gradients accumulate over
+        weights: Trainable weights that the model computes with.
+        frozen: Frozen weights.
+        gradients: Gradients after the last backward.
+        persistent_gradients: Whether memory for ``gradients`` stays allocated while full gradients are accumulated over
             micro-batches.
-        optimizer_state: optimizer state.
-        masters: weights that the optimizer updates, if the model computes with a copy.
-        average: moving average of the weights.
-        gathered: full weights gathered temporarily, in addition to the shards.
-        bucket_numel: elements in communication buckets of fixed size.
-        max_copied_numel: upper bound of the gradient elements that are copied once more to be sent.
-        collectives: collectives of a step.
+        optimizer_state: Optimizer state.
+        masters: Master weights that the optimizer updates, if the model computes with a copy.
+        average: Moving average of the weights.
+        gathered: Full weights that are gathered temporarily, in addition to the shards.
+        bucket_numel: Number of elements in communication buckets of fixed size.
+        max_copied_numel: Maximum number of gradient elements that are copied to a send buffer.
+        collectives: Collectives of a step.
     """
 
     weights: LocalNumel = replicated
@@ -165,35 +165,38 @@ class StrategyLayout:
 
 
 def gathered_two_blocks(tensors: Sequence[ParamInfo], units: Sequence[Sequence[ParamInfo]], world: int) -> int:
-    """Return what FSDP2 gathers at a time: tensors outside of blocks, and two blocks (the next one is prefetched)."""
+    """Return the elements that FSDP2 gathers at once: all tensors outside of blocks, and two blocks.
+
+    The second block is the prefetched one.
+    """
     sizes = [world * sum(dim0_shard(unit, world, 0)) for unit in units]
     return sizes[0] + sum(sorted(sizes[1:])[-2:])
 
 
 def gathered_all_blocks(tensors: Sequence[ParamInfo], units: Sequence[Sequence[ParamInfo]], world: int) -> int:
-    """Return what FSDP2 gathers with several micro-batches: everything, kept from the first to the last one."""
+    """Return the elements that FSDP2 gathers with several micro-batches: all, from the first to the last one."""
     return sum(world * sum(dim0_shard(unit, world, 0)) for unit in units)
 
 
 def strategy_layouts(zero_section: dict[str, Any], phase: str, micro_batches: int) -> dict[str, StrategyLayout]:
     """Return the layout of each strategy by its name.
 
-    - FSDP2 gathers a block in the forward and again in the backward. With several micro-batches it does so in the
-      first and the last one only: in between all trainable weights stay gathered.
-    - ZeRO-1 and 2 do not reduce-scatter: DeepSpeed all-reduces a full bucket of gradients and takes its slice, at twice
-      the cost. Stage 1 frees the gradients that it does not own, as stage 2 does.
-    - ZeRO-3 gathers frozen tensors too. Gathered weights are kept for the backward if it comes within
-      ``stage3_max_reuse_distance`` elements. The default of 10^9 nearly always suffices, so the full model is in memory
-      and gathered once per micro-batch. DeepSpeed decides this in the first forward only. Fine-tuning first evaluates
-      the assembled model, without a backward, and therefore gathers twice per micro-batch.
+    - FSDP2 gathers a block in the forward and again in the backward. With several micro-batches, it gathers only in the
+      first forward and the last backward; in between, all trainable weights stay gathered.
+    - ZeRO-1 and 2 do not reduce-scatter: DeepSpeed all-reduces a full bucket of gradients and keeps a slice, at twice
+      the cost. Stage 1 frees the gradients of other ranks' slices, as stage 2 does.
+    - ZeRO-3 gathers frozen tensors too. Gathered weights are kept until the backward if they are reused within
+      ``stage3_max_reuse_distance`` elements. The default of 10^9 is nearly always enough, so the full model is in
+      memory and gathered once per micro-batch. DeepSpeed decides this only once, in the first forward. Fine-tuning
+      first evaluates the assembled model, without a backward, and therefore gathers twice per micro-batch.
     - ZeRO-3 keeps full copies of tensors with at most ``stage3_param_persistence_threshold`` elements in addition to
       their shards, and gathers them once per step, after the update, frozen ones included. Its fp32 master weights are
       a second copy of the shards, although these are fp32 too.
 
     Args:
         zero_section: ``zero_optimization`` of the DeepSpeed configuration; empty for other strategies.
-        phase: name of the phase.
-        micro_batches: micro-batches per step on each rank.
+        phase: Name of the phase.
+        micro_batches: Micro-batches per step on each rank.
     """
     limit = zero_section.get("stage3_param_persistence_threshold", 100_000)
 
@@ -207,7 +210,7 @@ def strategy_layouts(zero_section: dict[str, Any], phase: str, micro_batches: in
     def not_persistent(tensors: Sequence[ParamInfo], world: int, rank: int) -> list[int]:
         return padded_even_shard([tensor for tensor in tensors if math.prod(tensor.shape) > limit], world, rank)
 
-    # stage 3 always has one bucket; the others have theirs during the backward only, two if communication overlaps
+    # stage 3 always has one bucket; stages 1 and 2 have buckets only during the backward, two if communication overlaps
     bucket = zero_section.get("reduce_bucket_size", 500_000_000)
     gathers_twice = phase == "finetune" or zero_section.get("stage3_max_reuse_distance", 10**9) == 0
     zero1 = StrategyLayout(

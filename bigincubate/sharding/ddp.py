@@ -1,4 +1,4 @@
-"""Replicated training: one process, or DDP on several ranks."""
+"""Training with all state on every rank: one process, or DDP on several ranks."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Replicated(Sharding):
     """Every rank has all weights, gradients and optimizer state.
 
     Args:
-        env: the process group.
-        micro_batches: micro-batches per step on each rank.
+        env: The process group.
+        micro_batches: Micro-batches per step on each rank.
     """
 
     def __init__(self, env: DistributedContext, micro_batches: int = 1) -> None:
@@ -47,16 +47,16 @@ class Replicated(Sharding):
                 device_ids=ids,
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
-                static_graph=self.micro_batches == 1,  # with a static graph the first backward cannot be in no_sync
+                static_graph=self.micro_batches == 1,  # a static graph does not allow no_sync in the first backward
             )
         return self.ddp
 
     def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Return a context without communication except for the last micro-batch."""
+        """Return a context that reduces gradients only in the last micro-batch."""
         return self.ddp.no_sync() if self.ddp and not last else nullcontext()
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Clip, update and clear gradients. A fused optimizer does so without waiting for the device."""
+        """Clip gradients, update weights and clear gradients. A fused optimizer does not wait for the device."""
         norm = clip_gradients(self.trainable.values(), max_norm)
         if self.pre_step_hook:
             self.pre_step_hook(norm)
@@ -66,7 +66,7 @@ class Replicated(Sharding):
             self.optimizer.step()
         elif not bool(skip):
             self.optimizer.step()
-        # DDP's gradients are views of its buckets; zeroing in place keeps them
+        # DDP's gradients are views of its buckets: zero them in place to keep the views
         self.optimizer.zero_grad(set_to_none=self.ddp is None)
         return norm, skip
 

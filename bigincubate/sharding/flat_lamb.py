@@ -1,4 +1,4 @@
-"""Optimizers on flat slices of parameters, for ZeRO; LAMB with the trust ratios of full parameters."""
+"""Optimizers for ZeRO's flat slices of parameters; LAMB computes the trust ratios of full parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class FlatLamb(Lamb):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """Update the groups whose slice is set: ZeRO calls this for one parameter after the other."""
+        """Update the groups whose ``params`` are set. ZeRO calls this for each parameter group in turn."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 self._update(group, parameter)
@@ -64,7 +64,7 @@ def flat_slice_optimizer(optimizer: Optimizer) -> Optimizer:
     LAMB gets one group per parameter, where ``group["origin"]`` is the index of the original group.
 
     Raises:
-        ConfigError: the optimizer needs whole tensors.
+        ConfigError: The optimizer cannot run on slices of tensors.
     """
     cautious = any(group.get("caution") for group in optimizer.param_groups)
     if type(optimizer) is Lamb and not cautious:
@@ -77,7 +77,7 @@ def flat_slice_optimizer(optimizer: Optimizer) -> Optimizer:
         )
     if type(optimizer) not in ELEMENTWISE or cautious:
         raise ConfigError(
-            f"optim.name: {type(optimizer).__name__}{' with caution' if cautious else ''} looks at whole tensors, but"
-            ' ZeRO gives a rank slices; use adamw, adam, sgd, rmsprop, lion or lamb, or sharding.strategy = "fsdp2"'
+            f"optim.name: {type(optimizer).__name__}{' with caution' if cautious else ''} needs whole tensors, but with"
+            ' ZeRO a rank has slices; use adamw, adam, sgd, rmsprop, lion or lamb, or sharding.strategy = "fsdp2"'
         )
     return optimizer

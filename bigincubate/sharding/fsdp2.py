@@ -1,10 +1,10 @@
-"""FSDP2: trainable weights, gradients and optimizer state are sharded over the ranks along dimension 0.
+"""FSDP2: shard trainable weights, gradients and optimizer state over the ranks along dimension 0.
 
-Each block with trainable parameters is a unit. Frozen parameters stay on every rank, unless ``shard_frozen`` shards
-them too: they are then gathered in every forward, although training does not change them.
+Each block with trainable parameters is a unit. Frozen parameters stay on every rank, unless ``shard_frozen`` is set;
+then they are sharded too, and gathered in every forward.
 
-With ``replicas`` the ranks form a two-dimensional mesh (replicate, shard): tensors are sharded within a replica, and
-gradients are also averaged over the replicas.
+With several ``replicas``, the ranks form a two-dimensional mesh (replicate, shard): tensors are sharded within a
+replica, and gradients are also averaged over the replicas.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from .base import Sharding, clip_gradients
 class FullyShard(Sharding):
     """torch's ``fully_shard``, applied to each block.
 
-    Shards are fp32 and gradients are reduced in fp32. With bf16 precision, weights are gathered in fp32 and autocast
-    works as under other strategies. With ``gather_bf16`` they are gathered in bf16, half the bytes; block inputs are
-    then bf16 too, and normalization layers compute in bf16.
+    Shards are fp32 and gradients are reduced in fp32. With bf16 precision, weights are gathered in fp32, and autocast
+    is used as in other strategies. With ``gather_bf16``, weights are gathered in bf16, which halves the traffic; block
+    inputs are then bf16 too, and normalization layers compute in bf16.
 
     Args:
-        env: the process group.
-        choices: the recipe's ``[sharding.fsdp2]``.
+        env: The process group.
+        choices: The recipe's ``[sharding.fsdp2]`` table.
         precision: ``train.precision``.
 
     Raises:
-        ConfigError: the number of ranks is not divisible by the number of replicas.
+        ConfigError: The number of ranks is not divisible by the number of replicas.
     """
 
     forward_is_collective = True
@@ -59,7 +59,7 @@ class FullyShard(Sharding):
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
     ) -> nn.Module:
-        """Shard blocks and model in place, prefetch the next block in the forward, and create the optimizer."""
+        """Shard the model in place, set up prefetching of the next block, and create the optimizer."""
         shape = (self.choices.replicas, self.env.world // self.choices.replicas)
         mesh = init_device_mesh(self.env.device.type, shape, mesh_dim_names=("replicate", "shard"))
         self.first_replica = mesh.get_local_rank("replicate") == 0
@@ -94,7 +94,7 @@ class FullyShard(Sharding):
         yield
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Clip by the norm over all ranks, update this rank's shards and clear gradients."""
+        """Clip gradients by the norm over all ranks, update this rank's shards and clear gradients."""
         norm = clip_gradients(self.trainable.values(), max_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor().to(self.env.device)
@@ -107,8 +107,8 @@ class FullyShard(Sharding):
     def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Raise ConfigError: gradients are reduced and sharded before the hook could read them."""
         raise ConfigError(
-            "optim.lr_scaling: a learning-rate hook needs the whole gradients of each rank's own samples, which"
-            ' sharding.strategy = "fsdp2" does not have; use "ddp" or "oss"'
+            "optim.lr_scaling: a learning-rate hook needs the full gradients of each rank before they are reduced,"
+            ' which sharding.strategy = "fsdp2" does not provide; use "ddp" or "oss"'
         )
 
     def local_shard(self, name: str, value: Tensor) -> TensorShard:
@@ -118,12 +118,12 @@ class FullyShard(Sharding):
         """
         assert isinstance(value, DTensor)
         mesh, rows = value.device_mesh, value.shape[0]
-        dim = mesh.ndim - 1  # with replicas the mesh has a dimension before the one that shards
+        dim = mesh.ndim - 1  # the last dimension shards; with replicas, the first one replicates
         start = min(mesh.get_local_rank(dim) * -(-rows // mesh.size(dim)), rows)
         return TensorShard(value.to_local().detach(), start * math.prod(value.shape[1:]), tuple(value.shape))
 
     def saved_tensors(self) -> Mapping[str, Tensor]:
-        """Return all parameters in the first replica."""
+        """Return all parameters on ranks of the first replica, and none on others."""
         return self.trainable if self.first_replica else {}
 
     def full_state_dict(self) -> dict[str, Tensor]:

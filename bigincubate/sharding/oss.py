@@ -1,4 +1,4 @@
-"""fairscale: weights on every rank, gradients and optimizer state only on the rank that owns the parameter."""
+"""fairscale: weights are on every rank, gradients and optimizer state only on the rank that owns the parameter."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .base import Sharding
 
 
 class OptimizerStateSharding(Sharding):
-    """fairscale's OSS with ShardedDataParallel: ZeRO stage 2 at the granularity of parameters."""
+    """fairscale's OSS with ShardedDataParallel: like ZeRO stage 2, but whole parameters are assigned to ranks."""
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
@@ -35,18 +35,18 @@ class OptimizerStateSharding(Sharding):
         self.optimizer = self.oss = OSS(base.param_groups, optim=type(base), **defaults)
         self.owned = {name: p for name, p in self.trainable.items() if owner_rank(self.oss, p) == self.env.rank}
         self.wrapped = ShardedDataParallel(model, self.oss)
-        # moves the parameters into new storage now; otherwise the first forward would, and a moving average would keep
+        # move the parameters to new storage now: the first forward would do it after a moving average has stored
         # references to the old storage
         self.wrapped.refresh_trainable()
         return self.wrapped
 
     def gradient_sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Return a context without communication except for the last micro-batch."""
+        """Return a context that reduces gradients only in the last micro-batch."""
         return nullcontext() if last else self.wrapped.no_sync()
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Clip, update and clear gradients. Each rank updates the parameters it owns, then sends them to all ranks."""
-        # only the owner has the reduced gradient of a parameter; squared norms of the owners add up
+        """Clip gradients, update weights and clear gradients. Each rank updates its parameters and broadcasts them."""
+        # only the owner has the reduced gradient of a parameter, so squared norms are summed over the ranks
         grads = [p.grad for p in self.owned.values() if p.grad is not None]
         square = torch.zeros((), device=self.env.device, dtype=torch.float32)
         if grads:
@@ -73,6 +73,6 @@ class OptimizerStateSharding(Sharding):
 
     @property
     def inner_optimizer(self) -> Optimizer:
-        """Return the optimizer of the parameters that this rank owns."""
+        """Return the optimizer of this rank's parameters."""
         inner: Optimizer = self.oss.optim
         return inner

@@ -1,8 +1,8 @@
-"""DeepSpeed's ZeRO: shards optimizer state (stage 1), also gradients (stage 2), also parameters (stage 3).
+"""DeepSpeed's ZeRO: shard optimizer state (stage 1), gradients too (stage 2), and parameters too (stage 3).
 
 DeepSpeed concatenates the parameters of a group and gives each rank a flat slice (stages 1 and 2), or splits each
-parameter and concatenates a rank's parts (stage 3). Ranks update fp32 master tensors. ``flat_slices`` says which part
-of a parameter is where in them, which is all that checkpoints and moving averages need.
+parameter and concatenates a rank's parts (stage 3). Ranks update fp32 master tensors. ``flat_slices`` maps parts of
+parameters to positions in the master tensors, for checkpoints and moving averages.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Zero(Sharding):
     """DeepSpeed's ZeRO, stage 1, 2 or 3.
 
     Args:
-        env: the process group.
+        env: The process group.
         config: DeepSpeed configuration, see :mod:`.zero_config`.
     """
 
@@ -36,7 +36,7 @@ class Zero(Sharding):
         self.config = config
         self.stage: int = config["zero_optimization"]["stage"]
         self.forward_is_collective = self.stage == 3
-        self.accumulation = ExitStack()  # open while gradients accumulate without communication
+        self.accumulation = ExitStack()  # open while gradients are accumulated without communication
 
     def prepare(
         self, model: nn.Module, units: Sequence[str], make_optimizer: Callable[[nn.Module], Optimizer]
@@ -44,7 +44,7 @@ class Zero(Sharding):
         """Create the optimizer and DeepSpeed's engine.
 
         Raises:
-            ConfigError: the optimizer needs whole tensors.
+            ConfigError: The optimizer cannot run on slices of tensors.
             MissingDependencyError: DeepSpeed is not installed.
         """
         self.deepspeed = import_deepspeed(self.env.device.type)
@@ -62,19 +62,19 @@ class Zero(Sharding):
 
     @contextmanager
     def gradient_sync(self, last: bool) -> Iterator[None]:
-        """Accumulate full gradients on each rank, and reduce them when the last micro-batch is done."""
+        """Accumulate full gradients on each rank, and reduce them after the last micro-batch."""
         if not last and not self.engine.inside_no_sync_ctxt:
             self.accumulation.enter_context(self.engine.coalesce_grad_reduction())
         yield
         if last:
-            self.accumulation.close()  # reduces gradients; a single micro-batch did so during its backward
+            self.accumulation.close()  # reduces gradients, unless a single micro-batch reduced them in its backward
 
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients."""
+        """Compute gradients of ``loss`` (scalar) and add them to those of earlier micro-batches."""
         self.engine.backward(loss)
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Clip, update and clear gradients in DeepSpeed, which skips the update if the norm is not finite."""
+        """Let DeepSpeed clip gradients, update weights and clear gradients; it skips an update of non-finite norm."""
         assert max_norm == self.engine.gradient_clipping()
         self.engine.step()
         norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.env.device, dtype=torch.float32)
@@ -83,16 +83,16 @@ class Zero(Sharding):
     def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Raise ConfigError: DeepSpeed computes the norm and updates in one call."""
         raise ConfigError(
-            "optim.lr_scaling: a learning-rate hook runs between the backward pass and the update, which"
-            f' sharding.strategy = "zero{self.stage}" does in one call; use "ddp" or "oss"'
+            "optim.lr_scaling: a learning-rate hook runs between the gradient norm and the update, which"
+            f' sharding.strategy = "zero{self.stage}" computes in one call; use "ddp" or "oss"'
         )
 
     def updated_tensors(self) -> Mapping[str, Tensor]:
-        """Return for each parameter of which this rank has a part the fp32 master tensor that holds it."""
+        """Return the fp32 master tensor of each parameter of which this rank has a part."""
         return {name: part.flat for name, part in self.slices.items()}
 
     def local_shard(self, name: str, value: Tensor) -> TensorShard:
-        """Return this rank's part of a parameter from ``value``, which has the layout of the master tensor."""
+        """Return this rank's part of a parameter: a view of ``value``, which has the layout of the master tensor."""
         part = self.slices[name]
         return TensorShard(value.detach().narrow(0, part.start, part.length), part.offset, self.shapes[name])
 
@@ -107,7 +107,7 @@ class Zero(Sharding):
         parameters = dict(self.model.named_parameters())
         tensors = {}
         for name, value in self.model.state_dict().items():
-            # one parameter at a time, so that the full model is never on the device
+            # gather one parameter at a time, so that the full model is never on the device
             with self.deepspeed.zero.GatheredParameters([parameters[name]] if name in parameters else []):
                 tensors[name] = parameters.get(name, value).detach().cpu().clone()
         return tensors

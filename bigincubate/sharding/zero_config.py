@@ -1,7 +1,7 @@
-"""DeepSpeed's configuration: a JSON file, completed from the recipe.
+"""Build the DeepSpeed configuration from a JSON file and the recipe.
 
-Batch size, accumulation, clipping, precision, optimizer and schedule come from the recipe. A file may repeat the
-recipe's values; different values are an error, because DeepSpeed would silently use them.
+Batch size, accumulation, clipping, precision, optimizer and schedule come from the recipe. The file may repeat these
+values; different values are an error, because DeepSpeed would silently use them.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from ..config import Settings, ShardingConfig
 from ..config.resources import resource_folder
 from ..errors import ConfigError
 
-# keys with only one allowed value, and the reason: other values are wrong here or untested
+# keys with only one allowed value, and the reason; other values give wrong results or are untested
 FIXED = {
     "bf16.enabled": (False, "it would turn frozen parameters into bf16; use train.precision"),
     "fp16.enabled": (False, "it would turn frozen parameters into fp16; use train.precision"),
     "amp.enabled": (False, "use train.precision"),
-    "optimizer": (None, "the optimizer is the recipe's [optim]"),
-    "scheduler": (None, "the schedule is the recipe's [schedule]"),
+    "optimizer": (None, "the optimizer is set by [optim] in the recipe"),
+    "scheduler": (None, "the schedule is set by [schedule] in the recipe"),
     "communication_data_type": ("fp32", "gradients are reduced in fp32"),
     "data_types.grad_accum_dtype": ("fp32", "gradients are accumulated in fp32"),
-    "managed_gradient_accumulation": (True, "the trainer accumulates"),
-    "zero_optimization.offload_optimizer.nvme_path": (None, "offloading to host memory only is supported"),
-    "zero_optimization.offload_param.nvme_path": (None, "offloading to host memory only is supported"),
+    "managed_gradient_accumulation": (True, "the trainer accumulates gradients"),
+    "zero_optimization.offload_optimizer.nvme_path": (None, "only offloading to host memory is supported"),
+    "zero_optimization.offload_param.nvme_path": (None, "only offloading to host memory is supported"),
     "zero_optimization.zero_hpz_partition_size": (1, "parameters are sharded over all ranks"),
     "zero_optimization.mics_shard_size": (-1, "parameters are sharded over all ranks"),
     "zero_optimization.zero_quantized_weights": (False, "weights are gathered without quantization"),
     "zero_optimization.zero_quantized_gradients": (False, "gradients are reduced in fp32"),
     "zero_optimization.zenflow": (None, "it delays updates"),
-    "zero_optimization.compute_grad_norm": (True, "the norm decides whether a step is skipped"),
+    "zero_optimization.compute_grad_norm": (True, "a step is skipped if the norm is not finite"),
 }
 
 
 def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> dict[str, Any]:
     """Return the configuration for ``deepspeed.initialize``.
 
-    DeepSpeed is told that a step has one micro-batch, although the backward runs in parts: otherwise it would reduce
-    gradients after each part.
+    It always has one micro-batch per step, because the trainer accumulates: otherwise DeepSpeed would reduce gradients
+    in each micro-batch.
 
     Args:
-        settings: settings of the phase.
-        world: number of ranks.
-        micro_batches: micro-batches per step on each rank.
+        settings: Settings of the phase.
+        world: Number of ranks.
+        micro_batches: Micro-batches per step on each rank.
 
     Raises:
-        ConfigError: the file contradicts the recipe or cannot be read; the message has file and key.
+        ConfigError: The file contradicts the recipe or cannot be read; the message contains file and key.
     """
     sharding, train = settings.sharding, settings.train
     file = resolve_config_path(sharding)
@@ -63,13 +63,13 @@ def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> d
         "zero_optimization.stage": (int(sharding.strategy.removeprefix("zero")), "sharding.strategy"),
     }
     for key, (value, source) in from_recipe.items():
-        found = _get(config, key, file)
+        found = _get_value(config, key, file)
         if found not in (None, "auto", value):
             raise ConfigError(
                 f"{file}: {key} = {json.dumps(found)}, but the recipe's {source} requires {value!r}; remove the key"
             )
     for key, (value, reason) in FIXED.items():
-        found = _get(config, key, file)
+        found = _get_value(config, key, file)
         if found not in (None, value):
             raise ConfigError(f"{file}: {key} cannot be {json.dumps(found)}: {reason}")
     zero = config.get("zero_optimization", {})
@@ -90,7 +90,7 @@ def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> d
 
 
 def resolve_config_path(sharding: ShardingConfig) -> Path:
-    """Return the file for ``sharding.deepspeed_config``, a shipped name or a path; default: the strategy's file."""
+    """Return the path of ``sharding.deepspeed_config`` (a shipped name or a path), by default the strategy's file."""
     given = sharding.deepspeed_config or sharding.strategy
     return known if (known := shipped_config_path(given)).exists() else Path(given)
 
@@ -104,7 +104,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """Read a DeepSpeed file.
 
     Raises:
-        ConfigError: the file cannot be read or is not a JSON object.
+        ConfigError: The file cannot be read or is not a JSON object.
     """
     try:
         config = json.loads(file.read_text())
@@ -113,16 +113,16 @@ def read_config(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror} (sharding.deepspeed_config)") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"{file}: a DeepSpeed configuration is an object, {{...}}")
+        raise ConfigError(f"{file}: expected a JSON object, {{...}} (sharding.deepspeed_config)")
     return config
 
 
-def _get(config: dict[str, Any], key: str, file: Path) -> Any:
+def _get_value(config: dict[str, Any], key: str, file: Path) -> Any:
     value: Any = config
     for part in key.split("."):
         if value is None:
             return None
         if not isinstance(value, dict):
-            raise ConfigError(f"{file}: {key.rpartition('.')[0]} must be an object, {{...}}")
+            raise ConfigError(f"{file}: {key.rpartition('.')[0]} must be a JSON object, {{...}}")
         value = value.get(part)
     return value

@@ -98,7 +98,7 @@ def test_step_not_finite_on_one_rank_is_skipped_on_both(spread: Spread, strategy
     ("name", "word"),
     [
         ("contrary", "gradient_clipping = 0.5"),
-        ("whole", "Lars looks at whole tensors"),
+        ("whole", "Lars needs whole tensors"),
         ("compiled", "fails or hangs with train.compile"),
     ],
 )
@@ -163,7 +163,8 @@ def test_config_file_may_repeat_the_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [("{", "not valid JSON"), ("[]", "is an object"), ('{"bf16": 1}', "bf16 must be an object")]
+    ("text", "word"),
+    [("{", "not valid JSON"), ("[]", "expected a JSON object"), ('{"bf16": 1}', "bf16 must be a JSON object")],
 )
 def test_invalid_config_file_is_refused(tmp_path: Path, text: str, word: str) -> None:
     file = tmp_path / "mine.json"
