@@ -1,1 +1,1 @@
-"""Ranks: the process group, the watchdog over it, stop signals. It knows neither Slurm nor any launcher."""
+"""Process group, watchdog, logging and stop signals of the ranks, independent of Slurm and other launchers."""

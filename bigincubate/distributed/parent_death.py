@@ -7,19 +7,19 @@ import os
 import signal
 import sys
 
-PARENT_VARIABLE = "BIGINCUBATE_PARENT"  # environment variable with the pid of the process to depend on
+PARENT_VARIABLE = "BIGINCUBATE_PARENT"  # environment variable with the pid of the parent process
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def stop_with_parent() -> None:
-    """Have SIGTERM sent to this process when the parent process named by ``PARENT_VARIABLE`` ends.
+    """Ask the kernel to send SIGTERM to this process when the parent process in ``PARENT_VARIABLE`` ends.
 
-    A training process then writes a checkpoint and exits, as when Slurm asks it to stop. Only Linux supports this;
-    elsewhere the phase runs to its end, and the next run finds it done.
+    A training process then writes a checkpoint and exits, as when Slurm stops it. Only Linux supports this; on other
+    systems the phase continues until it is done.
     """
     parent = os.environ.pop(PARENT_VARIABLE, None)
     if parent is None or not sys.platform.startswith("linux"):
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it ended before the request
+    if os.getppid() != int(parent):  # the parent ended before the request
         os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The process group of the ranks of a phase, and the messages that ranks exchange to agree on something."""
+"""The process group of a phase, and control messages between its ranks."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..errors import BigincubateError, ConfigError
 
 @dataclass
 class DistributedContext:
-    """The rank of this process and its connection to the other ranks. The default is a world of one on the CPU.
+    """The rank of this process and its connection to the other ranks. The default is a single process on the CPU.
 
     Attributes:
         rank: Rank of this process.
         world: Number of ranks.
-        local_rank: Rank among the processes of this machine.
+        local_rank: Rank among the ranks on this machine.
         local_world: Number of ranks on this machine.
         device: Device that this rank computes on.
-        control: A gloo process group for control messages, so that they never wait for the accelerator.
+        control: A gloo process group for control messages, which therefore never wait for the accelerator.
     """
 
     rank: int = 0
@@ -46,9 +46,9 @@ class DistributedContext:
 
     @classmethod
     def detect(cls) -> DistributedContext:
-        """Join the process group that ``torchrun``'s variables describe; without them, return a world of one.
+        """Join the process group that ``torchrun``'s environment variables describe; without them, use one process.
 
-        On a CPU, freed memory is kept (see :mod:`bigincubate.compat.malloc`).
+        On a CPU, freed memory is not returned to the kernel (see :mod:`bigincubate.compat.malloc`).
 
         Raises:
             ConfigError: The variables contradict each other, or this machine has fewer GPUs than ranks.
@@ -64,8 +64,8 @@ class DistributedContext:
         if torch.cuda.is_available():
             if (needed := max(local_world, local_rank + 1)) > (gpus := torch.cuda.device_count()):
                 raise ConfigError(
-                    f"{needed} ranks on this machine, which shows {gpus} GPU{'s' if gpus > 1 else ''}; start at most"
-                    f" {gpus}, or train on the CPU with CUDA_VISIBLE_DEVICES= in the environment"
+                    f"{needed} ranks on this machine, but only {gpus} visible GPU{'s' if gpus > 1 else ''}; start at"
+                    f" most {gpus}, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
                 )
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
@@ -81,11 +81,11 @@ class DistributedContext:
         return self
 
     def describe_machine(self) -> dict[str, Any]:
-        """Describe what this rank computes with.
+        """Describe the device and the software of this rank.
 
         Returns:
-            ``device`` (name), ``world`` (number of ranks), ``threads`` (of this rank, on the CPU), and ``versions`` of
-            the packages that results depend on.
+            ``device`` (name), ``world`` (number of ranks), ``threads`` (CPU threads of this rank), and ``versions`` of
+            the packages that affect results.
         """
         cuda = self.device.type == "cuda"
         device = torch.cuda.get_device_name(self.device) if cuda else f"CPU ({platform.machine()})"
@@ -94,11 +94,11 @@ class DistributedContext:
         return {"device": device, "world": self.world, "threads": torch.get_num_threads(), "versions": versions}
 
     def clone_control_group(self) -> DistributedContext:
-        """Return the same ranks with a new control group, for use by another thread. Called by all ranks together."""
+        """Return a context of the same ranks with a new control group, for another thread. Collective."""
         return self if self.world == 1 else replace(self, control=dist.new_group(backend="gloo"))
 
     def close_control_group(self) -> None:
-        """Destroy the control group of :meth:`clone_control_group`, which also ends its threads."""
+        """Destroy the control group that :meth:`clone_control_group` created, and its threads."""
         if self.world > 1:
             dist.destroy_process_group(self.control)
 
@@ -119,7 +119,7 @@ class DistributedContext:
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Return the ``value`` of every rank, in the order of the ranks."""
+        """Return the ``value`` of every rank, in rank order."""
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
@@ -137,7 +137,7 @@ class DistributedContext:
         """Run the block on rank 0 before the other ranks run it.
 
         Raises:
-            BigincubateError: On every rank, if the block raised it on rank 0.
+            BigincubateError: The block raised it on rank 0. Raised on every rank.
         """
         problem: BigincubateError | None = None
         if self.is_main:
@@ -163,17 +163,17 @@ class DistributedContext:
 
 
 def read_count(name: str, default: int) -> int:
-    """Return an environment variable that holds a non-negative whole number.
+    """Return the value of an environment variable that is a non-negative integer.
 
     Raises:
-        ConfigError: It holds something else.
+        ConfigError: It has another value.
     """
     text = os.environ.get(name, str(default))
     if not text.isdecimal():
-        raise ConfigError(f"the environment variable {name} is {text!r}, not a number")
+        raise ConfigError(f"the environment variable {name} is {text!r}, not a non-negative integer; correct it")
     return int(text)
 
 
 def print_stderr(text: str) -> None:
-    """Print a line on stderr at once."""
+    """Print a line to stderr and flush it."""
     print(text, file=sys.stderr, flush=True)

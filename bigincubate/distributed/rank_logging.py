@@ -1,4 +1,4 @@
-"""Logging of a training process: which rank writes what, and how a line looks."""
+"""Logging of a training process: which ranks write which records, and in which format."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal, get_args
 
 LogLevel = Literal["debug", "info", "warning", "error"]
 LOG_LEVELS: tuple[LogLevel, ...] = get_args(LogLevel)
-LEVEL_VARIABLE = "BIGINCUBATE_LOG_LEVEL"  # environment variable with the default of --log-level
+LEVEL_VARIABLE = "BIGINCUBATE_LOG_LEVEL"  # environment variable that sets the default of --log-level
 
 
 def setup_logging(level: LogLevel = "info", rank: int = 0) -> None:
     """Write the log records of this package to the console. A later call replaces the level and the rank.
 
-    Rank 0 writes records from ``level`` on; other ranks write warnings and errors only, so that a line that all ranks
-    would write appears once. Warnings and errors go to stderr, other records to stdout.
+    Rank 0 writes records of ``level`` and above. Other ranks write only warnings and errors, so that messages of all
+    ranks appear once. Warnings and errors go to stderr, other records to stdout.
 
     Args:
         level: The lowest level that is written.
@@ -44,11 +44,11 @@ class RankFormatter(logging.Formatter):
 class ConsoleHandler(logging.StreamHandler):
     """Write warnings and errors to stderr, and other records to stdout.
 
-    The streams are looked up for each record, because progress bars replace them while they are shown, so that lines
-    appear above the bars.
+    The streams are looked up for each record, because progress bars replace ``sys.stdout`` and ``sys.stderr`` to print
+    lines above the bars.
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record at once."""
+        """Write a record and flush the stream."""
         self.stream = sys.stderr if record.levelno >= logging.WARNING else sys.stdout
         super().emit(record)

@@ -1,4 +1,4 @@
-"""Turn stop signals into a flag that the trainer reads between steps."""
+"""Convert stop signals to a flag that the trainer reads between steps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 class StopFlag:
     """A context manager that is true once a stop signal has arrived.
 
-    Later signals change nothing, because the checkpoint that the first one asked for is still being written.
+    Later signals have no further effect, so that the checkpoint can be written.
 
     Attributes:
-        signal: The number of the last signal, or None.
+        signal: Number of the last signal, or None.
     """
 
     def __init__(self) -> None:

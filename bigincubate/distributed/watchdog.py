@@ -1,9 +1,9 @@
-"""Detect a rank that stands still, and end all ranks instead of letting them wait for it.
+"""Detect a rank that does not respond, and end all ranks instead of waiting forever.
 
 A thread of each rank increments a counter in the ranks' shared store and reads the counter of the next rank. If that
-counter stands still while the store answers, the next rank is stopped, frozen, or lost with its machine. The rank that
-detects this reports it through the store, and all ranks exit together. The thread counts independently of the training:
-a step, a compilation or an evaluation may take any time.
+counter does not change although the store responds, the next rank is stopped, frozen, or lost with its machine. The
+rank that detects this reports it through the store, and all ranks exit together. The thread is independent of the
+training thread: a step, a compilation or an evaluation may take any time.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .process_group import DistributedContext, print_stderr
 if TYPE_CHECKING:
     from torch.distributed import Store
 
-POLL_SECONDS = 2.0  # seconds between two reads
-MAX_UNCHANGED_POLLS = 9  # reads in a row without a change after which a rank has timed out
-LEFT = 1 << 40  # added by a rank to its counter when it leaves
+POLL_SECONDS = 2.0  # seconds between reads of a counter
+MAX_UNCHANGED_POLLS = 9  # consecutive reads without a change after which a rank has timed out
+LEFT = 1 << 40  # a rank adds this to its counter when it leaves
 
 
 @contextmanager
@@ -33,14 +33,14 @@ def watch_ranks(
 ) -> Iterator[None]:
     """Let the ranks watch each other while the block runs.
 
-    If a rank stands still, every other rank prints that on stderr and exits at once with the exit code of
-    :class:`RankTimeoutError`: a collective operation that it waits for would never complete.
+    If a rank does not respond, every other rank prints the reason to stderr and exits with the exit code of
+    :class:`RankTimeoutError`, because pending collectives would never complete.
 
     Args:
         env: The ranks.
-        name: A key that was not used before in this store, the same on all ranks.
+        name: A key that is the same on all ranks and was not used before in this store.
         process: ``host`` and ``pid`` of this rank.
-        record: Called with the reason by one of the ranks that still run.
+        record: Called with the reason on one of the other ranks.
     """
     if env.world == 1:
         yield
@@ -53,7 +53,7 @@ def watch_ranks(
 
 
 class RankWatchdog:
-    """The threads of one rank that count and compare.
+    """The watchdog threads of one rank.
 
     Args:
         env: The ranks.
@@ -61,7 +61,7 @@ class RankWatchdog:
         processes: ``host`` and ``pid`` of every rank.
         record: See :func:`watch_ranks`.
         store: The ranks' shared store.
-        watch_host: Whether to watch rank 0 as the host of the store too.
+        watch_host: Whether to also watch rank 0, which hosts the store.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class RankWatchdog:
     def start(
         cls, env: DistributedContext, name: str, processes: list[dict[str, Any]], record: Callable[[str], None]
     ) -> RankWatchdog:
-        """Connect to the store and start to watch. Arguments as for the constructor."""
+        """Connect to the store and start watching. Arguments are those of the constructor."""
         from torch.distributed import TCPStore
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # a separate connection: that of the process group may be busy for a long time
+        # a separate connection, because that of the process group may be busy for a long time
         store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
         # a store in the launcher's process may be suspended with the launcher while all ranks are alive
         hosted_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -98,7 +98,7 @@ class RankWatchdog:
         return watch
 
     def stop(self) -> None:
-        """Stop watching before this rank leaves. Do not return if all ranks are about to exit after a timeout."""
+        """Stop watching before this rank leaves. If a rank has timed out, block until this process exits."""
         if self.exiting.is_set():
             threading.Event().wait()
         self.stopped.set()
@@ -126,10 +126,10 @@ class RankWatchdog:
                     self._exit(text)
             self.store.add(own, LEFT)
         except RuntimeError:
-            return  # the store is gone, and with it a rank or the launcher; the training will fail by itself
+            return  # the store is gone, and with it a rank or the launcher; training will fail with its own error
 
     def _watch_host(self) -> None:
-        """Detect that rank 0, which hosts the store, stands still: then every call of the store blocks."""
+        """Detect that rank 0, which hosts the store, does not respond: every call to the store then blocks."""
         last_polls, unchanged = -1, 0
         while not self.stopped.wait(POLL_SECONDS) and self.threads[0].is_alive():
             unchanged = unchanged + 1 if self.polls == last_polls else 0
@@ -143,12 +143,12 @@ class RankWatchdog:
     def _describe(self, rank: int) -> str:
         process, seconds = self.processes[rank], MAX_UNCHANGED_POLLS * POLL_SECONDS
         return (
-            f"rank {rank} (process {process['pid']} on {process['host']}) gave no sign of life for {seconds:.0f} s;"
-            " all ranks exit, the same command resumes from the last checkpoint"
+            f"rank {rank} (process {process['pid']} on {process['host']}) did not respond for {seconds:.0f} s;"
+            " all ranks exit; run the same command again to resume from the last checkpoint"
         )
 
     def _exit(self, text: str) -> NoReturn:
         self.exiting.set()
         print_stderr(f"bigincubate: {text}")
-        time.sleep(1.5 * POLL_SECONDS)  # until all ranks have read the reason: the first one to exit breaks connections
+        time.sleep(1.5 * POLL_SECONDS)  # until all ranks have read the reason, because an exit breaks connections
         os._exit(RankTimeoutError.code)

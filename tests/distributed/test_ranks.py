@@ -164,7 +164,7 @@ def test_more_ranks_than_gpus_are_refused_in_one_line(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in (("RANK", 0), ("WORLD_SIZE", 4), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 4)):
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(ConfigError, match="4 ranks on this machine, which shows 2 GPUs; start at most 2") as caught:
+    with pytest.raises(ConfigError, match="4 ranks on this machine, but only 2 visible GPUs") as caught:
         DistributedContext.detect()
     assert "\n" not in str(caught.value)
 

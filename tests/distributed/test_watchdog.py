@@ -63,7 +63,7 @@ def test_stopped_rank_is_named_by_the_other(harness: Harnesses) -> None:
             if process_start_time(pid) is not None:  # no other process would end it
                 os.kill(pid, signal.SIGKILL)
         raise
-    named = f"rank 1 (process {other} on {socket.gethostname()}) gave no sign of life for 2 s"
+    named = f"rank 1 (process {other} on {socket.gethostname()}) did not respond for 2 s"
     assert f"meta model: failed (exit 3): rank 0: bigincubate: {named}" in launcher.out
     assert [process_start_time(pid) for pid in (main, other)] == [None, None]
     (attempt,) = folder.read_attempts()
@@ -91,7 +91,7 @@ def test_stopped_host_of_the_store_is_named(harness: Harnesses) -> None:
         assert ranks[0].until(lambda: len(long.log("pretrain")) > 3), ranks[0].err
         ranks[0].send(signal.SIGSTOP)
         assert ranks[1].wait(60) == 3, ranks[1].err
-        named = f"rank 0 (process {ranks[0].pid} on {socket.gethostname()}) gave no sign of life for 2 s"
+        named = f"rank 0 (process {ranks[0].pid} on {socket.gethostname()}) did not respond for 2 s"
         assert f"bigincubate: {named}" in ranks[1].err
         (attempt,) = folder.read_attempts()
         assert (attempt["state"], attempt["pid"]) == ("failed", ranks[0].pid)

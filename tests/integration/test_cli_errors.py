@@ -226,7 +226,9 @@ def test_module_auto_takes_the_array_index(place: Any, call: Called, monkeypatch
     assert out.splitlines()[-1].startswith("module 1: done, top-1 ")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "x")
     code, _, err = call(*place.train(place.run, "incubate", "--module", "auto"))
-    assert (code, err) == (2, "bigincubate: the environment variable SLURM_ARRAY_TASK_ID is 'x', not a number\n")
+    assert code == 2
+    assert "SLURM_ARRAY_TASK_ID is 'x'" in err
+    assert err.count("\n") == 1
 
 
 def test_command_named_by_an_error_fixes_it(place: Any, call: Called) -> None:
