@@ -12,11 +12,11 @@ from ..storage.sharded_tensors import ShardedTensorReader, TensorShard
 
 
 class Ema:
-    """Average this rank's shards of the trainable parameters, in their dtype and on their device.
+    """Moving average of this rank's shards of the trainable parameters, in their dtype and on their device.
 
     Args:
-        shards: this rank's shards by parameter name.
-        decay: weight of the average in an update; 0 turns averaging off.
+        shards: This rank's shards by parameter name.
+        decay: Weight of the old average in an update; 0 turns averaging off.
     """
 
     def __init__(self, shards: Mapping[str, TensorShard], decay: float) -> None:
@@ -32,14 +32,14 @@ class Ema:
             torch._foreach_lerp_(list(self.average.values()), weights, 1 - self.decay)
 
     def save(self) -> dict[str, TensorShard]:
-        """Return the average for a checkpoint, under keys ``ema/NAME``."""
+        """Return the average for a checkpoint, with keys ``ema/NAME``."""
         return {
             f"ema/{name}": TensorShard(value, self.shards[name].offset, self.shards[name].shape)
             for name, value in self.average.items()
         }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore the average from a checkpoint of any strategy and world size."""
+        """Restore the average from a checkpoint that any strategy saved at any world size."""
         assert isinstance(tensors, ShardedTensorReader)
         for name, value in self.average.items():
             part = tensors.read_range(f"ema/{name}", self.shards[name].offset, value.numel())
@@ -47,12 +47,12 @@ class Ema:
 
     @contextmanager
     def applied(self, sync: Callable[[], None]) -> Iterator[None]:
-        """Put the average into the model's weights inside the context, and restore the weights on exit.
+        """Use the average as the model's weights inside the context, and restore the weights on exit.
 
-        Tensors of the model that are not copied inside the context change on exit.
+        Copy tensors of the model that are used after exit.
 
         Args:
-            sync: called after the shards have changed, to copy them to the weights that the model computes with.
+            sync: Called after the shards have changed, to copy them to the weights that the model computes with.
         """
         self._swap()
         sync()

@@ -16,10 +16,10 @@ from ..errors import ConfigError
 
 
 def scaled_lr(settings: Settings) -> float:
-    """Return the peak learning rate: ``train.lr`` times a factor that ``optim.lr_scaling`` chooses.
+    """Return the peak learning rate: ``train.lr`` times a factor that depends on ``optim.lr_scaling``.
 
-    The factor is ``batch_size / lr_base_batch`` ("linear"), its square root ("sqrt"), or 1, which is
-    also what a learning-rate hook starts from in each step.
+    The factor is ``batch_size / lr_base_batch`` for "linear", its square root for "sqrt", and 1 for "none" and for a
+    learning-rate hook, which scales the result in each step.
     """
     ratio = settings.train.batch_size / settings.optim.lr_base_batch
     return settings.train.lr * {"linear": ratio, "sqrt": ratio**0.5}.get(settings.optim.lr_scaling, 1.0)
@@ -28,14 +28,14 @@ def scaled_lr(settings: Settings) -> float:
 def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
     """Return an optimizer of the trainable parameters of ``model``.
 
-    Weight decay is not applied to norms, biases and parameters that the model excludes (position embedding, class
+    Weight decay is not applied to norms, biases, and parameters that the model excludes (position embedding, class
     token).
 
     Raises:
         ConfigError: timm has no such optimizer, or the optimizer does not support these settings.
     """
     optim = settings.optim
-    extra: dict[str, Any] = {"eps": optim.eps, "betas": tuple(optim.betas)}  # timm drops those that do not apply
+    extra: dict[str, Any] = {"eps": optim.eps, "betas": tuple(optim.betas)}  # timm ignores those that do not apply
     try:
         info = get_optimizer_info(optim.name)
         if reason := _unsupported(info, len(optim.betas)):
@@ -43,7 +43,7 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
         if optim.name in ("adamw", "adam"):
             extra["fused"] = True
         if info.opt_class is Lamb:
-            extra["max_grad_norm"] = None  # the trainer clips; timm's LAMB would clip again
+            extra["max_grad_norm"] = None  # the trainer clips gradients; timm's LAMB would clip them again
         return create_optimizer_v2(
             model,
             opt=optim.name,
@@ -57,13 +57,13 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
 
 
 def _unsupported(info: OptimInfo, betas: int) -> str | None:
-    """Return the reason why an optimizer of timm is not supported; None if it is."""
+    """Return the reason why an optimizer of timm is not supported, or None if it is supported."""
     if info.second_order:
         return "it needs second derivatives, which the trainer does not compute"
     if info.opt_class is Kron:
         return "it draws random numbers, so a resumed run would differ"
     if info.has_betas and info.num_betas != betas:
-        return f"it takes {info.num_betas} betas, optim.betas has {betas}"
+        return f"it takes {info.num_betas} betas, but optim.betas has {betas}"
     return None
 
 
@@ -71,17 +71,17 @@ def make_schedule(optimizer: Optimizer, settings: Settings, total: int, steps_pe
     """Return the learning-rate schedule, a pure function of the optimizer step: ``schedule.step_update(step)``.
 
     Args:
-        optimizer: the optimizer whose learning rates are set.
-        settings: settings of the phase.
-        total: optimizer steps of the phase.
-        steps_per_epoch: optimizer steps of an epoch.
+        optimizer: The optimizer whose learning rates are set.
+        settings: Settings of the phase.
+        total: Optimizer steps of the phase.
+        steps_per_epoch: Optimizer steps of an epoch.
 
     Raises:
-        ConfigError: the warm-up is at least as long as the phase.
+        ConfigError: The warm-up is at least as long as the phase.
     """
     warmup = round(settings.schedule.warmup_epochs * steps_per_epoch)
     if warmup and warmup >= total > 0:
-        raise ConfigError(f"schedule.warmup_epochs is {warmup} steps, but the phase has only {total}")
+        raise ConfigError(f"schedule.warmup_epochs is {warmup} steps, but the phase has only {total}; lower it")
     constant = settings.schedule.name == "constant"
     return CosineLRScheduler(
         optimizer,

@@ -1,4 +1,4 @@
-"""Bytes of optimizer state for each trainable parameter, found without allocating memory."""
+"""Size of the optimizer state of each trainable parameter, computed without allocating memory."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class ParamInfo:
     """A parameter and the size of its optimizer state.
 
     Attributes:
-        name: name in the model.
-        shape: shape of the parameter.
-        group: index of the optimizer's parameter group; -1 if the parameter is frozen.
-        state_bytes_per_element: bytes per element in state tensors of the parameter's shape.
-        extra_state_bytes: bytes in state tensors of other shapes.
+        name: Name in the model.
+        shape: Shape of the parameter.
+        group: Index of the optimizer's parameter group; -1 if the parameter is frozen.
+        state_bytes_per_element: Bytes per element in state tensors of the parameter's shape.
+        extra_state_bytes: Bytes in state tensors of other shapes.
     """
 
     name: str
@@ -44,12 +44,12 @@ def trainable_param_info(
     The optimizer takes one step on fake tensors, so no memory is allocated.
 
     Args:
-        model: may be on the meta device; it is not changed.
-        settings: settings of the phase.
-        wrap: replaces the optimizer; groups and order are those of its result.
+        model: The model, which may be on the meta device; it is not changed.
+        settings: Settings of the phase.
+        wrap: Takes the optimizer and returns the one that determines groups and order.
 
     Raises:
-        ConfigError: the optimizer does not exist, or ``wrap`` refuses it.
+        ConfigError: The optimizer does not exist, or ``wrap`` does not support it.
     """
     model = copy.deepcopy(model)
     with FakeTensorMode(), _ScalarsAreOne():
