@@ -1,1 +1,1 @@
-"""Start the phases of a run: on this machine, or as jobs of Slurm."""
+"""Start the phases of a run, on this machine or as Slurm jobs."""

@@ -1,4 +1,4 @@
-"""Launcher for a whole run on this machine: each phase has processes of its own, one per rank."""
+"""Launcher for a run on this machine. Each phase runs in separate processes, one per rank."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from .rank_group import RankGroup
 
 @dataclass
 class HelperJob:
-    """Processes that serve the modules, one per rank, from the start of the first module to the end of the last.
+    """Processes that assist the modules, one per rank, from the start of the first module to the end of the last one.
 
-    Modules must train without them too: they may fail to start, or end early.
+    Modules must also train without them, because they may fail to start or end early.
 
     Attributes:
-        title: What to call it in messages.
+        title: Name of the job in messages.
         log: Name of the log files in the run's ``modules/logs``, without suffix.
-        command: Returns the command line for a number of modules.
-        environment: Variables of these processes.
-        module_environment: Variables of the modules' processes.
-        fallback: What modules do without it, for messages.
-        ranks: The processes, once they are started.
+        command: Returns the command line for a given number of modules.
+        environment: Environment variables of the helper processes.
+        module_environment: Environment variables of the modules' processes.
+        fallback: What modules do without the helper job, for messages.
+        ranks: The processes; None before they are started.
     """
 
     title: str
@@ -48,37 +48,37 @@ class HelperJob:
         """Start the processes.
 
         Args:
-            folder: Where the log files go.
+            folder: Folder of the log files.
             nproc: Number of processes.
             modules: Number of modules that are about to start.
 
         Raises:
-            OSError: A process could not be started, or the folder not be made.
+            OSError: A process could not be started, or the folder could not be created.
         """
         logs = [folder / (f"{self.log}.{rank}.log" if rank else f"{self.log}.log") for rank in range(nproc)]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.environment}
         self.ranks = RankGroup.start(self.command(modules), environment, logs)
 
     def stop(self) -> None:
-        """Ask the processes to leave, if they were started."""
+        """Ask the processes to exit, if they were started."""
         if self.ranks is not None:
             self.ranks.stop()
 
 
 @dataclass
 class LocalRunner:
-    """Runs a job graph. A job that fails does not stop the jobs that do not need it.
+    """Runs a job graph. If a job fails, jobs that do not depend on it continue.
 
     Attributes:
         run: The run directory.
         jobs: Maximum number of phases that run in parallel.
         reporter: Prints progress.
         nproc: Number of ranks of each phase.
-        helper: Processes that serve the modules; None: there are none.
+        helper: Processes that assist the modules, or None.
         running: The ranks of running jobs, by the key of the job.
         gpus: The GPUs of running jobs, by the key of the job.
         stopping: Whether the run has been asked to stop.
-        patience: How many more times a phase may find its directory owned by a previous attempt that was killed.
+        patience: Number of remaining retries of phases whose directory is still owned by a killed attempt.
     """
 
     run: RunDir
@@ -95,7 +95,7 @@ class LocalRunner:
         """Run the jobs that are not done yet.
 
         Returns:
-            0, or 75 after a stop, or the exit code of the first job that failed.
+            The exit code of the first job that failed; otherwise 75 if the run was stopped, or 0.
         """
         done = {job.key for job in graph if self._phase_dir(job).result is not None}
         failed: dict[str, int] = {}
@@ -109,21 +109,21 @@ class LocalRunner:
                 for job in ready:
                     waiting.remove(job)
                     try:
-                        # cores are divided by the jobs that may run in parallel, not by those that do: a resumed job
-                        # then has as many threads as before and computes the same bits
+                        # cores are divided by the number of jobs that may run in parallel, not of those that do, so
+                        # that a resumed job has the same number of threads and computes the same bits
                         self._start_job(job, parallel=min(self.jobs, sum(other.needs == job.needs for other in graph)))
                     except OSError as error:
                         failed[job.key] = Exit.ENVIRONMENT
                         reason = f"{error.filename}: {error.strerror}"
                         self.reporter.failed(job, Exit.ENVIRONMENT, reason, self._log_file(job, 0))
                 if not self.running and not self._ready_jobs(waiting, done):
-                    break  # the remaining jobs need one that failed, or the run is stopping
+                    break  # the remaining jobs depend on a failed job, or the run is stopping
                 for job, ranks, code in self._pop_finished(graph):
                     if code == 0:
                         done.add(job.key)
                         self.reporter.done(job, self._phase_dir(job).result or {})
                     elif code == Exit.PREEMPTED or (self.stopping and code == -signal.SIGTERM):
-                        self.stopping = True  # -SIGTERM: stopped before it could install its handler
+                        self.stopping = True  # -SIGTERM: the rank was stopped before it installed its signal handler
                     elif code == Exit.LOCKED and self.patience:
                         self.patience -= 1
                         time.sleep(1)
@@ -137,7 +137,7 @@ class LocalRunner:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            for ranks in self.running.values():  # some are left only after an error in this loop
+            for ranks in self.running.values():  # empty unless the loop raised an error
                 ranks.stop()
             if self.helper is not None and self.helper.ranks is not None:
                 self.helper.ranks.shut_down()
@@ -163,20 +163,20 @@ class LocalRunner:
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
         if self.helper is not None and job.phase == "incubate":
             environment |= self.helper.module_environment
-        # cores are divided among processes, so that they do not compete
+        # divide the cores among the processes, so that they do not compete
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (parallel * self.nproc))))
-        # threads that spin while they wait slow a step down several times when another process is running
+        # if another process is running, threads that spin while they wait make a step several times slower
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        if len(visible := list_visible_gpus()) > 1:  # jobs that run in parallel get different ones
+        if len(visible := list_visible_gpus()) > 1:  # jobs that run in parallel get different GPUs
             self.gpus[job.key] = choose_gpus(visible, chain.from_iterable(self.gpus.values()), self.nproc)
             environment[GPU_VARIABLE] = ",".join(self.gpus[job.key])
         self.running[job.key] = RankGroup.start(command, environment, logs)
-        if self.stopping:  # since the ranks were being started
+        if self.stopping:  # the signal arrived while the ranks were being started
             self.running[job.key].stop()
         self.reporter.started(job)
 
     def start_helper(self, modules: int) -> None:
-        """Start the helper job with the first modules. If that fails, modules run without it."""
+        """Start the helper job before the first modules. If it cannot be started, modules run without it."""
         helper = self.helper
         if helper is None or helper.ranks is not None:
             return
@@ -187,18 +187,18 @@ class LocalRunner:
             reason = f"{error.filename}: {error.strerror}"
             self.reporter.say(f"{helper.title}: could not be started ({reason}); {helper.fallback}")
             return
-        if self.stopping:  # asked to while it was started
+        if self.stopping:  # the signal arrived while the processes were being started
             helper.stop()
 
     def check_helper(self, waiting: list[Job]) -> None:
-        """Stop the helper job once no module needs it; report it if it ended before."""
+        """Stop the helper job once no module needs it, and report it if it ended early."""
         if self.helper is None or (ranks := self.helper.ranks) is None:
             return
         if not any(key.startswith("incubate/") for key in (*self.running, *(job.key for job in waiting))):
             ranks.stop()
         if ranks.poll() is not None and not ranks.stop_requested:
             self.reporter.say(f"{self.helper.title}: {ranks.reason}; {self.helper.fallback}")
-            ranks.stop()  # report it once
+            ranks.stop()  # sets stop_requested, so that it is reported only once
 
     def _pop_finished(self, graph: list[Job]) -> Iterator[tuple[Job, RankGroup, int]]:
         """Remove the jobs that have ended from ``running``, and yield each with its ranks and exit code."""

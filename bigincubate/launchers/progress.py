@@ -17,7 +17,7 @@ class ProgressReporter:
     """Prints the progress of jobs. Use it as a context manager.
 
     Attributes:
-        failures: A line for each job that has failed.
+        failures: One line for each job that has failed.
     """
 
     def __init__(self, console: Console) -> None:
@@ -56,7 +56,7 @@ class ProgressReporter:
             self.say(f"{job.title}: started")
 
     def update(self, running: list[tuple[Job, PhaseDir]]) -> None:
-        """Report the newest metrics of the running jobs; without a terminal only every tenth of a phase."""
+        """Report the latest metrics of the running jobs; without a terminal, only after each tenth of a phase."""
         for job, folder in running:
             row = read_last_metrics(folder)
             if "train/loss" not in row:

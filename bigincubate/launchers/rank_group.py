@@ -14,29 +14,29 @@ from typing import Any
 from ..distributed.parent_death import PARENT_VARIABLE
 from ..errors import Exit
 
-FOLLOW_SECONDS = 10.0  # seconds after the first rank's exit until the remaining ranks are asked to stop
-GRACE_SECONDS = 10.0  # seconds after that until they are killed
-SPECIFIC_CODES = set(Exit) - {Exit.DONE, Exit.PREEMPTED}  # exit codes that name a reason
+FOLLOW_SECONDS = 10.0  # seconds from the first rank's exit until the other ranks are asked to stop
+GRACE_SECONDS = 10.0  # seconds from then until they are killed
+SPECIFIC_CODES = set(Exit) - {Exit.DONE, Exit.PREEMPTED}  # exit codes of specific errors
 
 
 class RankGroup:
-    """The same command in one process per log file.
+    """One process per rank, all with the same command.
 
-    Each process finds its rank in ``torchrun``'s environment variables, and stops when this process ends (see
+    Each process reads its rank from ``torchrun``'s environment variables, and stops when this process ends (see
     :mod:`bigincubate.distributed.parent_death`).
 
     Args:
         processes: One process per rank.
-        logs: One file per rank with its output.
-        store: The store in which the ranks find each other, kept alive as long as the group; None for a single rank.
+        logs: The log file of each rank.
+        store: The rendezvous store of the ranks, kept open as long as the group exists; None for a single rank.
     """
 
     def __init__(self, processes: list[Popen[bytes]], logs: Sequence[Path], store: Any = None) -> None:
         self.processes, self.logs, self.store = processes, logs, store
-        self.exit_codes: dict[int, int] = {}  # by rank, in the order in which they were seen
-        self.terminated: set[int] = set()  # ranks that were made to exit because they did not follow the others
+        self.exit_codes: dict[int, int] = {}  # by rank, in the order in which ranks were found to have exited
+        self.terminated: set[int] = set()  # ranks that were stopped because they did not exit with the others
         self.stop_requested = False
-        self.first_exit = 0.0  # when the first exit was seen
+        self.first_exit = 0.0  # time at which the first exit was found
 
     @classmethod
     def start(cls, command: Sequence[str], environment: Mapping[str, str], logs: Sequence[Path]) -> RankGroup:
@@ -44,11 +44,11 @@ class RankGroup:
 
         Args:
             command: Program and arguments.
-            environment: Environment variables of every rank, to which those of the rank are added.
-            logs: One file per rank, to which the rank's output is appended, in a folder that is created if needed.
+            environment: Environment variables of all ranks; the variables of each rank are added.
+            logs: The log file of each rank, to which output is appended. Their folder is created if needed.
 
         Raises:
-            OSError: A rank could not be started. Then none is left running.
+            OSError: A rank could not be started. The other ranks have been killed.
         """
         world = len(logs)
         logs[0].parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ class RankGroup:
                 own = {**environment, **store_variables, PARENT_VARIABLE: str(os.getpid())}
                 own |= {name: str(value) for name, value in numbers.items()}
                 with log.open("ab") as output:
-                    # in a new session: Ctrl-C reaches only the launcher, which passes it on once
+                    # in a new session, so that Ctrl-C reaches only the launcher, which stops the ranks once
                     processes.append(
                         Popen(command, env=own, stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True)
                     )
@@ -79,7 +79,7 @@ class RankGroup:
                 process.send_signal(signal.SIGTERM)
 
     def shut_down(self) -> None:
-        """Ask every rank to exit, and wait until all have. Those that take too long are killed."""
+        """Ask every rank to exit, and wait for all of them. Ranks that take too long are killed."""
         self.stop()
         deadline = time.monotonic() + GRACE_SECONDS
         while self.poll() is None:
@@ -89,9 +89,9 @@ class RankGroup:
             time.sleep(0.02)
 
     def poll(self) -> int | None:
-        """Return the exit code of the group, or None while a rank runs.
+        """Return the exit code of the group, or None while a rank is running.
 
-        All ranks exit together: once one has, the others have some time to follow before they are made to.
+        After one rank has exited, the other ranks must exit within ``FOLLOW_SECONDS``; otherwise they are stopped.
         """
         for rank, process in enumerate(self.processes):
             if rank not in self.exit_codes and (code := process.poll()) is not None:
@@ -102,7 +102,8 @@ class RankGroup:
         if self.exit_codes:
             overdue = time.monotonic() - self.first_exit - FOLLOW_SECONDS
             for rank in set(range(len(self.processes))).difference(self.exit_codes):
-                if overdue > GRACE_SECONDS or is_suspended(self.processes[rank].pid):  # it cannot exit
+                # a suspended process cannot handle SIGTERM
+                if overdue > GRACE_SECONDS or is_suspended(self.processes[rank].pid):
                     self.terminated.add(rank)
                     self.processes[rank].kill()
                 elif overdue > 0 and rank not in self.terminated:
@@ -112,42 +113,42 @@ class RankGroup:
 
     @property
     def cause_rank(self) -> int:
-        """Return the rank whose exit explains best why the group ended.
+        """Return the rank whose exit best explains why the group ended.
 
-        In this order: a rank that reported a specific error (the lowest one); one that was stopped before it had
-        begun; one that was killed; one that crashed, often because another rank was gone; one that saved a checkpoint.
+        In order of preference: the lowest rank that reported a specific error; a rank that was stopped before it was
+        ready; one that was killed; one that crashed, often because another rank was gone; one that saved a checkpoint.
         """
 
-        def explanatory_power(rank: int) -> tuple[int, ...]:
+        def priority(rank: int) -> tuple[int, ...]:
             code = self.exit_codes[rank]
-            specific, not_begun = code in SPECIFIC_CODES, self.stop_requested and code == -signal.SIGTERM
+            specific, not_ready = code in SPECIFIC_CODES, self.stop_requested and code == -signal.SIGTERM
             crashed = code not in (Exit.DONE, Exit.PREEMPTED)
-            return (specific, -rank * specific, not_begun, code < 0, crashed, code != Exit.DONE)
+            return (specific, -rank * specific, not_ready, code < 0, crashed, code != Exit.DONE)
 
-        return max([rank for rank in self.exit_codes if rank not in self.terminated], key=explanatory_power)
+        return max([rank for rank in self.exit_codes if rank not in self.terminated], key=priority)
 
     @property
     def log(self) -> Path:
-        """Return the log of the rank that explains why the group ended."""
+        """Return the log of :attr:`cause_rank`."""
         return self.logs[self.cause_rank]
 
     @property
     def reason(self) -> str:
-        """Return one line that says why the group ended."""
+        """Return one line that explains why the group ended."""
         code = self.exit_codes[self.cause_rank]
         text = last_log_line(self.log) if code >= 0 else f"ended by signal {-code} ({signal.strsignal(-code)})"
-        alike = len(set(self.exit_codes.values())) == 1 and not self.terminated
-        return text if alike else f"rank {self.cause_rank}: {text}"
+        all_equal = len(set(self.exit_codes.values())) == 1 and not self.terminated
+        return text if all_equal else f"rank {self.cause_rank}: {text}"
 
 
 def create_rendezvous_store() -> tuple[Any, dict[str, str]]:
-    """Create a store in which the ranks of this machine find each other.
+    """Create a rendezvous store for the ranks of this machine.
 
     Its port is bound before any rank starts, no host name is resolved, and it listens only on the loopback interface.
 
     Returns:
-        The store, which lives as long as the object, and the environment variables that the ranks need to find it:
-        those of ``torchrun``, whose agent has such a store too.
+        The store, which must be kept open, and the environment variables with which the ranks find it. ``torchrun``
+        sets the same ones, because its agent also creates the store.
     """
     from torch.distributed import TCPStore
 
@@ -172,6 +173,6 @@ def is_suspended(pid: int) -> bool:
 
 
 def last_log_line(log: Path) -> str:
-    """Return the last line of a log that is not blank."""
+    """Return the last nonblank line of a log."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     return lines[-1] if lines else "no output"

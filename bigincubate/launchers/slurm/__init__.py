@@ -1,1 +1,1 @@
-"""Slurm: submit jobs, follow them, requeue them."""
+"""Submit, monitor and requeue Slurm jobs."""

@@ -1,4 +1,4 @@
-"""Client for Slurm's command-line programs: list, requeue and cancel the jobs of a run."""
+"""Client of Slurm's command-line programs: list, requeue and cancel the jobs of a run."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class QueuedJob:
     """A job or an array task of a run that has not ended.
 
     Attributes:
-        job: The job id; for an array task the id of the array.
+        job: The job id; for an array task, that of the array.
         kind: ``pretrain``, ``incubate``, ``finetune``, ``end_to_end`` or ``gate``.
         module: Index of the module, for ``incubate`` only.
-        state: Slurm's state, such as ``RUNNING`` or ``PENDING``.
+        state: State of the job in Slurm, such as ``RUNNING`` or ``PENDING``.
         node: Names of the nodes it runs on; empty while it is pending.
-        reason: Slurm's reason why it is pending.
+        reason: Slurm's reason why the job is pending.
     """
 
     job: str
@@ -48,24 +48,23 @@ class QueuedJob:
 
 
 def run_slurm_command(*words: str, env: Mapping[str, str] | None = None, timeout: float = 120) -> str:
-    """Run one of Slurm's programs and return what it printed.
+    """Run one of Slurm's programs and return its standard output.
 
     Args:
         words: The program and its arguments.
-        env: The environment of the program; None for that of this process.
-        timeout: Seconds in which it must end.
+        env: Environment variables of the program; None for those of this process.
+        timeout: Time limit in seconds.
 
     Raises:
         MissingDependencyError: If the program is not installed.
-        SystemResourceError: If it fails, or does not answer in time.
+        SystemResourceError: If the program fails or exceeds the time limit.
     """
     if shutil.which(words[0]) is None:
-        reason = "this command needs Slurm; without Slurm use `bigincubate run`"
-        raise MissingDependencyError(f"{words[0]} not found: {reason}")
+        raise MissingDependencyError(f"{words[0]} not found: this command needs Slurm; use `bigincubate run` instead")
     try:
         ended = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise SystemResourceError(f"{words[0]} does not answer; try again later") from None
+        raise SystemResourceError(f"{words[0]} did not finish within {timeout:.0f} s; try again later") from None
     if ended.returncode:
         lines = [line for line in ended.stderr.splitlines() if line.strip()]
         raise SystemResourceError(f"{words[0]} failed: {lines[-1] if lines else ended.returncode}")
@@ -73,7 +72,7 @@ def run_slurm_command(*words: str, env: Mapping[str, str] | None = None, timeout
 
 
 def run_comment(run: RunDir) -> str:
-    """Return the comment by which all jobs of a run are recognized, whichever user submitted them."""
+    """Return the comment that identifies all jobs of a run, of any user."""
     return str(run.path.resolve())
 
 
@@ -83,7 +82,7 @@ def job_name(kind: str, offset: int = 0) -> str:
 
 
 def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
-    """Return the jobs of a run that are in the queue, recognized by their name and comment.
+    """Return the jobs of a run that are in the queue, which are identified by name and comment.
 
     Raises:
         SystemResourceError: If Slurm does not answer.
@@ -92,7 +91,7 @@ def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
     for line in run_slurm_command("squeue", "--noheader", "--array", "--format=%F|%K|%T|%j|%N|%r|%k").splitlines():
         fields = line.split("|", 6)
         if len(fields) < 7:
-            continue  # part of a comment of several lines, of another user's job
+            continue  # a line of the multi-line comment of another user's job
         job, index, state, name, node, reason, job_comment = fields
         if job_comment == run_comment(run) and name.startswith(JOB_NAME_PREFIX) and state not in ENDED_STATES:
             kind, _, offset = name.removeprefix(JOB_NAME_PREFIX).partition("+")
@@ -102,11 +101,11 @@ def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
 
 
 def query_job_state(job: str, timeout: float = 120) -> str:
-    """Return Slurm's state of a job or an array task (``12_3``), such as ``RUNNING`` or ``COMPLETING``.
+    """Return the state of a job or an array task in Slurm, such as ``RUNNING`` or ``COMPLETING``.
 
     Args:
-        job: The job.
-        timeout: Seconds in which Slurm must answer.
+        job: Id of the job, or of an array task (``12_3``).
+        timeout: Time limit in seconds.
 
     Raises:
         SystemResourceError: If Slurm does not answer or no longer knows the job.
@@ -124,7 +123,7 @@ def requeue_job(job: str) -> None:
 
 
 def query_max_array_size() -> int:
-    """Return Slurm's MaxArraySize: the indices of an array are below it.
+    """Return Slurm's MaxArraySize. The indices of an array are smaller.
 
     Raises:
         SystemResourceError: If Slurm does not answer.
@@ -151,7 +150,7 @@ def cancel_jobs(run: RunDir) -> list[str]:
     Raises:
         SystemResourceError: If Slurm does not answer.
     """
-    # gates first, so that none submits new jobs in the meantime
+    # cancel gates first, so that no gate submits new jobs in the meantime
     queued = sorted(list_queued_jobs(run), key=lambda entry: entry.kind != "gate")
     ids = list(dict.fromkeys(entry.job for entry in queued))
     if ids:
@@ -161,5 +160,5 @@ def cancel_jobs(run: RunDir) -> list[str]:
 
 
 def environment_outside_job() -> dict[str, str]:
-    """Return the environment without the variables of the Slurm job that this process may be part of."""
+    """Return the environment variables of this process, without those of a Slurm job that it may run in."""
     return {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}

@@ -1,4 +1,4 @@
-"""Slurm's environment variables of a job step: the rank of this process, and the index of its array task."""
+"""Read the rank of this process and the index of its array task from Slurm's environment variables."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ...errors import ConfigError
 
 
 def set_torchrun_variables() -> None:
-    """Set ``torchrun``'s variables from Slurm's if ``srun`` started this process as one of several ranks.
+    """Set ``torchrun``'s environment variables from Slurm's if ``srun`` started this process as one of several ranks.
 
     Variables that ``torchrun`` set are kept. ``MASTER_ADDR`` must be set; the shipped sbatch files set it.
 
     Raises:
-        ConfigError: A variable is not a number.
+        ConfigError: A variable is not a non-negative integer.
     """
     env = os.environ
     under_torchrun = "RANK" in env and "WORLD_SIZE" in env
@@ -33,5 +33,5 @@ def array_index() -> int:
         ConfigError: This process is not in an array task.
     """
     if "SLURM_ARRAY_TASK_ID" not in os.environ:
-        raise ConfigError("--module auto needs SLURM_ARRAY_TASK_ID (a Slurm array task); else give a number")
+        raise ConfigError("--module auto needs SLURM_ARRAY_TASK_ID, which Slurm sets in an array task; give a number")
     return read_count("SLURM_ARRAY_TASK_ID", 0)

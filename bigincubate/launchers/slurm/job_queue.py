@@ -1,4 +1,4 @@
-"""What leases ask about Slurm's jobs."""
+"""Answer the queries of leases about Slurm jobs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from ...errors import MissingDependencyError, SystemResourceError
 from ...storage.lease import JobQueue
 from .client import ENDED_STATES, query_job_state
 
-SQUEUE_TIMEOUT = 3.0  # seconds in which Slurm must answer
-# states of jobs without a running process: ended, or waiting to start (again)
+SQUEUE_TIMEOUT = 3.0  # seconds
+# states of jobs without a running process: ended, or waiting for a start or restart
 NOT_RUNNING = ENDED_STATES - {"COMPLETING", "REVOKED"} | {
     *("PENDING", "PREEMPTED", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"),
 }
 
 
 class SlurmQueue(JobQueue):
-    """Slurm, as leases need to know it."""
+    """Slurm's implementation of the queries of leases."""
 
     def current_job(self) -> dict[str, Any]:
-        """Return the job or array task of this process, its cluster, and how often it was restarted."""
+        """Return the job or array task of this process, its cluster, and the number of its restarts."""
         env = os.environ
         array, task = env.get("SLURM_ARRAY_JOB_ID"), env.get("SLURM_ARRAY_TASK_ID")
         return {
@@ -30,11 +30,11 @@ class SlurmQueue(JobQueue):
         }
 
     def has_ended(self, job: str) -> bool:
-        """Return whether Slurm says that no process of a job runs; False if Slurm does not answer."""
+        """Return whether Slurm reports that no process of a job is running; False if Slurm does not answer."""
         try:
             states = set(query_job_state(job, timeout=SQUEUE_TIMEOUT).split())
         except MissingDependencyError:
             return False
         except SystemResourceError as error:
-            return "Invalid job id" in str(error)  # it ended so long ago that Slurm has forgotten it
+            return "Invalid job id" in str(error)  # it ended so long ago that Slurm no longer knows it
         return bool(states) and states <= NOT_RUNNING

@@ -1,7 +1,7 @@
-"""How a Slurm job ends: done, requeued to resume from its checkpoint, or failed.
+"""Decide how a Slurm job ends: done, requeued to resume from its checkpoint, or failed.
 
-The exit code of the ranks is not enough: torch and Slurm change it, and a killed rank has none. The files of the run
-directory decide.
+The decision is based on the files of the run directory, because the exit code of the ranks is unreliable: torch and
+Slurm change it, and a killed rank has none.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from ...storage.run_directory import PhaseDir
 from .client import query_job_state, requeue_job
 
 DETERMINISTIC_FAILURES = (Exit.USAGE, Exit.ARTIFACT, Exit.NON_FINITE, Exit.DAMAGED)  # a requeue would fail again
-MAX_REQUEUES_WITHOUT_PROGRESS = 3  # in a row
+MAX_REQUEUES_WITHOUT_PROGRESS = 3  # consecutive requeues
 LIMITS = (("BIGINCUBATE_MAX_REQUEUES", "20"), ("SLURM_RESTART_COUNT", "0"))
-SIGNAL_EXIT_OFFSET = 128  # shells and srun add it to the number of the signal that ended a rank
+SIGNAL_EXIT_OFFSET = 128  # shells and srun add this to the number of the signal that ended a rank
 
 
 def handle_job_exit(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
-    """Requeue a job that has ended early, if a requeue can help.
+    """Requeue a job that has ended early, if a requeue may succeed.
 
     Args:
         folder: The folder of the phase that the job ran.
-        job: The job id; for an array task ``ARRAY_INDEX``, and only this task is requeued.
+        job: The job id, or ``ARRAY_INDEX`` for an array task, which is requeued without the other tasks.
         code: The exit code of srun.
 
     Returns:
-        The exit code for the job, and the reason for it.
+        The exit code of the job, and the reason.
     """
     if folder.result is not None:
         return Exit.DONE, "done"
@@ -42,7 +42,7 @@ def handle_job_exit(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
         state = query_job_state(job)
     except ExternalError as error:
         return failed, f"{reason}; not requeued: {error}"
-    if state != "RUNNING":  # scancel, a crashed node or the time limit: Slurm or a user has decided what comes next
+    if state != "RUNNING":  # scancel, a crashed node or the time limit: Slurm or a user has ended the job
         return failed, f"{reason}; Slurm has ended this job: {state}"
     allowed, restarts = (int(os.environ.get(name, default)) for name, default in LIMITS)
     if restarts >= allowed:
@@ -62,7 +62,7 @@ def handle_job_exit(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
 
 
 def describe_exit_code(code: int) -> str:
-    """Describe an exit code of srun in words."""
+    """Return a description of an exit code of srun."""
     if code == Exit.PREEMPTED:
         return "stopped with a checkpoint"
     if code > SIGNAL_EXIT_OFFSET and code - SIGNAL_EXIT_OFFSET in {number.value for number in signal.Signals}:

@@ -1,4 +1,4 @@
-"""The ``sbatch`` commands of a run, the scripts they submit, and the environment variables the scripts read."""
+"""Build the ``sbatch`` commands of a run, with the scripts and their environment variables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...errors import ConfigError
 from ...storage.run_directory import RunDir
 from .client import DEFAULT_MAX_ARRAY_SIZE, job_name, run_comment
 
-# options of sbatch that are not named like the key of `SlurmJobConfig`
+# options of sbatch whose name differs from the key in `SlurmJobConfig`
 OPTION_NAMES = {"ranks": "ntasks-per-node", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem"}
 
 
@@ -31,7 +31,7 @@ def build_sbatch_command(
         needs: Ids of jobs that must have ended first, successfully or not.
 
     Raises:
-        ConfigError: If a word has a control character, which could start a new line of a script.
+        ConfigError: If a word contains a control character, which could start a new line of a script.
     """
     slurm, job, path = recipe.slurm, recipe.slurm.job(kind), run.path.absolute()
     words = ["sbatch", "--parsable", f"--job-name={job_name(kind, offset)}", f"--comment={run_comment(run)}"]
@@ -50,19 +50,19 @@ def build_sbatch_command(
     words += [str(path)] if kind == "gate" else [str(run.recipe_file.absolute()), str(path)]
     for word in [*words, *script_environment(recipe).values()]:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in word):
-            raise ConfigError(f"a control character in {word!r}, which would be passed to sbatch; remove it")
+            raise ConfigError(f"a control character in {word!r}, which is passed to sbatch; remove the character")
     return words
 
 
 def split_into_arrays(modules: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
-    """Split modules into arrays.
+    """Split modules into job arrays.
 
     Args:
         modules: Numbers of the modules.
         size: Maximum number of indices of an array.
 
     Yields:
-        The offset of an array and its modules; the index of a module in the array is its number minus the offset.
+        The offset and the modules of an array. The index of a module in the array is its number minus the offset.
     """
     for offset in sorted({module // size * size for module in modules}):
         yield offset, [module for module in modules if module // size * size == offset]
@@ -94,7 +94,7 @@ def script_environment(recipe: Recipe, offset: int = 0) -> dict[str, str]:
 def format_submission(
     recipe: Recipe, run: RunDir, modules: int, *, baseline: bool, size: int = DEFAULT_MAX_ARRAY_SIZE
 ) -> str:
-    """Return the commands and scripts of a whole run as text, without submitting anything.
+    """Return the commands and scripts of a whole run as text, without submitting them.
 
     Args:
         recipe: The recipe of the run.

@@ -1,14 +1,14 @@
-"""Scheduling a run on Slurm: submit the jobs that are missing, and a *gate*, a small job that does so again.
+"""Schedule a run on Slurm: submit the missing jobs, and a *gate*, a small job that later submits the next ones.
 
 ::
 
     pretrain ──afterany──▶ incubate (array, one task per module) ──afterany──▶ gate ──▶ finetune ──afterany──▶ gate
 
-The gate calls :func:`submit_missing_jobs`, as the commands ``submit`` and ``resume`` do. This one function checks
-which phases are done (hashes and lineage) and which jobs are in the queue, and submits the rest. Therefore no job waits
-for a job that cannot succeed, the large allocation of fine-tuning is requested only when all modules are done, and
-submitting again is safe. The number of submissions of each phase is saved before each ``sbatch``; after
-``slurm.max_submissions`` of them the run stops until a user calls ``resume``.
+The gate and the commands ``submit`` and ``resume`` call :func:`submit_missing_jobs`, which checks which phases are done
+(hashes and lineage) and which jobs are in the queue, and submits the rest. Therefore no job waits for a job that cannot
+succeed, the large allocation of fine-tuning is requested only when all modules are done, and submitting again is safe.
+The number of submissions of each phase is saved before each ``sbatch``; after ``slurm.max_submissions`` submissions the
+run stops until a user calls ``resume``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def submit_missing_jobs(
         recipe: The recipe of the run.
         graph: The jobs of the run.
         run: The run directory.
-        gate: Id of the calling job if that is a gate. None for a call by a user, which resets the numbers of
+        gate: Id of the calling job if it is a gate. None for a call by a user, which resets the numbers of
             submissions.
         say: Prints a line.
 
@@ -52,7 +52,7 @@ def submit_missing_jobs(
         Whether all jobs are done.
 
     Raises:
-        ArtifactError: If a phase has been submitted as often as the recipe allows.
+        ArtifactError: If a phase has reached the maximum number of submissions.
         SystemResourceError: If Slurm does not answer.
         LockedError: If another process is submitting.
     """
@@ -66,7 +66,7 @@ def submit_missing_jobs(
             return False
         queued = [entry for entry in list_queued_jobs(run) if entry.job != gate]
         active = {entry.key: {entry.job} for entry in queued if entry.kind != "gate"}
-        # a gate that is running may have read the queue already
+        # only a pending gate counts: a running one may have read the queue already
         gate_pending = any(entry.kind == "gate" and entry.state == "PENDING" for entry in queued)
         absent = [job for job in missing if job.key not in active]
         modules_missing = any(job.phase == "incubate" for job in missing)
@@ -117,7 +117,7 @@ class JobSubmitter:
         modules = [job.module for job in jobs if job.module is not None]
         ids: list[str] = []
         for offset, group in split_into_arrays(modules, query_max_array_size()) if modules else [(0, modules)]:
-            # arrays run one after another where the number of parallel tasks is limited
+            # if the number of parallel tasks is limited, arrays run one after another
             after = ids[-1:] if self.recipe.slurm.array_parallelism else []
             ids.append(self._submit_job(kind, group, offset, [*needs, *after]))
         return set(ids)
@@ -125,7 +125,7 @@ class JobSubmitter:
     def _submit_job(self, kind: str, modules: Sequence[int], offset: int, needs: Sequence[str]) -> str:
         command = build_sbatch_command(self.recipe, self.run, kind, modules=modules, offset=offset, needs=needs)
         log = read_submission_log(self.run) | {"submissions": self.submissions}
-        write_json(self.run.path / "jobs.json", log)  # before sbatch: a count that is lost would allow endless retries
+        write_json(self.run.path / "jobs.json", log)  # before sbatch: a lost count would allow endless retries
         environment = environment_outside_job() | script_environment(self.recipe, offset)
         job = run_slurm_command(*command, env=environment).partition(";")[0]
         entry = {"job": job, "kind": kind, "modules": list(modules), "needs": list(needs), "time": time.time()}
@@ -141,16 +141,16 @@ def read_submission_log(run: RunDir) -> dict[str, Any]:
     """Read ``jobs.json``.
 
     Returns:
-        ``jobs``, the submitted jobs with their dependencies, and ``submissions``, how often each phase has been
-        submitted since a user last called ``submit`` or ``resume``.
+        ``jobs``, the submitted jobs with their dependencies, and ``submissions``, the number of submissions of each
+        phase since a user last called ``submit`` or ``resume``.
     """
     return {"jobs": [], "submissions": {}, **(read_json(run.path / "jobs.json") or {})}
 
 
 def _is_valid(job: Job, run: RunDir) -> bool:
-    """Return whether a phase is done and its artifact is valid; if it is not, mark the phase as not done.
+    """Return whether a phase is done and its artifact is valid; if the artifact is invalid, mark the phase as not done.
 
-    A phase whose artifact is only damaged resumes from its last checkpoint; one that is stale starts again.
+    A phase with a damaged artifact resumes from its last checkpoint; a phase with a stale artifact starts over.
     """
     folder = run.phase(job.phase, job.module)
     if folder.result is None:
@@ -158,7 +158,7 @@ def _is_valid(job: Job, run: RunDir) -> bool:
     stale = None
     try:
         manifest = verify_artifact(folder.artifact)
-        with contextlib.suppress(ArtifactError):  # checked once what it reads is there
+        with contextlib.suppress(ArtifactError):  # the lineage is checked later, when the input artifacts exist
             stale = check_lineage(manifest, expected_lineage(run, job.phase, job.module))
         problem = stale
     except ArtifactError as error:
