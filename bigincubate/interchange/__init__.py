@@ -1,1 +1,1 @@
-"""Models in other forms: exported folders, checkpoints of the official implementation, pretrained models."""
+"""Import and export models: exported folders, checkpoints of the official implementation, pretrained models."""

@@ -21,12 +21,12 @@ from ..storage.run_directory import RunDir
 from .official_format import write_official
 from .timm_format import timm_snippet, write_timm_files
 
-SPEC = "bigincubate"  # our part of an exported config.json
-FILES = ("model.safetensors", "config.json")  # of an exported folder; the last one comes last
+SPEC = "bigincubate"  # key of the ModelSpec in an exported config.json
+FILES = ("model.safetensors", "config.json")  # of an exported folder, in the order in which they are written
 
 
 def best_artifact(run: RunDir) -> Path:
-    """Return the artifact of a run's result: the fine-tuned model, or else the end-to-end model.
+    """Return the artifact of a run's final model: the fine-tuned model, or otherwise the end-to-end model.
 
     Raises:
         ArtifactError: The run has neither yet.
@@ -55,8 +55,8 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
         raise ArtifactError(f"{path}: no such directory")
     tensors, manifest = load_artifact(path)
     if manifest.kind != "model":
-        raise ArtifactError(f"{path} is module {manifest.module}, a part of a model; give a run or a whole model")
-    _check_names(manifest.model, path, recipe)
+        raise ArtifactError(f"{path} is module {manifest.module}, a part of a model; give a run or a full model")
+    _check_trusted_code(manifest.model, path, recipe)
     return with_weights(manifest.model, tensors, path), manifest.model
 
 
@@ -64,19 +64,22 @@ def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> n
     """Build a model and load its weights.
 
     Args:
-        spec: Describes the model.
-        tensors: Its weights.
-        source: Where they come from, for the error.
+        spec: Description of the model.
+        tensors: The weights.
+        source: Path of the weights, for the error message.
 
     Raises:
-        ArtifactError: Names or shapes of the tensors are not those of the model.
+        ArtifactError: Names or shapes of the tensors do not match the model.
     """
     family, depths = find_family(spec.model), partition_of(spec).depths
     # compare shapes first, so that a specification that does not fit its weights allocates nothing
     shapes = family.build(spec.model, depths, device="meta").state_dict()
-    wanted = {name: tensor.shape for name, tensor in shapes.items()}
-    if odd := sorted(wanted.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}):
-        raise ArtifactError(f"{source} does not hold the model of its description: tensor {odd[0][0]!r} differs")
+    expected = {name: tensor.shape for name, tensor in shapes.items()}
+    if different := sorted(expected.items() ^ {(name, tensor.shape) for name, tensor in tensors.items()}):
+        raise ArtifactError(
+            f"{source} does not hold the model of its description: tensor {different[0][0]!r} is missing, unexpected or"
+            " of another shape"
+        )
     model = family.build(spec.model, depths)
     model.load_state_dict(tensors)
     return model
@@ -89,7 +92,7 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
     except (KeyError, ValidationError):
         raise ArtifactError(f"{path / 'config.json'} was not written by `bigincubate export`") from None
     file = path / "model.safetensors"
-    _check_names(spec, file, None)
+    _check_trusted_code(spec, file, None)
     try:
         regular_file_size(file)
         return with_weights(spec, load_file(file), file), spec
@@ -104,14 +107,14 @@ def is_complete_export(folder: Path) -> bool:
 
 
 def export(source: Path, out: Path) -> str:
-    """Export the model of ``source`` as a folder, which timm loads if the model is timm's.
+    """Export the model of ``source`` as a folder. A model from timm can be loaded with timm.
 
     Returns:
-        The Python code that loads it.
+        Python code that loads the model.
 
     Raises:
         ArtifactError: There is no complete model in ``source``.
-        ConfigError: ``out`` has other files.
+        ConfigError: ``out`` contains other files.
     """
     return write_folder(*load_model(source), out)
 
@@ -121,59 +124,59 @@ def export_official(source: Path, out: Path) -> None:
 
     Raises:
         ArtifactError: There is no complete model in ``source``.
-        ConfigError: ``out`` exists, or the official implementation has no such model.
+        ConfigError: ``out`` exists, or the official implementation does not support the model.
     """
     model, spec = load_model(source)
     write_official(out, model.state_dict(), partition_of(spec))
 
 
 def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
-    """Write a model as ``model.safetensors`` and ``config.json``, for a timm model as timm does.
+    """Write a model as ``model.safetensors`` and ``config.json``, in timm's format for a timm model.
 
     Returns:
-        The Python code that loads it.
+        Python code that loads the model.
 
     Raises:
-        ConfigError: ``out`` has other files.
+        ConfigError: ``out`` contains other files.
     """
     out = out.resolve()
     if out.exists() and (
         not out.is_dir() or ({file.name for file in out.iterdir()} - set(FILES) and not is_complete_export(out))
     ):
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
-    aside = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(aside, ignore_errors=True)
+    temporary = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
     timm = spec.model.library == "timm"
     if timm:
-        config = write_timm_files(model, spec, aside)
+        config = write_timm_files(model, spec, temporary)
     else:
-        aside.mkdir()
+        temporary.mkdir()
         config = {}
-        save_file(model.state_dict(), aside / FILES[0])
-    (aside / FILES[1]).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
+        save_file(model.state_dict(), temporary / FILES[0])
+    (temporary / FILES[1]).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
     out.mkdir(exist_ok=True)
     for name in FILES:
-        (aside / name).replace(out / name)
-    aside.rmdir()
+        (temporary / name).replace(out / name)
+    temporary.rmdir()
     weights = out / FILES[0]
     return timm_snippet(spec, weights) if timm else f"safetensors.torch.load_file({str(weights)!r})"
 
 
 def partition_of(spec: ModelSpec) -> Partition:
-    """Return which module owns which tensor of a described model."""
+    """Return the partition of a described model into modules."""
     return Partition(find_family(spec.model), tuple(tuple(stages) for stages in spec.depths))
 
 
-def _check_names(spec: ModelSpec, source: Path, recipe: Recipe | None) -> None:
-    """Refuse code outside this package that is named by a file only, and not by the recipe of a run directory.
+def _check_trusted_code(spec: ModelSpec, source: Path, recipe: Recipe | None) -> None:
+    """Check that a model file names no code outside this package that the recipe of its run does not name.
 
     Raises:
-        ArtifactError: Naming the code.
+        ArtifactError: The file names such code; the message contains the names.
     """
     tasks = {recipe.settings(phase).task.name for phase in PHASES} if recipe else set()
     trusted = {recipe.model.library, *tasks} if recipe else set()
     if foreign := sorted(name for name in {spec.model.library, spec.task.name} - trusted if ":" in name):
         raise ArtifactError(
-            f"{source} needs code outside this package ({', '.join(foreign)}), which no file alone may name:"
-            " give the run directory, whose recipe names it"
+            f"{source} needs code outside this package ({', '.join(foreign)}), which is loaded only if a recipe names"
+            " it; give the run directory instead"
         )

@@ -1,9 +1,9 @@
 """Read and write checkpoints of the official implementation (github.com/LeapLabTHU/Deep-Incubation).
 
-Such a file is a dictionary written by ``torch.save``. Its ``model_stages`` lists the state dict of each module: stem
-in the first, norm and head in the last, blocks counted from the start of the module, which `Partition` calls local
-names. Everything else in it (optimizer, scheduler, a second copy of the model) is ignored. Reading runs no code of a
-file: only tensors and plain containers are unpickled.
+Such a file is a dictionary written by ``torch.save``. Its ``model_stages`` is a list of one state dict per module, with
+the stem in the first, norm and head in the last, and block indices that start at zero in each module (local names of
+`Partition`). All other entries (optimizer, scheduler, a second copy of the model) are ignored. Only tensors and plain
+containers are unpickled, so reading a file cannot run code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = re.compile(
 
 
 def read_torch(file: Path) -> Any:
-    """Read a file of ``torch.save``, with tensors on the CPU.
+    """Read a file that ``torch.save`` wrote, with tensors on the CPU.
 
     Raises:
         ArtifactError: The file is missing or damaged, or reading it would run code.
@@ -39,23 +39,25 @@ def read_torch(file: Path) -> Any:
         raise ArtifactError(f"{file}: {error.strerror or error}") from None
     except Exception as error:  # a damaged file can raise any error in the unpickler
         if code := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise ArtifactError(f"{file} takes code to read ({code[1]}), which is never run: refused") from None
-        raise ArtifactError(f"{file} was not written by torch.save, or is damaged") from None
+            raise ArtifactError(f"{file}: refused, because reading it would run code ({code[1]})") from None
+        raise ArtifactError(f"{file} is damaged, or was not written by torch.save") from None
 
 
 def read_stages(file: Path) -> list[dict[str, Tensor]]:
-    """Read the state dict of each module, under local names.
+    """Read the state dict of each module, with local names.
 
     Raises:
-        ArtifactError: As in `read_torch`, or it is another kind of checkpoint.
+        ArtifactError: See `read_torch`; or the file is another kind of checkpoint.
     """
     if (stages := stages_of(read_torch(file))) is None:
-        raise ArtifactError(f"{file} has no list model_stages: it is no checkpoint of the official implementation")
+        raise ArtifactError(
+            f"{file} has no list model_stages, so it is not a checkpoint of the official implementation"
+        )
     return stages
 
 
 def stages_of(checkpoint: Any) -> list[dict[str, Tensor]] | None:
-    """Return the state dicts of the modules in a checkpoint that was read; None if it has none."""
+    """Return the state dicts of the modules in a loaded checkpoint, or None if it has none."""
     stages = checkpoint.get("model_stages") if isinstance(checkpoint, dict) else None
     return stages if isinstance(stages, list) and stages and all(map(is_state_dict, stages)) else None
 
@@ -66,7 +68,7 @@ def is_state_dict(value: Any) -> bool:
 
 
 def join_stages(stages: Sequence[Mapping[str, Tensor]], family: ModelFamily) -> dict[str, Tensor]:
-    """Join modules to one model, under timm's names.
+    """Merge the state dicts of modules into that of one model, with timm's names.
 
     Raises:
         ArtifactError: A tensor does not belong to its module.
@@ -83,22 +85,24 @@ def join_stages(stages: Sequence[Mapping[str, Tensor]], family: ModelFamily) -> 
 def write_official(out: Path, tensors: Mapping[str, Tensor], partition: Partition) -> None:
     """Write a model as a checkpoint of the official implementation.
 
-    Its ``--finetune``, ``--meta_model`` and ``--incubation_models`` load such a file.
+    The options ``--finetune``, ``--meta_model`` and ``--incubation_models`` of the official implementation load it.
 
     Raises:
         ConfigError: ``out`` exists, or the model is not a plain ViT.
     """
     if out.exists():
         raise ConfigError(f"{out} exists; choose another --out")
-    needed = ("cls_token", "norm.weight", "head.weight", "patch_embed.proj.bias", "blocks.0.attn.qkv.bias")
-    odd = [name for name in tensors if not NAMES.fullmatch(name)] + [name for name in needed if name not in tensors]
-    if odd:
-        raise ConfigError(f"the official implementation has plain ViTs only, and tensor {odd[0]!r} tells this from one")
+    required = ("cls_token", "norm.weight", "head.weight", "patch_embed.proj.bias", "blocks.0.attn.qkv.bias")
+    unexpected = [name for name in tensors if not NAMES.fullmatch(name)]
+    missing = [name for name in required if name not in tensors]
+    if unexpected or missing:
+        problem = f"unexpected tensor {unexpected[0]!r}" if unexpected else f"missing tensor {missing[0]!r}"
+        raise ConfigError(f"the official implementation supports only plain ViTs, but this model has {problem}")
     stages: list[dict[str, Tensor]] = [{} for _ in range(partition.modules)]
     for name, tensor in tensors.items():
         module, local = partition.to_local_name(name)
         stages[module][local] = tensor.detach().cpu().clone()
     out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.unfinished")
-    torch.save({"model_stages": stages}, aside)
-    aside.replace(out)
+    temporary = out.with_name(f".{out.name}.unfinished")
+    torch.save({"model_stages": stages}, temporary)
+    temporary.replace(out)

@@ -1,4 +1,4 @@
-"""Models as timm's own folders: what ``timm.create_model`` needs to build and load a model."""
+"""Write models in timm's format, and build the arguments with which ``timm.create_model`` loads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from ..models.vision.families import find_timm_family
 from ..storage.artifacts import ModelSpec
 
-# keys of timm's ``pretrained_cfg``, and what they are called in the metadata of an artifact
+# keys of timm's ``pretrained_cfg`` -> keys in the metadata of an artifact
 METADATA = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_pct": "eval_crop"}
 
 
@@ -31,14 +31,14 @@ def write_timm_files(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[st
 
 def timm_snippet(spec: ModelSpec, weights: Path) -> str:
     """Return the Python code that loads an exported model."""
-    shown = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(spec).items())
-    if depth := _cut(spec):  # timm has no argument for it
+    arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(spec).items())
+    if depth := _truncated_depth(spec):  # timm has no argument for the depth
         return (
-            f"model = timm.create_model({spec.model.name!r}, {shown}); model.blocks = model.blocks[:{depth}];"
+            f"model = timm.create_model({spec.model.name!r}, {arguments}); model.blocks = model.blocks[:{depth}];"
             f" model.load_state_dict(safetensors.torch.load_file({str(weights)!r}))"
         )
     overlay = f"dict(file={str(weights)!r}, num_classes={spec.model.num_classes})"
-    return f"timm.create_model({spec.model.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {shown})"
+    return f"timm.create_model({spec.model.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {arguments})"
 
 
 def timm_arguments(spec: ModelSpec) -> dict[str, object]:
@@ -53,8 +53,8 @@ def timm_arguments(spec: ModelSpec) -> dict[str, object]:
     }
 
 
-def _cut(spec: ModelSpec) -> int | None:
-    """Return the number of blocks of a model whose depth timm takes no argument for, if it differs; else None."""
+def _truncated_depth(spec: ModelSpec) -> int | None:
+    """Return the number of blocks if timm needs an argument for it but has none; otherwise None."""
     family = find_timm_family(spec.model.name)
     depth = sum(stages[0] for stages in spec.depths)
     return None if family.depth_argument or (depth,) == family.default_depths(spec.model) else depth

@@ -140,7 +140,7 @@ class Code:
 def test_code_in_a_file_is_refused_and_not_run(zipped: bool, tmp_path: Path) -> None:
     witness, file = tmp_path / "witness", tmp_path / "evil.pth"
     torch.save({"model_stages": [Code(witness)]}, file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ArtifactError, match=r"takes code to read .*system.* never run") as refused:
+    with pytest.raises(ArtifactError, match=r"reading it would run code .*system") as refused:
         read_stages(file)
     assert not witness.exists()
     assert "\n" not in str(refused.value)
@@ -164,9 +164,9 @@ def test_file_that_is_no_official_checkpoint_is_refused(empty: Any, tmp_path: Pa
     )
     refused("3 files: give one", *[tmp_path / "1.pth"] * 3, error=ConfigError)
     good[1]["head.bias"] = torch.zeros(3)
-    refused("tensor 'head.bias' differs", save(tmp_path / "shape.pth", good))
+    refused("tensor 'head.bias'", save(tmp_path / "shape.pth", good))
     del good[1]["head.bias"]
-    refused("tensor 'head.bias' differs", save(tmp_path / "less.pth", good))
+    refused("tensor 'head.bias'", save(tmp_path / "less.pth", good))
     good[1]["cls_token"] = torch.zeros(1)
     refused("module 1 .* has no tensor 'cls_token'", save(tmp_path / "place.pth", good))
 
@@ -174,7 +174,7 @@ def test_file_that_is_no_official_checkpoint_is_refused(empty: Any, tmp_path: Pa
 def test_model_without_official_form_is_refused(tmp_path: Path) -> None:
     for name in ("deit_tiny_distilled_patch16_224", "swin_tiny_patch4_window7_224"):
         artifact(name, tmp_path / name)
-        with pytest.raises(ConfigError, match="has plain ViTs only"):
+        with pytest.raises(ConfigError, match="only plain ViTs"):
             export_official(tmp_path / name, tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
 
