@@ -1,1 +1,1 @@
-"""Private parts of libraries: one file for each library, pinned by tests."""
+"""Uses of private or undocumented parts of libraries, one file per library. Tests pin their behavior."""

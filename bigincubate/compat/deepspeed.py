@@ -1,4 +1,4 @@
-"""Private parts of DeepSpeed's ZeRO optimizers. DeepSpeed itself is imported only by :func:`import_deepspeed`."""
+"""Uses of private parts of DeepSpeed's ZeRO optimizers. DeepSpeed is imported only by :func:`import_deepspeed`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class FlatSlice(NamedTuple):
     """Elements ``offset`` to ``offset + length`` of a parameter, stored from ``start`` in a flat fp32 tensor.
 
     Attributes:
-        parameter: the model's parameter.
-        offset: index of the first element in the flattened parameter; may be negative if ``length`` is not positive.
-        length: number of elements; not positive if this rank has none of the parameter.
-        flat: one-dimensional fp32 master tensor of this rank.
-        start: index of the first element in ``flat``.
+        parameter: The model's parameter.
+        offset: Index of the first element in the flattened parameter; may be negative if ``length`` is not positive.
+        length: Number of elements; not positive if this rank has none of the parameter.
+        flat: One-dimensional fp32 master tensor of this rank.
+        start: Index of the first element in ``flat``.
     """
 
     parameter: nn.Parameter
@@ -49,18 +49,19 @@ def import_deepspeed(device_type: str) -> Any:
             f"sharding.strategy = \"zero…\" needs DeepSpeed ({error}): pip install 'bigincubate[deepspeed]'"
         ) from None
     logger.setLevel(logging.CRITICAL)
-    # a shared-memory all-reduce for inference: all ranks would compile it at the same time
+    # disable a shared-memory all-reduce for inference, which all ranks would compile at the same time
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def flat_slices(zero: Any, stage: int, rank: int) -> Iterator[FlatSlice]:
-    """Yield where the fp32 master copy of each parameter is stored on ``rank``.
+    """Yield the position of each parameter's fp32 master copy on ``rank``.
 
     Args:
-        zero: the ZeRO optimizer that ``deepspeed.initialize`` returned.
-        stage: 1 or 2: a rank has one slice of each group's concatenated parameters; 3: one part of each parameter.
-        rank: this rank.
+        zero: The ZeRO optimizer that ``deepspeed.initialize`` returned.
+        stage: ZeRO stage. In stages 1 and 2, a rank has one slice of each group's concatenated parameters; in stage 3,
+            it has one part of each parameter.
+        rank: This rank.
     """
     return _parameter_parts(zero, rank) if stage == 3 else _group_slices(zero, rank)
 

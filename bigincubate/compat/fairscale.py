@@ -1,4 +1,4 @@
-"""Private parts of fairscale's optimizer-state sharding. fairscale is imported only by :func:`import_fairscale`."""
+"""Uses of private parts of fairscale's OSS. fairscale is imported only by :func:`import_fairscale`."""
 
 from __future__ import annotations
 

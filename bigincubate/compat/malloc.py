@@ -12,11 +12,11 @@ MAX_MMAP_THRESHOLD = 32 * 2**20  # bytes; malloc accepts no higher value
 def disable_malloc_trim() -> bool:
     """Make ``malloc`` keep freed blocks of up to 32 MiB instead of returning them to the kernel.
 
-    A training step on a CPU frees its activations, and the next step allocates as many bytes. Memory that was returned
-    in between has to be mapped and zeroed again: 50,000 pages per step of ViT-B with batch size 8. Larger blocks are
-    still mapped one by one; kept, they would leave holes in the heap.
+    A training step on a CPU frees its activations, and the next step allocates the same amount. Memory that was
+    returned to the kernel must be mapped and zeroed again: 50,000 pages per step of ViT-B with batch size 8. Larger
+    blocks are still mapped one by one, because keeping them would fragment the heap.
 
-    Does nothing if ``MALLOC_*`` or ``GLIBC_TUNABLES`` configure ``malloc`` in the environment.
+    Does nothing if the environment variables ``MALLOC_*`` or ``GLIBC_TUNABLES`` configure ``malloc``.
 
     Returns:
         Whether freed memory is kept; False without glibc.

@@ -1,4 +1,4 @@
-"""Undocumented behavior of torch's optimizers."""
+"""Uses of undocumented behavior of torch's optimizers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch.optim import Optimizer
 
 
 def skip_fused_step_if(optimizer: Optimizer, skip: Tensor) -> None:
-    """Make the next step of a fused optimizer change nothing if ``skip`` is true, without waiting for the device.
+    """Skip the next step of a fused optimizer if ``skip`` is true, without waiting for the device.
 
-    A fused optimizer reads its attribute ``found_inf``, which ``torch.amp.GradScaler`` sets, on the device.
+    A fused optimizer reads its attribute ``found_inf``, which ``torch.amp.GradScaler`` also sets, on the device.
 
     Args:
-        optimizer: an optimizer created with ``fused=True``.
-        skip: boolean scalar on the device of the parameters.
+        optimizer: An optimizer created with ``fused=True``.
+        skip: Boolean scalar on the device of the parameters.
     """
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Triton kernels. Imported only where they run, because Triton is not available on every platform of torch."""
+"""Triton kernels. Import this module only where they run: Triton is not available on every platform of torch."""
 
 from __future__ import annotations
 

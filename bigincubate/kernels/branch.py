@@ -3,7 +3,7 @@
 Combines LayerScale, the scale of drop-path and the scatter-add onto the residual stream.
 
 Source: stochastic depth on a subset of the batch, Oquab et al., DINOv2, 2023 (arXiv:2304.07193), section 5. Here the
-subset is exactly what drop-path keeps, so the result differs from masking the full batch by rounding only.
+subset is exactly the samples that drop-path keeps, so the result differs from that of masking only by rounding.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def add_branch(x: Tensor, branch: Tensor, kept: Tensor, scale: Tensor, gamma: Te
     """Return ``x`` with ``branch * gamma * scale`` added to the samples ``kept``.
 
     Args:
-        x: the residual stream, ``[batch, ..., channels]``.
-        branch: the branch's output for the kept samples, ``[kept, ..., channels]``, in the dtype of ``x`` or a narrower
+        x: The residual stream, ``[batch, ..., channels]``.
+        branch: The branch's output for the kept samples, ``[kept, ..., channels]``, in the dtype of ``x`` or a narrower
             one.
-        kept: indices of the kept samples in the batch, ``[kept]``, int64, distinct.
-        scale: drop-path's scale of each kept sample, ``[kept]``, float32.
+        kept: Distinct indices of the kept samples in the batch, ``[kept]``, int64.
+        scale: Drop-path's scale of each kept sample, ``[kept]``, float32.
         gamma: LayerScale's weight, ``[channels]``; None for ones.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Choice between Triton kernel and eager reference."""
+"""Choose between the Triton kernel and the eager reference."""
 
 from __future__ import annotations
 
