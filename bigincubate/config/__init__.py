@@ -1,9 +1,9 @@
-"""Recipes: one experiment as typed, validated data.
+"""Recipes: the configuration of an experiment, with types and validation.
 
-A recipe is a TOML file. Values are read in the order **defaults < recipe < --set**, and the tables of a phase
-(``[incubate.train]``) override the common ones (``[train]``). Every key is either an *identity* key, which says what is
-computed (two runs that differ in one are different experiments), or an *execution* key, which says where and how it is
-computed (sharding, workers, micro-batch, logging). The identity of a phase depends on identity keys only.
+A recipe is a TOML file. Its values override defaults, ``--set`` overrides the recipe, and the tables of a phase
+(``[incubate.train]``) override the common ones (``[train]``). Every key is either an *identity* key, which determines
+what is computed (runs that differ in one are different experiments), or an *execution* key, which determines where and
+how it is computed (sharding, workers, micro-batch, logging). The identity of a phase depends only on identity keys.
 """
 
 from .keys import RecipeKey, format_recipe_keys, list_recipe_keys

@@ -1,4 +1,4 @@
-"""Every recipe key with its type, default, unit and meaning, read from the schema itself."""
+"""List every recipe key with its type, default, unit and meaning, read from the schema."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RecipeKey:
         default: Default value as in TOML; ``"none"`` if the key is left out, ``"required"`` if it has no default.
         unit: Unit of the value; empty if it has none.
         meaning: One or two sentences.
-        execution: Whether the key says only where or how to compute, never what.
+        execution: Whether this is an execution key: it determines where or how to compute, not what.
     """
 
     key: str
@@ -48,7 +48,7 @@ class RecipeKey:
     execution: bool
 
     def __str__(self) -> str:
-        """Return the key in two lines of text."""
+        """Return a description of the key in two lines."""
         unit = f" ({self.unit})" if self.unit else ""
         return f"{self.key}: {self.type}{unit}, default {self.default}\n    {self.meaning}"
 
@@ -64,13 +64,13 @@ def list_recipe_keys(pattern: str | None = None) -> list[RecipeKey]:
     Raises:
         ConfigError: No key matches.
     """
-    keys = list(_walk(Recipe, ""))
+    keys = list(_iterate_keys(Recipe, ""))
     if pattern is None:
         return keys
     found = [entry for entry in keys if pattern in entry.key or fnmatchcase(entry.key, pattern)]
     if not found:
         near = difflib.get_close_matches(pattern, [entry.key for entry in keys], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "without a pattern all keys are listed"
+        hint = f"did you mean {near[0]!r}?" if near else "leave out the pattern to list all keys"
         raise ConfigError(f"no recipe key matches {pattern!r}; {hint}")
     return found
 
@@ -84,8 +84,8 @@ def format_recipe_keys(keys: Sequence[RecipeKey]) -> str:
         f"Every key of a recipe. This page is generated from the schema by `{PAGE_COMMAND}`.",
         "",
         f"A phase may override any key of the tables {tables}: `finetune.train.lr` is `train.lr` of fine-tuning.",
-        "A key whose default is `none` may be left out. Keys marked * say only where or how to compute and may change",
-        "when a run is resumed; all others say what is computed",
+        "A key whose default is `none` may be left out. Keys marked * determine only where or how to compute, and may",
+        "change when a run is resumed; all others determine what is computed",
         "([architecture](architecture.md#what-a-recipe-key-means)).",
     ]
     for table, entries in groupby(keys, key=lambda entry: entry.key.rpartition(".")[0]):
@@ -97,19 +97,19 @@ def format_recipe_keys(keys: Sequence[RecipeKey]) -> str:
     return "\n".join(lines)
 
 
-def _walk(table: type[BaseModel], prefix: str) -> Iterator[RecipeKey]:
-    """Yield the keys of a table: its own first, then those of its sub-tables."""
+def _iterate_keys(table: type[BaseModel], prefix: str) -> Iterator[RecipeKey]:
+    """Yield the keys of a table, then those of its subtables."""
     inner: list[tuple[str, type[BaseModel]]] = []
     for name, field in table.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             inner.append((name, field.annotation))
         elif not (issubclass(table, PhaseConfig) and name in Settings.model_fields):
-            yield _describe(f"{prefix}{name}", field)
+            yield _make_recipe_key(f"{prefix}{name}", field)
     for name, own in inner:
-        yield from _walk(own, f"{prefix}{name}.")
+        yield from _iterate_keys(own, f"{prefix}{name}.")
 
 
-def _describe(key: str, field: FieldInfo) -> RecipeKey:
+def _make_recipe_key(key: str, field: FieldInfo) -> RecipeKey:
     meaning = " ".join((field.description or "").split())
     unit = UNIT.search(meaning)
     default = field.get_default(call_default_factory=True)
@@ -124,12 +124,12 @@ def _describe(key: str, field: FieldInfo) -> RecipeKey:
 
 
 def _name_type(annotation: Any, constraints: list[Any], plural: str = "") -> str:
-    """Return what values an annotation accepts, in words, without None.
+    """Return a description of the values other than None that an annotation accepts.
 
     Args:
         annotation: The type.
-        constraints: Its bounds.
-        plural: ``"s"`` for a plural.
+        constraints: Constraints of the type, such as bounds.
+        plural: ``"s"`` for the plural.
     """
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
@@ -141,12 +141,12 @@ def _name_type(annotation: Any, constraints: list[Any], plural: str = "") -> str
     if origin is list:
         return f"list{plural} of {_name_type(args[0], [], 's')}"
     name = TYPES[origin or annotation] + plural
-    flat = list(_flat(constraints))
+    flat = list(_flatten_constraints(constraints))
     bounds = [f"{sign} {getattr(each, key):g}" for each in flat for key, sign in BOUNDS.items() if hasattr(each, key)]
     return " ".join([name, " and ".join(bounds)]).rstrip()
 
 
-def _flat(constraints: list[Any]) -> Iterator[Any]:
-    """Yield constraints; those inside of a nested pydantic field are yielded themselves."""
+def _flatten_constraints(constraints: list[Any]) -> Iterator[Any]:
+    """Yield constraints. For a nested pydantic field, yield its constraints."""
     for each in constraints:
         yield from each.metadata if isinstance(each, FieldInfo) else [each]

@@ -16,7 +16,7 @@ def load_object(name: str, *, key: str) -> Any:
 
     Args:
         name: ``"package.module:attribute"``.
-        key: the recipe key or environment variable that holds ``name``, for the error message.
+        key: The recipe key or environment variable with the value ``name``, for the error message.
 
     Raises:
         ConfigError: ``name`` is malformed, its module cannot be imported, or the module has no such attribute.
@@ -28,7 +28,7 @@ def load_object(name: str, *, key: str) -> Any:
         loaded = importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"{key} = {name!r}: cannot import {module} ({error}); correct the name, or put its folder on PYTHONPATH"
+            f"{key} = {name!r}: cannot import {module} ({error}); correct the name, or add its folder to PYTHONPATH"
         ) from None
     if not hasattr(loaded, attribute):
         raise ConfigError(f"{key} = {name!r}: {module} has no attribute {attribute!r}; correct the name")

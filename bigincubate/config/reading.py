@@ -1,4 +1,4 @@
-"""Reading a recipe from a TOML file and ``--set`` values; an error names the key and the nearest valid one."""
+"""Read a recipe from a TOML file and ``--set`` values. An error names the key and the closest valid key."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Overlay = Callable[[Recipe], dict[str, Any]]
 
 
 def list_shipped_recipes() -> dict[str, Path]:
-    """Return the files of the recipes that come with the package, by name."""
+    """Return the files of the recipes in the package, by name."""
     folder = Path(str(resources.files("bigincubate") / "recipes"))
     return {file.stem: file for file in sorted(folder.rglob("*.toml"), key=lambda file: file.stem)}
 
@@ -32,19 +32,19 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
     Args:
         name_or_path: Name of a shipped recipe, or path of a .toml file.
         sets: ``KEY=VALUE`` strings, with dotted keys.
-        overlay: Computes tables from the recipe that override it, and are overridden by ``sets``.
+        overlay: Takes the recipe and returns tables that override it; ``sets`` override these tables.
 
     Returns:
-        The recipe, validated.
+        The validated recipe.
 
     Raises:
-        ConfigError: Naming the file and the key, with the nearest valid name for an unknown one.
+        ConfigError: The recipe is invalid. The message has file and key, with the closest valid key for an unknown one.
 
     Example:
         >>> recipe = bi.load_recipe("digits", ["train.seed=1", "finetune.train.epochs=5"])
     """
-    file = _find(str(name_or_path))
-    raw = _read(file)
+    file = _find_recipe_file(str(name_or_path))
+    raw = _read_tables(file)
     if overlay is not None:
         raw = merge(raw, overlay(load_recipe(name_or_path, sets)))
     for item in sets:
@@ -66,35 +66,35 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
     return recipe
 
 
-def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the tables of a file, merged over those of the shipped recipe that it names as its ``base``."""
+def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the tables of a file, which override those of the shipped recipe ``base``, if the file names one."""
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{file}: larger than a recipe may be ({MAX_BYTES} bytes)")
+            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes; is this a recipe?")
         raw = tomllib.loads(file.read_text())
-    except (ValueError, RecursionError) as error:  # both: Python has limits of its own
+    except (ValueError, RecursionError) as error:  # RecursionError: nested more deeply than Python's limit
         raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     if _nesting(raw) > MAX_NESTING:
-        raise ConfigError(f"{file}: tables or lists nested more than {MAX_NESTING} deep")
+        raise ConfigError(f"{file}: tables or lists are nested more than {MAX_NESTING} levels deep")
     if (name := raw.pop("base", None)) is None:
         return raw
     if not isinstance(name, str) or name not in list_shipped_recipes():
-        raise ConfigError(f"{file}: base = {name!r}: no shipped recipe; known are {', '.join(list_shipped_recipes())}")
+        raise ConfigError(f"{file}: base = {name!r} is not a shipped recipe; use {' or '.join(list_shipped_recipes())}")
     chain = (*above, file)
     if list_shipped_recipes()[name] in chain:
         raise ConfigError(f"{file}: base = {name!r} is circular, through {' and '.join(map(str, chain))}")
-    base = _read(list_shipped_recipes()[name], chain)
+    base = _read_tables(list_shipped_recipes()[name], chain)
     base.pop("name", None)
     model = raw.get("model")
     if isinstance(model, dict) and "name" in model and isinstance(base.get("model"), dict):
-        base["model"].pop("args", None)  # the arguments belong to the base's model
+        base["model"].pop("args", None)  # arguments of another model
     return merge(base, raw)
 
 
 def _nesting(value: Any) -> int:
-    """Return how deep tables and lists are nested. Not recursive, because it guards against recursion errors."""
+    """Return the nesting depth of tables and lists, without recursion to avoid recursion errors."""
     depth, level = 0, [value]
     while level := [
         inner
@@ -106,7 +106,7 @@ def _nesting(value: Any) -> int:
     return depth
 
 
-def _find(name_or_path: str) -> Path:
+def _find_recipe_file(name_or_path: str) -> Path:
     known = list_shipped_recipes()
     if name_or_path in known:
         return known[name_or_path]
@@ -116,7 +116,7 @@ def _find(name_or_path: str) -> Path:
     if path.suffix == ".toml":
         raise ConfigError(f"{path}: no such recipe file")
     near = difflib.get_close_matches(name_or_path, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+    hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(known)}"
     raise ConfigError(f"no recipe {name_or_path!r}; {hint} (a path must end in .toml)")
 
 
@@ -140,7 +140,7 @@ def _validate(table: type[Any], raw: Any, prefix: str, where: str) -> Any:
     except ValidationError as error:
         problems = error.errors()
         first = problems[0]
-        # pydantic adds the branch of a union to the path; only names of the recipe help the user
+        # pydantic adds the branch of a union to the path; keep only names in the recipe
         names = [str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))]
         key = ".".join([prefix, *names] if prefix else names)
         if first["type"] == "extra_forbidden":

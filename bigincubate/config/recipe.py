@@ -1,4 +1,4 @@
-"""The complete recipe: the settings of each phase, its identity keys, and the differences of two recipes."""
+"""The complete recipe: settings of each phase, identity keys, and differences between two recipes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from .slurm import SlurmConfig
 
 
 class Recipe(Settings):
-    """One experiment: common settings, and what each phase overrides. :meth:`settings` resolves them for a phase."""
+    """Configuration of an experiment: common settings and overrides of each phase, which :meth:`settings` merges."""
 
     name: str = execution_field("experiment", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the experiment, for tables and messages."""
+    """Name of the experiment, shown in tables and messages."""
     description: str = execution_field("")
-    """What the experiment is, for people."""
+    """Description of the experiment."""
     data: sections.DataConfig = sections.DataConfig()
     plan: sections.PlanConfig
     meta: sections.MetaConfig = sections.MetaConfig()
@@ -34,12 +34,12 @@ class Recipe(Settings):
     slurm: SlurmConfig = SlurmConfig()
 
     def phase_overrides(self, phase: Phase) -> PhaseConfig:
-        """Return what a phase overrides."""
+        """Return the settings that a phase overrides."""
         overrides: PhaseConfig = getattr(self, phase)
         return overrides
 
     def settings(self, phase: Phase) -> Settings:
-        """Return the settings of a phase: its own values over the common ones."""
+        """Return the settings of a phase: the common values, overridden by those of the phase."""
         own = self.phase_overrides(phase)
         tables: dict[str, Any] = {}
         for key in Settings.model_fields:
@@ -49,15 +49,15 @@ class Recipe(Settings):
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Return the identity keys, flat: ``{"train.lr": 0.001, "incubate.train.epochs": 26, …}``."""
+        """Return the identity keys with dots: ``{"train.lr": 0.001, "incubate.train.epochs": 26, …}``."""
         return self.values_of(execution=False)
 
     def values_of(self, *, execution: bool) -> dict[str, Any]:
-        """Return the execution keys or the identity keys, flat, with their values."""
+        """Return the values of all execution keys, or of all identity keys, by dotted key."""
         return {key: value for key, value in self.flat().items() if is_execution(key) == execution}
 
     def toml(self) -> str:
-        """Return the recipe as TOML, defaults included."""
+        """Return the recipe as TOML, including defaults."""
         import tomli_w
 
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -73,7 +73,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_execution(key: str) -> bool:
-    """Return whether a dotted key is an execution key: it says only where or how to compute."""
+    """Return whether a dotted key is an execution key: it determines where or how to compute, not what."""
     first, *rest = key.split(".")
     if first in PHASES and rest and rest[0] in Settings.model_fields:
         first, *rest = rest  # a phase overrides the common tables
@@ -107,7 +107,7 @@ def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any], *, abs
     Args:
         before: Values by key.
         after: Other values by key.
-        absent: The value of a key that is not in one of them.
+        absent: The value for a key that one of them does not have.
     """
     return [
         f"{key}: {json.dumps(before.get(key, absent))} -> {json.dumps(after.get(key, absent))}"

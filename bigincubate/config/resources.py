@@ -1,4 +1,4 @@
-"""Files that come with the project outside its Python code: DeepSpeed configurations and sbatch scripts."""
+"""Find the data files of the package: DeepSpeed configurations and sbatch scripts."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parents[1]
 
 
 def resource_folder(name: Literal["ds_configs", "slurm"]) -> Path:
-    """Return the folder inside the installed package, or else the one at the top level of the checkout.
+    """Return the folder inside the installed package, or otherwise the one at the top level of the checkout.
 
     Raises:
-        MissingDependencyError: Neither exists.
+        MissingDependencyError: Neither folder exists.
     """
     candidates = [PACKAGE / name, PACKAGE.parent / name]
     for folder in candidates:
@@ -30,14 +30,14 @@ def copy_scripts(destination: Path) -> list[Path]:
         The files that were written.
 
     Raises:
-        ConfigError: A file there differs from the script of the same name; nothing is written.
+        ConfigError: An existing file differs from the script of the same name. No file is written.
     """
     scripts = {destination / file.name: file.read_bytes() for file in sorted(resource_folder("slurm").glob("*.sbatch"))}
     changed = [str(file) for file, content in scripts.items() if file.exists() and file.read_bytes() != content]
     if changed:
         raise ConfigError(
             f"--copy {destination}: not overwriting changed files: {', '.join(changed)};"
-            " move them away or name another folder"
+            " move them, or choose another folder"
         )
     destination.mkdir(parents=True, exist_ok=True)
     for file, content in scripts.items():

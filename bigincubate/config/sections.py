@@ -1,4 +1,4 @@
-"""The tables of a recipe: the settings of a phase, and the tables that all phases share."""
+"""The tables of a recipe: settings of a phase, and tables that all phases share."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ StageDepths = list[int] | list[list[int]]
 
 
 def execution_field(default: Any, **constraints: Any) -> Any:
-    """Return a pydantic field that is an execution key: it describes, or says where or how to compute, never what."""
+    """Return a pydantic field of an execution key, which does not affect what is computed."""
     return Field(default, json_schema_extra={"execution": True}, **constraints)
 
 
 def one_of_or_object(*names: str) -> AfterValidator:
-    """Accept these names, and ``package.module:attribute``, which `load_object` loads where it is used."""
+    """Return a validator that accepts these names and ``package.module:attribute`` (see `load_object`)."""
 
     def check(value: str) -> str:
         if value not in names and not OBJECT_NAME.fullmatch(value):
@@ -36,7 +36,7 @@ def one_of_or_object(*names: str) -> AfterValidator:
 
 
 class ConfigTable(BaseModel):
-    """Base class of the tables: strict types, unknown keys refused, immutable."""
+    """Base class of the tables, which are immutable and refuse unknown keys and other types."""
 
     # defaults are validated too, so that 0 and 0.0 are the same recipe
     model_config = ConfigDict(
@@ -49,7 +49,7 @@ class ConfigTable(BaseModel):
     )
 
     def flat(self) -> dict[str, Any]:
-        """Return every key that is not None, dotted, with its value."""
+        """Return the value of every key that is not None, by dotted key."""
         return dict(_flatten(self.model_dump(exclude_none=True)))
 
 
@@ -70,45 +70,45 @@ class ModelConfig(ConfigTable):
     name: str = "vit_base_patch16_224"
     """Name of the model in its library."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of the model's constructor; depth, image size and number of classes have keys of their own."""
+    """Arguments of the model's constructor, except depth, image size and number of classes, which have other keys."""
     img_size: Count = 224
     """Side of the square input images. Unit: pixels."""
     num_classes: Count = 1000
-    """Number of classes, which must be that of the data."""
+    """Number of classes; must be equal to that of the data."""
 
 
 class TaskConfig(ConfigTable):
-    """What is learned."""
+    """The task to learn."""
 
     name: Annotated[str, one_of_or_object("image_classification")] = "image_classification"
-    """What is learned: `image_classification`, or a class `package.module:Class` of your own."""
+    """The task: `image_classification`, or `package.module:Class` for a class of your own."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Settings of a task from outside this package."""
+    """Settings of a task that is not in this package."""
 
 
 class DataConfig(ConfigTable):
-    """Where the samples are and in which order they are read."""
+    """Location and order of the samples."""
 
     source: Literal["digits", "digits-dev", "made-up"] | None = None
-    """Data made by this package, prepared if it is missing: the handwritten digits of scikit-learn, their training
-    part split again (to choose settings), or made-up images."""
+    """Embedded data, prepared if it is missing: scikit-learn's handwritten digits (`digits`), their training split
+    divided again for tuning (`digits-dev`), or generated images (`made-up`)."""
     path: str | None = execution_field(None)
-    """Folder of the prepared data. None: the folder `data` of the run directory, for embedded data only."""
+    """Folder of the prepared data. None: the folder `data` of the run directory, only for embedded data."""
     remote: str | None = execution_field(None)
     """URL of prepared data for the streaming library, which downloads it into `data.path`."""
     local_cache: str | None = execution_field(None)
-    """Folder on a disk of the node to which shards are copied before training, such as `"$TMPDIR"`."""
+    """Folder on a local disk of the node to which shards are copied, such as `"$TMPDIR"`."""
     local_cache_gib: NonNegative | None = execution_field(None)
-    """Largest amount of data that may be copied; larger data is refused. None: the free space. Unit: GiB."""
+    """Maximum size of the data to copy; larger data is refused. None: the free space. Unit: GiB."""
     workers: int = execution_field(0, ge=0)
-    """Data loading processes per rank; 0 loads in the rank's own process. Unit: processes."""
+    """Number of data loading processes per rank; 0: load in the training process. Unit: processes."""
     train_samples: Count | None = execution_field(None)
-    """Expected size of the training split: lets `plan` run without the data, which is checked against it. Unit:
-    samples."""
+    """Expected size of the training split, so that `plan` can run without the data; checked once the data is read.
+    Unit: samples."""
     decentralized: bool = False
-    """Train module k on partition k of the data only, for as many steps as with all data."""
+    """Train module k only on partition k of the data, for the same number of steps as with all data."""
     canonical_nodes: Count = 1
-    """Number of parts into which the order of samples is divided, whatever the number of real nodes (streaming's
+    """Number of parts into which the order of samples is divided, regardless of the number of nodes (streaming's
     `num_canonical_nodes`)."""
     shuffle: Literal["py1e", "py1s", "py1br", "py2s"] = "py1e"
     """Shuffling algorithm of the streaming library."""
@@ -117,15 +117,16 @@ class DataConfig(ConfigTable):
 
 
 class PlanConfig(ConfigTable):
-    """How the target model is cut. Depths: one number per module, or one list over stages per module."""
+    """How the target model is divided into modules."""
 
     modules: Count | None = None
-    """Number of modules K. Without target depths the model is cut where the FLOPs of the modules are balanced."""
+    """Number of modules K. Without `target_depths`, the model is divided so that the FLOPs of modules are balanced."""
     target_depths: StageDepths | None = None
-    """Blocks of each module of the target model: one number per module, or one list over stages per module. Unit:
-    blocks."""
+    """Number of blocks of each module of the target model: one number per module, or one list per module with one
+    number per stage. Unit: blocks."""
     meta_depths: StageDepths | None = None
-    """Blocks of each module of the meta model, in the same form. None: the fewest that fit the target. Unit: blocks."""
+    """Number of blocks of each module of the meta model, in the same form. None: the smallest possible numbers.
+    Unit: blocks."""
 
     @property
     def number(self) -> int:
@@ -135,79 +136,78 @@ class PlanConfig(ConfigTable):
     @model_validator(mode="after")
     def _consistent(self) -> PlanConfig:
         if self.target_depths is None and self.meta_depths is not None:
-            raise ValueError("meta_depths needs target_depths too")
+            raise ValueError("meta_depths is set without target_depths; set both")
         if self.modules and self.target_depths and self.modules != len(self.target_depths):
             raise ValueError(f"modules = {self.modules}, but target_depths lists {len(self.target_depths)}")
         if not self.modules and not self.target_depths:
-            raise ValueError("set target_depths, or modules for a balanced cut")
+            raise ValueError("set target_depths, or modules for balanced FLOPs")
         return self
 
 
 class MetaConfig(ConfigTable):
-    """The weights that the meta model starts from, instead of fresh ones; the phase ``pretrain`` then trains it."""
+    """Initial weights of the meta model, which the phase ``pretrain`` then trains."""
 
     init: str | None = None
-    """Weights to start the meta model from: `"timm:NAME"`, which timm may download, or the path of a run, an export,
-    a .safetensors file or a .pth file. None: fresh weights."""
+    """Pretrained weights of the meta model: `"timm:NAME"`, which timm may download, or the path of a run, an export,
+    a .safetensors file or a .pth file. None: random weights."""
     select: str | list[int] | list[list[int]] | None = None
     """Indices of the blocks to take from `meta.init` (one list per stage if there are several). `"even"` or None:
-    first, last and evenly between."""
+    the first and the last block and evenly spaced blocks between them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> MetaConfig:
         if self.init in ("", "timm:"):
             raise ValueError('init is a path, or "timm:" with the name of a model')
         if self.select is not None and self.init is None:
-            raise ValueError("select chooses blocks of init: set init too")
-        if self.select not in (None, "even") and not _in_order(self.select):
+            raise ValueError("select chooses blocks of init, which is not set; set init too")
+        if self.select not in (None, "even") and not _is_ascending(self.select):
             raise ValueError(f'select is "even", or strictly ascending block indices (given: {self.select!r})')
         return self
 
 
-def _in_order(select: Any) -> bool:
+def _is_ascending(select: Any) -> bool:
     """Return whether these are strictly ascending block indices, or one list of them per stage."""
     if not isinstance(select, list) or not select:
         return False
     if isinstance(select[0], list):
-        return all(map(_in_order, select))
+        return all(map(_is_ascending, select))
     return select[0] >= 0 and all(before < after for before, after in pairwise(select))
 
 
 class TrainConfig(ConfigTable):
-    """Length, batch and precision of a phase."""
+    """Length, batch size and precision of a phase."""
 
     lr: NonNegative = 1e-3
     """Learning rate after warm-up."""
     epochs: NonNegative = 100
-    """Length of the phase, which need not be whole. Unit: epochs."""
+    """Length of the phase; may be fractional. Unit: epochs."""
     max_steps: int | None = Field(None, ge=0)
-    """Upper limit of the length; the schedule then spans this number of steps. Unit: optimizer steps."""
+    """Maximum length of the phase; the schedule then spans this number of steps. Unit: optimizer steps."""
     batch_size: Count = 256
-    """Global batch size, summed over all ranks and micro-batches; views of a sample count. Unit: samples."""
+    """Global batch size over all ranks and micro-batches; several views of a sample count separately. Unit: samples."""
     seed: int = Field(0, ge=0)
-    """Seed of everything random: initial weights, order of samples, augmentation, mixing, drop-path."""
+    """Seed of all random draws: initial weights, order of samples, augmentation, mixing, drop-path."""
     clip_grad: NonNegative = 1.0
-    """Largest global L2 norm of the gradient; 0: no clipping."""
+    """Maximum global L2 norm of the gradient; 0: no clipping."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the forward and backward pass: fp32, or automatic mixed precision with bf16."""
     max_nonfinite: int = Field(10, ge=0)
-    """Optimizer steps with a loss or gradient that is not finite, which are skipped; with more of them the phase
-    rolls back once to its last checkpoint, and the second time ends with exit code 5. Unit: optimizer steps."""
+    """Maximum number of steps with a non-finite loss or gradient, which are skipped. If exceeded, the phase rolls back
+    to its last checkpoint once, and the next time ends with exit code 5. Unit: optimizer steps."""
     micro_batch: Count | None = execution_field(None)
-    """Maximum number of samples in a forward pass of a rank. None: the rank's whole share of the batch. Unit:
-    samples."""
+    """Maximum number of samples in a forward pass of a rank. None: all of the rank's samples. Unit: samples."""
     compile: bool = execution_field(False)
-    """Compile each block with torch.compile, and a loss that is named package.module:function."""
+    """Compile each block with torch.compile, and also a loss `package.module:function`."""
     deterministic: bool = execution_field(True)
-    """On a GPU, use kernels whose results are the same in every run, so that a resumed run has the same bits."""
+    """On a GPU, use only deterministic kernels, so that a resumed run computes the same bits."""
     subset_drop_path: bool = execution_field(False)
     """Compute residual branches only for the samples that drop-path keeps."""
     last_block_cls_only: bool = execution_field(False)
-    """Compute only the class token in the last block, where the head uses no other token."""
+    """Compute only the class token in the last block, if the head uses no other token."""
 
 
 class OptimConfig(ConfigTable):
-    """Any optimizer that timm can make."""
+    """The optimizer, any of timm's."""
 
     name: str = "adamw"
     """Name of an optimizer in timm."""
@@ -218,12 +218,12 @@ class OptimConfig(ConfigTable):
     eps: NonNegative = 1e-8
     """Term added to the optimizer's denominator for numerical stability."""
     layer_decay: float | None = Field(None, gt=0, le=1)
-    """Factor by which the learning rate decreases from each layer to the one before it. None: the same for all."""
+    """Factor by which the learning rate decreases from each layer to the previous one. None: equal for all layers."""
     lr_scaling: Annotated[str, one_of_or_object("none", "linear", "sqrt")] = "none"
     """How `train.lr` is scaled with the batch size: `none`, `linear`, `sqrt`, or by a learning-rate hook
     `package.module:attribute`."""
     lr_base_batch: Count = 512
-    """Batch size that `train.lr` is meant for, under `linear` and `sqrt`. Unit: samples."""
+    """Batch size at which the learning rate is `train.lr`, for `linear` and `sqrt`. Unit: samples."""
 
 
 class ScheduleConfig(ConfigTable):
@@ -240,15 +240,15 @@ class ScheduleConfig(ConfigTable):
 
 
 class AugmentConfig(ConfigTable):
-    """Augmentation of training images, with the names of timm and of the DeiT papers."""
+    """Augmentation of training images, named as in timm and the DeiT papers."""
 
     crop: Literal["random_resized", "simple", "pad", "none"] = "random_resized"
-    """How training images get their size: random_resized (Inception), simple (DeiT III), pad (CIFAR), or none
+    """How training images are cropped: random_resized (Inception), simple (DeiT III), pad (CIFAR), or none
     (resized to a square)."""
     crop_scale: list[Unit] = Field([0.08, 1.0], min_length=2, max_length=2)
-    """Smallest and largest share of the image's area, for `random_resized`."""
+    """Minimum and maximum of the crop's share of the image area, for `random_resized`."""
     pad: int = Field(4, ge=0)
-    """Border on each side before cropping, for `simple` and `pad`. Unit: pixels."""
+    """Padding on each side before cropping, for `simple` and `pad`. Unit: pixels."""
     flip: Unit = 0.5
     """Probability of a horizontal flip."""
     color_jitter: NonNegative = 0.0
@@ -260,10 +260,10 @@ class AugmentConfig(ConfigTable):
     erase: Unit = 0.0
     """Probability of erasing a random rectangle."""
     repeated_aug: Count = 1
-    """Repeated augmentation of DeiT: each sample is taken this number of times in succession. An epoch keeps its
-    length, so with 3 it shows about a third of the samples. Unit: views."""
+    """Repeated augmentation of DeiT: each sample is used this number of times in a row. The length of an epoch does not
+    change, so with 3 it uses about a third of the samples. Unit: views."""
     distinct_epochs: Count | None = None
-    """Epochs with different augmentations, after which they repeat. None: all differ. Unit: epochs."""
+    """Number of epochs after which the augmentations repeat. None: they never repeat. Unit: epochs."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Interpolation when images are resized."""
     mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
@@ -273,12 +273,12 @@ class AugmentConfig(ConfigTable):
     eval_crop: float = Field(0.875, gt=0, le=1)
     """Side of the center crop at evaluation, as a share of the shorter side of the image."""
     batch_transform: Annotated[str, one_of_or_object()] | None = None
-    """Class `package.module:Class` whose objects augment each image on the host and finish each batch on the device."""
+    """Class `package.module:Class` that augments each image on the host and completes each batch on the device."""
 
     @model_validator(mode="after")
     def _one_policy(self) -> AugmentConfig:
         if self.rand_augment and self.three_augment:
-            raise ValueError("rand_augment and three_augment exclude each other")
+            raise ValueError("rand_augment and three_augment cannot both be set; remove one")
         return self
 
 
@@ -292,7 +292,7 @@ class MixupConfig(ConfigTable):
     prob: Unit = 1.0
     """Probability that a batch is mixed."""
     switch_prob: Unit = 0.5
-    """Probability of CutMix where both are on."""
+    """Probability of CutMix instead of Mixup if both are on."""
 
     @property
     def active(self) -> bool:
@@ -301,17 +301,13 @@ class MixupConfig(ConfigTable):
 
 
 class DropPathConfig(ConfigTable):
-    """Stochastic depth: the rate of the last block, and the model over whose depth the rates increase linearly.
-
-    ``target``: each block has the rate that it will have in the target model, and meta blocks have none.
-    ``hybrid``: the rates increase over the hybrid model, frozen blocks included, as in the official implementation.
-    """
+    """Stochastic depth, with drop-path rates that increase linearly over the blocks."""
 
     rate: float = Field(0.0, ge=0, lt=1)
     """Drop-path rate of the last block."""
     ramp_over: Literal["target", "hybrid"] = "target"
-    """Model over whose depth the rates increase linearly: `target` (each block has its rate in the target model, and
-    meta blocks have none) or `hybrid` (frozen blocks included, as in the official implementation)."""
+    """Model over whose blocks the rates increase linearly: `target` (each block has the rate of its position in the
+    target model, and meta blocks have none) or `hybrid` (frozen blocks included, as in the official implementation)."""
 
 
 class LossConfig(ConfigTable):
@@ -322,10 +318,10 @@ class LossConfig(ConfigTable):
     """
 
     name: Annotated[str, one_of_or_object("cross_entropy", "bce")] = "cross_entropy"
-    """`cross_entropy`, `bce` (binary cross-entropy per class, as in DeiT III), or a function
+    """Loss function: `cross_entropy`, `bce` (binary cross-entropy per class, as in DeiT III), or
     `package.module:function`."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of the target that is spread evenly over all classes."""
+    """Share of the target that is distributed evenly over all classes."""
 
 
 class EmaConfig(ConfigTable):
@@ -339,20 +335,20 @@ class Fsdp2Config(ConfigTable):
     """Options of ``strategy = "fsdp2"``."""
 
     replicas: Count = execution_field(1)
-    """Number of replicas: weights are sharded over world / replicas ranks, for example one replica per node. Unit:
+    """Number of replicas, for example one per node; weights are sharded over the ranks of a replica. Unit:
     replicas."""
     reshard_after_forward: bool = execution_field(True)
-    """Free gathered weights after the forward pass; false keeps them until the backward pass."""
+    """Free gathered weights after the forward pass; false: keep them until the backward pass."""
     shard_frozen: bool = execution_field(False)
-    """Shard frozen weights too, which are then gathered in every forward pass."""
+    """Shard frozen weights too; they are then gathered in every forward pass."""
     gather_bf16: bool = execution_field(False)
-    """Gather weights as bf16, with `train.precision = "bf16"`."""
+    """Gather weights in bf16 if `train.precision = "bf16"`."""
     cpu_offload: bool = execution_field(False)
     """Keep weights, gradients and optimizer state in host memory."""
 
 
 class ShardingConfig(ConfigTable):
-    """How a phase is distributed over ranks. Options of other strategies are ignored."""
+    """How a phase is distributed over ranks. Options of strategies that are not selected are ignored."""
 
     strategy: Literal["none", "ddp", "fsdp2", "zero1", "zero2", "zero3", "oss"] = execution_field("ddp")
     """How weights, gradients and optimizer state are distributed over the ranks of a phase."""
@@ -361,7 +357,7 @@ class ShardingConfig(ConfigTable):
     deepspeed_config: str | None = execution_field(None)
     """Path or shipped name of a DeepSpeed file, for zero1 to zero3. None: the shipped file of the strategy."""
     activation_checkpointing: Literal["none", "full", "selective"] = execution_field("none")
-    """Recompute activations in the backward pass: of no block, of every block, or selectively."""
+    """Recompute activations in the backward pass: none, all of each block, or selected operations of each block."""
 
 
 class Settings(ConfigTable):
@@ -382,7 +378,7 @@ class Settings(ConfigTable):
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
         if self.mixup.active and self.train.batch_size % 2:
-            raise ValueError("mixup pairs the halves of a batch: train.batch_size must be even")
+            raise ValueError("mixup pairs the halves of a batch, so train.batch_size must be even")
         return self
 
 
@@ -392,36 +388,36 @@ PhaseTables: type[ConfigTable] = create_model("PhaseTables", __base__=ConfigTabl
 
 
 class PhaseConfig(PhaseTables):
-    """The settings that a phase overrides; all others come from the common tables."""
+    """The settings that a phase overrides; all others are taken from the common tables."""
 
     export: Literal["raw", "ema"] = "raw"
-    """Weights that become the artifact of the phase: the trained ones, or their moving average."""
+    """Weights that are saved in the artifact of the phase: the trained weights, or their moving average."""
 
 
 class IncubateConfig(PhaseConfig):
-    """The incubation of the modules, and what a module's new blocks start from."""
+    """The incubation of the modules, and their initial weights."""
 
     init: Literal["fresh", "boundary", "grow"] = "fresh"
-    """What a module starts from: fresh weights (as in the paper), boundary (stem, down-sampling, norm and head of
-    the meta model) or grow (its blocks too, with the other blocks as the identity)."""
+    """Initial weights of a module: fresh (random, as in the paper), boundary (stem, down-sampling, norm and head of the
+    meta model) or grow (also the blocks of the meta model; new blocks start as the identity)."""
 
 
 class EndToEndConfig(PhaseConfig):
-    """The end-to-end baseline: with the training FLOPs of the whole incubation, or with a length of its own."""
+    """The end-to-end baseline."""
 
     budget: Literal["equal_flops", "epochs"] = "equal_flops"
-    """Length of the end-to-end baseline: the training FLOPs of the whole incubation, or its own `train.epochs`."""
+    """Length of the end-to-end baseline: the training FLOPs of the whole incubation, or `end_to_end.train.epochs`."""
 
 
 class LogConfig(ConfigTable):
     """Logging and evaluation during a phase."""
 
     every_steps: Count = execution_field(50)
-    """Interval of logged training values. Unit: optimizer steps."""
+    """Interval of logged training metrics. Unit: optimizer steps."""
     eval_every_epochs: int = execution_field(0, ge=0)
     """Interval of evaluation; 0: only at the end of the phase. Unit: epochs."""
     images: int = execution_field(8, ge=0)
-    """Augmented inputs shown in TensorBoard. Unit: images."""
+    """Number of augmented inputs in TensorBoard. Unit: images."""
 
 
 class CheckpointConfig(ConfigTable):
@@ -430,4 +426,4 @@ class CheckpointConfig(ConfigTable):
     every_steps: Count = execution_field(500)
     """Interval of resume checkpoints. Unit: optimizer steps."""
     keep: int = execution_field(2, ge=2)
-    """Checkpoints to keep; older ones are removed. Unit: checkpoints."""
+    """Number of checkpoints to keep; older ones are removed. Unit: checkpoints."""

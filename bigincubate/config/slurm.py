@@ -1,4 +1,4 @@
-"""The table ``[slurm]``: how ``submit`` makes jobs, and which resources each kind of job requests."""
+"""The table ``[slurm]``: settings of ``submit``, and the resources of each kind of job."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from .sections import ConfigTable, Count, execution_field
 
 
 class SlurmJobConfig(ConfigTable):
-    """The resources that a job requests from Slurm. What is None is left to the defaults of the site."""
+    """The resources that a job requests from Slurm. For keys that are None, the defaults of the cluster apply."""
 
     nodes: Count = execution_field(1)
-    """Nodes of a job. Unit: nodes."""
+    """Number of nodes of a job. Unit: nodes."""
     ranks: Count = execution_field(1)
-    """Ranks per node, one per GPU. Unit: ranks."""
+    """Number of ranks per node, one per GPU. Unit: ranks."""
     gpus: int = execution_field(0, ge=0)
-    """GPUs per node. Unit: GPUs."""
+    """Number of GPUs per node. Unit: GPUs."""
     cpus: Count | None = execution_field(None)
-    """CPU cores per rank. Unit: cores."""
+    """Number of CPU cores per rank. Unit: cores."""
     memory: str | None = execution_field(None)
-    """Memory per node, with its unit, such as `"64G"`."""
+    """Memory per node with a unit, such as `"64G"`."""
     time: str | None = execution_field(None)
     """Time limit, such as `"2-00:00:00"` (two days); a job that is not done by then is requeued."""
     partition: str | None = execution_field(None)
@@ -37,34 +37,34 @@ class SlurmJobConfig(ConfigTable):
 
 
 class SlurmConfig(SlurmJobConfig):
-    """How ``submit`` makes jobs. Tables such as ``[slurm.incubate]`` override the common keys for one kind of job."""
+    """Settings of ``submit``. Tables such as ``[slurm.incubate]`` override the common keys for one kind of job."""
 
     pretrain: dict[str, Any] = execution_field({})
-    """Resources of the meta model's job, where they differ from the common keys."""
+    """Resources of the job of the meta model that differ from the common keys."""
     incubate: dict[str, Any] = execution_field({})
-    """Resources of each task of the array of modules, where they differ from the common keys."""
+    """Resources of each array task (one module) that differ from the common keys."""
     finetune: dict[str, Any] = execution_field({})
-    """Resources of the fine-tuning job, where they differ from the common keys."""
+    """Resources of the fine-tuning job that differ from the common keys."""
     end_to_end: dict[str, Any] = execution_field({})
-    """Resources of the baseline's job, where they differ from the common keys."""
+    """Resources of the job of the end-to-end baseline that differ from the common keys."""
     gate: dict[str, Any] = execution_field({})
-    """Resources of the gate, where they differ from one node and one rank without GPU."""
+    """Resources of the gate that differ from one node and one rank without a GPU."""
     array_parallelism: Count | None = execution_field(None)
-    """Array tasks that run in parallel. None: no limit. Unit: tasks."""
+    """Maximum number of array tasks that run in parallel. None: no limit. Unit: tasks."""
     setup_script: str | None = execution_field(None)
-    """Script that jobs source first: environment modules, conda, proxies."""
+    """Script that jobs source first, for environment modules, conda or proxies."""
     python: str | None = execution_field(None)
-    """Python interpreter of the jobs. None: the one that submits."""
+    """Python interpreter of the jobs. None: the one that runs `submit`."""
     container: str | None = execution_field(None)
     """Prefix of the python command, such as `"apptainer exec --nv image.sif"`."""
     umask: str | None = execution_field(None, pattern="^0?[0-7]{3}$")
-    """File mode mask of the run, such as `"007"` for a run that a group shares."""
+    """umask of the run's files, such as `"007"` for a run that a group shares."""
     submit_from_jobs: bool = execution_field(True)
-    """Let jobs call sbatch; false: the gate prints the command to run."""
+    """Whether jobs may call sbatch; if not, the gate prints the command to run."""
     max_submissions: Count = execution_field(3)
-    """How often a phase is submitted before a user must call `resume`. Unit: submissions."""
+    """Maximum number of submissions of a phase before a user must call `resume`. Unit: submissions."""
     max_requeues: int = execution_field(20, ge=0)
-    """How often a job requeues itself. Unit: requeues."""
+    """Maximum number of times that a job requeues itself. Unit: requeues."""
 
     @model_validator(mode="after")
     def _validate_jobs(self) -> SlurmConfig:
@@ -73,13 +73,13 @@ class SlurmConfig(SlurmJobConfig):
         return self
 
     def job(self, kind: str) -> SlurmJobConfig:
-        """Return the resources of a kind of job: its own keys over the common ones.
+        """Return the resources of a kind of job: the common keys, overridden by those of this kind.
 
         Args:
             kind: ``pretrain``, ``incubate``, ``finetune``, ``end_to_end`` or ``gate``.
 
         Raises:
-            ValueError: If a key is wrong.
+            ValueError: If a key is invalid.
         """
         common = {key: getattr(self, key) for key in SlurmJobConfig.model_fields}
         gate: dict[str, Any] = {"nodes": 1, "ranks": 1, "gpus": 0, "memory": None, "extra": []}
