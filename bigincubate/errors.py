@@ -1,6 +1,6 @@
-"""Errors that a user can cause or fix, and the exit code of each.
+"""Errors that a user can cause or fix, and their exit codes.
 
-The command line prints only the message, never a traceback: one line that says what is wrong and how to fix it.
+The command line prints only the message, not a traceback: one line that says what is wrong and how to fix it.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ class ConfigError(BigincubateError):
 
 
 class ExternalError(BigincubateError):
-    """Base class of problems with the data, the machine or the installation."""
+    """Base class of errors in the data, the machine or the installation."""
 
     code = Exit.ENVIRONMENT
 
 
 class DataError(ExternalError):
-    """Data, or weights from elsewhere, are missing, damaged or cannot be downloaded."""
+    """Data or pretrained weights are missing or damaged, or cannot be downloaded."""
 
 
 class SystemResourceError(ExternalError):
-    """The machine or the cluster cannot provide what is needed: disk space, a directory, an answer from Slurm."""
+    """A resource of the machine or the cluster is unavailable: disk space, a directory, a response from Slurm."""
 
 
 class RankTimeoutError(ExternalError):
-    """A rank gave no sign of life for too long."""
+    """A rank did not respond for too long."""
 
 
 class MissingDependencyError(ExternalError):
-    """A program or a Python package that is needed is not installed."""
+    """A required program or Python package is not installed."""
 
 
 class ArtifactError(BigincubateError):
@@ -72,24 +72,24 @@ class NonFiniteError(BigincubateError):
 
 
 class DamagedError(BigincubateError):
-    """Every checkpoint of a phase, or one that was given by name, fails its verification."""
+    """All checkpoints of a phase, or a checkpoint that was given by name, fail verification."""
 
     code = Exit.DAMAGED
 
 
 class LockedError(BigincubateError):
-    """Another live process owns the directory."""
+    """Another running process owns the directory."""
 
     code = Exit.LOCKED
 
 
 class Preempted(BigincubateError):
-    """Training was asked to stop and saved a checkpoint. The same command resumes from it."""
+    """Training was asked to stop and saved a checkpoint, from which the same command resumes."""
 
     code = Exit.PREEMPTED
 
 
 def error_of_code(code: int) -> type[BigincubateError]:
-    """Return the class of the errors with an exit code; `ExternalError` for a code that is not documented."""
+    """Return the error class of an exit code; `ExternalError` for an undocumented code."""
     classes = (ConfigError, ArtifactError, NonFiniteError, DamagedError, LockedError, Preempted)
     return next((error for error in classes if error.code == code), ExternalError)

@@ -1,4 +1,4 @@
-"""Read and write small files so that a crash leaves either the old or the new content."""
+"""Read and write files safely. After a crash, a file has either the old or the new content."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-MAX_SMALL_FILE_BYTES = 2**26  # bytes; no file that is read into memory at once has a reason to be larger
+MAX_SMALL_FILE_BYTES = 2**26  # limit for files that are read into memory at once
 
 
 def make_folder(folder: Path) -> None:
@@ -28,12 +28,12 @@ def regular_file_size(path: Path) -> int:
     """Return the size of a regular file in bytes.
 
     Raises:
-        OSError: The file is missing, or it is a symbolic link (which may point anywhere), a pipe or a device (which may
-            never end).
+        OSError: The file is missing, or is not a regular file: a symbolic link may point anywhere, and reading a pipe
+            or a device may never end.
     """
     status = path.lstat()
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a plain file (a link, a folder, a pipe, a device); refused", str(path))
+        raise OSError(errno.EINVAL, "refused: not a regular file but a link, folder, pipe or device", str(path))
     return status.st_size
 
 
@@ -41,7 +41,7 @@ def read_small_file(path: Path) -> bytes:
     """Return the content of a regular file of at most ``MAX_SMALL_FILE_BYTES`` bytes.
 
     Raises:
-        OSError: See :func:`regular_file_size`; or the file is larger.
+        OSError: See :func:`regular_file_size`; or the file is too large.
     """
     if (size := regular_file_size(path)) > MAX_SMALL_FILE_BYTES:
         raise OSError(errno.EFBIG, f"{size} bytes, expected at most {MAX_SMALL_FILE_BYTES}", str(path))
@@ -51,14 +51,17 @@ def read_small_file(path: Path) -> bytes:
 def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
     """Write ``text`` to ``path`` atomically: temporary file, fsync, rename.
 
-    With ``exclusive``, an existing file is not replaced.
+    Args:
+        path: The file. Its folder is created if needed.
+        text: The new content.
+        exclusive: Whether to keep an existing file instead of replacing it.
 
     Returns:
-        Whether ``path`` now holds ``text``.
+        Whether the text was written.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    # not mkstemp: the umask decides the permissions
+    # not mkstemp, which ignores the umask
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "w") as file:
@@ -83,7 +86,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file, or None if the file is missing or holds no JSON object."""
+    """Return the JSON object in a file, or None if the file is missing or contains something else."""
     try:
         value = json.loads(read_small_file(path))
     except (OSError, ValueError, RecursionError):
@@ -92,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects that :func:`append_json_line` wrote, without a last line that a crash truncated."""
+    """Return the objects that :func:`append_json_line` wrote, without lines that a crash truncated."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -103,7 +106,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append a JSON object as one line, in one write, so that lines of several processes do not mix."""
+    """Append a JSON object as one line in a single write, so that lines of several processes do not mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -113,7 +116,7 @@ def append_json_line(path: Path, value: Any) -> None:
 
 
 def write_and_hash(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
-    """Write bytes-like ``chunks`` in order and fsync the file. A second thread hashes each chunk as it is written.
+    """Write bytes-like ``chunks`` in order and fsync the file. A second thread hashes each chunk in parallel.
 
     Returns:
         The manifest entry of the file: ``size`` (bytes) and ``sha256``.
