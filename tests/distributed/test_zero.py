@@ -125,8 +125,8 @@ REFUSED = {
     "torch_autocast": ({"enabled": True}, "train.precision"),
     "bf16": ({"enabled": True}, "frozen parameters into bf16"),
     "fp16": ({"enabled": True}, "frozen parameters into fp16"),
-    "optimizer": ({"type": "Adam"}, "the recipe's [optim]"),
-    "scheduler": ({"type": "WarmupLR"}, "the recipe's [schedule]"),
+    "optimizer": ({"type": "Adam"}, "[optim]"),
+    "scheduler": ({"type": "WarmupLR"}, "[schedule]"),
 }
 
 

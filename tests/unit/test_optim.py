@@ -224,7 +224,7 @@ def test_lamb_does_not_clip_by_itself(name: str) -> None:
         ("adamx", "adamx not found"),
         ("adahessian", "second derivatives"),
         ("kron", "random numbers"),
-        ("adan", "takes 3 betas, optim.betas has 2"),
+        ("adan", "takes 3 betas, but optim.betas has 2"),
         ("", "optim.name = ''"),
     ],
 )
