@@ -1,6 +1,6 @@
-"""Deep Incubation: train a large model as modules that are trained separately, then joined.
+"""Deep Incubation: train the modules of a large model separately, then assemble and fine-tune them.
 
-The names below are loaded when they are first used, so that importing the package loads neither torch nor timm.
+The names below are loaded on first use, so importing the package loads neither torch nor timm.
 """
 
 from importlib import import_module
@@ -47,7 +47,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name when it is first used (PEP 562)."""
+    """Load a public name on first use (PEP 562)."""
     for module, names in _MODULES.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f".{module}", __name__), name)
@@ -56,5 +56,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the public names, whether or not they are loaded."""
+    """Return the public names, including those that are not loaded yet."""
     return sorted({*globals(), *__all__})

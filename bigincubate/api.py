@@ -1,6 +1,6 @@
-"""The functions of ``import bigincubate`` that plan, train, load and evaluate. The commands call the same ones.
+"""The Python API: plan, train, load and evaluate. The command line calls the same functions.
 
-They print nothing, and raise the errors of :mod:`bigincubate.errors`.
+They print nothing and raise the errors of :mod:`bigincubate.errors`.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 
 
 def _ignore(text: str) -> None:
-    """Discard a line."""
+    """Ignore a progress message."""
 
 
 def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None = None) -> dict[str, Any]:
-    """Count what each phase of a recipe costs. Needs no data and no GPU.
+    """Compute the cost of each phase of a recipe. Needs neither data nor a GPU.
 
     Args:
         recipe: The recipe.
-        world_sizes: Numbers of ranks to estimate memory and communication for; by default those of 1, 2 and 8 that
-            the batch sizes allow.
-        cluster: Where to estimate the training time: ``"nodes=8,gpus=8,tflops=200"``, or ``"...,rates=RUN_DIR"`` for
-            the rates that the phases of a run achieved.
+        world_sizes: Numbers of ranks for which to estimate memory and communication; by default those of 1, 2 and 8
+            that divide the batch sizes.
+        cluster: Cluster for which to estimate the training time: ``"nodes=8,gpus=8,tflops=200"``, or
+            ``"...,rates=RUN_DIR"`` to use the measured throughput of the phases of a run.
 
     Returns:
-        ``rows`` (one table per phase: depths, parameters, steps, FLOPs, bytes per strategy), ``incubation_flops``,
-        ``end_to_end_flops``, ``finetune_share``, and ``cluster`` if it was asked for: plain values for JSON.
+        A dict that can be written as JSON: ``rows`` (one dict per phase: depths, parameters, steps, FLOPs, bytes per
+        strategy), ``incubation_flops``, ``end_to_end_flops``, ``finetune_share``, and ``cluster`` if it is given.
 
     Raises:
         ConfigError: The model is not supported, the depths do not fit it, or ``data.train_samples`` is missing.
@@ -56,11 +56,11 @@ def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None
     from .planning.prepare_run import expected_samples
 
     worlds = list(world_sizes) or [ranks for ranks in (1, 2, 8) if all_batches_divisible(recipe, ranks)]
-    cut = make_plan(recipe)
-    rows = cost_plan(recipe, cut, expected_samples(recipe))
-    counted = plan_json(recipe, cut, rows)
-    footprints = estimate_footprints(recipe, cut, rows, worlds)
-    for row in counted["rows"]:
+    phases = make_plan(recipe)
+    rows = cost_plan(recipe, phases, expected_samples(recipe))
+    costs = plan_json(recipe, phases, rows)
+    footprints = estimate_footprints(recipe, phases, rows, worlds)
+    for row in costs["rows"]:
         row["sharding"] = [asdict(footprint) for footprint in footprints[row["key"]]]
     if cluster is not None:
         from .planning.walltime import critical_path_seconds, estimate_walltime, parse_cluster
@@ -69,7 +69,7 @@ def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None
         estimates = estimate_walltime(
             rows, machines, lambda row, ranks: batch_divisible(recipe.settings(row.phase), ranks)
         )
-        counted["cluster"] = {
+        costs["cluster"] = {
             "gpus": machines.gpus,
             "phases": [asdict(estimate) for estimate in estimates],
             "seconds": critical_path_seconds(estimates, machines.gpus),
@@ -77,7 +77,7 @@ def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None
                 estimate.gpus * estimate.seconds for estimate in estimates if estimate.key != "end_to_end"
             ),
         }
-    return counted
+    return costs
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class RunResult:
         results: The result of each phase: ``meta``, ``modules`` (a list), ``assembled``, ``finetune`` and
             ``end_to_end`` (None if it was not trained). A result has ``metrics``, ``steps``, ``seen``, ``flops``,
             ``seconds``.
-        load_code: Python code that loads the final model; None if it had been exported before.
-        already_done: Whether there was nothing left to do.
+        load_code: Python code that loads the final model; None if an earlier call exported it.
+        already_done: Whether the run was complete before the call.
         context: The recipe, data and plan of the run.
     """
 
@@ -113,25 +113,25 @@ def run(
     console: Console | None = None,
     helper: HelperJob | None = None,
 ) -> RunResult:
-    """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Called again, it resumes.
+    """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Call it again to resume.
 
-    Each phase has processes of its own, which write to ``logs/`` in the folder of the phase. Call this from the main
-    thread: SIGINT and SIGTERM make every phase write a checkpoint.
+    Each phase runs in separate processes, which log to ``logs/`` in the folder of the phase. Call this from the main
+    thread, so that every phase writes a checkpoint on SIGINT or SIGTERM.
 
     Args:
         recipe: The recipe.
         run_dir: The run directory; created if it is missing.
-        jobs: Maximum number of phases that run in parallel; None: as many as there are cores.
-        ranks: Number of processes that train each phase together, on one GPU each.
+        jobs: Maximum number of phases that run in parallel; None for the number of cores.
+        ranks: Number of processes that train each phase, with one GPU each.
         baseline: Whether to train the same model end to end as well, with the same FLOPs.
-        console: Where to print the progress; None: nowhere.
-        helper: Processes that serve the modules, as ``bigincubate run --co-train`` starts them.
+        console: Console for progress messages; None to print nothing.
+        helper: Processes that serve the modules, such as the shared loader of ``bigincubate run --co-train``.
 
     Returns:
-        The results, and where the final model is.
+        The results, and the path of the final model.
 
     Raises:
-        Preempted: It was asked to stop; there are checkpoints.
+        Preempted: A stop signal was received, and checkpoints were written.
         BigincubateError: A phase failed; the message names the phase, the reason and its log file.
 
     Example:
@@ -156,9 +156,9 @@ def run(
         code = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper).execute(graph)
     results = directory.update_summary()
     if code is Exit.PREEMPTED:
-        raise error_of_code(code)(f"{directory.path}: stopped with checkpoints; run it again to resume")
+        raise error_of_code(code)(f"{directory.path}: stopped after writing checkpoints; run it again to resume")
     if code is not Exit.DONE:
-        raise error_of_code(code)(f"some phases are not done: {'; '.join(reporter.failures)}. Run it again to resume")
+        raise error_of_code(code)(f"some phases did not finish: {'; '.join(reporter.failures)}; run it again to resume")
     snippet = None if is_complete_export(exported) else export(directory.path, exported)
     return RunResult(directory.path, exported, results, snippet, done, opened)
 
@@ -171,28 +171,28 @@ def train_phase(
     *,
     report: Callable[[str], None] = _ignore,
 ) -> dict[str, Any]:
-    """Train one phase in this process, or as one rank of those that ``torchrun`` started. Called again, it resumes.
+    """Train one phase in this process, or as one rank under ``torchrun``. Call it again to resume.
 
-    A checkpoint that another number of ranks or another sharding strategy wrote is resumed too. While it trains, stop
-    signals write a checkpoint, so call this from the main thread.
+    It can resume from a checkpoint of a different number of ranks or sharding strategy. Call it from the main thread,
+    so that it can write a checkpoint when it receives a stop signal.
 
     Args:
         recipe: The recipe.
         run_dir: The run directory; created if it is missing.
         phase: ``"pretrain"``, ``"incubate"``, ``"finetune"`` or ``"end_to_end"``.
-        module: Which module to incubate; None for the other phases.
-        report: Called on rank 0 with a line before slow preparations, and with the result.
+        module: Index of the module to incubate; None for the other phases.
+        report: Called on rank 0 with a message before slow preparations, and with the result.
 
     Returns:
-        The result: ``metrics`` by name, ``headline`` (the first of them), ``samples``, ``unit``, ``steps``, ``seen``,
-        ``flops``, ``seconds``. The weights are in the run directory.
+        The result: ``metrics`` by name, ``headline`` (the name of the first), ``samples``, ``unit``, ``steps``,
+        ``seen``, ``flops``, ``seconds``. The weights are in the run directory.
 
     Raises:
-        ConfigError: The settings do not fit the data, or what has already been trained in the directory.
-        ArtifactError: The phase needs the result of one that has not been trained.
-        Preempted: Training was asked to stop; there is a checkpoint.
+        ConfigError: The settings are incompatible with the data or with phases already trained in the directory.
+        ArtifactError: The phase needs the result of a phase that has not been trained.
+        Preempted: A stop signal was received, and a checkpoint was written.
         NonFiniteError: The gradient was not finite in too many steps.
-        LockedError: Another process trains this phase.
+        LockedError: Another process is training this phase.
 
     Example:
         >>> recipe = bi.load_recipe("digits")
@@ -200,7 +200,7 @@ def train_phase(
         >>> bi.train_phase(recipe, "runs/digits", "incubate", module=2)
     """
     if phase not in PHASES:
-        raise ConfigError(f"phase = {phase!r}: there are {', '.join(PHASES)}")
+        raise ConfigError(f"phase = {phase!r}: expected one of {', '.join(PHASES)}")
     from .distributed.process_group import DistributedContext
     from .launchers.slurm.job_queue import SlurmQueue
     from .planning.context import open_run
@@ -226,10 +226,10 @@ def load_model(source: str | Path) -> nn.Module:
         source: A run directory, the folder of a phase, an artifact, or an exported folder.
 
     Returns:
-        The model (a timm model, if the recipe names one) with its weights, on the CPU in evaluation mode.
+        The trained model (a timm model, if the recipe names one), on the CPU in evaluation mode.
 
     Raises:
-        ArtifactError: There is no complete model.
+        ArtifactError: ``source`` has no complete model.
 
     Example:
         >>> logits = bi.load_model("runs/digits")(images)
@@ -252,17 +252,17 @@ def evaluate(
 
     Args:
         source: A run directory, the folder of a phase, an artifact, or an exported folder.
-        data: A folder that ``bigincubate data prepare`` wrote.
-        batch_size: Number of samples in a batch of each rank.
-        probe: Evaluate the model's features instead: by a linear classifier, or by nearest neighbors, made from the
-            training split.
+        data: A folder written by ``bigincubate data prepare``.
+        batch_size: Batch size of each rank.
+        probe: Evaluate the model's features instead, with a linear classifier or a nearest-neighbor classifier fitted
+            on the training split.
         report: Called on rank 0 with the scores in one line.
 
     Returns:
         The metrics of the task by name, such as ``top1`` in percent, and ``samples``.
 
     Raises:
-        ArtifactError: There is no complete model.
+        ArtifactError: ``source`` has no complete model.
         ConfigError: The data does not fit the model.
         DataError: The data is missing or damaged.
 
@@ -270,7 +270,7 @@ def evaluate(
         >>> bi.evaluate("runs/digits", "runs/digits/data")["top1"]
     """
     if probe not in (None, "linear", "knn"):
-        raise ConfigError(f"probe = {probe!r}: there are linear and knn")
+        raise ConfigError(f"probe = {probe!r}: expected linear or knn")
     from .config import DataConfig
     from .data.dataset import open_dataset
     from .distributed.process_group import DistributedContext
@@ -279,9 +279,9 @@ def evaluate(
     from .tasks.registry import task_class
 
     model, spec = load(Path(source))
-    found = task_class(spec.task.name)
-    settings = found.artifact_settings(spec.model, spec.metadata).model_copy(update={"task": spec.task})
-    task = found(settings, DataConfig())
+    task_type = task_class(spec.task.name)
+    settings = task_type.artifact_settings(spec.model, spec.metadata).model_copy(update={"task": spec.task})
+    task = task_type(settings, DataConfig())
     info = open_dataset(Path(data))
     if probe is None:
         task.check_dataset(info)
@@ -290,7 +290,9 @@ def evaluate(
             stream = task.eval_stream(info, "val", rank=env.rank, world=env.world, batch_size=batch_size)
             scores = task.evaluate(model.to(env.device), stream, env)
         elif env.world > 1:
-            raise ConfigError("a probe needs all features in one process: evaluate it with one rank")
+            raise ConfigError(
+                f"probe = {probe!r} needs all features in one process, not {env.world} ranks: use one rank"
+            )
         else:
             from .tasks.image_classification.probe import probe as score_features
 
@@ -299,14 +301,14 @@ def evaluate(
             scores = score_features(probe, model.to(env.device), train, val, classes, env.device)
     if env.is_main:
         measured = [metric for metric in task.metrics if metric.name in scores]
-        by = f" ({probe} probe)" if probe else ""
-        report(f"{describe_metrics(measured, scores)}{by} on {scores['samples']} {task.unit} of {data}")
+        method = f" ({probe} probe)" if probe else ""
+        report(f"{describe_metrics(measured, scores)}{method} on {scores['samples']} {task.unit} of {data}")
     return scores
 
 
 @contextmanager
 def _restored_rank_variables() -> Iterator[None]:
-    """Leave the variables that describe a rank as they were: a later call may start ranks of its own."""
+    """Restore the environment variables that describe a rank, because a later call may start other ranks."""
     before = {name: os.environ.get(name) for name in RANK_VARIABLES}
     try:
         yield

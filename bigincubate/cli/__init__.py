@@ -1,4 +1,4 @@
-"""The command line. A command parses its arguments and calls one function, which it imports when it runs."""
+"""The command line. Each command parses its arguments and calls one function, which is imported when it runs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from .app import app, fail
 
 
 def main() -> NoReturn:
-    """Run the command line and exit with a documented code. User errors are one line without a traceback."""
+    """Run the command line and exit with a documented code. User errors print one line without a traceback."""
     try:
         code = app(standalone_mode=False)
     except BigincubateError as error:
         fail(str(error), error.code)
     except KeyboardInterrupt:
         fail(
-            "interrupted; everything that was committed is saved; run the same command again to resume", Exit.PREEMPTED
+            "interrupted; committed results and checkpoints are kept; run the same command again to resume",
+            Exit.PREEMPTED,
         )
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), Exit.ENVIRONMENT)
     except Exception as error:
-        # usage errors of the argument parser; versions of typer define their class in different modules
+        # usage errors of the argument parser, whose class is in a different module in each version of typer
         if not hasattr(error, "format_message"):
             raise
         fail(f"{error.format_message()} (see --help)", Exit.USAGE)

@@ -16,11 +16,11 @@ from ..distributed.rank_logging import LEVEL_VARIABLE, LogLevel
 if TYPE_CHECKING:
     from ..storage.run_directory import RunDir
 else:
-    RunDir = Path  # what --help shows. The class takes a while to import: only `_run_dir` does, when a command runs
+    RunDir = Path  # for --help; the class is slow to import, so only `_run_dir` imports it, when a command runs
 
 app = typer.Typer(
     name="bigincubate",
-    help="Train the modules of a large model separately, assemble them, fine-tune (Deep Incubation).",
+    help="Train the modules of a large model separately, then assemble and fine-tune them (Deep Incubation).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -66,18 +66,18 @@ def _version(asked: bool) -> None:
 def _options(
     version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
-    """Accept the options that belong to no command."""
+    """Accept the options that come before a command."""
 
 
 def console() -> Any:
-    """Return a rich console; output to a pipe is wide enough that tables are not wrapped."""
+    """Return a rich console. Output to a pipe is 200 columns wide, so that tables are not wrapped."""
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 def say(text: str) -> None:
-    """Print a line on standard output at once."""
+    """Print a line to standard output without buffering."""
     print(text, flush=True)
 
 
@@ -87,6 +87,6 @@ def say_json(value: Any) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print an error in one line on standard error and exit with ``code``."""
+    """Print a one-line error to standard error and exit with ``code``."""
     print(f"bigincubate: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)

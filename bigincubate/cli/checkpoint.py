@@ -1,4 +1,4 @@
-"""Commands on resume checkpoints."""
+"""Commands for resume checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .app import CheckpointsArgument, JsonOption, checkpoint_app, console, say, 
 
 @checkpoint_app.command("list")
 def checkpoint_list(folder: CheckpointsArgument, as_json: JsonOption = False) -> None:
-    """List checkpoints: step, ranks, bytes, time; whether they were committed and their hashes match."""
+    """List checkpoints: step, ranks, bytes, time, and whether they are committed and match their hashes."""
     from ..report.console_tables import checkpoint_table
     from ..storage.checkpoint_tools import list_checkpoints
 
@@ -26,7 +26,7 @@ def checkpoint_list(folder: CheckpointsArgument, as_json: JsonOption = False) ->
 
 @checkpoint_app.command("verify")
 def checkpoint_verify(folder: CheckpointsArgument) -> None:
-    """Hash every file of every committed checkpoint. Exit code 6 if one is damaged."""
+    """Hash every file of every committed checkpoint. The exit code is 6 if one is damaged."""
     from ..storage.checkpoint_tools import list_checkpoints
 
     rows = [row for row in list_checkpoints(folder) if row["committed"]]
@@ -36,7 +36,7 @@ def checkpoint_verify(folder: CheckpointsArgument) -> None:
         if row["problem"] is None:
             say(f"valid  {row['path']}")
     if damaged := [row["problem"] for row in rows if row["problem"] is not None]:
-        raise DamagedError(f"{len(damaged)} of {len(rows)} damaged: {'; '.join(damaged)}")
+        raise DamagedError(f"{len(damaged)} of {len(rows)} checkpoints are damaged: {'; '.join(damaged)}")
 
 
 @checkpoint_app.command("convert")
@@ -45,11 +45,11 @@ def checkpoint_convert(
     out: Annotated[Path, Argument(metavar="OUT", help="The directory to write.")],
     ranks: Annotated[int, Option(min=1, help="Number of files; 1: complete tensors in one file.")] = 1,
 ) -> None:
-    """Convert a checkpoint to N files. Resuming does not need this: any layout reads any checkpoint."""
+    """Convert a checkpoint to N files. Not needed to resume: any number of ranks can read any checkpoint."""
     from ..storage.checkpoint_tools import convert_checkpoint
 
     convert_checkpoint(checkpoint, out, ranks=ranks)
-    say(f"{out}: {checkpoint}, converted to {ranks} file{'s' if ranks > 1 else ''}")
+    say(f"{out}: converted from {checkpoint} to {ranks} file{'s' if ranks > 1 else ''}")
 
 
 @checkpoint_app.command("prune")

@@ -35,7 +35,7 @@ def examine() -> Iterator[dict[str, Any]]:
         except importlib.metadata.PackageNotFoundError:
             found = None
         yield _check(name, found is not None, needed, f"{name} {found or 'is not installed'} ({purpose})")
-    with suppress(ImportError):  # of torch, which is missing: reported above
+    with suppress(ImportError):  # missing torch is already reported above
         import torch
 
         count = torch.cuda.device_count()

@@ -41,37 +41,42 @@ def status(
 
 @app.command()
 def verify(run: RunArgument, as_json: JsonOption = False) -> None:
-    """Hash every file of a run and report what is valid, damaged, stale or in progress.
+    """Hash every file of a run and report which parts are valid, damaged, stale or in progress.
 
-    Exit code 6 if something is damaged, 4 if something is stale.
+    The exit code is 6 if a part is damaged, 4 if a part is stale.
     """
     from ..report.verify import Verdict, verify_run
 
-    found = []
-    for each in verify_run(run):
-        found.append(each)
+    findings = []
+    for finding in verify_run(run):
+        findings.append(finding)
         if not as_json:
-            say(f"{each.verdict:<14}{each.part:<12}{each.path}" + (f": {each.why}" if each.why else ""))
+            reason = f": {finding.why}" if finding.why else ""
+            say(f"{finding.verdict:<14}{finding.part:<12}{finding.path}{reason}")
     if as_json:
-        say_json([{**asdict(each), "path": str(each.path)} for each in found])
+        say_json([{**asdict(finding), "path": str(finding.path)} for finding in findings])
     for verdict, code in ((Verdict.DAMAGED, Exit.DAMAGED), (Verdict.STALE, Exit.ARTIFACT)):
-        if count := sum(each.verdict is verdict for each in found):
-            fail(f"{count} of {len(found)} {verdict}, see the list above; the others are not affected", code)
+        if count := sum(finding.verdict is verdict for finding in findings):
+            fail(
+                f"{count} of {len(findings)} parts are {verdict}, see the list above; the others are not affected", code
+            )
 
 
 @app.command()
 def recipes(
     pattern: Annotated[
-        str | None, Argument(metavar="[PATTERN]", help="With --keys: a part of a key, or a pattern: 'train.*'.")
+        str | None, Argument(metavar="[PATTERN]", help="With --keys: part of a key, or a pattern such as 'train.*'.")
     ] = None,
-    keys: Annotated[bool, Option("--keys", help="List every key of a recipe and what it means.")] = False,
-    markdown: Annotated[bool, Option("--markdown", help="With --keys: as the page docs/recipe_keys.md.")] = False,
+    keys: Annotated[bool, Option("--keys", help="List every recipe key and its meaning.")] = False,
+    markdown: Annotated[
+        bool, Option("--markdown", help="With --keys: print Markdown, the page docs/recipe_keys.md.")
+    ] = False,
 ) -> None:
     """List the recipes that come with the package, or the keys that a recipe may have."""
     from ..config import format_recipe_keys, list_recipe_keys, list_shipped_recipes, load_recipe
 
     if not keys and (pattern or markdown):
-        raise ConfigError("PATTERN and --markdown go with --keys: bigincubate recipes --keys 'train.*'")
+        raise ConfigError("PATTERN and --markdown need --keys, such as: bigincubate recipes --keys 'train.*'")
     if keys:
         found = list_recipe_keys(pattern)
         print(format_recipe_keys(found) if markdown else "\n".join(map(str, found)))
@@ -83,7 +88,7 @@ def recipes(
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """Show what is installed, what is missing, and what it is needed for."""
+    """Show which packages and programs are installed or missing, and what each is used for."""
     from .doctor_checks import examine
 
     checks = list(examine())

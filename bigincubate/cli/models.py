@@ -16,25 +16,28 @@ from .app import JsonOption, RecipeArgument, SetOption, app, console, data_app, 
 @data_app.command("prepare")
 def data_prepare(
     source: Annotated[
-        str, Argument(metavar="SOURCE", help="Folder of images by class, CIFAR archive, digits, or made-up.")
+        str,
+        Argument(
+            metavar="SOURCE", help="Folder with one folder of images per class, CIFAR archive, digits, or made-up."
+        ),
     ],
     out: Annotated[Path, Option(help="The output folder.")],
     jobs: Annotated[int, Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
     val_fraction: Annotated[
-        float, Option(min=0.0, max=0.9, help="Share of each class to hold out if there is no validation split.")
+        float, Option(min=0.0, max=0.9, help="Fraction of each class to hold out if there is no validation split.")
     ] = 0.2,
     parts: Annotated[
         int | None, Option(min=1, help="Also divide the training images into N partitions, for data.decentralized.")
     ] = None,
     balanced: Annotated[
-        str, Option(help="How --parts divides: class (each class evenly) or hash (of names).")
+        str, Option(help="How to divide the images: class (each class evenly) or hash (by the hash of their names).")
     ] = "class",
     by: Annotated[
         Path | None,
         Option(metavar="FILE", help="File with the partition of each sample: CSV sample,part, or JSON lines."),
     ] = None,
 ) -> None:
-    """Write images as hashed MDS shards for training. Run it again to resume."""
+    """Convert images to hashed MDS shards for training. Run it again to resume."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from ..data.partitions import partition_by_class, partition_by_hash, partition_from_file
@@ -45,7 +48,7 @@ def data_prepare(
         raise ConfigError(f"--balanced {balanced}: expected class or hash")
     if by is not None and parts is not None:
         raise ConfigError("--by and --parts: use only one of them; the file of --by defines the partitions")
-    cut = partial(partition_from_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
+    divide = partial(partition_from_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console(), disable=not console().is_terminal) as progress:
         bar = progress.add_task("preparing", total=None)
@@ -53,7 +56,7 @@ def data_prepare(
         def show(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        info = prepare_dataset(source, out, jobs=jobs, val_fraction=val_fraction, partition=cut, on_progress=show)
+        info = prepare_dataset(source, out, jobs=jobs, val_fraction=val_fraction, partition=divide, on_progress=show)
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
     counts += f", {len(info.parts)} partitions" if info.parts else ""
     say(f"{out}: {counts} images of {len(info.schema.metadata['classes'])} classes; use it with --set data.path={out}")
@@ -109,7 +112,7 @@ def import_weights(
     to: Annotated[Path, Option(help="A run directory; with --as model, the output folder.")],
     sets: SetOption = None,
 ) -> None:
-    """Import the meta model, the modules or a complete model from checkpoints of the official implementation."""
+    """Import a meta model, modules or a complete model from checkpoints of the official implementation."""
     from ..config import load_recipe
 
     loaded = load_recipe(recipe, sets or ())

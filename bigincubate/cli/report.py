@@ -1,4 +1,4 @@
-"""Commands that report on runs."""
+"""Commands that write reports of runs and compare runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def report(
     run: RunArgument,
     out: Annotated[Path | None, Option(metavar="FILE", help="The page to write (default: DIR/report.html).")] = None,
 ) -> None:
-    """Write a report of a run, finished or not, as one HTML file: scores, curves, costs, interruptions."""
+    """Write a report of a finished or unfinished run as one HTML file: scores, curves, costs, interruptions."""
     from ..files import write_text
     from ..report.page import render_report
     from ..report.run_data import read_run
@@ -34,7 +34,7 @@ def compare(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs: scores of each phase, and their cost in epochs, samples, FLOPs and seconds."""
+    """Compare runs: scores of each phase, and costs in epochs, samples, FLOPs and seconds."""
     from ..report.compare import compare_json, label_routes, write_comparison
     from ..report.console_tables import compare_table
     from ..report.run_data import read_run

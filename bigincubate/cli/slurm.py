@@ -23,7 +23,7 @@ def submit(
     account: Annotated[str | None, Option(help="Same as --set slurm.account=…")] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Print commands and scripts; submit nothing.")] = False,
 ) -> None:
-    """Submit a whole run to Slurm: meta model, modules, fine-tuning. Run it again to submit what is missing."""
+    """Submit a run to Slurm: meta model, modules, fine-tuning. Run it again to submit missing phases."""
     from ..config import load_recipe
 
     given = [f'slurm.{key}="{value}"' for key, value in (("partition", partition), ("account", account)) if value]
@@ -34,7 +34,7 @@ def submit(
         from ..planning.phases import make_plan
 
         size = DEFAULT_MAX_ARRAY_SIZE
-        with contextlib.suppress(ExternalError):  # this machine has no Slurm
+        with contextlib.suppress(ExternalError):  # Slurm is not installed here
             size = query_max_array_size()
         say(format_submission(loaded, run, make_plan(loaded).modules, baseline=baseline, size=size))
         return
@@ -51,7 +51,7 @@ def submit(
 def scripts(
     copy: Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Copy them to DIR.")] = None,
 ) -> None:
-    """Print where the sbatch scripts are, or copy them to a folder."""
+    """Print the paths of the sbatch scripts, or copy them to a folder."""
     from ..config.resources import copy_scripts, resource_folder
 
     files = copy_scripts(copy) if copy else sorted(resource_folder("slurm").glob("*.sbatch"))
@@ -60,14 +60,14 @@ def scripts(
 
 @app.command()
 def resume(
-    run: RunArgument, gate: Annotated[bool, Option("--gate", hidden=True, help="Called by a gate.")] = False
+    run: RunArgument, gate: Annotated[bool, Option("--gate", hidden=True, help="Set by gate jobs.")] = False
 ) -> None:
     """Submit the missing phases of a run to Slurm."""
     submit_or_export(run, os.environ.get("SLURM_JOB_ID") if gate else None)
 
 
 def submit_or_export(run: RunDir, gate: str | None = None) -> None:
-    """Submit the missing phases of a run; if there are none, export its model."""
+    """Submit the missing phases of a run, or export its model if there are none."""
     from ..files import read_json_lines
     from ..interchange.export import export, is_complete_export
     from ..launchers.slurm.scheduler import submit_missing_jobs
@@ -92,7 +92,7 @@ def submit_or_export(run: RunDir, gate: str | None = None) -> None:
 
 
 def set_umask(recipe: Any) -> None:
-    """Set the recipe's umask for the files of the run. Slurm passes it to the jobs."""
+    """Set the umask that the recipe specifies. Slurm passes it on to the jobs."""
     if recipe.slurm.umask is not None:
         os.umask(int(recipe.slurm.umask, 8))
 
@@ -105,7 +105,7 @@ def handle_job_exit(
     code: Annotated[int, Option()],
     module: Annotated[int | None, Option()] = None,
 ) -> None:
-    """Handle the end of a Slurm job: done, requeued, or failed."""
+    """Record the end of a Slurm job as done or failed, or requeue the job."""
     from ..launchers.slurm import requeue
 
     code, why = requeue.handle_job_exit(run.phase(phase, module), job, code)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def logs(
     lines: Annotated[int, Option(min=1, help="Lines from the end of each log.")] = 20,
     follow: Annotated[bool, Option(help="Keep printing until Ctrl-C.")] = False,
 ) -> None:
-    """Print the last lines of a run's logs, of Slurm jobs and of local processes."""
+    """Print the last lines of a run's logs, from Slurm jobs and local processes."""
     import subprocess
 
     from ..launchers.slurm.client import list_job_logs

@@ -1,4 +1,4 @@
-"""Commands that train, and the command that predicts what training costs."""
+"""Commands that train, and the command that computes the cost of training."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def plan(
         str | None,
         Option(
             metavar="nodes=N,gpus=N,tflops=X",
-            help="Also estimate the time on a cluster, at X TFLOP/s per GPU, or with rates=RUN at the speed of a run.",
+            help="Also estimate the time on a cluster, at X TFLOP/s per GPU, or with rates=RUN at a run's throughput.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what each phase costs: depths, parameters, FLOPs, memory, communication. Needs no data.
+    """Show the cost of each phase: depths, parameters, FLOPs, memory, communication. Needs no data.
 
-    Memory and communication are those of one rank, under each sharding strategy.
+    Memory and communication are per rank, for each sharding strategy.
     """
     from ..config import load_recipe
 
@@ -53,22 +53,22 @@ def plan(
     from ..api import plan as count_costs
 
     world_sizes = [int(ranks) for ranks in world.split(",")] if world else []
-    counted = count_costs(loaded, world_sizes=world_sizes, cluster=cluster)
+    costs = count_costs(loaded, world_sizes=world_sizes, cluster=cluster)
     if as_json:
-        say_json(counted)
+        say_json(costs)
         return
     from ..report.console_tables import cluster_table, plan_table, sharding_tables
 
-    for table in (plan_table(counted), *sharding_tables(counted)):
+    for table in (plan_table(costs), *sharding_tables(costs)):
         console().print(table, "")
-    own, baseline = counted["incubation_flops"], counted["end_to_end_flops"]
+    own, baseline = costs["incubation_flops"], costs["end_to_end_flops"]
     ratio = f"{own / baseline:.3f} times the" if baseline else "compared with the"
     say(
-        f"incubation: {own / 1e15:.4g} PFLOPs in total, {100 * counted['finetune_share']:.1f}% of them for fine-tuning;"
+        f"incubation: {own / 1e15:.4g} PFLOPs in total, {100 * costs['finetune_share']:.1f}% of them for fine-tuning;"
         f" {ratio} {baseline / 1e15:.4g} PFLOPs of end-to-end training"
     )
     if cluster is not None:
-        console().print("", cluster_table(counted["cluster"]))
+        console().print("", cluster_table(costs["cluster"]))
 
 
 @app.command()
@@ -77,13 +77,13 @@ def run(
     directory: RunDirOption,
     jobs: Annotated[
         int | None,
-        Option(min=1, help="Phases that run in parallel (default: number of cores, or what --co-train needs)."),
+        Option(min=1, help="Number of phases to run in parallel (default: number of cores, or what --co-train needs)."),
     ] = None,
     nproc: Annotated[int, Option(min=1, help="Number of ranks that train each phase.")] = 1,
     sets: SetOption = None,
     baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
     small: Annotated[
-        bool, Option("--smoke", help="Run a small version of the recipe on generated data, in two minutes.")
+        bool, Option("--smoke", help="Run a small version of the recipe on generated data; takes two minutes.")
     ] = False,
     co_train: Annotated[
         bool, Option("--co-train", help="Train all modules in parallel with one shared loader; same results.")

@@ -116,7 +116,7 @@ def test_verify_names_each_damaged_checkpoint(mine: Any) -> None:
     flip_a_bit(step(mine, 12) / "state.json")
     verified = run("checkpoint", "verify", mine.run.path)
     assert verified.wait() == 6
-    assert verified.err.startswith("bigincubate: 2 of 4 damaged: ")
+    assert verified.err.startswith("bigincubate: 2 of 4 checkpoints are damaged: ")
     assert verified.err.count("\n") == 1
     for file in (step(mine, 8) / "rank-00000.safetensors", step(mine, 12) / "state.json"):
         expected = json.loads((file.parent / "manifest.json").read_text())["files"][file.name]["sha256"]
@@ -200,7 +200,7 @@ def test_phase_resumes_to_the_bit_from_a_converted_checkpoint(mine: Any, trained
     original = step(mine, 8, "modules/01")
     converted = run("checkpoint", "convert", original, tmp_path / "three", "--ranks", 3)
     assert converted.wait() == 0, converted.err
-    assert converted.out == f"{tmp_path / 'three'}: {original}, converted to 3 files\n"
+    assert converted.out == f"{tmp_path / 'three'}: converted from {original} to 3 files\n"
     shutil.rmtree(original)
     (tmp_path / "three").rename(original)
     mine.train("incubate", 1)

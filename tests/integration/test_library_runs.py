@@ -53,7 +53,7 @@ def test_phase_has_the_result_of_the_harness(
 @pytest.mark.parametrize(
     ("phase", "module", "error", "message"),
     [
-        ("pretraining", None, bi.errors.ConfigError, "there are pretrain, incubate, finetune, end_to_end"),
+        ("pretraining", None, bi.errors.ConfigError, "phase = 'pretraining'"),
         ("incubate", 2, bi.errors.ConfigError, "0 to 1"),
         ("incubate", 1, bi.errors.ArtifactError, "the meta model is missing"),
         ("finetune", None, bi.errors.ArtifactError, "the meta model is missing"),
@@ -104,7 +104,7 @@ def test_evaluation_is_that_of_the_command(
     assert capsys.readouterr() == ("", "")
     assert scores == json.loads(call("evaluate", finished, "--data", digits, "--json")[1])
     assert call("evaluate", finished, "--data", digits)[1] == f"{lines[0]}\n"
-    with pytest.raises(bi.errors.ConfigError, match="linear and knn"):
+    with pytest.raises(bi.errors.ConfigError, match="expected linear or knn"):
         bi.evaluate(finished, digits, probe="tree")  # type: ignore[arg-type]
     with pytest.raises(bi.errors.ArtifactError):
         bi.load_model(finished / "nothing")
