@@ -1,1 +1,1 @@
-"""Models: how they are cut into modules, and how tensors move between depths. Families of timm are in `vision`."""
+"""Models: partitions, hybrids, and tensors of models of different depths. `vision` has the timm families."""

@@ -1,7 +1,7 @@
-"""Activation checkpointing: what a block computes in the forward is computed again in the backward, not kept.
+"""Activation checkpointing: the backward pass recomputes the activations of blocks instead of storing them.
 
 Source: Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016 (arXiv:1604.06174). Blocks draw no random
-numbers (see `drop_path`), so both passes give the same bits.
+numbers (see `drop_path`), so the recomputed activations are bitwise identical.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 aten = torch.ops.aten
-# Results that "selective" keeps because they are expensive; norms, activations and scaling are recomputed
+# expensive operators whose results "selective" keeps; norms, activation functions and scaling are recomputed
 KEPT_OPERATORS = [
     aten.mm.default,
     aten.addmm.default,
@@ -29,7 +29,7 @@ KEPT_OPERATORS = [
 
 
 def checkpoint_activations(model: nn.Module, blocks: Iterable[str], how: str) -> None:
-    """Recompute the activations of the blocks at these paths in the backward. Names of parameters stay as they are.
+    """Recompute the activations of the blocks at these paths in the backward pass. Parameter names do not change.
 
     Args:
         model: The model.

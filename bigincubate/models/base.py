@@ -1,4 +1,4 @@
-"""The interface between this package and a model library: where a model keeps its blocks, and how it is built."""
+"""The interface to a model library: where a model keeps its blocks, and how to build it."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ Depths = tuple[tuple[int, ...], ...]  # number of blocks: one inner tuple per mo
 class ModelFamily(ABC):
     """One architecture of one library.
 
-    A library outside this package subclasses it (as a frozen dataclass, so that it can be compared and hashed) and is
-    chosen by ``model.library = "package.module:function"``, where the function takes the recipe's model settings and
-    returns the family.
+    To support another library, subclass this (as a frozen dataclass, so that instances can be compared and hashed) and
+    set ``model.library = "package.module:function"``. The function takes the recipe's model settings and returns the
+    family.
 
-    What a block computes may depend on its index in the stage only modulo ``parity``: blocks change their index
-    whenever a module in front of them changes its depth. `build` must refuse any other dependence by a `ConfigError`.
+    What a block computes may depend on its index in the stage only modulo ``parity``, because the index changes when
+    an earlier module changes its depth. `build` must raise `ConfigError` for any other dependence.
 
     Attributes:
         name: Short name, used in messages.
         library: Name of the library, as in ``model.library``.
-        covers: What users call these models.
+        covers: The models of this family, by their usual names.
         stages: Number of stages; a flat model has one.
         block: Path of a block, with ``{block}`` for its index in the stage and, where there are several stages,
             ``{stage}``, such as ``"model.layers.{block}"``.
-        stem: Dotted prefixes of the tensors that come before all blocks.
-        tail: Dotted prefixes of the tensors that come after all blocks. A tensor belongs to the longest prefix of its
-            name among ``stem`` and ``tail``.
+        stem: Dotted prefixes of the tensors before the first block.
+        tail: Dotted prefixes of the tensors after the last block. A tensor belongs to the longest prefix of its name
+            among ``stem`` and ``tail``.
         parity: What a block computes depends on its index in the stage modulo this number.
-        drop_path_ramp: Whether the drop-path rate rises linearly from 0 over all blocks, or is the same for all.
+        drop_path_ramp: Whether the drop-path rate increases linearly from 0 over the blocks; if not, all blocks have
+            the same rate.
     """
 
     name: str
@@ -58,7 +59,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def build(self, model: ModelConfig, depths: Depths, *, device: str = "cpu") -> nn.Module:
-        """Build a model with fresh weights, drawn from torch's default generator, which the caller seeds.
+        """Build a model with new random weights from torch's default generator, which the caller seeds.
 
         Args:
             model: The recipe's model settings.
@@ -66,7 +67,7 @@ class ModelFamily(ABC):
             device: ``"cpu"``, or ``"meta"`` for a model without storage.
 
         Returns:
-            A model with `DropPath` modules (rate 0) wherever it supports stochastic depth.
+            A model with a `DropPath` module (rate 0) at each place that supports stochastic depth.
 
         Raises:
             ConfigError: The settings or the depths do not fit this family, or a block depends on its index.
@@ -74,7 +75,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def default_depths(self, model: ModelConfig) -> tuple[int, ...]:
-        """Return the number of blocks per stage of the model as its library defines it.
+        """Return the number of blocks per stage that the library uses for this model.
 
         Raises:
             ConfigError: The settings do not fit this family.
@@ -82,13 +83,13 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def example_inputs(self, model: ModelConfig, count: int, device: str) -> Tensor:
-        """Return ``count`` inputs of the right shape and dtype, all zeros, for counting costs."""
+        """Return ``count`` all-zero inputs of the right shape and dtype, for counting costs."""
 
     def residual_outputs(self, block: nn.Module) -> list[nn.Module]:
-        """Return the submodules to zero so that a block adds nothing to its residual stream.
+        """Return the submodules to set to zero so that a block is the identity.
 
         Raises:
-            ConfigError: They are not known for this block.
+            ConfigError: The family does not define them for this block.
         """
         raise ConfigError(
             f"incubate.init = 'grow' is not supported for blocks of class {type(block).__name__} ({self.name}):"
@@ -96,25 +97,25 @@ class ModelFamily(ABC):
         )
 
     def adapt_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """Return tensors of a model for inputs of one size, changed to fit ``model``, which takes another size."""
+        """Return a model's tensors, adapted to ``model``, which may have a different input size."""
         return dict(tensors)
 
     def smoke_overrides(self, model: ModelConfig, *, larger_inputs: bool) -> dict[str, Any]:
-        """Return values of the recipe's ``[model]`` table that make the model small enough for a smoke test.
+        """Return values for the recipe's ``[model]`` table that make the model small enough for a smoke test.
 
         Args:
             model: The model settings of a phase.
-            larger_inputs: Whether the phase takes larger inputs than the phase with the smallest ones, so that the
-                difference is kept.
+            larger_inputs: Whether the inputs of this phase are larger than the smallest inputs of any phase; the small
+                model should keep the difference.
         """
         return {}
 
     def choose_attention(self, model: nn.Module, device: torch.device, precision: str) -> None:
-        """Choose the fastest attention implementation for a device and a precision; by default the model's own."""
+        """Choose the fastest attention implementation for a device and precision; the default changes nothing."""
         del model, device, precision
 
     def use_subset_drop_path(self, model: nn.Module, partition: Partition) -> None:
-        """Make blocks compute their residual branches only for the samples that stochastic depth keeps.
+        """Compute residual branches only for the samples that stochastic depth keeps.
 
         Raises:
             ConfigError: The model does not support it.
@@ -122,7 +123,7 @@ class ModelFamily(ABC):
         raise ConfigError(f"train.subset_drop_path: not supported for {self.name} models; set it to false")
 
     def compute_last_block_for_cls_token_only(self, model: nn.Module, partition: Partition) -> None:
-        """Make the last block compute only the class token, where nothing else of its output is used.
+        """Compute only the class token in the last block, if the rest of its output is unused.
 
         Raises:
             ConfigError: The model does not support it.
@@ -132,7 +133,7 @@ class ModelFamily(ABC):
     def count_block_flops(self, model: ModelConfig, stage_depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Count the forward FLOPs of each block for one sample, on the meta device.
 
-        A multiply and an add are two FLOPs; only matrix products and convolutions count (torch's flop counter).
+        A multiply-add counts as two FLOPs. Only matrix products and convolutions are counted (torch's FLOP counter).
 
         Args:
             model: The recipe's model settings.
@@ -142,7 +143,7 @@ class ModelFamily(ABC):
             One tuple per stage, one number per block.
 
         Raises:
-            ConfigError: The model cannot be built, or does not take its inputs.
+            ConfigError: The model cannot be built, or does not accept its example inputs.
         """
         built, inputs = self.build(model, (stage_depths,), device="meta"), self.example_inputs(model, 1, "meta")
         with explain_argument_errors(model.name), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -154,7 +155,7 @@ class ModelFamily(ABC):
         )
 
     def drop_path_rates(self, rate: float, depth: int) -> list[float]:
-        """Return the drop-path rate of each of ``depth`` blocks, where the last one has ``rate``."""
+        """Return the drop-path rate of each of ``depth`` blocks; the last one has ``rate``."""
         return torch.linspace(0, rate, depth, device="cpu").tolist() if self.drop_path_ramp else [rate] * depth
 
     def block_path(self, stage: int, block: int) -> str:
@@ -162,7 +163,7 @@ class ModelFamily(ABC):
         return self.block.format(stage=stage, block=block)
 
     def count_blocks(self, names: Iterable[str]) -> tuple[int, ...]:
-        """Return the number of blocks per stage of a model that has tensors of these names."""
+        """Return the number of blocks per stage of a model with these tensor names."""
         prefixes = [self.block.removesuffix("{block}").format(stage=stage) for stage in range(self.stages)]
         names = list(names)
         return tuple(
@@ -173,7 +174,7 @@ class ModelFamily(ABC):
 
 @contextmanager
 def explain_argument_errors(name: str) -> Iterator[None]:
-    """Turn the error with which a library refuses a model's arguments, whatever its type, into one line.
+    """Convert any error that a library raises for a model's arguments into a one-line `ConfigError`.
 
     Args:
         name: The model's name, for the message.

@@ -1,4 +1,4 @@
-"""Refuse models whose modules cannot be trained separately."""
+"""Reject models whose modules cannot be trained separately."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from .partition import Partition
 
 
 def check_model(model: nn.Module, partition: Partition) -> None:
-    """Check that no two modules share a tensor and that blocks of a stage are alike (up to the family's parity).
+    """Check that modules share no tensors, and that the blocks of a stage do not depend on their index.
+
+    Blocks may depend on their index modulo the family's parity.
 
     Raises:
-        ConfigError: Tied weights across modules, or blocks that differ by their index; the line names them.
+        ConfigError: Two modules have tied weights, or two blocks differ; the message names them.
     """
     seen: dict[int, tuple[str, int]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -23,14 +25,14 @@ def check_model(model: nn.Module, partition: Partition) -> None:
                 f"{first} (module {other}) and {name} (module {owner}) share one tensor (tied weights), but modules are"
                 " trained separately: untie them in model.args"
             )
-    alike: dict[tuple[int, int], tuple[str, object]] = {}
+    structures: dict[tuple[int, int], tuple[str, object]] = {}
     for block in partition.blocks():
         module = model.get_submodule(block.path)
-        form = repr(module), [(name, parameter.shape) for name, parameter in module.named_parameters()]
-        place = block.stage, block.index_in_stage % partition.family.parity
-        path, expected = alike.setdefault(place, (block.path, form))
-        if form != expected:
+        structure = repr(module), [(name, parameter.shape) for name, parameter in module.named_parameters()]
+        position = block.stage, block.index_in_stage % partition.family.parity
+        path, expected = structures.setdefault(position, (block.path, structure))
+        if structure != expected:
             raise ConfigError(
-                f"blocks {path} and {block.path} differ: what a block is depends on its index, which changes with the"
-                " depths of modules in front of it"
+                f"blocks {path} and {block.path} differ: the structure of a block must not depend on its index, which"
+                " changes with the depths of earlier modules; choose another model.name or model.args"
             )

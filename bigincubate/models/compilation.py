@@ -8,9 +8,9 @@ from torch import nn
 
 
 def compile_blocks(model: nn.Module, blocks: Iterable[str]) -> None:
-    """Compile each of the blocks at these paths with `torch.compile`; equal blocks share a graph, whatever the depth.
+    """Compile each block at these paths with `torch.compile`, so that equal blocks share one graph at any depth.
 
-    A block with the attribute ``skip_compile`` set is left as it is.
+    A block whose attribute ``skip_compile`` is true is not compiled.
     """
     for path in blocks:
         block = model.get_submodule(path)

@@ -1,8 +1,8 @@
-"""Stochastic depth with masks that are computed outside of the model.
+"""Stochastic depth with masks that are computed outside the model.
 
-The masks of a step are a pure function of (seed, step), drawn for the global batch; each rank takes the columns of its
-samples and sets them in the model. No module draws random numbers, so neither the number of ranks nor a resume changes
-what is dropped.
+The masks of a step are a pure function of (seed, step), drawn for the global batch. Each rank passes the columns of its
+own samples to the model. The model draws no random numbers, so the number of ranks and resuming do not change what is
+dropped.
 
 Source: Huang et al., Deep Networks with Stochastic Depth, 2016 (arXiv:1603.09382); rates as in timm.
 """
@@ -19,7 +19,7 @@ from ..seeds import drop_path_seed
 from .base import Depths
 from .partition import Partition
 
-# A branch is computed for at least so many samples (with scale 0 if dropped): compilers specialize on sizes 0 and 1
+# minimum number of samples for which a branch is computed (scale 0 if dropped): torch.compile specializes on 0 and 1
 MIN_SAMPLES = 2
 
 
@@ -28,14 +28,14 @@ class DropPath(nn.Module):
 
     Attributes:
         rate: Probability that a sample's branch is dropped, in [0, 1).
-        active: Whether it has a scale in each step. All modules of a ramp do, even with rate 0 (where the scale is 1
-            for every sample and changes no bit), so that compiled blocks of a ramp share one graph.
-        scale: Factor of each sample's branch, 0 or 1 / (1 - rate), float32 ``[batch]``; None: nothing is dropped.
-            `apply_masks` sets it before each forward. ``forward`` reads nothing else, so compiled blocks of different
-            rates share one graph.
+        active: Whether it has a scale in each step. True for all modules of a ramp, even with rate 0 (where the scale
+            of 1 changes no bit), so that all compiled blocks share one graph.
+        scale: Factor of each sample's branch, 0 or 1 / (1 - rate), float32 ``[batch]``; None if nothing is dropped.
+            `apply_masks` sets it before each forward pass. ``forward`` does not read ``rate``, so compiled blocks of
+            different rates share one graph.
         computes_subset: Whether the block computes its branch only for the samples that are kept.
-        kept_samples: Indices of those samples, int64 ``[kept]``; ``scale`` then has their factors only, ``[kept]``.
-            None: the branch is computed for all samples.
+        kept_samples: Indices of those samples, int64 ``[kept]``; ``scale`` then has only their factors, ``[kept]``.
+            None if the branch is computed for all samples.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ def replace_drop_path(block: nn.Module) -> None:
 def find_drop_paths(model: nn.Module) -> list[DropPath]:
     """Return the model's drop-path modules in order; the index in this list is the row in the masks.
 
-    A block has one per branch, or one for several branches, which are then kept or dropped together.
+    A block has one per branch, or one that keeps or drops several branches together.
     """
     return [module for module in model.modules() if isinstance(module, DropPath)]
 
@@ -82,14 +82,14 @@ def set_drop_path_rates(
     """Set the drop-path rate of every block.
 
     Args:
-        model: A model as its family builds it.
-        partition: The model's own partition.
-        mode: ``"target"``: the blocks of ``module`` have the rates that they will have in the target, all others none.
-            ``"hybrid"``: the family's rule (`ModelFamily.drop_path_rates`) over the model's own depth, frozen blocks
-            included.
+        model: A model built by its family.
+        partition: The model's partition.
+        mode: ``"target"``: the blocks of ``module`` have their rates in the target, all other blocks have rate 0.
+            ``"hybrid"``: the family's rule (`ModelFamily.drop_path_rates`) over the depth of this model, including
+            frozen blocks.
         rate: The rate of the last block, in [0, 1).
         depths_target: The target's depths.
-        module: The module that trains; None if the whole model does: then both modes are the family's rule.
+        module: The module that is trained; None if the whole model is trained: both modes then use the family's rule.
 
     Raises:
         ConfigError: The rate is out of range.
@@ -118,13 +118,13 @@ def _rates_by_path(partition: Partition, rate: float) -> dict[str, float]:
 
 
 def draw_masks(seed: int, step: int, n: int, batch: int) -> Tensor:
-    """Draw numbers from [0, 1) for ``n`` drop-path modules and a global batch: float32 ``[n, batch]``, on the CPU."""
+    """Draw uniform numbers for ``n`` drop-path modules and a global batch: float32 ``[n, batch]`` on the CPU."""
     generator = torch.Generator().manual_seed(drop_path_seed(seed, step))
     return torch.rand(n, batch, generator=generator)
 
 
 def apply_masks(model: nn.Module, uniform: Tensor) -> None:
-    """Set the scale of every drop-path module for the next forward.
+    """Set the scale of every drop-path module for the next forward pass.
 
     Args:
         model: A model with `DropPath` modules.
@@ -133,18 +133,18 @@ def apply_masks(model: nn.Module, uniform: Tensor) -> None:
     modules = find_drop_paths(model)
     keep = 1 - torch.tensor([module.rate for module in modules]).unsqueeze(1)
     device = next(model.parameters()).device
-    alive = uniform < keep
-    scales, order = alive / keep, None
-    if any(module.computes_subset for module in modules):  # on the host, so that the counts need no synchronization
-        order = alive.byte().argsort(dim=1, descending=True, stable=True)
-        counts = alive.sum(1).clamp(min=min(MIN_SAMPLES, alive.shape[1])).tolist()
+    kept = uniform < keep
+    scales, order = kept / keep, None
+    if any(module.computes_subset for module in modules):  # on the CPU, so that the counts need no synchronization
+        order = kept.byte().argsort(dim=1, descending=True, stable=True)
+        counts = kept.sum(1).clamp(min=min(MIN_SAMPLES, kept.shape[1])).tolist()
         packed, order = scales.gather(1, order).to(device, non_blocking=True), order.to(device, non_blocking=True)
     scales = scales.to(device, non_blocking=True)
     for index, module in enumerate(modules):
         module.scale = module.kept_samples = None
         if module.active and module.computes_subset and order is not None:
             module.scale, module.kept_samples = packed[index, : counts[index]], order[index, : counts[index]]
-            for tensor in (module.scale, module.kept_samples):  # one compiled graph for any number
+            for tensor in (module.scale, module.kept_samples):  # one compiled graph for any number of samples
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         elif module.active:
             module.scale = scales[index]

@@ -1,7 +1,7 @@
-"""Hybrids of models that a user has built: a module of the target in place of its counterpart in the meta model.
+"""Build hybrids from existing models: one module of the target in place of its counterpart in the meta model.
 
-The trainer builds a hybrid as a model of another depth. Here it is put together from the blocks of two models that
-exist, so that a training loop outside of this package needs no recipe. Both give the same model.
+The trainer builds a hybrid as a new model of another depth. The functions here combine the blocks of two existing
+models instead, so that other training loops need no recipe. The result is the same model.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ HYBRID = "bigincubate_hybrid"  # attribute of a model that `build_hybrid` return
 
 
 class Hybrid(NamedTuple):
-    """What `extract_module` needs to know about a hybrid.
+    """The information about a hybrid that `extract_module` needs.
 
     Attributes:
-        module: The module that trains.
-        partition: The hybrid's own partition.
+        module: The module that is trained.
+        partition: The hybrid's partition.
         target_partition: The target's partition.
     """
 
@@ -43,24 +43,24 @@ def build_hybrid(
 ) -> nn.Module:
     """Return the meta model with one module of the target in place of its counterpart.
 
-    The hybrid trains as in the trainer. Only the parameters of the module require a gradient, so autograd records
-    nothing before the module and computes no weight gradients after it. The drop-path layers of the module stay as they
-    are in the target; frozen blocks drop nothing. The hybrid is in training mode as a whole. It is a copy: neither
-    ``target`` nor ``meta`` changes.
+    Only the parameters of the module require gradients, so autograd records nothing before the module and computes no
+    weight gradients after it. The drop-path layers of the module are those of the target; frozen blocks drop nothing.
+    The whole hybrid is in training mode. It is a copy: ``target`` and ``meta`` do not change.
 
     Args:
-        target: The deep model. Its weights are what the module starts from.
+        target: The deep model. The module starts with its weights.
         meta: The pre-trained shallow model, of the same class, width and input size.
-        module: Which module to train, from 0 to K-1.
-        partition: How the target is cut. None, for a model without stages: into as many modules as the meta model has
-            blocks, cut evenly.
-        meta_partition: How the meta model is cut. None: one block per module and stage (two where the family needs it).
+        module: Index of the module to train, from 0 to K-1.
+        partition: The target's partition. The default, for models without stages, has one module per block of the meta
+            model, of equal depths.
+        meta_partition: The meta model's partition. The default has one block per module and stage (two where the
+            family needs it).
 
     Returns:
         The hybrid, on the device of ``meta``.
 
     Raises:
-        ConfigError: There is no such module, or the two models do not fit each other.
+        ConfigError: There is no such module, or the two models are incompatible.
 
     Example:
         >>> target = timm.create_model("vit_small_patch16_224", num_classes=10)
@@ -93,7 +93,7 @@ def build_hybrid(
     dropped = {path: child for path, child in hybrid.named_modules() if _is_drop_path(path)}
     for block in own_partition.blocks():
         replace_drop_path(hybrid.get_submodule(block.path))
-    check_model(hybrid, own_partition)  # blocks must be alike up to their drop-path rates
+    check_model(hybrid, own_partition)  # blocks must be equal except for their drop-path rates
     for path, child in dropped.items():
         if path.startswith(tuple(f"{block_path}." for block_path in trained)):
             hybrid.set_submodule(path, child)
@@ -103,16 +103,16 @@ def build_hybrid(
 
 
 def extract_module(hybrid: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the module that a hybrid trains, under the names that they have in the target.
+    """Return the tensors of a hybrid's trained module under their names in the target.
 
     Args:
-        hybrid: A model that `build_hybrid` returned.
+        hybrid: A model returned by `build_hybrid`.
 
     Returns:
         Copies of the tensors by name, for `assemble`.
 
     Raises:
-        ConfigError: `build_hybrid` did not return this model.
+        ConfigError: The model was not returned by `build_hybrid`.
 
     Example:
         >>> modules = [bi.extract_module(hybrid) for hybrid in hybrids]
@@ -121,8 +121,8 @@ def extract_module(hybrid: nn.Module) -> dict[str, Tensor]:
     about = getattr(hybrid, HYBRID, None)
     if not isinstance(about, Hybrid):
         raise ConfigError(
-            "extract_module takes the model that build_hybrid returned; if DDP or another wrapper holds it, give"
-            " the model inside"
+            "extract_module needs the model that build_hybrid returned; if it is wrapped, for example by DDP, pass the"
+            " wrapped model, such as model.module"
         )
     tensors = extract(hybrid.state_dict(), about.partition, about.module)
     renamed = rename_tensors(tensors, about.partition, about.target_partition)
@@ -132,20 +132,20 @@ def extract_module(hybrid: nn.Module) -> dict[str, Tensor]:
 def grow(
     target: nn.Module, meta: nn.Module, partition: Partition | None = None, meta_partition: Partition | None = None
 ) -> None:
-    """Initialize the target so that it computes what the meta model computes.
+    """Initialize the target so that it computes the same function as the meta model.
 
-    Each module starts with the blocks of its counterpart. Its other blocks become the identity: the last projection of
-    each residual branch (or the norm after it) is set to zero. Stem, final norm and head are copied. Hybrids built from
-    this target then begin with the loss of the meta model. The recipe's ``incubate.init = "grow"`` does the same.
+    The first blocks of each module are copied from its counterpart. Its other blocks become the identity: the last
+    projection of each residual branch (or the norm after it) is set to zero. Stem, final norm and head are copied.
+    Hybrids built from this target start with the loss of the meta model. In a recipe: ``incubate.init = "grow"``.
 
     Args:
         target: The deep model; its weights are changed in place.
         meta: The pre-trained shallow model.
-        partition: How the target is cut; see `build_hybrid`.
-        meta_partition: How the meta model is cut; see `build_hybrid`.
+        partition: The target's partition; see `build_hybrid`.
+        meta_partition: The meta model's partition; see `build_hybrid`.
 
     Raises:
-        ConfigError: The two models do not fit each other, or blocks of this class cannot be made the identity.
+        ConfigError: The two models are incompatible, or blocks of this class cannot be made the identity.
 
     Example:
         >>> bi.grow(target, meta)
@@ -164,10 +164,10 @@ def _is_drop_path(path: str) -> bool:
 def _match(
     target: nn.Module, meta: nn.Module, partition: Partition | None, meta_partition: Partition | None
 ) -> tuple[Partition, Partition]:
-    """Return the partitions of both models, with defaults for those that are None, after checking that they fit.
+    """Replace missing partitions by their defaults, check that the models are compatible, and return both partitions.
 
     Raises:
-        ConfigError: They do not fit each other, or a default does not exist.
+        ConfigError: The models are incompatible, or there is no default partition for them.
     """
     if partition is None:
         modules = meta_partition.modules if meta_partition else sum(Partition.from_model(meta).stage_depths)
@@ -178,20 +178,21 @@ def _match(
     for name, model, cut in (("target", target, partition), ("meta", meta, meta_partition)):
         if (found := family.count_blocks(model.state_dict())) != cut.stage_depths:
             raise ConfigError(
-                f"the {name} model has {_shown(found)} blocks, its partition {_shown(cut.stage_depths)}: give"
-                f" {'partition' if name == 'target' else 'meta_partition'} = Partition.from_model(model, depths=...)"
+                f"the {name} model has {_join_depths(found)} blocks, but its partition has"
+                f" {_join_depths(cut.stage_depths)}: pass {'partition' if name == 'target' else 'meta_partition'} ="
+                " Partition.from_model(model, depths=...)"
             )
     check_depths(family, partition.depths, meta_partition.depths)
     needed = target.state_dict()
     for name, tensor in rename_tensors(meta.state_dict(), meta_partition, partition).items():
         if name not in needed or needed[name].shape != tensor.shape:
-            there = tuple(needed[name].shape) if name in needed else "missing"
+            target_shape = tuple(needed[name].shape) if name in needed else "missing"
             raise ConfigError(
-                f"tensor {name!r} is {there} in the target and {tuple(tensor.shape)} in the meta model: both need the"
-                " same class, width, input size and classes"
+                f"tensor {name!r} is {target_shape} in the target and {tuple(tensor.shape)} in the meta model: both"
+                " models must have the same Python class, width, input size and number of classes"
             )
     return partition, meta_partition
 
 
-def _shown(depths: tuple[int, ...]) -> str:
+def _join_depths(depths: tuple[int, ...]) -> str:
     return " + ".join(map(str, depths))

@@ -1,4 +1,4 @@
-"""Find the family of a model by its library."""
+"""Look up the family of a recipe's model."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .vision.families import find_timm_family
 def find_family(model: ModelConfig) -> ModelFamily:
     """Return the family of a recipe's model.
 
-    ``model.library`` is ``"timm"``, or names a function ``"package.module:function"`` that is called with the model
-    settings and returns a `ModelFamily`.
+    ``model.library`` is ``"timm"``, or a function ``"package.module:function"`` that takes the model settings and
+    returns a `ModelFamily`.
 
     Raises:
         ConfigError: The library cannot be loaded, or it does not support the model.

@@ -1,8 +1,8 @@
-"""Which module owns which tensor and which block: index arithmetic on the names of a model's own parameters.
+"""Map tensors and blocks to modules, by index arithmetic on a model's parameter names.
 
-*Depths* are the number of blocks of each stage that a module has: one inner tuple per module, one entry per stage. The
-target, the meta model and every hybrid have depths of the same shape, so a tensor is identified in all of them by its
-module and its *local* name: its name with the block's index counted from the module's first block in that stage.
+*Depths* are the number of blocks that each module has in each stage: one inner tuple per module, one entry per stage.
+The depths of the target, the meta model and every hybrid have the same shape, so a tensor is identified in all of them
+by its module and its *local* name, in which block indices start at the module's first block in the stage.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BlockRef(NamedTuple):
         module: The module that it belongs to.
         stage: Its stage.
         index_in_stage: Its index in the stage.
-        index_in_module: Its index in the module's part of the stage.
+        index_in_module: Its index among the module's blocks in that stage.
         path: Its path in the model, such as ``blocks.7``.
     """
 
@@ -51,15 +51,15 @@ def normalize_depths(value: Sequence[int | Sequence[int]], stages: int, what: st
         what: Name of the setting, for messages.
 
     Raises:
-        ConfigError: Not lists of non-negative whole numbers, or another number of stages.
+        ConfigError: The value is not a list of non-negative integers, or has the wrong number of stages.
     """
     if not value:
-        raise ConfigError(f"{what} is empty: give the depth of each module")
+        raise ConfigError(f"{what} is empty: set the depth of each module")
     modules: list[tuple[int, ...]] = []
     for index, entry in enumerate(value):
         row = tuple(entry) if isinstance(entry, (list, tuple)) else (entry,)
         if any(isinstance(depth, bool) or not isinstance(depth, int) or depth < 0 for depth in row):
-            raise ConfigError(f"{what}: module {index} is {entry}; depths are whole numbers, not negative")
+            raise ConfigError(f"{what}: module {index} is {entry}; depths must be non-negative integers")
         if len(row) != stages:
             form = "one depth" if stages == 1 else f"a list of {stages} depths, one per stage"
             raise ConfigError(f"{what}: module {index} is {entry}; this model needs {form} for each module")
@@ -68,7 +68,7 @@ def normalize_depths(value: Sequence[int | Sequence[int]], stages: int, what: st
 
 
 def show_depths(depths: Depths) -> list[int | list[int]]:
-    """Return depths as a recipe has them: one number per module, or one list over the stages."""
+    """Return depths in the format of recipes: per module, one number or a list with one number per stage."""
     return [list(row) if len(row) > 1 else row[0] for row in depths]
 
 
@@ -79,7 +79,7 @@ def hybrid_depths(target: Depths, meta: Depths, module: int) -> Depths:
 
 @lru_cache
 def _patterns(family: ModelFamily) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
-    """Return patterns of tensors in a block (groups stage, block, rest), and in a stage but in none of its blocks."""
+    """Return a pattern for tensors in a block (groups stage, block, rest), and one for other tensors of a stage."""
     block = re.escape(family.block).replace(r"\{stage\}", r"(?P<stage>\d+)")
     block = block.replace(r"\{block\}", r"(?P<block>\d+)") + r"\.(?P<rest>.+)"
     head, staged, _ = family.block.partition("{stage}")
@@ -88,17 +88,17 @@ def _patterns(family: ModelFamily) -> tuple[re.Pattern[str], re.Pattern[str] | N
 
 @dataclass(frozen=True)
 class Partition:
-    """The modules of one model: a family and the depths.
+    """The partition of one model into modules: its family and depths.
 
-    Module 0 owns the stem, module K-1 the tail (final norm, pooling, head). What a stage has outside its blocks (such
-    as down-sampling, which timm puts at the *start* of a stage) belongs to the module with the stage's first block.
+    Module 0 owns the stem, module K-1 the tail (final norm, pooling, head). Layers of a stage outside its blocks (such
+    as down-sampling, which timm puts at the *start* of a stage) belong to the module with the stage's first block.
 
     Attributes:
         family: The model's family.
         depths: Number of blocks per module and stage.
 
     Raises:
-        ConfigError: The depths do not cut the sequence of blocks into contiguous modules.
+        ConfigError: The depths do not divide the sequence of blocks into contiguous modules.
     """
 
     family: ModelFamily
@@ -111,16 +111,17 @@ class Partition:
     def from_model(
         cls, model: nn.Module, *, modules: int = 1, depths: Sequence[int | Sequence[int]] | None = None
     ) -> Partition:
-        """Cut a timm model that is already built.
+        """Return a partition of an existing timm model.
 
         Args:
             model: A timm model of a supported family.
-            modules: Number of modules with (almost) equally many blocks, for a model without stages.
-            depths: Number of blocks of each module instead: ``[3, 3, 3, 3]``, or one list over the stages per module.
+            modules: Number of modules, of (almost) equal depth, for a model without stages.
+            depths: Number of blocks of each module instead: ``[3, 3, 3, 3]``, or per module a list with one number per
+                stage.
 
         Raises:
-            ConfigError: The family is not supported, the depths do not add up to the model's, or it has stages and
-                there are no ``depths``.
+            ConfigError: The family is not supported, the depths do not add up to the model's, or the model has stages
+                and ``depths`` is missing.
 
         Example:
             >>> bi.Partition.from_model(timm.create_model("vit_small_patch16_224"), modules=4).depths
@@ -135,14 +136,16 @@ class Partition:
         found = family.count_blocks(model.state_dict())
         if depths is None and modules > 1 and family.stages > 1:
             raise ConfigError(
-                f"{name} has {family.stages} stages: cut it with Partition.from_model(model, depths=...), one list over"
-                " the stages per module"
+                f"{name} has {family.stages} stages: use Partition.from_model(model, depths=...), with a list of"
+                f" {family.stages} depths for each module"
             )
         if depths is None:
             return cls(family, find_balanced_cut([[1] * found[0]], modules) if modules > 1 else (found,))
         partition = cls(family, normalize_depths(depths, family.stages))
         if partition.stage_depths != found:
-            raise ConfigError(f"depths = {depths} have {partition.stage_depths} blocks, the model has {found}")
+            raise ConfigError(
+                f"depths = {depths} have {partition.stage_depths} blocks per stage, the model has {found}"
+            )
         return partition
 
     @property
@@ -161,7 +164,7 @@ class Partition:
         return tuple(zip(*columns, strict=True))
 
     def start(self, module: int, stage: int) -> int:
-        """Return the index in the stage of the module's first block there."""
+        """Return the index in the stage of the module's first block."""
         return self._starts[module][stage]
 
     def block_path(self, module: int, stage: int, index_in_module: int) -> str:
@@ -169,7 +172,7 @@ class Partition:
         return self.family.block_path(stage, self.start(module, stage) + index_in_module)
 
     def blocks(self) -> Iterator[BlockRef]:
-        """Yield all blocks, in the order in which they are executed."""
+        """Yield all blocks in the order of execution."""
         for module, depths in enumerate(self.depths):
             for stage, depth in enumerate(depths):
                 for index in range(depth):
@@ -177,10 +180,10 @@ class Partition:
                     yield BlockRef(module, stage, self.start(module, stage) + index, index, path)
 
     def block_of(self, name: str) -> BlockRef | None:
-        """Return the block that a parameter or buffer is in; None if it is in the stem, the tail or between blocks.
+        """Return the block of a parameter or buffer; None if it is in the stem, in the tail or between blocks.
 
         Raises:
-            ArtifactError: This model has no block of that index.
+            ArtifactError: This model has no block with that index.
         """
         match = _patterns(self.family)[0].fullmatch(name)
         if match is None:
@@ -196,10 +199,10 @@ class Partition:
     def owner(self, name: str) -> int:
         """Return the module that a parameter or persistent buffer belongs to.
 
-        Buffers that are not persistent are no part of a module: each model computes its own.
+        Non-persistent buffers do not belong to a module: each model computes them.
 
         Raises:
-            ArtifactError: A model of this family and these depths has no such tensor.
+            ArtifactError: A model of this family and depths has no such tensor.
         """
         if block := self.block_of(name):
             return block.module
@@ -214,14 +217,14 @@ class Partition:
         raise ArtifactError(f"tensor {name!r} is not part of a {self.family.name} model")
 
     def to_local_name(self, name: str) -> tuple[int, str]:
-        """Return the module and local name of a tensor, which counts blocks from the module's start in the stage."""
+        """Return the module and local name of a tensor; local block indices start at the module's first block."""
         block = self.block_of(name)
         if block is None:
             return self.owner(name), name
         return block.module, self.family.block_path(block.stage, block.index_in_module) + name[len(block.path) :]
 
     def to_global_name(self, module: int, local_name: str) -> str:
-        """Return the name in this model of a module's tensor; the inverse of `to_local_name`.
+        """Return the name of a module's tensor in this model; the inverse of `to_local_name`.
 
         Raises:
             ArtifactError: The module has no such tensor.
@@ -237,7 +240,7 @@ class Partition:
 
 
 def check_layout(family: ModelFamily, depths: Depths, what: str = "depths") -> None:
-    """Check that each module and each stage has blocks, and that modules follow one another in order of execution.
+    """Check that each module and each stage has blocks, and that the modules are in the order of execution.
 
     Args:
         family: The model's family.
@@ -245,7 +248,7 @@ def check_layout(family: ModelFamily, depths: Depths, what: str = "depths") -> N
         what: Name of the setting, for messages.
 
     Raises:
-        ConfigError: They do not; the line names the module or stage.
+        ConfigError: The depths are invalid; the message names the module or stage.
     """
     last = 0
     for module, row in enumerate(depths):
@@ -255,8 +258,8 @@ def check_layout(family: ModelFamily, depths: Depths, what: str = "depths") -> N
             raise ConfigError(f"{what}: module {module} has no blocks; each module needs at least one")
         if stages[0] < last:
             raise ConfigError(
-                f"{what}: module {module} begins in stage {stages[0]}, but module {module - 1} reaches stage {last}; "
-                "modules follow one another through the stages"
+                f"{what}: module {module} starts in stage {stages[0]}, but module {module - 1} ends in stage {last}; "
+                "each module must start where the one before it ends, or later"
             )
         last = stages[-1]
     for stage, total in enumerate(map(sum, zip(*depths, strict=True))):
@@ -265,36 +268,36 @@ def check_layout(family: ModelFamily, depths: Depths, what: str = "depths") -> N
 
 
 def check_depths(family: ModelFamily, target: Depths, meta: Depths) -> None:
-    """Check that a meta model fits a target: the same modules and stages, nowhere deeper, starts of equal parity.
+    """Check that a meta model fits a target: same modules and stages, no module deeper, starts of equal parity.
 
-    In every hybrid, each module then starts at an index that is congruent to both, so no block changes what it computes
-    when a module in front of it changes its depth.
+    Each module then starts at an index of the same parity in every hybrid, so blocks compute the same when an earlier
+    module changes its depth.
 
     Raises:
-        ConfigError: It does not fit; the line names the module and the stage, and the remedy.
+        ConfigError: The meta model does not fit; the message names the module, the stage and the remedy.
     """
     check_layout(family, target, "target_depths")
     check_layout(family, meta, "meta_depths")
     if len(target) != len(meta):
         raise ConfigError(
-            f"target_depths lists {len(target)} modules and meta_depths {len(meta)}: they must be the same"
+            f"target_depths has {len(target)} modules and meta_depths has {len(meta)}: the numbers must be equal"
         )
     for module, (deep, shallow) in enumerate(zip(target, meta, strict=True)):
         for stage, (large, small) in enumerate(zip(deep, shallow, strict=True)):
             where = f"module {module}" + (f", stage {stage}" if family.stages > 1 else "")
             if bool(large) != bool(small):
                 raise ConfigError(
-                    f"{where}: target depth {large}, meta depth {small}; the meta model has blocks exactly where the "
-                    "target has"
+                    f"{where}: target depth {large}, meta depth {small}; the meta model must have blocks exactly where "
+                    "the target has blocks"
                 )
             if small > large:
-                raise ConfigError(f"{where}: meta depth {small} is more than the target's {large}")
+                raise ConfigError(f"{where}: meta depth {small} must not be larger than target depth {large}")
     deep_partition, shallow_partition = Partition(family, target), Partition(family, meta)
     for block in shallow_partition.blocks():
         starts = [p.start(block.module, block.stage) for p in (deep_partition, shallow_partition)]
         if (starts[0] - starts[1]) % family.parity:
             raise ConfigError(
-                f"module {block.module} begins stage {block.stage} at block {starts[0]} in the target and at block "
+                f"module {block.module} starts stage {block.stage} at block {starts[0]} in the target and at block "
                 f"{starts[1]} in the meta model; what a {family.name} block computes depends on its index modulo "
                 f"{family.parity}, so the two must differ by a multiple of {family.parity}: change a depth of module "
                 f"{block.module - 1} in stage {block.stage} by one"
@@ -304,7 +307,7 @@ def check_depths(family: ModelFamily, target: Depths, meta: Depths) -> None:
 def default_meta_depths(target: Depths, parity: int) -> Depths:
     """Return the smallest meta depths that fit a target: one block per module and stage.
 
-    Where another module follows in the same stage, the depth is congruent to the target's modulo ``parity``, so that
+    If another module follows in the same stage, the depth is congruent to the target's modulo ``parity``, so that
     the next module starts with the same parity: for Swin, 2 blocks if the target's depth is even, 1 if it is odd.
     """
     return tuple(
@@ -317,24 +320,24 @@ def default_meta_depths(target: Depths, parity: int) -> Depths:
 
 
 def find_balanced_cut(costs: Sequence[Sequence[int]], modules: int, parity: int = 1) -> Depths:
-    """Cut the blocks into contiguous modules so that the most expensive module costs as little as possible.
+    """Divide the blocks into contiguous modules so that the cost of the most expensive module is minimal.
 
-    Among the cuts that reach this minimum, take the one with the least sum of squared costs, then the one that cuts
-    earliest: one more block in a later module costs less to incubate.
+    Among equal solutions, take the one with the smallest sum of squared costs, then the one with the earliest cuts,
+    because a block costs less to incubate in a later module.
 
     Args:
         costs: The cost of each block, one list per stage, in any unit (`ModelFamily.count_block_flops` gives FLOPs).
-        modules: K.
-        parity: A cut within a stage comes only before an index that is a multiple of it.
+        modules: Number of modules.
+        parity: Within a stage, modules start only at block indices that are a multiple of this number.
 
     Raises:
-        ConfigError: There are fewer places to cut than needed for so many modules.
+        ConfigError: The model cannot be divided into this many modules.
     """
     blocks = [(stage, index) for stage, row in enumerate(costs) for index in range(len(row))]
     total = list(accumulate((cost for row in costs for cost in row), initial=0))
     places = [at for at, (_, index) in enumerate(blocks) if index % parity == 0] + [len(blocks)]
     if not 1 <= modules < len(places):
-        raise ConfigError(f"plan.modules = {modules}: this model can be cut into 1 to {len(places) - 1} modules")
+        raise ConfigError(f"plan.modules = {modules}: this model can have 1 to {len(places) - 1} modules")
 
     def cost(i: int, j: int) -> float:
         return total[places[j]] - total[places[i]]
@@ -350,7 +353,7 @@ def find_balanced_cut(costs: Sequence[Sequence[int]], modules: int, parity: int 
 def _best_cut(
     end: int, pieces: int, weigh: Callable[[int, int], float], combine: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
-    """Return the least combined weight of cutting 0..end into so many pieces, and the places (dynamic programming)."""
+    """Return the smallest combined weight of dividing 0..end into ``pieces`` intervals, and their boundaries."""
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0, (0,))}
     for piece in range(1, pieces + 1):
         best = {

@@ -15,15 +15,15 @@ Init = Literal["fresh", "boundary", "grow"]
 
 
 def extract(state_dict: Mapping[str, Tensor], partition: Partition, module: int) -> dict[str, Tensor]:
-    """Return the tensors of one module, under the names of the model that they come from (shared, not copied)."""
+    """Return the tensors of one module under their names in this model; storage is shared, not copied."""
     return {name: tensor for name, tensor in state_dict.items() if partition.owner(name) == module}
 
 
 def rename_tensors(tensors: Mapping[str, Tensor], source: Partition, target: Partition) -> dict[str, Tensor]:
-    """Return the same tensors under the names that they have in a model of other depths.
+    """Return the same tensors under their names in a model of other depths.
 
     Raises:
-        ArtifactError: One of the two models has no such tensor.
+        ArtifactError: One of the two models does not have one of the tensors.
     """
     return {target.to_global_name(*source.to_local_name(name)): tensor for name, tensor in tensors.items()}
 
@@ -31,37 +31,38 @@ def rename_tensors(tensors: Mapping[str, Tensor], source: Partition, target: Par
 def insert(
     model: nn.Module, partition: Partition, module_tensors: Mapping[str, Tensor], from_partition: Partition
 ) -> None:
-    """Copy all tensors of one module (or of several) from a model of other depths into this one.
+    """Copy all tensors of one or more modules from a model of other depths into this model.
 
     Args:
         model: The model to copy into.
         partition: Its partition.
-        module_tensors: The tensors as `extract` returns them, under the names of the model they come from.
-        from_partition: The partition of the model that they come from.
+        module_tensors: The tensors under their names in the source model, as returned by `extract`.
+        from_partition: The partition of the source model.
 
     Raises:
-        ArtifactError: Tensors are missing, not expected or of another shape; the line names them. Nothing is copied.
+        ArtifactError: Tensors are missing, unexpected or of another shape; the message names them. Nothing is copied.
     """
     modules = {from_partition.owner(name) for name in module_tensors}
     if not modules:
-        raise ArtifactError("a module without tensors cannot be inserted")
+        raise ArtifactError("no tensors to insert: the module is empty")
     own = model.state_dict()
     expected = {name: tensor for name, tensor in own.items() if partition.owner(name) in modules}
     _copy(rename_tensors(module_tensors, from_partition, partition), expected)
 
 
 def assemble(parts: list[dict[str, Tensor]], expected: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Join modules, each under the target's names, to the state dict of the target.
+    """Combine the tensors of all modules into the state dict of the target.
 
     Args:
-        parts: The tensors of each module.
-        expected: The names that the target has, such as ``model.state_dict()``; without it only overlaps are found.
+        parts: The tensors of each module, under their names in the target.
+        expected: The names of the target's tensors, such as ``model.state_dict()``; without it, only duplicate names
+            are detected.
 
     Returns:
         The tensors of all modules by name.
 
     Raises:
-        ArtifactError: Two modules hold the same tensor, or a tensor is missing or not expected.
+        ArtifactError: Two modules have the same tensor, or a tensor is missing or unexpected.
 
     Example:
         >>> target.load_state_dict(bi.assemble([bi.extract_module(hybrid) for hybrid in hybrids]))
@@ -69,10 +70,10 @@ def assemble(parts: list[dict[str, Tensor]], expected: Iterable[str] | None = No
     whole: dict[str, Tensor] = {}
     for module, part in enumerate(parts):
         if overlap := sorted(whole.keys() & part.keys()):
-            raise ArtifactError(f"module {module} holds tensors of an earlier module: {_some(overlap)}")
+            raise ArtifactError(f"module {module} has tensors of an earlier module: {_first_names(overlap)}")
         whole |= part
     if expected is not None:
-        _same_names(whole, expected)
+        _check_names(whole, expected)
     return whole
 
 
@@ -84,36 +85,36 @@ def initialize(
     meta_partition: Partition,
     init: Init,
 ) -> None:
-    """Initialize the module that trains, in a hybrid with freshly drawn weights.
+    """Initialize the trained module of a hybrid that has new random weights.
 
-    ``"fresh"`` leaves it as it was drawn (as in the paper). ``"boundary"`` copies from the meta model what the module
-    has outside its blocks: stem, down-sampling, final norm, head. ``"grow"`` also copies the meta module's blocks to
-    the first places in each stage, and makes the module's other blocks the identity: with the frozen modules inserted,
-    the hybrid computes what the meta model computes.
+    ``"fresh"`` keeps the random weights (as in the paper). ``"boundary"`` copies the layers outside of blocks (stem,
+    down-sampling, final norm, head) from the meta model. ``"grow"`` also copies the meta module's blocks to the
+    module's first blocks in each stage and makes its other blocks the identity: with the frozen modules inserted, the
+    hybrid then computes the same function as the meta model.
 
     Args:
         model: The hybrid.
         hybrid_partition: Its partition.
-        module: The module that trains.
+        module: The module that is trained.
         meta_state: The meta model's state dict.
         meta_partition: Its partition.
         init: How to initialize the module.
 
     Raises:
-        ArtifactError: The meta model's tensors do not fit; the line names them.
+        ArtifactError: The meta model's tensors do not fit; the message names them.
         ConfigError: ``"grow"`` cannot make a block of this class the identity.
     """
     if init == "fresh":
         return
     meta_depths = meta_partition.depths[module] if init == "grow" else (0,) * meta_partition.family.stages
 
-    def kept(name: str, partition: Partition) -> bool:
+    def is_copied(name: str, partition: Partition) -> bool:
         block = partition.block_of(name)
         return block is None or block.index_in_module < meta_depths[block.stage]
 
-    source = {n: t for n, t in extract(meta_state, meta_partition, module).items() if kept(n, meta_partition)}
+    source = {n: t for n, t in extract(meta_state, meta_partition, module).items() if is_copied(n, meta_partition)}
     own = extract(model.state_dict(), hybrid_partition, module)
-    own = {name: tensor for name, tensor in own.items() if kept(name, hybrid_partition)}
+    own = {name: tensor for name, tensor in own.items() if is_copied(name, hybrid_partition)}
     outputs = [
         output
         for block in hybrid_partition.blocks()
@@ -127,29 +128,29 @@ def initialize(
 
 
 def freeze_other_modules(model: nn.Module, partition: Partition, module: int | None) -> None:
-    """Make only the parameters of one module trainable (None: all parameters)."""
+    """Make only the parameters of one module trainable, or all parameters if ``module`` is None."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(module is None or partition.owner(name) == module)
 
 
 @torch.no_grad()
 def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
-    _same_names(source, destination)
+    _check_names(source, destination)
     for name, tensor in source.items():
         if tensor.shape != destination[name].shape:
-            shapes = f"{tuple(tensor.shape)}, the model needs {tuple(destination[name].shape)}"
+            shapes = f"{tuple(tensor.shape)}, but the model needs {tuple(destination[name].shape)}"
             raise ArtifactError(f"tensor {name!r} has the shape {shapes}")
     for name, tensor in source.items():
         destination[name].copy_(tensor)
 
 
-def _same_names(given: Iterable[str], expected: Iterable[str]) -> None:
+def _check_names(given: Iterable[str], expected: Iterable[str]) -> None:
     given, expected = set(given), set(expected)
     if missing := sorted(expected - given):
-        raise ArtifactError(f"tensors are missing: {_some(missing)}")
+        raise ArtifactError(f"tensors are missing: {_first_names(missing)}")
     if unexpected := sorted(given - expected):
-        raise ArtifactError(f"tensors that the model does not have: {_some(unexpected)}")
+        raise ArtifactError(f"tensors that the model does not have: {_first_names(unexpected)}")
 
 
-def _some(names: list[str]) -> str:
+def _first_names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -222,10 +222,10 @@ def test_drop_path_rates_are_those_of_the_target() -> None:
 @pytest.mark.parametrize(
     ("target", "meta", "arguments", "message"),
     [
-        (lambda: vit(6), lambda: vit(3, embed_dim=48), {}, "same class, width"),
-        (lambda: vit(6), lambda: vit(3, img_size=16), {}, "same class, width"),
+        (lambda: vit(6), lambda: vit(3, embed_dim=48), {}, "width, input size"),
+        (lambda: vit(6), lambda: vit(3, img_size=16), {}, "width, input size"),
         (lambda: vit(2), lambda: vit(3), {}, "1 to 2 modules"),
-        (lambda: vit(6), lambda: vit(6), {"modules": 3}, "6 blocks, its partition 3: give meta_partition"),
+        (lambda: vit(6), lambda: vit(6), {"modules": 3}, "has 6 blocks, .* 3: .*meta_partition = "),
         (lambda: timm.create_model("resnet18"), lambda: vit(3), {}, "ResNet"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224", device="meta"), lambda: vit(3), {}, "4 stages"),
     ],
@@ -238,7 +238,7 @@ def test_models_that_do_not_fit_are_refused(target: Any, meta: Any, arguments: d
 
 
 def test_depths_of_another_model_are_refused() -> None:
-    with pytest.raises(bi.errors.ConfigError, match="the model has"):
+    with pytest.raises(bi.errors.ConfigError, match="depths = "):
         bi.Partition.from_model(vit(6), depths=[3, 4])
     with pytest.raises(bi.errors.ConfigError, match="4 stages"):
         bi.Partition.from_model(timm.create_model("swin_tiny_patch4_window7_224", device="meta"), modules=2)
@@ -247,5 +247,5 @@ def test_depths_of_another_model_are_refused() -> None:
 def test_module_of_another_model_is_not_extracted() -> None:
     hybrid = bi.build_hybrid(vit(4), vit(2), 0)
     for other in (vit(4), nn.DataParallel(hybrid)):
-        with pytest.raises(bi.errors.ConfigError, match="build_hybrid returned"):
+        with pytest.raises(bi.errors.ConfigError, match="extract_module"):
             bi.extract_module(other)

@@ -52,7 +52,7 @@ def test_model_is_timms_own(case: Case) -> None:
         ("vit_tiny_patch16_224", {"depth": 3}, "model.args.depth"),
         ("vit_tiny_patch16_224", {"pretrained": True}, "model.args.pretrained"),
         ("vit_base_resnet50d_224", {}, "running statistics"),
-        ("vit_dpwee_patch16_reg1_gap_256", {}, "block's index"),
+        ("vit_dpwee_patch16_reg1_gap_256", {}, "attention depends on the index"),
     ],
 )
 def test_model_that_cannot_be_built_gives_one_line(name: str, args: dict[str, Any], message: str) -> None:
@@ -132,7 +132,7 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         (part | {"blocks.3.ls1.gamma": torch.ones(24)}, r"does not have: blocks\.3\.ls1\.gamma"),
         (part | {"head.weight": torch.ones(7, 24)}, r"'head\.weight' has the shape \(7, 24\)"),
         (part | {"blocks.9.norm1.weight": torch.ones(24)}, r"blocks\.9"),
-        ({}, "without tensors"),
+        ({}, "no tensors to insert"),
     ]:
         with pytest.raises(ArtifactError, match=message):
             insert(model, partition, tensors, partition)

@@ -139,18 +139,23 @@ def test_wrong_depths_are_named(value: Any, stages: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "target", "meta", "message"),
     [
-        ("vit_tiny_patch16_224", [2, 2], [1, 1, 1], "2 modules and meta_depths 3"),
+        ("vit_tiny_patch16_224", [2, 2], [1, 1, 1], "2 modules and meta_depths has 3"),
         ("vit_tiny_patch16_224", [2, 2], [3, 1], "module 0: meta depth 3"),
         ("vit_tiny_patch16_224", [2, 0], [1, 0], "target_depths: module 1 has no blocks"),
         ("vit_tiny_patch16_224", [2, 2], [1, 0], "meta_depths: module 1 has no blocks"),
         ("convnext_tiny", [[2, 2, 2, 0], [0, 0, 0, 2]], [[1, 1, 0, 0], [0, 0, 0, 1]], "meta_depths: stage 2 has no"),
-        ("convnext_tiny", [[2, 0, 2, 0], [0, 2, 0, 2]], [[1, 0, 1, 0], [0, 1, 0, 1]], "module 1 begins in stage 1"),
+        (
+            "convnext_tiny",
+            [[2, 0, 2, 0], [0, 2, 0, 2]],
+            [[1, 0, 1, 0], [0, 1, 0, 1]],
+            "target_depths: module 1 starts in stage 1",
+        ),
         ("convnext_tiny", [[2, 2, 2, 0], [0, 0, 2, 2]], [[1, 1, 1, 0], [0, 0, 0, 1]], "module 1, stage 2: target"),
         (
             "swin_tiny_patch4_window7_224",
             [[2, 2, 4, 0], [0, 0, 2, 2]],
             [[1, 1, 1, 0], [0, 0, 1, 1]],
-            "module 1 begins stage 2 at block 4 .* block 1",
+            "module 1 starts stage 2 at block 4 .* block 1",
         ),
         (
             "swinv2_tiny_window8_256",
@@ -181,7 +186,7 @@ def test_cases_are_legal_and_shifted_windows_stay_in_place(case: Case) -> None:
 def test_block_of_the_other_parity_computes_something_else() -> None:
     """Why Swin is held to parity: the refused hybrid would not compute what the meta model computes."""
     case = next(case for case in CASES if case.name == "swin_tiny_patch4_window7_224")
-    meta = [[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]]  # module 1 begins stage 2 at 1, in the hybrid at 2
+    meta = [[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 1, 1]]  # module 1 starts stage 2 at 1, in the hybrid at 2
     refused = Case(case.name, case.target, meta, case.args, case.img_size)
     model = disturb(refused.build(meta))
     grown = hybrid(refused, 0, "grow", model)

@@ -1,1 +1,1 @@
-"""Vision models of timm: which families are supported, and how they are built."""
+"""Vision models of timm: the supported families, and how they are built."""

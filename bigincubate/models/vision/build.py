@@ -21,25 +21,25 @@ from ..drop_path import replace_drop_path
 from ..partition import Partition
 from .subset_drop_path import compute_last_block_for_cls_token_only, use_subset_drop_path
 
-# Arguments of timm's factory that `model.args` may not hold: the recipe sets them elsewhere, or never.
+# arguments of `timm.create_model` that `model.args` must not have: other keys set them, or they are not supported
 RESERVED = frozenset(
     {"depth", "depths", "num_blocks", "num_classes", "img_size", "drop_path_rate", "device", "dtype", "features_only"}
     | {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
 )
-SMOKE_CLASSES = 10  # of the made-up data
+SMOKE_CLASSES = 10  # number of classes of the generated data
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimmFamily(ModelFamily):
-    """One kind of timm model.
+    """A family of timm models.
 
     Attributes:
         classes: Names of the timm classes.
-        depth_argument: Constructor argument that takes the depth: ``"depth"`` (a number), ``"depths"`` (one number per
-            stage), or None, where there is none: the model is built as named and its list of blocks is cut.
+        depth_argument: Constructor argument for the depth: ``"depth"`` (a number), ``"depths"`` (one number per stage),
+            or None if there is none: blocks beyond the requested depth are then deleted.
         takes_img_size: Whether the constructor takes ``img_size``.
-        zeroed_outputs: For `residual_outputs`: patterns of submodule paths, by the class name of a block. Blocks that
-            normalize *after* the branch need the norm's scale and shift zeroed, all others the last projection.
+        zeroed_outputs: For `residual_outputs`: patterns of submodule paths, by the class name of a block. These are
+            the norms in blocks that normalize *after* the branch, and the last projections in all other blocks.
         smoke_args: Constructor arguments that make a model narrow.
     """
 
@@ -54,8 +54,8 @@ class TimmFamily(ModelFamily):
         """Build a timm model of these depths; see `ModelFamily.build`.
 
         Raises:
-            ConfigError: timm refuses an argument; the model is not supported; or it is deeper than timm builds it,
-                where the depth is no argument.
+            ConfigError: timm rejects an argument, the model is not supported, or the depths are larger than the
+                model's and its constructor has no argument for the depth.
         """
         stages = Partition(self, depths).stage_depths
         built = self._create(model, stages, device)
@@ -63,8 +63,8 @@ class TimmFamily(ModelFamily):
             assert isinstance(container, nn.Sequential | nn.ModuleList)
             if depth > len(container):
                 raise ConfigError(
-                    f"model {model.name!r} has {len(container)} blocks and timm builds it no deeper: the depths ask for"
-                    f" {depth}, so use fewer or name a deeper model"
+                    f"model {model.name!r} has {len(container)} blocks and cannot be built deeper, but the depths need"
+                    f" {depth}: use fewer blocks or choose a deeper model"
                 )
             del container[depth:]
             for block in container:
@@ -72,7 +72,7 @@ class TimmFamily(ModelFamily):
         return built
 
     def default_depths(self, model: ModelConfig) -> tuple[int, ...]:
-        """Return the number of blocks per stage of the model as timm defines it."""
+        """Return the number of blocks per stage that timm uses for this model."""
         built = self._create(model, None, "meta")
         return tuple(len(list(container.children())) for container in self._containers(built))
 
@@ -81,7 +81,7 @@ class TimmFamily(ModelFamily):
         return torch.zeros(count, int(model.args.get("in_chans", 3)), model.img_size, model.img_size, device=device)
 
     def residual_outputs(self, block: nn.Module) -> list[nn.Module]:
-        """Return the submodules to zero so that a block adds nothing; see `ModelFamily.residual_outputs`."""
+        """Return the submodules to set to zero; see `ModelFamily.residual_outputs`."""
         kind = type(block).__name__
         if kind not in self.zeroed_outputs:
             raise ConfigError(
@@ -96,13 +96,13 @@ class TimmFamily(ModelFamily):
         return outputs
 
     def adapt_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        """Return tensors with learned position embeddings resampled to the patch grid of ``model``.
+        """Return the tensors, with learned position embeddings resampled to the patch grid of ``model``.
 
-        timm's bicubic resampling is used, which leaves the embeddings of class and register tokens unchanged.
+        Uses timm's bicubic resampling, which does not change the embeddings of class and register tokens.
 
         Args:
-            tensors: Tensors by name, all or some of a model's.
-            model: A model that takes larger or smaller images; it may be on the meta device.
+            tensors: All or some tensors of a model, by name.
+            model: A model with another image size; it may be on the meta device.
         """
         resampled = dict(tensors)
         before, after = tensors.get("pos_embed"), model.state_dict().get("pos_embed")
@@ -113,23 +113,26 @@ class TimmFamily(ModelFamily):
         return resampled
 
     def smoke_overrides(self, model: ModelConfig, *, larger_inputs: bool) -> dict[str, Any]:
-        """Return a narrow model on images of two (or three, if larger) patches or last-stage pixels per side."""
+        """Return settings for a narrow model on small images.
+
+        The side of an image is two patches (three with ``larger_inputs``), or 32 (64) pixels for models with stages.
+        """
         if self.stages > 1:
-            size = 64 if larger_inputs else 32  # the last stage has a 32nd of it
+            size = 64 if larger_inputs else 32  # the last stage divides it by 32
         else:
             patch = int(model.args.get("patch_size") or re.findall(r"patch(\d+)", model.name)[0])
             size = patch * (3 if larger_inputs else 2)
         return {"img_size": size, "num_classes": SMOKE_CLASSES, "args": dict(self.smoke_args)}
 
     def choose_attention(self, model: nn.Module, device: torch.device, precision: str) -> None:
-        """Turn torch's fused attention off on a CPU in bf16.
+        """Disable torch's fused attention on CPUs in bf16.
 
-        There, two matrix products and a softmax take a third of its time (197 tokens, forward and backward;
-        `benchmarks/attention.py`), at the price of keeping the softmax for the backward.
+        There, two matrix products and a softmax take a third of the time (197 tokens, forward and backward pass;
+        `benchmarks/attention.py`), but the softmax is kept for the backward pass.
 
         Args:
             model: A timm model.
-            device: Where it runs.
+            device: The device that it runs on.
             precision: ``"fp32"`` or ``"bf16"``.
         """
         if device.type == "cpu" and precision == "bf16":
@@ -138,21 +141,21 @@ class TimmFamily(ModelFamily):
                     module.fused_attn = False  # type: ignore[assignment]
 
     def use_subset_drop_path(self, model: nn.Module, partition: Partition) -> None:
-        """Make blocks compute their branches only for the samples that stochastic depth keeps."""
+        """Compute residual branches only for the samples that stochastic depth keeps."""
         use_subset_drop_path(model, partition)
 
     def compute_last_block_for_cls_token_only(self, model: nn.Module, partition: Partition) -> None:
-        """Make the last block compute only the class token, where the head reads nothing else."""
+        """Compute only the class token in the last block, if the head reads nothing else."""
         compute_last_block_for_cls_token_only(model, partition)
 
     def depth_kwargs(self, stages: tuple[int, ...]) -> dict[str, Any]:
-        """Return the constructor argument that gives a model these numbers of blocks per stage, if there is one."""
+        """Return the constructor argument for these numbers of blocks per stage, if there is one."""
         if not self.depth_argument:
             return {}
         return {self.depth_argument: list(stages) if self.stages > 1 else stages[0]}
 
     def size_kwargs(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the constructor argument for the side of the square input in pixels, if there is one."""
+        """Return the constructor argument for the image size, if there is one."""
         return {"img_size": model.img_size} if self.takes_img_size else {}
 
     def _containers(self, model: nn.Module) -> list[nn.Module]:
@@ -161,10 +164,10 @@ class TimmFamily(ModelFamily):
         return [model.get_submodule(parent.format(stage=stage)) for stage in range(self.stages)]
 
     def _create(self, model: ModelConfig, stages: tuple[int, ...] | None, device: str) -> nn.Module:
-        """Create a timm model with these numbers of blocks per stage; None: with its own."""
+        """Create a timm model with these numbers of blocks per stage; None for timm's default."""
         if reserved := sorted(RESERVED & model.args.keys()):
             raise ConfigError(
-                f"model.args.{reserved[0]} is not an argument to give: the recipe sets it elsewhere, or never"
+                f"model.args.{reserved[0]}: remove it; it is set by another key of the recipe, or is not supported"
             )
         kwargs = {**model.args, "num_classes": model.num_classes, "drop_path_rate": 0.0, "device": device}
         kwargs |= self.size_kwargs(model) | ({} if stages is None else self.depth_kwargs(stages))
@@ -175,19 +178,22 @@ class TimmFamily(ModelFamily):
 
 
 def check_timm_model(model: nn.Module, name: str) -> None:
-    """Refuse a model in which a block depends on its index, or that keeps running statistics.
+    """Reject a model whose blocks depend on their index, or that has running statistics.
 
     Args:
         model: A timm model.
-        name: What to call it in the message.
+        name: Its name for messages.
 
     Raises:
-        ConfigError: It cannot be trained in modules.
+        ConfigError: Its modules cannot be trained separately.
     """
     if any(hasattr(module, "set_lambda_init") for module in model.modules()):
         raise ConfigError(
-            f"model {name!r}: its attention depends on a block's index, which changes with the depths of modules in"
-            " front of it"
+            f"model {name!r} is not supported: its attention depends on the index of the block, which changes with the"
+            " depths of earlier modules"
         )
     if model.state_dict().keys() - dict(model.named_parameters()).keys():
-        raise ConfigError(f"model {name!r} keeps running statistics (batch norm), which would change in frozen modules")
+        raise ConfigError(
+            f"model {name!r} is not supported: it has running statistics (batch norm), which would change in frozen"
+            " modules"
+        )

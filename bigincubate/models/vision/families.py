@@ -1,4 +1,4 @@
-"""The supported families of timm models, as data."""
+"""The supported families of timm models."""
 
 from __future__ import annotations
 
@@ -82,11 +82,11 @@ def find_timm_family(name: str, model: nn.Module | None = None) -> TimmFamily:
 
     Args:
         name: timm's name, with or without a pretrained tag.
-        model: The model, if it is already built. Otherwise its class is found by building it on the meta device.
+        model: The model, if it exists. Otherwise its class is determined by building it on the meta device.
 
     Raises:
-        ConfigError: timm has no model of this name (the message suggests similar ones), or its family is not supported
-            (the message lists those that are).
+        ConfigError: timm has no model of this name (the message suggests similar names), or its family is not
+            supported (the message lists the supported ones).
     """
     class_name = type(model).__name__ if model is not None else _find_class_name(name)
     for family in FAMILIES:
@@ -100,6 +100,6 @@ def find_timm_family(name: str, model: nn.Module | None = None) -> TimmFamily:
 def _find_class_name(name: str) -> str:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`timm.list_models()` lists them"
+        hint = f"did you mean {' or '.join(near)}?" if near else "`timm.list_models()` lists all names"
         raise ConfigError(f"timm has no model {name!r}; {hint}")
     return type(timm.create_model(timm.models.get_arch_name(name), device="meta")).__name__

@@ -1,10 +1,10 @@
 """Skip computation whose result is unused, in ViT and Swin blocks.
 
-`use_subset_drop_path`: branches are computed only for the samples that stochastic depth keeps.
+`use_subset_drop_path`: residual branches are computed only for the samples that stochastic depth keeps.
 `compute_last_block_for_cls_token_only`: in a model that classifies by its class token, the last block computes only
-this token: its first norm for all tokens, and products for one, which is a hundredth of its cost.
+this token. Its first norm still covers all tokens, but its matrix products cost a hundredth.
 
-Both give the result of the plain forward, up to rounding, and leave the names of parameters as they are.
+Both give the result of the normal forward pass up to rounding, and do not change parameter names.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ..partition import Partition
 
 
 def use_subset_drop_path(model: nn.Module, partition: Partition) -> None:
-    """Make blocks compute their residual branches only for the samples that stochastic depth keeps.
+    """Compute residual branches only for the samples that stochastic depth keeps.
 
-    Call it before `compute_last_block_for_cls_token_only`, which replaces the forward of one block again.
+    Call this before `compute_last_block_for_cls_token_only`, which also replaces the forward method of the last block.
 
     Args:
-        model: A timm model as its family builds it.
-        partition: The model's own partition.
+        model: A timm model built by its family.
+        partition: The model's partition.
 
     Raises:
         ConfigError: Blocks of this class are not supported.
@@ -42,8 +42,8 @@ def use_subset_drop_path(model: nn.Module, partition: Partition) -> None:
         forward = FORWARDS.get(type(block))
         if forward is None:
             raise ConfigError(
-                f"train.subset_drop_path: not supported for blocks of type {type(block).__name__}, only for ViT, "
-                "DeiT, DeiT III and Swin; set it to false"
+                f"train.subset_drop_path: supported only for ViT, DeiT, DeiT III and Swin, not for blocks of type "
+                f"{type(block).__name__}; set it to false"
             )
         block.forward = types.MethodType(forward, block)
     for drop_path in find_drop_paths(model):
@@ -51,11 +51,11 @@ def use_subset_drop_path(model: nn.Module, partition: Partition) -> None:
 
 
 def compute_last_block_for_cls_token_only(model: nn.Module, partition: Partition) -> None:
-    """Make the last block compute only the class token, where the head reads nothing else.
+    """Compute only the class token in the last block, if the head reads nothing else.
 
     Args:
-        model: A timm model as its family builds it.
-        partition: The model's own partition.
+        model: A timm model built by its family.
+        partition: The model's partition.
 
     Raises:
         ConfigError: The head reads other tokens, or blocks of this class are not supported.
@@ -65,15 +65,15 @@ def compute_last_block_for_cls_token_only(model: nn.Module, partition: Partition
     plain = type(last) is Block and type(last.attn) is Attention and last.attn.gate is None
     if not (plain and reads_only_cls_token(model)):
         raise ConfigError(
-            f"train.last_block_cls_only: not supported for this {type(model).__name__}, only for ViT, DeiT and "
-            "DeiT III that classify by their class token; set it to false"
+            f"train.last_block_cls_only: supported only for ViT, DeiT and DeiT III that classify by their class token, "
+            f"not for this {type(model).__name__}; set it to false"
         )
     last.forward = types.MethodType(cls_token_block, last)
-    last.skip_compile = True  # for `compile_blocks`: it is too small to be worth a graph of its own
+    last.skip_compile = True  # for `compile_blocks`: too small to be worth compiling
 
 
 def reads_only_cls_token(model: nn.Module) -> bool:
-    """Return whether everything after the last block is a function of its first token."""
+    """Return whether the model's output depends only on the first token of the last block."""
     return (
         type(model) is VisionTransformer
         and model.global_pool == "token"
@@ -112,7 +112,7 @@ def cls_token_block(self: Any, x: Tensor, attn_mask: None = None, is_causal: boo
 def first_token_attention(attn: Attention, x: Tensor) -> Tensor:
     """Compute `timm.layers.Attention` for the first token: ``[batch, tokens, channels]`` to ``[batch, 1, channels]``.
 
-    With one query per head, keys and values of all tokens need not be computed: ``q (W_k x) = (q W_k) x`` and
+    With one query per head, the keys and values of all tokens are not needed: ``q (W_k x) = (q W_k) x`` and
     ``a (W_v x) = W_v (a x)``, where ``a`` are the attention weights. The bias of the keys adds the same number to all
     scores, which does not change their softmax.
     """
@@ -135,9 +135,9 @@ def first_token_attention(attn: Attention, x: Tensor) -> Tensor:
 
 def swin_block(self: Any, x: Tensor) -> Tensor:
     """Compute `timm.models.swin_transformer.SwinTransformerBlock`, ``[batch, height, width, channels]``."""
-    shape, whole = x.shape, nn.Identity()
-    x = add_residual(x, x, self.drop_path1, whole, lambda rows: self._attn(self.norm1(rows))).flatten(1, 2)
-    return add_residual(x, x, self.drop_path2, whole, lambda rows: self.mlp(self.norm2(rows))).view(shape)
+    shape, no_scale = x.shape, nn.Identity()
+    x = add_residual(x, x, self.drop_path1, no_scale, lambda rows: self._attn(self.norm1(rows))).flatten(1, 2)
+    return add_residual(x, x, self.drop_path2, no_scale, lambda rows: self.mlp(self.norm2(rows))).view(shape)
 
 
 FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {Block: vit_block, SwinTransformerBlock: swin_block}
