@@ -69,7 +69,7 @@ def build_hybrid(
     """
     partition, meta_partition = _match(target, meta, partition, meta_partition)
     if module not in range(partition.modules):
-        raise ConfigError(f"module = {module}: the target is cut into modules 0 to {partition.modules - 1}")
+        raise ConfigError(f"module = {module}: the target has modules 0 to {partition.modules - 1}")
     family, own = partition.family, hybrid_depths(partition.depths, meta_partition.depths, module)
     hybrid, own_partition = copy.deepcopy(meta), Partition(family, own)
     device = next(hybrid.parameters()).device
@@ -175,12 +175,12 @@ def _match(
     family = partition.family
     if meta_partition is None:
         meta_partition = Partition(family, default_meta_depths(partition.depths, family.parity))
-    for name, model, cut in (("target", target, partition), ("meta", meta, meta_partition)):
-        if (found := family.count_blocks(model.state_dict())) != cut.stage_depths:
+    for name, model, own_partition in (("target", target, partition), ("meta", meta, meta_partition)):
+        if (found := family.count_blocks(model.state_dict())) != own_partition.stage_depths:
             raise ConfigError(
                 f"the {name} model has {_join_depths(found)} blocks, but its partition has"
-                f" {_join_depths(cut.stage_depths)}: pass {'partition' if name == 'target' else 'meta_partition'} ="
-                " Partition.from_model(model, depths=...)"
+                f" {_join_depths(own_partition.stage_depths)}: pass"
+                f" {'partition' if name == 'target' else 'meta_partition'} = Partition.from_model(model, depths=...)"
             )
     check_depths(family, partition.depths, meta_partition.depths)
     needed = target.state_dict()

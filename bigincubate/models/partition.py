@@ -335,22 +335,22 @@ def find_balanced_cut(costs: Sequence[Sequence[int]], modules: int, parity: int 
     """
     blocks = [(stage, index) for stage, row in enumerate(costs) for index in range(len(row))]
     total = list(accumulate((cost for row in costs for cost in row), initial=0))
-    places = [at for at, (_, index) in enumerate(blocks) if index % parity == 0] + [len(blocks)]
-    if not 1 <= modules < len(places):
-        raise ConfigError(f"plan.modules = {modules}: this model can have 1 to {len(places) - 1} modules")
+    boundaries = [at for at, (_, index) in enumerate(blocks) if index % parity == 0] + [len(blocks)]
+    if not 1 <= modules < len(boundaries):
+        raise ConfigError(f"plan.modules = {modules}: this model can have 1 to {len(boundaries) - 1} modules")
 
     def cost(i: int, j: int) -> float:
-        return total[places[j]] - total[places[i]]
+        return total[boundaries[j]] - total[boundaries[i]]
 
-    largest, _ = _best_cut(len(places) - 1, modules, cost, max)
-    _, cut = _best_cut(
-        len(places) - 1, modules, lambda i, j: cost(i, j) ** 2 if cost(i, j) <= largest else math.inf, operator.add
+    largest, _ = _best_boundaries(len(boundaries) - 1, modules, cost, max)
+    _, chosen = _best_boundaries(
+        len(boundaries) - 1, modules, lambda i, j: cost(i, j) ** 2 if cost(i, j) <= largest else math.inf, operator.add
     )
-    pieces = [Counter(stage for stage, _ in blocks[places[i] : places[j]]) for i, j in pairwise(cut)]
+    pieces = [Counter(stage for stage, _ in blocks[boundaries[i] : boundaries[j]]) for i, j in pairwise(chosen)]
     return tuple(tuple(piece[stage] for stage in range(len(costs))) for piece in pieces)
 
 
-def _best_cut(
+def _best_boundaries(
     end: int, pieces: int, weigh: Callable[[int, int], float], combine: Callable[[float, float], float]
 ) -> tuple[float, tuple[int, ...]]:
     """Return the smallest combined weight of dividing 0..end into ``pieces`` intervals, and their boundaries."""
