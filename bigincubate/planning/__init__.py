@@ -1,1 +1,1 @@
-"""Plan a run: its phases, their costs, memory and time, and the files that a run needs before it computes."""
+"""Plan a run: its phases, their cost, memory and time, and the files to write before training."""

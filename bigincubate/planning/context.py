@@ -1,4 +1,4 @@
-"""What a phase is set up with: the one way from a recipe and a run directory to everything that a phase needs."""
+"""Set up a run or a phase from a recipe and a run directory."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class PhaseContext:
     """One phase of a run, on one rank.
 
     Attributes:
-        recipe: the recipe; its ``data`` section names the data of this phase.
-        plan: how the model is cut.
-        row: the phase.
-        planned: its cost and length.
-        run: the run directory.
-        data: what the phase trains on: a module's part, where data is decentralized.
-        env: the ranks.
+        recipe: The recipe; its ``data`` section refers to the data of this phase.
+        plan: The plan of the run.
+        row: The phase.
+        planned: Its cost and length.
+        run: The run directory.
+        data: The data of the phase; with decentralized data, the partition of the module.
+        env: The process group.
     """
 
     recipe: Recipe
@@ -45,12 +45,12 @@ class PhaseContext:
 
     @cached_property
     def settings(self) -> Settings:
-        """What the phase computes with."""
+        """The settings of the phase."""
         return self.recipe.settings(self.row.phase)
 
     @cached_property
     def task(self) -> Task:
-        """What the phase learns."""
+        """The task of the phase."""
         return make_task(self.settings, self.recipe.data)
 
     @cached_property
@@ -60,36 +60,36 @@ class PhaseContext:
 
     @cached_property
     def partition(self) -> Partition:
-        """Which module owns which tensor of the phase's model."""
+        """The partition of the phase's model."""
         return Partition(self.plan.family, self.row.depths)
 
     @cached_property
     def target_partition(self) -> Partition:
-        """The same for the target."""
+        """The partition of the target."""
         return Partition(self.plan.family, self.plan.target)
 
     @cached_property
     def meta_partition(self) -> Partition:
-        """The same for the meta model."""
+        """The partition of the meta model."""
         return Partition(self.plan.family, self.plan.meta)
 
     @contextmanager
     def with_local_data(self) -> Iterator[PhaseContext]:
-        """Yield a context whose data is a copy on a disk of this node, where ``data.local_cache`` asks for one."""
+        """Yield a context with a node-local copy of the data if ``data.local_cache`` is set."""
         with use_local_cache(self.recipe, self.data) as (recipe, data):
             yield replace(self, recipe=recipe, data=data)
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run whose data and plan are settled.
+    """A run whose data and plan exist.
 
     Attributes:
-        recipe: the recipe.
-        run: the run directory.
-        data: the whole data set.
-        plan: how the model is cut.
-        rows: the phases with their costs and lengths.
+        recipe: The recipe.
+        run: The run directory.
+        data: The whole data set.
+        plan: The plan of the run.
+        rows: The phases with their costs and lengths.
     """
 
     recipe: Recipe
@@ -99,11 +99,11 @@ class RunContext:
     rows: list[PlannedRow]
 
     def phase(self, phase: Phase, module: int | None = None, env: DistributedContext | None = None) -> PhaseContext:
-        """Return the context of a phase, with the data that it may see.
+        """Return the context of a phase, with only the data that it may use.
 
         Raises:
-            ConfigError: there is no such phase, or its data is not what it may see.
-            DataError: a module's part of the data is missing or damaged.
+            ConfigError: There is no such phase, or its data is not the data that it may use.
+            DataError: The module's partition of the data is missing or damaged.
         """
         row = self.plan.row(phase, module)
         planned = next(planned for planned in self.rows if planned.key == row.key)
@@ -114,17 +114,17 @@ class RunContext:
 def open_run(
     recipe: Recipe, run: RunDir, *, report: Callable[[str], None] = lambda text: None, module: int | None = None
 ) -> RunContext:
-    """Open a run directory for a recipe; prepare embedded data and count the plan where they are missing.
+    """Open a run directory for a recipe; prepare built-in data and compute the plan if they are missing.
 
     Args:
-        recipe: the recipe.
-        run: the run directory, made where it is missing.
-        report: called with what takes a while.
-        module: for this module only, which needs no more of decentralized data than the description of the whole.
+        recipe: The recipe.
+        run: The run directory; created if it is missing.
+        report: Called with a message before slow work.
+        module: Open the run only for this module; with decentralized data, only its partition has to be present.
 
     Raises:
-        ConfigError: the recipe would invalidate what has begun in the directory, or it was made with other data.
-        DataError: there is no data, or it is not what the recipe expects.
+        ConfigError: The recipe would invalidate a phase that has started, or the run was created with other data.
+        DataError: The data is missing, or is not what the recipe expects.
     """
     run.create(recipe)
     data = ensure_data(recipe, run, report, module)

@@ -1,7 +1,7 @@
-"""What each phase costs and how long it is: parameters, FLOPs, memory and steps.
+"""Cost and length of each phase: parameters, FLOPs, memory and steps.
 
-Costs are counted, not estimated: each phase's model is built without storage and run forward and backward under
-``torch.utils.flop_counter`` with the parameters frozen that training freezes.
+Costs are counted, not estimated: the model of each phase is built without storage, with the same frozen parameters as
+in training, and runs a forward and a backward pass under ``torch.utils.flop_counter``.
 """
 
 from __future__ import annotations
@@ -26,33 +26,43 @@ from .phases import PhasePlan, Plan, phase_model
 
 @dataclass(frozen=True)
 class Cost:
-    """Sizes and costs of a phase. A multiply-add counts as two FLOPs."""
+    """Sizes and costs of a phase. A multiply-add counts as two FLOPs.
+
+    Attributes:
+        parameters: Number of parameters.
+        trainable: Number of trainable parameters.
+        forward_flops: FLOPs of the forward pass per sample.
+        training_flops: FLOPs per sample of the forward pass, activation gradients and weight gradients.
+        activation_bytes: Bytes per sample saved for the backward pass, in fp32 with fused attention.
+        optimizer_bytes: Bytes of fp32 gradients and optimizer state.
+        allreduce_bytes: Bytes of fp32 gradients that are reduced per step.
+    """
 
     parameters: int
     trainable: int
-    forward_flops: int  # a sample
-    training_flops: int  # a sample: forward, activation gradients, weight gradients
-    activation_bytes: int  # a sample: saved for the backward, fp32, fused attention
-    optimizer_bytes: int  # gradients and optimizer state of the trainable parameters, fp32
-    allreduce_bytes: int  # a step, fp32 gradients
+    forward_flops: int
+    training_flops: int
+    activation_bytes: int
+    optimizer_bytes: int
+    allreduce_bytes: int
 
 
 def _convolution_backward_flops(
     grad_shape: list[int], x_shape: list[int], w_shape: list[int], *rest: Any, out_shape: Any, **_: Any
 ) -> int:
-    """Count the FLOPs of each gradient as those of the forward: 2 · outputs · (inputs per group) · kernel."""
+    """Count 2 · outputs · (inputs per group) · kernel FLOPs for each gradient, as in the forward pass."""
     output_mask = rest[-1]
     forward = 2 * math.prod(grad_shape) * math.prod(w_shape[1:])
     return forward * (bool(output_mask[0]) + bool(output_mask[1]))
 
 
-# torch counts the weight gradient of a grouped convolution as if it were not grouped, which for the depthwise
-# convolutions of ConvNeXt is too much by a factor of the number of channels
+# torch ignores groups when it counts the weight gradient of a convolution; for the depthwise convolutions of ConvNeXt,
+# its count is too large by a factor of the number of channels
 CORRECTIONS = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
 
 
 def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
-    """Count the costs of a row without data, and without memory for weights or activations."""
+    """Count the costs of a phase without data and without allocating weights or activations."""
     model = phase_model(row, settings, plan.family, device="meta").train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     inputs = plan.family.example_inputs(settings.model, 1, "meta")
@@ -74,13 +84,13 @@ def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
 
 
 def saved_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
-    """Count the bytes that autograd keeps from the forward to the backward, without parameters, for one batch.
+    """Count the bytes that autograd saves for the backward pass of one batch, without parameters.
 
-    The model runs on fake CPU tensors, so that the kernels chosen are those of a real device (fused attention).
+    The model runs on fake CPU tensors, so that torch selects the kernels of a real device (fused attention).
 
     Args:
-        model: A model, which may be on the meta device.
-        inputs: A batch, of which only shape and dtype are used.
+        model: A model; it may be on the meta device.
+        inputs: A batch; only its shape and dtype are used.
     """
     with FakeTensorMode():
         state = {
@@ -104,22 +114,24 @@ def saved_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class PlannedRow:
-    """A row with its cost and its length.
+    """A phase with its cost and length.
 
     Attributes:
-        key: key of the phase.
-        phase: the phase.
-        module: the module that is trained; None: all are.
-        title: name of the phase for tables.
-        depths: blocks by module and stage.
-        metrics: what the phase's task measures; the first is the headline.
-        unit: what a sample is called.
-        cost: what it costs.
-        batch_size: samples of an optimizer step.
-        steps: optimizer steps.
-        epochs: passes over the training split.
-        seen: samples of all steps, with every view of a sample counted.
-        total_flops: training FLOPs of all steps.
+        key: Key of the phase.
+        phase: The phase.
+        module: The module that is trained; None if all are.
+        title: Name of the phase in tables.
+        depths: Number of blocks per module and stage.
+        metrics: Metrics of the phase's task; the first is the headline.
+        unit: Name of samples, such as ``"images"``.
+        cost: Its sizes and costs.
+        batch_size: Number of samples per optimizer step.
+        steps: Number of optimizer steps.
+        epochs: Number of passes over the training split.
+        seen: Number of samples in all steps; each view of a sample counts.
+        total_flops: Training FLOPs of all steps.
+        identity: The settings that determine the result (`phase_identity`); empty outside of a run.
+        data: Digest of the data that the phase trains on; empty outside of a run.
     """
 
     key: str
@@ -135,15 +147,15 @@ class PlannedRow:
     epochs: float
     seen: int
     total_flops: int
-    identity: dict[str, Any] = field(default_factory=dict)  # what is computed (`phase_identity`); empty: without a run
-    data: str = ""  # digest of the data that the phase trains on; empty: without a run
+    identity: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
 
 
 def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
-    """Return the number of optimizer steps of a phase, and of an epoch, for a training split of ``samples``.
+    """Return the numbers of optimizer steps of a phase and of an epoch, for a training split of ``samples`` samples.
 
     Raises:
-        ConfigError: A batch needs more samples than there are.
+        ConfigError: The batch size is larger than the training split.
     """
     layout = EpochLayout(samples, settings.train.batch_size, settings.augment.repeated_aug)
     layout.check()
@@ -152,7 +164,7 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
 
 
 def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
-    """Return every row with its cost and length, for ``samples`` training samples."""
+    """Return every phase with its cost and length, for a training split of ``samples`` samples."""
     rows: list[PlannedRow] = []
     for row in plan.rows():
         settings = recipe.settings(row.phase)
@@ -184,7 +196,7 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
 
 
 def plan_json(recipe: Recipe, plan: Plan, rows: list[PlannedRow]) -> dict[str, Any]:
-    """``plan.json``: the rows, and the sum against end-to-end training at the recipe's own end-to-end length."""
+    """Return the content of ``plan.json``: the rows, and the FLOPs of incubation and of end-to-end training."""
     flops = {row.key: row.total_flops for row in rows}
     incubation = sum(flops.values()) - flops["end_to_end"]
     return {

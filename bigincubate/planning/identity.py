@@ -1,7 +1,7 @@
-"""What identifies the result of a phase: the resolved facts that it is computed from, its data and its inputs.
+"""Identify the result of a phase by everything that determines it: resolved settings, data and input artifacts.
 
-A result remains valid as long as these are the same. So a changed ``finetune.train.epochs`` leaves modules valid, and a
-new key of the schema whose default is the old behavior changes nothing.
+A result remains valid while these do not change. For example, modules stay valid when ``finetune.train.epochs``
+changes, and a new key whose default keeps the old behavior changes no identity.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from .cost import PlannedRow
 from .phases import PhasePlan, Plan, phase_model
 
 SCHEMA_VERSION = 1
-# settings that are resolved here: as the number of steps, and as the rate of each block
+# the identity has their resolved values instead: the number of steps, and the drop-path rate of each block
 RESOLVED_KEYS = {"train.epochs", "train.max_steps", "drop_path.rate", "drop_path.ramp_over"}
-# keys outside a phase's settings that change what it computes
+# keys outside the settings of a phase that affect its result
 ORDER_KEYS = ("data.shuffle", "data.canonical_nodes", "data.shuffle_block_size")
 PHASE_KEYS: dict[Phase, tuple[str, ...]] = {"pretrain": ("meta.init", "meta.select"), "incubate": ("incubate.init",)}
 
 
 def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, steps: int) -> dict[str, Any]:
-    """Return the facts that determine what a phase computes, apart from its data and the artifacts that it reads.
+    """Return what determines the result of a phase, apart from its data and the artifacts that it reads.
 
     Args:
         recipe: The recipe.
-        plan: How the model is cut.
+        plan: The plan of the run.
         row: The phase.
         steps: Its number of optimizer steps.
 
     Returns:
-        JSON values by key: ``schema_version``, ``phase`` (its key, which enters the seed of initial weights),
+        JSON values by key: ``schema_version``, ``phase`` (its key, which the seed of the initial weights depends on),
         ``steps``, ``slots`` (depths and source of each module), ``drop_path`` (the rate of each block that has one) and
         every identity key that the phase uses and whose value differs from the default.
     """
@@ -63,7 +63,7 @@ def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, steps: int) -> di
 
 
 def _drop_path_rates(plan: Plan, row: PhasePlan, settings: Settings) -> dict[str, float]:
-    """Return the drop-path rate of each block, by its path; blocks without drop-path are left out."""
+    """Return the drop-path rate of each block by path, without blocks of rate 0."""
     drop = settings.drop_path
     if drop.rate == 0:
         return {}
@@ -78,23 +78,23 @@ def phase_digest(identity: Mapping[str, Any], data_digest: str, inputs: Mapping[
     """Return the SHA-256 (hexadecimal) of everything that the result of a phase depends on.
 
     Args:
-        identity: The facts of the phase, as `phase_identity` returns them.
+        identity: The identity of the phase, from `phase_identity`.
         data_digest: Digest of the data that the phase trains on.
-        inputs: Digests of the artifacts that it reads: ``{"meta": …}``, ``{"module/0": …, …}`` or none.
+        inputs: Digests of the artifacts that it reads: ``{"meta": …}``, ``{"module/0": …, …}`` or empty.
     """
     text = json.dumps([identity, data_digest, inputs], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def invalidated_rows(before: Sequence[PlannedRow], after: Sequence[PlannedRow]) -> list[PlannedRow]:
-    """Return the phases whose results are not those of a changed recipe.
+    """Return the phases whose results a changed recipe would invalidate.
 
     Args:
         before: The phases of a run, in the order in which they may start.
-        after: The same for the changed recipe.
+        after: The phases of the changed recipe.
 
     Returns:
-        The rows of ``before`` that compute something else in ``after``, or read the artifact of one that does.
+        The rows of ``before`` that differ in ``after``, or that read the artifact of an invalidated phase.
     """
     now = {row.key: (row.identity, row.data) for row in after}
     invalid: dict[str, PlannedRow] = {}
@@ -106,10 +106,10 @@ def invalidated_rows(before: Sequence[PlannedRow], after: Sequence[PlannedRow]) 
 
 
 def expected_lineage(run: RunDir, phase: Phase, module: int | None = None) -> Lineage:
-    """Return what the artifact of a phase must have been trained from to belong to this run as it is now.
+    """Return the lineage that the artifact of a phase must have in the current state of the run.
 
     Raises:
-        ArtifactError: The run has no such phase yet, or an artifact that the phase reads is missing or damaged.
+        ArtifactError: The plan does not have the phase, or an artifact that the phase reads is missing or damaged.
     """
     rows = (read_json(run.path / "plan.json") or {}).get("rows", [])
     row = next((row for row in rows if row["key"] == phase_key(phase, module)), None)
@@ -135,7 +135,7 @@ class PhaseInput(NamedTuple):
 
 
 def phase_inputs(identity: Mapping[str, Any]) -> dict[str, PhaseInput]:
-    """Return the phases whose artifacts a phase reads, by the names of the artifacts: ``meta``, ``module/0``."""
+    """Return the phases whose artifacts a phase reads, by artifact name, such as ``meta`` or ``module/0``."""
     inputs: dict[str, PhaseInput] = {}
     for module, slot in enumerate(identity["slots"]):
         if slot["source"] == "meta":

@@ -14,16 +14,16 @@ class Job(PlannedRow):
     """A phase to run.
 
     Attributes:
-        needs: Keys of the jobs that must be done first.
+        needs: Keys of the jobs that must finish first.
     """
 
     needs: tuple[str, ...] = ()
 
 
 def build_job_graph(rows: Sequence[PlannedRow], *, baseline: bool) -> list[Job]:
-    """Return the jobs of a plan, each with the jobs that it needs.
+    """Return the jobs of a plan with their dependencies.
 
-    The modules need the meta model, fine-tuning needs all modules, and the end-to-end baseline needs nothing.
+    Modules need the meta model, fine-tuning needs all modules, and the end-to-end baseline needs no other job.
 
     Args:
         rows: The planned phases.

@@ -1,7 +1,7 @@
-"""Memory and communication of a rank under each sharding strategy and world size, estimated before anything runs.
+"""Estimate memory and communication per rank for each sharding strategy and world size, without training.
 
-Weights, gradients and moving averages are fp32, as in the trainer. The size of the optimizer state comes from a step of
-the optimizer itself on fake tensors. DeepSpeed and fairscale are not imported.
+Weights, gradients and moving averages are fp32, as in the trainer. The size of the optimizer state is measured with one
+step of the optimizer on fake tensors. DeepSpeed and fairscale are not imported.
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ STRATEGY_NAMES = tuple(strategy_layouts({}, "pretrain", 1))
 
 @dataclass(frozen=True)
 class RankFootprint:
-    """Bytes on the rank that needs the most, for one strategy and world size.
+    """Memory of the rank that needs the most, and its communication, for one strategy and world size, in bytes.
 
     Attributes:
-        strategy: name of the sharding strategy.
-        world: number of ranks.
-        micro_batches: micro-batches per step on each rank.
-        samples: samples per micro-batch.
-        weights: weights and buffers that the model computes with.
-        gradients: gradients when the last backward is done; with several micro-batches, while they accumulate.
-        optimizer: optimizer state.
+        strategy: Name of the sharding strategy.
+        world: Number of ranks.
+        micro_batches: Number of micro-batches per step on each rank.
+        samples: Number of samples per micro-batch.
+        weights: Weights and buffers of the model.
+        gradients: Gradients after the last backward pass; with several micro-batches, during accumulation.
+        optimizer: Optimizer state.
         masters: fp32 master weights, if the model computes with a copy.
-        average: moving average of the weights.
-        buckets: DeepSpeed's gradient buckets of fixed size (``reduce_bucket_size``), and the copy of one in transit.
-        gathered: full weights gathered during forward and backward, in addition to the shards.
-        activations: activations kept for the backward of a micro-batch.
-        total: sum of all parts, an upper bound: they are not all in memory at the same time.
-        collectives: payload per step by kind of collective (bytes).
-        sent: payload per step in total (bytes).
+        average: Moving average of the weights.
+        buckets: DeepSpeed's gradient buckets of fixed size (``reduce_bucket_size``), and the copy of the bucket that
+            is being reduced.
+        gathered: Complete weights gathered during forward and backward passes, in addition to the shards.
+        activations: Activations saved for the backward pass of a micro-batch.
+        total: Sum of all parts; an upper bound, because they are not all in memory at the same time.
+        collectives: Payload per step for each kind of collective.
+        sent: Total payload per step.
     """
 
     strategy: str
@@ -68,11 +69,11 @@ class PhaseTensors:
     """The parameters of a phase's model.
 
     Attributes:
-        trainable: trainable parameters in the optimizer's order.
-        flat: trainable parameters in the order of ZeRO's optimizer; None if ZeRO does not support the optimizer.
-        frozen: frozen parameters.
-        buffers: bytes of the model's buffers.
-        units: trainable parameters by block; the first entry has those outside of any block.
+        trainable: Trainable parameters in the optimizer's order.
+        flat: Trainable parameters in the order of ZeRO's optimizer; None if ZeRO does not support the optimizer.
+        frozen: Frozen parameters.
+        buffers: Size of the model's buffers in bytes.
+        units: Trainable parameters of each block; the first entry has those outside of all blocks.
     """
 
     trainable: list[ParamInfo]
@@ -83,7 +84,7 @@ class PhaseTensors:
 
 
 def phase_tensors(row: PhasePlan, settings: Settings, plan: Plan) -> PhaseTensors:
-    """Return the parameters of a row's model without allocating any of them."""
+    """Return the parameters of a phase's model without allocating them."""
     model = phase_model(row, settings, plan.family, device="meta")
     trainable = trainable_param_info(model, settings)
     try:
@@ -105,10 +106,10 @@ def phase_tensors(row: PhasePlan, settings: Settings, plan: Plan) -> PhaseTensor
 def estimate_footprints(
     recipe: Recipe, plan: Plan, rows: Iterable[PlannedRow], worlds: Iterable[int]
 ) -> dict[str, list[RankFootprint]]:
-    """Return the footprints of each row by its key: one per world size and strategy that supports the optimizer.
+    """Return the footprints of each phase by its key, for each world size and each strategy that supports it.
 
     Raises:
-        ConfigError: a phase's batch size is not divisible by a world size.
+        ConfigError: The batch size of a phase is not divisible by a world size.
     """
     found: dict[str, list[RankFootprint]] = {}
     for planned in rows:
@@ -147,7 +148,7 @@ def _estimate_footprint(
     all_tensors = [*trainable, *tensors.frozen]
 
     def max_bytes(numel: LocalNumel, of: list[ParamInfo], size_in_bytes: Callable[[ParamInfo, int], int]) -> int:
-        """Return the bytes on the rank that has the most."""
+        """Return the largest number of bytes on any rank."""
         ranks = (zip(of, numel(of, world, rank), strict=True) for rank in range(world))
         return max(sum(size_in_bytes(tensor, size) for tensor, size in rank) for rank in ranks)
 
@@ -190,9 +191,9 @@ def _estimate_footprint(
 
 
 def zero_section(sharding: ShardingConfig, strategy: str) -> dict[str, Any]:
-    """Return ``zero_optimization`` of a strategy's DeepSpeed file; empty for other strategies.
+    """Return the ``zero_optimization`` section of a strategy's DeepSpeed file; empty for other strategies.
 
-    The file is the recipe's if the recipe chooses this strategy, else the shipped one.
+    The file is that of the recipe if the recipe uses this strategy, and otherwise the shipped one.
     """
     if not strategy.startswith("zero"):
         return {}

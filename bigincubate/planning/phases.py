@@ -1,7 +1,7 @@
-"""The phases of a recipe, one row of data for each.
+"""The phases of a recipe, each described by one row of data.
 
 ==================== ============================= ======================= ===========
-phase                depths of the model           weights it starts from  trainable
+phase                depths of the model           initial weights         trainable
 ==================== ============================= ======================= ===========
 ``pretrain``         meta                          fresh, or `meta.init`   all
 ``incubate`` k       meta, module k at target      meta, module k by init  module k
@@ -34,7 +34,7 @@ Source = Literal["fresh", "meta", "module"]
 
 @dataclass(frozen=True)
 class Slot:
-    """One module of the model that a phase trains: its blocks per stage, and where its weights come from."""
+    """One module of a phase's model: its number of blocks per stage, and the source of its initial weights."""
 
     depths: tuple[int, ...]
     source: Source
@@ -42,7 +42,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One row of the table above. ``module`` is the module that is trained; None: all are trained."""
+    """One row of the table above. ``module`` is the module that is trained; None if all are."""
 
     phase: Phase
     module: int | None
@@ -50,7 +50,7 @@ class PhasePlan:
 
     @property
     def key(self) -> str:
-        """The phase, with the number of the module that it trains, such as ``incubate/3``."""
+        """The name of the phase, with the index of the trained module if there is one, such as ``incubate/3``."""
         return phase_key(self.phase, self.module)
 
     @property
@@ -67,7 +67,7 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe's model is cut, and its phases in the order in which they depend on each other."""
+    """How a recipe's model is divided into modules, and the phases that follow from it."""
 
     family: ModelFamily
     target: Depths
@@ -82,53 +82,55 @@ class Plan:
         """Return a phase.
 
         Raises:
-            ConfigError: ``incubate`` needs the number of a module; other phases take none.
+            ConfigError: ``incubate`` without a valid module index, or another phase with a module index.
         """
-        everywhere = range(self.modules)
+        indices = range(self.modules)
         if phase == "incubate":
-            if module is None or module not in everywhere:
+            if module is None or module not in indices:
                 raise ConfigError(f"--phase incubate needs --module 0 to {self.modules - 1}, or auto (given: {module})")
-            slots = (Slot(self.target[k], "fresh") if k == module else Slot(self.meta[k], "meta") for k in everywhere)
+            slots = (Slot(self.target[k], "fresh") if k == module else Slot(self.meta[k], "meta") for k in indices)
         elif module is not None:
-            raise ConfigError(f"--module goes with --phase incubate only, not with {phase}")
+            raise ConfigError(f"--module {module} is only for --phase incubate, not for {phase}; remove it")
         else:
             depths = self.meta if phase == "pretrain" else self.target
-            slots = (Slot(depths[k], "module" if phase == "finetune" else "fresh") for k in everywhere)
+            slots = (Slot(depths[k], "module" if phase == "finetune" else "fresh") for k in indices)
         return PhasePlan(phase, module, tuple(slots))
 
     def partial(self, joined: Collection[int]) -> PhasePlan:
-        """Return a row that is only evaluated: the incubated modules ``joined``, and meta modules for the others."""
+        """Return a row for evaluation only: the incubated modules ``joined``, and meta modules in the other places."""
         slots = (
             Slot(self.target[k], "module") if k in joined else Slot(self.meta[k], "meta") for k in range(self.modules)
         )
         return PhasePlan("incubate", None, tuple(slots))
 
     def rows(self) -> list[PhasePlan]:
-        """Return all phases; each needs only phases before it."""
+        """Return all phases, each after the phases that it depends on."""
         modules = [self.row("incubate", module) for module in range(self.modules)]
         return [self.row("pretrain"), *modules, self.row("finetune"), self.row("end_to_end")]
 
 
 def make_plan(recipe: Recipe) -> Plan:
-    """Decide how the recipe's model is cut, and check the settings of every phase.
+    """Divide the recipe's model into modules, and check the settings of every phase.
 
-    What the settings name as ``package.module:attribute`` is loaded here, before anything is trained.
+    Loads every ``package.module:attribute`` of the settings, so that errors appear before training.
 
     Raises:
-        ConfigError: the model is not supported, the depths do not fit it, or a name cannot be loaded.
+        ConfigError: The model is not supported, the depths do not fit it, or a name cannot be loaded.
     """
-    model, cut = recipe.model, recipe.plan
+    model, config = recipe.model, recipe.plan
     family = find_family(model)
     own = family.default_depths(model)
-    if cut.target_depths is not None:
-        target = normalize_depths(cut.target_depths, family.stages, "plan.target_depths")
+    if config.target_depths is not None:
+        target = normalize_depths(config.target_depths, family.stages, "plan.target_depths")
     else:
-        assert cut.modules is not None
-        if cut.modules > sum(own):
-            raise ConfigError(f"plan.modules = {cut.modules}, but {model.name} has only {sum(own)} blocks")
-        target = find_balanced_cut(family.count_block_flops(model, own), cut.modules, family.parity)
-    if cut.meta_depths is not None:
-        meta = normalize_depths(cut.meta_depths, family.stages, "plan.meta_depths")
+        assert config.modules is not None
+        if config.modules > sum(own):
+            raise ConfigError(
+                f"plan.modules = {config.modules}, but {model.name} has only {sum(own)} blocks; use fewer modules"
+            )
+        target = find_balanced_cut(family.count_block_flops(model, own), config.modules, family.parity)
+    if config.meta_depths is not None:
+        meta = normalize_depths(config.meta_depths, family.stages, "plan.meta_depths")
     else:
         meta = default_meta_depths(target, family.parity)
     check_depths(family, target, meta)
@@ -136,7 +138,7 @@ def make_plan(recipe: Recipe) -> Plan:
         settings = recipe.settings(phase)
         for key in ("library", "name"):
             if getattr(settings.model, key) != getattr(model, key):
-                raise ConfigError(f"{phase}.model.{key} differs from model.{key}: a phase cannot change the model")
+                raise ConfigError(f"{phase}.model.{key} differs from model.{key}: a phase cannot change it; remove it")
         make_task(settings, recipe.data)
         if ":" in (name := settings.optim.lr_scaling):
             load_object(name, key="optim.lr_scaling")
@@ -144,7 +146,7 @@ def make_plan(recipe: Recipe) -> Plan:
 
 
 def phase_model(row: PhasePlan, settings: Settings, family: ModelFamily, *, device: str = "cpu") -> nn.Module:
-    """Build the row's model with fresh weights, frozen as the row says.
+    """Build a phase's model with new random weights, and freeze the modules that the phase does not train.
 
     Raises:
         ConfigError: The model cannot be built, or its modules cannot be trained separately.

@@ -1,4 +1,4 @@
-"""Prepare a run before it computes: find its data, make its plan, and store both in the run directory."""
+"""Prepare a run directory before training: find or prepare the data, and compute and store the plan."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def data_path(recipe: Recipe, run: RunDir) -> Path:
         return Path(recipe.data.path)
     if recipe.data.source is None:
         raise DataError(
-            f"recipe {recipe.name!r} needs data: make it with `bigincubate data prepare SOURCE --out DIR`,"
-            " then add --set data.path=DIR"
+            f"recipe {recipe.name!r} needs data: run `bigincubate data prepare SOURCE --out DIR`, then add"
+            " --set data.path=DIR"
         )
     return run.path / "data"
 
@@ -42,53 +42,53 @@ def data_path(recipe: Recipe, run: RunDir) -> Path:
 def ensure_data(
     recipe: Recipe, run: RunDir, report: Report = lambda text: None, module: int | None = None
 ) -> DatasetInfo:
-    """Open the run's data; prepare embedded data if it is missing.
+    """Open the run's data; prepare built-in data if it is missing.
 
     Args:
         recipe: The recipe.
         run: The run directory.
-        report: Called with a line before work that takes a while.
-        module: Only for this module, which needs no more of decentralized data than the description of the whole.
+        report: Called with a message before slow work.
+        module: Open the data only for this module; with decentralized data, only its partition has to be present.
 
     Raises:
-        ConfigError: the run holds embedded data of another source.
-        DataError: there is none, or it is not what the recipe expects.
+        ConfigError: The run directory has built-in data of another source.
+        DataError: The data is missing, or is not what the recipe expects.
     """
     path, modules = data_path(recipe, run), recipe.plan.number
     source = (read_json(path / "dataset.json") or {}).get("source")
     if recipe.data.path is None and isinstance(source, dict) and source.get("kind") != recipe.data.source:
         raise ConfigError(
-            f"data.source = {recipe.data.source!r}, but {path} holds {source.get('kind')!r}; use another --run-dir, or"
-            " the source that the run was made with"
+            f"data.source = {recipe.data.source!r}, but {path} has {source.get('kind')!r}; use another --run-dir, or"
+            " the data.source that the run was created with"
         )
     if recipe.data.source is not None and not (path / "dataset.json").exists():
         from ..data.prepare import prepare_dataset
 
         report(f"preparing {recipe.data.source} in {path}")
-        cut = partial(partition_by_class, parts=modules) if recipe.data.decentralized else None
-        prepare_dataset(recipe.data.source, path, partition=cut)
-    apart = recipe.data.decentralized and module is not None
-    data = (describe_dataset if apart else open_dataset)(path, recipe.data.remote)
-    dataset_digest_for_module(recipe, data, modules - 1)  # the last module has a part
+        divide = partial(partition_by_class, parts=modules) if recipe.data.decentralized else None
+        prepare_dataset(recipe.data.source, path, partition=divide)
+    only_partition = recipe.data.decentralized and module is not None
+    data = (describe_dataset if only_partition else open_dataset)(path, recipe.data.remote)
+    dataset_digest_for_module(recipe, data, modules - 1)  # raises an error if there are too few partitions
     for phase in PHASES:
         make_task(recipe.settings(phase), recipe.data).check_dataset(data)
     return data
 
 
 def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, list[PlannedRow]]:
-    """Return the plan of a run, counted once per recipe and kept in ``plan.json``.
+    """Return the plan of a run, which is computed once per recipe and stored in ``plan.json``.
 
-    A recipe that differs from that of the run replaces it, unless it would invalidate a phase that has begun.
+    The recipe replaces that of the run, unless this would invalidate a phase that has started.
 
     Raises:
-        ConfigError: The run was made with other data, or the recipe would invalidate a phase that has begun.
+        ConfigError: The run was created with other data, or the recipe would invalidate a phase that has started.
     """
     file = run.path / "plan.json"
     stored = read_json(file) or None
     if stored is not None and stored["data"] != data.digest:
         raise ConfigError(
-            f"{data.path} is not the data that {run.path} was made with ({data.digest[:12]}…, was"
-            f" {stored['data'][:12]}…); use another --run-dir, or the data it had"
+            f"{run.path} was created with other data than {data.path} (digest {stored['data'][:12]}…, now"
+            f" {data.digest[:12]}…); use another --run-dir, or the original data"
         )
     plan = make_plan(recipe)
     rows = _planned_rows(recipe, plan, data, stored)
@@ -99,7 +99,7 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
             folders = ", ".join(str(run.phase(row.phase, row.module).path) for row in begun)
             raise ConfigError(
                 f"{run.path}: {'; '.join(changed)} would invalidate {', '.join(row.title for row in begun)};"
-                f" use another --run-dir, or the settings that it was made with, or remove {folders} to train again"
+                f" use another --run-dir or the original settings, or remove {folders} to train again"
             )
     run.update_recipe(recipe)
     if stored is None or stored.get("settings") != recipe.identity:
@@ -108,7 +108,7 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
 
 
 def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[str, Any] | None) -> list[PlannedRow]:
-    """Return the phases of a recipe: those of ``plan.json`` if its identity keys are the same, or counted anew."""
+    """Return the phases of a recipe, from ``plan.json`` if its identity keys are the same, and recomputed otherwise."""
     if stored is not None and stored.get("settings") == recipe.identity:
         return [
             PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])})
@@ -122,7 +122,7 @@ def count_rows(recipe: Recipe, plan: Plan, data: DatasetInfo) -> list[PlannedRow
 
     Args:
         recipe: The recipe.
-        plan: How its model is cut.
+        plan: Its plan.
         data: The whole data set.
     """
     return [
@@ -136,13 +136,16 @@ def count_rows(recipe: Recipe, plan: Plan, data: DatasetInfo) -> list[PlannedRow
 
 
 def expected_samples(recipe: Recipe) -> int:
-    """Return the number of training samples to plan with; the data need not exist.
+    """Return the number of training samples for planning: that of the data if it exists, or ``data.train_samples``.
 
     Raises:
-        ConfigError: There is neither data nor ``data.train_samples``.
+        ConfigError: Neither exists.
     """
     if recipe.data.path is not None and (Path(recipe.data.path) / "dataset.json").exists():
         return open_dataset(Path(recipe.data.path)).samples["train"]
     if recipe.data.train_samples is None:
-        raise ConfigError("how many training samples? Add --set data.train_samples=N, or data.path of prepared data")
+        raise ConfigError(
+            "the number of training samples is unknown: add --set data.train_samples=N, or --set data.path=DIR with"
+            " prepared data"
+        )
     return recipe.data.train_samples

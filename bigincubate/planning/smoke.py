@@ -1,7 +1,7 @@
-"""Small sizes for any recipe, so that two CPU cores finish it in two minutes: ``run --smoke``.
+"""Reduce any recipe so that two CPU cores can run it in two minutes, for ``run --smoke``.
 
-Family, cut, depths, optimizer, augmentations and phases stay as they are, and images of fine-tuning stay larger if they
-were. Blocks become narrow, images small, steps few, and the data is generated.
+Family, modules, depths, optimizer, augmentations and phases do not change; images of fine-tuning stay larger if they
+were. Blocks are narrow, images small, steps few, and the data is generated.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 from ..config import PHASES, Recipe, Settings
 from ..models.library import find_family
 
-SAMPLES = 256  # of the made-up training split
+SAMPLES = 256  # size of the generated training split
 
 
 def smoke(recipe: Recipe) -> dict[str, Any]:
-    """Return the tables that make a recipe small, including those of each phase."""
+    """Return recipe tables that make a recipe small, including those of each phase."""
     family = find_family(recipe.model)
     phases = {phase: recipe.settings(phase) for phase in PHASES}
 
@@ -27,7 +27,7 @@ def smoke(recipe: Recipe) -> dict[str, Any]:
     def small(settings: Settings) -> dict[str, dict[str, Any]]:
         batch = 16
         warmup = min(settings.schedule.warmup_epochs, 2 * batch / SAMPLES)  # two steps
-        # a part of the made-up data is smaller than the 256 samples that repeated augmentation needs
+        # repeated augmentation needs 256 samples, more than a partition of the generated data has
         augment = {"augment": {"repeated_aug": 1}} if recipe.data.decentralized else {}
         return {
             **augment,

@@ -1,8 +1,8 @@
-"""Estimate how long a recipe takes on a cluster: counted FLOPs divided by measured rates.
+"""Estimate how long a recipe takes on a cluster: counted FLOPs divided by measured throughput.
 
 The GPUs are divided among the modules in proportion to their FLOPs. The critical path is the meta model on all GPUs,
-the slowest module on its GPUs, and fine-tuning on all GPUs. FLOPs are counted exactly; the rate of a GPU is measured
-(by the phases of a run) or given by the user. Queues, start-up, evaluation and scaling losses are not included.
+the slowest module on its GPUs, and fine-tuning on all GPUs. FLOPs are counted exactly; the throughput of a GPU is
+measured (by the phases of a run) or given by the user. Queues, startup, evaluation and scaling losses are not included.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class ClusterSpec:
     """GPUs and their speed.
 
     Attributes:
-        gpus: number of GPUs.
-        rates: returns the achieved FLOP/s of one GPU in a phase.
+        gpus: Number of GPUs.
+        rates: Function that returns the achieved FLOP/s of one GPU in a phase.
     """
 
     gpus: int
@@ -37,10 +37,10 @@ class PhaseEstimate:
     """Duration of a phase.
 
     Attributes:
-        key: key of the phase.
-        title: name of the phase for tables.
-        gpus: number of GPUs.
-        seconds: training time.
+        key: Key of the phase.
+        title: Name of the phase in tables.
+        gpus: Number of GPUs.
+        seconds: Training time.
     """
 
     key: str
@@ -53,11 +53,11 @@ def parse_cluster(text: str) -> ClusterSpec:
     """Parse ``--cluster``.
 
     Args:
-        text: ``nodes=64,gpus=8,tflops=200`` (TFLOP/s that one GPU achieves), or ``nodes=1,gpus=2,rates=RUN`` (rates of
-            the phases of a run that was trained with one rank per phase).
+        text: ``nodes=64,gpus=8,tflops=200`` (TFLOP/s that one GPU achieves), or ``nodes=1,gpus=2,rates=RUN`` (use the
+            throughput of the phases of a run, trained with one rank per phase).
 
     Raises:
-        ConfigError: the text is invalid, or no phase of the run has finished.
+        ConfigError: The text is invalid, or no phase of the run has finished.
     """
     pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
     patterns = {"nodes": r"[1-9]\d*", "gpus": r"[1-9]\d*", "tflops": r"\d+(\.\d+)?", "rates": r".+"}
@@ -82,11 +82,11 @@ def parse_cluster(text: str) -> ClusterSpec:
 
 
 def measured_flops_per_second(run: RunDir) -> dict[str, float]:
-    """Return the FLOP/s that each finished phase of a run achieved, by its key.
+    """Return the achieved FLOP/s of each finished phase of a run, by its key.
 
     Raises:
-        ArtifactError: not a run directory.
-        ConfigError: no phase has finished.
+        ArtifactError: This is not a run directory.
+        ConfigError: No phase has finished.
     """
     recipe = run.load_recipe()
     found = {}
@@ -102,12 +102,12 @@ def measured_flops_per_second(run: RunDir) -> dict[str, float]:
 def estimate_walltime(
     rows: Sequence[PlannedRow], cluster: ClusterSpec, fits: Callable[[PlannedRow, int], bool]
 ) -> list[PhaseEstimate]:
-    """Return the duration of each phase: modules divide the GPUs, every other phase has all of them.
+    """Return the duration of each phase. Modules share the GPUs; every other phase uses all of them.
 
     Args:
-        rows: rows of the plan.
+        rows: Rows of the plan.
         cluster: GPUs and their speed.
-        fits: whether a row's batch can be divided among a number of ranks.
+        fits: Function that returns whether a phase's batch can be divided among a number of ranks.
     """
 
     def seconds(row: PlannedRow, gpus: int) -> float:
@@ -131,7 +131,8 @@ def estimate_walltime(
 def critical_path_seconds(estimates: Sequence[PhaseEstimate], gpus: int) -> float:
     """Return the seconds from the first step of the meta model to the last step of fine-tuning.
 
-    Modules train in parallel. With fewer GPUs than modules, a free GPU takes the longest remaining module.
+    Modules train in parallel. If there are fewer GPUs than modules, the longest remaining module starts on the next
+    free GPU.
     """
     modules = [phase for phase in estimates if phase.key.startswith("incubate/")]
     if sum(phase.gpus for phase in modules) <= gpus:

@@ -51,7 +51,7 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
     "no such module": (2, "--module 0 to 1", lambda p: p.train(p.new, "incubate", "--module", 2)),
     "module is a word": (2, "expected a number", lambda p: p.train(p.new, "incubate", "--module", "one")),
     "module is negative": (2, "module", lambda p: p.train(p.new, "incubate", "--module", "-1")),
-    "module without incubation": (2, "incubate only", lambda p: p.train(p.new, "pretrain", "--module", 1)),
+    "module without incubation": (2, "only for --phase incubate", lambda p: p.train(p.new, "pretrain", "--module", 1)),
     "not in an array": (2, "SLURM_ARRAY_TASK_ID", lambda p: p.train(p.new, "incubate", "--module", "auto")),
     "another experiment": (
         2,

@@ -354,5 +354,5 @@ def test_embedded_data_of_another_source_is_refused(smoke: Path, tmp_path: Path,
     from conftest import TrainingHarness
 
     TrainingHarness(smoke, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"data\.source = 'digits', but .* holds 'digits-dev'"):
+    with pytest.raises(ConfigError, match=r"data\.source = 'digits', but .* has 'digits-dev'"):
         TrainingHarness(smoke, tmp_path / "run", "data.source=digits")

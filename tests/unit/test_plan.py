@@ -129,7 +129,7 @@ def test_balanced_cut_takes_the_models_own_depth() -> None:
         (["model.name=resnet50"], "not supported"),
         (["model.name=vit_bse_patch16_224"], "vit_base"),
         (["model.args.embed_dim=7"], "embed_dim|divisible|num_heads|built"),
-        (["finetune.model.name=vit_large_patch16_224"], "cannot change the model"),
+        (["finetune.model.name=vit_large_patch16_224"], "cannot change it"),
     ],
 )
 def test_cut_that_cannot_be_is_refused(sets: list[str], says: str) -> None:
