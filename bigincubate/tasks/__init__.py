@@ -1,1 +1,1 @@
-"""Tasks: the only package that knows inputs, targets, losses and metrics."""
+"""Tasks: inputs, targets, losses and metrics. No other package depends on what they are."""

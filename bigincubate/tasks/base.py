@@ -1,7 +1,7 @@
 """The interface of tasks: metrics, data and loss.
 
-A task is chosen by ``task.name`` in the recipe and built once per phase. Trainer, planner and reports use only what is
-declared here.
+The recipe chooses a task by ``task.name``; it is built once per phase. Trainer, planner and reports use only this
+interface.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 
 class TrainBatches(Protocol):
-    """An endless stream of the training batches of one rank."""
+    """An infinite stream of the training batches of one rank."""
 
     steps_per_epoch: int
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
-        """Yield batches from optimizer step ``step`` on."""
+        """Yield batches, starting with that of optimizer step ``step``."""
 
 
 class EvalBatches(Protocol):
-    """This rank's share of a split, each sample exactly once."""
+    """This rank's part of a split. Over all ranks, each sample appears exactly once."""
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -51,7 +51,7 @@ class Task(ABC):
     Attributes:
         metrics: The metrics that :meth:`evaluate` returns; the first is the headline.
         unit: Name of samples in results and rates, such as ``"images"``.
-        record_kind: ``kind`` of the data sets that the task reads.
+        record_kind: The ``kind`` of data sets that the task can read.
     """
 
     metrics: ClassVar[tuple[Metric, ...]]
@@ -62,10 +62,10 @@ class Task(ABC):
         self.settings, self.data = settings, data
 
     def check_dataset(self, info: DatasetInfo) -> None:
-        """Refuse data that the phase cannot use.
+        """Check that the phase can use a data set.
 
         Raises:
-            ConfigError: If the data does not fit; the message names the data and the key that differs.
+            ConfigError: The data does not fit; the message names the data and the key that differs.
         """
         if info.schema.kind != self.record_kind:
             raise ConfigError(f"{info.path} has records of kind {info.schema.kind}; the task reads {self.record_kind}")
@@ -78,14 +78,14 @@ class Task(ABC):
     def eval_stream(
         self, info: DatasetInfo, split: str, *, rank: int = 0, world: int = 1, batch_size: int | None = None
     ) -> EvalBatches:
-        """Return a rank's share of a split.
+        """Return a rank's part of a split.
 
         Args:
             info: The data set.
             split: ``"train"`` or ``"val"``.
             rank: The rank.
             world: Number of ranks.
-            batch_size: Number of samples in a batch of this rank; None for the task's choice.
+            batch_size: Batch size of this rank; None for the task's default.
         """
 
     @abstractmethod
@@ -104,14 +104,14 @@ class Task(ABC):
         *,
         pad_batches_across_ranks: bool = False,
     ) -> dict[str, float]:
-        """Return the metrics by name, and ``samples``, over the samples of all ranks, each counted once.
+        """Return the metrics by name over the samples of all ranks, and ``samples``, their number.
 
         Args:
-            model: The model; it is in evaluation mode until this returns.
-            batches: This rank's share.
+            model: The model; it is in evaluation mode during this call.
+            batches: This rank's part of the split.
             env: The process group.
-            pad_batches_across_ranks: Whether a rank with fewer batches than others repeats its last batch without
-                counting it, because the model's forward is collective.
+            pad_batches_across_ranks: Whether a rank with fewer batches than others repeats its last batch, without
+                counting it. Needed if the forward pass of the model is collective.
         """
 
     def make_result(
@@ -122,7 +122,7 @@ class Task(ABC):
         Args:
             scores: The return value of :meth:`evaluate`.
             steps: Number of optimizer steps of the phase.
-            seen: Number of samples trained on, with each view of a sample counted.
+            seen: Number of samples trained on; each view of a sample counts.
             flops: Training FLOPs.
             seconds: Training time.
         """
@@ -142,7 +142,7 @@ class Task(ABC):
         return None
 
     def artifact_metadata(self) -> dict[str, Any]:
-        """Return what is needed to use the trained model besides its weights, as plain JSON values."""
+        """Return what is needed to use the trained model in addition to its weights, as JSON values."""
         return {}
 
     @classmethod

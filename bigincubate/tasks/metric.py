@@ -1,4 +1,4 @@
-"""Metrics: names, titles, units and formats, so that reports can print the results of any task."""
+"""Names, titles, units and formats of metrics, so that reports can print the results of any task."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that an evaluation measures.
+    """A metric of an evaluation.
 
     Attributes:
-        name: Key in results, and the tag ``val/<name>`` in TensorBoard.
-        title: Name in tables and pages.
+        name: Key in results, and part of the tag ``val/<name>`` in TensorBoard.
+        title: Name in tables and reports.
         unit: Printed after the value, such as ``"%"``.
         higher_is_better: Whether larger values are better.
-        format: Python format of the value.
+        format: Python format specifier of the value.
         in_tables: Whether tables have a column for it.
     """
 
@@ -28,14 +28,14 @@ class Metric:
     in_tables: bool = True
 
     def text(self, value: float | None, *, unit: bool = False) -> str:
-        """Return a value as text, with its unit if ``unit`` is true; ``"-"`` for None."""
+        """Format a value, with its unit if ``unit`` is true; None is formatted as ``"-"``."""
         if value is None:
             return "-"
         return f"{value:{self.format}}{self.unit if unit else ''}"
 
     @property
     def column(self) -> str:
-        """Heading of a table column, such as ``"top-1 %"``."""
+        """The heading of its table column, such as ``"top-1 %"``."""
         return f"{self.title} {self.unit}".strip()
 
     def value_in(self, result: Mapping[str, Any] | None) -> float | None:
@@ -49,5 +49,5 @@ def planned_metrics(row: Mapping[str, Any]) -> tuple[Metric, ...]:
 
 
 def describe_metrics(metrics: Iterable[Metric], values: Mapping[str, float]) -> str:
-    """Return metrics in one line, such as ``top-1 96.39%, top-5 99.72%, loss 0.1538``."""
+    """Format metrics in one line, such as ``top-1 96.39%, top-5 99.72%, loss 0.1538``."""
     return ", ".join(f"{metric.title} {metric.text(values[metric.name], unit=True)}" for metric in metrics)

@@ -1,4 +1,4 @@
-"""Classes of tasks by ``task.name``."""
+"""Look up the class of a task by ``task.name``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def task_class(name: str) -> type[Task]:
         name: One of ``TASKS``, or ``package.module:Class``.
 
     Raises:
-        ConfigError: If there is no such class.
+        ConfigError: There is no such class.
     """
     return load_object(TASKS.get(name, name), key="task.name")
 
 
 def make_task(settings: Settings, data: DataConfig) -> Task:
-    """Return the task of a phase with these settings.
+    """Build the task of a phase.
 
     Raises:
-        ConfigError: If ``task.name`` is not the name of a class.
+        ConfigError: ``task.name`` is not the name of a task class.
     """
     return task_class(settings.task.name)(settings, data)

@@ -1,7 +1,7 @@
-"""Image transforms, composed of those of torchvision and timm.
+"""Image transforms, composed of transforms from torchvision and timm.
 
-A transform draws from the global generators of `random`, numpy and torch, as those libraries do. `seed_rng` makes its
-draws a function of (seed, epoch, sample, view), so that they do not depend on workers, ranks or resumes.
+Transforms use the global random generators of Python, numpy and torch, as those libraries do. `seed_rng` seeds them by
+(seed, epoch, sample, view), so that the results do not depend on workers, ranks or resuming.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Transform = Callable[[Image.Image], Tensor]
 
 
 def draws_only_from_torch(augment: config.AugmentConfig) -> bool:
-    """Return whether random draws are from torch's generator only; timm draws from all three."""
+    """Return whether the transform uses only torch's random generator; timm's transforms use all three generators."""
     return augment.crop != "random_resized" and not (
         augment.batch_transform or augment.rand_augment or augment.three_augment or augment.erase
     )
 
 
 def train_transform(augment: config.AugmentConfig, img_size: int) -> Transform:
-    """Return the transform of an RGB image to normalized [3, img_size, img_size] float32. Call it after `seed_rng`."""
+    """Return the transform of an RGB image to normalized [3, img_size, img_size] float32; use it after `seed_rng`."""
     steps: list[Callable] = [*image_steps(augment, img_size), ToNormalized(augment)]
     if augment.erase:
         steps.append(RandomErasing(augment.erase, mode="pixel", device="cpu"))
@@ -44,7 +44,7 @@ def image_steps(augment: config.AugmentConfig, img_size: int) -> list[Callable[[
     """Return the steps that transform an RGB image into an augmented RGB image of side ``img_size``.
 
     Crops: ``random_resized`` (Inception), ``simple`` (DeiT III: shorter side to ``img_size``, reflect-pad, crop),
-    ``pad`` (CIFAR: the same with a black border), ``none`` (the whole image, resized to a square).
+    ``pad`` (CIFAR: the same with a black border), ``none`` (resize the whole image to a square).
     """
     steps: list[Callable] = [_crop(augment, img_size)]
     if augment.flip:
@@ -72,7 +72,7 @@ class ToNormalized:
     """Convert an RGB image to [3, H, W] float32, (x / 255 - mean) / std.
 
     Args:
-        augment: Has mean and standard deviation.
+        augment: The augmentation settings, for mean and standard deviation.
     """
 
     def __init__(self, augment: config.AugmentConfig) -> None:
@@ -84,7 +84,7 @@ class ToNormalized:
         return self.all([image])[0]
 
     def all(self, images: Sequence[Image.Image]) -> Tensor:
-        """Convert RGB images of one size to [n, 3, H, W] float32: the same bits as one by one, in fewer calls."""
+        """Convert RGB images of one size to [n, 3, H, W] float32, bitwise identical to converting them one by one."""
         width, height = images[0].size
         pixels = torch.frombuffer(bytearray().join(image.tobytes() for image in images), dtype=torch.uint8)
         pixels = pixels.view(len(images), height, width, 3).permute(0, 3, 1, 2)
@@ -92,17 +92,17 @@ class ToNormalized:
 
 
 def _flip(image: Image.Image, share: float) -> Image.Image:
-    """Torchvision's RandomHorizontalFlip, which takes three times as long for a small image."""
+    """Flip an image at random, as torchvision's RandomHorizontalFlip, in a third of the time for small images."""
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(1) < share else image
 
 
 def _posterize(image: Image.Image, bits: int, **options: Any) -> Image.Image:
-    """Timm's. At full magnitude it keeps no bit, for which old versions of Pillow gave black, and new ones an error."""
+    """Call timm's posterize; return a black image for 0 bits, as old versions of Pillow do. New versions fail."""
     return auto_augment.posterize(image, bits, **options) if bits else Image.new(image.mode, image.size)
 
 
 def _policy_options(augment: config.AugmentConfig, img_size: int) -> dict[str, Any]:
-    """Return the options of timm's policies, as timm's own factory of transforms sets them."""
+    """Return the options of timm's policies, with the values that timm's transform factory uses."""
     return {
         "translate_const": int(img_size * 0.45),
         "img_mean": tuple(min(255, round(255 * x)) for x in augment.mean),
@@ -111,7 +111,7 @@ def _policy_options(augment: config.AugmentConfig, img_size: int) -> dict[str, A
 
 
 def resized_crop(augment: config.AugmentConfig, img_size: int) -> Callable[[Image.Image], Image.Image]:
-    """Return the transform of crops ``random_resized`` and ``none``: a part of the image or all of it, resized."""
+    """Return the transform for the crops ``random_resized`` and ``none``."""
     if augment.crop == "none":
         return transforms.Resize((img_size, img_size), str_to_interp_mode(augment.interpolation))
     return RandomResizedCropAndInterpolation(
@@ -120,17 +120,17 @@ def resized_crop(augment: config.AugmentConfig, img_size: int) -> Callable[[Imag
 
 
 def shorter_side(augment: config.AugmentConfig, img_size: int) -> Callable[[Image.Image], Image.Image]:
-    """Return the first step of crops ``simple`` and ``pad``: resize the shorter side to ``img_size``."""
+    """Return the first step of the crops ``simple`` and ``pad``: resize the shorter side to ``img_size``."""
     resize = transforms.Resize(img_size, str_to_interp_mode(augment.interpolation))
     return lambda image: image if min(image.size) == img_size else resize(image)
 
 
 def corner(image: Image.Image, pad: int, img_size: int) -> tuple[int, int]:
-    """Draw top and left of torchvision's RandomCrop, relative to the corner of the image inside its border."""
+    """Draw the top and left of torchvision's RandomCrop, relative to the image without its padding."""
     across, down = (side + 2 * pad - img_size + 1 for side in image.size)  # number of positions
     if across == down == 1:
         return -pad, -pad
-    if across == down:  # the same two numbers in one call
+    if across == down:  # draws the same two numbers in one call
         top, left = torch.randint(down, (2,)).tolist()
     else:
         top, left = (int(torch.randint(places, (1,))) for places in (down, across))
@@ -147,6 +147,6 @@ def _crop(augment: config.AugmentConfig, img_size: int) -> Callable[[Image.Image
         top, left = corner(image, pad, img_size)
         if augment.crop == "simple" and pad:
             image, top, left = functional.pad(image, [pad], padding_mode="reflect"), top + pad, left + pad
-        return image.crop((left, top, left + img_size, top + img_size))  # black where there is no image
+        return image.crop((left, top, left + img_size, top + img_size))  # black outside of the image
 
     return shifted

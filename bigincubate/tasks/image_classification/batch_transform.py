@@ -1,4 +1,4 @@
-"""Augmentation in two parts, one per image on the CPU and one per batch on the device, loaded by name."""
+"""Augmentation in two parts, loaded by name: one per image on the CPU, and one per batch on the device."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .mixup import TwoHot
 
 
 class BatchTransform(Protocol):
-    """Replaces the training transform and the mixing of images.
+    """A class that replaces the training transform and the mixing of images.
 
-    ``augment.batch_transform = "package.module:Class"`` chooses one.
+    Selected by ``augment.batch_transform = "package.module:Class"``.
 
     Args:
         augment: The augmentation settings of the phase.
         img_size: Side of the images in pixels.
 
     Raises:
-        ConfigError: If it does not support these settings.
+        ConfigError: It does not support these settings.
     """
 
     def __init__(self, augment: config.AugmentConfig, img_size: int) -> None: ...
@@ -30,7 +30,8 @@ class BatchTransform(Protocol):
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """Apply the CPU part to an RGB image and return its pixels and its parameters, each of a fixed shape.
 
-        It may draw from the global random generators, which are seeded before. Both tensors are stacked over the batch.
+        It may use the global random generators, which are seeded before each call. Both tensors are stacked over the
+        batch.
         """
 
     def finish(self, images: Tensor, parameters: Tensor) -> Tensor:
@@ -39,14 +40,14 @@ class BatchTransform(Protocol):
     def finish_and_mix(
         self, images: Tensor, parameters: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: int, step: int
     ) -> tuple[Tensor, TwoHot]:
-        """Apply the device part to a batch, mix it as `mixup.blend` does, and return it with its targets."""
+        """Apply the device part to a batch, mix it as in `mixup.blend`, and return it with its targets."""
 
 
 def load_batch_transform(augment: config.AugmentConfig, img_size: int) -> BatchTransform | None:
     """Return the transform that ``augment.batch_transform`` names, or None if it names none.
 
     Raises:
-        ConfigError: If the name cannot be loaded, or the transform does not support these settings.
+        ConfigError: The name cannot be loaded, or the transform does not support these settings.
     """
     if (name := augment.batch_transform) is None:
         return None

@@ -1,10 +1,9 @@
-"""Mixup and CutMix for a batch that is cut over ranks and micro-batches.
+"""Mixup and CutMix for a batch that is divided among ranks and micro-batches.
 
-The random numbers belong to the global batch: one mixing ratio, one choice between Mixup and CutMix and one box, as a
-function of (seed, step). The partner of position p is (p + B/2) mod B. Rank r of W has the positions p with
-p mod W = r, and micro-batch m of M has those of its rows i with i mod M = m. So if B is a multiple of 2 W M, partners
-are always in the same micro-batch, half of its rows apart, and mixing each micro-batch separately equals mixing the
-global batch.
+The global batch has one mixing ratio, one choice between Mixup and CutMix and one box, which are functions of
+(seed, step). The partner of position p is (p + B/2) mod B. Rank r of W has the positions p with p mod W = r, and
+micro-batch m of M has the rows i of its rank with i mod M = m. If B is a multiple of 2 W M, partners are therefore in
+the same micro-batch, half of its rows apart, and mixing each micro-batch separately equals mixing the global batch.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class TwoHot:
     Attributes:
         labels: [n] int64, the first class.
         partners: [n] int64, the second class.
-        share: Probability of the first class, in [0, 1]; the second class has the rest.
+        share: Probability of the first class, in [0, 1]; that of the second class is 1 - share.
     """
 
     labels: Tensor
@@ -39,7 +38,7 @@ class TwoHot:
 
         Args:
             num_classes: Number of classes.
-            smoothing: Share of each target that is spread evenly over all classes.
+            smoothing: Fraction of each target that is spread evenly over all classes.
         """
         off = smoothing / num_classes
 
@@ -52,14 +51,14 @@ class TwoHot:
 
 
 def blend(images: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: int, step: int) -> tuple[Tensor, TwoHot]:
-    """Mix each row of a micro-batch with the row half a micro-batch away: timm's batch mode with other partners.
+    """Mix each row i of a micro-batch with row (i - n/2) mod n: timm's batch mode with other partners.
 
     Args:
-        images: [n, 3, H, W] float; not changed.
+        images: [n, 3, H, W] float; not modified.
         labels: [n] int64.
         mixup: The mixing settings.
         seed: Seed of the run.
-        step: Number of the step; all random numbers are a function of seed and step.
+        step: Optimizer step; all random numbers are functions of seed and step.
 
     Returns:
         Mixed images [n, 3, H, W] and their targets.
@@ -81,16 +80,16 @@ def blend(images: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: in
 def draw(
     mixup: config.MixupConfig, shape: torch.Size, *, seed: int, step: int
 ) -> tuple[float, tuple[int, int, int, int] | None]:
-    """Draw how a batch is mixed.
+    """Draw the mixing ratio and, for CutMix, the box of a batch.
 
     Args:
         mixup: The mixing settings.
         shape: Shape of the images, [n, 3, H, W].
         seed: Seed of the run.
-        step: Number of the step.
+        step: Optimizer step.
 
     Returns:
-        The share of the image itself, in [0, 1], and for CutMix the box of its partner (top, bottom, left, right).
+        The weight of the image itself, in [0, 1], and for CutMix the box of its partner (top, bottom, left, right).
     """
     if not mixup.active:
         return 1.0, None

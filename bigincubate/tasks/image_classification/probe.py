@@ -1,4 +1,4 @@
-"""Evaluation of a model's features without its head: by a linear classifier or by nearest neighbors."""
+"""Evaluate the features of a model without its head, with a linear or a nearest-neighbor classifier."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ def pooled_features(model: nn.Module, batches: Iterable[Batch], device: torch.de
 def knn_scores(
     bank: Tensor, labels: Tensor, queries: Tensor, classes: int, *, neighbors: int = 20, temperature: float = 0.07
 ) -> Tensor:
-    """Return votes ``[n, classes]`` of the nearest neighbors by cosine similarity.
+    """Return the votes ``[n, classes]`` of the nearest neighbors by cosine similarity.
 
-    A vote has the weight exp(similarity / temperature), as in Wu et al. 2018 (arXiv 1805.01978). The defaults are those
-    of DINO (arXiv 2104.14294).
+    The weight of a vote is exp(similarity / temperature), as in Wu et al. 2018 (arXiv 1805.01978). The defaults are
+    those of DINO (arXiv 2104.14294).
 
     Args:
         bank: Features of the training images, ``[m, features]``.
         labels: Classes of the training images, ``[m]``.
-        queries: Features, ``[n, features]``.
+        queries: Features of the images to classify, ``[n, features]``.
         classes: Number of classes.
         neighbors: Number of neighbors that vote.
-        temperature: Divides similarities.
+        temperature: Divisor of the similarities.
     """
     bank, nearest = F.normalize(bank, dim=1), min(neighbors, len(bank))
     votes = []
@@ -52,9 +52,9 @@ def knn_scores(
 
 
 def linear_scores(features: Tensor, labels: Tensor, queries: Tensor, classes: int) -> Tensor:
-    """Return probabilities ``[n, classes]`` of a logistic regression on standardized features.
+    """Return the probabilities ``[n, classes]`` of a logistic regression on standardized features.
 
-    It is scikit-learn's L-BFGS with the default L2 penalty.
+    Uses scikit-learn's L-BFGS solver with the default L2 penalty.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -70,7 +70,7 @@ def linear_scores(features: Tensor, labels: Tensor, queries: Tensor, classes: in
 def probe(
     kind: Probe, model: nn.Module, train: Iterable[Batch], val: Iterable[Batch], classes: int, device: torch.device
 ) -> dict[str, float]:
-    """Return top-1 and top-5 accuracy (percent) on ``val`` of a classifier trained on the features of ``train``."""
+    """Train a classifier on the features of ``train`` and return its top-1 and top-5 accuracy (percent) on ``val``."""
     features, labels = pooled_features(model, train, device)
     queries, expected = pooled_features(model, val, device)
     scores = (knn_scores if kind == "knn" else linear_scores)(features, labels, queries, classes)

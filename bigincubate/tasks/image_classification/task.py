@@ -23,7 +23,7 @@ from .mixup import TwoHot, blend
 
 
 class ImageClassification(Task):
-    """Learn the classes of images."""
+    """Classify images."""
 
     metrics = (
         Metric("top1", "top-1", "%"),
@@ -36,18 +36,19 @@ class ImageClassification(Task):
     def __init__(self, settings: Settings, data: DataConfig) -> None:
         super().__init__(settings, data)
         self.transform = load_batch_transform(settings.augment, settings.model.img_size)
-        self.named_loss: Callable[..., Tensor] | None = None  # on targets of two classes per row
+        self.named_loss: Callable[..., Tensor] | None = None  # a loss for targets with two classes per row
         if ":" in (name := settings.loss.name):
             self.named_loss = load_object(name, key="loss.name")
             if settings.train.compile:
                 self.named_loss = torch.compile(self.named_loss)
 
     def check_dataset(self, info: DatasetInfo) -> None:
-        """Refuse data of another kind or with a number of classes other than ``model.num_classes``."""
+        """Check the kind of the data, and that its number of classes is ``model.num_classes``."""
         super().check_dataset(info)
         if (found := _count_classes(info)) != self.settings.model.num_classes:
             raise ConfigError(
-                f"{info.path} has {found} classes, but model.num_classes = {self.settings.model.num_classes}"
+                f"{info.path} has {found} classes, but model.num_classes = {self.settings.model.num_classes}: set it"
+                f" to {found}, or use other data"
             )
 
     # ------------------------------------------------------------------------------------------ data
@@ -95,11 +96,11 @@ class ImageClassification(Task):
     # ------------------------------------------------------------------------------------------ loss
 
     def prepare(self, batch: Batch, step: int) -> tuple[Tensor, Tensor | TwoHot]:
-        """Return inputs ``[n, 3, H, W]`` and targets ``[n, classes]`` of a micro-batch, mixed and smoothed.
+        """Return mixed inputs ``[n, 3, H, W]`` and mixed, smoothed targets ``[n, classes]`` of a micro-batch.
 
-        Targets are shares that sum to one; with ``loss.name = "bce"`` each class in the image is 1, whatever its share,
-        as in DeiT III (arXiv 2204.07118). Smoothing by s moves both kinds to (1 - s) target + s / classes. For a loss
-        named ``package.module:function`` they stay two classes and a share, not smoothed.
+        Targets are probabilities that sum to one. With ``loss.name = "bce"``, the target of each class in the image is
+        1, as in DeiT III (arXiv 2204.07118). Smoothing by s changes both kinds to (1 - s) target + s / classes. For a
+        loss named ``package.module:function``, targets are a `TwoHot` without smoothing.
         """
         loss, classes = self.settings.loss, self.settings.model.num_classes
         images, targets = self._mix(batch, step)
@@ -118,7 +119,7 @@ class ImageClassification(Task):
         return self.transform.finish_and_mix(images, batch["augment_params"], labels, mixup=mixup, seed=seed, step=step)
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        """Return the mean loss over the batch in fp32; that of ``bce`` is the mean over batch and classes."""
+        """Return the mean loss over the batch in fp32, or over batch and classes for ``bce``."""
         images, targets = self.prepare(batch, step)
         logits = model(images)
         chosen = self.settings.loss
@@ -160,7 +161,7 @@ class ImageClassification(Task):
     # ------------------------------------------------------------------------------------------ artifacts
 
     def artifact_metadata(self) -> dict[str, Any]:
-        """Return normalization, interpolation and crop ratio of the model's inputs."""
+        """Return the normalization, interpolation and crop ratio of the model's inputs."""
         return self.settings.augment.model_dump(include={"mean", "std", "interpolation", "eval_crop"})
 
     @classmethod

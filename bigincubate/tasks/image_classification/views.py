@@ -1,4 +1,4 @@
-"""Labelled images as rows of a batch: augmented views in training, the center crop in validation."""
+"""Convert labelled images to rows of a batch: augmented views in training, center crops in validation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from .augment import ToNormalized, draws_only_from_torch, eval_transform, image_
 from .batch_transform import load_batch_transform
 
 LabelledImage = tuple[Image.Image, int]
-View = tuple[Any, ...]  # an image or pixels [3, H, W], with the parameters of a batch transform if there is one; label
+# an image or its pixels [3, H, W], the parameters of a batch transform (if there is one), and the label
+View = tuple[Any, ...]
 
 
 class LabelledImages:
@@ -25,7 +26,7 @@ class LabelledImages:
 
     Args:
         classes: Number of classes.
-        finish: Turns what the views have of their images into ``[n, 3, H, W]``.
+        finish: Converts the images of all views to one tensor ``[n, 3, H, W]``.
     """
 
     def __init__(self, classes: int, finish: Callable[[tuple[Any, ...]], Tensor] = torch.stack) -> None:
@@ -35,28 +36,28 @@ class LabelledImages:
         """Return an RGB image and its label.
 
         Raises:
-            ValueError: If the label is out of range or the image cannot be read.
+            ValueError: The label is out of range, or the image cannot be read.
         """
         if not 0 <= record["label"] < self.classes:
-            raise ValueError(f"label {record['label']} of {self.classes} classes")
+            raise ValueError(f"label {record['label']} is not in 0 to {self.classes - 1}")
         return decode_image(record["image"]), record["label"]
 
     def compact(self, sample: LabelledImage) -> tuple[LabelledImage, int]:
-        """Return a copy with only the pixels (no EXIF data, color profile or decoder), and its bytes."""
+        """Return a copy with only pixels and label (no EXIF data, color profile or decoder), and its size in bytes."""
         image, label = sample
         pixels = image.copy()
         pixels.info.clear()
         return (pixels, label), 4 * pixels.width * pixels.height
 
     def collate(self, views: Sequence[View]) -> dict[str, Tensor]:
-        """Return ``images`` [n, 3, H, W], ``labels`` [n] int64, and ``augment_params`` of a batch transform."""
+        """Return ``images`` [n, 3, H, W], ``labels`` [n] int64 and, for a batch transform, ``augment_params``."""
         images, *params, labels = zip(*views, strict=True)
         columns = {"images": self.finish(images), "labels": torch.tensor(labels)}
         return columns | ({"augment_params": torch.stack(params[0])} if params else {})
 
 
 class TrainTransform(LabelledImages):
-    """Augmented views. It seeds the global generators: call it inside `preserve_rng_state`.
+    """Create augmented views. This seeds the global random generators, so use it inside `preserve_rng_state`.
 
     Args:
         augment: The augmentation settings.
@@ -66,7 +67,7 @@ class TrainTransform(LabelledImages):
     """
 
     def __init__(self, augment: config.AugmentConfig, img_size: int, *, seed: int, classes: int) -> None:
-        self.transform, finish = _halves(augment, img_size)
+        self.transform, finish = _image_and_batch_transform(augment, img_size)
         super().__init__(classes, finish)
         self.seed, self.distinct_epochs = seed, augment.distinct_epochs
         self.torch_only = draws_only_from_torch(augment)
@@ -81,10 +82,10 @@ class TrainTransform(LabelledImages):
 
 
 class EvalTransform(LabelledImages):
-    """The center crop of an image.
+    """Create center crops.
 
     Args:
-        augment: Has crop ratio, interpolation and normalization.
+        augment: The augmentation settings, for crop ratio, interpolation and normalization.
         img_size: Side of a view in pixels.
         classes: Number of classes.
     """
@@ -94,19 +95,19 @@ class EvalTransform(LabelledImages):
         self.transform = eval_transform(augment, img_size)
 
     def view(self, sample: LabelledImage, epoch: int, sample_id: int, repeat: int) -> View:
-        """Return the one view."""
+        """Return the center crop."""
         image, label = sample
         return self.transform(image), label
 
 
-def _halves(
+def _image_and_batch_transform(
     augment: config.AugmentConfig, img_size: int
 ) -> tuple[Callable[[Image.Image], View], Callable[[tuple[Any, ...]], Tensor]]:
-    """Return a function for each image, and a function for all images of a batch."""
+    """Return the part of the transform that is applied per image, and the part that is applied per batch."""
     if (transform := load_batch_transform(augment, img_size)) is not None:
         return transform, torch.stack
-    if augment.erase:  # its noise is drawn image by image, after normalization
+    if augment.erase:  # erasing follows normalization and draws its noise image by image
         whole = train_transform(augment, img_size)
         return lambda image: (whole(image),), torch.stack
-    pictures = Compose(image_steps(augment, img_size))
-    return lambda image: (pictures(image),), ToNormalized(augment).all
+    transform_image = Compose(image_steps(augment, img_size))
+    return lambda image: (transform_image(image),), ToNormalized(augment).all
