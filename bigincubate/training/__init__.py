@@ -1,1 +1,1 @@
-"""Train one phase: build it, run its steps, record the attempt."""
+"""Train one phase: build its components, run the training loop, record the attempt."""

@@ -1,4 +1,4 @@
-"""Build the components of a phase from its context: weights, freezing, placement, sharding, optimizer, data."""
+"""Build the components of a phase: model, sharding, optimizer, schedule, data."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ class PhaseComponents:
         wrapped: The model wrapped by the sharding strategy.
         inputs: Digests of the artifacts that the phase reads: ``meta``, or ``module/0`` and so on.
         sharding: The sharding strategy.
-        lr_hook: Scales the learning rate of each step; None for a built-in rule.
+        lr_hook: Hook that scales the learning rate of each step; None for a built-in rule.
         ema: Moving average of the trainable parameters.
         schedule: Learning rate by optimizer step.
         train_stream: Training batches.
-        eval_stream: This rank's share of the validation split.
+        eval_stream: This rank's part of the validation split.
         steps_per_epoch: Optimizer steps per epoch.
         micro_batches: Number of micro-batches per rank and step.
-        num_drop_paths: Number of drop-path modules to draw masks for; 0 if nothing is dropped.
+        num_drop_paths: Number of drop-path modules that need masks; 0 if nothing is dropped.
     """
 
     model: nn.Module
@@ -66,7 +66,7 @@ class PhaseComponents:
 
 
 def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> PhaseComponents:
-    """Build the components of a phase. Called by all ranks together.
+    """Build the components of a phase. Must be called on all ranks.
 
     The order is fixed: weights, freezing, drop-path, placement, activation checkpointing, compilation, sharding,
     optimizer.
@@ -120,14 +120,15 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
 
     Args:
         context: The phase.
-        start: Initial weights of the trainable part instead of the phase's own: a module's tensors under the target's
-            names, or all tensors of another phase's model.
+        start: Initial weights of the trained part that replace those of the phase: the tensors of a module under their
+            names in the target, or all tensors of a model of the same depths.
 
     Returns:
-        The model on the CPU, and the digests of the artifacts that it reads, by name.
+        The model on the CPU, and the digests of the artifacts that were read, by name.
 
     Raises:
-        ArtifactError: The artifact of an earlier phase is missing, stale or damaged; the message has the command.
+        ArtifactError: The artifact of an earlier phase is missing, stale or damaged; the message has the command that
+            creates it.
     """
     row, recipe, partition, family = context.row, context.recipe, context.partition, context.plan.family
     settings = context.settings
@@ -160,7 +161,7 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
 
 
 def describe_model(task: Task, depths: Depths) -> ModelSpec:
-    """Return what an artifact or an export says about a model of these depths that was trained for a task."""
+    """Return the description of a model of these depths, trained for a task, for artifacts and exports."""
     return ModelSpec(
         task=task.settings.task,
         model=task.settings.model,
@@ -170,16 +171,16 @@ def describe_model(task: Task, depths: Depths) -> ModelSpec:
 
 
 def _require_meta_model(run: RunDir) -> None:
-    """Raise if the run's meta model is missing.
+    """Check that the run has a meta model.
 
     Raises:
-        ArtifactError: It is missing; the message has the command.
+        ArtifactError: It is missing; the message has the command that creates it.
     """
     try:
         load_manifest(run.phase("pretrain").artifact)
     except ArtifactError:
         raise ArtifactError(
-            f"the meta model is missing in {run.path}; make it with:"
+            f"the meta model is missing in {run.path}; train it with:"
             f" bigincubate train {run.recipe_file} --run-dir {run.path} --phase pretrain"
         ) from None
 
@@ -197,7 +198,7 @@ def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], Artifa
         listed = "; ".join(f"module {module}: {problem}" for module, problem in problems.items())
         first = next(iter(problems))
         raise ArtifactError(
-            f"cannot assemble: {listed}. Remove {folders[first].parent} if it exists, then make it with: bigincubate"
+            f"cannot assemble: {listed}; remove {folders[first].parent} if it exists, then train it with: bigincubate"
             f" train {run.recipe_file} --run-dir {run.path} --phase incubate --module {first}"
         )
     return [load_artifact(folder) for folder in folders]

@@ -15,14 +15,14 @@ from ..errors import ConfigError
 
 @contextmanager
 def deterministic_algorithms(device: torch.device, enabled: bool) -> Iterator[None]:
-    """Let PyTorch use only kernels whose results are the same in every run, and restore its choice afterwards.
+    """Use only deterministic kernels on a GPU, and restore PyTorch's settings afterwards.
 
-    Without this, the backward pass of fused attention adds partial sums in the order in which thread blocks finish. On
-    a CPU nothing is changed: the kernels used there are deterministic.
+    Otherwise, the backward pass of fused attention adds partial sums in the order in which thread blocks finish. On a
+    CPU this does nothing, because the kernels used there are deterministic.
 
     Args:
-        device: The device that computes.
-        enabled: Whether to change anything.
+        device: The device that the model runs on.
+        enabled: Whether to change the settings.
 
     Raises:
         ConfigError: The model has an operator for which PyTorch has no deterministic kernel.
@@ -33,9 +33,9 @@ def deterministic_algorithms(device: torch.device, enabled: bool) -> Iterator[No
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     settings: Any = torch.utils.deterministic  # its attributes are not declared
     before = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
-    # not "warn": fused attention then keeps its fastest kernel
+    # with "warn", fused attention would keep its fastest, nondeterministic kernel
     torch.set_deterministic_debug_mode("error")
-    settings.fill_uninitialized_memory = False  # it costs time, and only reveals operators that read such memory
+    settings.fill_uninitialized_memory = False  # slow, and only for finding operators that read uninitialized memory
     try:
         yield
     except RuntimeError as error:

@@ -18,16 +18,16 @@ BATCH_SOURCE = "BIGINCUBATE_BATCH_SOURCE"  # environment variable: "package.modu
 
 
 class LearningRateHook(Protocol):
-    """Multiplies the learning rates of each step by a gain that it computes from the gradients.
+    """A class that multiplies the learning rates of each step by a gain computed from the gradients.
 
-    ``optim.lr_scaling = "package.module:Class"`` chooses one. The class registers itself with
-    `Sharding.register_pre_step_hook`; the trainer logs its gain and keeps its state in checkpoints.
+    Selected by ``optim.lr_scaling = "package.module:Class"``. The class registers itself with
+    `Sharding.register_pre_step_hook`. The trainer logs its gain and saves its state in checkpoints.
 
     Args:
-        model: The model with its parameters frozen as in training, before the sharding wraps it.
+        model: The model before the sharding strategy wraps it, with frozen parameters already frozen.
         settings: The settings of the phase.
-        sharding: The sharding before its ``prepare``.
-        env: The ranks of the phase.
+        sharding: The sharding strategy before the call of ``prepare``.
+        env: The process group.
         micro_batches: Number of micro-batches per rank and step.
     """
 
@@ -37,13 +37,13 @@ class LearningRateHook(Protocol):
 
     @property
     def gain(self) -> float:
-        """The factor by which the last step's learning rates were multiplied."""
+        """The factor that the learning rates of the last step were multiplied by."""
 
     def state(self) -> dict[str, float]:
         """Return the state for a checkpoint, equal on all ranks."""
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Restore what `state` returned.
+        """Restore a state returned by `state`.
 
         Raises:
             ConfigError: The state does not fit this run.
@@ -56,7 +56,7 @@ def make_learning_rate_hook(
     """Return the hook that ``optim.lr_scaling`` names, or None for a built-in rule.
 
     Raises:
-        ConfigError: The name cannot be loaded, or the hook refuses this run.
+        ConfigError: The name cannot be loaded, or the hook does not support this run.
     """
     name = settings.optim.lr_scaling
     if ":" not in name:
@@ -65,13 +65,14 @@ def make_learning_rate_hook(
 
 
 def apply_batch_source(stream: TrainBatches, context: PhaseContext) -> TrainBatches:
-    """Return the stream to train from: ``stream``, or what a batch source makes of it.
+    """Return ``stream``, or the stream that a batch source returns for it.
 
-    A batch source is a function of the same arguments, named by the environment variable `BATCH_SOURCE`. It must yield
-    the batches that ``stream`` would. The variable is removed, so that it reaches no child process.
+    A batch source is a function with the same arguments as this one, named by the environment variable `BATCH_SOURCE`.
+    Its stream must yield the same batches as ``stream``. The variable is removed, so that child processes do not
+    inherit it.
 
     Args:
-        stream: The phase's own stream on this rank.
+        stream: The phase's training stream on this rank.
         context: The phase.
 
     Raises:

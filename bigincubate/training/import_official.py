@@ -1,4 +1,4 @@
-"""Import checkpoints of the official implementation: as a run's meta model or modules, or as an exported model."""
+"""Import checkpoints of the official implementation as the meta model or modules of a run, or as an exported model."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ Part = Literal["meta", "modules"]
 
 
 def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
-    """Write an official model as an exported folder, which `evaluate` and `export` accept.
+    """Convert an official model to an exported folder, which `evaluate` and `export` accept.
 
-    Position embeddings are resampled to the image size of the recipe's fine-tuning.
+    Position embeddings are resampled to the image size of the fine-tuning phase.
 
     Returns:
         Python code that loads the model.
 
     Raises:
-        ArtifactError: A file is no official checkpoint, or not one of the recipe's target model.
-        ConfigError: The number of files or modules differs from the recipe's; ``out`` contains something else.
+        ArtifactError: A file is not an official checkpoint of the recipe's target model.
+        ConfigError: The number of files or modules differs from the recipe's, or ``out`` has other files.
     """
     plan, settings = make_plan(recipe), recipe.settings("finetune")
     spec = describe_model(make_task(settings, recipe.data), plan.target)
@@ -55,15 +55,15 @@ def import_part(
     """Import official weights as the meta model or the modules of a run.
 
     Each phase trains for zero steps: it evaluates the weights and writes them as its artifact. ``queue`` is the
-    batch system that may have started this process.
+    batch system that may have started this process, for leases.
 
     Yields:
         The context and the result of each phase.
 
     Raises:
-        ArtifactError: A file is no official checkpoint, or has other depths or shapes; or the meta model, which modules
-            need, is missing in the run.
-        ConfigError: The number of files or modules differs from the recipe's; a phase has results already.
+        ArtifactError: A file is not an official checkpoint or has other depths or shapes, or the modules are imported
+            before the meta model.
+        ConfigError: The number of files or modules differs from the recipe's, or a phase already has results.
         DataError: The run's data is missing.
     """
     plan = make_plan(recipe)
@@ -73,7 +73,7 @@ def import_part(
     for row in rows:
         folder = run.phase(row.phase, row.module)
         if folder.result or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
-            raise ConfigError(f"{folder.path} holds work of this run already; import into another run directory")
+            raise ConfigError(f"{folder.path} already has results or checkpoints; import into another run directory")
     sources = {str(file): hash_file(file) for file in files}
     env = DistributedContext.detect()
     try:
@@ -90,14 +90,14 @@ def import_part(
 def _read(files: Sequence[Path], plan: Plan, wanted: Depths, what: str) -> dict[str, Tensor]:
     """Return all modules of one file, or module k of file k, as one model under timm's names."""
     if len(files) not in (1, plan.modules):
-        raise ConfigError(f"{len(files)} files: give one with all {plan.modules} modules, or a file a module")
+        raise ConfigError(f"{len(files)} files: pass one file with all {plan.modules} modules, or one file per module")
     lists = [read_stages(file) for file in files]
     for file, stages in zip(files, lists, strict=True):
         if len(stages) != plan.modules:
-            raise ArtifactError(f"{file} has {len(stages)} modules, the recipe {plan.modules}")
+            raise ArtifactError(f"{file} has {len(stages)} modules, but the recipe has {plan.modules}")
     stages = [lists[module if len(files) > 1 else 0][module] for module in range(plan.modules)]
     found = tuple(plan.family.count_blocks(stage) for stage in stages)
     if found != wanted:
         blocks, expected = show_depths(found), show_depths(wanted)
-        raise ArtifactError(f"{files[0]} holds modules of {blocks} blocks, the recipe's {what} has {expected}")
+        raise ArtifactError(f"{files[0]} has modules of {blocks} blocks, but the recipe's {what} has {expected}")
     return join_stages(stages, plan.family)

@@ -25,11 +25,11 @@ class MetricsWriter:
     """Write the metrics of a phase.
 
     Args:
-        file: the phase's ``metrics.jsonl``.
-        writer: TensorBoard of the phase; None makes every method do nothing.
-        fleet: TensorBoard of an overview of all phases, which has progress and loss of each phase under the same tags.
-        planned: the phase.
-        restarts: how often the phase was restarted.
+        file: The phase's ``metrics.jsonl``.
+        writer: TensorBoard writer of the phase; if it is None, all methods do nothing.
+        fleet: TensorBoard writer for the overview of all phases, where every phase uses the same tags.
+        planned: The phase.
+        restarts: Number of restarts of the phase.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class MetricsWriter:
         """Open the logs of a phase.
 
         Args:
-            folder: the phase's directory.
-            first: the first optimizer step that will be logged. Rows of earlier attempts from this step on are removed,
-                so that no step appears twice.
-            planned: the phase.
-            enabled: False makes every method do nothing; True on rank 0 only.
-            fleet: directory of the overview of all phases.
+            folder: The phase's directory.
+            first: The first optimizer step that will be logged. Later rows of earlier attempts are removed, so that no
+                step appears twice.
+            planned: The phase.
+            enabled: Whether to write anything; True only on rank 0.
+            fleet: Directory of the overview of all phases.
         """
         if not enabled:
             return cls(folder.metrics, planned=planned)
@@ -78,7 +78,7 @@ class MetricsWriter:
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write the values of an optimizer step by tag, such as ``train/loss``, ``train/lr`` or ``perf/mfu``."""
+        """Write the values of an optimizer step, by tags such as ``train/loss``, ``train/lr`` or ``perf/mfu``."""
         if self.writer is None:
             return
         append_json_line(self.file, {"step": step, **values})
@@ -86,13 +86,13 @@ class MetricsWriter:
         for tag, value in values.items():
             self.writer.add_scalar(tag, value, step)
         if self.fleet is not None:
-            known = {name: values[tag] for tag, name in self.fleet_tags.items() if tag in values}
-            known |= {"fleet/percent": 100 * step / max(1, self.planned.steps), "fleet/restarts": self.restarts}
-            for tag, value in known.items():
+            overview = {name: values[tag] for tag, name in self.fleet_tags.items() if tag in values}
+            overview |= {"fleet/percent": 100 * step / max(1, self.planned.steps), "fleet/restarts": self.restarts}
+            for tag, value in overview.items():
                 self.fleet.add_scalar(tag, value, step)
 
     def add_images(self, step: int, images: Tensor) -> None:
-        """Write a batch of images ``[n, 3, H, W]`` with values in 0 to 1 to TensorBoard."""
+        """Write a batch of images ``[n, 3, H, W]`` with values in [0, 1] to TensorBoard."""
         if self.writer is not None:
             scale = max(1, 64 // images.shape[-1])  # enlarge small images
             self.writer.add_images("inputs", images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), step)
@@ -103,7 +103,7 @@ class MetricsWriter:
             self.writer.add_text(tag, text, 0)
 
     def flush(self) -> None:
-        """Write buffered values to disk, so that they are not lost if the process ends after a checkpoint."""
+        """Write buffered values to disk, so that they are not lost if the process stops after a checkpoint."""
         for writer in filter(None, (self.writer, self.fleet)):
             writer.flush()
 
@@ -114,12 +114,12 @@ class MetricsWriter:
 
 
 def describe_step(planned: PlannedRow, step: int, values: dict[str, float]) -> str:
-    """Return the log line of an optimizer step: what is measured, by name, and the time that is left at this rate.
+    """Return the log line of an optimizer step: its metrics and the estimated time remaining.
 
     Args:
         planned: The phase.
-        step: Number of optimizer steps done.
-        values: Metrics by tag; those that are missing are left out.
+        step: Number of completed optimizer steps.
+        values: Metrics by tag; missing metrics are omitted.
     """
     rate = f"perf/{planned.unit}_per_sec"
     formats = {
@@ -141,7 +141,7 @@ def describe_step(planned: PlannedRow, step: int, values: dict[str, float]) -> s
 
 
 def log_partial_assembly(folder: Path, modules: int, metrics: dict[str, float]) -> None:
-    """Write the metrics of an assembly of ``modules`` modules and the rest of the meta model to TensorBoard."""
+    """Write the metrics of a partial assembly with ``modules`` finished modules to TensorBoard."""
     with _writer(folder, 0) as writer:
         for name, value in metrics.items():
             writer.add_scalar(f"partial/{name}", value, modules)
@@ -150,8 +150,8 @@ def log_partial_assembly(folder: Path, modules: int, metrics: dict[str, float]) 
 def _writer(folder: Path, first: int) -> SummaryWriter:
     if first == 0:
         shutil.rmtree(folder, ignore_errors=True)
-    # TensorBoard reads files in the order of their names: the second they were made in, then host and process. Of two
-    # attempts within a second the later one could be read first, and steps that it replaces would be shown twice
+    # TensorBoard reads files in the order of their names, which start with the time in seconds. If two attempts started
+    # within one second, the later file could be read first, and replaced steps would appear twice
     while any(file.name.split(".")[3] == f"{int(time.time()):010d}" for file in folder.glob("events.out.tfevents.*")):
         time.sleep(0.01)
     return SummaryWriter(str(folder), purge_step=first)
@@ -173,13 +173,13 @@ class ThroughputMeter:
     """Measure throughput between two logged steps.
 
     Args:
-        flops_per_sample: training FLOPs of a sample.
-        unit: what a sample is called, such as ``"images"``.
-        device: device that trains.
+        flops_per_sample: Training FLOPs per sample.
+        unit: Name of samples, such as ``"images"``.
+        device: The device that the model runs on.
 
     Attributes:
-        waited: seconds spent waiting for data.
-        seen: samples of all ranks.
+        waited: Seconds spent waiting for data.
+        seen: Number of samples of all ranks.
     """
 
     def __init__(self, flops_per_sample: int, unit: str, device: torch.device) -> None:
@@ -196,7 +196,7 @@ class ThroughputMeter:
 
         Returns:
             Samples per second and GFLOP/s over all ranks, fraction of time spent waiting for data, peak memory in GiB
-            and, if the peak rate of the accelerator is known, model FLOPs utilization.
+            and, if the peak FLOP/s of the accelerator is known, model FLOPs utilization.
         """
         seconds = time.perf_counter() - self.started
         rate = self.seen / seconds

@@ -1,7 +1,7 @@
-"""Partial assembly: the finished modules with the meta model's modules in place of the others, before fine-tuning.
+"""Partial assembly: the finished modules, with the meta model's modules in place of the others, before fine-tuning.
 
-Modules do not communicate: each reads the run directory once it is finished. It writes its own artifact first, so if
-two modules finish at the same time, at least one sees the other, and the last of all evaluates the assembled model.
+Modules do not communicate. After a module has written its artifact, it reads the artifacts of the others from the run
+directory. If two modules finish at the same time, at least one finds the other, and the last module finds all of them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ..storage.artifacts import check_lineage, load_artifact, verify_artifact
 
 
 def finished_modules(context: PhaseContext) -> list[int]:
-    """Return the modules that can be assembled now: undamaged, with the settings, meta model and data of this run."""
+    """Return the finished modules: those whose artifact is valid and has the lineage that this run expects."""
     run = context.run
     found = []
     for module in range(context.plan.modules):
-        with contextlib.suppress(ArtifactError):  # not there yet, or damaged
+        with contextlib.suppress(ArtifactError):  # missing or damaged
             manifest = verify_artifact(run.phase("incubate", module).artifact)
             if check_lineage(manifest, expected_lineage(run, "incubate", module)) is None:
                 found.append(module)
@@ -33,9 +33,10 @@ def finished_modules(context: PhaseContext) -> list[int]:
 
 
 def build_partial_assembly(context: PhaseContext, joined: list[int]) -> nn.Module:
-    """Build the modules ``joined`` at their target depth, with the meta model's modules in place of the others.
+    """Build a model of the finished modules ``joined``, with the meta model's modules in place of the others.
 
-    The model is whole on this rank's device, however the phase is sharded. No random stream of the training is used.
+    Each rank has the complete model on its device, even if the phase is sharded. The random state of the training does
+    not change.
 
     Raises:
         ArtifactError: An artifact is damaged or missing.

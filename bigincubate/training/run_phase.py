@@ -1,4 +1,4 @@
-"""One attempt at a phase: its lease, its record in ``attempts/``, its result."""
+"""Run one attempt at a phase: acquire its lease, record the attempt in ``attempts/``, write the result."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from .trainer import Trainer
 def train_phase(
     context: PhaseContext, start: Mapping[str, Tensor] | None = None, *, queue: JobQueue = NO_JOBS
 ) -> dict[str, Any]:
-    """Train one phase to its end, from its last checkpoint if there is one, and write its artifact.
+    """Train one phase to the end and write its artifact. Resumes from the last checkpoint if there is one.
 
     Args:
         context: The phase.
-        start: Weights to start from instead of the phase's own; see :func:`build_model`.
-        queue: The batch system that may have started this process.
+        start: Initial weights that replace those of the phase; see :func:`build_model`.
+        queue: The batch system that may have started this process, for leases.
 
     Returns:
         The phase's result; see :meth:`Task.make_result`.
 
     Raises:
-        Preempted: Training was asked to stop; there is a checkpoint.
-        NonFiniteError: The gradient was not finite in more steps than allowed, again after a rollback.
-        LockedError: Another live process trains this phase, or has taken it over.
+        Preempted: A stop signal was received, and a checkpoint was written.
+        NonFiniteError: The gradient was not finite in more steps than allowed, also after a rollback.
+        LockedError: Another process is training this phase, or has taken it over.
     """
     folder, env, run = context.folder, context.env, context.run
     if (result := env.broadcast(folder.result)) is not None:
@@ -57,7 +57,7 @@ def train_phase(
                 try:
                     result = Trainer.build(context, stop, lease, start).run()
                 except (OSError, ExternalError):
-                    lease.check()  # a new owner may have removed what was missing
+                    lease.check()  # the error may be due to a new owner that removed files
                     raise
         except Preempted:
             record("preempted")

@@ -1,8 +1,8 @@
 """The training loop of all phases. Phases differ in their row of the plan, not in the code here.
 
-Three layers: :meth:`Trainer.run` takes a phase from its last checkpoint to its artifact, :meth:`Trainer.loop` iterates
-over optimizer steps, :meth:`Trainer.forward_backward` is the computation of one step. Leases and the record of attempts
-are in :mod:`bigincubate.training.run_phase`.
+Three layers: :meth:`Trainer.run` trains a phase from its last checkpoint to its artifact, :meth:`Trainer.loop` iterates
+over optimizer steps, and :meth:`Trainer.forward_backward` computes the gradient of one step. Leases and records of
+attempts are in :mod:`bigincubate.training.run_phase`.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """The state of a phase besides tensors. Random streams and the data position are functions of ``step``.
+    """The state of a phase except for tensors. Random numbers and the data position are functions of ``step``.
 
     Attributes:
-        step: Number of optimizer steps done.
-        seen: Number of samples trained on; every view of a sample counts.
+        step: Number of completed optimizer steps.
+        seen: Number of samples trained on; each view of a sample counts.
         seconds: Training time over all attempts.
         skipped: Number of steps skipped because their gradient was not finite.
         lr_hook: State of the learning-rate hook.
@@ -66,7 +66,7 @@ class Trainer:
         context: The phase.
         parts: Model, sharding, optimizer and data of the phase.
         checkpoints: The phase's resume checkpoints.
-        stop: True once the process was asked to stop.
+        stop: True after a stop signal.
         lease: Lease on the phase's folder.
     """
 
@@ -97,13 +97,13 @@ class Trainer:
         lease: Lease | None = None,
         start: Mapping[str, Tensor] | None = None,
     ) -> Trainer:
-        """Build the components of a phase and open its checkpoints. Called by all ranks together.
+        """Build the components of a phase and open its checkpoints. Must be called on all ranks.
 
         Args:
             context: The phase.
-            stop: True once the process was asked to stop.
+            stop: True after a stop signal.
             lease: Lease on the phase's folder.
-            start: Weights to start from instead of the phase's own; see :func:`build_model`.
+            start: Initial weights that replace those of the phase; see :func:`build_model`.
         """
         lease = lease or Lease()
         parts = build_phase(context, start)
@@ -147,19 +147,19 @@ class Trainer:
         return MetricsWriter.open(self.folder, first, self.planned, enabled=self.env.is_main, fleet=fleet)
 
     def roll_back(self, error: NonFiniteError) -> None:
-        """Restore the last valid checkpoint, once per phase, and reset the count of skipped steps.
+        """Restore the last valid checkpoint and reset the number of skipped steps, at most once per phase.
 
-        This gets past a transient fault. If the data or the settings are the cause, the error is raised again.
+        This recovers from transient faults. If the data or the settings are the cause, the error occurs again.
 
         Raises:
-            NonFiniteError: ``error``, if there is no checkpoint, or an attempt has rolled back before.
+            NonFiniteError: ``error``, if there is no checkpoint or the phase has already been rolled back.
         """
         self.checkpoints.wait()
         checkpoint = None if self.rollback else self.checkpoints.load_latest()
         if checkpoint is None:
             raise error
         self.check_lease()
-        if self.env.is_main:  # first, so that there is no second rollback, whenever this process is killed
+        if self.env.is_main:  # before the rollback, so that there is no second one even if this process is killed
             self.folder.write_rollback(checkpoint.step, at=self.state.step)
             self.run_dir.log_event("rolled_back", phase=self.row.key, step=self.state.step, to=checkpoint.step)
             logger.warning("%s; resuming from the checkpoint of step %d", error, checkpoint.step)
@@ -173,10 +173,10 @@ class Trainer:
             self.loop(batches)
 
     def loop(self, batches: Iterator[Batch]) -> None:
-        """Iterate over the optimizer steps that remain, and save a checkpoint of the last one.
+        """Run the remaining optimizer steps, and save a checkpoint after the last one.
 
         Raises:
-            Preempted: The process was asked to stop; there is a checkpoint.
+            Preempted: A stop signal was received, and a checkpoint was written.
             NonFiniteError: The gradient was not finite in more steps than allowed.
             LockedError: Another process has taken over the phase.
         """
@@ -221,7 +221,7 @@ class Trainer:
         self.save(clock)
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Do one optimizer step. Return the loss of this rank and the norm of the gradient, both on the device."""
+        """Run one optimizer step. Return the loss of this rank and the norm of the gradient, both on the device."""
         self.parts.schedule.step_update(self.state.step)
         loss = self.forward_backward(batch)
         norm, skipped = self.sharding.step(self.settings.train.clip_grad)
@@ -239,7 +239,7 @@ class Trainer:
         for index in range(count):
             last = index == count - 1
             micro = batch.micro_batch(index, count)
-            if num_drop_paths:  # selected on the host, which knows the positions, so the device is not waited for
+            if num_drop_paths:  # before `to`: indexing on the CPU needs no synchronization with the device
                 apply_masks(self.model, masks[:, micro.global_position])
             micro = micro.to(self.env.device)
             with self.sharding.gradient_sync(last):
@@ -252,7 +252,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ logging and checkpoints
 
     def measure(self, loss: Tensor, norm: Tensor, meter: ThroughputMeter) -> dict[str, float]:
-        """Return the metrics of a step. Only here and in checkpoints does the host wait for the device."""
+        """Return the metrics of a step. The host waits for the device only here and when it saves a checkpoint."""
         group = self.sharding.optimizer.param_groups[0]
         return {
             "train/loss": self.env.sum_over_ranks(loss.double()).item() / self.env.world,
@@ -269,7 +269,7 @@ class Trainer:
             self.metrics.log(self.state.step, values | self.checkpoints.pop_metrics())
 
     def check_lease(self) -> None:
-        """Check that this process still owns the phase. Called by all ranks together.
+        """Check that this process still owns the phase. Must be called on all ranks.
 
         Raises:
             LockedError: Another process has taken over the phase.
@@ -294,7 +294,7 @@ class Trainer:
             )
 
     def save(self, clock: float) -> float:
-        """Start to save a checkpoint.
+        """Start saving a checkpoint.
 
         Args:
             clock: Time (``time.perf_counter``) at which training started or the last checkpoint was saved.
@@ -317,7 +317,7 @@ class Trainer:
     def checkpoint_tensors(self) -> dict[str, Tensor | TensorShard]:
         """Return this rank's part of a checkpoint."""
         tensors = self.sharding.save()
-        # a rank averages all parameters that it trains, but writes only the averages of those that it writes
+        # a rank has the averages of all its trainable parameters, but writes only those whose weights it writes
         return tensors | {key: value for key, value in self.ema.save().items() if f"model/{key[4:]}" in tensors}
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -337,31 +337,32 @@ class Trainer:
                 self.parts.lr_hook.load_state(self.state.lr_hook)
             self.sharding.load(checkpoint.tensors)
             self.ema.load(checkpoint.tensors)
-        except (ValueError, LookupError, TypeError, RuntimeError) as error:  # valid hashes, other content
+        except (ValueError, LookupError, TypeError, RuntimeError) as error:  # valid hashes, but unexpected content
             reason = " ".join(str(error).split())
             raise ArtifactError(
-                f"the checkpoint of step {checkpoint.step} in {self.folder.checkpoints} does not fit: {reason}"
+                f"the checkpoint of step {checkpoint.step} in {self.folder.checkpoints} does not fit this phase:"
+                f" {reason}"
             ) from error
 
     def evaluate(self) -> dict[str, float]:
-        """Evaluate the weights that the phase exports on the whole validation split."""
+        """Evaluate the exported weights (raw or averaged) on the validation split."""
         with self.exported_weights():
             return self.score()
 
     def exported_weights(self) -> AbstractContextManager[None]:
-        """Return a context in which the model has the weights that the phase exports, raw or averaged."""
+        """Return a context in which the model has the exported weights (raw or averaged)."""
         if self.recipe.phase_overrides(self.row.phase).export == "ema":
             return self.ema.applied(self.sharding.sync_weights_from_master)
         return nullcontext()
 
     def score(self) -> dict[str, float]:
-        """Evaluate the model as it is."""
+        """Evaluate the model with its current weights."""
         return self.task.evaluate(
             self.model, self.parts.eval_stream, self.env, pad_batches_across_ranks=self.sharding.forward_is_collective
         )
 
     def validation_tags(self, scores: dict[str, float]) -> dict[str, float]:
-        """Return an evaluation under the tags that it is logged with."""
+        """Return the metrics of an evaluation by their tags in the logs."""
         return {f"val/{metric.name}": scores[metric.name] for metric in self.task.metrics}
 
     def finish(self) -> dict[str, Any]:
@@ -372,7 +373,7 @@ class Trainer:
         module = self.row.module
         with self.exported_weights():
             tensors = self.sharding.full_state_dict()
-            if module is not None:  # under the target's block indices
+            if module is not None:  # rename blocks to their indices in the target
                 partition = self.context.partition
                 tensors = rename_tensors(extract(tensors, partition, module), partition, self.context.target_partition)
             with self.env.main_process_first():
@@ -385,13 +386,13 @@ class Trainer:
         return self.task.make_result(scores, steps=steps, seen=seen, flops=flops, seconds=seconds)
 
     def score_partial(self, module: int) -> None:
-        """Evaluate this module assembled with all other finished modules and the rest of the meta model.
+        """Evaluate this module together with the other finished modules and the remaining meta modules.
 
-        The metrics go to ``partial.json``, the events and TensorBoard. Every rank has the whole model for this, and
-        evaluates its share of the validation split.
+        The metrics are written to ``partial.json``, to the events and to TensorBoard. Each rank builds the complete
+        model and evaluates it on its part of the validation split.
         """
         joined: list[int] = self.env.broadcast(finished_modules(self.context) if self.env.is_main else None)
-        if module not in joined:  # the meta model that it was trained with has been replaced
+        if module not in joined:  # its meta model was replaced during training
             return
         model = build_partial_assembly(self.context, joined)
         result = self.task.make_result(self.task.evaluate(model, self.parts.eval_stream, self.env))
@@ -404,7 +405,7 @@ class Trainer:
                 self.run_dir.log_event("partial_assembly", phase=self.row.key, joined=joined, metrics=result["metrics"])
 
     def finish_assembly(self) -> None:
-        """Evaluate and write the assembled model before it is fine-tuned."""
+        """Evaluate and write the assembled model before fine-tuning."""
         assembled = self.run_dir.assembled
         expected = Lineage(self.planned.identity, self.data.digest, self.parts.inputs)
         valid = assembled.result is not None and check_artifact_lineage(assembled.artifact, expected) is None
@@ -418,7 +419,7 @@ class Trainer:
                 assembled.write_result(self.task.make_result(scores))
 
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
-        """Write the weights of the whole model, or of a module under the target's names, as an artifact."""
+        """Write the weights of the model, or of a module under its names in the target, as an artifact."""
         module = self.row.module
         manifest = ArtifactManifest(
             kind="model" if module is None else "module",

@@ -89,7 +89,7 @@ def test_import_puts_meta_model_and_modules_into_a_run(empty: Any, tmp_path: Pat
         assert torch.equal(second[f"blocks.{2 + index}.{name}"], own[f"blocks.{index}.{name}"])
     empty.train("finetune")
     assert {finding.verdict for finding in verify_run(empty.run)} == {Verdict.GOOD}
-    with pytest.raises(ConfigError, match="holds work of this run already"):
+    with pytest.raises(ConfigError, match="already has results or checkpoints"):
         list(import_part(empty.recipe, "meta", [meta], empty.run))
 
 
@@ -158,11 +158,11 @@ def test_file_that_is_no_official_checkpoint_is_refused(empty: Any, tmp_path: Pa
     refused("No such file", tmp_path / "nowhere.pth")
     torch.save({"model": good[0]}, tmp_path / "other.pth")
     refused("no list model_stages", tmp_path / "other.pth")
-    refused("has 3 modules, the recipe 2", save(tmp_path / "3.pth", stages([1, 1, 2], seed=0)))
+    refused("has 3 modules, but the recipe has 2", save(tmp_path / "3.pth", stages([1, 1, 2], seed=0)))
     refused(
         r"modules of \[1, 1\] blocks, the recipe's target has \[2, 2\]", save(tmp_path / "1.pth", stages([1, 1], 0))
     )
-    refused("3 files: give one", *[tmp_path / "1.pth"] * 3, error=ConfigError)
+    refused("3 files: pass one", *[tmp_path / "1.pth"] * 3, error=ConfigError)
     good[1]["head.bias"] = torch.zeros(3)
     refused("tensor 'head.bias'", save(tmp_path / "shape.pth", good))
     del good[1]["head.bias"]
