@@ -1,11 +1,11 @@
-"""AdaScale (Johnson et al., ICML 2020, arXiv:2007.05105): learning rates that follow the noise of the gradients.
+"""AdaScale (Johnson et al., ICML 2020, arXiv:2007.05105): scale learning rates by the noise of the gradients.
 
-Switched on by ``optim.lr_scaling = "bigincubate.experimental.adascale:AdaScale"``.
+Enabled by ``optim.lr_scaling = "bigincubate.experimental.adascale:AdaScale"``.
 
-A step averages S gradients, one per micro-batch and rank. ``train.lr`` and the schedule are those for the batch of a
-single such gradient. Each step multiplies the scheduled rate by a *gain* between 1 (the S gradients agree, so one
-would have been enough) and S (they are noise that averaging removes). The schedule still counts optimizer steps, so
-epochs and ``train.max_steps`` keep their meaning. (The paper counts a step of gain r as r steps, and ends earlier.)
+A step averages S gradients, one per micro-batch and rank. ``train.lr`` and the schedule refer to the batch size of one
+such gradient. Each step multiplies the scheduled rate by a *gain* between 1 (all S gradients are equal, so one would
+have been enough) and S (they are pure noise, which averaging reduces). The schedule still counts optimizer steps, so
+epochs and ``train.max_steps`` keep their meaning. (In the paper, a step of gain r counts as r steps.)
 """
 
 from __future__ import annotations
@@ -20,48 +20,49 @@ from ..distributed.process_group import DistributedContext
 from ..errors import ConfigError
 from ..sharding import Sharding
 
-SGD = ("sgd", "momentum", "nesterov")  # substrings of timm's names for SGD and its variants
+SGD = ("sgd", "momentum", "nesterov")  # parts of timm's names for variants of SGD
 
 
 class AdaScale:
     """Compute the gain of each step and multiply the learning rates by it.
 
-    From the gradients g_1 … g_S of a step and their mean g, the paper (appendix B.3) estimates without bias the
+    From the gradients g_1 … g_S of a step and their mean g, the paper (appendix B.3) computes unbiased estimates of the
     variance of one gradient and the square of the true gradient::
 
         var = (sum |g_i|^2 - S |g|^2) / (S - 1)        sqr = |g|^2 - var / S
 
-    takes moving averages of both, cut off below zero, with decay max(0, 1 - S / 1000), and sets::
+    Both are clamped at zero and averaged with decay max(0, 1 - S / 1000). Then::
 
         r = (var + sqr) / (var / S + sqr)
 
-    Here ``noise`` is var / S. The averages start at zero; this bias cancels in the ratio.
+    ``noise`` is the average of var / S. The averages start at zero; this bias cancels in the ratio.
 
-    The gain is r for SGD. Other optimizers (AdamW, LAMB, …) divide by the size of their gradients; that of a mean is
-    1 / sqrt(r) of a single gradient's, so their steps already contain a factor sqrt(r). Their gain is the other
-    sqrt(r), as in AdaptDL (Qiao et al., OSDI 2021); for pure noise this is the square root rule. Decoupled weight
-    decay is multiplied like the learning rate.
+    The gain is r for SGD. Other optimizers (AdamW, LAMB, …) divide by the size of their gradients. The size of the mean
+    gradient is 1 / sqrt(r) times that of a single gradient, so their steps already contain a factor of sqrt(r). Their
+    gain is therefore only sqrt(r), as in AdaptDL (Qiao et al., OSDI 2021); for pure noise this is the square root rule.
+    Decoupled weight decay is multiplied like the learning rate.
 
-    Norms are over all trainable parameters together, before clipping. A step that is not finite leaves the averages
-    unchanged. The host waits for the norm in every step.
+    Norms are over all trainable parameters, before clipping. Steps with non-finite gradients do not change the
+    averages. The host waits for the norm in every step.
 
-    fairscale's AdaScale is not used: it requires every reduced gradient on every rank, which ShardedDataParallel keeps
-    on the owner only; it computes one gain per parameter group (with and without weight decay); it clamps the variance
-    at 1e-6, which small gradients that agree fall below; a gradient that is not finite stays in its averages for ever;
-    and by its documentation it is for SGD only.
+    fairscale's AdaScale is not used because it needs all reduced gradients on every rank (ShardedDataParallel keeps
+    them only on their owner), computes one gain per parameter group, clamps the variance at 1e-6 (too large for small
+    gradients that agree), never recovers from a non-finite gradient, and supports only SGD according to its
+    documentation.
 
     Args:
-        model: The model with its parameters frozen as in training, before the sharding wraps it.
+        model: The model before the sharding strategy wraps it, with frozen parameters already frozen.
         settings: The settings of the phase.
-        sharding: The sharding before its ``prepare``.
-        env: The ranks of the phase.
+        sharding: The sharding strategy before the call of ``prepare``.
+        env: The process group.
         micro_batches: Number of micro-batches per rank and step.
 
     Attributes:
         contributions: S, the number of gradients that a step averages.
 
     Raises:
-        ConfigError: A step has a single gradient, or the sharding strategy does not show each rank's own gradients.
+        ConfigError: A step has only one gradient, or the sharding strategy does not give access to the gradients of
+            each rank.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class AdaScale:
         self.contributions = env.world * micro_batches
         if self.contributions < 2:
             raise ConfigError(
-                f'optim.lr_scaling = "{settings.optim.lr_scaling}" compares the gradients of a step, and here'
+                f'optim.lr_scaling = "{settings.optim.lr_scaling}" compares several gradients per step, but here'
                 f" a step has only one; use more ranks or train.micro_batch <= {settings.train.batch_size // 2}"
             )
         sharding.register_pre_step_hook(self.scale_learning_rates)
@@ -79,14 +80,14 @@ class AdaScale:
         self.decay = max(0.0, 1 - self.contributions / 1000)
         self.power = 1.0 if any(word in settings.optim.name.lower() for word in SGD) else 0.5
         self.noise = self.signal = 0.0
-        self.norms: list[Tensor] = []  # of each parameter's gradient, for each micro-batch of this rank and step
+        self.norms: list[Tensor] = []  # gradient norms by parameter and micro-batch, of this rank and step
         for parameter in model.parameters():
             if parameter.requires_grad:  # the hook runs before accumulation and before communication
                 parameter.register_hook(lambda gradient: self.norms.append(torch.linalg.vector_norm(gradient)))
 
     @property
     def gain(self) -> float:
-        """The factor by which the last step's learning rates were multiplied."""
+        """The factor that the learning rates of the last step were multiplied by."""
         square = self.noise + self.signal
         return ((self.contributions * self.noise + self.signal) / square) ** self.power if square else 1.0
 
@@ -99,7 +100,7 @@ class AdaScale:
         total = self.env.sum_over_ranks(torch.stack(self.norms).double().square().sum()).item()
         self.norms.clear()
         count = self.contributions
-        mean_square = total * self.micro_batches**2 / count  # a micro-batch's loss was divided by their number
+        mean_square = total * self.micro_batches**2 / count  # losses were divided by the number of micro-batches
         square = norm.item() ** 2
         if math.isfinite(mean_square + square):
             noise = (mean_square - square) / (count - 1)
@@ -113,14 +114,15 @@ class AdaScale:
         return {"contributions": self.contributions, "noise": self.noise, "signal": self.signal}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Restore what `state` returned.
+        """Restore a state returned by `state`.
 
         Raises:
-            ConfigError: The checkpoint had another number of gradients per step, for which ``train.lr`` was chosen.
+            ConfigError: The checkpoint has another number of gradients per step, on which the right ``train.lr``
+                depends.
         """
         if (before := state["contributions"]) != self.contributions:
             raise ConfigError(
                 f"optim.lr_scaling: AdaScale averaged {int(before)} gradients per step (ranks x micro-batches), and now"
-                f" {self.contributions}; resume with the same number, by another train.micro_batch"
+                f" {self.contributions}; change train.micro_batch so that the number is the same"
             )
         self.noise, self.signal = state["noise"], state["signal"]

@@ -129,7 +129,7 @@ def test_client_whose_step_is_over_uses_its_own_stream(info: DatasetInfo, caplog
         fingerprints(batches, 2)
         late = fingerprints(server.client().batches(3), 3)
     assert late == fingerprints(stream(info).batches(3), 3)
-    assert caplog.messages == ["shared loader: step 3 is over; using this module's own loader from step 3"]
+    assert caplog.messages == ["shared loader: it is already past step 3; using this module's own loader from step 3"]
 
 
 def test_client_with_another_digest_is_refused(info: DatasetInfo, caplog: pytest.LogCaptureFixture) -> None:
@@ -137,7 +137,7 @@ def test_client_with_another_digest_is_refused(info: DatasetInfo, caplog: pytest
         found = fingerprints(server.client("another").batches(0), 2)
         assert server.end() == (0, 0)
     assert found == fingerprints(stream(info).batches(0), 2)
-    assert "it makes other batches" in caplog.text
+    assert "it has other data or settings" in caplog.text
 
 
 def test_client_without_a_server_uses_its_own_stream(info: DatasetInfo, caplog: pytest.LogCaptureFixture) -> None:
@@ -195,7 +195,7 @@ def test_server_refuses_a_stopped_client_after_its_patience(
         os.kill(stopped.pid or 0, signal.SIGCONT)
         assert result.recv() == expected
         stopped.join()
-        assert "others waited for 2 s; using this module's own loader from step" in logged.readouterr().err
+        assert "other modules waited 2 s for this module; using" in logged.readouterr().err
         made, sent = server.end()
         assert made == 20
         assert 20 + 3 <= sent < 40

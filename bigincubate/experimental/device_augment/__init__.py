@@ -1,6 +1,6 @@
-"""Augmentation and mixing of a batch by one operator on the device.
+"""Augment and mix a batch with one operator on the device.
 
-Switched on by ``augment.batch_transform = "bigincubate.experimental.device_augment:DeviceAugment"``.
+Enabled by ``augment.batch_transform = "bigincubate.experimental.device_augment:DeviceAugment"``.
 """
 
 from .transform import DeviceAugment

@@ -1,13 +1,13 @@
-"""Augmentation of a batch on the device.
+"""Augment a batch on the device.
 
-The input is uint8 images and one row of parameters per image, the output float32 normalized and mixed images, in one
-pass over memory. Two things are computed before that pass: the blur (products with a banded matrix, of all rows,
-because the host does not wait to see which need it) and, in a pass that writes nothing, the mean for contrast.
+The inputs are uint8 images and one row of parameters per image; the outputs are normalized and mixed float32 images.
+This takes one pass over memory. Two things are computed before it: the blur (products with a banded matrix, for all
+images, because finding those that need it would make the host wait), and the mean gray for contrast.
 
-The operations are Pillow's, without Pillow's rounding to whole gray levels after each of them:
-``ImageOps.solarize``, ``ImageFilter.GaussianBlur`` (three box blurs), ``ImageEnhance`` with factors. Their order: crop,
-flip, 3-Augment (Touvron et al., DeiT III, 2022, arXiv:2204.07118), color jitter, normalization, random erasing (Zhong
-et al., 2017, arXiv:1708.04896), mixup or CutMix. There is no gradient, because images are not trained.
+The operations are those of Pillow, but without rounding to integers after each of them: ``ImageOps.solarize``,
+``ImageFilter.GaussianBlur`` (three box blurs), ``ImageEnhance`` with factors. Their order is: crop, flip, 3-Augment
+(Touvron et al., DeiT III, 2022, arXiv:2204.07118), color jitter, normalization, random erasing (Zhong et al., 2017,
+arXiv:1708.04896), mixup or CutMix. The operator has no backward pass, because images need no gradients.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor
 
 from ...kernels.launch import use_triton
 
-# Columns of a row of parameters. The Triton body uses the same numbers.
-DOWN, RIGHT = 0, 1  # where the crop starts in the image, in pixels; pixels outside the image are border
-FLIP = 2  # 1: mirror left and right
-OPERATION, AMOUNT = 3, 4  # one of 3-Augment's, and its threshold or its sigma in pixels
-JITTER = 5  # to 10: three pairs of a color jitter operation and its factor, in order
-BOX = 11  # to 14: the erased box, top, left, bottom, right; all zero: none
-NOISE = 15  # where in `noise` its noise starts
+# columns of a row of parameters; the Triton body uses the same numbers
+DOWN, RIGHT = 0, 1  # top and left of the crop in the image, in pixels; pixels outside the image are border
+FLIP = 2  # 1: flip horizontally
+OPERATION, AMOUNT = 3, 4  # operation of 3-Augment, and its threshold or its sigma in pixels
+JITTER = 5  # columns 5 to 10: three pairs of a color jitter operation and its factor, in order
+BOX = 11  # columns 11 to 14: the erased box (top, left, bottom, right); all zero if there is none
+NOISE = 15  # start index of the image's noise in `noise`
 COLUMNS = 16
 
 SOLARIZE, GRAYSCALE, BLUR = 1, 2, 3
 BRIGHTNESS, CONTRAST, SATURATION = 0, 1, 2
-LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # Pillow's gray of red, green, blue (ITU-R 601)
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # Pillow's weights of red, green and blue in gray (ITU-R 601)
 REACH = 2  # pixels that a box blur reads on each side, for sigma up to 2
 
 
@@ -46,18 +46,18 @@ def augment(
     three_augment: bool,
     jitter: bool,
 ) -> Tensor:
-    """Return images ``[n, 3, S, S]`` float32, normalized and mixed (float64 for float64 parameters, as a reference).
+    """Return normalized and mixed images ``[n, 3, S, S]`` float32 (float64 for float64 parameters, as a reference).
 
     Args:
         images: ``[n, 3, S, S]`` uint8.
-        parameters: ``[n, 16]``, with the columns above.
-        noise: ``[length]`` standard normal numbers, used as a ring: an erased image takes 3 S S of them from its own
-            start; None: nothing is erased.
+        parameters: ``[n, 16]``, with the columns defined above.
+        noise: ``[length]`` standard normal numbers. An erased image uses 3 S S of them from its start index, wrapping
+            around at the end. None if nothing is erased.
         mixing: ``[5]``: the weight of the image itself, and a box (top, left, bottom, right) in which its partner, n/2
-            rows away, has weight 1; None: not mixed.
-        mean: Of red, green and blue, in units of 255 gray levels.
-        std: Of red, green and blue, in units of 255 gray levels.
-        reflect: Whether the border mirrors the image, by at most S - 1 pixels; otherwise it is black.
+            rows away, has weight 1. None if images are not mixed.
+        mean: Mean of red, green and blue, in [0, 1].
+        std: Standard deviation of red, green and blue, in units of the full range.
+        reflect: Whether the border reflects the image, by at most S - 1 pixels; otherwise it is black.
         three_augment: Whether any row has an operation of 3-Augment.
         jitter: Whether any row has color jitter factors.
     """
@@ -103,7 +103,7 @@ def _eager(
 
 
 def windows(images: Tensor, parameters: Tensor, reflect: bool) -> Tensor:
-    """Return the crops, some of them flipped, ``[n, 3, S, S]`` in 0 to 255, in the dtype of ``parameters``."""
+    """Return the cropped and flipped images, ``[n, 3, S, S]`` in 0 to 255, in the dtype of ``parameters``."""
     size = images.shape[-1]
     at = torch.arange(size, device=images.device)
     down, right, flip = parameters[:, [DOWN, RIGHT, FLIP]].long().unsqueeze(2).unbind(1)
@@ -118,14 +118,14 @@ def windows(images: Tensor, parameters: Tensor, reflect: bool) -> Tensor:
 
 
 def blur(x: Tensor, parameters: Tensor) -> Tensor:
-    """Return ``x``, ``[b, 3, S, S]``, blurred as Pillow does: three boxes of fractional width per direction.
+    """Blur ``x``, ``[b, 3, S, S]``, as Pillow does: with three boxes of fractional width per direction.
 
-    Beyond its edge an image is continued by its last pixel. (Gwosdek et al., extended box filtering, SSVM 2011.)
+    Edge pixels are repeated outside of the image. Source: Gwosdek et al., extended box filtering, SSVM 2011.
     """
     size = x.shape[-1]
     variance = parameters[:, AMOUNT, None, None] ** 2 / 3  # of one box
-    full = ((12 * variance + 1).sqrt() - 1).div(2).floor()  # pixels on each side that count in full
-    part = (2 * full + 1) * (full * (full + 1) - 3 * variance) / (6 * (variance - (full + 1) ** 2))  # of the next
+    full = ((12 * variance + 1).sqrt() - 1).div(2).floor()  # number of pixels on each side with weight 1
+    part = (2 * full + 1) * (full * (full + 1) - 3 * variance) / (6 * (variance - (full + 1) ** 2))  # next pixel's
     at = torch.arange(size, device=x.device)
     beyond = torch.arange(-REACH, size + REACH, device=x.device)
     distance = (at[:, None] - beyond).abs()
@@ -145,7 +145,7 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _inside(x: Tensor, top: Tensor, left: Tensor, bottom: Tensor, right: Tensor) -> Tensor:
-    """Return which pixels lie in each image's box, or in one box for all: ``[n or 1, 1, S, S]``."""
+    """Return a mask of the pixels in each image's box, or in one box for all images: ``[n or 1, 1, S, S]``."""
     at = torch.arange(x.shape[-1], device=x.device)
     rows = (at >= top[:, None]) & (at < bottom[:, None])
     columns = (at >= left[:, None]) & (at < right[:, None])

@@ -1,9 +1,9 @@
-"""Augmentation in two halves.
+"""Augment images partly on the host and partly on the device.
 
-On the host an image is read and resized, and its parameters are drawn. Everything that does not change sizes is one
-operator on the device (`operator.augment`). Random numbers come from the same generators in the same order as in
-`tasks.image_classification.augment`, so with the same seed a view has the same crop, flip,
-operation, factors and erased box with either implementation. Only the noise in an erased box differs.
+The host reads and resizes an image and draws its parameters. One operator on the device (`operator.augment`) does
+everything that does not change sizes. Random numbers come from the same generators in the same order as in
+`tasks.image_classification.augment`, so with the same seed both implementations give a view the same crop, flip,
+operation, factors and erased box. Only the noise in an erased box differs.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from ...tasks.image_classification.mixup import TwoHot, draw
 from .operator import AMOUNT, BLUR, BOX, COLUMNS, DOWN, FLIP, GRAYSCALE, JITTER, NOISE, OPERATION, RIGHT, SOLARIZE
 from .operator import augment as operator
 
-NOISE_LENGTH = 1 << 20  # random numbers to take noise from; an index below this is exact in float32
+NOISE_LENGTH = 1 << 20  # size of the pool of noise; float32 represents all indices below it exactly
 
 
 class DeviceAugment:
-    """Augment, normalize and mix a batch of images on the device: a `bigincubate.data.batch_transform.BatchTransform`.
+    """Augment, normalize and mix a batch of images on the device: a `BatchTransform` of image classification.
 
-    Results equal those of the host up to rounding: intermediate values are not rounded to whole gray levels.
+    Results are equal to those of the host except that intermediate values are not rounded to integers.
 
     Args:
         augment: The augmentation settings of the phase.
         img_size: Side of the images in pixels, S.
 
     Raises:
-        ConfigError: ``rand_augment`` is set, or a reflected border is as large as the image.
+        ConfigError: ``rand_augment`` is set, or a reflected border is at least as large as the image.
     """
 
     def __init__(self, augment: config.AugmentConfig, img_size: int) -> None:
@@ -50,8 +50,8 @@ class DeviceAugment:
             )
         if augment.crop == "simple" and augment.pad >= img_size:
             raise ConfigError(
-                f"augment.pad = {augment.pad} must be below model.img_size = {img_size} with augment.batch_transform ="
-                f" {augment.batch_transform}, which reflects less than the image"
+                f"augment.pad = {augment.pad} must be smaller than model.img_size = {img_size} with"
+                f" augment.batch_transform = {augment.batch_transform}; use a smaller augment.pad"
             )
         self.augment, self.size = augment, img_size
         self.shifts = augment.crop in ("pad", "simple")
@@ -62,18 +62,18 @@ class DeviceAugment:
     def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
         """Return pixels ``[3, S, S]`` uint8 and parameters ``[16]`` float32 of an RGB image.
 
-        It draws from the global random generators, which are to be seeded before.
+        Uses the global random generators, which the caller must seed.
         """
         row = [0.0] * COLUMNS
         image = self.resize(image)
         pixels = np.asarray(image)
         if self.shifts:
             corners = corner(image, self.augment.pad, self.size)
-            # crop as far as the image goes; the rest of the shift is done on the device, which adds the border
+            # crop inside the image; the device does the rest of the shift, because it adds the border
             top, left = (min(max(at, 0), side - self.size) for at, side in zip(corners, pixels.shape, strict=False))
             row[DOWN], row[RIGHT] = float(corners[0] - top), float(corners[1] - left)
             pixels = pixels[top : top + self.size, left : left + self.size]
-        if self.augment.flip:  # drawn as RandomHorizontalFlip does
+        if self.augment.flip:  # the same draw as RandomHorizontalFlip
             row[FLIP] = float(torch.rand(1) < self.augment.flip)
         if self.augment.three_augment:
             row[OPERATION], row[AMOUNT] = _draw_three_augment()
@@ -81,7 +81,7 @@ class DeviceAugment:
             order, *factors, _ = self.color_jitter.get_params(
                 self.color_jitter.brightness, self.color_jitter.contrast, self.color_jitter.saturation, None
             )
-            kinds = [kind for kind in order.tolist() if kind < 3]  # 3: hue, which is not jittered
+            kinds = [kind for kind in order.tolist() if kind < 3]  # 3 is hue, which does not change
             row[JITTER : JITTER + 6] = [float(value) for kind in kinds for value in (kind, factors[kind])]
         if self.augment.erase:
             recorder = _BoxRecorder(self.size)
@@ -96,7 +96,7 @@ class DeviceAugment:
         Args:
             images: ``[n, 3, S, S]`` uint8.
             parameters: ``[n, 16]`` float32 on the same device.
-            mixing: As `operator.augment` takes it; None to mix nothing.
+            mixing: See `operator.augment`; None to mix nothing.
         """
         return operator(
             images,
@@ -113,7 +113,7 @@ class DeviceAugment:
     def finish_and_mix(
         self, images: Tensor, parameters: Tensor, labels: Tensor, *, mixup: config.MixupConfig, seed: int, step: int
     ) -> tuple[Tensor, TwoHot]:
-        """Return the finished images, mixed as `mixup.blend` mixes, and their targets."""
+        """Return the finished images, mixed as in `mixup.blend`, and their targets."""
         ratio, box = draw(mixup, images.shape, seed=seed, step=step)
         if ratio == 1.0:
             return self.finish(images, parameters), TwoHot(labels, labels, 1.0)
@@ -123,7 +123,7 @@ class DeviceAugment:
 
 
 def _draw_three_augment() -> tuple[float, float]:
-    """Return the operation and its threshold or sigma, drawn as timm draws from its policy "3a"."""
+    """Return an operation and its threshold or sigma, with the same draws as timm's policy "3a"."""
     operation = random.choice((SOLARIZE, GRAYSCALE, BLUR))
     if operation == BLUR:
         return operation, random.uniform(0.1, 2.0)
@@ -131,7 +131,7 @@ def _draw_three_augment() -> tuple[float, float]:
 
 
 class _BoxRecorder:
-    """Stands in for an image in timm's RandomErasing and records which box is erased."""
+    """A substitute for an image that records which box timm's RandomErasing erases."""
 
     dtype = torch.float32
 
@@ -148,5 +148,5 @@ class _BoxRecorder:
 
 @cache
 def _noise(device: torch.device) -> Tensor:
-    """Return the same standard normal numbers on every device."""
+    """Return a pool of standard normal numbers, the same on every device."""
     return torch.randn(NOISE_LENGTH, generator=torch.Generator().manual_seed(0)).to(device)

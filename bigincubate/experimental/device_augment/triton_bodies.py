@@ -1,4 +1,4 @@
-"""Triton bodies of the augmentation. Imported only where they run: Triton is not available on every platform."""
+"""Triton kernels of the augmentation. Imported only on use, because Triton is not available on every platform."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-TILE = 256  # pixels of four channels
+TILE = 256  # number of pixels, of four channels each
 
-# Pixels are a tile [4, BLOCK]: red, green, blue, and a channel that is zero, for sizes of a tile are powers of two.
+# Pixels are a tile [4, BLOCK]: red, green, blue and a zero channel, because the sizes of a tile must be powers of two.
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _color(  # type: ignore[no-untyped-def]
     images, parameters, blurred, gray_mean, image, offsets, size,
     REFLECT: tl.constexpr, OPERATE: tl.constexpr, JITTER: tl.constexpr,
 ):  # fmt: skip
-    """Return pixels in 0 to 255 and their gray before contrast. Columns of the parameters: see operator.py."""
+    """Return pixels in 0 to 255 and their gray before contrast. operator.py defines the columns of the parameters."""
     own, plane, channel = parameters + image * 16, size * size, tl.arange(0, 4)[:, None]
     first, inside = image.to(tl.int64) * 3 * plane, (offsets < plane) & (channel < 3)
     y, x = offsets // size, offsets % size
@@ -43,27 +43,27 @@ def _color(  # type: ignore[no-untyped-def]
     seen = inside & (row >= 0) & (row < size) & (column >= 0) & (column < size)
     pixels = tl.load(images + first + channel * plane + row * size + column, mask=seen, other=0).to(tl.float32)
     if OPERATE:
-        # a tile as well: the interpreter cannot spread what comes of comparing scalars
+        # a tile, because Triton's interpreter cannot broadcast the result of comparing scalars
         operation = tl.load(own + 3).to(tl.int32) + tl.zeros_like(offsets)
         pixels = tl.where((operation == 1) & (pixels >= tl.load(own + 4)), 255 - pixels, pixels)
         pixels = tl.where(operation == 2, _gray(pixels, channel), pixels)
         soft = inside & (operation == 3)
         pixels = tl.where(soft, tl.load(blurred + first + channel * plane + offsets, mask=soft, other=0), pixels)
-    met = _gray(pixels, channel)
+    gray_before = _gray(pixels, channel)
     if JITTER:
         for step in tl.static_range(3):
             kind, factor, gray = tl.load(own + 5 + 2 * step), tl.load(own + 6 + 2 * step), _gray(pixels, channel)
-            met = tl.where(kind == 1, gray, met)
+            gray_before = tl.where(kind == 1, gray, gray_before)
             towards = tl.where(kind == 2, gray, tl.where(kind == 1, gray_mean, 0.0))
             pixels = tl.minimum(tl.maximum(towards + factor * (pixels - towards), 0.0), 255.0)
-    return pixels, met
+    return pixels, gray_before
 
 
 @triton.jit
 def _gray_means(  # type: ignore[no-untyped-def]
     images, parameters, blurred, out, size, REFLECT: tl.constexpr, OPERATE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Store the mean gray of each image before contrast, which contrast and later operations do not change."""
+    """Store the mean gray of each image before the contrast operation."""
     image, total = tl.program_id(0), 0.0
     for start in range(0, size * size, BLOCK):
         offsets = start + tl.arange(0, BLOCK)[None, :]
@@ -77,7 +77,7 @@ def _finish(  # type: ignore[no-untyped-def]
     images, parameters, blurred, means, noise, image, offsets, size, length, mean0, mean1, mean2, std0, std1, std2,
     REFLECT: tl.constexpr, OPERATE: tl.constexpr, JITTER: tl.constexpr, ERASE: tl.constexpr,
 ):  # fmt: skip
-    """Return pixels with color operations, normalized and erased."""
+    """Return pixels after color operations, normalization and erasing."""
     gray_mean = tl.load(means + image) if JITTER else 0.0
     pixels, _ = _color(images, parameters, blurred, gray_mean, image, offsets, size, REFLECT, OPERATE, JITTER)
     channel = tl.arange(0, 4)[:, None]
@@ -105,7 +105,7 @@ def _augment(  # type: ignore[no-untyped-def]
         mean0, mean1, mean2, std0, std1, std2, REFLECT, OPERATE, JITTER, ERASE,
     )  # fmt: skip
     if MIX:
-        partner = (image + count - count // 2) % count  # as a roll by half the batch
+        partner = (image + count - count // 2) % count  # same as torch.roll by half the batch
         partners = _finish(
             images, parameters, blurred, means, noise, partner, offsets, size, length,
             mean0, mean1, mean2, std0, std1, std2, REFLECT, OPERATE, JITTER, ERASE,
@@ -129,18 +129,19 @@ def augment(
     reflect: bool,
     jitter: bool,
 ) -> Tensor:
-    """See `operator.augment`; ``blurred`` is every image with its blur in float32, or None without 3-Augment."""
-    # a tensor that is None is replaced by a pointer that is never read
+    """See `operator.augment`; ``blurred`` has all images, blurred, in float32, or is None without 3-Augment."""
+    # tensors that are None are replaced by another tensor, which is never read
     images, parameters = images.contiguous(), parameters.contiguous()
     count, size, operate = len(images), images.shape[-1], blurred is not None
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     soft = out if blurred is None else blurred.contiguous()
-    tape = out if noise is None else noise
+    noise_pool = out if noise is None else noise
     means = torch.empty(count, dtype=torch.float32, device=images.device)
     if jitter:
         wrap_triton(_gray_means)[(count,)](images, parameters, soft, means, size, reflect, operate, TILE)
     wrap_triton(_augment)[(count, triton.cdiv(size * size, TILE))](
-        images, parameters, soft, means, tape, means if mixing is None else mixing, out, count, size, tape.numel(),
+        images, parameters, soft, means, noise_pool, means if mixing is None else mixing, out,
+        count, size, noise_pool.numel(),
         *(255 * value for value in mean), *(255 * value for value in std),
         reflect, operate, jitter, noise is not None, mixing is not None, TILE,
     )  # fmt: skip

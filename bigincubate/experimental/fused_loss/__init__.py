@@ -1,6 +1,6 @@
-"""Cross entropy of mixed targets in one pass over the logits.
+"""Compute the cross entropy with mixed targets in one pass over the logits.
 
-Switched on by ``loss.name = "bigincubate.experimental.fused_loss:soft_cross_entropy_loss"``.
+Enabled by ``loss.name = "bigincubate.experimental.fused_loss:soft_cross_entropy_loss"``.
 """
 
 from .operator import soft_cross_entropy, soft_cross_entropy_loss

@@ -1,4 +1,4 @@
-"""Cross entropy with targets of at most two classes per row and label smoothing, as mixup makes them.
+"""Cross entropy with targets from mixup: at most two classes per row, and label smoothing.
 
 The dense target ``[rows, classes]`` is never stored, and the logits are read once in the forward pass and once in the
 backward pass. A row's target is t = (1 - s) (w [first] + (1 - w) [second]) + s / C, which sums to one, so its cross
@@ -21,11 +21,11 @@ def soft_cross_entropy(logits: Tensor, first: Tensor, second: Tensor, share: Ten
     """Return the cross entropy of each row, ``[rows]``, in fp32 (fp64 for fp64 logits).
 
     Args:
-        logits: ``[rows, classes]`` of any floating dtype; the computation is in fp32.
+        logits: ``[rows, classes]`` of any floating-point dtype; the computation is in fp32.
         first: ``[rows]`` int64, one class.
         second: ``[rows]`` int64, the other class; it may be the same.
-        share: ``[rows]`` float32 (fp64 with fp64 logits), the weight of ``first``; ``second`` has the rest.
-        smoothing: In [0, 1), the part of the target that is spread over all classes.
+        share: ``[rows]`` float32 (fp64 with fp64 logits), the weight of ``first``; that of ``second`` is 1 - share.
+        smoothing: Fraction of the target that is spread over all classes, in [0, 1).
     """
     loss, _ = _soft_cross_entropy(logits, first, second, share, smoothing)
     return loss
@@ -52,7 +52,7 @@ def _soft_cross_entropy(
 def _soft_cross_entropy_backward(
     grad: Tensor, logits: Tensor, normalizer: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
 ) -> Tensor:
-    """Return the gradient of the logits from that of the losses ``[rows]``."""
+    """Return the gradient of the logits, given the gradient of the losses ``[rows]``."""
     if not use_triton(logits):
         return _eager_backward(grad, logits, normalizer, first, second, share, smoothing)
     from . import triton_bodies
@@ -61,26 +61,26 @@ def _soft_cross_entropy_backward(
 
 
 def _eager(logits: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    x = _wide(logits)
+    x = _to_compute_dtype(logits)
     normalizer = x.logsumexp(1)
-    hit = _shares(share).mul(x.gather(1, torch.stack([first, second], 1))).sum(1)
+    hit = _class_weights(share).mul(x.gather(1, torch.stack([first, second], 1))).sum(1)
     return normalizer - (1 - smoothing) * hit - smoothing * x.mean(1), normalizer
 
 
 def _eager_backward(
     grad: Tensor, logits: Tensor, normalizer: Tensor, first: Tensor, second: Tensor, share: Tensor, smoothing: float
 ) -> Tensor:
-    x = _wide(logits)
+    x = _to_compute_dtype(logits)
     out = (x - normalizer[:, None]).exp_().sub_(smoothing / x.shape[1])
-    out.scatter_add_(1, torch.stack([first, second], 1), _shares(share) * (smoothing - 1))
+    out.scatter_add_(1, torch.stack([first, second], 1), _class_weights(share) * (smoothing - 1))
     return out.mul_(grad[:, None]).to(logits.dtype)
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _to_compute_dtype(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def _shares(share: Tensor) -> Tensor:
+def _class_weights(share: Tensor) -> Tensor:
     return torch.stack([share, 1 - share], 1)
 
 

@@ -1,4 +1,4 @@
-"""Triton bodies of the fused loss. Imported only where they run: Triton is not available on every platform."""
+"""Triton kernels of the fused loss. Imported only on use, because Triton is not available on every platform."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from .fd_socket import listen
 
 
 def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
-    """Make the batches of this rank and send them to the modules until all of them have left.
+    """Load the batches of this rank and send them to the modules until all of them have disconnected.
 
     Args:
         recipe_file: The recipe of the run.
@@ -25,10 +25,10 @@ def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
         clients: Number of modules to expect.
     """
     if SERVER_NAME not in os.environ:
-        raise ConfigError("shared loader: started by `bigincubate run --co-train`, not by hand")
+        raise ConfigError(f"{SERVER_NAME} is not set: start the shared loader with `bigincubate run --co-train`")
     rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
-    with StopFlag() as stop, listen(os.environ[SERVER_NAME], rank) as listener:  # before any module looks for it
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it leaves after the modules
+    with StopFlag() as stop, listen(os.environ[SERVER_NAME], rank) as listener:  # before any module connects
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server stops after the modules
         stop_with_parent()
         recipe = load_recipe(recipe_file)
         from ...planning.context import open_run
@@ -50,7 +50,7 @@ def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
 
 
 def main() -> None:
-    """Parse the command line and serve; a known error is one line and its exit code."""
+    """Parse the command line and run the server; print known errors in one line and exit with their code."""
     parser = argparse.ArgumentParser(prog="python -m bigincubate.experimental.shared_loader", description=__doc__)
     parser.add_argument("recipe")
     parser.add_argument("--run-dir", type=Path, required=True)

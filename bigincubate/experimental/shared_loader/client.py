@@ -1,4 +1,4 @@
-"""A module's end of the shared loader."""
+"""The client of the shared loader, in the process of a module."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .packing import unpack_batch
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT = 180.0  # seconds without a message after which a client gives the server up
+TIMEOUT = 180.0  # seconds without a message after which a client stops using the server
 
 
 def use_shared_loader(stream: TrainBatches, context: PhaseContext) -> SharedLoaderClient:
-    """Return ``stream`` with its batches taken from the shared loader: a batch source (see `training.hooks`)."""
+    """Return a stream that gets the batches of ``stream`` from the shared loader: a batch source (`training.hooks`)."""
     env = context.env
     connection = connect(os.environ.pop(SERVER_NAME, ""), env.rank)
     return SharedLoaderClient(stream, connection, batch_digest(context, env.rank, env.world))
@@ -41,16 +41,16 @@ def batch_digest(context: PhaseContext, rank: int, world: int) -> str:
 
 
 class SharedLoaderClient:
-    """A `TrainBatches` whose batches come from the shared loader, as long as that works.
+    """A `TrainBatches` that gets batches from the shared loader while it is available.
 
-    If the server is missing, ends, refuses or is too late, the client continues at the same step with its own stream.
-    A batch is a function of the step, so the bits are the same.
+    If the server is missing, stops, refuses the client or is too slow, the client continues at the same step with its
+    own stream. Batches are functions of the step, so they are bitwise identical.
 
     Args:
         own: The stream to continue with.
-        connection: To the server; None if there is none.
+        connection: Connection to the server; None if there is no server.
         digest: The `batch_digest` that the server's stream must have.
-        timeout: Seconds without a message after which the server is given up.
+        timeout: Seconds without a message after which the client stops using the server.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class SharedLoaderClient:
             _report("not found")
 
     def batches(self, step: int) -> Generator[Batch, None, None]:
-        """Yield batches from optimizer step ``step`` on.
+        """Yield batches, starting with that of optimizer step ``step``.
 
-        One iterator at a time. Only the first one uses the server, which does not go back to earlier steps.
+        Use one iterator at a time. Only the first uses the server, because the server cannot go back to earlier steps.
 
         Raises:
             DataError: A shard or an image cannot be read, here or by the server.
@@ -83,7 +83,7 @@ class SharedLoaderClient:
             connection.settimeout(self._timeout)
             try:
                 while True:
-                    # a request for a step acknowledges all steps before it
+                    # a request for a step also acknowledges all earlier steps
                     send_message(connection, {"step": step, "digest": self._digest})
                     message, descriptors = recv_message(connection)
                     while "wait" in message:

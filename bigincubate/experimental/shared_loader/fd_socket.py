@@ -1,7 +1,7 @@
-"""JSON messages and shared memory between processes of one user on one machine.
+"""Exchange JSON messages and shared memory between processes of one user on one machine.
 
-The socket is in Linux's abstract namespace and the memory has no name, so nothing is left behind when a process is
-killed. The socket keeps message boundaries. Nothing is unpickled.
+The socket is in Linux's abstract namespace and the memory is anonymous, so nothing remains when a process is killed.
+The socket preserves message boundaries. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def listen(name: str, rank: int) -> socket.socket:
     """Return a listening socket.
 
     Args:
-        name: A name that cannot be guessed.
-        rank: There is one socket per rank.
+        name: A name that other users cannot guess.
+        rank: The rank that the socket belongs to.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(_address(name, rank))
@@ -36,7 +36,7 @@ def listen(name: str, rank: int) -> socket.socket:
 
 
 def accept(listener: socket.socket) -> socket.socket | None:
-    """Return the next connection; None after refusing one of another user."""
+    """Accept a connection and return it; close it and return None if it is from another user."""
     connection, _ = listener.accept()
     if not _is_same_user(connection):
         connection.close()
@@ -60,10 +60,10 @@ def connect(name: str, rank: int) -> socket.socket | None:
 
 
 def send_message(connection: socket.socket, message: dict[str, Any], *descriptors: int) -> None:
-    """Send a message and file descriptors, which the receiver gets as its own.
+    """Send a message and file descriptors, which are duplicated for the receiver.
 
     Raises:
-        OSError: The other side is gone.
+        OSError: The connection is closed.
     """
     socket.send_fds(connection, [json.dumps(message).encode()], descriptors)
 
@@ -72,11 +72,11 @@ def recv_message(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
     """Return the next message and the file descriptors that came with it.
 
     Raises:
-        OSError: The other side is gone, or sent nothing within the socket's timeout.
+        OSError: The connection is closed, or there was no message within the socket's timeout.
     """
     text, descriptors, _, _ = socket.recv_fds(connection, MAX_MESSAGE_BYTES, 1)
     if not text:
-        raise ConnectionError("it has ended")
+        raise ConnectionError("connection closed")
     return json.loads(text), descriptors
 
 

@@ -1,4 +1,4 @@
-"""What ``bigincubate run --co-train`` needs: its checks, and the server as a helper job of the local launcher."""
+"""Check the options of ``bigincubate run --co-train``, and define the server as a helper job of the local launcher."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 def count_parallel_jobs(recipe: Recipe, jobs: int | None, baseline: bool) -> int:
-    """Return how many phases run in parallel: all modules, and the baseline, which may have started before them.
+    """Return the number of phases to run in parallel: all modules, and the baseline, which may start before them.
 
     Args:
         recipe: The recipe of the run.
-        jobs: The limit that the user gave, if any.
-        baseline: Whether the end-to-end baseline is trained too.
+        jobs: The value of ``--jobs``, if it is set.
+        baseline: Whether the end-to-end baseline is also trained.
 
     Raises:
         ConfigError: Modules of this recipe cannot share a loader, or ``jobs`` is too small.
     """
     needed = recipe.plan.number + baseline
     if not sys.platform.startswith("linux"):
-        raise ConfigError("--co-train: the shared memory that it uses exists on Linux only; omit it")
+        raise ConfigError("--co-train needs shared memory that only Linux supports; omit it")
     if recipe.data.decentralized:
-        raise ConfigError("--co-train: with data.decentralized each module has its own data; omit one of them")
+        raise ConfigError("--co-train: with data.decentralized, each module has its own data; omit one of the two")
     if jobs is not None and jobs < needed:
         what = f"{recipe.plan.number} modules{' and the baseline' if baseline else ''}"
         raise ConfigError(f"--co-train: {what} train in parallel; use --jobs {needed}, or omit --co-train")
@@ -48,7 +48,7 @@ def shared_loader_job(run: RunDir) -> HelperJob:
         title="shared loader",
         log="shared_loader",
         command=lambda modules: [*command, "--run-dir", str(run.path), "--clients", str(modules)],
-        # it computes as a loader's worker does, and needs no GPU
+        # one thread, like the workers of a loader, and no GPU
         environment={**name, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         module_environment={**name, BATCH_SOURCE: "bigincubate.experimental.shared_loader.client:use_shared_loader"},
         fallback="each module uses its own loader",

@@ -1,4 +1,4 @@
-"""The process that makes the batches of one rank and sends each of them to all modules."""
+"""The server of the shared loader, which loads the batches of one rank and sends each batch to all modules."""
 
 from __future__ import annotations
 
@@ -17,36 +17,37 @@ from ...tasks.base import TrainBatches
 from .fd_socket import accept, recv_message, send_message
 from .packing import pack_batch
 
-MAX_AHEAD = 4  # batches from the slowest client's to the newest
-PATIENCE = 60.0  # seconds that clients wait for one that is late or has stopped
-POLL_INTERVAL = 0.2  # seconds between two looks at whether to stop
+MAX_AHEAD = 4  # maximum number of batches between the slowest client and the newest batch
+PATIENCE = 60.0  # seconds that clients wait for a late or stopped client
+POLL_INTERVAL = 0.2  # seconds between checks for a stop request
 
 
 @dataclass(eq=False)
 class _Client:
     connection: socket.socket
-    step: int = -1  # the step whose batch it requested; -1 before its first request
+    step: int = -1  # the step that it requested last; -1 before its first request
     requested_at: float = field(default_factory=time.monotonic)
 
 
 class SharedLoaderServer:
     """Send the batches of a stream to all clients that connect.
 
-    It starts once all expected clients have connected and requested a step, or ``patience`` seconds after the first
-    one did, at the lowest requested step. It makes at most `MAX_AHEAD` batches more than the slowest client has used.
-    Refused are a client whose step is over and one that kept the others waiting for ``patience`` seconds.
+    The first batch is that of the lowest requested step. It is loaded when all expected clients have connected and
+    requested a step, or ``patience`` seconds after the first client connected. The server is at most `MAX_AHEAD`
+    batches ahead of the slowest client. It refuses clients that request an earlier step, and clients that made others
+    wait for ``patience`` seconds.
 
     Args:
         listener: The socket that clients connect to.
-        stream: Makes the batches.
-        digest: The stream's `batch_digest`, which clients must have too.
+        stream: The stream of batches.
+        digest: The stream's `batch_digest`; clients must have the same.
         clients: Number of clients to expect.
-        steps: Number of steps; no batch after them is made.
-        patience: Seconds that clients wait for one that is late.
+        steps: Number of steps; later batches are not loaded.
+        patience: Seconds that clients wait for a late client.
 
     Attributes:
-        batches_made: Number of batches made.
-        batches_sent: Number of batches sent, each batch counted once per client.
+        batches_made: Number of batches loaded.
+        batches_sent: Number of batches sent; each batch counts once per client.
     """
 
     def __init__(
@@ -62,17 +63,17 @@ class SharedLoaderServer:
         self.stream, self.digest, self.steps, self.patience = stream, digest, steps, patience
         self.batches_made = self.batches_sent = 0
         self._clients: list[_Client] = []
-        self._missing = clients  # how many have not connected yet
+        self._missing = clients  # number of clients that have not connected yet
         self._first_connected_at = math.inf
         self._stopping = False
-        self._step = 0  # of the next batch
+        self._step = 0  # step of the next batch
         self._notified_at = time.monotonic()  # when waiting clients were last told to wait
         self._batches: Generator[Batch, None, None] | None = None
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
 
     def serve(self, stop_requested: Callable[[], object]) -> None:
-        """Serve until ``stop_requested()`` (no new client is expected from then on) and all clients have left."""
+        """Serve until ``stop_requested()`` is true (no new clients are expected then) and all clients disconnected."""
         while True:
             self._stopping = bool(stop_requested())
             self._poll(0 if self._batch_is_due() else POLL_INTERVAL)
@@ -109,16 +110,16 @@ class SharedLoaderServer:
             self._disconnect(client)
             return
         if client not in self._clients:
-            return  # refused, and has not read it yet
+            return  # already refused, but the client has not read the message yet
         if request["digest"] != self.digest:
-            self._dismiss(client, refused="it makes other batches")
+            self._dismiss(client, refused="it has other data or settings")
         elif client.step < 0 and request["step"] < self._step:
-            self._dismiss(client, refused=f"step {request['step']} is over")
+            self._dismiss(client, refused=f"it is already past step {request['step']}")
         else:
             client.step, client.requested_at = request["step"], time.monotonic()
 
     def _dismiss(self, client: _Client, **reason: str) -> None:
-        """Tell a client why it gets no more batches; it closes the connection when it has read that."""
+        """Tell a client why it gets no more batches. The client then closes the connection."""
         self._clients.remove(client)
         self._send(client, reason)
 
@@ -130,10 +131,10 @@ class SharedLoaderServer:
             since = max(min(waiting), *(client.requested_at for client in slow))
             if time.monotonic() - since > self.patience:
                 for client in slow:
-                    self._dismiss(client, refused=f"others waited for {self.patience:g} s")
+                    self._dismiss(client, refused=f"other modules waited {self.patience:g} s for this module")
 
     def _notify_waiting_clients(self) -> None:
-        """Tell clients that wait for slower ones that the server is still there."""
+        """Tell clients that wait for slower clients that the server is still running."""
         if (now := time.monotonic()) - self._notified_at > self.patience / 4:
             self._notified_at = now
             for client in [client for client in self._clients if client.step >= self._step]:
@@ -167,9 +168,9 @@ class SharedLoaderServer:
         return bool(self.batches_made) or self._stopping or waited > self.patience
 
     def _make_batch(self) -> None:
-        """Make the next batch and send it to all clients that want it."""
+        """Load the next batch and send it to all clients that need it."""
         lowest = min(client.step for client in self._clients if client.step >= 0)
-        if self._batches is None or lowest > self._step:  # no client wants the steps between
+        if self._batches is None or lowest > self._step:  # no client needs the steps in between
             if self._batches is not None:
                 self._batches.close()
             self._step = max(lowest, self._step)
