@@ -1,1 +1,1 @@
-"""Reports on runs: status, verification, tables, the page of a run, comparisons. Reads run directories only."""
+"""Reports on runs: status, verification, tables, HTML reports, comparisons. They only read run directories."""

@@ -1,4 +1,4 @@
-"""Comparison of runs, with one row per route by which a run trained its model."""
+"""Compare runs, with one row for each route (incubation or end-to-end training) of each run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .run_data import RunData
 
 
 def label_routes(runs: Sequence[RunData]) -> LabeledRoutes:
-    """Return all routes of all runs, each with a label.
+    """Return the routes of all runs with labels.
 
-    The label is the run's path without the parents that all runs share, with ``, end to end`` for an end-to-end route.
+    The label is the run's path relative to the common parent of all runs, plus ``, end to end`` for that route.
     """
     paths = [run.run.path.resolve() for run in runs]
     base = Path(os.path.commonpath([path.parent for path in paths]))
@@ -32,10 +32,10 @@ def compare_json(routes: LabeledRoutes) -> list[dict[str, Any]]:
     """Return the comparison as JSON values.
 
     Returns:
-        A dict per route: run, route, missing (titles of phases); metrics of the final model by name, headline (the name
-        of one metric), samples that it was evaluated on; metrics of the meta model, the hybrids, the partial assemblies
-        and the assembled model, None where there are none; unit; the costs epochs, seen, flops and seconds of all
-        phases; path_seconds, the time with modules trained in parallel.
+        A dict per route: run, route, missing (titles of unfinished phases); metrics of the final model by name,
+        headline (the name of the main metric), samples (number of samples evaluated); metrics of the meta model, the
+        hybrids, the partial assemblies and the assembled model, or None; unit; total epochs, seen, flops and seconds;
+        path_seconds, the time if modules train in parallel.
     """
     return [
         {
@@ -107,7 +107,7 @@ def write_comparison(routes: LabeledRoutes, out: Path) -> list[Path]:
     """Write ``compare.html``, and its figures as PNG files.
 
     Returns:
-        The files.
+        The paths of the files.
 
     Raises:
         MissingDependencyError: matplotlib is not installed; nothing is written.

@@ -1,4 +1,4 @@
-"""Tables that commands print."""
+"""Tables for the console."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def _table(title: str, columns: list[str]) -> Table:
 
 
 def metric_columns(groups: Iterable[Iterable[Metric]]) -> list[Metric]:
-    """Return the metrics that have a column in a table of phases, given the metrics of each phase."""
+    """Return the metrics to show in a table of phases, given the metrics of each phase."""
     return list({metric.column: metric for group in groups for metric in group if metric.in_tables}.values())
 
 
 def common_unit(units: Iterable[str]) -> str:
-    """Return what a sample is called in a table of phases: their unit, or ``"samples"`` if they differ."""
+    """Return the unit of a table of phases: the unit that all phases share, or ``"samples"`` if they differ."""
     several = set(units)
     return several.pop() if len(several) == 1 else "samples"
 
 
 def format_depths(depths: list[list[int]]) -> str:
-    """Return depths as text: ``3+1+1+1`` for one stage, ``2,2,6,0 + 0,0,2,0`` for several."""
+    """Format depths: ``3+1+1+1`` for one stage, ``2,2,6,0 + 0,0,2,0`` for several stages."""
     if all(len(stages) == 1 for stages in depths):
         return "+".join(str(stages[0]) for stages in depths)
     return " + ".join(",".join(map(str, stages)) for stages in depths)
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
-    """Return the table of the phases' costs."""
+    """Return a table of the cost of each phase."""
     columns = ["phase", "depths", "params M", "train M", "fwd GF", "train GF", "act MiB", "opt MiB", "sync MiB"]
     table = _table(f"{plan['recipe']}: cost of each phase", [*columns, "steps", "epochs", "total PF"])
     for row in plan["rows"]:
@@ -65,31 +65,31 @@ def plan_table(plan: dict[str, Any]) -> Table:
 
 
 def sharding_tables(plan: dict[str, Any]) -> list[Table]:
-    """Return a table of memory per rank and one of communication per step, by strategy and number of ranks.
+    """Return two tables, memory per rank and communication per step, by strategy and number of ranks.
 
     Consecutive modules with equal values share a row.
     """
     names = list(dict.fromkeys(each["strategy"] for row in plan["rows"] for each in row["sharding"]))
     title = "MiB per rank, including DeepSpeed's fixed buckets; add `act MiB` for each sample of a micro-batch"
-    holds = _table(title, ["phase", "ranks", common_unit(row["unit"] for row in plan["rows"]), *names])
-    sends = _table("MiB sent per step (complete tensors in collectives)", ["phase", "ranks", *names])
+    memory_table = _table(title, ["phase", "ranks", common_unit(row["unit"] for row in plan["rows"]), *names])
+    sent_table = _table("MiB sent per step (complete tensors in collectives)", ["phase", "ranks", *names])
     lines: dict[tuple[str, int], tuple[list[str], list[str]]] = {}
     for row in plan["rows"]:
         for world in dict.fromkeys(each["world"] for each in row["sharding"]):
             found = {each["strategy"]: each for each in row["sharding"] if each["world"] == world}
-            one = next(iter(found.values()))
-            held = [_mib(found[name]["total"] - one["activations"]) if name in found else "-" for name in names]
+            first = next(iter(found.values()))
+            memory = [_mib(found[name]["total"] - first["activations"]) if name in found else "-" for name in names]
             sent = [_mib(found[name]["sent"]) if name in found else "-" for name in names]
-            lines[row["title"], world] = ([str(one["samples"]), *held], sent)
-    for table, side in ((holds, 0), (sends, 1)):
-        for titles, world, cells in _merged({key: value[side] for key, value in lines.items()}):
+            lines[row["title"], world] = ([str(first["samples"]), *memory], sent)
+    for table, side in ((memory_table, 0), (sent_table, 1)):
+        for titles, world, cells in _merge_equal_phases({key: value[side] for key, value in lines.items()}):
             if side == 0 or world > 1:
                 table.add_row(titles, str(world), *cells)
-    return [holds, sends]
+    return [memory_table, sent_table]
 
 
-def _merged(lines: dict[tuple[str, int], list[str]]) -> list[tuple[str, int, list[str]]]:
-    """Merge consecutive phases whose values are equal for every number of ranks: ``module 1, 2``."""
+def _merge_equal_phases(lines: dict[tuple[str, int], list[str]]) -> list[tuple[str, int, list[str]]]:
+    """Merge consecutive phases with equal values for every number of ranks, under titles such as ``module 1, 2``."""
     titles = list(dict.fromkeys(title for title, _ in lines))
     worlds = list(dict.fromkeys(world for _, world in lines))
     groups = [list(group) for _, group in groupby(titles, lambda title: [lines[title, world] for world in worlds])]
@@ -105,7 +105,7 @@ def _mib(size: int) -> str:
 
 
 def cluster_table(cluster: dict[str, Any]) -> Table:
-    """Return the table of the estimated durations on a cluster."""
+    """Return a table of the estimated durations on a cluster."""
     title = f"on {cluster['gpus']:,} GPUs: training only, assuming linear scaling"
     table = _table(title, ["phase", "GPUs", "h:mm:ss", "GPU-hours"])
     for each in cluster["phases"]:
@@ -118,7 +118,7 @@ def cluster_table(cluster: dict[str, Any]) -> Table:
 
 
 def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return the title, phase key and result of everything that is done, in the order of the pipeline."""
+    """Return the title, phase key and result of everything that has finished, in the order of the pipeline."""
     modules = enumerate(summary["modules"])
     rows = [
         ("meta model", "pretrain", summary["meta"]),
@@ -131,12 +131,12 @@ def summary_rows(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]
 
 
 def summary_table(name: str, summary: dict[str, Any], planned: Iterable[PlannedRow]) -> Table:
-    """Return the table of a run's results.
+    """Return a table of a run's results.
 
     Args:
-        name: title of the table.
-        summary: what `RunDir.update_summary` returned.
-        planned: the phases, which have the metrics to show.
+        name: The name in the title.
+        summary: The return value of `RunDir.update_summary`.
+        planned: The phases, for their metrics.
     """
     rows, metrics = summary_rows(summary), {row.key: row.metrics for row in planned}
     columns = metric_columns(metrics[key] for _, key, _ in rows)
@@ -154,7 +154,7 @@ def summary_table(name: str, summary: dict[str, Any], planned: Iterable[PlannedR
 
 
 def compare_table(routes: Sequence[tuple[str, TrainingRoute]]) -> Table:
-    """Return the table of a comparison, given routes with their labels."""
+    """Return a table that compares routes, given with their labels."""
     metrics = metric_columns(route.last.metrics for _, route in routes)
     unit = common_unit(route.last.unit for _, route in routes)
     scores = [*(metric.column for metric in metrics), "meta", "hybrids", "assembled"]
@@ -177,12 +177,12 @@ def compare_table(routes: Sequence[tuple[str, TrainingRoute]]) -> Table:
 
 
 def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) -> Table:
-    """Return the table of a run's status.
+    """Return a table of a run's status.
 
     Args:
-        name: title of the table.
-        rows: what `run_status` returned.
-        plan: ``plan.json``, which has the metrics to show.
+        name: The name in the title.
+        rows: The return value of `run_status`.
+        plan: The content of ``plan.json``, for the metrics.
     """
     metrics = {row["key"]: planned_metrics(row) for row in plan["rows"]}
     headlines = metric_columns(metrics[row["phase"]][:1] for row in rows)
@@ -212,25 +212,25 @@ def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) ->
 
 
 def format_partial(partial: dict[str, Any] | None, headline: Metric) -> str:
-    """Return the score of a partial assembly as text: ``91.39 (0-2 of 4)``.
+    """Format the score of a partial assembly, such as ``91.39 (0-2 of 4)``.
 
     Args:
-        partial: the result; None: there is none.
-        headline: the metric to show.
+        partial: The result, or None.
+        headline: The metric to show.
     """
     score = headline.text(headline.value_in(partial))
     return f"{score} ({format_ranges(partial['joined'])} of {partial['modules']})" if partial else "-"
 
 
 def format_ranges(numbers: list[int]) -> str:
-    """Return ascending numbers as text: ``[0, 1, 2, 5]`` as ``0-2,5``."""
+    """Format ascending numbers: ``[0, 1, 2, 5]`` as ``0-2,5``."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
 
 
 def checkpoint_table(name: str, rows: list[dict[str, Any]]) -> Table:
-    """Return the table of checkpoints."""
+    """Return a table of checkpoints."""
     table = _table(f"{name}: checkpoints", ["checkpoint", "step", "ranks", "bytes", "committed", "verified", "when"])
     for row in rows:
         table.add_row(

@@ -1,4 +1,4 @@
-"""Figures, as SVG in the text color of the page around it, or as PNG."""
+"""Figures, as SVG in the text color of the surrounding page, or as PNG."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 COLORS = ["#3d7edb", "#e0793a", "#2a9d8f", "#c9507a", "#8f6fc4", "#7c9c3c", "#b58a1b", "#5f8ea8"]
 INK = "#22223b"  # text color of a PNG
-MARK = "#012345"  # text color while drawing an SVG, replaced by that of the page
+PLACEHOLDER = "#012345"  # text color while an SVG is drawn, then replaced by the text color of the page
 LabeledRoutes = Sequence[tuple[str, TrainingRoute]]
 Drawn = TypeVar("Drawn")
 
 
 def import_matplotlib() -> Any:
-    """Import matplotlib, which only figures need, and return it.
+    """Import and return matplotlib, which is an optional dependency.
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
@@ -41,17 +41,17 @@ def import_matplotlib() -> Any:
 
 
 def render_svg(draw: Callable[[Drawn], Figure], drawn: Drawn) -> str:
-    """Return a figure as an SVG element without addresses or fonts, in the text color of the page."""
+    """Return a figure as an SVG element without URLs or fonts, in the text color of the page."""
     out = StringIO()
-    with _style(MARK):
+    with _style(PLACEHOLDER):
         draw(drawn).savefig(out, format="svg", transparent=True, metadata={"Date": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href").replace(MARK, "currentColor")
-    text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)  # figure_1 of every figure
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href").replace(PLACEHOLDER, "currentColor")
+    text = re.sub(r' id="[A-Za-z0-9]+_\d+"', "", text)  # such as figure_1, which every figure has
     text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", text)
-    return re.sub(r' (height|width)="[^"]*"', "", text, count=2)  # of the element itself, which comes first
+    return re.sub(r' (height|width)="[^"]*"', "", text, count=2)  # only those of the svg element itself
 
 
 def save_png(draw: Callable[[Drawn], Figure], drawn: Drawn, file: Path) -> None:
@@ -66,7 +66,7 @@ def _style(ink: str) -> AbstractContextManager[None]:
 
 
 def pick_colors(count: int) -> list[str]:
-    """Return colors that can be told apart on light and dark backgrounds."""
+    """Return colors that are distinguishable on light and dark backgrounds."""
     if count <= len(COLORS):
         return COLORS[:count]
     matplotlib = import_matplotlib()
@@ -75,13 +75,13 @@ def pick_colors(count: int) -> list[str]:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return a running mean over about an eighth of the curve, because losses of mixed batches are noisy."""
+    """Return an exponential moving average over an eighth of the curve, because losses of mixed batches are noisy."""
     weight = 1 - 1 / max(1, len(values) / 8)
     return list(accumulate(values, lambda mean, value: weight * mean + (1 - weight) * value))
 
 
 def phases_with_start_cost(route: TrainingRoute) -> Iterator[tuple[PhaseData, dict[str, float]]]:
-    """Yield each phase with the total cost of the phases before it."""
+    """Yield each phase with the total cost of all previous phases."""
     before = dict(NO_COST)
     for phase in route.phases:
         yield phase, before
@@ -89,7 +89,7 @@ def phases_with_start_cost(route: TrainingRoute) -> Iterator[tuple[PhaseData, di
 
 
 def join_titles(metrics: Iterable[Metric]) -> str:
-    """Return titles of metrics for a sentence: ``Top-1``, or ``Top-1 and loss``."""
+    """Return the titles of metrics as the start of a sentence: ``Top-1``, or ``Top-1 and loss``."""
     text = " and ".join(dict.fromkeys(metric.title for metric in metrics))
     return text[:1].upper() + text[1:]
 
@@ -99,9 +99,9 @@ def _axis_label(metrics: Iterable[Metric]) -> str:
 
 
 def draw_progress(routes: LabeledRoutes) -> Figure:
-    """Draw the headline metric and the loss on the validation split over each cost, with one color per route.
+    """Plot the headline metric and the loss on the validation split against each cost, with one color per route.
 
-    Lines are whole models (meta model, assembled, fine-tuned), rings are hybrids, faint lines are the training loss.
+    Lines are complete models (meta model, assembled, fine-tuned), rings are hybrids, pale lines are the training loss.
     """
     figure = import_matplotlib().figure.Figure(figsize=(12.4, 5.6))
     axes = figure.subplots(2, len(COSTS), sharex="col", sharey="row")
@@ -128,20 +128,20 @@ def _draw_route(scores: Axes, losses: Axes, route: TrainingRoute, cost: str, col
 
 
 def _draw_validation(axis: Axes, route: TrainingRoute, name: str, cost: str, color: str, label: str) -> None:
-    """Draw one metric of the validation split."""
-    whole: list[list[tuple[float, float]]] = [[]]  # the meta model; the assembled model
+    """Plot one metric of the validation split."""
+    lines: list[list[tuple[float, float]]] = [[]]  # of the meta model, and of the assembled model
     for phase, before in phases_with_start_cost(route):
         if phase is route.last and route.assembled:
-            whole.append([(before[cost], value) for key, value in route.assembled["metrics"].items() if key == name])
+            lines.append([(before[cost], value) for key, value in route.assembled["metrics"].items() if key == name])
         points = [(before[cost] + p.cost[cost], p.metrics[name]) for p in phase.points if name in p.metrics]
         if phase.planned["module"] is None:
-            whole[-1] += points
+            lines[-1] += points
         else:
             axis.plot(*_columns(points), "o", ms=4, mfc="none", mec=color, mew=1)
-    for part, line in enumerate(whole):
+    for part, line in enumerate(lines):
         axis.plot(*_columns(line), "o-", ms=3.5, color=color, label=label if part == 0 else None)
-    if len(whole) > 1 and all(whole):
-        axis.plot(*_columns([whole[0][-1], whole[1][0]]), ":", lw=1, alpha=0.6, color=color)
+    if len(lines) > 1 and all(lines):
+        axis.plot(*_columns([lines[0][-1], lines[1][0]]), ":", lw=1, alpha=0.6, color=color)
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -149,7 +149,7 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
 
 
 def draw_module_curves(routes: LabeledRoutes) -> Figure:
-    """Draw the training loss of each module over its epochs, one panel per run."""
+    """Plot the training loss of each module against its epochs, with one panel per run."""
     figure = import_matplotlib().figure.Figure(figsize=(12.4, 3.2))
     panels = figure.subplots(1, len(routes), sharey=True, squeeze=False)[0]
     for axis, (label, route) in zip(panels, routes, strict=True):
@@ -164,7 +164,7 @@ def draw_module_curves(routes: LabeledRoutes) -> Figure:
 
 
 def draw_compatibility(route: TrainingRoute) -> Figure:
-    """Draw the headline metric of each module as a hybrid and in its partial assembly, in the order of finishing."""
+    """Plot the headline metric of each module as a hybrid and in its partial assembly, in the order of completion."""
     figure = import_matplotlib().figure.Figure(figsize=(12.4, 2.9))
     axis = figure.subplots()
     done = [(phase, phase.status["partial"]) for phase in route.modules if phase.result and phase.status["partial"]]
@@ -177,7 +177,7 @@ def draw_compatibility(route: TrainingRoute) -> Figure:
     partial = [value for _, scores in done if (value := headline.value_in(scores)) is not None]
     axis.vlines(places, hybrids, partial, color=COLORS[0], alpha=0.4, lw=1)
     axis.plot(places, hybrids, "o", ms=10, mfc="none", mec=COLORS[0], label="as a hybrid")
-    axis.plot(places, partial, "o", ms=7, color=COLORS[1], label="with the modules finished before")
+    axis.plot(places, partial, "o", ms=7, color=COLORS[1], label="with the previously finished modules")
     axis.set_xticks(places, [f"{phase.title}\n{len(s['joined'])} of {s['modules']} modules" for phase, s in done])
     axis.set_xlim(-0.5, len(done) - 0.5), axis.set_ylabel(_axis_label([headline]))
     figure.legend(loc="outside upper left", ncols=3)
@@ -185,7 +185,7 @@ def draw_compatibility(route: TrainingRoute) -> Figure:
 
 
 def draw_before_after(routes: LabeledRoutes) -> Figure:
-    """Draw the headline metric of each route's hybrids, assembled model and final model, one line per route."""
+    """Plot the headline metric of the hybrids, the assembled model and the final model, with one line per route."""
     figure = import_matplotlib().figure.Figure(figsize=(12.4, 0.9 + 0.36 * len(routes)))
     axis = figure.subplots()
     for at, (_, route) in enumerate(routes):

@@ -19,26 +19,26 @@ NONE = Markup('<span class="soft">–</span>')
 
 
 def join_markup(*parts: object) -> Markup:
-    """Return the concatenation of parts, each escaped unless it is markup."""
+    """Concatenate parts, and escape those that are not markup."""
     return Markup("".join(part if isinstance(part, Markup) else escape(str(part)) for part in parts))
 
 
 def tag(name: str, *parts: object, **attributes: str) -> Markup:
-    """Return an element with attributes; ``class_`` is written as ``class``."""
+    """Return an HTML element with attributes; ``class_`` becomes ``class``."""
     given = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
     return Markup(f"<{name}{given}>{join_markup(*parts)}</{name}>")
 
 
 def number(value: float, shown: str) -> Markup:
-    """Return a number as text for people, with the full value for programs.
+    """Return a number as formatted text with its full value as an attribute.
 
-    Such as ``<data value="96.94444444444444">96.9</data>``.
+    Example: ``<data value="96.94444444444444">96.9</data>``.
     """
     return tag("data", shown, value=repr(value))
 
 
 def score_number(metric: Metric, result: Mapping[str, Any] | None) -> Markup:
-    """Return a metric of a result; a dash if there is none."""
+    """Return a metric of a result, or a dash if there is no result."""
     value = metric.value_in(result)
     return NONE if result is None or value is None else number(value, format_metric(metric, value, result["samples"]))
 
@@ -54,11 +54,11 @@ def flops_number(value: float) -> Markup:
 
 
 def cost_numbers(cost: Mapping[str, float], flops_factor: float | None = None) -> list[Markup]:
-    """Return the cells of a cost: epochs, samples, FLOPs and time.
+    """Return the table cells of a cost: epochs, samples, FLOPs and time.
 
     Args:
-        cost: the cost, by the keys in ``COSTS``.
-        flops_factor: the factor of the column of FLOPs, which are shown without a unit; None: with a unit.
+        cost: The cost, by the keys in ``COSTS``.
+        flops_factor: Divisor of the FLOPs, which then have no unit; None to show FLOPs with a unit.
     """
     flops = cost["flops"]
     return [
@@ -73,9 +73,9 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, words: bo
     """Return a table.
 
     Args:
-        head: cells of the header.
-        rows: cells of each row.
-        words: the cells are text rather than numbers.
+        head: Cells of the header.
+        rows: Cells of each row.
+        words: Whether the cells are text rather than numbers.
     """
     lines = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
     header = tag("thead", tag("tr", *(tag("th", cell) for cell in head)))
@@ -84,7 +84,7 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]], *, words: bo
 
 
 def definitions(pairs: Mapping[str, object]) -> Markup:
-    """Return a list of names with values."""
+    """Return a description list of names and values."""
     return tag("dl", *(join_markup(tag("dt", name), tag("dd", value)) for name, value in pairs.items()))
 
 
@@ -94,7 +94,7 @@ def figure(drawing: str, caption: str) -> Markup:
 
 
 def html_page(title: str, *parts: object) -> str:
-    """Return a complete page that loads no other file."""
+    """Return a complete HTML page that does not load other files."""
     style = (Path(__file__).with_name("page.css")).read_text()
     head = join_markup(
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),

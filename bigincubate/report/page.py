@@ -1,4 +1,4 @@
-"""The report of one run as an HTML page: what was trained, scores, curves, costs, events."""
+"""The report of one run as an HTML page: model, data, scores, curves, costs, events."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .verify import Finding, Verdict
 
 
 def render_report(run_data: RunData, findings: Sequence[Finding]) -> str:
-    """Return the page as HTML.
+    """Return the report as HTML.
 
     Args:
-        run_data: the run.
-        findings: results of verifying its artifacts and results.
+        run_data: The run.
+        findings: Findings from verifying its artifacts and results.
     """
     timeline = build_timeline(run_data)
     title = f"{run_data.recipe.name}: {run_data.run.path.resolve().name}"
@@ -52,8 +52,8 @@ def render_report(run_data: RunData, findings: Sequence[Finding]) -> str:
 def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
     missing = [title for route in run_data.routes for title in route.missing]
     state = tag("span", "unfinished" if missing else "done", class_="state" if missing else "state done")
-    said = tag("p", run_data.recipe.description, class_="soft") if run_data.recipe.description else Markup()
-    told = tag("p", f"Missing: {', '.join(missing)}.", class_="missing") if missing else Markup()
+    description = tag("p", run_data.recipe.description, class_="soft") if run_data.recipe.description else Markup()
+    missing_note = tag("p", f"Missing: {', '.join(missing)}.", class_="missing") if missing else Markup()
     tiles = []
     for route in run_data.routes:
         if route.last.result:
@@ -64,8 +64,9 @@ def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
         tiles.append(_tile(flops_number(route.spent["flops"]), f"for training, {route.name}"))
         tiles.append(_tile(html.duration_number(route.spent["seconds"]), f"of training, {route.name}"))
     if faults := sum(event.fault for event in timeline):
-        tiles.append(_tile(str(faults), f"interruptions and faults{'' if missing else ' overcome'}"))
-    return join_markup(tag("h1", run_data.recipe.name, state), said, told, tag("div", *tiles, class_="tiles"))
+        tiles.append(_tile(str(faults), f"interruptions and faults{'' if missing else ', all recovered'}"))
+    heading = tag("h1", run_data.recipe.name, state)
+    return join_markup(heading, description, missing_note, tag("div", *tiles, class_="tiles"))
 
 
 def _score_tile(metric: Metric, result: dict[str, Any], name: str) -> Markup:
@@ -92,7 +93,7 @@ def _model_section(run_data: RunData) -> Markup:
 
     keys = settings.model.model_dump(exclude={"name", "args"}) | settings.model.args
     described = ", ".join([settings.model.name, *(f"{key} = {value}" for key, value in keys.items())])
-    parts = "; module k only on part k" if recipe.data.decentralized else ""
+    parts = "; module k is trained only on partition k" if recipe.data.decentralized else ""
     data = join_markup(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts)
     pairs: dict[str, object] = {"model": described, "target": model(rows["end_to_end"], plan["target_depths"])}
     if run_data.route("incubated"):
@@ -171,8 +172,8 @@ def _compatibility_section(route: TrainingRoute) -> Markup:
     partial_columns = [f"together, {headline.column}", *(metric.column for metric in metrics[1:])]
     head = ["in order of completion", "modules used", f"hybrid, {headline.column}", *partial_columns]
     note = (
-        "Before fine-tuning: each finished module was evaluated together with those that were finished before it, and"
-        " with the meta model's modules in place of the others. With all modules this is the assembled model."
+        "Before fine-tuning, each finished module was evaluated together with the previously finished modules, and"
+        " with the meta model's modules in place of the others. With all modules, this is the assembled model."
     )
     drawing = figures.render_svg(figures.draw_compatibility, route)
     caption = f"{figures.join_titles([headline])} on the validation {unit}."
@@ -193,8 +194,8 @@ def _cost_section(run_data: RunData) -> Markup:
         widths = [(kind, amount) for kind, amount in parts if amount]
         inside = [tag("i", "", class_=kind, style=f"width:{100 * amount / longest:.2f}%") for kind, amount in widths]
         spent = sum(amount for kind, amount in parts if "planned" not in kind)
-        told = flops_number(spent) if spent else join_markup(flops_number(planned), " planned")
-        lines.append(join_markup(tag("span", name), tag("div", *inside, class_="bar"), tag("span", told)))
+        amount_text = flops_number(spent) if spent else join_markup(flops_number(planned), " planned")
+        lines.append(join_markup(tag("span", name), tag("div", *inside, class_="bar"), tag("span", amount_text)))
     kinds = {"pretrain": "meta model", "incubate": "modules", "finetune": "fine-tuning", "end_to_end": "end to end"}
     keys = join_markup(*(tag("span", title, class_=f"key {kind}") for kind, title in kinds.items()))
     key = tag("p", keys, tag("span", "\u2002pale: planned, not spent", class_="soft"))
@@ -202,14 +203,19 @@ def _cost_section(run_data: RunData) -> Markup:
 
 
 def _bar(route: TrainingRoute, rest: str) -> list[tuple[str, float]]:
-    """Return the kind and the FLOPs of each part of a bar: what each phase spent, then as ``rest`` what is left."""
+    """Return the kind and the FLOPs of each part of a bar: those of each phase so far, then the remaining FLOPs.
+
+    Args:
+        route: The route.
+        rest: The kind of the remaining FLOPs.
+    """
     unfinished = [phase for phase in route.phases if phase.result is None]
     left = sum(phase.planned["total_flops"] for phase in unfinished) - sum(phase.spent["flops"] for phase in unfinished)
     return [*((str(phase.planned["phase"]), phase.spent["flops"]) for phase in route.phases), (rest, max(0.0, left))]
 
 
 def _cost_summary(run_data: RunData) -> Markup:
-    """Return the costs in sentences."""
+    """Return a summary of the costs in sentences."""
     incubated, baseline = run_data.route("incubated"), run_data.route("end to end")
     words = []
     if incubated and len(incubated.modules) > 1:
@@ -222,18 +228,20 @@ def _cost_summary(run_data: RunData) -> Markup:
     if incubated and baseline and incubated.last.score is not None and baseline.last.score is not None:
         metric, samples = incubated.last.headline, (incubated.last.result or {})["samples"]
         gap = incubated.last.score - baseline.last.score
-        one, two, apart = (
+        score, baseline_score, difference = (
             format_metric(metric, x, samples) for x in (incubated.last.score, baseline.last.score, abs(gap))
         )
         unit = f" {metric.unit}".rstrip()
         points = " points" if metric.unit == "%" else unit
         ratio = incubated.spent["flops"] / (baseline.spent["flops"] or 1)
         words.append(
-            f"Incubated {one}{unit}, end to end {two}{unit}: {apart}{points} {'more' if gap >= 0 else 'less'},"
-            f" for {ratio:.2f} times the FLOPs. One seed each."
+            f"Incubated {score}{unit}, end to end {baseline_score}{unit}: {difference}{points}"
+            f" {'more' if gap >= 0 else 'less'}, for {ratio:.2f} times the FLOPs. One seed each."
         )
     elif incubated and not baseline:
-        words.append("This run has no end-to-end baseline (run --baseline trains one): its planned cost is shown.")
+        words.append(
+            "This run has no end-to-end baseline; its planned cost is shown (`bigincubate run --baseline` trains one)."
+        )
     return join_markup(*(tag("p", sentence) for sentence in words))
 
 
@@ -242,12 +250,12 @@ def _cost_summary(run_data: RunData) -> Markup:
 
 def _timeline_section(timeline: Sequence[TimelineEvent]) -> Markup:
     faults = [event for event in timeline if event.fault]
-    said = f"{len(faults)} interruptions and faults." if len(faults) > 1 else "One interruption." if faults else ""
+    count = f"{len(faults)} interruptions and faults." if len(faults) > 1 else "One interruption." if faults else ""
     times = [f"{datetime.fromtimestamp(event.time, UTC):%Y-%m-%d %H:%M:%S}" for event in timeline]
     texts = [tag("span", event.text, class_="bad") if event.fault else event.text for event in timeline]
     return join_markup(
-        tag("p", said or "There were no interruptions."),
-        table(["UTC", "what"], list(zip(times, texts, strict=True)), words=True),
+        tag("p", count or "There were no interruptions."),
+        table(["UTC", "event"], list(zip(times, texts, strict=True)), words=True),
     )
 
 
@@ -265,7 +273,7 @@ def _environment_section(run_data: RunData) -> Markup:
 def _format_device(attempt: dict[str, Any]) -> str:
     text = f"{attempt['device']}, {attempt['world']} rank{'s' if attempt['world'] > 1 else ''}"
     if attempt["device"].startswith("CPU"):
-        text += f" of {attempt['threads']} thread{'s' if attempt['threads'] > 1 else ''}"
+        text += f" with {attempt['threads']} thread{'s' if attempt['threads'] > 1 else ''}"
     return f"{text}, {attempt['sharding']}" if attempt["world"] > 1 else text
 
 
@@ -278,8 +286,8 @@ def _verification_section(findings: Sequence[Finding]) -> Markup:
     counts = Counter(each.verdict for each in findings)
     bad = [each for each in findings if each.verdict in (Verdict.DAMAGED, Verdict.STALE)]
     words = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-    said = tag("p", f"Artifacts and results, verified for this page: {words}.", class_="bad" if bad else "good")
+    summary = tag("p", f"Artifacts and results, verified for this page: {words}.", class_="bad" if bad else "good")
     command = tag("code", "bigincubate verify")
     more = tag("p", "Data and resume checkpoints were not verified for this page: ", command, " verifies all files.")
     rows = [[each.part, f"{each.verdict}: {each.path} {each.why}"] for each in bad]
-    return join_markup(said, table(["part", "problem"], rows, words=True) if rows else "", more)
+    return join_markup(summary, table(["part", "problem"], rows, words=True) if rows else "", more)

@@ -1,4 +1,4 @@
-"""All data of a run, read once from its files, in the order of the pipeline."""
+"""Read all data of a run from its files, in the order of the pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .status import read_plan, run_status
 
 COSTS = ("epochs", "seen", "flops", "seconds")
 NO_COST = dict.fromkeys(COSTS, 0.0)
-LOSS = "loss"  # a task's metric of this name is drawn together with the training loss
+LOSS = "loss"  # a metric of this name is plotted together with the training loss
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Point:
     """A logged step.
 
     Attributes:
-        step: optimizer step.
-        cost: cost since the start of the phase, by the keys in ``COSTS``.
-        loss: training loss.
-        metrics: metrics of the validation split by name.
+        step: Optimizer step.
+        cost: Cost since the start of the phase, by the keys in ``COSTS``.
+        loss: Training loss.
+        metrics: Metrics of the validation split by name.
     """
 
     step: int
@@ -39,12 +39,12 @@ class PhaseData:
     """One phase, or the incubation of one module.
 
     Attributes:
-        planned: its row of ``plan.json``.
-        status: its row of the status (:func:`.run_status`).
-        result: its result; None before it is done.
-        attempts: its attempts, oldest first.
-        requeues: the requeues of its Slurm jobs.
-        rows: rows of ``metrics.jsonl``.
+        planned: Its row of ``plan.json``.
+        status: Its row of the status (:func:`.run_status`).
+        result: Its result; None if it has not finished.
+        attempts: Its attempts, oldest first.
+        requeues: The requeues of its Slurm jobs.
+        rows: The rows of ``metrics.jsonl``.
     """
 
     planned: dict[str, Any]
@@ -61,17 +61,17 @@ class PhaseData:
 
     @property
     def title(self) -> str:
-        """Return the name of the phase for tables."""
+        """Return the name of the phase in tables."""
         return str(self.planned["title"])
 
     @cached_property
     def metrics(self) -> tuple[Metric, ...]:
-        """Return what the phase's task measures."""
+        """Return the metrics of the phase's task."""
         return planned_metrics(self.planned)
 
     @property
     def headline(self) -> Metric:
-        """Return the first of the metrics."""
+        """Return the main metric, the first one."""
         return self.metrics[0]
 
     @property
@@ -81,22 +81,22 @@ class PhaseData:
 
     @property
     def unit(self) -> str:
-        """Return what a sample is called."""
+        """Return the name of samples, such as ``"images"``."""
         return str(self.planned["unit"])
 
     @property
     def started(self) -> bool:
-        """Return whether there was an attempt."""
+        """Return whether the phase has had an attempt."""
         return bool(self.result or self.attempts)
 
     @cached_property
     def points(self) -> list[Point]:
         """Return the logged steps.
 
-        Seconds between two steps follow from the measured throughput. In a finished phase they are scaled to the time
-        of the result, which includes checkpoints and evaluations.
+        The seconds between two steps are computed from the measured throughput. In a finished phase they are scaled so
+        that their sum is the time in the result, which includes checkpoints and evaluations.
         """
-        made: list[Point] = []
+        points: list[Point] = []
         seconds: list[float] = []
         measured, last = 0.0, 0
         for row in self.rows:
@@ -104,15 +104,15 @@ class PhaseData:
                 measured += (row["step"] - last) * self.planned["batch_size"] / rate
                 last = row["step"]
             seconds.append(measured)
-        whole = self.result["seconds"] / measured if self.result and measured else 1.0
+        scale = self.result["seconds"] / measured if self.result and measured else 1.0
         for row, elapsed in zip(self.rows, seconds, strict=True):
-            cost = {**self.cost(row["step"]), "seconds": elapsed * whole}
+            cost = {**self.cost(row["step"]), "seconds": elapsed * scale}
             metrics = {m.name: row[tag] for m in self.metrics if (tag := f"val/{m.name}") in row}
-            made.append(Point(row["step"], cost, row.get("train/loss"), metrics))
-        return made
+            points.append(Point(row["step"], cost, row.get("train/loss"), metrics))
+        return points
 
     def cost(self, step: int) -> dict[str, float]:
-        """Return the cost of a number of steps, without time."""
+        """Return the cost of a number of steps, except for the time."""
         seen = step * self.planned["batch_size"]
         epochs = self.planned["epochs"] * step / max(1, self.planned["steps"])
         return {"epochs": epochs, "seen": seen, "flops": seen * self.planned["cost"]["training_flops"]}
@@ -126,9 +126,9 @@ class PhaseData:
 
     @property
     def device_seconds(self) -> tuple[float, str] | None:
-        """Return seconds times the number of GPUs or CPU cores in use, and which of the two.
+        """Return the seconds multiplied by the number of GPUs or CPU cores in use, and ``"GPU"`` or ``"core"``.
 
-        None if attempts ran on different machines or did not record them.
+        None if the attempts used different devices or did not record them.
         """
         keys = ("device", "world", "threads")
         layouts = [tuple(map(each.get, keys)) for each in self.attempts]
@@ -141,12 +141,12 @@ class PhaseData:
 
 @dataclass(frozen=True)
 class TrainingRoute:
-    """One route by which a run trains its model: incubation, or end-to-end training.
+    """One of the two ways to train the model of a run: incubation or end-to-end training.
 
     Attributes:
         name: ``incubated`` or ``end to end``.
-        phases: the phases in order.
-        assembled: result of the assembled model; None: there is none.
+        phases: The phases in order.
+        assembled: The result of the assembled model, or None.
     """
 
     name: str
@@ -155,12 +155,12 @@ class TrainingRoute:
 
     @property
     def last(self) -> PhaseData:
-        """Return the phase that gives the final model."""
+        """Return the phase that trains the final model."""
         return self.phases[-1]
 
     @property
     def modules(self) -> list[PhaseData]:
-        """Return the incubations."""
+        """Return the incubation phases, one per module."""
         return [phase for phase in self.phases if phase.planned["phase"] == "incubate"]
 
     @property
@@ -170,7 +170,7 @@ class TrainingRoute:
 
     @property
     def hybrid_range(self) -> list[PhaseData]:
-        """Return the modules whose hybrids scored worst and best, or an empty list before one is done."""
+        """Return the modules with the worst and the best hybrid, or an empty list if none has finished."""
         done = [phase for phase in self.modules if phase.score is not None]
         if not done:
             return []
@@ -179,7 +179,7 @@ class TrainingRoute:
 
     @property
     def missing(self) -> list[str]:
-        """Return the titles of the phases that are not done."""
+        """Return the titles of the unfinished phases."""
         return [phase.title for phase in self.phases if phase.result is None]
 
     @property
@@ -189,7 +189,7 @@ class TrainingRoute:
 
     @property
     def path_seconds(self) -> float:
-        """Return the training seconds from the first step to the last if modules train in parallel."""
+        """Return the training time in seconds if all modules are trained in parallel."""
         modules = [phase.spent["seconds"] for phase in self.modules]
         return self.spent["seconds"] - sum(modules) + max(modules, default=0.0)
 
@@ -199,11 +199,11 @@ class RunData:
     """All data of a run.
 
     Attributes:
-        run: the run directory.
-        recipe: the resolved recipe.
-        plan: ``plan.json``.
-        routes: the routes that were started.
-        events: rows of ``events.jsonl``.
+        run: The run directory.
+        recipe: The resolved recipe.
+        plan: The content of ``plan.json``.
+        routes: The routes that were started.
+        events: The rows of ``events.jsonl``.
     """
 
     run: RunDir
@@ -218,17 +218,17 @@ class RunData:
         return [phase for route in self.routes for phase in route.phases]
 
     def route(self, name: str) -> TrainingRoute | None:
-        """Return the route of a name, or None."""
+        """Return the route with this name, or None."""
         return next((route for route in self.routes if route.name == name), None)
 
 
 def read_run(run: RunDir) -> RunData:
-    """Read all data of a run, finished or not.
+    """Read all data of a finished or unfinished run.
 
-    A route without an attempt is left out; if there was no attempt at all, incubation is included.
+    Routes without attempts are omitted, except that incubation is included if there are no attempts at all.
 
     Raises:
-        ArtifactError: not a run directory, or nothing has been planned in it yet.
+        ArtifactError: This is not a run directory, or it has no plan yet.
     """
     recipe, plan, status = run.load_recipe(), read_plan(run), {row["phase"]: row for row in run_status(run)}
     phases = {row["key"]: _phase(run, row, status[row["key"]]) for row in plan["rows"] if row["key"] in status}
@@ -236,8 +236,8 @@ def read_run(run: RunDir) -> RunData:
     routes = [TrainingRoute("incubated", list(phases.values()), run.assembled.result)]
     if baseline is not None:
         routes.append(TrainingRoute("end to end", [baseline], None))
-    begun = [route for route in routes if any(phase.started for phase in route.phases)]
-    return RunData(run, recipe, plan, begun or routes[:1], read_json_lines(run.path / "events.jsonl"))
+    started = [route for route in routes if any(phase.started for phase in route.phases)]
+    return RunData(run, recipe, plan, started or routes[:1], read_json_lines(run.path / "events.jsonl"))
 
 
 def _phase(run: RunDir, planned: dict[str, Any], status: dict[str, Any]) -> PhaseData:

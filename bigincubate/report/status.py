@@ -1,4 +1,4 @@
-"""Status of a run: read from its files, and for its jobs from Slurm's queue."""
+"""Read the status of a run from its files, and that of its jobs from Slurm's queue."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..tasks.metric import planned_metrics
 
 
 def run_status(run: RunDir) -> list[dict[str, Any]]:
-    """Return the status of each phase. If Slurm does not answer, only files are used.
+    """Return the status of each phase. If Slurm does not respond, only files are used.
 
     Returns:
         A dict per phase: phase (its key), title, state (waiting, queued, running, preempted, failed, died, done), step,
-        steps, percent, loss (of training), metrics (of validation, by name), headline (the name of one), unit,
-        samples_per_sec, eta_seconds, attempts, restarts, checkpoint, error and node; partial for a module
-        (:attr:`.PhaseDir.partial`); job and queue (Slurm's state, with the reason if it is pending) for a job in the
-        queue.
+        steps, percent, loss (training loss), metrics (of the validation split, by name), headline (the name of the main
+        metric), unit, samples_per_sec, eta_seconds, attempts, restarts, checkpoint, error and node; partial for a
+        module (:attr:`.PhaseDir.partial`); job and queue (Slurm's state, with the reason if it is pending) for a job in
+        the queue.
 
     Raises:
-        ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
+        ArtifactError: This is not a run directory, or it has no plan yet.
     """
     jobs = _jobs(run)
     rows = []
@@ -42,7 +42,7 @@ def read_plan(run: RunDir) -> dict[str, Any]:
     """Return ``plan.json`` of a run.
 
     Raises:
-        ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
+        ArtifactError: This is not a run directory, or it has no plan yet.
     """
     plan = read_json(run.path / "plan.json")
     if plan is None or "rows" not in plan:
@@ -52,7 +52,7 @@ def read_plan(run: RunDir) -> dict[str, Any]:
 
 
 def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a phase's status that its files tell."""
+    """Return the part of a phase's status that is read from its files."""
     attempts, result, metrics = folder.read_attempts(), folder.result, read_last_metrics(folder)
     state = _state(attempts[-1]) if attempts else "waiting"
     if result is not None:
@@ -82,7 +82,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
 
 
 def _jobs(run: RunDir) -> dict[str, QueuedJob] | None:
-    """Return the jobs in the queue by phase, or None if nothing was submitted or Slurm does not answer."""
+    """Return the jobs in the queue by phase, or None if nothing was submitted or Slurm does not respond."""
     if not (run.path / "jobs.json").exists():
         return None
     try:
@@ -92,7 +92,7 @@ def _jobs(run: RunDir) -> dict[str, QueuedJob] | None:
 
 
 def _job_status(row: dict[str, Any], folder: PhaseDir, jobs: dict[str, QueuedJob] | None) -> dict[str, Any]:
-    """Return the values that the queue corrects: whether a phase waits, runs, or died on another machine."""
+    """Return the part of a phase's status that depends on the queue: queued, running, or died on another machine."""
     last: dict[str, Any] = next(iter(folder.read_attempts()[-1:]), {})
     status = {"job": None, "queue": None, "node": last.get("host"), "restarts": max(0, row["attempts"] - 1)}
     if row["state"] != "done" and (requeues := read_json_lines(folder.path / "requeues.jsonl")):
@@ -110,7 +110,7 @@ def _job_status(row: dict[str, Any], folder: PhaseDir, jobs: dict[str, QueuedJob
 
 
 def _state(attempt: dict[str, Any]) -> str:
-    """Return the state of an attempt; ``died`` if its process on this machine is gone."""
+    """Return the state of an attempt; ``died`` if its process on this machine no longer exists."""
     state: str = attempt["state"]
     here = attempt["host"] == socket.gethostname()
     if state == "running" and here and process_start_time(attempt["pid"]) is None:

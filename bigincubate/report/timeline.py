@@ -1,4 +1,4 @@
-"""Timeline of a run: stops, failures, rollbacks, requeues and changed settings, one line per event."""
+"""The timeline of a run: stops, failures, rollbacks, requeues and changed settings, with one line per event."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .run_data import PhaseData, RunData
 
 ENDS = {
     "preempted": "stopped with a checkpoint",
-    "running": "ended without a message (killed, or its machine failed)",
+    "running": "stopped without a message (killed, or the machine failed)",
     "failed": "failed",
 }
-EVENTS = {  # texts of the rows of ``events.jsonl``
+EVENTS = {  # texts for the rows of ``events.jsonl``
     "created": "created from the recipe {recipe}",
     "recipe_changed": "recipe changed: {changes}",
     "done": "{title}: done after {steps:,} steps",
@@ -34,9 +34,9 @@ class TimelineEvent:
     """One event.
 
     Attributes:
-        time: seconds since 1970.
-        text: what happened.
-        fault: whether it was a failure or an interruption.
+        time: Unix time in seconds.
+        text: Description of the event.
+        fault: Whether it was a failure or an interruption.
     """
 
     time: float
@@ -73,7 +73,7 @@ def _attempts(phase: PhaseData) -> Iterator[TimelineEvent]:
 
 
 def _event(event: dict[str, Any], titles: dict[str, str]) -> TimelineEvent:
-    """Return the event of a row of ``events.jsonl``."""
+    """Convert a row of ``events.jsonl`` to an event."""
     kind, phase, modules = event["event"], event.get("phase", ""), event.get("modules")
     fields = event | {
         "title": titles.get(phase, phase),

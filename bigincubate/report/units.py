@@ -1,4 +1,4 @@
-"""Numbers as text: with a unit, and with significant digits only."""
+"""Format numbers with units and significant digits."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from collections.abc import Iterable
 from ..tasks.metric import Metric
 
 PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
-COARSE = 5000  # with fewer samples, each is more than 0.02%, and a second decimal is not significant
+COARSE = 5000  # with fewer samples, one sample is more than 0.02%, so the second decimal is not significant
 
 
 def choose_prefix(values: Iterable[float]) -> tuple[float, str]:
-    """Return the factor and the SI prefix with which the largest value has one to three digits before the point."""
+    """Return the factor and SI prefix for which the largest value has one to three digits before the decimal point."""
     largest = max(values, default=0)
     return next(((factor, sign) for factor, sign in PREFIXES if largest >= 0.9995 * factor), (1.0, ""))
 
 
 def format_three_digits(value: float) -> str:
-    """Return three significant digits, ``1.86``, ``36.6`` or ``985``, and all digits before the point."""
+    """Format a value with three significant digits, such as ``1.86``, ``36.6`` or ``985``; integers keep all digits."""
     decimals = 0 if value >= 99.95 or value == 0 else 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
     return f"{value:,.{decimals}f}"
 
 
 def format_quantity(value: float, unit: str) -> str:
-    """Return a value with a unit and an SI prefix: ``1856389201920, "FLOP"`` as ``1.86 TFLOP``."""
+    """Format a value with a unit and an SI prefix: ``1856389201920, "FLOP"`` as ``1.86 TFLOP``."""
     factor, sign = choose_prefix([value])
     return f"{format_three_digits(value / factor)} {sign}{unit}".rstrip()
 
 
 def format_percent(value: float, samples: int) -> str:
-    """Return a percentage of ``samples`` samples with as many decimals as are significant."""
+    """Format a percentage of ``samples`` samples with its significant decimals."""
     return f"{value:.{1 if samples < COARSE else 2}f}"
 
 
 def format_metric(metric: Metric, value: float, samples: int) -> str:
-    """Return the value of a metric that was measured on ``samples`` samples."""
+    """Format the value of a metric that was measured on ``samples`` samples."""
     return format_percent(value, samples) if metric.unit == "%" else metric.text(value)
 
 
 def format_duration(seconds: float) -> str:
-    """Return seconds as ``58.9 s``, ``4 min 33 s``, ``3 h 05 min`` or ``2 d 07 h``."""
+    """Format seconds, such as ``58.9 s``, ``4 min 33 s``, ``3 h 05 min`` or ``2 d 07 h``."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""Verification of a run directory: every file is compared with its hashes and its provenance."""
+"""Verify a run directory: compare the hash and the lineage of every file with the recorded ones."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Verdict(StrEnum):
     """The state of a part of a run directory.
 
     Attributes:
-        GOOD: The files are what was written.
-        DAMAGED: The files are not what was written.
-        STALE: The files are valid, but were made from data or a model that this run no longer has.
+        GOOD: The files match their hashes.
+        DAMAGED: The files do not match their hashes.
+        STALE: The files are valid, but were computed from data or a model that this run no longer has.
         RUNNING: A process is writing the files.
-        UNFINISHED: Left by an attempt that ended; the next attempt removes or resumes it.
-        ABSENT: Does not exist yet.
+        UNFINISHED: The files are from an interrupted attempt; the next attempt removes them or resumes from them.
+        ABSENT: The files do not exist yet.
     """
 
     GOOD = "good"
@@ -63,13 +63,13 @@ def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
 
     Args:
         run: The run directory.
-        everything: Whether to verify data and checkpoints too, which are far larger than artifacts and results.
+        everything: Whether to verify also data and checkpoints, which are much larger than artifacts and results.
 
     Yields:
         A finding per file or folder.
 
     Raises:
-        ArtifactError: If this is not a run directory, or nothing has been planned in it yet.
+        ArtifactError: This is not a run directory, or it has no plan yet.
     """
     recipe, plan = run.load_recipe(), read_json(run.path / "plan.json")
     if plan is None or not {"rows", "data"} <= plan.keys():
@@ -95,7 +95,7 @@ def _data(recipe: Recipe, run: RunDir, digest: str) -> Iterator[Finding]:
         yield Finding("data", path, Verdict.DAMAGED, str(error))
         return
     if info.digest != digest:
-        yield Finding("data", path, Verdict.STALE, f"{info.digest[:12]}…, the run was made with {digest[:12]}…")
+        yield Finding("data", path, Verdict.STALE, f"digest {info.digest[:12]}…, but the run uses {digest[:12]}…")
         return
     found = [Finding("data", file, Verdict.DAMAGED, why) for file, why in find_damaged_shards(info)]
     yield from found or [Finding("data", path, Verdict.GOOD)]
@@ -106,7 +106,7 @@ def _phase(run: RunDir, row: dict[str, Any], folder: PhaseDir, stale: dict[str, 
     result = folder.path / "DONE"
     if result.exists():
         valid = folder.result is not None
-        why = "" if valid else "holds no result; the phase would resume from its last checkpoint"
+        why = "" if valid else "has no valid result; the phase would resume from its last checkpoint"
         yield Finding(key, result, Verdict.GOOD if valid else Verdict.DAMAGED, why)
         yield (found := _artifact(run, row, folder, stale))
         if found.verdict is Verdict.STALE:
@@ -131,7 +131,14 @@ def _checkpoints(key: str, folder: PhaseDir) -> Iterator[Finding]:
 
 
 def _artifact(run: RunDir, row: dict[str, Any], folder: PhaseDir, stale: dict[str, str]) -> Finding:
-    """Verify an artifact of a phase; ``stale`` says why artifacts that it may have read are stale, by their phase."""
+    """Verify an artifact of a phase.
+
+    Args:
+        run: The run directory.
+        row: The row of the phase in ``plan.json``.
+        folder: The folder of the phase.
+        stale: Reasons why artifacts of earlier phases are stale, by phase key.
+    """
     key = "assembled" if folder == run.assembled else row["key"]
     try:
         manifest = verify_artifact(folder.artifact)
@@ -139,7 +146,7 @@ def _artifact(run: RunDir, row: dict[str, Any], folder: PhaseDir, stale: dict[st
         return Finding(key, folder.artifact, Verdict.DAMAGED, str(error))
     try:
         expected = expected_lineage(run, row["phase"], row["module"])
-    except ArtifactError:  # an artifact that it reads is missing or damaged, which has a finding of its own
+    except ArtifactError:  # an input artifact is missing or damaged, which is reported separately
         expected = Lineage(row["identity"], row["data"], manifest.inputs)
     problem = check_lineage(manifest, expected)
     for name, source in phase_inputs(row["identity"]).items():
