@@ -1,8 +1,8 @@
-"""torch's fused attention against two products and a softmax, forwards and backwards, in turns.
+"""Compare torch's fused attention with two matrix products and a softmax, forward and backward.
 
     python benchmarks/attention.py [--batch 8] [--heads 12] [--tokens 197] [--width 64] [--repeats 5]
 
-Prints the median milliseconds of each for fp32 and bf16 on this machine's device.
+The two alternate. Prints the median milliseconds of each for fp32 and bf16 on this machine's device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("| precision | fused ms | plain ms | plain is faster |\n| --- | ---: | ---: | ---: |")
+    print("| precision | fused ms | plain ms | times as fast |\n| --- | ---: | ---: | ---: |")
     for dtype in (torch.float32, torch.bfloat16):
         shape = (asked.batch, asked.tokens, 3, asked.heads, asked.width)
         qkv = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)

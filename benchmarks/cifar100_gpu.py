@@ -1,13 +1,13 @@
-"""CIFAR-100 on one GPU in minutes: incubated, end to end, and expanded, at equal training FLOPs.
+"""Train CIFAR-100 on one GPU in minutes: incubated, end to end, and expanded, at equal training FLOPs.
 
     python benchmarks/cifar100_gpu.py --data TREE --minutes 8 --out results/cifar100 [--scale 0.1] [--set KEY=VALUE]
 
-TREE has a folder for each class, or such folders in `train` and `test`. The recipe is `cifar100-deit-t32`, whose epochs
-are multiplied by --scale, warm-up included. *incubated* is the recipe; *end to end* has the FLOPs of all its phases;
-*expanded* has a meta model whose blocks start the modules (`incubate.init = "grow"`), no step of incubation, and its
-FLOPs in fine-tuning. Every way is a run of the command line in a folder of its own: when the time is over it is stopped
-with a checkpoint, and the same command goes on. GPU-seconds are the time in training of all phases, one after another.
-Prints each way as it finishes; writes OUT/table.md and OUT/table.json.
+TREE has one folder per class, or such folders in `train` and `test`. The recipe is `cifar100-deit-t32` with its epochs,
+including warm-up, multiplied by --scale. *incubated* is the recipe. *end to end* uses the FLOPs of all its phases for
+end-to-end training. *expanded* initializes the modules with the blocks of the meta model (`incubate.init = "grow"`),
+skips incubation and adds its FLOPs to fine-tuning. Each of them is a run of the command line in a separate folder. When
+the time is over, it is stopped with a checkpoint; run the same command again to resume. GPU-seconds are the sum of the
+training times of all phases. Prints each result as it finishes; writes OUT/table.md and OUT/table.json.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def scaled(sets: list[str], scale: float) -> list[str]:
 
 
 def expanded(sets: list[str]) -> list[str]:
-    """Return the settings that give the FLOPs of the incubation to fine-tuning."""
+    """Return the settings that skip incubation and add its FLOPs to fine-tuning."""
     from bigincubate.planning.cost import cost_plan
     from bigincubate.planning.phases import make_plan
     from bigincubate.planning.prepare_run import expected_samples
@@ -81,7 +81,7 @@ def call(words: list[str], environment: dict[str, str], log: Path, end: float) -
 
 
 def collect(way: str, run: RunDir) -> dict[str, Any]:
-    """What came out of a finished run."""
+    """Return the results of a finished run."""
     found = run.update_summary()
     phases = [found["end_to_end"]] if way == "end to end" else [found["meta"], *found["modules"], found["finetune"]]
     result = {"way": way, **{f"final {name}": value for name, value in phases[-1]["metrics"].items()}}
@@ -109,14 +109,14 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="a tree of images, a folder for each class")
+    parser.add_argument("--data", type=Path, required=True, help="a tree of images, with one folder per class")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--scale", type=float, default=0.1, help="of the recipe's 300, 100 and 100 epochs")
+    parser.add_argument("--scale", type=float, default=0.1, help="factor for the recipe's 300, 100 and 100 epochs")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--toy", action="store_true", help="two blocks in a module, which tests the benchmark itself")
+    parser.add_argument("--toy", action="store_true", help="two blocks per module, to test the benchmark itself")
     asked = parser.parse_args()
     end = time.monotonic() + 60 * asked.minutes
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -141,8 +141,8 @@ def main() -> None:
         own = [*sets, *(expanded(sets) if way == "expanded" else [])]
         flags = [word for value in own for word in ("--set", value)]
         code = call([command, RECIPE, "--run-dir", str(run.path), *more, *flags], environment, log, end)
-        if code in (Exit.PREEMPTED, -signal.SIGTERM):  # the latter before there is anything to keep
-            print(f"{asked.minutes:g} minutes are over in *{way}*; the same command goes on from its last checkpoint")
+        if code in (Exit.PREEMPTED, -signal.SIGTERM):  # the latter if it was stopped during startup
+            print(f"{asked.minutes:g} minutes are over in *{way}*; run the same command again to resume")
             break
         if code:
             raise SystemExit(f"{way}: exit {code}, see {log}")

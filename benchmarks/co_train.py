@@ -1,14 +1,14 @@
-"""Modules with a loader each against modules that share one: whole processes, in turns.
+"""Compare modules that share one loader with modules that have one loader each.
 
     OMP_NUM_THREADS=1 python benchmarks/co_train.py [--recipe digits] [--steps 100] [--repeats 3] [--out FILE]
     OMP_NUM_THREADS=1 python benchmarks/co_train.py --photos [--steps 40]
 
-A turn is `bigincubate run RECIPE --jobs K`, or the same with `--co-train`, on a copy of a run whose data and meta model
-are there: K modules of `--steps` steps without warm-up, then assembly, no step of fine-tuning, and the export. All that
-a user waits for is in the seconds, imports and evaluations included; CPU seconds are user and system time of all
-processes. *batches* counts those that were read, decoded and augmented, by all loaders. A ratio is that of one repeat.
-With `--photos` the recipe is a small ViT on JPEGs of 500x375 pixels, made up here, which take longer to read than to
-learn from. Prints a Markdown table.
+The two alternate. Each runs `bigincubate run RECIPE --jobs K`, with or without `--co-train`, on a copy of a run that
+has data and a meta model: K modules with `--steps` steps and no warm-up, assembly, no fine-tuning steps, and the
+export. The seconds are the time of the whole command, including imports and evaluations; CPU seconds are the user and
+system time of all processes. *batches* counts the batches that all loaders read, decoded and augmented. Ratios are
+computed per repeat. With `--photos`, the recipe is a small ViT on generated JPEGs of 500x375 pixels, which take
+longer to load than to train on. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ batch_size = 32
 color_jitter = 0.3
 """
 PROGRAM = [sys.executable, "-m", "bigincubate"]
-APART, SHARED = "a loader each", "one loader"
+APART, SHARED = "one loader per module", "one loader for all"
 
 
 def call(*words: object) -> None:
@@ -57,12 +57,12 @@ def call(*words: object) -> None:
 
 
 def turn(words: list[object], run: Path) -> dict[str, float]:
-    """One whole command: ``seconds``, ``cpu`` (seconds), ``batches``."""
+    """Run one command and return ``seconds``, ``cpu`` (seconds) and ``batches``."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     call(*words)
     seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     modules = json.loads((run / "summary.json").read_text())["modules"]
-    wanted = sum(module["steps"] for module in modules)  # each by each
+    wanted = sum(module["steps"] for module in modules)  # without sharing
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     saved = sum(event["sent"] - event["made"] for event in events if event["event"] == "shared_loader")
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -70,7 +70,7 @@ def turn(words: list[object], run: Path) -> dict[str, float]:
 
 
 def ratio(turns: dict[str, list[dict[str, float]]], key: str) -> tuple[float, float, float]:
-    """Median, least and most of the shared loader's over the other's, repeat by repeat."""
+    """Return the median, lowest and highest ratio of the shared loader to separate loaders over the repeats."""
     found = sorted(own[key] / theirs[key] for own, theirs in zip(turns[SHARED], turns[APART], strict=True))
     return statistics.median(found), found[0], found[-1]
 
@@ -106,7 +106,7 @@ def main() -> None:
                 turns[name].append(turn(["run", asked.recipe, *flags, "--run-dir", run, "--jobs", modules, *more], run))
                 shutil.rmtree(run)
     rows: list[dict[str, Any]] = []
-    print(f"| {modules} modules, {asked.steps} steps | {APART} | {SHARED} | ratio | least to most |")
+    print(f"| {modules} modules, {asked.steps} steps | {APART} | {SHARED} | ratio | lowest to highest |")
     print("| --- | ---: | ---: | ---: | --- |")
     for key, label in (("batches", "batches made"), ("cpu", "CPU seconds"), ("seconds", "seconds")):
         theirs, own = (statistics.median(each[key] for each in turns[name]) for name in (APART, SHARED))

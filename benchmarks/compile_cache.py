@@ -1,11 +1,11 @@
-"""The first step of compiled blocks with empty compile caches, and then with what that left, each in a new process.
+"""Time the first step of compiled blocks with an empty compile cache, and with the cache of earlier modules.
 
     python benchmarks/compile_cache.py [--model vit_tiny_patch16_224] [--repeats 3] [--out FILE]
 
-The caches are inductor's, in the folder that TORCHINDUCTOR_CACHE_DIR names (by default one a user in /tmp, which all
-jobs on a node share); here a new one for each task, and another for each repeat, in which array tasks come one after
-another: modules 0, 1, 2. Module 1 has two graphs that module 0 has not: for frozen blocks before it, and for its first
-block, which hands no gradient on; module 2 has those of module 1. Prints a Markdown table.
+The cache is inductor's, in the folder TORCHINDUCTOR_CACHE_DIR (by default one folder per user in /tmp, which all jobs
+on a node share). Every first step runs in a new process: with an empty cache, and with a cache that modules 0, 1 and
+2 fill one after another. Module 1 has two graphs that module 0 does not have: for the frozen blocks before it, and
+for its first block, which propagates no gradient. Module 2 has the graphs of module 1. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TASKS = (1, 2)  # modules
 
 
 def first_step(settings: dict[str, Any], module: int) -> float:
-    """Seconds, in this process."""
+    """Return the seconds of the first step in this process."""
     from phase_step import ours
 
     contestant = ours(settings, "incubate", module, skip=False, compiled=True)
@@ -68,7 +68,7 @@ def main() -> None:
                     cold[module].append(seconds(module, empty))
                 warm[module].append(seconds(module, shared))
     rows = []
-    print("| task | caches are empty, s | of those before it, s | share | least to most |")
+    print("| task | empty caches, s | caches of the tasks before, s | ratio | lowest to highest |")
     print("| --- | ---: | ---: | ---: | --- |")
     for module in TASKS:
         shares = sorted(one / other for one, other in zip(warm[module], cold[module], strict=True))

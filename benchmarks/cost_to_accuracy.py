@@ -1,13 +1,13 @@
-"""What incubation is worth: accuracy against training FLOPs and seconds, several ways of training, budgets and seeds.
+"""Measure accuracy against training FLOPs and seconds, for several ways of training, budgets and seeds.
 
     python benchmarks/cost_to_accuracy.py digits
     python benchmarks/cost_to_accuracy.py digits --budgets 1 --ways incubated fresh grow end-to-end layer-scale
     python benchmarks/cost_to_accuracy.py benchmarks/cifar20-deep.toml --set data.path=data/cifar20 --budgets 1 \
         --ways incubated decentralized end-to-end layer-scale
 
-A budget is a share of the recipe's epochs, in each of its phases; training end to end always has the FLOPs of the whole
-incubation of the same budget. Every run is a run of the command line, in a folder of its own under OUT: what is done
-is not done again. Writes OUT/table.md, table.json, curves.png and curves.html.
+A budget is a fraction of the recipe's epochs, for all phases. End-to-end training always has the same FLOPs as all
+phases of incubation with the same budget. Each run uses the command line and a separate folder under OUT; finished
+runs are not repeated. Writes OUT/table.md, table.json, curves.png and curves.html.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from bigincubate.tasks.registry import task_class
 
 PHASES = ("pretrain", "incubate", "finetune")
 END_TO_END = ("train", "--phase", "end_to_end")
-WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # a way: the command, and what it changes in the recipe
-    "incubated": (("run", "--jobs", "1"), ()),  # as the recipe says
+WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # the command, and the changes of the recipe
+    "incubated": (("run", "--jobs", "1"), ()),
     "fresh": (("run", "--jobs", "1"), ('incubate.init="fresh"',)),
     "boundary": (("run", "--jobs", "1"), ('incubate.init="boundary"',)),
     "grow": (("run", "--jobs", "1"), ('incubate.init="grow"',)),
-    "not incubated": (("run", "--jobs", "1"), ("incubate.train.max_steps=0",)),  # modules as they are initialised
+    "not incubated": (("run", "--jobs", "1"), ("incubate.train.max_steps=0",)),  # modules keep their initial weights
     "decentralized": (("run", "--jobs", "1"), ("data.decentralized=true",)),
     "end-to-end": (END_TO_END, ()),
-    "layer-scale": (END_TO_END, ("model.args.init_values=1e-4",)),  # end to end, well conditioned
+    "layer-scale": (END_TO_END, ("model.args.init_values=1e-4",)),  # end to end, with LayerScale
 }
 
 
@@ -59,7 +59,7 @@ class Trial:
 
 
 def train(trial: Trial, recipe: Recipe, asked: argparse.Namespace) -> dict[str, Any]:
-    """Run a trial, or what is missing of it, and read what came out."""
+    """Run or resume a trial, and return its results."""
     command, changes = WAYS[trial.way]
     folder = asked.out / trial.folder
     epochs = [f"{p}.train.epochs={recipe.settings(p).train.epochs * trial.budget:g}" for p in PHASES]
@@ -88,13 +88,13 @@ def train(trial: Trial, recipe: Recipe, asked: argparse.Namespace) -> dict[str, 
 
 
 def spread(values: list[float], metric: Metric) -> str:
-    """Mean, and the lowest and highest where they differ."""
+    """Return the mean, and the lowest and highest value if they differ."""
     mean = metric.text(statistics.mean(values))
     return mean if min(values) == max(values) else f"{mean} ({metric.text(min(values))} to {metric.text(max(values))})"
 
 
 def table(trials: list[dict[str, Any]], metrics: Sequence[Metric]) -> str:
-    """Write the results in Markdown; of hybrids and assembled models the first metric."""
+    """Return the results as a Markdown table, with only the first metric of hybrids and assembled models."""
     headline, shown = metrics[0], [metric for metric in metrics if metric.in_tables]
     worst = min if headline.higher_is_better else max
     scores = [f"{metric.column}, mean (lowest to highest)" for metric in shown]
@@ -104,9 +104,9 @@ def table(trials: list[dict[str, Any]], metrics: Sequence[Metric]) -> str:
     groups = sorted({(trial["budget"], list(WAYS).index(trial["way"]), trial["way"]) for trial in trials})
     for budget, _, way in groups:
         group = [trial for trial in trials if (trial["way"], trial["budget"]) == (way, budget)]
-        grown = [trial for trial in group if "assembled" in trial]
-        assembled = [trial["assembled"][headline.name] for trial in grown]
-        hybrids = [worst(scores[headline.name] for scores in trial["hybrids"]) for trial in grown]
+        incubated = [trial for trial in group if "assembled" in trial]
+        assembled = [trial["assembled"][headline.name] for trial in incubated]
+        hybrids = [worst(scores[headline.name] for scores in trial["hybrids"]) for trial in incubated]
         cells = [
             *(way, f"{budget:g}"),
             *(spread([trial["metrics"][metric.name] for trial in group], metric) for metric in shown),
@@ -119,7 +119,7 @@ def table(trials: list[dict[str, Any]], metrics: Sequence[Metric]) -> str:
 
 
 def draw(trials: list[dict[str, Any]], metric: Metric, title: str, out: Path) -> None:
-    """Draw a metric against FLOPs and against seconds: a line per way through the means, a dot per run."""
+    """Plot a metric against FLOPs and against seconds, with one line per way of training and one dot per run."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -127,7 +127,7 @@ def draw(trials: list[dict[str, Any]], metric: Metric, title: str, out: Path) ->
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
     for axis, key, label in zip(axes, ("flops", "seconds"), ("training FLOPs", "seconds, one core"), strict=True):
-        for colour, way in enumerate(dict.fromkeys(trial["way"] for trial in trials)):
+        for color, way in enumerate(dict.fromkeys(trial["way"] for trial in trials)):
             mine = [trial for trial in trials if trial["way"] == way]
             budgets = sorted({trial["budget"] for trial in mine})
             points = [(trial["budget"], trial[key], trial["metrics"][metric.name]) for trial in mine]
@@ -135,8 +135,8 @@ def draw(trials: list[dict[str, Any]], metric: Metric, title: str, out: Path) ->
                 [statistics.mean(point[at] for point in points if point[0] == budget) for budget in budgets]
                 for at in (1, 2)
             ]
-            axis.plot(*means, color=f"C{colour}", marker="o", label=way)
-            axis.scatter(*list(zip(*points, strict=True))[1:], color=f"C{colour}", s=12, alpha=0.5)
+            axis.plot(*means, color=f"C{color}", marker="o", label=way)
+            axis.scatter(*list(zip(*points, strict=True))[1:], color=f"C{color}", s=12, alpha=0.5)
         axis.set_xscale("log"), axis.set_xlabel(label), axis.grid(alpha=0.3)
     axes[0].set_ylabel(metric.column), axes[0].legend(), figure.suptitle(title)
     figure.savefig(out / "curves.png", dpi=150)
@@ -149,13 +149,15 @@ def draw(trials: list[dict[str, Any]], metric: Metric, title: str, out: Path) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", help="the name of a recipe, or its file")
+    parser.add_argument("recipe", help="the name of a recipe, or a .toml file")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["incubated", "end-to-end", "layer-scale"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=Path("runs/cost-to-accuracy"))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at the same time, a core each")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="number of runs in parallel, on one core each"
+    )
     asked = parser.parse_args()
 
     recipe = load_recipe(asked.recipe, asked.sets)

@@ -1,11 +1,12 @@
-"""Augmentation by the host alone, and by halves: the host reads, resizes and draws, the device does the rest.
+"""Compare augmentation on the host with augmentation in two halves, on the host and on the device.
 
     python benchmarks/device_augment.py [--batch 64] [--repeats 5] [--out FILE]
 
-From the bytes of JPEGs to a mixed float32 batch on the device, in one process, the two ways in turns. *halves* is both
-halves one after the other, the transfer included; *host half* is what a worker of the loader has left to do where the
-device works beside it, and *times less* the host's time for all over that. Without a GPU the device is the same CPU.
-Threads: set OMP_NUM_THREADS. Prints a Markdown table.
+Both start with JPEG files in memory and end with a mixed float32 batch on the device, in one process, and alternate. In
+the host half, the host decodes and resizes the images and draws parameters; the device does the rest. *both halves*
+includes the transfer. *host half* is the work that remains for a loader worker if the device works in parallel, and the
+reduction is the time of *host* divided by that of *host half*. Without a GPU, the device is the same CPU. Set
+OMP_NUM_THREADS to limit threads. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from bigincubate.tasks.image_classification.mixup import blend
 
 DEIT = {"crop": "random_resized", "flip": 0.5, "color_jitter": 0.3, "erase": 0.25}
 DEIT_3 = {"crop": "simple", "flip": 0.5, "three_augment": True, "color_jitter": 0.3}
-CASES: dict[str, tuple[dict[str, Any], int, tuple[int, int]]] = {  # augmentation, size, that of the JPEGs
+CASES: dict[str, tuple[dict[str, Any], int, tuple[int, int]]] = {  # augmentation, image size, size of the JPEGs
     "224, 3-Augment, jitter": (DEIT_3, 224, (500, 375)),
     "224, resized crop, jitter, erasing": (DEIT, 224, (500, 375)),
     "32, 3-Augment, jitter": (DEIT_3, 32, (32, 32)),
@@ -45,7 +46,7 @@ MIXUP = MixupConfig(mixup=0.8, cutmix=1.0)
 
 
 def jpegs(count: int, size: tuple[int, int]) -> list[bytes]:
-    """Smooth colours and some noise."""
+    """Return JPEG files with smooth colors and some noise."""
     random, made = np.random.RandomState(0), []
     for _ in range(count):
         smooth = Image.fromarray(random.randint(0, 256, (8, 8, 3)).astype(np.uint8)).resize(size)
@@ -67,7 +68,7 @@ def views(transform: Callable[[Image.Image], Any], files: list[bytes]) -> list[A
 def turns(
     augment: AugmentConfig, size: int, files: list[bytes], device: torch.device, repeats: int
 ) -> dict[str, list[float]]:
-    """Seconds for a batch, a number a repeat: ``host``, ``halves``, and of these ``host half`` and ``device half``."""
+    """Return the seconds per batch of each repeat, for ``host``, ``halves``, ``host half`` and ``device half``."""
     whole, half = train_transform(augment, size), DeviceAugment(augment, size)
     labels = torch.arange(len(files), device=device)
 
@@ -109,8 +110,8 @@ def main() -> None:
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    print(f"Images a second, batches of {asked.batch}, device: {device.type}\n")
-    print("| what | host | halves | host half | device half | times less on the host | least to most |")
+    print(f"Images per second, batches of {asked.batch}, device: {device.type}\n")
+    print("| what | host | both halves | host half | device half | host work reduced by | lowest to highest |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for case, (policy, size, shape) in CASES.items():
         seconds = turns(AugmentConfig(**policy), size, jpegs(asked.batch, shape), device, asked.repeats)

@@ -1,4 +1,4 @@
-"""Draw a finished run as one picture: the pipeline with its scores, and the training curves below it.
+"""Draw a finished run as one figure: the pipeline with its scores, and the training curves below it.
 
 python benchmarks/draw_run.py RUN_DIR --out docs/pipeline.svg
 """
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 from bigincubate.tasks.metric import planned_metrics
 
 WIDTH, HEIGHT = 960, 470
-COLOURS = ["#d1495b", "#edae49", "#2a9d8f", "#457b9d", "#8e6c8a", "#6a994e", "#bc6c25", "#577590"]
+COLORS = ["#d1495b", "#edae49", "#2a9d8f", "#457b9d", "#8e6c8a", "#6a994e", "#bc6c25", "#577590"]
 INK, SOFT, META, FINE = "#22223b", "#8d99ae", "#4a4e69", "#1d7874"
 
 
@@ -40,7 +40,7 @@ def arrow(x: float, y: float, length: float) -> str:
 
 
 def stack(x: float, y: float, depths: list[int], fills: list[str], width: float) -> str:
-    """Modules side by side, each as many bars as it has blocks; ``width`` for all of them."""
+    """Draw modules next to each other, with one bar per block; ``width`` is the total width."""
     total, parts, at = sum(depths), [], x
     bar = (width - 4 * (len(depths) - 1)) / total
     for depth, fill in zip(depths, fills, strict=True):
@@ -78,7 +78,7 @@ def draw(run: Path) -> str:
     meta = [sum(stages) for stages in plan["meta_depths"]]
     target = [sum(stages) for stages in plan["target_depths"]]
     count = len(target)
-    colours = [COLOURS[k % len(COLOURS)] for k in range(count)]
+    colors = [COLORS[k % len(COLORS)] for k in range(count)]
     steps = {row["key"]: row["steps"] for row in plan["rows"]}
 
     metric = planned_metrics(plan["rows"][0])[0]
@@ -86,25 +86,28 @@ def draw(run: Path) -> str:
     def score(result: dict[str, Any]) -> str:
         return metric.text(metric.value_in(result), unit=True)
 
-    parts = [text(120, 26, "1. meta model", bold="b"), text(405, 26, f"2. {count} modules, each alone", bold="b")]
+    parts = [
+        text(120, 26, "1. meta model", bold="b"),
+        text(405, 26, f"2. {count} modules, trained separately", bold="b"),
+    ]
     parts += [text(650, 26, "3. assembled", bold="b"), text(855, 26, "4. fine-tuned", bold="b")]
     parts += [stack(60, 92, meta, [META] * count, 120), text(120, 138, score(summary["meta"]), 15, META, bold="b")]
     parts.append(text(120, 158, f"{sum(meta)} blocks, {steps['pretrain']:,} steps", 11, SOFT))
     for k in range(count):
         y = 44 + k * 34
         depths = [target[j] if j == k else meta[j] for j in range(count)]
-        parts.append(stack(300, y, depths, [colours[j] if j == k else META for j in range(count)], 160))
-        parts.append(text(470, y + 18, score(summary["modules"][k]), 13, colours[k], "start", "b"))
-    parts.append(text(385, 44 + count * 34 + 12, "dark blocks are frozen; no module sees another", 11, SOFT))
-    parts += [stack(570, 92, target, colours, 160), text(650, 138, score(summary["assembled"]), 15, bold="b")]
-    parts.append(text(650, 158, f"{sum(target)} blocks, not trained together", 11, SOFT))
+        parts.append(stack(300, y, depths, [colors[j] if j == k else META for j in range(count)], 160))
+        parts.append(text(470, y + 18, score(summary["modules"][k]), 13, colors[k], "start", "b"))
+    parts.append(text(385, 44 + count * 34 + 12, "dark blocks are frozen; modules do not communicate", 11, SOFT))
+    parts += [stack(570, 92, target, colors, 160), text(650, 138, score(summary["assembled"]), 15, bold="b")]
+    parts.append(text(650, 158, f"{sum(target)} blocks, not yet trained together", 11, SOFT))
     parts += [stack(775, 92, target, [FINE] * count, 160)]
     parts.append(text(855, 138, score(summary["finetune"]), 15, FINE, bold="b"))
     parts.append(text(855, 158, f"{steps['finetune']:,} steps", 11, SOFT))
     parts += [arrow(205, 105, 70), arrow(530, 105, 28), arrow(740, 105, 24)]
 
     panels = [("meta model", 40.0, [(run / "meta", META)])]
-    panels.append(("modules", 350.0, [(run / "modules" / f"{k:02d}", colours[k]) for k in range(count)]))
+    panels.append(("modules", 350.0, [(run / "modules" / f"{k:02d}", colors[k]) for k in range(count)]))
     panels.append(("fine-tuning", 660.0, [(run / "finetune", FINE)]))
     curves = {folder: losses(folder) for _, _, lines in panels for folder, _ in lines}
     values = [loss for points in curves.values() for _, loss in smooth(points)]
@@ -113,9 +116,9 @@ def draw(run: Path) -> str:
     for title, x, lines in panels:
         parts.append(box(x, top, width, height, "#f4f4f8"))
         parts.append(text(x + 8, top - 8, f"{title}: training loss", 12, INK, "start"))
-        for folder, colour in lines:
+        for folder, color in lines:
             path = curve(curves[folder], x, top, width, height, low, high)
-            parts.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+            parts.append(f'<path d="{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
         parts.append(
             text(
                 x + width,

@@ -1,9 +1,10 @@
-"""Stochastic depth that skips work against stochastic depth that multiplies by zero, at growing rates, in turns.
+"""Compare stochastic depth that skips dropped branches with stochastic depth that multiplies them by zero.
 
     python benchmarks/drop_path.py [--model vit_base_patch16_224] [--blocks 2] [--batch 16] [--repeats 5] [--out FILE]
 
-Every block has the same rate. Forwards and backwards through the blocks alone; masks of another step each time, the
-same for both. The last column is what the dropped branches' FLOPs alone would give. Prints a Markdown table.
+Times the forward and backward passes of the blocks only, at several rates; every block has the same rate. The two
+alternate and use the same masks, new ones for each step. The last column is the speedup that the FLOPs of the dropped
+branches would give. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     asked = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # the mean of the tokens is read, so that nothing but drop-path differs
+    # average pooling reads all tokens, so that the models differ only in drop-path
     settings = ModelConfig(name=asked.model, args={"global_pool": "avg"}, num_classes=10)
     family, depths = find_family(settings), ((asked.blocks,),)
     partition = Partition(family, depths)
@@ -55,7 +56,7 @@ def main() -> None:
         return model
 
     rows = []
-    print("| precision | rate | all computed, s | skipped, s | times as fast | least to most | by FLOPs alone |")
+    print("| precision | rate | all computed, s | skipped, s | times as fast | lowest to highest | by FLOPs alone |")
     print("| --- | ---: | ---: | ---: | ---: | --- | ---: |")
     for precision in asked.precisions:
         both = {skip: made(precision, skip=skip) for skip in (False, True)}

@@ -1,10 +1,11 @@
-"""What hashing and fsync cost: saves of a checkpoint with and without each, in turns.
+"""Measure the cost of hashing and fsync when a checkpoint is saved.
 
     python benchmarks/fault_cost.py [--mib 256] [--repeats 12] [--folder DIR]
 
-Prints medians. Without fsync a save ends in memory, where a power cut loses it. SHA-256 is computed by a second thread
-while the first one writes, so it costs time only where it is slower than the disk, or where there is no second core.
-Training waits for neither, only for the copy to the host.
+Saves with and without each of them alternate; prints medians. Without fsync, a save may still be in memory when it
+returns, and a power cut loses it. A second thread computes SHA-256 while the first one writes, so hashing takes time
+only if it is slower than the disk or there is only one core. Training waits for neither, only for the copy to the
+host.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bigincubate.storage.sharded_tensors import copy_to_cpu
 
 
 class NoHash:
-    """Replaces SHA-256 where hashing shall cost nothing."""
+    """A substitute for SHA-256 that does nothing."""
 
     def update(self, data: Any) -> None: ...
 
@@ -55,7 +56,7 @@ VARIANTS: dict[str, tuple[Callable[[], Any], ...]] = {
 
 
 def time_saves(folder: Path, mib: int, repeats: int) -> tuple[dict[str, float], float]:
-    """Return the median seconds of a save of each variant, and of the copy to the host that training waits for."""
+    """Return the median seconds of a save for each variant, and of the copy to the host that training waits for."""
     tensors = {f"w{index}": torch.randn(2**18) for index in range(mib)}
     managers = {
         name: CheckpointManager.open(folder / name.replace(" ", "-"), DistributedContext(), digest="d" * 64)
@@ -82,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary folder)")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: a temporary folder)")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
         medians, copied = time_saves(Path(folder), asked.mib, asked.repeats)

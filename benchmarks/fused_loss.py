@@ -1,9 +1,10 @@
-"""Cross entropy of mixup's targets: as two classes and a share, against the dense targets, in turns.
+"""Compare the fused cross entropy of mixup's targets (two classes and a weight) with that of dense targets.
 
     python benchmarks/fused_loss.py [--rows 256] [--classes 1000 21841] [--repeats 5] [--out FILE]
 
-Forwards and backwards from given logits; the dense targets are made each time, as training does. On a GPU the kernel
-runs beside inductor's code of the dense loss; on a CPU plain torch, for both. Prints a Markdown table.
+Times forward and backward passes for given logits; the two alternate. The dense targets are created each time, as in
+training. On a GPU, the Triton kernel is compared with the dense loss compiled by inductor; on a CPU, both are eager
+torch. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     against = torch.compile(dense) if device == "cuda" else dense
     rows = []
-    print("| logits | classes | dense ms | two classes ms | times as fast | least to most |")
+    print("| logits | classes | dense targets, ms | two classes, ms | times as fast | lowest to highest |")
     print("| --- | ---: | ---: | ---: | ---: | --- |")
     for dtype in (torch.float32, torch.bfloat16):
         for classes in asked.classes:

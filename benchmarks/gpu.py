@@ -1,12 +1,12 @@
-"""Everything worth knowing about one GPU, in minutes: the tables of docs/gpu.md.
+"""Run all benchmarks for one GPU in minutes, for the tables of docs/gpu.md.
 
     python benchmarks/gpu.py --minutes 8 --out results/gpu [--reference CHECKOUT] [--only NAME ...]
     python benchmarks/gpu.py --out /tmp/toy --device cpu --toy
 
-The rows with the most to say come first; each is written to OUT/rows.jsonl and OUT/gpu.md as soon as it is measured.
-When the time is over no row is started. Run again with the same --out, it goes on with the rows that are missing, and
-tries those again that failed. CHECKOUT is one of github.com/LeapLabTHU/Deep-Incubation. Contestants take turns; ratios
-are medians over the repeats, with the least and the most. MFU counts the FLOPs of the step that leaves nothing out.
+The most important rows come first; each is written to OUT/rows.jsonl and OUT/gpu.md as soon as it is measured. When the
+time is over, no further row is started. With the same --out, the command measures missing rows and repeats failed ones.
+CHECKOUT is a checkout of github.com/LeapLabTHU/Deep-Incubation. Contestants alternate; ratios are medians over the
+repeats, with the lowest and the highest. MFU counts the FLOPs of a step that skips nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from gpu_rows import ROWS, BenchmarkRow, Request, Sizes
 from bigincubate.files import append_json_line, read_json_lines, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 200  # seconds, after which a row has failed
+LIMIT = 200  # seconds after which a row is stopped and recorded as failed
 
 
 def measure_row(row: BenchmarkRow, asked: argparse.Namespace, limit: float) -> dict[str, Any]:
-    """Measure a row in a process of its own, which takes its children along when it is late."""
+    """Measure a row in a separate process, which is killed with its children after ``limit`` seconds."""
     words = [sys.executable, __file__, "--row", row.name, "--out", str(asked.out.resolve())]
     words += ["--reference", str(asked.reference.resolve())] if asked.reference else []
     words += ["--toy"] if asked.toy else []
@@ -59,13 +59,13 @@ def measure_row(row: BenchmarkRow, asked: argparse.Namespace, limit: float) -> d
 
 
 def print_row(name: str, request: Request) -> None:
-    """In the process of a row: measure it, and print it as the last line."""
-    out, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints
+    """Measure a row in this process, and print it as the last line."""
+    out, sys.stdout = sys.stdout, sys.stderr  # so that the output of libraries goes to stderr
     lines = next(row for row in ROWS if row.name == name).measure(request)
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    device += " at toy size, which says nothing about speed" * request.sizes.toy
+    device += " at toy size (times are meaningless)" * request.sizes.toy
     print(json.dumps({"device": device, "torch": torch.__version__, "lines": lines}), file=out, flush=True)
 
 
@@ -78,7 +78,7 @@ def text_of(column: str, value: Any) -> str:
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
-    """A table for each kind of row, and what failed."""
+    """Return one table for each kind of row, and a list of failed rows."""
     devices = sorted({f"{row['device']}, torch {row['torch']}" for row in found if "lines" in row})
     parts = [f"Measured on {'; '.join(devices)}." if devices else "Not measured yet."]
     for table in dict.fromkeys(row.table for row in ROWS):
@@ -94,10 +94,10 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no row is started")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time after which no row is started")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--toy", action="store_true", help="toy sizes, which test the benchmark itself")
+    parser.add_argument("--toy", action="store_true", help="toy sizes, to test the benchmark itself")
     parser.add_argument("--reference", type=Path, default=None, help="a checkout of the official code")
     parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], metavar="NAME", default=None)
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
@@ -107,7 +107,9 @@ def main() -> None:
         print("\n".join(row.name for row in ROWS))
         return
     if asked.reference and not (asked.reference / "engine.py").is_file():
-        parser.error(f"{asked.reference} is no checkout of github.com/LeapLabTHU/Deep-Incubation: it has no engine.py")
+        parser.error(
+            f"{asked.reference} is not a checkout of github.com/LeapLabTHU/Deep-Incubation: it has no engine.py"
+        )
     if asked.row:
         sizes = Sizes(toy=True, steps=1, repeats=2) if asked.toy else Sizes()
         print_row(asked.row, Request(sizes, asked.out, asked.reference))
@@ -125,7 +127,7 @@ def main() -> None:
         if "lines" in known.get(row.name, ()):
             continue
         if (left := end - time.monotonic()) <= 0:
-            print(f"{asked.minutes:g} minutes are over; the same command goes on with {row.name}")
+            print(f"{asked.minutes:g} minutes are over; run the same command again to resume with {row.name}")
             break
         found = known[row.name] = measure_row(row, asked, min(LIMIT, left + 60))
         append_json_line(file, found)

@@ -1,9 +1,9 @@
-"""A training step of a model and its images in `torch.channels_last` against contiguous ones, in turns.
+"""Compare the training step of a model and its images in `torch.channels_last` with the contiguous format.
 
     python benchmarks/layout.py [--models NAME ...] [--batch 4] [--size 224] [--repeats 8]
 
-Forwards and backwards, eager, the same weights and images. Ratios are of the least seconds of either; *least to most*
-those of each repeat.
+Times eager forward and backward passes with the same weights and images; the two alternate. The ratio compares the
+lowest times of both; *lowest to highest* is the range of the ratios of each repeat.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     for name, default in {"batch": 4, "size": 224, "repeats": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
-    print("| model | precision | contiguous s | channels last s | times as fast | least to most |")
+    print("| model | precision | contiguous, s | channels last, s | times as fast | lowest to highest |")
     print("| --- | --- | ---: | ---: | ---: | --- |")
     for name in asked.models:
         for precision in ("fp32", "bf16"):

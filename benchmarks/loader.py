@@ -1,14 +1,14 @@
-"""What streaming, decoding and augmentation cost a training step, against the same batches in memory, in turns.
+"""Measure the cost of streaming, decoding and augmentation per training step, compared with batches in memory.
 
     python benchmarks/loader.py [--repeats 5] [--steps 22] [--out FILE]
     python benchmarks/loader.py --samples
 
-The trainer's own step, at the size of the demo (`digits`: 1,437 uncompressed PNGs of 8x8 pixels; the meta model, whose
-step is the shortest, a module, and all 32 blocks) and of `cifar100-mini` (JPEGs of 32x32 pixels, made up here). A turn
-is as many steps as an epoch of the digits has, so what the start of an epoch costs is in it. *overhead* is the time of
-a turn over that of the turn in memory of the same repeat, less one. Threads: set OMP_NUM_THREADS, as `bigincubate run`
-does for phases beside each other. Prints a Markdown table. With --samples, one of what a sample costs without workers:
-the least of twelve epochs, from images that are held decoded, and from images that are not.
+Uses the trainer's step, at the size of the demo (`digits`: 1,437 uncompressed PNGs of 8x8 pixels; the meta model, whose
+step is the shortest, a module, and all 32 blocks) and of `cifar100-mini` (generated JPEGs of 32x32 pixels). The two
+alternate. A measurement has as many steps as an epoch of the digits, so it includes the cost of starting an epoch.
+*overhead* is its time divided by the time with batches in memory in the same repeat, minus one. Set OMP_NUM_THREADS, as
+`bigincubate run` does for parallel phases. Prints a Markdown table. With --samples, prints the cost per sample without
+workers instead: the lowest of twelve epochs, with decoded images in memory and without.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, 
 
 from paired_timing import Contestant, serve, time_in_turns
 
-CLASSES, EACH = 100, 80  # of the JPEGs; a fifth is held out
+CLASSES, EACH = 100, 80  # number of classes, and of JPEGs per class; a fifth is held out
 NO_META = ["pretrain.train.max_steps=0"]  # a module needs a meta model, trained or not
 JPEG = "JPEG 32x32, meta model"
 CASES: dict[str, dict[str, Any]] = {
@@ -47,7 +47,7 @@ IN_MEMORY = "in memory"
 def make_jpegs(
     folder: Path, classes: int = CLASSES, each: int = EACH, size: tuple[int, int] = (32, 32), coarse: int = 6
 ) -> None:
-    """Smooth colours (``coarse`` places a side) and some noise, as large as photographs' files, a folder a class."""
+    """Write JPEGs with smooth colors (``coarse`` per side) and some noise, of realistic file size, by class."""
     import numpy as np
     from PIL import Image
 
@@ -55,8 +55,8 @@ def make_jpegs(
     for label in range(classes):
         (folder / f"{label}").mkdir(parents=True)
         for number in range(each):
-            colours = random.randint(0, 256, (coarse, coarse, 3)).astype(np.uint8)
-            smooth = np.asarray(Image.fromarray(colours).resize(size))
+            colors = random.randint(0, 256, (coarse, coarse, 3)).astype(np.uint8)
+            smooth = np.asarray(Image.fromarray(colors).resize(size))
             noisy = smooth + random.normal(0, 8, smooth.shape)
             out = io.BytesIO()
             Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
@@ -64,7 +64,12 @@ def make_jpegs(
 
 
 def trainer_of(settings: dict[str, Any], sets: list[str]) -> Any:
-    """A trainer before its first step: a recipe, a phase, a module, data and a folder for runs; and further keys."""
+    """Return a trainer before its first step.
+
+    Args:
+        settings: Recipe, phase, module, data and a folder for runs.
+        sets: Additional recipe keys.
+    """
     from bigincubate.config import load_recipe
     from bigincubate.distributed.process_group import DistributedContext
     from bigincubate.distributed.signals import StopFlag
@@ -101,14 +106,14 @@ def contestant(name: str, settings: dict[str, Any]) -> Contestant:
     return Contestant(turn, forward, list(trainer.model.parameters()))
 
 
-def sample_cost(data: Path, recipe: str, sets: list[str], room: int) -> float:
-    """Microseconds."""
+def sample_cost(data: Path, recipe: str, sets: list[str], cache_bytes: int) -> float:
+    """Return the microseconds per sample with this size of the cache of decoded images."""
     from bigincubate.config import load_recipe
     from bigincubate.data import shards
     from bigincubate.data.dataset import open_dataset
     from bigincubate.tasks.registry import make_task
 
-    shards.DECODED_CACHE_BYTES = room
+    shards.DECODED_CACHE_BYTES = cache_bytes
     loaded = load_recipe(recipe, [*sets, "train.batch_size=64"])
     task = make_task(loaded.settings("pretrain"), loaded.data)
     stream = task.train_stream(open_dataset(data), rank=0, world=1)
@@ -124,10 +129,10 @@ def sample_cost(data: Path, recipe: str, sets: list[str], room: int) -> float:
 def print_samples(folder: Path) -> None:
     from bigincubate.data.shards import DECODED_CACHE_BYTES
 
-    print("| sample | held decoded, µs | decoded anew, µs |\n| --- | ---: | ---: |")
+    print("| sample | decoded in memory, µs | decoded each time, µs |\n| --- | ---: | ---: |")
     for recipe, kind, sets in (("digits", "PNG 8x8", []), ("cifar100-mini", "JPEG 32x32", CASES[JPEG]["sets"])):
         held, anew = (
-            sample_cost(folder / recipe, recipe, [*sets, "data.workers=0"], room) for room in (DECODED_CACHE_BYTES, 0)
+            sample_cost(folder / recipe, recipe, [*sets, "data.workers=0"], size) for size in (DECODED_CACHE_BYTES, 0)
         )
         print(f"| {kind} | {held:.0f} | {anew:.0f} |", flush=True)
 
@@ -154,7 +159,7 @@ def main() -> None:
         prepare_dataset(str(folder / "jpegs"), folder / "cifar100-mini")
         if asked.samples:
             return print_samples(folder)
-        print("| step | workers | ms a step | in memory | overhead | least to most |")
+        print("| step | workers | ms per step | in memory | overhead | lowest to highest |")
         print("| --- | ---: | ---: | ---: | ---: | --- |")
         for case in asked.cases:
             settings = {**CASES[case], "folder": temporary, "steps": asked.steps}

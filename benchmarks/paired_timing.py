@@ -1,8 +1,8 @@
-"""Two training steps against each other, fairly: each in a process of its own, in turns, on the same images.
+"""Compare training steps fairly: in separate processes that alternate, on the same images.
 
-A *contestant* is built in its own process by `contestant(name, settings)` of the benchmark's file and gives two
-functions: `step()`, one optimizer step, and `forward()`, which gives the loss with its graph. What each repeat
-took is printed as a ratio, so a machine that slows down slows both; the bytes that autograd keeps are exact.
+A *contestant* is built in its own process by `contestant(name, settings)` of the benchmark's file and has two
+functions: `step()` runs one optimizer step, and `forward()` returns the loss with its graph. Times are compared
+within each repeat, so a machine that slows down affects both contestants. The bytes that autograd saves are exact.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from typing import Any
 @dataclass
 class Contestant:
     step: Callable[[], Any]
-    forward: Callable[[], Any] | None  # None: what it saves is not counted
+    forward: Callable[[], Any] | None  # None: saved bytes are not counted
     parameters: list[Any]
-    flops: int = 0  # training FLOPs of a sample, where nothing is left out; 0: not known
+    flops: int = 0  # training FLOPs per sample if nothing is skipped; 0: unknown
 
 
 def serve(contestant: Contestant) -> None:
-    """In the contestant's process: a line with a number of steps on the input, a line with the seconds of each on the
-    output, on a GPU their mean; ``about`` for what :func:`describe` returns."""
+    """Answer requests in the contestant's process, one JSON line each.
+
+    The answer to a number of steps is a list of the seconds of each step (on a GPU: their mean). The answer to
+    ``about`` is the return value of :func:`describe`.
+    """
     import torch
 
     on_gpu = torch.cuda.is_available()
     out = sys.stdout
-    sys.stdout = sys.stderr  # whatever a contestant prints
+    sys.stdout = sys.stderr  # so that the output of a contestant goes to stderr
 
     def timed(steps: int) -> float:
         if on_gpu:
@@ -48,7 +51,7 @@ def serve(contestant: Contestant) -> None:
 
     for line in sys.stdin:
         asked = json.loads(line)
-        # the host runs ahead of a GPU, so it waits only after the last step
+        # on a GPU, synchronize only after the last step
         found: Any = (
             describe(contestant) if asked == "about" else [timed(asked)] if on_gpu else [timed(1) for _ in range(asked)]
         )
@@ -56,12 +59,12 @@ def serve(contestant: Contestant) -> None:
 
 
 def describe(contestant: Contestant) -> dict[str, Any]:
-    """What does not depend on time.
+    """Return the properties of a contestant other than its speed.
 
     Returns:
-        ``saved``: bytes that a forward keeps for its backward, parameters not counted; None if they are not counted;
-        ``flops``: of a sample;
-        ``peak``: the most bytes that the device held in a step, 0 on a CPU; ``device``: its name.
+        ``saved``: bytes saved for the backward pass, without parameters, or None if they are not counted;
+        ``flops``: training FLOPs per sample; ``peak``: peak memory of the device in a step in bytes, 0 on a CPU;
+        ``device``: name of the device.
     """
     import torch
 
@@ -82,7 +85,7 @@ def saved_bytes(parameters: list[Any], forward: Callable[[], Any]) -> int:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage  # kept alive, so that no address comes twice
+        held[storage.data_ptr()] = storage  # keep it alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -93,12 +96,12 @@ def saved_bytes(parameters: list[Any], forward: Callable[[], Any]) -> int:
 
 
 class Worker:
-    """A contestant's process, seen from the benchmark."""
+    """A contestant's process, as used by the benchmark."""
 
     def __init__(self, file: str, name: str, settings: dict[str, Any]) -> None:
         command = [sys.executable, file, "--worker", name, json.dumps(settings)]
         self.name = name
-        # threads of who is waiting must not spin beside who is timed
+        # threads of waiting processes must not spin while another process is timed
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
@@ -125,17 +128,18 @@ class Worker:
 
 
 def time_in_turns(file: str, names: list[str], settings: dict[str, Any], *, repeats: int, steps: int) -> dict[str, Any]:
-    """The last name is the opponent that the others are compared with. Each repeat: `steps` steps of each, in turns,
-    beginning with another one each time.
+    """Time contestants; the others are compared with the last one, the opponent.
+
+    In each repeat, every contestant runs `steps` steps, and another contestant starts.
 
     Returns:
-        Per name: ``seconds`` (median step), ``speed`` (median over repeats of the opponent's time over its own, with
-        ``least`` and ``most``) and what :func:`describe` says.
+        Per name: ``seconds`` (median step), ``speed`` (opponent's time divided by its own, median over the repeats),
+        ``least`` and ``most`` (lowest and highest of these ratios), and the values of :func:`describe`.
     """
     workers = [Worker(file, name, settings) for name in names]
     try:
         for worker in workers:
-            worker.send(3)  # warm-up: lazily made state, compilation
+            worker.send(3)  # warm-up: optimizer state, compilation
         for worker in workers:
             worker.receive()
         about = {worker.name: worker.ask("about") for worker in workers}
@@ -143,7 +147,7 @@ def time_in_turns(file: str, names: list[str], settings: dict[str, Any], *, repe
         for repeat in range(repeats):
             first = repeat % len(workers)
             for worker in workers[first:] + workers[:first]:
-                worker.ask(1)  # what a pause costs is nobody's step
+                worker.ask(1)  # a step after the pause, not timed
                 times[worker.name].append(statistics.median(worker.ask(steps)))
     finally:
         for worker in workers:
@@ -163,7 +167,7 @@ def time_in_turns(file: str, names: list[str], settings: dict[str, Any], *, repe
 
 
 def table_row(label: str, found: dict[str, Any], opponent: str) -> list[str]:
-    """A Markdown row for each contestant but the opponent."""
+    """Return a Markdown row for each contestant except the opponent."""
     theirs = found[opponent]
 
     def saved(own: dict[str, Any]) -> str:
@@ -182,6 +186,6 @@ def table_row(label: str, found: dict[str, Any], opponent: str) -> list[str]:
 
 
 HEADER = (
-    "| what | ours | s a step | theirs | times as fast | least to most | saved MiB | theirs | times less |\n"
+    "| what | ours | s per step | theirs | times as fast | lowest to highest | saved MiB | theirs | times less |\n"
     "| --- | --- | ---: | ---: | ---: | --- | ---: | ---: | ---: |"
 )

@@ -1,4 +1,4 @@
-"""One phase's training step, that of the trainer itself, on images in memory: no loader, no log."""
+"""Run the trainer's step of one phase on images in memory, without loader and logs."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ DEFAULTS = {
     "img_size": 224,
     "classes": 1000,
     "args": "",
-    "depth": 3,  # of a module; a meta module has one block
+    "depth": 3,  # blocks per module; a meta module has one block
     "modules": 4,
     "batch": 8,
     "precision": "fp32",
     "clip": 0.0,
     "drop_path": 0.0,
     "threads": 0,
-    "data": None,  # a prepared folder with this number of classes; None: made up
-    "sets": [],  # further keys of the recipe
+    "data": None,  # a prepared folder with this number of classes; None: generated data
+    "sets": [],  # additional recipe keys
 }
-STEPS = 1_000_000  # of the plan: the schedule's, not the benchmark's
+STEPS = 1_000_000  # planned steps, for the schedule; the benchmark runs only a few
 
 
 def recipe(settings: dict[str, Any], *, skip: bool, compiled: bool = False) -> Any:
@@ -89,7 +89,7 @@ def recipe(settings: dict[str, Any], *, skip: bool, compiled: bool = False) -> A
 
 
 def batch(settings: dict[str, Any], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same random images and labels for every contestant."""
+    """Return random images and labels, the same for every contestant."""
     generator = torch.Generator().manual_seed(0)
     size = settings["img_size"]
     images = torch.randn(settings["batch"], 3, size, size, generator=generator)
@@ -98,7 +98,7 @@ def batch(settings: dict[str, Any], device: torch.device) -> tuple[torch.Tensor,
 
 
 def make_data(folder: Path, classes: int, batch_size: int) -> Path:
-    """A data set of tiny images that a phase can be built for, and that is not read."""
+    """Create a data set of tiny images, which is needed to build a phase but is not read."""
     from PIL import Image
 
     out = io.BytesIO()
@@ -114,7 +114,7 @@ def make_data(folder: Path, classes: int, batch_size: int) -> Path:
 
 
 def temporary_folder() -> Path:
-    """A folder that is removed when the process ends."""
+    """Create a folder that is removed when the process exits."""
     folder = Path(tempfile.mkdtemp(prefix="bigincubate-benchmark-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -123,7 +123,7 @@ def temporary_folder() -> Path:
 def make_trainer(
     settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool, compiled: bool = False
 ) -> tuple[Trainer, int]:
-    """The trainer of a phase before its first step, and the training FLOPs of a sample where nothing is left out."""
+    """Return the trainer of a phase before its first step, and the training FLOPs per sample if nothing is skipped."""
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     loaded, folder = recipe(settings, skip=skip, compiled=compiled), temporary_folder()
@@ -152,7 +152,7 @@ def make_trainer(
         )
         return PhaseContext(loaded, plan, row, planned, run, data, env)
 
-    if module is not None:  # a module is trained in a meta model, here an untrained one
+    if module is not None:  # a module needs a meta model; here it is not trained
         meta = Trainer.build(context("pretrain", None), StopFlag())
         meta.write_artifact(meta.folder, meta.sharding.full_state_dict(), "raw")
         meta.checkpoints.close()
@@ -165,14 +165,14 @@ def make_trainer(
 
 
 def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool, compiled: bool = False) -> Contestant:
-    """The step of `bigincubate.training.trainer.Trainer` for this phase."""
+    """Return a contestant that runs `bigincubate.training.trainer.Trainer.step` of this phase."""
     trainer, flops = make_trainer(settings, phase, module, skip=skip, compiled=compiled)
     images, labels = batch(settings, trainer.env.device)
     places = torch.arange(len(images))
-    # the trainer selects masks by position on the host, so what counts samples stays there
+    # the trainer selects masks by position on the host, so the positions stay there
     held = OnDevice({"images": images, "labels": labels}, places, places, places)
 
-    # as `Trainer.run` does, here until the process ends
+    # as in `Trainer.run`, but until the process exits
     deterministic_algorithms(trainer.env.device, trainer.settings.train.deterministic).__enter__()
 
     def forward() -> torch.Tensor:
@@ -188,7 +188,7 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
 
 
 class OnDevice(Batch):
-    """A batch whose columns are on the device already."""
+    """A batch whose columns are already on the device."""
 
     def to(self, device: torch.device | str) -> Batch:
         return self

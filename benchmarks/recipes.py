@@ -1,10 +1,10 @@
-"""What every shipped recipe costs, planned: the table of docs/results.md.
+"""Print the planned cost of every shipped recipe: the table of docs/results.md.
 
     python benchmarks/recipes.py [--tflops 200] [NAME ...]
 
-Parameters and GFLOPs (multiply-adds) of a forward are the fine-tuned model's; training FLOPs count a multiply-add as
-two. GPU-hours are FLOPs over what one GPU achieves, an assumption to replace by your own. Memory is the largest that a
-rank of DDP holds in any phase, activations of one image beside it.
+Parameters and GFLOPs (multiply-adds) of the forward pass are those of the fine-tuned model; training FLOPs count a
+multiply-add as two. GPU-hours are FLOPs divided by the assumed throughput of one GPU (--tflops). Memory is the peak
+of a DDP rank over all phases, without activations, plus the activations of one image.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from bigincubate.planning.phases import make_plan
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", metavar="NAME", nargs="*", default=[])
-    parser.add_argument("--tflops", type=float, default=200.0, help="achieved, of one GPU")
+    parser.add_argument("--tflops", type=float, default=200.0, help="assumed throughput of one GPU")
     asked = parser.parse_args()
     print(
         "| recipe | parameters M | GFLOPs | incubation PFLOPs | of it fine-tuning | end to end PFLOPs "
-        "| GPU-hours, both | MiB a rank + an image |"
+        "| GPU-hours, both | MiB per rank + per image |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in asked.names or list_shipped_recipes():

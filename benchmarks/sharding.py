@@ -1,12 +1,12 @@
-"""Memory, step time and communication of every strategy on one phase of a ViT, beside what `plan` says.
+"""Measure memory, step time and communication of every strategy on one phase of a ViT, and compare with the plan.
 
     python benchmarks/sharding.py [--nproc 2] [--phase incubate] [--depth 3] [--width 384] [--repeats 3] [--out FILE]
 
-Each strategy trains the same phase on the same random images in new processes, `--repeats` times, one strategy after
-the other and then again from the first, so that a machine that slows down slows all of them. Prints a Markdown table:
-peak bytes of tensors on the rank that has most (on a GPU what the allocator gave), beside the plan's sum of what a rank
-may hold; peak resident memory above that of the process before it built the model; the median step, over ddp's of the
-same repeat; and the payload that travels in a step, beside the plan's. Writes FILE as JSON.
+Each strategy trains the same phase on the same random images in new processes, `--repeats` times. The strategies
+alternate, so that a machine that slows down affects all of them. Prints a Markdown table: peak bytes of tensors on the
+rank that has the most (on a GPU, of the allocator), and the planned upper bound; the increase of peak resident memory
+since before the model was built; the median step time, and its ratio to that of ddp in the same repeat; and the payload
+per step, measured and planned. Writes FILE as JSON.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--phase", choices=["pretrain", "incubate", "finetune"], default="finetune")
-    parser.add_argument("--module", type=int, default=1, help="which one, for incubate")
+    parser.add_argument("--module", type=int, default=1, help="module to train, for --phase incubate")
     parser.add_argument("--modules", type=int, default=4)
-    parser.add_argument("--depth", type=int, default=3, help="blocks a module; the meta model has one each")
+    parser.add_argument("--depth", type=int, default=3, help="blocks per module; the meta model has one per module")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--img-size", type=int, default=64)
     parser.add_argument("--patch", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=16, help="global")
+    parser.add_argument("--batch", type=int, default=16, help="global batch size")
     parser.add_argument("--micro-batch", type=int, default=None)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--steps", type=int, default=6, help="timed, in each repeat")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps per repeat")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES)
     parser.add_argument("--out", type=Path, default=None)
@@ -103,7 +103,7 @@ def place(asked: argparse.Namespace) -> tuple[str, int | None]:
 
 
 def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
-    """One rank's part of one repeat."""
+    """Run one repeat on one rank."""
     import torch
     from memory_profile import CollectiveCounter, peak_bytes
     from torch.nn import functional as F
@@ -118,7 +118,7 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
     env = DistributedContext.detect()
     if env.world > 1 and strategy in PACKAGES:
         os.environ.setdefault("DS_ACCELERATOR", env.device.type)
-        importlib.import_module(PACKAGES[strategy])  # its code is not what a model weighs
+        importlib.import_module(PACKAGES[strategy])  # before the first measurement, so that its code does not count
     loaded = recipe(asked, strategy)
     plan = make_plan(loaded)
     row = plan.row(*place(asked))
@@ -147,7 +147,7 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
         sharding.step(settings.train.clip_grad)
         ema.update()
 
-    if asked.phase == "finetune":  # which begins with a score of the assembled model
+    if asked.phase == "finetune":  # fine-tuning starts with an evaluation of the assembled model
         with torch.no_grad():
             model.eval()(images)
         model.train()
@@ -177,7 +177,7 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
 
 
 def resident() -> int:
-    """The most memory that this process has had so far (bytes)."""
+    """Return the peak resident memory of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -202,7 +202,7 @@ def launch(asked: argparse.Namespace, strategy: str, nproc: int) -> dict[str, An
 
 
 def planned(asked: argparse.Namespace) -> dict[tuple[str, int], Any]:
-    """The plan's footprints by strategy and number of ranks."""
+    """Return the planned footprints by strategy and number of ranks."""
     from bigincubate.planning.cost import cost_plan
     from bigincubate.planning.memory import estimate_footprints
     from bigincubate.planning.phases import make_plan
@@ -215,7 +215,7 @@ def planned(asked: argparse.Namespace) -> dict[tuple[str, int], Any]:
 
 
 def compare(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each strategy, and one for a single process."""
+    """Yield one row for a single process, and one for each strategy."""
     runs = [("one process", "ddp", 1), *((name, name, asked.nproc) for name in asked.strategies)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in runs}
     for repeat in range(asked.repeats):
@@ -247,7 +247,15 @@ def main() -> None:
         if int(os.environ["RANK"]) == 0:
             asked.out.write_text(json.dumps(found))
         return
-    columns = ["strategy", "peak MiB", "planned MiB", "of it fixed buckets", "resident MiB", "s a step", "over ddp"]
+    columns = [
+        "strategy",
+        "peak MiB",
+        "planned MiB",
+        "of it fixed buckets",
+        "resident MiB",
+        "s per step",
+        "relative to ddp",
+    ]
     columns += ["sent MiB", "planned MiB"]
     print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
     rows = list(compare(asked))

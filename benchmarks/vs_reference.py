@@ -1,14 +1,14 @@
-"""Incubating a module, against the official implementation: the same hybrid, batch and precision, step by step.
+"""Compare the incubation step with the official implementation: the same hybrid, batch and precision.
 
     git clone https://github.com/LeapLabTHU/Deep-Incubation reference
     python benchmarks/vs_reference.py --reference reference [--modules 0 3] [--precisions fp32 bf16] [--batch 8]
         [--repeats 5] [--out FILE]
 
-Both train ViT-B/16 (three blocks in the module, one in each other) with mixup, AdamW and the reference's settings, each
-in its own process and in turns. The reference's step is its own `engine.train_one_epoch` and its own timm, unchanged;
-on a machine without a GPU its `torch.cuda.synchronize` does nothing, and bf16 is an autocast around it. *skipping* is
-ours with `train.subset_drop_path` and `train.last_block_cls_only`, *compiled* the same with `train.compile`, *plain*
-neither. Prints a Markdown table; writes FILE as JSON.
+Both train ViT-B/16 (three blocks in the module, one in each other module) with mixup, AdamW and the official
+settings, in separate processes that alternate. The official step is the unchanged `engine.train_one_epoch` with the
+timm of that repository; without a GPU, its `torch.cuda.synchronize` does nothing, and bf16 is an autocast around it.
+Our variants are *plain*, *skipping* (with `train.subset_drop_path` and `train.last_block_cls_only`), and *compiled*
+(also with `train.compile`). Prints a Markdown table; writes FILE as JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def reference(settings: dict[str, Any]) -> Contestant:
-    """The official hybrid and its own loop over a list of one batch."""
+    """Return a contestant that runs the official training loop on the official hybrid, with one batch."""
     sys.path.insert(0, settings["reference"])
     import torch
 
@@ -37,7 +37,7 @@ def reference(settings: dict[str, Any]) -> Contestant:
         torch.cuda.synchronize = lambda *_: None
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
-    shim = types.ModuleType("torch._six")  # gone from torch since 2.0
+    shim = types.ModuleType("torch._six")  # removed in torch 2.0
     shim.inf = math.inf  # type: ignore[attr-defined]
     sys.modules["torch._six"] = shim
     import engine  # type: ignore[import-not-found]
@@ -47,7 +47,7 @@ def reference(settings: dict[str, Any]) -> Contestant:
     from timm.loss import SoftTargetCrossEntropy
     from timm.optim import create_optimizer
 
-    assert Path(timm.__file__).is_relative_to(settings["reference"]), "the reference brings its own timm"
+    assert Path(timm.__file__).is_relative_to(settings["reference"]), "the official repository must use its own timm"
     args = get_args_parser().parse_args(["--drop-path", str(settings["drop_path"])])
     torch.manual_seed(0)
     index, size = settings["module"], settings["img_size"]
@@ -61,7 +61,7 @@ def reference(settings: dict[str, Any]) -> Contestant:
         drop_block_rate=None,
         divided_depths=depths,
     ).to(device)
-    for before in model.stages[:index]:  # main.py: the meta modules before the target module alone
+    for before in model.stages[:index]:  # as in main.py, only the meta modules before the target module
         for parameter in before.parameters():
             parameter.requires_grad = False
     args.lr = args.lr * settings["batch"] / 512
@@ -77,7 +77,7 @@ def reference(settings: dict[str, Any]) -> Contestant:
     )
     soft = SoftTargetCrossEntropy()
     generator = torch.Generator().manual_seed(0)
-    # on the device like the batches of the other contestants: what copying costs is no part of a step
+    # on the device, like the batches of the other contestants, so that the step does not include copying
     images = torch.randn(settings["batch"], 3, size, size, generator=generator).to(device)
     labels = torch.randint(settings["classes"], (settings["batch"],), generator=generator).to(device)
 
@@ -89,7 +89,7 @@ def reference(settings: dict[str, Any]) -> Contestant:
             engine.train_one_epoch(
                 model,
                 criterion,
-                [(images.clone(), labels)],  # its mixup writes in place
+                [(images.clone(), labels)],  # mixup modifies it in place
                 optimizer,
                 device,
                 0,
@@ -127,13 +127,15 @@ def main() -> None:
     parser.add_argument("--ours", nargs="+", default=["plain", "skipping"], choices=["plain", "skipping", "compiled"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--drop-path", type=float, default=0.0)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="of each repeat")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per repeat")
     parser.add_argument("--out", type=Path, default=None)
     asked = parser.parse_args()
     if not (asked.reference / "engine.py").is_file():
-        parser.error(f"{asked.reference} is no checkout of github.com/LeapLabTHU/Deep-Incubation: it has no engine.py")
+        parser.error(
+            f"{asked.reference} is not a checkout of github.com/LeapLabTHU/Deep-Incubation: it has no engine.py"
+        )
 
     sys.path.insert(0, str(ROOT))
     from phase_step import DEFAULTS

@@ -1,12 +1,12 @@
-"""End-to-end training, and fine-tuning, against a plain timm training step: the same model, batch and precision.
+"""Compare the step of end-to-end training and fine-tuning with a plain timm step: same model, batch and precision.
 
     python benchmarks/vs_timm.py [--precisions fp32 bf16] [--drop-path 0.1] [--batch 8] [--repeats 5] [--out FILE]
 
-timm's step is what its training script does for `--opt adamw --clip-grad 1 --mixup .8 --cutmix 1`: its model, mixup,
-soft-target loss, `dispatch_clip_grad` and optimizer, under autocast for bf16. *plain* is ours without further keys,
-*skipping* with `train.subset_drop_path` and `train.last_block_cls_only`, *compiled* with `train.compile` too (timm's
-`--torchcompile` is *timm-compiled*: the whole model). Each in its own process, in turns. Prints a Markdown table;
-writes FILE as JSON.
+timm's step is that of its training script with `--opt adamw --clip-grad 1 --mixup .8 --cutmix 1`: its model, mixup,
+soft-target loss, `dispatch_clip_grad` and optimizer, under autocast for bf16. *timm-compiled* also compiles the whole
+model, as `--torchcompile` does. Our variants are *plain*, *skipping* (with `train.subset_drop_path` and
+`train.last_block_cls_only`), and *compiled* (also with `train.compile`). They run in separate processes that alternate.
+Prints a Markdown table; writes FILE as JSON.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def plain_timm(settings: dict[str, Any], *, compiled: bool) -> Contestant:
     images, labels = batch(settings, device)
 
     def forward() -> Any:
-        samples, targets = mixup(images.clone(), labels)  # it writes in place
+        samples, targets = mixup(images.clone(), labels)  # mixup modifies it in place
         with torch.autocast(device.type, torch.bfloat16, enabled=settings["precision"] == "bf16"):
             return soft(called(samples), targets)
 
@@ -61,7 +61,7 @@ def plain_timm(settings: dict[str, Any], *, compiled: bool) -> Contestant:
             dispatch_clip_grad(model.parameters(), settings["clip"])
         optimizer.step()
 
-    # hooks on what is saved would compile the model once more, which takes minutes
+    # hooks on saved tensors would compile the model again, which takes minutes
     return Contestant(step, None if compiled else forward, list(model.parameters()))
 
 
@@ -83,12 +83,12 @@ def main() -> None:
     parser.add_argument("--ours", nargs="+", default=["plain", "skipping"], choices=["plain", "skipping", "compiled"])
     parser.add_argument("--theirs", default="timm", choices=["timm", "timm-compiled"])
     parser.add_argument("--model", default="vit_base_patch16_224")
-    parser.add_argument("--depth", type=int, default=3, help="blocks of each of the four modules")
+    parser.add_argument("--depth", type=int, default=3, help="blocks per module, of four modules")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--drop-path", type=float, nargs="+", default=[0.1])
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="of each repeat")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per repeat")
     parser.add_argument("--out", type=Path, default=None)
     asked = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The rows of `benchmarks/gpu.py`: what is measured, a function each, in the order of what is most worth knowing."""
+"""The rows of `benchmarks/gpu.py`, each measured by one function, with the most important first."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
-"""A line of a table, by column."""
+"""A line of a table: values by column."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is: as on one large GPU, or toys that test the benchmark itself."""
+    """Sizes of models and measurements: for one large GPU, or toy sizes to test the benchmark itself."""
 
     toy: bool = False
-    steps: int = 10  # of each repeat
+    steps: int = 10  # per repeat
     repeats: int = 5
     precision: str = "bf16"
 
     def model(self, letter: str) -> dict[str, Any]:
-        """Settings of `phase_step` for ViT-B, L or H in four modules."""
+        """Return the settings of `phase_step` for ViT-B, L or H with four modules."""
         if self.toy:
             tiny = {"model": "vit_tiny_patch16_224", "img_size": 32, "classes": 10, "batch": 4, "depth": 1}
             return {**tiny, "modules": 2, "precision": self.precision}
@@ -35,12 +35,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Request:
-    """What a row is made with.
+    """The options for measuring a row.
 
     Attributes:
-        sizes: how large everything is.
-        out: the folder of the results.
-        reference: a checkout of the official implementation, if there is one.
+        sizes: Sizes of models and measurements.
+        out: The folder for results.
+        reference: A checkout of the official implementation, or None.
     """
 
     sizes: Sizes
@@ -50,10 +50,10 @@ class Request:
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """A row: a function of one of the modules here, and what it is called with.
+    """A row: a function in a module of this package, and its arguments.
 
-    With ``reference`` true it is measured only where there is a checkout of the official implementation, false: only
-    where there is none.
+    If ``reference`` is true, the row is measured only with a checkout of the official implementation; if it is false,
+    only without one.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What saving a checkpoint takes from training: how long a step waits, and how long until it is committed."""
+"""Measure how long training waits for a checkpoint, and how long it takes until the checkpoint is committed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def measure_saves(request: Request) -> list[Line]:
         trainer, _ = make_trainer(settings, phase, module, skip=False)
         trainer.metrics = trainer.open_metrics()
         trainer.sharding.optimizer.zero_grad()
-        for parameter in trainer.model.parameters():  # a step without a batch, so that there is optimizer state
+        for parameter in trainer.model.parameters():  # a step with zero gradients creates the optimizer state
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         trainer.sharding.step(0.0)
@@ -36,6 +36,6 @@ def measure_saves(request: Request) -> list[Line]:
         trainer.checkpoints.close()
         line: Line = {"what": f"ViT-B, {what}", "MiB": round(size / 2**20)}
         line |= {"ms training waits": round(1e3 * statistics.median(blocked[1:]), 1)}
-        line |= {"least": round(1e3 * min(blocked[1:]), 1), "most": round(1e3 * max(blocked[1:]), 1)}
+        line |= {"lowest": round(1e3 * min(blocked[1:]), 1), "highest": round(1e3 * max(blocked[1:]), 1)}
         lines.append(line | {"ms until committed": round(1e3 * statistics.median(committed[1:]), 1)})
     return lines

@@ -1,4 +1,4 @@
-"""How much of its time the trainer's own loop waits for data, by the number of worker processes."""
+"""Measure the fraction of time that the training loop waits for data, by the number of worker processes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def make_class(folder: Path, label: int, each: int, size: tuple[int, int]) -> No
 
 
 def make_photos(folder: Path, toy: bool) -> Path:
-    """JPEGs of the size of ImageNet's photographs, more than the loader keeps decoded."""
+    """Create a data set of JPEGs of ImageNet's size, more than the loader keeps decoded in memory."""
     from bigincubate.data.prepare import prepare_dataset
 
     data = folder / "photos"
@@ -45,7 +45,7 @@ def measure_workers(request: Request) -> list[Line]:
     sizes, lines = request.sizes, []
     data = make_photos(temporary_folder(), sizes.toy)
     for workers in (0, 1) if sizes.toy else (16, 8, 4, 1, 0):
-        measured = 4 if sizes.toy or workers < 4 else 15  # one process takes seconds for a batch
+        measured = 4 if sizes.toy or workers < 4 else 15  # one process takes seconds per batch
         settings = {**DEFAULTS, **sizes.model("B"), "classes": CLASSES, "data": str(data)}
         sets = [f"data.workers={workers}", f"log.every_steps={measured}", "log.images=0", *AUGMENT]
         trainer, _ = make_trainer({**settings, "sets": sets}, "incubate", 0, skip=False)

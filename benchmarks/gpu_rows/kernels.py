@@ -1,4 +1,4 @@
-"""Each Triton body against `torch.compile` of its eager reference, and against copying as many bytes, in turns."""
+"""Compare each Triton kernel with `torch.compile` of its eager reference, and with a copy of the same size."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def device() -> torch.device:
 
 
 def seconds_in_turns(runs: dict[str, Run], repeats: int, calls: int) -> dict[str, list[float]]:
-    """Seconds of a call, a number a repeat; between CUDA events on a GPU."""
+    """Return the seconds per call for each repeat, measured with CUDA events on a GPU."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         for _ in range(3):
@@ -44,14 +44,14 @@ def seconds_in_turns(runs: dict[str, Run], repeats: int, calls: int) -> dict[str
 
 
 def compare(request: Request, what: str, body: Run, eager: Run, moved: int) -> Line:
-    """A line.
+    """Measure a kernel and return its line of the table.
 
     Args:
-        request: the request.
-        what: the name of the line.
-        body: calls the operator, which runs its Triton body on a GPU.
-        eager: calls its reference, which is compiled here.
-        moved: the bytes that have to be read and written.
+        request: The request.
+        what: The name of the line.
+        body: Function that calls the operator, which runs its Triton kernel on a GPU.
+        eager: Function that calls the eager reference, which is compiled here.
+        moved: The number of bytes that must be read and written.
     """
     source = torch.empty(max(1, moved // 2), dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
@@ -66,7 +66,7 @@ def compare(request: Request, what: str, body: Run, eager: Run, moved: int) -> L
     line: Line = {"what": what, "triton us": round(1e6 * middle["triton"], 1)}
     line |= {"inductor us": round(1e6 * middle["inductor"], 1), "copy us": round(1e6 * middle["copy"], 1)}
     line |= {"MiB moved": round(moved / 2**20, 2), "GB/s": round(moved / middle["triton"] / 1e9, 1)}
-    line |= {"times as fast": statistics.median(speed), "least": min(speed), "most": max(speed)}
+    line |= {"times as fast": statistics.median(speed), "lowest": min(speed), "highest": max(speed)}
     return line | {"share of copy": statistics.median(share)}
 
 

@@ -1,4 +1,4 @@
-"""The modules of a model on one device: all at the same time against one after another."""
+"""Compare training all modules of a model on one device in parallel with training them one after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STEPS_FILE = str(Path(__file__).with_name("steps.py"))
 
 
 def measure_modules(request: Request, *, what: str) -> list[Line]:
-    """One line: seconds of a step of every module, side by side and in turns."""
+    """Measure the time of one step of every module, in parallel and one after another."""
     from phase_step import DEFAULTS
 
     sizes = request.sizes
@@ -52,4 +52,4 @@ def measure_modules(request: Request, *, what: str) -> list[Line]:
     line: Line = {"what": f"{what}, {len(workers)} modules", "batch": settings["batch"]}
     line |= {"ms one after another": round(1e3 * statistics.median(apart), 2)}
     line |= {"ms side by side": round(1e3 * statistics.median(together), 2), "peak GiB": round(sum(peaks) / 2**30, 2)}
-    return [line | {"times as fast": statistics.median(speed), "least": min(speed), "most": max(speed)}]
+    return [line | {"times as fast": statistics.median(speed), "lowest": min(speed), "highest": max(speed)}]

@@ -1,4 +1,7 @@
-"""Training steps: ours against the official implementation's, timm's and our own, in turns, a process each."""
+"""Compare training steps with those of the official implementation, of timm and with our own variants.
+
+Each contestant runs in a separate process, and they alternate.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # as the process of a contestant
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the process of a contestant
 
 from paired_timing import Contestant, serve, time_in_turns
 
@@ -17,7 +20,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, ven
 
 
 def utilization(device: str, flops_per_second: float) -> float | None:
-    """Model FLOPs utilization; None on a device whose peak is not known."""
+    """Return the model FLOPs utilization, or None on a device whose peak is unknown."""
     return next((flops_per_second / peak for name, peak in PEAK_FLOPS.items() if name in device), None)
 
 
@@ -32,7 +35,7 @@ def contestant(name: str, settings: dict[str, Any]) -> Contestant:
         return plain_timm(settings, compiled=name == "timm-compiled")
     from phase_step import ours
 
-    if name == "any-order":  # plain, and kernels may add in any order
+    if name == "any-order":  # plain with nondeterministic kernels, which may add in any order
         settings = {**settings, "sets": ["train.deterministic=false"]}
     skip, compiled = name in ("skipping", "compiled"), name == "compiled"
     return ours(settings, settings["phase"], settings["module"], skip=skip, compiled=compiled)
@@ -49,9 +52,9 @@ def measure_steps(
     drop_path: float = 0.0,
     clip: float = 0.0,
 ) -> list[Line]:
-    """A line for each contestant; the last one is the opponent that the others are compared with.
+    """Return one line per contestant; the others are compared with the last one.
 
-    FLOPs are those of the step that leaves nothing out, for every contestant: what is skipped is gained.
+    For every contestant, MFU counts the FLOPs of a step that skips nothing, so skipped work increases it.
     """
     from phase_step import DEFAULTS
 
@@ -68,11 +71,11 @@ def measure_steps(
     for name, each in found.items():
         rate = settings["batch"] / each["seconds"]
         line: Line = {"what": what, "batch": settings["batch"], "contestant": name, "images/s": round(rate, 1)}
-        line |= {"ms a step": round(1e3 * each["seconds"], 2), "MFU": utilization(each["device"], rate * flops)}
+        line |= {"ms per step": round(1e3 * each["seconds"], 2), "MFU": utilization(each["device"], rate * flops)}
         line["peak GiB"] = round(each["peak"] / 2**30, 2)
         line["saved GiB"] = None if each["saved"] is None else round(each["saved"] / 2**30, 2)
         if name != names[-1]:
-            line |= {"times as fast": each["speed"], "least": each["least"], "most": each["most"]}
+            line |= {"times as fast": each["speed"], "lowest": each["least"], "highest": each["most"]}
             line["as"] = names[-1]
         lines.append(line)
     return lines

@@ -54,7 +54,7 @@ def test_rows_are_measured_once_and_written_as_tables(run: Callable[..., str], t
 
 
 def test_no_row_is_started_when_the_time_is_over(run: Callable[..., str], tmp_path: Path) -> None:
-    assert "goes on with incubation-b-0" in run("--out", tmp_path, "--minutes", "0")
+    assert "resume with incubation-b-0" in run("--out", tmp_path, "--minutes", "0")
     assert not (tmp_path / "rows.jsonl").exists()
 
 
