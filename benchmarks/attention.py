@@ -28,14 +28,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"batch": 8, "heads": 12, "tokens": 197, "width": 64, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print("| precision | fused ms | plain ms | times as fast |\n| --- | ---: | ---: | ---: |")
     for dtype in (torch.float32, torch.bfloat16):
-        shape = (asked.batch, asked.tokens, 3, asked.heads, asked.width)
+        shape = (args.batch, args.tokens, 3, args.heads, args.width)
         qkv = torch.randn(shape, dtype=dtype, device=device, requires_grad=True)
         times: dict[str, list[float]] = {"fused": [], "plain": []}
-        for _ in range(asked.repeats + 1):
+        for _ in range(args.repeats + 1):
             for act in (fused, plain):
                 start = time.perf_counter()
                 for _ in range(3):

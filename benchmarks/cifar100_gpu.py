@@ -117,15 +117,15 @@ def main() -> None:
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--toy", action="store_true", help="two blocks per module, to test the benchmark itself")
-    asked = parser.parse_args()
-    end = time.monotonic() + 60 * asked.minutes
+    args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    if asked.device == "cpu":
+    if args.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    asked.out.mkdir(parents=True, exist_ok=True)
-    data, log = asked.out / "data", asked.out / "log.txt"
+    args.out.mkdir(parents=True, exist_ok=True)
+    data, log = args.out / "data", args.out / "log.txt"
     if not (data / "dataset.json").exists():
-        words = ["data", "prepare", str(asked.data), "--out", str(data), "--jobs", str(os.cpu_count() or 1)]
+        words = ["data", "prepare", str(args.data), "--out", str(data), "--jobs", str(os.cpu_count() or 1)]
         if code := call(words, environment, log, end):
             raise SystemExit(f"exit {code}: see {log}")
     from bigincubate.data.dataset import open_dataset
@@ -133,22 +133,22 @@ def main() -> None:
     info = open_dataset(data)
     sets = [f"data.path={data.resolve()}", f"data.train_samples={info.epoch}", "data.workers=14"]
     sets += [f"model.num_classes={len(info.schema.metadata['classes'])}", "checkpoint.every_steps=200"]
-    sets += [*(TOY if asked.toy else []), *asked.sets]
-    sets += scaled(sets, asked.scale)
+    sets += [*(TOY if args.toy else []), *args.sets]
+    sets += scaled(sets, args.scale)
     results: list[dict[str, Any]] = []
-    for way in asked.ways:
-        run, (command, *more) = RunDir(asked.out / way.replace(" ", "-")), WAYS[way]
+    for way in args.ways:
+        run, (command, *more) = RunDir(args.out / way.replace(" ", "-")), WAYS[way]
         own = [*sets, *(expanded(sets) if way == "expanded" else [])]
         flags = [word for value in own for word in ("--set", value)]
         code = call([command, RECIPE, "--run-dir", str(run.path), *more, *flags], environment, log, end)
         if code in (Exit.PREEMPTED, -signal.SIGTERM):  # the latter if it was stopped during startup
-            print(f"{asked.minutes:g} minutes are over in *{way}*; run the same command again to resume")
+            print(f"{args.minutes:g} minutes are over in *{way}*; run the same command again to resume")
             break
         if code:
             raise SystemExit(f"{way}: exit {code}, see {log}")
         results.append(collect(way, run))
-        write_text(asked.out / "table.json", json.dumps(results, indent=1) + "\n")
-        write_text(asked.out / "table.md", table(results))
+        write_text(args.out / "table.json", json.dumps(results, indent=1) + "\n")
+        write_text(args.out / "table.md", table(results))
         print(", ".join(f"{key} {text_of(value)}" for key, value in results[-1].items()), flush=True)
     if results:
         print(f"\n{table(results)}")

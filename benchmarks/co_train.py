@@ -83,38 +83,38 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, default=None)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     lengths = [f"{phase}.train.max_steps=0" for phase in ("pretrain", "finetune")]
-    lengths += [f"incubate.train.max_steps={asked.steps}", "incubate.schedule.warmup_epochs=0"]
-    sets = [*lengths, *asked.sets]
+    lengths += [f"incubate.train.max_steps={args.steps}", "incubate.schedule.warmup_epochs=0"]
+    sets = [*lengths, *args.sets]
     flags = [word for each in sets for word in ("--set", each)]
     turns: dict[str, list[dict[str, float]]] = {APART: [], SHARED: []}
     with tempfile.TemporaryDirectory() as temporary:
-        begun = Path(temporary) / "begun"
-        if asked.photos:
-            asked.recipe = str(Path(temporary) / "photos.toml")
-            Path(asked.recipe).write_text(PHOTOS.replace("FOLDER", temporary))
+        prepared = Path(temporary) / "prepared"
+        if args.photos:
+            args.recipe = str(Path(temporary) / "photos.toml")
+            Path(args.recipe).write_text(PHOTOS.replace("FOLDER", temporary))
             make_jpegs(Path(temporary) / "photos", classes=8, each=40, size=(500, 375), coarse=40)
             call("data", "prepare", Path(temporary) / "photos", "--out", Path(temporary) / "data")
-        modules = load_recipe(asked.recipe, sets).plan.number
-        call("train", asked.recipe, *flags, "--run-dir", begun, "--phase", "pretrain")
-        for repeat in range(asked.repeats):
+        modules = load_recipe(args.recipe, sets).plan.number
+        call("train", args.recipe, *flags, "--run-dir", prepared, "--phase", "pretrain")
+        for repeat in range(args.repeats):
             for name in [APART, SHARED][:: -1 if repeat % 2 else 1]:
                 run = Path(temporary) / "run"
-                shutil.copytree(begun, run)
+                shutil.copytree(prepared, run)
                 more = ["--co-train"] if name == SHARED else []
-                turns[name].append(turn(["run", asked.recipe, *flags, "--run-dir", run, "--jobs", modules, *more], run))
+                turns[name].append(turn(["run", args.recipe, *flags, "--run-dir", run, "--jobs", modules, *more], run))
                 shutil.rmtree(run)
     rows: list[dict[str, Any]] = []
-    print(f"| {modules} modules, {asked.steps} steps | {APART} | {SHARED} | ratio | lowest to highest |")
+    print(f"| {modules} modules, {args.steps} steps | {APART} | {SHARED} | ratio | lowest to highest |")
     print("| --- | ---: | ---: | ---: | --- |")
     for key, label in (("batches", "batches made"), ("cpu", "CPU seconds"), ("seconds", "seconds")):
         theirs, own = (statistics.median(each[key] for each in turns[name]) for name in (APART, SHARED))
         middle, least, most = ratio(turns, key)
         rows.append({"what": key, APART: theirs, SHARED: own, "ratio": middle, "least": least, "most": most})
         print(f"| {label} | {theirs:,.0f} | {own:,.0f} | **{middle:.2f}** | {least:.2f} to {most:.2f} |")
-    if asked.out:
-        asked.out.write_text(json.dumps({"rows": rows, "turns": turns}, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps({"rows": rows, "turns": turns}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

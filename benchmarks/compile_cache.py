@@ -44,23 +44,23 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--worker", type=int, default=None, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     from phase_step import DEFAULTS
 
-    settings = {**DEFAULTS, "model": asked.model, "batch": asked.batch, "drop_path": 0.1}
-    if asked.worker is not None:
-        return print(first_step(settings, asked.worker))
+    settings = {**DEFAULTS, "model": args.model, "batch": args.batch, "drop_path": 0.1}
+    if args.worker is not None:
+        return print(first_step(settings, args.worker))
 
     def seconds(module: int, folder: str) -> float:
         command = [sys.executable, __file__, "--worker", str(module)]
-        command += ["--model", asked.model, "--batch", str(asked.batch)]
+        command += ["--model", args.model, "--batch", str(args.batch)]
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
         out = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
         return float(out.split()[-1])
 
     cold: dict[int, list[float]] = {module: [] for module in TASKS}  # by repeat
     warm: dict[int, list[float]] = {module: [] for module in TASKS}
-    for _ in range(asked.repeats):
+    for _ in range(args.repeats):
         with tempfile.TemporaryDirectory() as shared:
             seconds(0, shared)
             for module in TASKS:
@@ -76,8 +76,8 @@ def main() -> None:
         rows.append(dict(zip(("module", "cold", "warm", "share"), (module, *row), strict=True)))
         spread = f"{shares[0]:.2f} to {shares[-1]:.2f}"
         print(f"| module {module} | {row[0]:.1f} | {row[1]:.1f} | **{row[2]:.2f}** | {spread} |")
-    if asked.out:
-        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

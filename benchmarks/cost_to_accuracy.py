@@ -58,24 +58,24 @@ class Trial:
         return f"{self.way.replace(' ', '-')}-{self.budget:g}-{self.seed}"
 
 
-def train(trial: Trial, recipe: Recipe, asked: argparse.Namespace) -> dict[str, Any]:
+def train(trial: Trial, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
     """Run or resume a trial, and return its results."""
     command, changes = WAYS[trial.way]
-    folder = asked.out / trial.folder
+    folder = args.out / trial.folder
     epochs = [f"{p}.train.epochs={recipe.settings(p).train.epochs * trial.budget:g}" for p in PHASES]
-    sets = [*asked.sets, *epochs, f"train.seed={trial.seed}", *changes]
+    sets = [*args.sets, *epochs, f"train.seed={trial.seed}", *changes]
     subprocess.run(
-        [sys.executable, "-m", "bigincubate", command[0], asked.recipe, "--run-dir", str(folder), *command[1:]]
+        [sys.executable, "-m", "bigincubate", command[0], args.recipe, "--run-dir", str(folder), *command[1:]]
         + [part for value in sets for part in ("--set", value)],
         check=True,
         stdout=subprocess.DEVNULL,
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
     found = RunDir(folder).update_summary()
-    whole = "end_to_end" not in command
-    phases = [found["meta"], *found["modules"], found["finetune"]] if whole else [found["end_to_end"]]
+    is_incubated = "end_to_end" not in command
+    phases = [found["meta"], *found["modules"], found["finetune"]] if is_incubated else [found["end_to_end"]]
     on_the_way = {}
-    if whole:
+    if is_incubated:
         scores = {key: found[key]["metrics"] for key in ("meta", "assembled")}
         on_the_way = {**scores, "hybrids": [module["metrics"] for module in found["modules"]]}
     return {
@@ -158,23 +158,23 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="number of runs in parallel, on one core each"
     )
-    asked = parser.parse_args()
+    args = parser.parse_args()
 
-    recipe = load_recipe(asked.recipe, asked.sets)
+    recipe = load_recipe(args.recipe, args.sets)
     metrics = task_class(recipe.settings("end_to_end").task.name).metrics
-    trials = [Trial(way, budget, seed) for budget, seed, way in product(asked.budgets, asked.seeds, asked.ways)]
-    asked.out.mkdir(parents=True, exist_ok=True)
+    trials = [Trial(way, budget, seed) for budget, seed, way in product(args.budgets, args.seeds, args.ways)]
+    args.out.mkdir(parents=True, exist_ok=True)
     found = []
-    with ThreadPoolExecutor(asked.jobs) as pool:
-        for result in pool.map(lambda trial: train(trial, recipe, asked), trials):
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for result in pool.map(lambda trial: train(trial, recipe, args), trials):
             found.append(result)
             scores = describe_metrics(metrics, result["metrics"])
             print(f"{result['way']}, budget {result['budget']:g}, seed {result['seed']}: {scores}")
             sys.stdout.flush()
-    (asked.out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
-    (asked.out / "table.md").write_text(table(found, metrics))
-    draw(found, metrics[0], f"{recipe.name}: {', '.join(asked.sets)}" if asked.sets else recipe.name, asked.out)
-    print(f"\n{table(found, metrics)}\n{asked.out}/curves.html")
+    (args.out / "table.json").write_text(json.dumps(found, indent=1) + "\n")
+    (args.out / "table.md").write_text(table(found, metrics))
+    draw(found, metrics[0], f"{recipe.name}: {', '.join(args.sets)}" if args.sets else recipe.name, args.out)
+    print(f"\n{table(found, metrics)}\n{args.out}/curves.html")
 
 
 if __name__ == "__main__":

@@ -107,15 +107,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
-    print(f"Images per second, batches of {asked.batch}, device: {device.type}\n")
+    print(f"Images per second, batches of {args.batch}, device: {device.type}\n")
     print("| what | host | both halves | host half | device half | host work reduced by | lowest to highest |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for case, (policy, size, shape) in CASES.items():
-        seconds = turns(AugmentConfig(**policy), size, jpegs(asked.batch, shape), device, asked.repeats)
-        rate = {name: asked.batch / statistics.median(found) for name, found in seconds.items()}
+        seconds = turns(AugmentConfig(**policy), size, jpegs(args.batch, shape), device, args.repeats)
+        rate = {name: args.batch / statistics.median(found) for name, found in seconds.items()}
         less = sorted(own / half for own, half in zip(seconds["host"], seconds["host half"], strict=True))
         rows.append({"case": case, **rate, "less": statistics.median(less), "least": less[0], "most": less[-1]})
         print(
@@ -123,8 +123,8 @@ def main() -> None:
             f"| {rate['device half']:,.0f} | **{statistics.median(less):.2f}** | {less[0]:.2f} to {less[-1]:.2f} |",
             flush=True,
         )
-    if asked.out:
-        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -36,11 +36,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # average pooling reads all tokens, so that the models differ only in drop-path
-    settings = ModelConfig(name=asked.model, args={"global_pool": "avg"}, num_classes=10)
-    family, depths = find_family(settings), ((asked.blocks,),)
+    settings = ModelConfig(name=args.model, args={"global_pool": "avg"}, num_classes=10)
+    family, depths = find_family(settings), ((args.blocks,),)
     partition = Partition(family, depths)
 
     def made(precision: str, *, skip: bool) -> torch.nn.Module:
@@ -50,7 +50,7 @@ def main() -> None:
         set_drop_path_rates(model, partition, "target", 0.5, depths, None)
         if skip:
             family.use_subset_drop_path(model, partition)
-        if asked.compile:
+        if args.compile:
             for block in partition.blocks():
                 model.get_submodule(block.path).compile()
         return model
@@ -58,16 +58,16 @@ def main() -> None:
     rows = []
     print("| precision | rate | all computed, s | skipped, s | times as fast | lowest to highest | by FLOPs alone |")
     print("| --- | ---: | ---: | ---: | ---: | --- | ---: |")
-    for precision in asked.precisions:
+    for precision in args.precisions:
         both = {skip: made(precision, skip=skip) for skip in (False, True)}
-        tokens = torch.randn(asked.batch, 197, both[False].embed_dim, device=device)
-        for rate in asked.rates:
+        tokens = torch.randn(args.batch, 197, both[False].embed_dim, device=device)
+        for rate in args.rates:
             times: dict[bool, list[float]] = {False: [], True: []}
-            for step in range(asked.repeats + 1):
+            for step in range(args.repeats + 1):
                 for skip, model in both.items():
                     for path in find_drop_paths(model):
                         path.rate, path.active = rate, True
-                    apply_masks(model, draw_masks(0, step, len(find_drop_paths(model)), asked.batch))
+                    apply_masks(model, draw_masks(0, step, len(find_drop_paths(model)), args.batch))
                     x = tokens.clone().requires_grad_()
                     start = time.perf_counter()
                     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -85,8 +85,8 @@ def main() -> None:
                 f"| {speed[0]:.2f} to {speed[-1]:.2f} | {1 / (1 - rate):.2f} |",
                 flush=True,
             )
-    if asked.out:
-        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

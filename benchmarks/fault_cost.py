@@ -84,15 +84,15 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=12)
     parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: a temporary folder)")
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=asked.folder) as folder:
-        medians, copied = time_saves(Path(folder), asked.mib, asked.repeats)
-    whole = medians["both"]
-    print(f"{asked.mib} MiB, {asked.mib / whole:.0f} MiB/s\n\n| | % of a save |\n| --- | ---: |")
-    print(f"| hashing | {100 * (1 - medians['no hash'] / whole):.1f} |")
-    print(f"| fsync | {100 * (1 - medians['no fsync'] / whole):.1f} |")
-    print(f"| both | {100 * (1 - medians['neither'] / whole):.1f} |")
-    print(f"| copy to the host, which training waits for | {100 * copied / whole:.1f} |")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        medians, copied = time_saves(Path(folder), args.mib, args.repeats)
+    total = medians["both"]
+    print(f"{args.mib} MiB, {args.mib / total:.0f} MiB/s\n\n| | % of a save |\n| --- | ---: |")
+    print(f"| hashing | {100 * (1 - medians['no hash'] / total):.1f} |")
+    print(f"| fsync | {100 * (1 - medians['no fsync'] / total):.1f} |")
+    print(f"| both | {100 * (1 - medians['neither'] / total):.1f} |")
+    print(f"| copy to the host, which training waits for | {100 * copied / total:.1f} |")
 
 
 if __name__ == "__main__":

@@ -44,27 +44,27 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", type=Path, default=None)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     against = torch.compile(dense) if device == "cuda" else dense
     rows = []
     print("| logits | classes | dense targets, ms | two classes, ms | times as fast | lowest to highest |")
     print("| --- | ---: | ---: | ---: | ---: | --- |")
     for dtype in (torch.float32, torch.bfloat16):
-        for classes in asked.classes:
-            logits = torch.randn(asked.rows, classes, device=device, dtype=dtype, requires_grad=True)
-            labels = torch.randint(classes, (asked.rows,), device=device)
-            targets = TwoHot(labels, labels.roll(asked.rows // 2), 0.3)
+        for classes in args.classes:
+            logits = torch.randn(args.rows, classes, device=device, dtype=dtype, requires_grad=True)
+            labels = torch.randint(classes, (args.rows,), device=device)
+            targets = TwoHot(labels, labels.roll(args.rows // 2), 0.3)
             times: dict[str, list[float]] = {"dense": [], "pairs": []}
-            for _ in range(asked.repeats + 1):  # the first is a warm-up
+            for _ in range(args.repeats + 1):  # the first is a warm-up
                 for name, act in (("dense", against), ("pairs", pairs)):
                     start = time.perf_counter()
-                    for _ in range(asked.steps):
+                    for _ in range(args.steps):
                         logits.grad = None
                         act(logits, targets).backward()
                     if device == "cuda":
                         torch.cuda.synchronize()
-                    times[name].append((time.perf_counter() - start) / asked.steps * 1e3)
+                    times[name].append((time.perf_counter() - start) / args.steps * 1e3)
             speed = sorted(slow / fast for slow, fast in zip(times["dense"][1:], times["pairs"][1:], strict=True))
             row = {"dtype": str(dtype).removeprefix("torch."), "classes": classes, "speed": statistics.median(speed)}
             row |= {name: statistics.median(found[1:]) for name, found in times.items()}
@@ -74,8 +74,8 @@ def main() -> None:
                 f"| {speed[0]:.2f} to {speed[-1]:.2f} |",
                 flush=True,
             )
-    if asked.out:
-        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,14 +31,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 200  # seconds after which a row is stopped and recorded as failed
 
 
-def measure_row(row: BenchmarkRow, asked: argparse.Namespace, limit: float) -> dict[str, Any]:
+def measure_row(row: BenchmarkRow, args: argparse.Namespace, limit: float) -> dict[str, Any]:
     """Measure a row in a separate process, which is killed with its children after ``limit`` seconds."""
-    words = [sys.executable, __file__, "--row", row.name, "--out", str(asked.out.resolve())]
-    words += ["--reference", str(asked.reference.resolve())] if asked.reference else []
-    words += ["--toy"] if asked.toy else []
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if asked.device == "cpu" else {}
+    words = [sys.executable, __file__, "--row", row.name, "--out", str(args.out.resolve())]
+    words += ["--reference", str(args.reference.resolve())] if args.reference else []
+    words += ["--toy"] if args.toy else []
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if args.device == "cpu" else {}
     environment = {**os.environ, **hidden, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    log, start = asked.out / "logs" / f"{row.name}.log", time.perf_counter()
+    log, start = args.out / "logs" / f"{row.name}.log", time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -102,41 +102,39 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[row.name for row in ROWS], metavar="NAME", default=None)
     parser.add_argument("--list", action="store_true", help="print the names of the rows")
     parser.add_argument("--row", default=None, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.list:
+    args = parser.parse_args()
+    if args.list:
         print("\n".join(row.name for row in ROWS))
         return
-    if asked.reference and not (asked.reference / "engine.py").is_file():
+    if args.reference and not (args.reference / "engine.py").is_file():
         parser.error(
-            f"{asked.reference} is not a checkout of github.com/LeapLabTHU/Deep-Incubation: it has no engine.py"
+            f"{args.reference} is not a checkout of github.com/LeapLabTHU/Deep-Incubation: it has no engine.py"
         )
-    if asked.row:
-        sizes = Sizes(toy=True, steps=1, repeats=2) if asked.toy else Sizes()
-        print_row(asked.row, Request(sizes, asked.out, asked.reference))
+    if args.row:
+        sizes = Sizes(toy=True, steps=1, repeats=2) if args.toy else Sizes()
+        print_row(args.row, Request(sizes, args.out, args.reference))
         return
 
-    end = time.monotonic() + 60 * asked.minutes
-    asked.out.mkdir(parents=True, exist_ok=True)
-    file = asked.out / "rows.jsonl"
+    end = time.monotonic() + 60 * args.minutes
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "rows.jsonl"
     known = {row["row"]: row for row in read_json_lines(file)}  # the last attempt at a row counts
     by_name = {row.name: row for row in ROWS}
-    wanted = (
-        [by_name[name] for name in asked.only] if asked.only else [row for row in ROWS if row.fits(asked.reference)]
-    )
+    wanted = [by_name[name] for name in args.only] if args.only else [row for row in ROWS if row.fits(args.reference)]
     for row in wanted:
         if "lines" in known.get(row.name, ()):
             continue
         if (left := end - time.monotonic()) <= 0:
-            print(f"{asked.minutes:g} minutes are over; run the same command again to resume with {row.name}")
+            print(f"{args.minutes:g} minutes are over; run the same command again to resume with {row.name}")
             break
-        found = known[row.name] = measure_row(row, asked, min(LIMIT, left + 60))
+        found = known[row.name] = measure_row(row, args, min(LIMIT, left + 60))
         append_json_line(file, found)
         order = [known[each.name] for each in ROWS if each.name in known]
-        write_text(asked.out / "gpu.md", markdown(order))
+        write_text(args.out / "gpu.md", markdown(order))
         print(f"{row.name}: {found['seconds']:.0f} s", found.get("error", ""), flush=True)
         for line in found.get("lines", ()):
             print("  " + ", ".join(f"{column} {text_of(column, value)}" for column, value in line.items()), flush=True)
-    print(f"\n{asked.out / 'gpu.md'}")
+    print(f"\n{args.out / 'gpu.md'}")
 
 
 if __name__ == "__main__":

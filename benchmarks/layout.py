@@ -40,17 +40,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     for name, default in {"batch": 4, "size": 224, "repeats": 8}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    asked = parser.parse_args()
+    args = parser.parse_args()
     print("| model | precision | contiguous, s | channels last, s | times as fast | lowest to highest |")
     print("| --- | --- | ---: | ---: | ---: | --- |")
-    for name in asked.models:
+    for name in args.models:
         for precision in ("fp32", "bf16"):
             steps = [
-                stepper(name, asked.batch, asked.size, precision, layout)
+                stepper(name, args.batch, args.size, precision, layout)
                 for layout in (torch.contiguous_format, torch.channels_last)
             ]
             times: list[list[float]] = [[], []]
-            for repeat in range(asked.repeats + 1):
+            for repeat in range(args.repeats + 1):
                 for which in (0, 1) if repeat % 2 else (1, 0):
                     start = time.perf_counter()
                     steps[which]()

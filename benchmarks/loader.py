@@ -93,8 +93,8 @@ def contestant(name: str, settings: dict[str, Any]) -> Contestant:
     stream = trainer.parts.train_stream.batches(0)
     batches = stream
     if name == IN_MEMORY:
-        held = list(islice(stream, settings["steps"]))
-        batches = cycle(held)  # type: ignore[assignment]
+        in_memory = list(islice(stream, settings["steps"]))
+        batches = cycle(in_memory)  # type: ignore[assignment]
 
     def turn() -> None:
         for batch in islice(batches, settings["steps"]):
@@ -131,10 +131,10 @@ def print_samples(folder: Path) -> None:
 
     print("| sample | decoded in memory, µs | decoded each time, µs |\n| --- | ---: | ---: |")
     for recipe, kind, sets in (("digits", "PNG 8x8", []), ("cifar100-mini", "JPEG 32x32", CASES[JPEG]["sets"])):
-        held, anew = (
+        cached, uncached = (
             sample_cost(folder / recipe, recipe, [*sets, "data.workers=0"], size) for size in (DECODED_CACHE_BYTES, 0)
         )
-        print(f"| {kind} | {held:.0f} | {anew:.0f} |", flush=True)
+        print(f"| {kind} | {cached:.0f} | {uncached:.0f} |", flush=True)
 
 
 def main() -> None:
@@ -146,9 +146,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--samples", action="store_true")
     parser.add_argument("--worker", nargs=2, default=None, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.worker:
-        return serve(contestant(asked.worker[0], json.loads(asked.worker[1])))
+    args = parser.parse_args()
+    if args.worker:
+        return serve(contestant(args.worker[0], json.loads(args.worker[1])))
     from bigincubate.data.prepare import prepare_dataset
 
     rows: list[dict[str, Any]] = []
@@ -157,28 +157,28 @@ def main() -> None:
         prepare_dataset("digits", folder / "digits")
         make_jpegs(folder / "jpegs")
         prepare_dataset(str(folder / "jpegs"), folder / "cifar100-mini")
-        if asked.samples:
+        if args.samples:
             return print_samples(folder)
         print("| step | workers | ms per step | in memory | overhead | lowest to highest |")
         print("| --- | ---: | ---: | ---: | ---: | --- |")
-        for case in asked.cases:
-            settings = {**CASES[case], "folder": temporary, "steps": asked.steps}
+        for case in args.cases:
+            settings = {**CASES[case], "folder": temporary, "steps": args.steps}
             settings["data"] = str(folder / settings["recipe"])
-            names = [*(f"{workers} workers" for workers in asked.workers), IN_MEMORY]
-            found = time_in_turns(__file__, names, settings, repeats=asked.repeats, steps=1)
-            memory = found[IN_MEMORY]["seconds"] / asked.steps * 1e3
+            names = [*(f"{workers} workers" for workers in args.workers), IN_MEMORY]
+            found = time_in_turns(__file__, names, settings, repeats=args.repeats, steps=1)
+            memory = found[IN_MEMORY]["seconds"] / args.steps * 1e3
             for name in names[:-1]:
                 own = found[name]
                 overhead, least, most = (1 / own[key] - 1 for key in ("speed", "most", "least"))
-                row = {"case": case, "workers": name, "ms": own["seconds"] / asked.steps * 1e3, "memory_ms": memory}
+                row = {"case": case, "workers": name, "ms": own["seconds"] / args.steps * 1e3, "memory_ms": memory}
                 rows.append({**row, "overhead": overhead, "least": least, "most": most})
                 print(
                     f"| {case} | {name.split()[0]} | {row['ms']:.1f} | {memory:.1f} | **{overhead:.1%}** "
                     f"| {least:.1%} to {most:.1%} |",
                     flush=True,
                 )
-    if asked.out:
-        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,10 +50,14 @@ def serve(contestant: Contestant) -> None:
         return (time.perf_counter() - start) / steps
 
     for line in sys.stdin:
-        asked = json.loads(line)
+        request = json.loads(line)
         # on a GPU, synchronize only after the last step
         found: Any = (
-            describe(contestant) if asked == "about" else [timed(asked)] if on_gpu else [timed(1) for _ in range(asked)]
+            describe(contestant)
+            if request == "about"
+            else [timed(request)]
+            if on_gpu
+            else [timed(1) for _ in range(request)]
         )
         print(json.dumps(found), file=out, flush=True)
 
@@ -81,16 +85,16 @@ def saved_bytes(parameters: list[Any], forward: Callable[[], Any]) -> int:
     import torch
 
     own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    held: dict[int, torch.UntypedStorage] = {}
+    saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        held[storage.data_ptr()] = storage  # keep it alive, so that no address is reused
+        saved[storage.data_ptr()] = storage  # keep it alive, so that no address is reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward()
-    total = sum(storage.nbytes() for address, storage in held.items() if address not in own)
+    total = sum(storage.nbytes() for address, storage in saved.items() if address not in own)
     del loss
     return total
 

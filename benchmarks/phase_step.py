@@ -159,8 +159,8 @@ def make_trainer(
         del meta
     trainer = Trainer.build(context(phase, module), StopFlag())
     trainer.wrapped.train()
-    whole = recipe(settings, skip=False)
-    flops = count_cost(plan.row(phase, module), whole.settings(phase), make_plan(whole)).training_flops
+    unskipped = recipe(settings, skip=False)
+    flops = count_cost(plan.row(phase, module), unskipped.settings(phase), make_plan(unskipped)).training_flops
     return trainer, flops
 
 
@@ -170,7 +170,7 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
     images, labels = batch(settings, trainer.env.device)
     places = torch.arange(len(images))
     # the trainer selects masks by position on the host, so the positions stay there
-    held = OnDevice({"images": images, "labels": labels}, places, places, places)
+    on_device = OnDevice({"images": images, "labels": labels}, places, places, places)
 
     # as in `Trainer.run`, but until the process exits
     deterministic_algorithms(trainer.env.device, trainer.settings.train.deterministic).__enter__()
@@ -178,10 +178,10 @@ def ours(settings: dict[str, Any], phase: Any, module: int | None, *, skip: bool
     def forward() -> torch.Tensor:
         device, train = trainer.env.device, trainer.settings.train
         with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
-            return trainer.task.loss(trainer.wrapped, held, trainer.state.step)
+            return trainer.task.loss(trainer.wrapped, on_device, trainer.state.step)
 
     def step() -> None:
-        trainer.step(held)
+        trainer.step(on_device)
         trainer.state.step += 1
 
     return Contestant(step, forward, list(trainer.model.parameters()), flops)

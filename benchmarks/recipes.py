@@ -24,13 +24,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", metavar="NAME", nargs="*", default=[])
     parser.add_argument("--tflops", type=float, default=200.0, help="assumed throughput of one GPU")
-    asked = parser.parse_args()
+    args = parser.parse_args()
     print(
         "| recipe | parameters M | GFLOPs | incubation PFLOPs | of it fine-tuning | end to end PFLOPs "
         "| GPU-hours, both | MiB per rank + per image |"
     )
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name in asked.names or list_shipped_recipes():
+    for name in args.names or list_shipped_recipes():
         recipe = load_recipe(name)
         plan = make_plan(recipe)
         assert recipe.data.train_samples is not None
@@ -38,13 +38,13 @@ def main() -> None:
         found = plan_json(recipe, plan, rows)
         fine = next(row for row in rows if row.phase == "finetune").cost
         own, other = found["incubation_flops"], found["end_to_end_flops"]
-        hours = [f"{flops / asked.tflops / 1e12 / 3600:,.1f}" for flops in (own, other)]
-        held = max(4 * row.cost.parameters + row.cost.optimizer_bytes for row in rows)
+        hours = [f"{flops / args.tflops / 1e12 / 3600:,.1f}" for flops in (own, other)]
+        memory = max(4 * row.cost.parameters + row.cost.optimizer_bytes for row in rows)
         image = max(row.cost.activation_bytes for row in rows)
         print(
             f"| `{name}` | {fine.parameters / 1e6:.1f} | {fine.forward_flops / 2e9:.1f} | {own / 1e15:,.1f} "
             f"| {found['finetune_share']:.0%} | {other / 1e15:,.1f} | {hours[0]}, {hours[1]} "
-            f"| {held / 2**20:,.0f} + {image / 2**20:,.0f} |",
+            f"| {memory / 2**20:,.0f} + {image / 2**20:,.0f} |",
             flush=True,
         )
 

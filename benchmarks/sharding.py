@@ -80,29 +80,29 @@ strategy = "{strategy}"
 """
 
 
-def recipe(asked: argparse.Namespace, strategy: str) -> Any:
+def recipe(args: argparse.Namespace, strategy: str) -> Any:
     from bigincubate.config import load_recipe
 
     text = RECIPE.format(
-        **vars(asked) | {"strategy": strategy},
-        heads=max(1, asked.width // 64),
-        target=[asked.depth] * asked.modules,
-        meta=[1] * asked.modules,
+        **vars(args) | {"strategy": strategy},
+        heads=max(1, args.width // 64),
+        target=[args.depth] * args.modules,
+        meta=[1] * args.modules,
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "benchmark.toml"
         file.write_text(text)
-        return load_recipe(str(file), [f"train.micro_batch={asked.micro_batch}"] if asked.micro_batch else [])
+        return load_recipe(str(file), [f"train.micro_batch={args.micro_batch}"] if args.micro_batch else [])
 
 
-def place(asked: argparse.Namespace) -> tuple[str, int | None]:
-    return asked.phase, asked.module if asked.phase == "incubate" else None
+def place(args: argparse.Namespace) -> tuple[str, int | None]:
+    return args.phase, args.module if args.phase == "incubate" else None
 
 
 # ------------------------------------------------------------------------------------------------ a rank
 
 
-def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
+def work(args: argparse.Namespace, strategy: str) -> dict[str, Any]:
     """Run one repeat on one rank."""
     import torch
     from memory_profile import CollectiveCounter, peak_bytes
@@ -119,12 +119,12 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
     if env.world > 1 and strategy in PACKAGES:
         os.environ.setdefault("DS_ACCELERATOR", env.device.type)
         importlib.import_module(PACKAGES[strategy])  # before the first measurement, so that its code does not count
-    loaded = recipe(asked, strategy)
+    loaded = recipe(args, strategy)
     plan = make_plan(loaded)
-    row = plan.row(*place(asked))
+    row = plan.row(*place(args))
     settings = loaded.settings(row.phase)
-    share = asked.batch // env.world
-    count = -(-share // (asked.micro_batch or share))
+    share = args.batch // env.world
+    count = -(-share // (args.micro_batch or share))
     before = resident()
 
     torch.manual_seed(0)
@@ -133,21 +133,21 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
     units = [block.path for block in Partition(plan.family, row.depths).blocks()]
     wrapped = sharding.prepare(model, units, lambda m: make_optimizer(m, settings))
     ema = Ema(sharding.local_shards(), settings.ema.decay)
-    images = torch.randn(share, 3, asked.img_size, asked.img_size, device=env.device)
+    images = torch.randn(share, 3, args.img_size, args.img_size, device=env.device)
     labels = torch.randint(100, (share,), device=env.device)
 
     def step() -> None:
         for index in range(count):
             last = index == count - 1
             with sharding.gradient_sync(last):
-                with torch.autocast(env.device.type, torch.bfloat16, enabled=asked.precision == "bf16"):
+                with torch.autocast(env.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
                     output = wrapped(images[index::count])
                 loss = F.cross_entropy(output.float(), labels[index::count]) / count
                 sharding.backward(loss)
         sharding.step(settings.train.clip_grad)
         ema.update()
 
-    if asked.phase == "finetune":  # fine-tuning starts with an evaluation of the assembled model
+    if args.phase == "finetune":  # fine-tuning starts with an evaluation of the assembled model
         with torch.no_grad():
             model.eval()(images)
         model.train()
@@ -157,7 +157,7 @@ def work(asked: argparse.Namespace, strategy: str) -> dict[str, Any]:
         step()
     peak = peak_bytes(step, env.device)
     seconds = []
-    for _ in range(asked.steps):
+    for _ in range(args.steps):
         env.barrier()
         start = time.perf_counter()
         step()
@@ -184,7 +184,7 @@ def resident() -> int:
 # ------------------------------------------------------------------------------------------------ all of them
 
 
-def launch(asked: argparse.Namespace, strategy: str, nproc: int) -> dict[str, Any]:
+def launch(args: argparse.Namespace, strategy: str, nproc: int) -> dict[str, Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -201,28 +201,28 @@ def launch(asked: argparse.Namespace, strategy: str, nproc: int) -> dict[str, An
     return found
 
 
-def planned(asked: argparse.Namespace) -> dict[tuple[str, int], Any]:
+def planned(args: argparse.Namespace) -> dict[tuple[str, int], Any]:
     """Return the planned footprints by strategy and number of ranks."""
     from bigincubate.planning.cost import cost_plan
     from bigincubate.planning.memory import estimate_footprints
     from bigincubate.planning.phases import make_plan
 
-    loaded = recipe(asked, "ddp")
+    loaded = recipe(args, "ddp")
     plan = make_plan(loaded)
-    rows = [row for row in cost_plan(loaded, plan, 50_000) if (row.phase, row.module) == place(asked)]
-    every = estimate_footprints(loaded, plan, rows, sorted({1, asked.nproc}))
+    rows = [row for row in cost_plan(loaded, plan, 50_000) if (row.phase, row.module) == place(args)]
+    every = estimate_footprints(loaded, plan, rows, sorted({1, args.nproc}))
     return {(each.strategy, each.world): each for each in every[rows[0].key]}
 
 
-def compare(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def compare(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield one row for a single process, and one for each strategy."""
-    runs = [("one process", "ddp", 1), *((name, name, asked.nproc) for name in asked.strategies)]
+    runs = [("one process", "ddp", 1), *((name, name, args.nproc) for name in args.strategies)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name, _, _ in runs}
-    for repeat in range(asked.repeats):
+    for repeat in range(args.repeats):
         for name, strategy, nproc in runs:
-            found[name].append(launch(asked, strategy, nproc))
-            print(f"repeat {repeat + 1} of {asked.repeats}: {name}", file=sys.stderr, flush=True)
-    plans = planned(asked)
+            found[name].append(launch(args, strategy, nproc))
+            print(f"repeat {repeat + 1} of {args.repeats}: {name}", file=sys.stderr, flush=True)
+    plans = planned(args)
     for name, strategy, nproc in runs:
         pairs = zip(found[name], found.get("ddp", found[name]), strict=True)
         plan = plans[strategy, nproc]
@@ -241,11 +241,11 @@ def compare(asked: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    asked = options()
-    if asked.worker:
-        found = work(asked, asked.worker)
+    args = options()
+    if args.worker:
+        found = work(args, args.worker)
         if int(os.environ["RANK"]) == 0:
-            asked.out.write_text(json.dumps(found))
+            args.out.write_text(json.dumps(found))
         return
     columns = [
         "strategy",
@@ -258,15 +258,15 @@ def main() -> None:
     ]
     columns += ["sent MiB", "planned MiB"]
     print(f"| {' | '.join(columns)} |\n| --- |{' ---: |' * (len(columns) - 1)}")
-    rows = list(compare(asked))
+    rows = list(compare(args))
     for row in rows:
         sizes = [f"{row[key] / MIB:,.0f}" for key in ("peak", "planned", "buckets", "resident")]
         times = [f"{row['seconds']:.2f}", f"{row['over_ddp']:.2f}"]
         sent = [f"{row[key] / MIB:,.1f}" for key in ("sent", "planned_sent")]
         print(f"| {' | '.join([row['strategy'], *sizes, *times, *sent])} |")
-    if asked.out:
-        settings = {key: value for key, value in vars(asked).items() if key not in ("out", "worker")}
-        asked.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    if args.out:
+        settings = {key: value for key, value in vars(args).items() if key not in ("out", "worker")}
+        args.out.write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -131,10 +131,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed steps per repeat")
     parser.add_argument("--out", type=Path, default=None)
-    asked = parser.parse_args()
-    if not (asked.reference / "engine.py").is_file():
+    args = parser.parse_args()
+    if not (args.reference / "engine.py").is_file():
         parser.error(
-            f"{asked.reference} is not a checkout of github.com/LeapLabTHU/Deep-Incubation: it has no engine.py"
+            f"{args.reference} is not a checkout of github.com/LeapLabTHU/Deep-Incubation: it has no engine.py"
         )
 
     sys.path.insert(0, str(ROOT))
@@ -142,23 +142,23 @@ def main() -> None:
 
     rows = []
     print(HEADER)
-    for precision in asked.precisions:
-        for module in asked.modules:
+    for precision in args.precisions:
+        for module in args.modules:
             settings = {
                 **DEFAULTS,
-                "batch": asked.batch,
+                "batch": args.batch,
                 "precision": precision,
-                "drop_path": asked.drop_path,
-                "threads": asked.threads,
+                "drop_path": args.drop_path,
+                "threads": args.threads,
                 "module": module,
-                "reference": str(asked.reference.resolve()),
+                "reference": str(args.reference.resolve()),
             }
-            names = [*asked.ours, "reference"]
-            found = time_in_turns(__file__, names, settings, repeats=asked.repeats, steps=asked.steps)
+            names = [*args.ours, "reference"]
+            found = time_in_turns(__file__, names, settings, repeats=args.repeats, steps=args.steps)
             rows.append({"settings": settings, "found": found})
             print("\n".join(table_row(f"module {module}, {precision}", found, "reference")), flush=True)
-    if asked.out:
-        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

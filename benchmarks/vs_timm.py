@@ -90,31 +90,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed steps per repeat")
     parser.add_argument("--out", type=Path, default=None)
-    asked = parser.parse_args()
+    args = parser.parse_args()
 
     sys.path.insert(0, str(ROOT))
     from phase_step import DEFAULTS
 
     rows = []
     print(HEADER)
-    for precision in asked.precisions:
-        for rate in asked.drop_path:
+    for precision in args.precisions:
+        for rate in args.drop_path:
             settings = {
                 **DEFAULTS,
-                "model": asked.model,
-                "depth": asked.depth,
-                "batch": asked.batch,
+                "model": args.model,
+                "depth": args.depth,
+                "batch": args.batch,
                 "precision": precision,
                 "drop_path": rate,
                 "clip": 1.0,
-                "threads": asked.threads,
+                "threads": args.threads,
             }
-            names = [*asked.ours, asked.theirs]
-            found = time_in_turns(__file__, names, settings, repeats=asked.repeats, steps=asked.steps)
+            names = [*args.ours, args.theirs]
+            found = time_in_turns(__file__, names, settings, repeats=args.repeats, steps=args.steps)
             rows.append({"settings": settings, "found": found})
-            print("\n".join(table_row(f"drop-path {rate}, {precision}", found, asked.theirs)), flush=True)
-    if asked.out:
-        asked.out.write_text(json.dumps(rows, indent=1) + "\n")
+            print("\n".join(table_row(f"drop-path {rate}, {precision}", found, args.theirs)), flush=True)
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ from .app import JsonOption, RecipeArgument, SetOption, app, console, data_app, 
 def data_prepare(
     source: Annotated[
         str,
-        Argument(
-            metavar="SOURCE", help="Folder with one folder of images per class, CIFAR archive, digits, or made-up."
-        ),
+        Argument(metavar="SOURCE", help="Folder with one subfolder per class, CIFAR archive, digits, or made-up."),
     ],
     out: Annotated[Path, Option(help="The output folder.")],
     jobs: Annotated[int, Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,

@@ -67,14 +67,14 @@ def assemble(parts: list[dict[str, Tensor]], expected: Iterable[str] | None = No
     Example:
         >>> target.load_state_dict(bi.assemble([bi.extract_module(hybrid) for hybrid in hybrids]))
     """
-    whole: dict[str, Tensor] = {}
+    assembled: dict[str, Tensor] = {}
     for module, part in enumerate(parts):
-        if overlap := sorted(whole.keys() & part.keys()):
+        if overlap := sorted(assembled.keys() & part.keys()):
             raise ArtifactError(f"module {module} has tensors of an earlier module: {_first_names(overlap)}")
-        whole |= part
+        assembled |= part
     if expected is not None:
-        _check_names(whole, expected)
-    return whole
+        _check_names(assembled, expected)
+    return assembled
 
 
 def initialize(

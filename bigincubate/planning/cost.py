@@ -97,17 +97,17 @@ def saved_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
             name: torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
             for name, tensor in (*model.named_parameters(), *model.named_buffers())
         }
-        own = {tensor.untyped_storage()._cdata for tensor in state.values()}
-        held: dict[int, torch.UntypedStorage] = {}
+        weights = {tensor.untyped_storage()._cdata for tensor in state.values()}
+        saved: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            held[storage._cdata] = storage
+            saved[storage._cdata] = storage
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             output = torch.func.functional_call(model, state, torch.empty(inputs.shape, dtype=inputs.dtype))
-        total = sum(storage.nbytes() for key, storage in held.items() if key not in own)
+        total = sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
         del output
         return total
 

@@ -95,10 +95,10 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
     before = run.load_recipe()
     if changed := differences(before, recipe):
         invalid = invalidated_rows(_planned_rows(before, make_plan(before), data, stored), rows)
-        if begun := [row for row in invalid if run.phase(row.phase, row.module).begun]:
-            folders = ", ".join(str(run.phase(row.phase, row.module).path) for row in begun)
+        if started := [row for row in invalid if run.phase(row.phase, row.module).begun]:
+            folders = ", ".join(str(run.phase(row.phase, row.module).path) for row in started)
             raise ConfigError(
-                f"{run.path}: {'; '.join(changed)} would invalidate {', '.join(row.title for row in begun)};"
+                f"{run.path}: {'; '.join(changed)} would invalidate {', '.join(row.title for row in started)};"
                 f" use another --run-dir or the original settings, or remove {folders} to train again"
             )
     run.update_recipe(recipe)

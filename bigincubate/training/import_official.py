@@ -67,7 +67,7 @@ def import_part(
         DataError: The run's data is missing.
     """
     plan = make_plan(recipe)
-    whole = _read(files, plan, *((plan.meta, "meta model") if part == "meta" else (plan.target, "target")))
+    tensors = _read(files, plan, *((plan.meta, "meta model") if part == "meta" else (plan.target, "target")))
     opened = open_run(recipe, run)
     rows = [plan.row("pretrain")] if part == "meta" else [row for row in plan.rows() if row.phase == "incubate"]
     for row in rows:
@@ -78,11 +78,13 @@ def import_part(
     env = DistributedContext.detect()
     try:
         for row in rows:
-            own = whole if row.module is None else extract(whole, Partition(plan.family, plan.target), row.module)
+            module_tensors = (
+                tensors if row.module is None else extract(tensors, Partition(plan.family, plan.target), row.module)
+            )
             context = opened.phase(row.phase, row.module, env)
             run.log_event("imported", phase=row.key, files=sources)
             context = replace(context, planned=replace(context.planned, steps=0))
-            yield context, train_phase(context, own, queue=queue)
+            yield context, train_phase(context, module_tensors, queue=queue)
     finally:
         env.close()
 

@@ -25,8 +25,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 def run(gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run the benchmark in this process, rows too; return what it printed."""
 
-    def measure_here(row: Any, asked: Any, limit: float) -> dict[str, Any]:
-        lines = row.measure(gpu.Request(gpu.Sizes(toy=True, steps=1, repeats=2), asked.out))
+    def measure_here(row: Any, args: Any, limit: float) -> dict[str, Any]:
+        lines = row.measure(gpu.Request(gpu.Sizes(toy=True, steps=1, repeats=2), args.out))
         return {"row": row.name, "table": row.table, "seconds": 0.0, "device": "CPU", "torch": "2", "lines": lines}
 
     def run(*words: object) -> str:

@@ -107,7 +107,7 @@ def _image_and_batch_transform(
     if (transform := load_batch_transform(augment, img_size)) is not None:
         return transform, torch.stack
     if augment.erase:  # erasing follows normalization and draws its noise image by image
-        whole = train_transform(augment, img_size)
-        return lambda image: (whole(image),), torch.stack
+        transform_with_erasing = train_transform(augment, img_size)
+        return lambda image: (transform_with_erasing(image),), torch.stack
     transform_image = Compose(image_steps(augment, img_size))
     return lambda image: (transform_image(image),), ToNormalized(augment).all
