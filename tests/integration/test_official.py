@@ -160,7 +160,7 @@ def test_file_that_is_no_official_checkpoint_is_refused(empty: Any, tmp_path: Pa
     refused("no list model_stages", tmp_path / "other.pth")
     refused("has 3 modules, but the recipe has 2", save(tmp_path / "3.pth", stages([1, 1, 2], seed=0)))
     refused(
-        r"modules of \[1, 1\] blocks, the recipe's target has \[2, 2\]", save(tmp_path / "1.pth", stages([1, 1], 0))
+        r"modules of \[1, 1\] blocks, but the recipe's target has \[2, 2\]", save(tmp_path / "1.pth", stages([1, 1], 0))
     )
     refused("3 files: pass one", *[tmp_path / "1.pth"] * 3, error=ConfigError)
     good[1]["head.bias"] = torch.zeros(3)
