@@ -22,12 +22,7 @@ def test_site_builds_strictly_with_the_api_reference(tmp_path: Path) -> None:
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
     reference = (tmp_path / "site" / "api" / "index.html").read_text()
-    for name in (
-        "bigincubate.config.load_recipe",
-        "bigincubate.models.partition.Partition",
-        "bigincubate.api.run",
-        "bigincubate.tasks.base.Task.loss",
-    ):
-        assert f'id="{name}"' in reference
+    for name in ("config.load_recipe", "models.partition.Partition", "api.run", "tasks.base.Task.loss"):
+        assert f'id="bigincubate.{name}"' in reference
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
     assert pages == {folder.parent.name for folder in (tmp_path / "site").glob("*/index.html")}
