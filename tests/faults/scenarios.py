@@ -37,7 +37,7 @@ SCENARIOS = (
         "kill",
         "`kill -9`",
         "A process, one of two ranks, both ranks, or their launcher is killed with SIGKILL at a random moment while the"
-        " meta model, a module or the assembled model is trained. In every second trial this happens while a checkpoint"
+        " meta model, a module or the assembled model is trained. In every other trial this happens while a checkpoint"
         " is being written. Then the same command is run again. In every tenth trial the first process is a new"
         " interpreter (`cold`); in the others it is forked.",
         "weights, optimizer state, log and result are bitwise identical to those of an uninterrupted run; at most the"
@@ -50,16 +50,18 @@ SCENARIOS = (
     Scenario(
         "crash",
         "power loss at every moment of a save",
-        "The file system calls (mkdir, create, write, fsync, rename, link, unlink, rmdir) of four consecutive saves"
-        " (with pruning of older checkpoints), of three artifacts in the same place and of two results are recorded. A"
-        " power loss is simulated after each call: data that was not fsynced is lost, empty, zero or half written, and"
-        " each name that was not fsynced exists or does not exist, in all combinations. If there are more than 1,024"
-        " combinations, these are tried: none of the names, all, each one, all except each one, and 200 random ones.",
+        "The trial records the file system calls (mkdir, create, write, fsync, rename, link, unlink, rmdir) of four"
+        " consecutive saves (with pruning of older checkpoints), of writing three artifacts to the same place, and of"
+        " writing two results. A power loss is simulated after each call (a moment): data that was not fsynced is lost,"
+        " empty, zero or half written, and each name that was not fsynced exists or does not exist, in all"
+        " combinations. If there are more than 1,024 combinations, only these are tried: no name exists, all exist,"
+        " exactly one exists, all but one exist, and 200 random combinations. *Disk states* counts the different"
+        " contents of the disk that were tried.",
         "the newest checkpoint is complete; it is checkpoint N or N−1 during save N, and N after this save has"
         " returned; an artifact or a result is the complete old one or the complete new one",
         full=3,
         few=3,
-        total=("moments", "distinct disks"),
+        total=("moments", "disk states"),
     ),
     Scenario(
         "damage",
@@ -106,17 +108,19 @@ SCENARIOS = (
         "signal",
         "stop signals",
         "SIGTERM, SIGINT, SIGUSR1 or SIGUSR2, once or several times, at a random moment of any phase. Then the same"
-        " command is run again.",
-        "exit code 75, no step is lost, and the final weights are bitwise identical",
+        " command is run again. *Stopped* counts the trials that ended with exit code 75, *finished before* those with"
+        " exit code 0. In all others, the signal ended the process after it had written the result of the phase.",
+        "exit code 75, unless the phase was already finished; no step is lost, and the final weights are bitwise"
+        " identical",
         full=50,
         few=1,
-        total=("stopped", "done before"),
+        total=("stopped", "finished before"),
     ),
     Scenario(
         "slurm",
         "a whole run on a Slurm cluster of three nodes",
         "The run is submitted once. Before the model is exported, a node crashes and comes back (immediately, or after"
-        " Slurm has noticed), an array task is requeued, and a rank is killed; in every second trial a gate is killed"
+        " Slurm has noticed), an array task is requeued, and a rank is killed; in every other trial a gate is killed"
         " too. Each fault happens in a random phase, after its first checkpoint.",
         "weights and results of every phase are bitwise identical to those of a run without faults; there are five jobs"
         " in total, no dependency that cannot be satisfied, and an empty queue at the end",
@@ -137,7 +141,7 @@ SCENARIOS = (
     ),
     Scenario(
         "layouts",
-        "resuming with another world size or strategy",
+        "resuming with a different world size or strategy",
         "A phase is stopped after 25 steps under each layout: every strategy with 2 and with 4 ranks, and one process."
         " It is then resumed for 25 steps under each layout. Training uses AdamW, a moving average, clipping, mixup or"
         " CutMix, and stochastic depth. One trial is one layout that resumes the checkpoints of all layouts.",
@@ -150,7 +154,8 @@ SCENARIOS = (
     Scenario(
         "stopped-rank",
         "a stopped rank",
-        "One of two ranks receives SIGSTOP at a random moment, with the launcher of this project and as under srun.",
+        "One of two ranks receives SIGSTOP at a random moment, both with the launcher of this project and without one,"
+        " as srun starts ranks.",
         "the rank is detected and named within 30 s, and all ranks exit",
         full=6,
         most=("seconds",),

@@ -204,7 +204,7 @@ def stop(trial: Trial, run: Runs) -> None:
         if command.running:
             command.send(dice.choice(SIGNALS))
     code = command.wait()
-    trial.note(stopped=int(code == 75), done_before=int(code == 0))
+    trial.note(stopped=int(code == 75), finished_before=int(code == 0))
     assert code in (0, 75) or folder.result, command.err
     if code == 75:
         assert committed(folder) == logged(other, phase, module), "a step was lost"

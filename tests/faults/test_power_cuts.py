@@ -118,7 +118,7 @@ def cut_everywhere(trial: Trial, root: Path, scratch: Path) -> None:
                 raise AssertionError(f"after {calls[:moment][-3:]}: {error}") from None
             assert state in expected, (state, expected, calls[max(0, moment - 4) : moment], shape(tree))
             shutil.rmtree(place)
-    trial.note(moments=len(calls), distinct_disks=len(seen))
+    trial.note(moments=len(calls), disk_states=len(seen))
 
 
 def shape(tree: Tree) -> Any:
