@@ -1,6 +1,6 @@
 # make demo      install, then run the whole pipeline on real images
 # make test      install with the test extras, then run the tests (what CI runs)
-# make test-gpu tests of the device; they have never run on a GPU. DEVICE=cpu: at toy size, on the CPU
+# make test-gpu tests on a GPU (docs/gpu.md has results). DEVICE=cpu: at toy size, on the CPU
 # make test-full only the long tests; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
 # make test-slurm runs on a real Slurm on this machine, 20 of them with faults (docs/reliability.md); run again, it resumes
 # make test-faults all trials of every fault, then docs/reliability.md; run again, it resumes. MINUTES: limit per scenario
