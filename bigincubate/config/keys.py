@@ -84,7 +84,8 @@ def format_recipe_keys(keys: Sequence[RecipeKey]) -> str:
         f"Every key of a recipe. This page is generated from the schema by `{PAGE_COMMAND}`.",
         "",
         f"A phase may override any key of the tables {tables}: `finetune.train.lr` is `train.lr` of fine-tuning.",
-        "A key whose default is `none` may be left out. Keys marked * determine only where or how to compute, and may",
+        "Every key with a default may be left out; the default `none` means that the key is not set.",
+        "Keys marked * determine only where or how to compute, and may",
         "change when a run is resumed; all others determine what is computed",
         "([architecture](architecture.md#what-a-recipe-key-means)).",
     ]

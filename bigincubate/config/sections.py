@@ -90,7 +90,7 @@ class DataConfig(ConfigTable):
     """Location and order of the samples."""
 
     source: Literal["digits", "digits-dev", "made-up"] | None = None
-    """Embedded data, prepared if it is missing: scikit-learn's handwritten digits (`digits`), their training split
+    """Built-in data, prepared if it is missing: scikit-learn's handwritten digits (`digits`), their training split
     divided again for tuning (`digits-dev`), or generated images (`made-up`)."""
     path: str | None = execution_field(None)
     """Folder of the prepared data. None: the folder `data` of the run directory, only for embedded data."""
@@ -184,7 +184,8 @@ class TrainConfig(ConfigTable):
     max_steps: int | None = Field(None, ge=0)
     """Maximum length of the phase; the schedule then spans this number of steps. Unit: optimizer steps."""
     batch_size: Count = 256
-    """Global batch size over all ranks and micro-batches; several views of a sample count separately. Unit: samples."""
+    """Global batch size over all ranks and micro-batches; with repeated augmentation, each augmented copy of a
+    sample counts. Unit: samples."""
     seed: int = Field(0, ge=0)
     """Seed of all random draws: initial weights, order of samples, augmentation, mixing, drop-path."""
     clip_grad: NonNegative = 1.0
@@ -197,7 +198,7 @@ class TrainConfig(ConfigTable):
     micro_batch: Count | None = execution_field(None)
     """Maximum number of samples in a forward pass of a rank. None: all of the rank's samples. Unit: samples."""
     compile: bool = execution_field(False)
-    """Compile each block with torch.compile, and also a loss `package.module:function`."""
+    """Compile each block with torch.compile, and also the loss if `loss.name` is a `package.module:function`."""
     deterministic: bool = execution_field(True)
     """On a GPU, use only deterministic kernels, so that a resumed run computes the same bits."""
     subset_drop_path: bool = execution_field(False)
@@ -355,7 +356,8 @@ class ShardingConfig(ConfigTable):
     fsdp2: Fsdp2Config = Fsdp2Config()
     """Options of FSDP2."""
     deepspeed_config: str | None = execution_field(None)
-    """Path or shipped name of a DeepSpeed file, for zero1 to zero3. None: the shipped file of the strategy."""
+    """Path of a DeepSpeed file, or the name of an included one, for zero1 to zero3. None: the included file for the
+    strategy."""
     activation_checkpointing: Literal["none", "full", "selective"] = execution_field("none")
     """Recompute activations in the backward pass: none, all of each block, or selected operations of each block."""
 

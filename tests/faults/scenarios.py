@@ -38,8 +38,8 @@ SCENARIOS = (
         "`kill -9`",
         "A process, one of two ranks, both ranks, or their launcher is killed with SIGKILL at a random moment while the"
         " meta model, a module or the assembled model is trained. In every other trial this happens while a checkpoint"
-        " is being written. Then the same command is run again. In every tenth trial the first process is a new"
-        " interpreter (`cold`); in the others it is forked.",
+        " is being written. Then the same command is run again. In about every sixth trial the first process is a"
+        " new interpreter (`cold`); in the others it is forked.",
         "weights, optimizer state, log and result are bitwise identical to those of an uninterrupted run; at most the"
         " steps of one checkpoint interval are lost, plus the steps during the save that was interrupted",
         full=200,
@@ -120,8 +120,9 @@ SCENARIOS = (
         "slurm",
         "a whole run on a Slurm cluster of three nodes",
         "The run is submitted once. Before the model is exported, a node crashes and comes back (immediately, or after"
-        " Slurm has noticed), an array task is requeued, and a rank is killed; in every other trial a gate is killed"
-        " too. Each fault happens in a random phase, after its first checkpoint.",
+        " Slurm has noticed), an array task is requeued, and a rank is killed; in every other trial a gate (the"
+        " job that checks the other jobs) is killed too. Each fault happens in a random phase, after its first"
+        " checkpoint.",
         "weights and results of every phase are bitwise identical to those of a run without faults; there are five jobs"
         " in total, no dependency that cannot be satisfied, and an empty queue at the end",
         full=20,
@@ -154,8 +155,8 @@ SCENARIOS = (
     Scenario(
         "stopped-rank",
         "a stopped rank",
-        "One of two ranks receives SIGSTOP at a random moment, both with the launcher of this project and without one,"
-        " as srun starts ranks.",
+        "One of two ranks receives SIGSTOP at a random moment, both with this project's launcher and without a"
+        " launcher (as on Slurm, where srun starts the ranks).",
         "the rank is detected and named within 30 s, and all ranks exit",
         full=6,
         most=("seconds",),

@@ -118,8 +118,8 @@ def collect() -> dict[str, Any]:
 
 HEAD = """# Reliability: fault-injection results
 
-Each row of the table is one kind of fault. The sections below say what each trial does and what must hold afterwards; a
-trial passes if it holds. The columns:
+Each row of the table is one kind of fault. The sections below say what each trial does and which requirement must be
+met afterwards; a trial passes if it is met. The columns:
 
 - *passed*: number of trials that passed, of those that were run.
 - *run*: number of trials that were run, of those that are planned.
