@@ -6,6 +6,7 @@ Transforms use the global random generators of Python, numpy and torch, as those
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -64,7 +65,8 @@ def image_steps(augment: config.AugmentConfig, img_size: int) -> list[Callable[[
 
 def eval_transform(augment: config.AugmentConfig, img_size: int) -> Transform:
     """Return the transform of an RGB image to its normalized center crop, [3, img_size, img_size] float32."""
-    resize = transforms.Resize(round(img_size / augment.eval_crop), str_to_interp_mode(augment.interpolation))
+    # rounded down as in timm, so that timm computes the same from an exported model
+    resize = transforms.Resize(math.floor(img_size / augment.eval_crop), str_to_interp_mode(augment.interpolation))
     return transforms.Compose([resize, transforms.CenterCrop(img_size), ToNormalized(augment)])
 
 
