@@ -31,14 +31,14 @@ def write_timm_files(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[st
 
 def timm_snippet(spec: ModelSpec, weights: Path) -> str:
     """Return the Python code that loads an exported model."""
-    arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(spec).items())
     if depth := _truncated_depth(spec):  # timm has no argument for the depth
+        arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(spec).items())
         return (
             f"model = timm.create_model({spec.model.name!r}, {arguments}); model.blocks = model.blocks[:{depth}];"
             f" model.load_state_dict(safetensors.torch.load_file({str(weights)!r}))"
         )
-    overlay = f"dict(file={str(weights)!r}, num_classes={spec.model.num_classes})"
-    return f"timm.create_model({spec.model.name!r}, pretrained=True, pretrained_cfg_overlay={overlay}, {arguments})"
+    # with the input size and the normalization of config.json, not those of the original checkpoint
+    return f"timm.create_model({f'local-dir:{weights.parent}'!r}, pretrained=True)"
 
 
 def timm_arguments(spec: ModelSpec) -> dict[str, object]:

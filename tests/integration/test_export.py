@@ -81,6 +81,8 @@ def test_printed_python_loads_the_folder(name: str, tmp_path: Path) -> None:
     known: dict[str, Any] = {"timm": timm, "safetensors": safetensors}
     exec(snippet if "model = " in snippet else f"model = {snippet}", known)
     assert torch.equal(logits(known["model"]), logits(load_model(tmp_path / "artifact")[0]))
+    if "local-dir:" in snippet:
+        assert timm.data.resolve_model_data_config(known["model"])["input_size"] == (3, 32, 32)
 
 
 def test_exported_folder_loads_here_as_well(tmp_path: Path) -> None:
