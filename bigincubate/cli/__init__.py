@@ -27,5 +27,8 @@ def main() -> NoReturn:
         # usage errors of the argument parser, whose class is in a different module in each version of typer
         if not hasattr(error, "format_message"):
             raise
-        fail(f"{error.format_message()} (see --help)", Exit.USAGE)
+        message = error.format_message()
+        if not message:  # a command that needs a subcommand has printed its help
+            raise SystemExit(Exit.USAGE) from None
+        fail(f"{message} (see --help)", Exit.USAGE)
     raise SystemExit(code or 0)
