@@ -93,7 +93,7 @@ class DataConfig(ConfigTable):
     """Built-in data, prepared if it is missing: scikit-learn's handwritten digits (`digits`), their training split
     divided again for tuning (`digits-dev`), or generated images (`made-up`)."""
     path: str | None = execution_field(None)
-    """Folder of the prepared data. None: the folder `data` of the run directory, only for embedded data."""
+    """Folder of the prepared data. None: the folder `data` of the run directory, only for built-in data."""
     remote: str | None = execution_field(None)
     """URL of prepared data for the streaming library, which downloads it into `data.path`."""
     local_cache: str | None = execution_field(None)

@@ -59,7 +59,7 @@ def prepare_dataset(
     """Write ``source`` as MDS shards to ``out``, unless they exist. Processes with the same ``out`` take turns.
 
     Args:
-        source: A folder of images by class, a CIFAR python archive (packed or unpacked), or the name of embedded data.
+        source: A folder of images by class, a CIFAR python archive (packed or unpacked), or the name of built-in data.
         out: A folder that is missing, empty, or completely or partly prepared from the same source.
         jobs: Number of processes, which does not affect the result.
         val_fraction: Share of each class to hold out if a folder of images has no validation split.

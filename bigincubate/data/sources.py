@@ -71,7 +71,7 @@ def read_source(source: str, val_fraction: float) -> Source:
     """Detect the kind of a source and list its samples.
 
     Args:
-        source: A folder, an archive, or the name of embedded data.
+        source: A folder, an archive, or the name of built-in data.
         val_fraction: Share of each class to hold out if a folder of images has no validation split.
 
     Raises:

@@ -7,7 +7,7 @@
       plan.json             depths, sizes and costs of every phase
       events.jsonl          events, one per line
       summary.json          the results of all phases
-      data/                 embedded data only; other data is not copied
+      data/                 built-in data only; other data is not copied
       meta/                 pre-training of the meta model
       modules/00 … K-1/     incubation of module k
       modules/logs/         logs of helper processes of the modules, such as a shared loader
