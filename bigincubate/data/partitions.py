@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from ..config import Recipe
+from ..config.seeds import partition_number
 from ..errors import ConfigError, DataError
-from ..seeds import partition_number
 from .dataset import DatasetInfo, open_dataset
 from .sources import Sample
 from .splits import sort_by_name_hash

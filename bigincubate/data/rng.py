@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..seeds import generator_seed
+from ..config.seeds import generator_seed
 
 _GENERATOR = np.random.MT19937()  # replaces numpy's global one inside `preserve_rng_state`
 

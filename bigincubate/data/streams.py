@@ -14,8 +14,8 @@ from streaming import StreamingDataLoader
 from torch.utils.data import DataLoader, Subset
 
 from .. import config
+from ..config.seeds import shuffle_seed
 from ..errors import ConfigError, ExternalError
-from ..seeds import shuffle_seed
 from .batch import Batch
 from .dataset import DatasetInfo
 from .epoch_layout import EpochLayout

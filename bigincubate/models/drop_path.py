@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..config.seeds import drop_path_seed
 from ..errors import ConfigError
-from ..seeds import drop_path_seed
 from .base import Depths
 from .partition import Partition
 

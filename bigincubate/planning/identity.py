@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..config import Phase, Recipe, Settings, is_execution
+from ..config.seeds import phase_key
 from ..errors import ArtifactError
 from ..files import read_json
 from ..models.drop_path import find_drop_paths, set_drop_path_rates
 from ..models.partition import Partition
-from ..seeds import phase_key
 from ..storage.artifacts import Lineage, load_manifest
 from ..storage.run_directory import RunDir
 from .cost import PlannedRow

@@ -20,13 +20,13 @@ from torch import nn
 
 from ..config import PHASES, Phase, Recipe, Settings
 from ..config.objects import load_object
+from ..config.seeds import phase_key
 from ..errors import ConfigError
 from ..models.base import Depths, ModelFamily
 from ..models.checks import check_model
 from ..models.library import find_family
 from ..models.partition import Partition, check_depths, default_meta_depths, find_balanced_cut, normalize_depths
 from ..models.surgery import freeze_other_modules
-from ..seeds import phase_key
 from ..tasks.registry import make_task
 
 Source = Literal["fresh", "meta", "module"]

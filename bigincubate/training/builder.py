@@ -9,6 +9,7 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
+from ..config.seeds import INIT, stable_seed
 from ..data.micro_batches import count_micro_batches
 from ..data.partitions import assert_partition_allowed
 from ..errors import ArtifactError
@@ -24,7 +25,6 @@ from ..planning.context import PhaseContext
 from ..planning.cost import phase_steps
 from ..planning.identity import expected_lineage
 from ..planning.phases import phase_model
-from ..seeds import INIT, stable_seed
 from ..sharding import Sharding, make_sharding
 from ..storage.artifacts import ArtifactManifest, ModelSpec, check_artifact_lineage, load_artifact, load_manifest
 from ..storage.run_directory import RunDir

@@ -15,24 +15,23 @@ import bigincubate
 ROOT = Path(bigincubate.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# The packages of the tree, lowest first. A package imports only packages above it in this list; `files`, `seeds`,
+# The packages of the tree, lowest first. A package imports only packages above it in this list; `files`,
 # `errors` and `api` are single files. docs/architecture.md says what each is for.
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
-    "seeds": set(),
     "compat": {"errors"},
     "config": {"errors"},
     "kernels": set(),
     "distributed": {"compat", "errors"},
     "storage": {"config", "distributed", "errors", "files"},
-    "models": {"compat", "config", "errors", "kernels", "seeds"},
-    "data": {"compat", "config", "errors", "files", "seeds"},
+    "models": {"compat", "config", "errors", "kernels"},
+    "data": {"compat", "config", "errors", "files"},
     "optim": {"compat", "config", "errors", "storage"},
     "sharding": {"compat", "config", "distributed", "errors", "optim", "storage"},
-    "tasks": {"compat", "config", "data", "distributed", "errors", "models", "seeds"},
+    "tasks": {"compat", "config", "data", "distributed", "errors", "models"},
     "planning": {
-        *("config", "data", "distributed", "errors", "files", "models", "optim", "seeds", "sharding", "storage"),
+        *("config", "data", "distributed", "errors", "files", "models", "optim", "sharding", "storage"),
         "tasks",
     },
     "interchange": {"compat", "config", "errors", "files", "models", "storage"},
@@ -40,7 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "report": {"config", "data", "errors", "files", "launchers", "planning", "storage", "tasks"},
     "training": {
         *("compat", "config", "data", "distributed", "errors", "files", "interchange", "models", "optim", "planning"),
-        *("seeds", "sharding", "storage", "tasks"),
+        *("sharding", "storage", "tasks"),
     },
     "experimental": {
         *("config", "data", "distributed", "errors", "kernels", "optim", "planning", "sharding", "storage", "tasks"),
@@ -184,9 +183,9 @@ def test_package_imports_only_lower_ones(package: str) -> None:
     assert package_graph().get(package, set()) <= LAYERS[package]
 
 
-def test_tree_has_at_most_25_entries() -> None:
+def test_tree_has_at_most_24_entries() -> None:
     entries = [path for path in ROOT.iterdir() if path.name != "__pycache__"]
-    assert len(entries) <= 25, sorted(path.name for path in entries)
+    assert len(entries) <= 24, sorted(path.name for path in entries)
 
 
 def test_core_never_imports_experimental() -> None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from bigincubate import seeds
-from bigincubate.config import PHASES
+from bigincubate.config import PHASES, seeds
 
 
 def test_seed_strings_keep_their_names() -> None:

@@ -15,8 +15,8 @@ from timm.data.mixup import Mixup, cutmix_bbox_and_lam, one_hot
 from torch import Tensor
 
 from ... import config
+from ...config.seeds import MIX
 from ...data.rng import seeded_rng
-from ...seeds import MIX
 
 
 @dataclass(frozen=True)
