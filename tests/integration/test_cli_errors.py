@@ -259,3 +259,11 @@ def test_damaged_run_files_are_written_again(text: str, place: Any, call: Called
     assert (code, err) == (0, "")
     assert {**json.loads((place.run / "meta" / "DONE").read_text()), "seconds": 0} == {**expected, "seconds": 0}
     assert call("status", place.run)[0] == 0
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["checkpoint"]])
+def test_command_without_a_subcommand_prints_its_help_and_no_empty_message(words: list[str], call: Called) -> None:
+    code, out, err = call(*words)
+    assert code == 2
+    assert "Usage:" in out + err
+    assert "bigincubate:  (see --help)" not in out + err

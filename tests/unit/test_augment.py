@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from timm.data import create_transform
 from torch import Tensor
 from torchvision import transforms
 
@@ -212,6 +213,13 @@ def test_evaluation_takes_the_middle() -> None:
         eval_transform(augment, 32)(image), normalized(image.crop((32, 16, 64, 48)), augment), atol=1e-6
     )
     assert eval_transform(AugmentConfig(), 32)(picture(17, 90)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("img_size", [32, 96, 224])
+def test_eval_transform_resizes_as_timm_does(img_size: int) -> None:
+    """32 / 0.875 = 36.57: timm rounds down, and an exported model must have the same scores there."""
+    theirs = create_transform((3, img_size, img_size), crop_pct=0.875, interpolation="bicubic")
+    assert eval_transform(AugmentConfig(), img_size).transforms[0].size == theirs.transforms[0].size  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------------------------------ files
