@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import shutil
 import subprocess
@@ -256,6 +257,14 @@ def slurm(cluster: Any) -> Iterator[Any]:
 
 
 # ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(autouse=True)
+def reset_package_logger() -> None:
+    """Start each test with the package's logger as it is after an import: `train` configures it for the process."""
+    logger = logging.getLogger("bigincubate")
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import multiprocessing
 import os
 import secrets
@@ -171,11 +170,8 @@ def _read(client: SharedLoaderClient, report: Any, stop_at: int, count: int) -> 
 
 
 @pytest.fixture
-def logged(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> pytest.CaptureFixture[str]:
+def logged(capfd: pytest.CaptureFixture[str]) -> pytest.CaptureFixture[str]:
     """What this process and the processes that it forks log."""
-    logger = logging.getLogger("bigincubate")
-    monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(logger, "propagate", True)
     setup_logging("warning")
     return capfd
 

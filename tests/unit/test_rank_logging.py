@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,16 +17,6 @@ from bigincubate.tasks.image_classification.task import ImageClassification
 from bigincubate.training.metrics_writer import describe_step
 
 LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d rank %d %s: %s\n"
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    """Leave the logger of the package as it was."""
-    logger = logging.getLogger("bigincubate")
-    before = logger.handlers, logger.propagate, logger.level
-    yield
-    logger.handlers, logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
 
 
 def log_everything() -> None:
