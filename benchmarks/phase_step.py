@@ -140,7 +140,6 @@ def make_trainer(
             phase=row.phase,
             module=row.module,
             title=row.title,
-            depths=[list(depths) for depths in row.depths],
             metrics=(),
             unit="images",
             cost=cost,

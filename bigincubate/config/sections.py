@@ -274,7 +274,7 @@ class AugmentConfig(ConfigTable):
     eval_crop: float = Field(0.875, gt=0, le=1)
     """Side of the center crop at evaluation, as a share of the shorter side of the image."""
     batch_transform: Annotated[str, one_of_or_object()] | None = None
-    """Class `package.module:Class` that replaces the training transform. One part runs on the host, one on the device."""
+    """Class `package.module:Class` that replaces the training transform: one part on the host, one on the device."""
 
     @model_validator(mode="after")
     def _one_policy(self) -> AugmentConfig:

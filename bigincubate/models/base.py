@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig
@@ -18,6 +19,10 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from .partition import Partition
 
+# the operators with which torch.nn.init and timm set the values of a tensor
+INITIALIZERS = {
+    getattr(Tensor, f"{name}_") for name in ("add", "clamp", "erfinv", "fill", "mul", "normal", "uniform", "zero")
+}
 Depths = tuple[tuple[int, ...], ...]  # number of blocks: one inner tuple per module, one entry per stage
 
 
@@ -187,3 +192,17 @@ def explain_argument_errors(name: str) -> Iterator[None]:
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"model {name!r} cannot be built with these arguments: {reason[0]}") from error
+
+
+class SkipMetaInitialization(TorchFunctionMode):
+    """Do not initialize tensors on the meta device while a model is built.
+
+    They have no values, but initializing them takes most of the time of building a deep model on this device.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        if function in INITIALIZERS and arguments[0].is_meta:
+            return arguments[0]
+        return function(*arguments, **(options or {}))

@@ -71,18 +71,12 @@ def find_drop_paths(model: nn.Module) -> list[DropPath]:
     return [module for module in model.modules() if isinstance(module, DropPath)]
 
 
-def set_drop_path_rates(
-    model: nn.Module,
-    partition: Partition,
-    mode: Literal["target", "hybrid"],
-    rate: float,
-    depths_target: Depths,
-    module: int | None,
-) -> None:
-    """Set the drop-path rate of every block.
+def block_drop_path_rates(
+    partition: Partition, mode: Literal["target", "hybrid"], rate: float, depths_target: Depths, module: int | None
+) -> dict[str, float]:
+    """Return the drop-path rate of each block by its path, without the blocks that drop nothing.
 
     Args:
-        model: A model built by its family.
         partition: The model's partition.
         mode: ``"target"``: the blocks of ``module`` have their rates in the target, all other blocks have rate 0.
             ``"hybrid"``: the family's rule (`ModelFamily.drop_path_rates`) over the depth of this model, including
@@ -97,15 +91,26 @@ def set_drop_path_rates(
     if not 0 <= rate < 1:
         raise ConfigError(f"drop_path.rate = {rate}: it must be at least 0 and less than 1")
     if module is None or mode == "hybrid":
-        rates = _rates_by_path(partition, rate)
-    else:
-        target = Partition(partition.family, depths_target)
-        final = _rates_by_path(target, rate)
-        rates = {
-            block.path: final[target.block_path(module, block.stage, block.index_in_module)]
-            for block in partition.blocks()
-            if block.module == module
-        }
+        return _rates_by_path(partition, rate)
+    target = Partition(partition.family, depths_target)
+    final = _rates_by_path(target, rate)
+    return {
+        block.path: final[target.block_path(module, block.stage, block.index_in_module)]
+        for block in partition.blocks()
+        if block.module == module
+    }
+
+
+def set_drop_path_rates(
+    model: nn.Module,
+    partition: Partition,
+    mode: Literal["target", "hybrid"],
+    rate: float,
+    depths_target: Depths,
+    module: int | None,
+) -> None:
+    """Set the drop-path rate of every block of a model that its family built; see `block_drop_path_rates`."""
+    rates = block_drop_path_rates(partition, mode, rate, depths_target, module)
     for block in partition.blocks():
         for drop_path in find_drop_paths(model.get_submodule(block.path)):
             drop_path.rate, drop_path.active = rates.get(block.path, 0.0), rate > 0 and block.path in rates

@@ -7,11 +7,10 @@ by its module and its *local* name, in which block indices start at the module's
 
 from __future__ import annotations
 
-import math
-import operator
 import re
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
@@ -163,6 +162,10 @@ class Partition:
         columns = [tuple(accumulate(column, initial=0))[:-1] for column in zip(*self.depths, strict=True)]
         return tuple(zip(*columns, strict=True))
 
+    @cached_property
+    def _starts_in_stage(self) -> Depths:
+        return tuple(zip(*self._starts, strict=True))
+
     def start(self, module: int, stage: int) -> int:
         """Return the index in the stage of the module's first block."""
         return self._starts[module][stage]
@@ -190,10 +193,9 @@ class Partition:
             return None
         stage, index = int(match.groupdict().get("stage", 0)), int(match["block"])
         path = self.family.block_path(stage, index)
-        for module in range(self.modules if stage < self.family.stages else 0):
-            local = index - self.start(module, stage)
-            if 0 <= local < self.depths[module][stage]:
-                return BlockRef(module, stage, index, local, path)
+        if stage < self.family.stages and index < self.stage_depths[stage]:
+            module = bisect_right(self._starts_in_stage[stage], index) - 1
+            return BlockRef(module, stage, index, index - self.start(module, stage), path)
         raise ArtifactError(f"tensor {name!r}: this model of depths {show_depths(self.depths)} has no block {path}")
 
     def owner(self, name: str) -> int:
@@ -339,25 +341,61 @@ def find_balanced_cut(costs: Sequence[Sequence[int]], modules: int, parity: int 
     if not 1 <= modules < len(boundaries):
         raise ConfigError(f"plan.modules = {modules}: this model can have 1 to {len(boundaries) - 1} modules")
 
-    def cost(i: int, j: int) -> float:
-        return total[boundaries[j]] - total[boundaries[i]]
-
-    largest, _ = _best_boundaries(len(boundaries) - 1, modules, cost, max)
-    _, chosen = _best_boundaries(
-        len(boundaries) - 1, modules, lambda i, j: cost(i, j) ** 2 if cost(i, j) <= largest else math.inf, operator.add
-    )
+    costs_before = [total[at] for at in boundaries]
+    largest = _smallest_limit(costs_before, modules)
+    chosen = _most_equal_boundaries(costs_before, modules, largest)
     pieces = [Counter(stage for stage, _ in blocks[boundaries[i] : boundaries[j]]) for i, j in pairwise(chosen)]
     return tuple(tuple(piece[stage] for stage in range(len(costs))) for piece in pieces)
 
 
-def _best_boundaries(
-    end: int, pieces: int, weigh: Callable[[int, int], float], combine: Callable[[float, float], float]
-) -> tuple[float, tuple[int, ...]]:
-    """Return the smallest combined weight of dividing 0..end into ``pieces`` intervals, and their boundaries."""
-    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0, (0,))}
-    for piece in range(1, pieces + 1):
-        best = {
-            j: min((combine(best[i][0], weigh(i, j)), (*best[i][1], j)) for i in best if i < j)
-            for j in range(piece, end + 1)
-        }
-    return best[end]
+def _smallest_limit(costs_before: Sequence[int], pieces: int) -> int:
+    """Return the smallest possible cost of the most expensive of ``pieces`` intervals, by bisection.
+
+    Args:
+        costs_before: The total cost before each boundary, in increasing order.
+        pieces: Number of intervals.
+    """
+
+    def needs_more(limit: int) -> bool:
+        at = 0
+        for _ in range(pieces):
+            at = bisect_right(costs_before, costs_before[at] + limit) - 1
+        return at < len(costs_before) - 1
+
+    limits = range(max(b - a for a, b in pairwise(costs_before)), costs_before[-1] - costs_before[0] + 1)
+    return limits[bisect_left(limits, True, key=lambda limit: not needs_more(limit))]
+
+
+def _most_equal_boundaries(costs_before: Sequence[int], pieces: int, limit: int) -> list[int]:
+    """Return the boundaries of intervals with the smallest sum of squared costs, and of equal ones the earliest.
+
+    Args:
+        costs_before: The total cost before each boundary, in increasing order.
+        pieces: Number of intervals.
+        limit: The highest cost of an interval.
+
+    Returns:
+        Indices of ``pieces + 1`` boundaries, from the first to the last.
+    """
+    end = len(costs_before) - 1
+    first, last = [end], [0]  # the first boundary before the last n intervals, and the last one after the first n
+    for _ in range(pieces):
+        first.append(bisect_left(costs_before, costs_before[first[-1]] - limit))
+        last.append(bisect_right(costs_before, costs_before[last[-1]] + limit) - 1)
+    best: dict[int, int] = {end: 0}  # the smallest sum of squares from a boundary to the end
+    following: list[dict[int, int]] = []  # for each interval, from the last one, its end by its start
+    for left in range(1, pieces + 1):
+        sums, ends = {}, {}
+        for i in range(max(first[left], pieces - left), min(last[pieces - left], end - left) + 1):
+            reach = bisect_right(costs_before, costs_before[i] + limit)
+            options = (
+                (best[j] + (costs_before[j] - costs_before[i]) ** 2, j) for j in range(i + 1, reach) if j in best
+            )
+            if found := min(options, default=None):
+                sums[i], ends[i] = found
+        best = sums
+        following.append(ends)
+    chosen = [0]
+    for ends in reversed(following):
+        chosen.append(ends[chosen[-1]])
+    return chosen

@@ -14,9 +14,10 @@ from .partition import Partition
 Init = Literal["fresh", "boundary", "grow"]
 
 
-def extract(state_dict: Mapping[str, Tensor], partition: Partition, module: int) -> dict[str, Tensor]:
-    """Return the tensors of one module under their names in this model; storage is shared, not copied."""
-    return {name: tensor for name, tensor in state_dict.items() if partition.owner(name) == module}
+def extract(state_dict: Mapping[str, Tensor], partition: Partition, *modules: int) -> dict[str, Tensor]:
+    """Return the tensors of one or more modules under their names in this model; storage is shared, not copied."""
+    chosen = set(modules)
+    return {name: tensor for name, tensor in state_dict.items() if partition.owner(name) in chosen}
 
 
 def rename_tensors(tensors: Mapping[str, Tensor], source: Partition, target: Partition) -> dict[str, Tensor]:

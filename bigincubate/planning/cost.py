@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import Phase, Recipe, Settings
+from ..config import PHASES, Phase, Recipe, Settings
 from ..data.epoch_layout import EpochLayout
 from ..optim.state_size import trainable_param_info
 from ..tasks.metric import Metric
 from ..tasks.registry import task_class
-from .phases import PhasePlan, Plan, phase_model
+from .phases import PhasePlan, Plan, Slot, phase_model
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,75 @@ def saved_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
         return total
 
 
+Runs = tuple[tuple[int, ...], ...]  # number of blocks per stage, before the trained module, in it, and after it
+
+SMALL = 24  # number of blocks up to which a model is counted as it is
+SHORTEST = 2  # a run keeps both ends: its first block may get no gradient of its input, its last may compute less
+
+
+class CostCounter:
+    """Count the costs of many phases with the same settings, each distinct block once.
+
+    All blocks of a stage that have the same role (frozen before the trained module, trained, or frozen after it) cost
+    the same, except for those at the ends of a run of such blocks. The cost of a phase is therefore an affine function
+    of the length of each run. Long runs are counted at two short lengths and extrapolated, which is exact if blocks do
+    not depend on their index (`check_model`).
+
+    Args:
+        settings: Settings of the phases.
+        plan: Their plan.
+    """
+
+    def __init__(self, settings: Settings, plan: Plan) -> None:
+        self.settings, self.plan = settings, plan
+        self._counted: dict[tuple[Runs, int | None], Cost] = {}
+
+    def count(self, row: PhasePlan) -> Cost:
+        """Return the cost of a phase; the same as `count_cost`."""
+        runs, module = _merge_modules(row)
+        step = self.plan.family.parity
+        small = sum(map(sum, runs)) <= SMALL
+        short = runs if small else tuple(tuple(_shorten(depth, step) for depth in run) for run in runs)
+        base = asdict(self._count_runs(row, short, module))
+        total = dict(base)
+        for at, run in enumerate(runs):
+            for stage, depth in enumerate(run):
+                if times := (depth - short[at][stage]) // step:
+                    longer = asdict(self._count_runs(row, _lengthen(short, at, stage, step), module))
+                    for name in total:
+                        total[name] += times * (longer[name] - base[name])
+        return Cost(**total)
+
+    def _count_runs(self, row: PhasePlan, runs: Runs, module: int | None) -> Cost:
+        if (runs, module) not in self._counted:
+            slots = tuple(Slot(depths, "fresh") for depths in runs)
+            self._counted[runs, module] = count_cost(PhasePlan(row.phase, module, slots), self.settings, self.plan)
+        return self._counted[runs, module]
+
+
+def _merge_modules(row: PhasePlan) -> tuple[Runs, int | None]:
+    """Return the blocks per stage of the modules before, in and after the trained one, and its index among these."""
+    if row.module is None:
+        return (_sum_depths(row.depths),), None
+    parts = row.depths[: row.module], row.depths[row.module : row.module + 1], row.depths[row.module + 1 :]
+    return tuple(_sum_depths(part) for part in parts if part), min(row.module, 1)
+
+
+def _sum_depths(depths: Runs) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*depths, strict=True)))
+
+
+def _shorten(depth: int, step: int) -> int:
+    """Return the shortest length from which ``depth`` can be extrapolated, or ``depth`` if that saves nothing."""
+    return depth if depth <= SHORTEST + step else SHORTEST + (depth - SHORTEST) % step
+
+
+def _lengthen(runs: Runs, at: int, stage: int, step: int) -> Runs:
+    changed = [list(run) for run in runs]
+    changed[at][stage] += step
+    return tuple(map(tuple, changed))
+
+
 @dataclass(frozen=True)
 class PlannedRow:
     """A phase with its cost and length.
@@ -121,7 +190,6 @@ class PlannedRow:
         phase: The phase.
         module: The module that is trained; None if all are.
         title: Name of the phase in tables.
-        depths: Number of blocks per module and stage.
         metrics: Metrics of the phase's task; the first is the headline.
         unit: Name of samples, such as ``"images"``.
         cost: Its sizes and costs.
@@ -138,7 +206,6 @@ class PlannedRow:
     phase: Phase
     module: int | None
     title: str
-    depths: list[list[int]]
     metrics: tuple[Metric, ...]
     unit: str
     cost: Cost
@@ -166,10 +233,13 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
 def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
     """Return every phase with its cost and length, for a training split of ``samples`` samples."""
     rows: list[PlannedRow] = []
+    counters: dict[Phase, CostCounter] = {}
+    for settings in {s.model.model_dump_json(): s for s in map(recipe.settings, PHASES)}.values():
+        phase_model(plan.row("end_to_end"), settings, plan.family, device="meta")  # checks blocks at every index
     for row in plan.rows():
         settings = recipe.settings(row.phase)
         task = task_class(settings.task.name)
-        cost = count_cost(row, settings, plan)
+        cost = counters.setdefault(row.phase, CostCounter(settings, plan)).count(row)
         steps, per_epoch = phase_steps(settings, samples)
         if row.phase == "end_to_end" and recipe.end_to_end.budget == "equal_flops":
             budget = sum(planned.total_flops for planned in rows)
@@ -181,7 +251,6 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
                 phase=row.phase,
                 module=row.module,
                 title=row.title,
-                depths=[list(depths) for depths in row.depths],
                 metrics=task.metrics,
                 unit=task.unit,
                 cost=cost,

@@ -9,18 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from ..config import Phase, Recipe, Settings, is_execution
 from ..config.seeds import phase_key
 from ..errors import ArtifactError
 from ..files import read_json
-from ..models.drop_path import find_drop_paths, set_drop_path_rates
+from ..models.drop_path import block_drop_path_rates
 from ..models.partition import Partition
 from ..storage.artifacts import Lineage, load_manifest
 from ..storage.run_directory import RunDir
 from .cost import PlannedRow
-from .phases import PhasePlan, Plan, phase_model
+from .phases import PhasePlan, Plan
 
 SCHEMA_VERSION = 1
 # the identity has their resolved values instead: the number of steps, and the drop-path rate of each block
@@ -41,8 +42,9 @@ def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, steps: int) -> di
 
     Returns:
         JSON values by key: ``schema_version``, ``phase`` (its key, which the seed of the initial weights depends on),
-        ``steps``, ``slots`` (depths and source of each module), ``drop_path`` (the rate of each block that has one) and
-        every identity key that the phase uses and whose value differs from the default.
+        ``steps``, ``slots`` (depths and source of the modules, once for each run of equal modules), ``drop_path`` (the
+        rate of each block that has one) and every identity key that the phase uses and whose value differs from the
+        default.
     """
     settings = recipe.settings(row.phase)
     keys = (*ORDER_KEYS, *PHASE_KEYS.get(row.phase, ()), f"{row.phase}.export")
@@ -56,7 +58,10 @@ def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, steps: int) -> di
         "schema_version": SCHEMA_VERSION,
         "phase": row.key,
         "steps": steps,
-        "slots": [{"depths": list(slot.depths), "source": slot.source} for slot in row.slots],
+        "slots": [
+            {"modules": len(list(equal)), "depths": list(slot.depths), "source": slot.source}
+            for slot, equal in groupby(row.slots)
+        ],
         "drop_path": _drop_path_rates(plan, row, settings),
         **used,
     }
@@ -67,10 +72,9 @@ def _drop_path_rates(plan: Plan, row: PhasePlan, settings: Settings) -> dict[str
     drop = settings.drop_path
     if drop.rate == 0:
         return {}
-    model, partition = phase_model(row, settings, plan.family, device="meta"), Partition(plan.family, row.depths)
-    set_drop_path_rates(model, partition, drop.ramp_over, drop.rate, plan.target, row.module)
-    drop_paths = {block.path: find_drop_paths(model.get_submodule(block.path)) for block in partition.blocks()}
-    rates = {path: max((module.rate for module in modules), default=0.0) for path, modules in drop_paths.items()}
+    rates = block_drop_path_rates(
+        Partition(plan.family, row.depths), drop.ramp_over, drop.rate, plan.target, row.module
+    )
     return {path: rate for path, rate in rates.items() if rate > 0}
 
 
@@ -137,9 +141,11 @@ class PhaseInput(NamedTuple):
 def phase_inputs(identity: Mapping[str, Any]) -> dict[str, PhaseInput]:
     """Return the phases whose artifacts a phase reads, by artifact name, such as ``meta`` or ``module/0``."""
     inputs: dict[str, PhaseInput] = {}
-    for module, slot in enumerate(identity["slots"]):
+    first = 0
+    for slot in identity["slots"]:
         if slot["source"] == "meta":
             inputs["meta"] = PhaseInput("pretrain", None)
         elif slot["source"] == "module":
-            inputs[f"module/{module}"] = PhaseInput("incubate", module)
+            inputs |= {f"module/{k}": PhaseInput("incubate", k) for k in range(first, first + slot["modules"])}
+        first += slot["modules"]
     return inputs

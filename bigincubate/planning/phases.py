@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from torch import nn
@@ -84,17 +85,22 @@ class Plan:
         Raises:
             ConfigError: ``incubate`` without a valid module index, or another phase with a module index.
         """
-        indices = range(self.modules)
         if phase == "incubate":
-            if module is None or module not in indices:
+            if module is None or not 0 <= module < self.modules:
                 raise ConfigError(f"--phase incubate needs --module 0 to {self.modules - 1}, or auto (given: {module})")
-            slots = (Slot(self.target[k], "fresh") if k == module else Slot(self.meta[k], "meta") for k in indices)
+            meta = self._meta_slots
+            slots = (*meta[:module], Slot(self.target[module], "fresh"), *meta[module + 1 :])
         elif module is not None:
             raise ConfigError(f"--module {module} is only for --phase incubate, not for {phase}; remove it")
         else:
-            depths = self.meta if phase == "pretrain" else self.target
-            slots = (Slot(depths[k], "module" if phase == "finetune" else "fresh") for k in indices)
-        return PhasePlan(phase, module, tuple(slots))
+            source: Source = "module" if phase == "finetune" else "fresh"
+            slots = tuple(Slot(depths, source) for depths in (self.meta if phase == "pretrain" else self.target))
+        return PhasePlan(phase, module, slots)
+
+    @cached_property
+    def _meta_slots(self) -> tuple[Slot, ...]:
+        """Return the slots that the K hybrids share, which have K slots each."""
+        return tuple(Slot(depths, "meta") for depths in self.meta)
 
     def partial(self, joined: Collection[int]) -> PhasePlan:
         """Return a row for evaluation only: the incubated modules ``joined``, and meta modules in the other places."""

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..planning.cost import PlannedRow
     from .run_data import TrainingRoute
 
+MOST_DEPTHS = 16  # number of modules up to which each depth is shown
+
 
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
@@ -34,11 +36,24 @@ def common_unit(units: Iterable[str]) -> str:
     return several.pop() if len(several) == 1 else "samples"
 
 
-def format_depths(depths: list[list[int]]) -> str:
-    """Format depths: ``3+1+1+1`` for one stage, ``2,2,6,0 + 0,0,2,0`` for several stages."""
-    if all(len(stages) == 1 for stages in depths):
-        return "+".join(str(stages[0]) for stages in depths)
-    return " + ".join(",".join(map(str, stages)) for stages in depths)
+def format_depths(depths: Sequence[Sequence[int]]) -> str:
+    """Format depths: ``3+1+1+1`` for one stage, ``2,2,6,0 + 0,0,2,0`` for several stages.
+
+    If there are many modules, consecutive modules of equal depth are counted: ``1 (x 40) + 3 + 1 (x 59)``.
+    """
+    modules = [",".join(map(str, stages)) for stages in depths]
+    if len(modules) > MOST_DEPTHS:
+        runs = [(module, len(list(equal))) for module, equal in groupby(modules)]
+        return " + ".join(module if times == 1 else f"{module} (x {times})" for module, times in runs)
+    return ("+" if all(len(stages) == 1 for stages in depths) else " + ").join(modules)
+
+
+def row_depths(plan: dict[str, Any], row: dict[str, Any]) -> list[list[int]]:
+    """Return the depths of the model of a row of the plan."""
+    target, meta = plan["target_depths"], plan["meta_depths"]
+    if (module := row["module"]) is not None:
+        return [*meta[:module], target[module], *meta[module + 1 :]]
+    return meta if row["phase"] == "pretrain" else target
 
 
 def plan_table(plan: dict[str, Any]) -> Table:
@@ -49,7 +64,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
         cost = row["cost"]
         table.add_row(
             row["title"],
-            format_depths(row["depths"]),
+            format_depths(row_depths(plan, row)),
             f"{cost['parameters'] / 1e6:.2f}",
             f"{cost['trainable'] / 1e6:.2f}",
             f"{cost['forward_flops'] / 1e9:.3g}",

@@ -142,9 +142,8 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         meta, manifest = load_artifact(context.run.phase("pretrain").artifact)
         inputs["meta"] = manifest.digest
         meta = family.adapt_state(meta, model)
-        for module, slot in enumerate(row.slots):
-            if slot.source == "meta":
-                insert(model, partition, extract(meta, context.meta_partition, module), context.meta_partition)
+        if others := [module for module, slot in enumerate(row.slots) if slot.source == "meta"]:
+            insert(model, partition, extract(meta, context.meta_partition, *others), context.meta_partition)
         assert row.module is not None
         initialize(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
     if "module" in sources:

@@ -47,10 +47,10 @@ def build_partial_assembly(context: PhaseContext, joined: list[int]) -> nn.Modul
     with torch.random.fork_rng(devices=[]):
         model = phase_model(row, settings, family)
     meta = family.adapt_state(load_artifact(run.phase("pretrain").artifact)[0], model)
+    if others := [module for module, slot in enumerate(row.slots) if slot.source == "meta"]:
+        insert(model, partition, extract(meta, context.meta_partition, *others), context.meta_partition)
     for module, slot in enumerate(row.slots):
-        if slot.source == "meta":
-            insert(model, partition, extract(meta, context.meta_partition, module), context.meta_partition)
-        else:
+        if slot.source == "module":
             tensors, _ = load_artifact(run.phase("incubate", module).artifact)
             insert(model, partition, tensors, context.target_partition)
     model.to(context.env.device)

@@ -247,7 +247,7 @@ def test_identity_has_resolved_facts_and_no_defaults(base: Path) -> None:
         "schema_version": 1,
         "phase": "finetune",
         "steps": 26,
-        "slots": [{"depths": [2], "source": "module"}] * 2,
+        "slots": [{"modules": 2, "depths": [2], "source": "module"}],
         "drop_path": pytest.approx({"blocks.1": 0.1 / 3, "blocks.2": 0.2 / 3, "blocks.3": 0.1}),
         "ema.decay": 0.9,
         "finetune.export": "ema",
@@ -261,7 +261,10 @@ def test_identity_has_resolved_facts_and_no_defaults(base: Path) -> None:
         "train.lr": 0.5,
     }
     module = phase_identity(recipe, plan, plan.row("incubate", 1), 26)
-    assert module["slots"] == [{"depths": [1], "source": "meta"}, {"depths": [2], "source": "fresh"}]
+    assert module["slots"] == [
+        {"modules": 1, "depths": [1], "source": "meta"},
+        {"modules": 1, "depths": [2], "source": "fresh"},
+    ]
     assert module["drop_path"] == pytest.approx({"blocks.1": 0.2 / 3, "blocks.2": 0.1})  # blocks.0 is the meta model's
 
 

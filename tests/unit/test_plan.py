@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigincubate.config import list_shipped_recipes, load_recipe
+from bigincubate.config import Settings, list_shipped_recipes, load_recipe
 from bigincubate.errors import ConfigError
-from bigincubate.planning.cost import cost_plan, count_cost
-from bigincubate.planning.phases import make_plan, phase_model
+from bigincubate.models.base import Depths
+from bigincubate.planning.cost import Cost, CostCounter, cost_plan, count_cost
+from bigincubate.planning.phases import PhasePlan, Plan, make_plan, phase_model
 
 # GFLOPs an image of end to end, the meta model, and modules 0 to 3 when nothing is wasted
 TABLE = {
@@ -150,3 +152,82 @@ def test_gradients_of_a_depthwise_convolution_cost_what_its_forward_does(tmp_pat
         model.get_submodule("stem")(torch.randn(1, 3, 64, 64))
     # every product has two gradients of its own price, save that the image gets none
     assert cost.training_flops == pytest.approx(3 * cost.forward_flops - counter.get_total_flops(), rel=0.01)
+
+
+DEEP = """
+[model]
+name = "{model}"
+num_classes = 10
+[plan]
+target_depths = {target}
+meta_depths = {meta}
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "meta", "sets"),
+    [
+        ("vit_tiny_patch16_224", [3] * 10, [1] * 10, ["train.subset_drop_path=true", "train.last_block_cls_only=true"]),
+        ("vit_tiny_patch16_224", [30, 1], [2, 1], ["optim.name=lamb", "optim.layer_decay=0.7"]),
+        (
+            "swin_tiny_patch4_window7_224",
+            [[2, 2, 7, 0], [0, 0, 7, 0], [0, 0, 6, 1]],
+            [[2, 2, 2, 0], [0, 0, 1, 0], [0, 0, 1, 1]],
+            [],
+        ),
+    ],
+)
+def test_extrapolated_costs_equal_counted_costs(
+    model: str, target: list[Any], meta: list[Any], sets: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "deep.toml").write_text(DEEP.format(model=model, target=target, meta=meta))
+    recipe = load_recipe(tmp_path / "deep.toml", sets)
+    plan = make_plan(recipe)
+    counters: dict[str, CostCounter] = {}
+    for row in plan.rows():
+        settings = recipe.settings(row.phase)
+        counter = counters.setdefault(row.phase, CostCounter(settings, plan))
+        if row.phase == "finetune" or row.module in (0, 1, plan.modules - 1):
+            assert counter.count(row) == count_cost(row, settings, plan), row.key
+
+
+def test_number_of_counted_models_does_not_grow_with_the_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[Depths] = []
+
+    def count_and_note(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
+        counted.append(row.depths)
+        return count_cost(row, settings, plan)
+
+    monkeypatch.setattr("bigincubate.planning.cost.count_cost", count_and_note)
+    numbers = []
+    for modules in (30, 60):
+        model = DEEP.format(model="vit_tiny_patch16_224", target=[2] * modules, meta=[1] * modules)
+        (tmp_path / "deep.toml").write_text(model)
+        recipe = load_recipe(tmp_path / "deep.toml")
+        counted.clear()
+        assert len(cost_plan(recipe, make_plan(recipe), samples=50_000)) == modules + 3
+        assert max(sum(map(sum, depths)) for depths in counted) <= 8
+        numbers.append(len(counted))
+    assert numbers[0] == numbers[1] <= 20
+
+
+def test_block_that_depends_on_its_index_is_refused_at_any_depth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Costs of deep models are counted on shallow ones, which do not have this block."""
+    (tmp_path / "deep.toml").write_text(DEEP.format(model="vit_tiny_patch16_224", target=[20, 20], meta=[1, 1]))
+    recipe = load_recipe(tmp_path / "deep.toml")
+    plan = make_plan(recipe)
+    build = type(plan.family).build
+
+    def build_with_another_block(*arguments: Any, **options: Any) -> Any:
+        model: Any = build(*arguments, **options)
+        if len(model.blocks) > 30:
+            model.blocks[30].mlp = torch.nn.Identity()
+        return model
+
+    monkeypatch.setattr(type(plan.family), "build", build_with_another_block)
+    with pytest.raises(ConfigError, match=r"blocks blocks\.0 and blocks\.30 differ"):
+        cost_plan(recipe, plan, samples=50_000)

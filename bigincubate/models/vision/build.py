@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...config import ModelConfig
 from ...errors import ConfigError
-from ..base import Depths, ModelFamily, explain_argument_errors
+from ..base import Depths, ModelFamily, SkipMetaInitialization, explain_argument_errors
 from ..drop_path import replace_drop_path
 from ..partition import Partition
 from .subset_drop_path import compute_last_block_for_cls_token_only, use_subset_drop_path
@@ -171,7 +171,7 @@ class TimmFamily(ModelFamily):
             )
         kwargs = {**model.args, "num_classes": model.num_classes, "drop_path_rate": 0.0, "device": device}
         kwargs |= self.size_kwargs(model) | ({} if stages is None else self.depth_kwargs(stages))
-        with explain_argument_errors(model.name):
+        with explain_argument_errors(model.name), SkipMetaInitialization():
             built: nn.Module = timm.create_model(model.name, **kwargs)
         check_timm_model(built, model.name)
         return built
