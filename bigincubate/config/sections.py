@@ -108,8 +108,8 @@ class DataConfig(ConfigTable):
     decentralized: bool = False
     """Train module k only on partition k of the data, for the same number of steps as with all data."""
     canonical_nodes: Count = 1
-    """Number of parts into which the order of samples is divided, regardless of the number of nodes (streaming's
-    `num_canonical_nodes`)."""
+    """Number of parts into which the streaming library divides the samples when it shuffles (its
+    `num_canonical_nodes`). It changes the order of samples and does not depend on the nodes of a job."""
     shuffle: Literal["py1e", "py1s", "py1br", "py2s"] = "py1e"
     """Shuffling algorithm of the streaming library."""
     shuffle_block_size: Count = 1 << 18

@@ -48,7 +48,7 @@ class SlurmConfig(SlurmJobConfig):
     end_to_end: dict[str, Any] = execution_field({})
     """Resources of the job of the end-to-end baseline that differ from the common keys."""
     gate: dict[str, Any] = execution_field({})
-    """Resources of the gate that differ from one node and one rank without a GPU."""
+    """Resources of the gate that differ from its defaults: the common keys, with one node, one rank and no GPU."""
     array_parallelism: Count | None = execution_field(None)
     """Maximum number of array tasks that run in parallel. None: no limit. Unit: tasks."""
     setup_script: str | None = execution_field(None)

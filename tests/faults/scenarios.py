@@ -52,11 +52,11 @@ SCENARIOS = (
         "power loss at every moment of a save",
         "The trial records the file system calls (mkdir, create, write, fsync, rename, link, unlink, rmdir) of four"
         " consecutive saves (with pruning of older checkpoints), of writing three artifacts to the same place, and of"
-        " writing two results. A power loss is simulated after each call (a moment): data that was not fsynced is lost,"
-        " empty, zero or half written, and each name that was not fsynced exists or does not exist, in all"
-        " combinations. If there are more than 1,024 combinations, only these are tried: no name exists, all exist,"
-        " exactly one exists, all but one exist, and 200 random combinations. *Disk states* counts the different"
-        " contents of the disk that were tried.",
+        " writing two results. A power loss is simulated after each call (a moment): data that was not fsynced is"
+        " missing, complete, half written, or replaced by zeros, and each directory entry that was not fsynced exists"
+        " or does not exist, in all combinations. If there are more than 1,024 combinations, only these are tried: no"
+        " entry exists, all exist, exactly one exists, all but one exist, and 200 random combinations. *Disk states*"
+        " counts the different contents of the disk that were tried.",
         "the newest checkpoint is complete; it is checkpoint N or N−1 during save N, and N after this save has"
         " returned; an artifact or a result is the complete old one or the complete new one",
         full=3,
