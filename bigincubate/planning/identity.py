@@ -10,17 +10,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..config import Phase, Recipe, Settings, is_execution
-from ..config.seeds import phase_key
-from ..errors import ArtifactError
-from ..files import read_json
 from ..models.drop_path import block_drop_path_rates
 from ..models.partition import Partition
-from ..storage.artifacts import Lineage, load_manifest
-from ..storage.run_directory import RunDir
 from .cost import PlannedRow
+from .lineage import phase_inputs
 from .phases import PhasePlan, Plan
 
 SCHEMA_VERSION = 1
@@ -107,45 +103,3 @@ def invalidated_rows(before: Sequence[PlannedRow], after: Sequence[PlannedRow]) 
         if now.get(row.key) != (row.identity, row.data) or not reads.isdisjoint(invalid):
             invalid[row.key] = row
     return list(invalid.values())
-
-
-def expected_lineage(run: RunDir, phase: Phase, module: int | None = None) -> Lineage:
-    """Return the lineage that the artifact of a phase must have in the current state of the run.
-
-    Raises:
-        ArtifactError: The plan does not have the phase, or an artifact that the phase reads is missing or damaged.
-    """
-    rows = (read_json(run.path / "plan.json") or {}).get("rows", [])
-    row = next((row for row in rows if row["key"] == phase_key(phase, module)), None)
-    if row is None:
-        raise ArtifactError(f"{phase_key(phase, module)} is not in the plan of {run.path}")
-    inputs = {
-        name: load_manifest(run.phase(source.phase, source.module).artifact).digest
-        for name, source in phase_inputs(row["identity"]).items()
-    }
-    return Lineage(row["identity"], row["data"], inputs)
-
-
-class PhaseInput(NamedTuple):
-    """A phase whose artifact another phase reads."""
-
-    phase: Phase
-    module: int | None
-
-    @property
-    def key(self) -> str:
-        """Return the key of the phase."""
-        return phase_key(self.phase, self.module)
-
-
-def phase_inputs(identity: Mapping[str, Any]) -> dict[str, PhaseInput]:
-    """Return the phases whose artifacts a phase reads, by artifact name, such as ``meta`` or ``module/0``."""
-    inputs: dict[str, PhaseInput] = {}
-    first = 0
-    for slot in identity["slots"]:
-        if slot["source"] == "meta":
-            inputs["meta"] = PhaseInput("pretrain", None)
-        elif slot["source"] == "module":
-            inputs |= {f"module/{k}": PhaseInput("incubate", k) for k in range(first, first + slot["modules"])}
-        first += slot["modules"]
-    return inputs

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import PHASES, Recipe, differences
 from ..data.dataset import DatasetInfo, describe_dataset, open_dataset
 from ..data.partitions import dataset_digest_for_module, partition_by_class
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError
 from ..files import read_json, write_json
 from ..storage.run_directory import RunDir
 from ..tasks.metric import planned_metrics
@@ -21,22 +21,6 @@ from .identity import invalidated_rows, phase_identity
 from .phases import Plan, make_plan
 
 Report = Callable[[str], None]
-
-
-def data_path(recipe: Recipe, run: RunDir) -> Path:
-    """Return the folder of the run's data.
-
-    Raises:
-        DataError: The recipe has neither ``data.path`` nor ``data.source``.
-    """
-    if recipe.data.path is not None:
-        return Path(recipe.data.path)
-    if recipe.data.source is None:
-        raise DataError(
-            f"recipe {recipe.name!r} needs data: run `bigincubate data prepare SOURCE --out DIR`, then add"
-            " --set data.path=DIR"
-        )
-    return run.path / "data"
 
 
 def ensure_data(
@@ -54,7 +38,7 @@ def ensure_data(
         ConfigError: The run directory has built-in data of another source.
         DataError: The data is missing, or is not what the recipe expects.
     """
-    path, modules = data_path(recipe, run), recipe.plan.number
+    path, modules = run.data_path(recipe), recipe.plan.number
     source = (read_json(path / "dataset.json") or {}).get("source")
     if recipe.data.path is None and isinstance(source, dict) and source.get("kind") != recipe.data.source:
         raise ConfigError(

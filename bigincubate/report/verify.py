@@ -13,8 +13,7 @@ from ..data.dataset import find_damaged_shards, open_dataset
 from ..errors import ArtifactError, DataError
 from ..files import read_json
 from ..launchers.slurm.job_queue import SlurmQueue
-from ..planning.identity import expected_lineage, phase_inputs
-from ..planning.prepare_run import data_path
+from ..planning.lineage import expected_lineage, phase_inputs
 from ..storage.artifacts import Lineage, check_lineage, verify_artifact
 from ..storage.checkpoint_tools import list_checkpoints
 from ..storage.lease import current_owner
@@ -88,7 +87,7 @@ def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
 
 
 def _data(recipe: Recipe, run: RunDir, digest: str) -> Iterator[Finding]:
-    path = data_path(recipe, run)
+    path = run.data_path(recipe)
     try:
         info = open_dataset(path, recipe.data.remote)
     except DataError as error:

@@ -13,12 +13,10 @@ import shutil
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from ..config import ModelConfig, TaskConfig, describe_changes
 from ..errors import ArtifactError, LockedError
@@ -26,6 +24,9 @@ from ..files import fsync_path, hash_file, make_folder, regular_file_size, write
 from .checkpoint_manager import COMMIT_MARKER, read_committed_manifest
 from .lease import Lease
 from .sharded_tensors import full_tensor, write_sharded_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -168,6 +169,8 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], ArtifactManifest]:
     """
     manifest, file = verify_artifact(folder), _current_path(folder) / WEIGHTS_FILE
     try:
+        from safetensors.torch import load_file
+
         return load_file(file), manifest
     except OSError as error:
         raise ArtifactError(f"{file}: {error.strerror}") from None

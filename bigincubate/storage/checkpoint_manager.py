@@ -29,16 +29,19 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor
 
-from ..distributed.process_group import DistributedContext
 from ..errors import ArtifactError, BigincubateError, DamagedError, SystemResourceError
 from ..files import fsync_path, hash_file, make_folder, read_json, read_small_file, regular_file_size, write_and_hash
 from .lease import Lease
 from .sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..distributed.process_group import DistributedContext
 
 logger = logging.getLogger(__name__)
 

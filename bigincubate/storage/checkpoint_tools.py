@@ -9,7 +9,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from ..distributed.process_group import DistributedContext
 from ..errors import ArtifactError, ConfigError, DamagedError
 from ..files import read_json, read_small_file, write_and_hash
 from .checkpoint_manager import (
@@ -96,6 +95,8 @@ def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> li
         raise ConfigError(f"{path} is one checkpoint; give a run directory or a phase's directory")
     removed, all_damaged = [], []
     for folder in dict.fromkeys(checkpoint.parent for checkpoint in checkpoints):
+        from ..distributed.process_group import DistributedContext
+
         with acquire_lease(folder.parent, DistributedContext(), queue) as lease:
             rows = {Path(row["path"]): row for row in list_checkpoints(folder.parent)}
             valid = [checkpoint for checkpoint, row in rows.items() if row["problem"] is None]

@@ -21,11 +21,13 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..distributed.process_group import DistributedContext
 from ..errors import LockedError
 from ..files import read_json, write_text
+
+if TYPE_CHECKING:
+    from ..distributed.process_group import DistributedContext
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Phase, Recipe, differences, load_recipe
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError, ConfigError, DataError
 from ..files import append_json_line, read_json, write_json, write_text
 
 FOLDERS: dict[str, str] = {"pretrain": "meta", "finetune": "finetune", "end_to_end": "end_to_end"}
@@ -171,6 +171,21 @@ class RunDir:
         if not self.recipe_file.exists():
             raise ArtifactError(f"{self.path} is not a run directory (no recipe.toml in it)")
         return load_recipe(str(self.recipe_file))
+
+    def data_path(self, recipe: Recipe) -> Path:
+        """Return the folder of the data that a recipe trains on in this run.
+
+        Raises:
+            DataError: The recipe has neither ``data.path`` nor ``data.source``.
+        """
+        if recipe.data.path is not None:
+            return Path(recipe.data.path)
+        if recipe.data.source is None:
+            raise DataError(
+                f"recipe {recipe.name!r} needs data: run `bigincubate data prepare SOURCE --out DIR`, then add"
+                " --set data.path=DIR"
+            )
+        return self.path / "data"
 
     def update_summary(self) -> dict[str, Any]:
         """Return the results so far (None for a phase that is not done), and update ``summary.json``."""

@@ -12,29 +12,30 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..errors import ArtifactError
 from ..files import write_and_hash
 
-DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+if TYPE_CHECKING:  # `verify` reads only the headers of files, without torch
+    import torch
+    from torch import Tensor
+
+DTYPES = {  # names in torch and in safetensors
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 LAYOUT = "layout"  # in a file's header: {key: [offset, logical shape]}, for shards that are not full tensors
 Count = Annotated[int, Field(ge=0)]
 Layout = TypeAdapter(dict[str, tuple[Count, tuple[Count, ...]]])
@@ -78,6 +79,8 @@ def write_sharded_tensors(path: Path, shards: Mapping[str, TensorShard]) -> dict
     Returns:
         The manifest entry of the file; see :func:`bigincubate.files.write_and_hash`.
     """
+    import torch
+
     layout, header, tensors, end = {}, {}, [], 0
     # wide dtypes first, so that each tensor begins at a multiple of its element size
     for key, shard in sorted(shards.items(), key=lambda item: (-item[1].tensor.element_size(), item[0])):
@@ -86,14 +89,18 @@ def write_sharded_tensors(path: Path, shards: Mapping[str, TensorShard]) -> dict
             layout[key] = [shard.offset, list(shard.shape)]
             tensor = tensor.flatten()
         begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[key] = {
+            "dtype": DTYPES[str(tensor.dtype).removeprefix("torch.")],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
         tensors.append(tensor.reshape(-1).view(torch.uint8).numpy())
     text = json.dumps({"__metadata__": {LAYOUT: json.dumps(layout)}, **header}).encode()
     text += b" " * (-len(text) % 8)
     return write_and_hash(path, [len(text).to_bytes(8, "little"), text, *tensors])
 
 
-class ShardedTensorReader(Mapping[str, Tensor]):
+class ShardedTensorReader(Mapping[str, "Tensor"]):
     """Read logical tensors, full or in part, from the files of all ranks. Tensors are loaded on access.
 
     Args:
@@ -109,10 +116,10 @@ class ShardedTensorReader(Mapping[str, Tensor]):
     def __init__(self, files: Iterable[Path]) -> None:
         self._ranges: dict[str, list[tuple[int, int, Path]]] = {}  # offset, length, file
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._open = {}
+        self._open: dict[Path, Any] = {}
         for file in files:
             try:
-                handle = self._open[file] = safe_open(file, framework="pt")
+                handle = safe_open(file, framework="np")  # for the header: "pt" imports torch
                 layout = Layout.validate_json((handle.metadata() or {}).get(LAYOUT, "{}"))
             except SafetensorError as error:
                 raise ArtifactError(f"{file} is not a safetensors file: {str(error).splitlines()[0]}") from None
@@ -153,15 +160,20 @@ class ShardedTensorReader(Mapping[str, Tensor]):
                 position = low + len(part)
         if position < offset + length:
             raise ArtifactError(f"the checkpoint is incomplete: tensor {key!r} has no element {position}")
+        import torch
+
         if not parts:
-            return torch.empty(0, dtype=self._dtype(key))
+            return torch.empty(0, dtype=self.dtype(key) if key in self._ranges else None)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype of the tensor ``key``."""
+        import torch
+
         _, _, file = self._ranges[key][0]
-        name = self._open[file].get_slice(key).get_dtype()
-        return next(dtype for dtype, known in DTYPES.items() if known == name)
+        name = self._handle(file).get_slice(key).get_dtype()
+        dtype: torch.dtype = getattr(torch, next(dtype for dtype, known in DTYPES.items() if known == name))
+        return dtype
 
     def copy_to_shard(self, key: str, shard: TensorShard) -> None:
         """Copy a range of the tensor ``key`` into the tensor of ``shard``.
@@ -175,7 +187,7 @@ class ShardedTensorReader(Mapping[str, Tensor]):
         shard.tensor.copy_(part.view(shard.tensor.shape))
 
     def _read_slice(self, file: Path, key: str, low: int, high: int) -> Tensor:
-        handle = self._open[file]
+        handle = self._handle(file)
         view = handle.get_slice(key)
         if len(view.get_shape()) == 1:
             part: Tensor = view[low:high]
@@ -183,8 +195,7 @@ class ShardedTensorReader(Mapping[str, Tensor]):
         tensor: Tensor = handle.get_tensor(key)
         return tensor.flatten()[low:high]
 
-    def _dtype(self, key: str) -> torch.dtype | None:
-        """Return the dtype of a tensor; None if no rank wrote it."""
-        for _, _, file in self._ranges.get(key, []):
-            return TORCH_DTYPES[self._open[file].get_slice(key).get_dtype()]
-        return None
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="pt")
+        return self._open[file]

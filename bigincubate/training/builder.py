@@ -23,7 +23,7 @@ from ..optim.ema import Ema
 from ..optim.optimizer import make_optimizer, make_schedule
 from ..planning.context import PhaseContext
 from ..planning.cost import phase_steps
-from ..planning.identity import expected_lineage
+from ..planning.lineage import expected_lineage
 from ..planning.phases import phase_model
 from ..sharding import Sharding, make_sharding
 from ..storage.artifacts import ArtifactManifest, ModelSpec, check_artifact_lineage, load_artifact, load_manifest

@@ -15,7 +15,7 @@ from ..errors import ArtifactError
 from ..models.partition import Partition
 from ..models.surgery import extract, insert
 from ..planning.context import PhaseContext
-from ..planning.identity import expected_lineage
+from ..planning.lineage import expected_lineage
 from ..planning.phases import phase_model
 from ..storage.artifacts import check_lineage, load_artifact, verify_artifact
 

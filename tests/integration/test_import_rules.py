@@ -7,10 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bigincubate
+from bigincubate.report.verify import Verdict, verify_run
+from bigincubate.storage.run_directory import RunDir
 
 ROOT = Path(bigincubate.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -295,9 +298,22 @@ def test_small_commands_load_nothing_heavy(words: list[str]) -> None:
     assert loaded_after(run_command(*words)) & HEAVY == set()
 
 
-def test_status_loads_no_streaming(harness: Callable[..., object]) -> None:
-    run = harness().run.path  # type: ignore[attr-defined]
-    assert "streaming" not in loaded_after(run_command("status", str(run)))
+@pytest.fixture(scope="module")
+def started(harness: Callable[..., Any]) -> RunDir:
+    """A run with an artifact and a checkpoint."""
+    made = harness("train.max_steps=1", "checkpoint.every_steps=1")
+    made.train("pretrain")
+    run: RunDir = made.run
+    verdicts = {(finding.path.name, finding.verdict) for finding in verify_run(run)}
+    assert {("artifact", Verdict.GOOD), ("step-00000001", Verdict.GOOD)} <= verdicts
+    return run
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "verify", "report", "compare"])
+def test_command_that_computes_nothing_does_not_load_torch(command: str, started: RunDir) -> None:
+    loaded = loaded_after(run_command(command, str(started.path)))
+    assert "pydantic" in loaded
+    assert loaded & (HEAVY - {"numpy", "matplotlib"}) <= {"PIL"}
 
 
 def test_every_file_has_a_docstring() -> None:

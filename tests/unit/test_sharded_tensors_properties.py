@@ -28,7 +28,9 @@ def tensors(draw: st.DrawFn) -> dict[str, Tensor]:
     for number in range(draw(st.integers(1, 4))):
         shape = tuple(draw(st.lists(st.integers(0, 5), max_size=3)))
         values = torch.arange(math.prod(shape)) % 2 if draw(st.booleans()) else 3 * torch.arange(math.prod(shape)) % 7
-        found[f"t{number}"] = values.reshape(shape).to(draw(st.sampled_from(sorted(DTYPES, key=str))))
+        found[f"t{number}"] = values.reshape(shape).to(
+            draw(st.sampled_from([getattr(torch, name) for name in sorted(DTYPES)]))
+        )
     return found
 
 

@@ -23,8 +23,8 @@ from ...config import Recipe
 from ...distributed.process_group import DistributedContext
 from ...errors import ArtifactError
 from ...files import read_json, write_json
-from ...planning.identity import expected_lineage
 from ...planning.job_graph import Job
+from ...planning.lineage import expected_lineage
 from ...storage.artifacts import check_lineage, verify_artifact
 from ...storage.lease import acquire_lease
 from ...storage.run_directory import RunDir
