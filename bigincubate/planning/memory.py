@@ -7,7 +7,7 @@ step of the optimizer on fake tensors. DeepSpeed and fairscale are not imported.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import PHASES, Recipe, Settings, ShardingConfig
@@ -97,10 +97,12 @@ def phase_tensors(row: PhasePlan, settings: Settings, plan: Plan) -> PhaseTensor
         if not parameter.requires_grad
     ]
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    blocks = [f"{block.path}." for block in Partition(plan.family, row.depths).blocks()]
-    units = [[tensor for tensor in trainable if tensor.name.startswith(path)] for path in blocks]
-    rest = [tensor for tensor in trainable if not tensor.name.startswith(tuple(blocks))]
-    return PhaseTensors(trainable, flat, frozen, buffers, [rest, *units])
+    partition = Partition(plan.family, row.depths)
+    units: dict[str, list[ParamInfo]] = {"": [], **{block.path: [] for block in partition.blocks()}}
+    for tensor in trainable:
+        block = partition.block_of(tensor.name)
+        units[block.path if block else ""].append(tensor)
+    return PhaseTensors(trainable, flat, frozen, buffers, list(units.values()))
 
 
 def estimate_footprints(
@@ -112,16 +114,36 @@ def estimate_footprints(
         ConfigError: The batch size of a phase is not divisible by a world size.
     """
     found: dict[str, list[RankFootprint]] = {}
+    of_shape: dict[object, list[RankFootprint]] = {}
+    worlds = list(worlds)
     for planned in rows:
-        settings = recipe.settings(planned.phase)
-        tensors = phase_tensors(plan.row(planned.phase, planned.module), settings, plan)
-        found[planned.key] = [
-            _estimate_footprint(name, settings, planned, tensors, world)
-            for world in worlds
-            for name in STRATEGY_NAMES
-            if tensors.flat is not None or not name.startswith("zero")
-        ]
+        settings, row = recipe.settings(planned.phase), plan.row(planned.phase, planned.module)
+        shape = _tensor_shapes(row)
+        if shape not in of_shape:
+            tensors = phase_tensors(row, settings, plan)
+            of_shape[shape] = [
+                _estimate_footprint(name, settings, planned, tensors, world)
+                for world in worlds
+                for name in STRATEGY_NAMES
+                if tensors.flat is not None or not name.startswith("zero")
+            ]
+        found[planned.key] = [_replace_activations(footprint, planned) for footprint in of_shape[shape]]
     return found
+
+
+def _tensor_shapes(row: PhasePlan) -> object:
+    """Return a value that is equal for phases whose tensors have the same shapes, trained and frozen."""
+    if row.module is None:
+        return row.phase
+    last = len(row.slots) - 1
+    frozen = sorted(depths for module, depths in enumerate(row.depths) if module != row.module)
+    return row.phase, row.depths[row.module], row.module == 0, row.module == last, tuple(frozen)
+
+
+def _replace_activations(footprint: RankFootprint, planned: PlannedRow) -> RankFootprint:
+    """Return the footprint of a phase with tensors of the same shapes, whose activations may be larger or smaller."""
+    activations = planned.cost.activation_bytes * footprint.samples
+    return replace(footprint, activations=activations, total=footprint.total - footprint.activations + activations)
 
 
 def all_batches_divisible(recipe: Recipe, world: int) -> bool:

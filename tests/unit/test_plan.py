@@ -13,6 +13,7 @@ from bigincubate.config import Settings, list_shipped_recipes, load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.models.base import Depths
 from bigincubate.planning.cost import Cost, CostCounter, cost_plan, count_cost
+from bigincubate.planning.memory import PhaseTensors, estimate_footprints, phase_tensors
 from bigincubate.planning.phases import PhasePlan, Plan, make_plan, phase_model
 
 # GFLOPs an image of end to end, the meta model, and modules 0 to 3 when nothing is wasted
@@ -231,3 +232,19 @@ def test_block_that_depends_on_its_index_is_refused_at_any_depth(
     monkeypatch.setattr(type(plan.family), "build", build_with_another_block)
     with pytest.raises(ConfigError, match=r"blocks blocks\.0 and blocks\.30 differ"):
         cost_plan(recipe, plan, samples=50_000)
+
+
+def test_memory_of_modules_of_equal_shape_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe("digits")
+    plan = make_plan(recipe)
+    rows = [row for row in cost_plan(recipe, plan, samples=1437) if row.phase == "incubate"]
+    alone = {row.key: estimate_footprints(recipe, plan, [row], [1, 2])[row.key] for row in rows}
+    counted: list[PhasePlan] = []
+
+    def compute_and_note(row: PhasePlan, settings: Settings, plan: Plan) -> PhaseTensors:
+        counted.append(row)
+        return phase_tensors(row, settings, plan)
+
+    monkeypatch.setattr("bigincubate.planning.memory.phase_tensors", compute_and_note)
+    assert estimate_footprints(recipe, plan, rows, [1, 2]) == alone
+    assert [row.module for row in counted] == [0, 1, 3]
