@@ -28,3 +28,9 @@ def disable_malloc_trim() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(M_MMAP_THRESHOLD, MAX_MMAP_THRESHOLD) and mallopt(M_TRIM_THRESHOLD, -1))
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the kernel, after a step that needed much more than the following ones."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

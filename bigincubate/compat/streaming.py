@@ -1,9 +1,9 @@
 """A data set of mosaicml-streaming that shares nothing with other jobs, ranks or data sets of the same node.
 
 `streaming` numbers its shared memory from zero without a lock, so jobs that start at the same time collide; it
-synchronizes all ranks; and errors in its prefetch threads are lost. To avoid this, these private names are used:
-``shared.prefix._each_prefix_int``, ``_parallel_worker_world``, ``_shard_states``, ``_resume``, ``_get_work``,
-``_each_sample_id``.
+synchronizes all ranks; errors in its prefetch threads are lost; it lists every folder of the data; and each worker
+computes the order of an epoch and keeps its part. To avoid this, these private names are used:
+``shared.prefix._each_prefix_int``, ``_shard_states``, ``_resume``, ``_get_work``, ``_each_sample_id``.
 """
 
 from __future__ import annotations
@@ -11,25 +11,40 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import numpy as np
 import torch.distributed
 from numpy.typing import NDArray
-from streaming import StreamingDataset
+from streaming import Stream, StreamingDataset
 from streaming.base import shared
+from streaming.base.batching import generate_work
 from streaming.base.world import World
 
+from .malloc import return_freed_memory
+
 LOCAL = 3  # streaming's state of a shard that is ready to read
+
+
+class SelectedRows(Protocol):
+    """The rows of an epoch that one loader worker loads, in order."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """Return the position of a row in the shuffled samples, and its repeat number."""
 
 
 class IsolatedStreamingDataset(StreamingDataset):
     """A `StreamingDataset` that is independent of other processes; a subclass chooses the order of samples.
 
     A subclass implements `verify_shard` and, if it is iterated over, `select` and ``__getitem__((sample id, repeat))``.
+
+    The order of an epoch is computed once, in the process that calls `load_state_dict`, and forked workers share it.
+    Therefore the memory of a worker does not depend on the number of samples.
 
     Like that of `StreamingDataset`, the constructor reads the index and creates shared memory.
 
@@ -45,18 +60,22 @@ class IsolatedStreamingDataset(StreamingDataset):
 
     def __init__(self, local: str, split: str, *, prefix: int, **order: Any) -> None:
         with _as_single_process(prefix):
-            super().__init__(local=local, split=split, **order)
+            super().__init__(streams=[_UnlistedStream(local=local, split=split)], **order)
         # shared with forked workers and kept over epochs
-        self.verified = np.frombuffer(mmap.mmap(-1, self.num_shards), np.uint8)
+        self.verified = _shared_array(self.num_shards, np.uint8)
         # start of the next iteration of persistent workers: epoch, number of samples done in this epoch
-        self._start = np.frombuffer(mmap.mmap(-1, 16), np.int64)
+        self._start = _shared_array(2, np.int64)
+        # sample ids in the order of an epoch; streaming repeats one if a canonical node has fewer than the others
+        longest = self.num_samples + (self.num_canonical_nodes or 1)
+        self._order = _shared_array(longest, np.min_scalar_type(self.num_samples))
+        self._order_of = _shared_array(2, np.int64)  # 1 + the epoch of this order; its length
 
     def verify_shard(self, shard_id: int) -> None:
         """Make a shard readable and set ``verified[shard_id]``. Implemented by subclasses; called from any thread."""
         raise NotImplementedError(f"{type(self).__name__} does not implement verify_shard")
 
-    def select(self, first_row: int, worker: int, workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the rows of a worker in an epoch, as positions in the shuffled samples and repeat numbers, each [n].
+    def select(self, first_row: int, worker: int, workers: int) -> SelectedRows:
+        """Return the rows of a worker in an epoch.
 
         Args:
             first_row: Number of rows of the epoch that are done, over all ranks.
@@ -71,6 +90,7 @@ class IsolatedStreamingDataset(StreamingDataset):
         streaming's own implementation leaks two open files per epoch.
         """
         self._start[:] = obj["epoch"], obj["sample_in_epoch"]
+        self._compute_order()
 
     @property
     def epoch(self) -> int:
@@ -87,25 +107,66 @@ class IsolatedStreamingDataset(StreamingDataset):
                 self.verify_shard(shard_id)
         self._shard_states[shard_id] = LOCAL
 
-    def _get_work(self, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+    def _compute_order(self) -> None:
+        """Compute the shuffle of the whole epoch, unless this or another process has done it."""
+        if self._order_of[0] == 1 + self.epoch:
+            return
+        order = generate_work(self.batching_method, self, World(1, 1, 1, 0), self.epoch, 0).ravel()
+        order = order[order >= 0]
+        self._order[: len(order)] = order
+        self._order_of[:] = 1 + self.epoch, len(order)
+        del order
+        return_freed_memory()  # it took about 100 bytes per sample
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> _SelectedSamples:
         """Return the sample ids of this worker, selected from the shuffle of the whole epoch."""
+        self._compute_order()
         own: World = self._unique_worker_world
-        self._parallel_worker_world = World(1, 1, 1, 0)
-        shuffled = super()._get_work(epoch, 0)
-        positions, self._repeats = self.select(sample_in_epoch, own.worker_of_rank, own.workers_per_rank)
-        return shuffled[shuffled >= 0][positions]
+        rows = self.select(sample_in_epoch, own.worker_of_rank, own.workers_per_rank)
+        return _SelectedSamples(self._order[: self._order_of[1]], rows)
 
     def _each_sample_id(self, it: Any) -> Iterator[tuple[int, int]]:
         """Yield sample ids and repeat numbers.
 
         If all shards are verified, skip streaming's prefetch threads, which iterate over every sample.
         """
-        ids, repeats = it.sample_ids, self._repeats
+        samples: _SelectedSamples = it.sample_ids
+        ready: Iterable[int] = range(it.total)
         if self.verified.all():
             it.non_blocking_exit()
         else:
-            ids = super()._each_sample_id(it)
-        yield from zip(map(int, ids), map(int, repeats), strict=False)
+            ready = (index for index, _ in enumerate(super()._each_sample_id(it)))
+        yield from map(samples.with_repeat, ready)
+
+
+class _SelectedSamples:
+    """The sample ids of one worker, looked up when they are needed."""
+
+    def __init__(self, order: NDArray[Any], rows: SelectedRows) -> None:
+        self._order, self._rows = order, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> int:
+        return self.with_repeat(index)[0]
+
+    def with_repeat(self, index: int) -> tuple[int, int]:
+        """Return the sample id of a row, and its repeat number."""
+        position, repeat = self._rows[index]
+        return int(self._order[position]), repeat
+
+
+class _UnlistedStream(Stream):
+    """A stream that does not list its folder to see which shards exist: `prepare_shard` finds out."""
+
+    def set_up_local(self, shards: list[Any], cache_usage_per_shard: NDArray[np.int64]) -> None:
+        """Leave every shard marked as missing."""
+
+
+def _shared_array(length: int, dtype: Any) -> NDArray[Any]:
+    """Return an array of zeros that forked processes share."""
+    return np.frombuffer(mmap.mmap(-1, max(1, length * np.dtype(dtype).itemsize)), dtype, length)
 
 
 @contextmanager

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from ..errors import ConfigError
 
@@ -60,15 +58,39 @@ class EpochLayout:
             message += f" (with augment.repeated_aug, the rows of an epoch are a multiple of {REPEATED_MULTIPLE})"
         raise ConfigError(message)
 
-    def select(self, first_step: int, worker: int = 0, workers: int = 1) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def select(self, first_step: int, worker: int = 0, workers: int = 1) -> WorkerRows:
         """Return the rows that a loader worker of this rank loads, in order, starting at a step of the epoch.
 
         Worker w of V loads the batches ``first_step`` + w, ``first_step`` + w + V, ``first_step`` + w + 2 V and so on.
-
-        Returns:
-            ``[n]`` positions in the shuffled samples, and ``[n]`` repeat numbers from 0 to R - 1.
         """
-        steps = np.arange(first_step + worker, self.steps, workers)
-        own = np.arange(self.rank, self.batch_size, self.world)
-        rows = (steps[:, None] * self.batch_size + own).ravel()
-        return rows // self.repeats, rows % self.repeats
+        return WorkerRows(self, first_step + worker, workers)
+
+
+@dataclass(frozen=True)
+class WorkerRows:
+    """The rows of an epoch that one loader worker loads. They are computed when needed, so they take no memory.
+
+    Attributes:
+        layout: The layout of the epoch.
+        first_step: The first batch.
+        stride: The difference between the numbers of successive batches.
+    """
+
+    layout: EpochLayout
+    first_step: int
+    stride: int
+
+    def __len__(self) -> int:
+        batches = range(self.first_step, self.layout.steps, self.stride)
+        return len(batches) * (self.layout.batch_size // self.layout.world)
+
+    def __getitem__(self, index: Any) -> tuple[Any, Any]:
+        """Return the position of a row in the shuffled samples, and its repeat number, from 0 to R - 1.
+
+        Args:
+            index: An index, or ``[n]`` indexes; not checked.
+        """
+        layout = self.layout
+        batch, row = divmod(index, layout.batch_size // layout.world)
+        step = self.first_step + batch * self.stride
+        return divmod(step * layout.batch_size + layout.rank + row * layout.world, layout.repeats)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ExternalError
 from .dataset import DatasetInfo
-from .epoch_layout import EpochLayout
+from .epoch_layout import EpochLayout, WorkerRows
 from .shards import RecordDecoder, Shards
 
 Row = tuple[Any, int]  # a view and the id of its sample
@@ -63,8 +61,8 @@ class TrainViews(Views):
         super().__init__(info, "train", transform, **order)
         self.layout = layout
 
-    def select(self, first_row: int, worker: int, workers: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the positions and repeat numbers of a worker, starting at a row of the epoch."""
+    def select(self, first_row: int, worker: int, workers: int) -> WorkerRows:
+        """Return the rows of a worker, starting at a row of the epoch."""
         return self.layout.select(first_row // self.layout.batch_size, worker, workers)
 
     def __getitem__(self, at: Any) -> Row | ExternalError:

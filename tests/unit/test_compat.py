@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,9 +51,8 @@ class AlwaysVerified(IsolatedStreamingDataset):
     def verify_shard(self, shard_id: int) -> None:
         self.verified[shard_id] = 1
 
-    def select(self, first_row: int, worker: int, workers: int) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.arange(100 + first_row, 200)
-        return rows // 2, rows % 2
+    def select(self, first_row: int, worker: int, workers: int) -> list[tuple[int, int]]:
+        return [divmod(row, 2) for row in range(100 + first_row, 200)]
 
     def __getitem__(self, at: tuple[int, int]) -> tuple[int, int]:
         return super().__getitem__(at[0])["index"], at[1]

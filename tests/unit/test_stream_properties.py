@@ -21,7 +21,8 @@ def test_epoch_layout_of_any_world_and_workers_is_that_of_one_process(data: st.D
     repeats, samples = data.draw(st.integers(1, 4)), data.draw(st.integers(256, 1500))
     batch_size = world * share
     one = EpochLayout(samples, batch_size, repeats)
-    positions, numbers = one.select(0)
+    positions, numbers = one.select(0)[np.arange(one.steps * batch_size)]
+    assert len(one.select(0)) == len(positions)
     assert len(positions) == one.steps * batch_size
     assert samples - len(positions) < 256 + batch_size
     assert len(positions) == 0 or positions.max() < samples
@@ -34,7 +35,8 @@ def test_epoch_layout_of_any_world_and_workers_is_that_of_one_process(data: st.D
         layout = EpochLayout(samples, batch_size, repeats, rank, world)
         assert layout.steps == one.steps
         for worker in range(workers):
-            for row, values in enumerate(layout.select(first, worker, workers)):
+            rows = layout.select(first, worker, workers)
+            for row, values in enumerate(rows[np.arange(len(rows))]):
                 found[row, worker::workers, rank::world] = values.reshape(-1, share)
     assert np.array_equal(found[0].ravel(), positions[first * batch_size :])
     assert np.array_equal(found[1].ravel(), numbers[first * batch_size :])
