@@ -5,6 +5,7 @@
     DIR/train/00000/shard.00000.mds   samples: `image` (the bytes of an image file), `label` (an integer)
     DIR/val/...
     DIR/parts/00/...                  optional: a partition of the training samples, in the same format
+    DIR/verified.json                 which shards were found to match their hashes (`verification`)
 
 `dataset.json` contains the SHA-256 of both indexes, and an index contains those of its shards. Therefore the digest of
 the data set covers every byte.
@@ -14,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files import hash_file, read_small_file, write_text
+from ..files import read_small_file, write_text
 from .remote import fetch
 
 FORMAT = 1
@@ -134,15 +135,6 @@ def _read_description(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
     if digest != expected:
         raise DataError(f"{path / DESCRIPTION} is damaged: its digest does not match; {REPREPARE_HINT}")
     return info, splits
-
-
-def find_damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
-    """Yield each shard whose SHA-256 differs from the index, with both hashes. Missing shards are skipped."""
-    for split in SPLITS:
-        for shard in read_json(info.path / split / INDEX)["shards"]:
-            file, expected = info.path / split / shard["raw_data"]["basename"], shard["raw_data"]["hashes"]["sha256"]
-            if file.exists() and (found := hash_file(file)) != expected:
-                yield file, f"SHA-256 {found[:12]}…, expected {expected[:12]}…"
 
 
 def compute_dataset_digest(schema: RecordSchema, splits: dict[str, dict[str, Any]], more: dict[str, Any]) -> str:

@@ -5,14 +5,17 @@
 - It numbers its shared memory from zero without a lock, so jobs that start at the same time collide, and it picks up
   the memory of killed jobs. Here each data set has its own number (`shared_memory.claim_memory_prefix`).
 - It synchronizes all ranks. Here each rank is independent and has its own workers: no barrier, no deadlock.
-- It reads files without checking them. Here a shard is hashed before it is first read.
+- It reads files without checking them. Here a shard is hashed before it is first read (`verification`).
+- It opens a file for each sample. Here a process keeps a limited number of shards open (`open_shards`).
 - When a download fails, it hangs or ends the epoch early. Here the reader raises an error.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +25,10 @@ from ..compat.streaming import IsolatedStreamingDataset
 from ..errors import DataError
 from .dataset import REPREPARE_HINT, DatasetInfo
 from .file_locks import file_lock, runtime_dir
-from .remote import check_hash, download
+from .open_shards import FileStamp, OpenShard, OpenShards
+from .remote import DAMAGED_HINT, check_hash, download
 from .shared_memory import claim_memory_prefix
+from .verification import VerifiedShards
 
 DECODED_CACHE_BYTES = 64 << 20  # per process; a split that needs more is not kept decoded
 PER_IMAGE_OVERHEAD = 2048  # bytes, approximately: overhead of Pillow, torch and Python
@@ -78,7 +83,9 @@ class Shards(IsolatedStreamingDataset):
         self.folder, self.kind, self.decoder = info.path / split, info.schema.kind, decoder
         self.source = f"{remote}/{split}" if remote else None
         super().__init__(str(info.path), split, prefix=self.memory_prefix, **order)
-        self._names = [str(self._file(number)) for number in range(self.num_shards)]
+        self._files = OpenShards()
+        self._remembered = VerifiedShards(info, split, [shard.raw_data.basename for shard in self.shards])
+        self.verified[:] = self._remembered.known()
         self._decoded: dict[int, Any] = {}  # all samples read so far, if the whole split fits
         self._bytes_left = DECODED_CACHE_BYTES
 
@@ -100,11 +107,9 @@ class Shards(IsolatedStreamingDataset):
 
     def _read(self, sample: int) -> Any:
         number, row = self.spanner[sample]
-        if not self.verified[number]:
-            self.verify_shard(number)
-        shard = self.shards[number]
+        number = int(number)
         try:
-            return self.decoder.decode(shard.decode_sample(read_record(self._names[number], row)))
+            return self.decoder.decode(self.shards[number].decode_sample(self._read_record(number, row)))
         except (ValueError, IndexError) as error:
             what = self.kind.replace("_", " ")
             raise DataError(
@@ -114,40 +119,56 @@ class Shards(IsolatedStreamingDataset):
         except OSError as error:
             raise DataError(f"{self._file(number)}: {error.strerror}") from None
 
+    def _read_record(self, number: int, row: int) -> bytes:
+        try:
+            return (self._files.get(number) or self._open(number)).read(row)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            self._files.close(number)  # the open file was replaced on another node of a network file system
+            return self._open(number).read(row)
+
+    def _open(self, number: int) -> OpenShard:
+        """Open a shard, and verify it if that was not done for the file that is opened."""
+        for _ in range(3):
+            if not self.verified[number]:
+                self.verify_shard(number)
+            with suppress(FileNotFoundError):
+                shard = OpenShard(str(self._file(number)))
+                if shard.stamp == self._remembered.stamp(number):
+                    self._files.add(number, shard)
+                    return shard
+            self.verified[number] = 0  # it was replaced or removed since it was verified
+        raise DataError(f"{self._file(number)} changes while it is read; stop what writes it")
+
     def _file(self, number: int) -> Path:
         return self.folder / self.shards[number].raw_data.basename
 
     def verify_shard(self, shard_id: int) -> None:
-        """Download a shard if it is missing, and check its hash, in one worker while the others wait.
+        """Download a shard if it is missing, and check its hash, in one process of the node while the others wait.
 
         Raises:
             DataError: If the shard cannot be downloaded or read, or is damaged.
         """
         file, raw = self._file(shard_id), self.shards[shard_id].raw_data
         stripe = zlib.crc32(os.fsencode(file.resolve())) % 16
-        # downloaded files are shared by all jobs on this node
-        name = f"cache-{stripe}.lock" if self.source else f"{self.memory_prefix}-{stripe}.lock"
-        with file_lock(runtime_dir() / name):
+        with file_lock(runtime_dir() / f"cache-{stripe}.lock"):
             if self.verified[shard_id]:
                 return
-            if self.source and not file.exists():
+            missing = self.source is not None and not file.exists()
+            if missing:
                 with download(f"{self.source}/{raw.basename}", file) as temporary:
                     check_hash(temporary, raw.hashes["sha256"], name=f"{self.source}/{raw.basename}")
-            else:
-                check_hash(file, raw.hashes["sha256"], name=str(file))
-            check_offsets(file, self.shards[shard_id].samples)
+            try:
+                stamp = FileStamp.of(file)
+            except OSError as error:
+                raise DataError(f"{file}: {error.strerror}; {DAMAGED_HINT}") from None
+            if stamp != self._remembered.stamp(shard_id):
+                if not missing:
+                    check_hash(file, raw.hashes["sha256"], name=str(file))
+                check_offsets(file, self.shards[shard_id].samples)
+                self._remembered.record(shard_id, stamp)
             self.verified[shard_id] = 1
-
-
-def read_record(file: str, row: int) -> bytes:
-    """Return the bytes of a record. The shard is opened each time, because a process cannot keep all shards open."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        ends = os.pread(descriptor, 8, 4 * (1 + row))
-        begin, end = int.from_bytes(ends[:4], "little"), int.from_bytes(ends[4:], "little")
-        return os.pread(descriptor, end - begin, begin)
-    finally:
-        os.close(descriptor)
 
 
 def check_offsets(file: Path, samples: int) -> None:

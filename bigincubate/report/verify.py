@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
-from ..data.dataset import find_damaged_shards, open_dataset
+from ..data.dataset import open_dataset
+from ..data.verification import find_damaged_shards
 from ..errors import ArtifactError, DataError
 from ..files import read_json
 from ..launchers.slurm.job_queue import SlurmQueue

@@ -64,7 +64,7 @@ def test_shard_with_a_flipped_bit_is_named(copy: Path, workers: int) -> None:
     assert "val/00000/shard.00000.mds is damaged" in fault_of(lambda: list(evaluation))
 
 
-def test_shard_is_hashed_once_for_all_workers_and_epochs(info: DatasetInfo, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shard_is_hashed_once_for_all_workers_and_epochs(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count, check_hash = FORK.Value("i", 0), shards.check_hash
 
     def counted(*arguments: Any, **named: Any) -> None:
@@ -73,7 +73,7 @@ def test_shard_is_hashed_once_for_all_workers_and_epochs(info: DatasetInfo, monk
         check_hash(*arguments, **named)
 
     monkeypatch.setattr(shards, "check_hash", counted)
-    take(stream(info, workers=2), EPOCH + 20)
+    take(stream(open_dataset(copy), workers=2), EPOCH + 20)
     assert count.value == 8
 
 
