@@ -112,6 +112,7 @@ def run(
     baseline: bool = False,
     console: Console | None = None,
     helper: HelperJob | None = None,
+    verify_data: bool = False,
 ) -> RunResult:
     """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Call it again to resume.
 
@@ -126,6 +127,7 @@ def run(
         baseline: Whether to train the same model end to end as well, with the same FLOPs.
         console: Console for progress messages; None to print nothing.
         helper: Processes that serve the modules, such as the shared loader of ``bigincubate run --co-train``.
+        verify_data: Whether to hash every shard first, even if it was hashed before and did not change.
 
     Returns:
         The results, and the path of the final model.
@@ -140,6 +142,7 @@ def run(
     """
     from rich.console import Console
 
+    from .data.verification import hash_all_shards
     from .interchange.export import export, is_complete_export
     from .launchers.local import LocalRunner
     from .launchers.progress import ProgressReporter
@@ -151,6 +154,9 @@ def run(
     exported = directory.path / "export"
     with ProgressReporter(console or Console(quiet=True)) as reporter:
         opened = open_run(recipe, directory, report=reporter.say)
+        if verify_data:
+            reporter.say(f"verifying {opened.data.path}")
+            hash_all_shards(opened.data)
         graph = build_job_graph(opened.rows, baseline=baseline)
         done = all(directory.phase(job.phase, job.module).result for job in graph) and is_complete_export(exported)
         code = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper).execute(graph)
@@ -170,6 +176,7 @@ def train_phase(
     module: int | None = None,
     *,
     report: Callable[[str], None] = _ignore,
+    verify_data: bool = False,
 ) -> dict[str, Any]:
     """Train one phase in this process, or as one rank under ``torchrun``. Call it again to resume.
 
@@ -182,6 +189,7 @@ def train_phase(
         phase: ``"pretrain"``, ``"incubate"``, ``"finetune"`` or ``"end_to_end"``.
         module: Index of the module to incubate; None for the other phases.
         report: Called on rank 0 with a message before slow preparations, and with the result.
+        verify_data: Whether to hash every shard first, even if it was hashed before and did not change.
 
     Returns:
         The result: ``metrics`` by name, ``headline`` (the name of the first), ``samples``, ``unit``, ``steps``,
@@ -201,6 +209,7 @@ def train_phase(
     """
     if phase not in PHASES:
         raise ConfigError(f"phase = {phase!r}: expected one of {', '.join(PHASES)}")
+    from .data.verification import hash_all_shards
     from .distributed.process_group import DistributedContext
     from .launchers.slurm.job_queue import SlurmQueue
     from .planning.context import open_run
@@ -212,6 +221,9 @@ def train_phase(
         with env.main_process_first():
             opened = open_run(recipe, RunDir(Path(run_dir)), report=report, module=module)
             context = opened.phase(phase, module, env)
+            if verify_data and env.is_main:
+                report(f"verifying {context.data.path}")
+                hash_all_shards(context.data)
         with context.with_local_data() as local:
             result = train(local, queue=SlurmQueue())
         if env.is_main:

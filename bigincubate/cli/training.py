@@ -24,6 +24,11 @@ from .app import (
     say_json,
 )
 
+VerifyDataOption = Annotated[
+    bool,
+    Option("--verify-data", help="Hash every data shard first, even if it was hashed before and did not change."),
+]
+
 
 @app.command()
 def plan(
@@ -88,6 +93,7 @@ def run(
     co_train: Annotated[
         bool, Option("--co-train", help="Train all modules in parallel with one shared loader; same results.")
     ] = False,
+    verify_data: VerifyDataOption = False,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Run it again to resume."""
@@ -106,7 +112,14 @@ def run(
 
     try:
         result = run_phases(
-            loaded, directory.path, jobs=jobs, ranks=nproc, baseline=baseline, console=console(), helper=helper
+            loaded,
+            directory.path,
+            jobs=jobs,
+            ranks=nproc,
+            baseline=baseline,
+            console=console(),
+            helper=helper,
+            verify_data=verify_data,
         )
     except Preempted as stopped:
         command = shlex.join(["bigincubate", *sys.argv[1:]])
@@ -129,6 +142,7 @@ def train(
     phase: Annotated[str, Option(help="pretrain, incubate, finetune or end_to_end.")],
     module: Annotated[str | None, Option(help="Index of the module to incubate; auto: the Slurm array index.")] = None,
     sets: SetOption = None,
+    verify_data: VerifyDataOption = False,
     log_level: LogLevelOption = "info",
 ) -> None:
     """Train one phase in this process, or as a rank under torchrun or srun. Run it again to resume."""
@@ -148,4 +162,4 @@ def train(
     number = array_index() if module == "auto" else None if module is None else int(module)
     set_torchrun_variables()
     setup_logging(log_level, read_count("RANK", 0))
-    train_phase(loaded, directory.path, phase, number, report=say)
+    train_phase(loaded, directory.path, phase, number, report=say, verify_data=verify_data)
