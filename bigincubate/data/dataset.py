@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError
@@ -30,6 +32,7 @@ DESCRIPTION = "dataset.json"
 INDEX = "index.json"
 # optional keys of dataset.json: digests of the partitions; or for a partition, its number and the size of the whole
 OPTIONAL_KEYS = ("parts", "part", "of")
+MISSING = -1  # instead of the size of a file
 REPREPARE_HINT = "delete the folder and prepare the data again"
 # raised when JSON has an unexpected structure
 INVALID_JSON_ERRORS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
@@ -150,12 +153,17 @@ def compute_dataset_digest(schema: RecordSchema, splits: dict[str, dict[str, Any
 
 
 def _check_index(folder: Path, split: dict[str, Any], columns: dict[str, str], *, present: bool) -> None:
-    """Refuse an index that names files outside its folder or was changed after it was written."""
-    file = folder / INDEX
-    index = read_json(file)
+    """Refuse an index that names files outside its folder or was changed after it was written.
+
+    Metadata is slow on a parallel file system: each shard and each folder of shards takes one call.
+    """
+    file, lookup = folder / INDEX, _Lookup(folder)
+    content = _read_content(file)
+    index = _parse_json(file, content)
     for shard in index["shards"]:
         raw = shard["raw_data"]
-        if not _is_inside(folder, raw["basename"]):
+        size = lookup.size(raw["basename"])
+        if size is None:
             raise DataError(f"{file}: shard {raw['basename']!r} lies outside its folder; refused")
         layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
         foreign = shard["format"] != "mds" or shard["compression"] or shard["zip_data"]
@@ -166,24 +174,52 @@ def _check_index(folder: Path, split: dict[str, Any], columns: dict[str, str], *
             raise DataError(
                 f"{file}: shard {raw['basename']!r} cannot hold {shard['samples']} samples; {REPREPARE_HINT}"
             )
-        if present:
-            _check_size(folder / raw["basename"], raw["bytes"])
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        if present and size == MISSING:
+            raise DataError(f"{folder / raw['basename']} is missing; {REPREPARE_HINT}")
+        if present and size != raw["bytes"]:
+            raise DataError(
+                f"{folder / raw['basename']} is damaged: {size} bytes, expected {raw['bytes']}; {REPREPARE_HINT}"
+            )
+    digest = hashlib.sha256(content).hexdigest()
     if digest != split["index"] or split["samples"] != sum(shard["samples"] for shard in index["shards"]):
         raise DataError(f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; {REPREPARE_HINT}")
 
 
-def _is_inside(folder: Path, name: str) -> bool:
-    """Return whether the file ``name`` is inside the folder, after symbolic links are resolved."""
-    root = folder.resolve()
-    return (root / name).resolve().is_relative_to(root)
+class _Lookup:
+    """Looks up sizes of files below a folder, with one call per file and one per subfolder."""
 
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+        self._own_folders = {".": True}  # whether a subfolder is no symbolic link
 
-def _check_size(file: Path, expected: int) -> None:
-    if not file.is_file():
-        raise DataError(f"{file} is missing; {REPREPARE_HINT}")
-    if file.stat().st_size != expected:
-        raise DataError(f"{file} is damaged: {file.stat().st_size} bytes, expected {expected}; {REPREPARE_HINT}")
+    def size(self, name: str) -> int | None:
+        """Return the size of the regular file ``name``, `MISSING`, or None if it is outside of the folder."""
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            return self._resolved_size(name)
+        mode, size = self._mode_and_size(name)
+        if stat.S_ISLNK(mode) or not all(self._is_own_folder(str(parent)) for parent in path.parents):
+            return self._resolved_size(name)
+        return size if stat.S_ISREG(mode) else MISSING
+
+    def _is_own_folder(self, name: str) -> bool:
+        if name not in self._own_folders:
+            self._own_folders[name] = not stat.S_ISLNK(self._mode_and_size(name)[0])
+        return self._own_folders[name]
+
+    def _mode_and_size(self, name: str) -> tuple[int, int]:
+        try:
+            status = os.lstat(self._root / name)
+        except OSError:
+            return 0, MISSING
+        return status.st_mode, status.st_size
+
+    def _resolved_size(self, name: str) -> int | None:
+        """Follow symbolic links, which takes more calls."""
+        file = (self._root / name).resolve()
+        if not file.is_relative_to(self._root):
+            return None
+        return file.stat().st_size if file.is_file() else MISSING
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -192,10 +228,19 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         DataError: If the file is missing or unreadable, or does not contain a JSON object.
     """
+    return _parse_json(file, _read_content(file))
+
+
+def _read_content(file: Path) -> bytes:
     try:
-        value = json.loads(read_small_file(file))
+        return read_small_file(file)
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; {REPREPARE_HINT}") from None
+
+
+def _parse_json(file: Path, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
