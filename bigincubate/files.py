@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+# what a file system without hard links answers
+NO_HARD_LINKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK}
 MAX_SMALL_FILE_BYTES = 2**26  # limit for files that are read into memory at once
 
 
@@ -69,7 +71,7 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
             file.flush()
             os.fsync(file.fileno())
         if exclusive:
-            os.link(temporary, path)
+            _create_from(temporary, path)
         else:
             os.replace(temporary, path)
         fsync_path(path.parent)
@@ -78,6 +80,26 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _create_from(temporary: Path, path: Path) -> None:
+    """Create ``path`` with the content of a temporary file.
+
+    Raises:
+        FileExistsError: It exists.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        # only one process can create the file, but others may see it empty for a moment
+        with path.open("xb") as file:
+            file.write(temporary.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

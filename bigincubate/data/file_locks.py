@@ -1,15 +1,23 @@
-"""File locks that the operating system releases when the process that holds them ends."""
+"""File locks that the operating system releases when the process that holds them ends, and what replaces them."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ..errors import SystemResourceError
+from ..errors import LockedError, SystemResourceError
+
+# what a file system answers that does not support a call: Lustre without the option `flock`, NFS without lockd, FUSE
+UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM, errno.ENOSYS, errno.EINVAL}
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -25,6 +33,45 @@ def file_lock(file: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Let only one process of all nodes that share a disk write to ``folder`` while the block runs; the others wait.
+
+    This is a file lock. On a file system without file locks, it is a lease, which needs none.
+
+    Args:
+        folder: The folder, which may be missing. The files of the lock are beside it.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(file_lock(folder.with_name(f".{folder.name}.lock")))
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            logger.warning("%s: the file system has no file locks; using a lease instead", folder.parent)
+            stack.enter_context(_waiting_lease(folder.with_name(f".{folder.name}.lease")))
+        yield
+
+
+@contextmanager
+def _waiting_lease(folder: Path) -> Iterator[None]:
+    from ..distributed.process_group import DistributedContext
+    from ..storage.lease import acquire_lease
+
+    announced = False
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(acquire_lease(folder, DistributedContext()))
+                break
+            except LockedError as error:
+                if not announced:
+                    logger.warning("waiting: %s", error)
+                announced = True
+                time.sleep(1)
+        yield
 
 
 def runtime_dir() -> Path:

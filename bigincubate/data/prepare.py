@@ -7,8 +7,10 @@ one partition (:mod:`.partitions`), so that partitions can share the shards of t
 from __future__ import annotations
 
 import hashlib
+import logging
 import multiprocessing
 import os
+import secrets
 import shutil
 import threading
 import time
@@ -23,7 +25,7 @@ from ..errors import DataError, SystemResourceError
 from ..files import fsync_path
 from .chunks import write_chunk, write_description
 from .dataset import DESCRIPTION, DatasetInfo, open_dataset, read_json, write_json
-from .file_locks import file_lock
+from .file_locks import folder_lock
 from .images import LABELLED_IMAGE_COLUMNS, decode_image, encode_png, labelled_image_schema
 from .partitions import PartitionFunction, partition_path
 from .sources import Sample, Source, read_source
@@ -31,6 +33,8 @@ from .splits import sort_by_name_hash
 
 CHUNK_SAMPLES = 2048
 UNFINISHED = ".preparing.json"
+
+logger = logging.getLogger(__name__)
 
 
 class Chunk(NamedTuple):
@@ -76,7 +80,7 @@ def prepare_dataset(
     out = Path(os.path.abspath(out))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(out.with_name(f".{out.name}.lock")):
+        with folder_lock(out):
             return _prepare(read_source(source, val_fraction), out, jobs, partition, on_progress or (lambda *_: None))
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -113,7 +117,8 @@ def _prepare(
     out.mkdir(exist_ok=True)
     write_json(out / UNFINISHED, {"source": identity})
     for leftover in (*out.glob(".tmp-*"), *out.glob("parts")):
-        shutil.rmtree(leftover)
+        # moved first, so that a process of a killed preparation that still writes it cannot complete it meanwhile
+        shutil.rmtree(leftover.rename(out / f".tmp-removed-{secrets.token_hex(4)}"))
 
     train, val = (
         _make_chunks(out / "train", parts or [source.splits["train"]]),
@@ -128,17 +133,21 @@ def _prepare(
             done += count
             on_progress(done, total)
 
-    digests, size = [], len(source.splits["train"])
+    digests, size, linked = [], len(source.splits["train"]), True
     for number in range(len(parts or [])):
         folder = Path(partition_path(out, number))
         own = [chunk for chunk in train if chunk.part == number]
         for split, split_chunks in (("train", own), ("val", val)):
             for chunk in split_chunks:
-                _link_folder(chunk.folder, folder / split / chunk.folder.name)
+                linked &= _link_folder(chunk.folder, folder / split / chunk.folder.name)
         folders = {"train": [chunk.folder for chunk in own], "val": [chunk.folder for chunk in val]}
         digests.append(write_description(folder, schema, folders, identity, {"part": number, "of": size}))
     if parts:
         fsync_path(out / "parts")
+    if not linked:
+        logger.warning(
+            "%s: the file system has no hard links; the partitions are copies and take as much space again", out
+        )
     folders = {"train": [chunk.folder for chunk in train], "val": [chunk.folder for chunk in val]}
     write_description(out, schema, folders, identity, {"parts": digests} if parts else {})
     (out / UNFINISHED).unlink()
@@ -157,16 +166,23 @@ def _make_chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
     return [Chunk(folder / f"{number:05}", group, part) for number, (part, group) in enumerate(groups)]
 
 
-def _link_folder(folder: Path, other: Path) -> None:
-    """Hard-link the files of a folder into another one; copy them if the file system has no hard links."""
+def _link_folder(folder: Path, other: Path) -> bool:
+    """Hard-link the files of a folder into another one, or copy them if the file system has no hard links.
+
+    Returns:
+        Whether all files are links.
+    """
     other.mkdir(parents=True)
+    linked = True
     for file in folder.iterdir():
         try:
             os.link(file, other / file.name)
         except OSError:
+            linked = False
             shutil.copyfile(file, other / file.name)
             fsync_path(other / file.name)
     fsync_path(other)
+    return linked
 
 
 # ------------------------------------------------------------------------------------------------ one chunk

@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "distributed": {"compat", "errors"},
     "storage": {"config", "distributed", "errors", "files"},
     "models": {"compat", "config", "errors", "kernels"},
-    "data": {"compat", "config", "errors", "files"},
+    "data": {"compat", "config", "distributed", "errors", "files", "storage"},
     "optim": {"compat", "config", "errors", "storage"},
     "sharding": {"compat", "config", "distributed", "errors", "optim", "storage"},
     "tasks": {"compat", "config", "data", "distributed", "errors", "models"},
