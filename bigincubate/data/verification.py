@@ -3,9 +3,9 @@
     {"digest": "…", "train": {"00000/shard.00000.mds": [<size>, <modification time in ns>, <inode>], …}, "val": {…}}
 
 A shard with the same size, modification time and inode is not hashed again. Damage that changes none of them is found
-by `bigincubate verify` and ``--verify-data``, which hash every shard. The file is updated every ten seconds while
-shards are being hashed, and after the last. A folder that cannot be written has no such file, so every job hashes its
-shards once per node.
+by `bigincubate verify` and ``--verify-data``, which hash every shard. Each node updates the file every two seconds
+while it hashes shards, and after the last shard of a split. A folder that cannot be written has no such file, so every
+job hashes its shards once per node.
 
 While processes of a node read a split, they share a table of its stamps, a file in the user's folder for locks.
 """
@@ -36,7 +36,7 @@ from .open_shards import FileStamp
 from .remote import DAMAGED_HINT
 
 VERIFIED = "verified.json"
-SAVE_SECONDS = 10.0  # seconds between two updates of the file while shards are being hashed
+SAVE_SECONDS = 2.0  # seconds between two updates of the file by one node while shards are being hashed
 HASH_THREADS = 8
 
 logger = logging.getLogger(__name__)
@@ -54,9 +54,9 @@ class VerifiedShards:
     def __init__(self, info: DatasetInfo, split: str, names: Sequence[str]) -> None:
         self._file, self._digest, self._split, self._names = info.path / VERIFIED, info.digest, split, names
         self._forgotten: set[str] = set()
-        self._saved_at = time.monotonic()
         place = hashlib.sha256(f"{info.path.resolve()} {info.digest} {split}".encode()).hexdigest()[:24]
-        self._stamps = _attach_node_table(f"verified-{place}", len(names))
+        table = _attach_node_table(f"verified-{place}", len(names) + 1)
+        self._stamps, self._saved_at = table[:-1], table[-1, :1]  # the time of the last update by this node, in ns
         if not self.known().all():
             remembered = read_verified(self._file, self._digest)[split]
             for number in np.flatnonzero(~self.known()):
@@ -75,7 +75,7 @@ class VerifiedShards:
         """Remember that a shard with this stamp matches its hash. The file is updated only now and then."""
         self._stamps[number] = stamp
         self._forgotten.discard(self._names[number])
-        if self.known().all() or time.monotonic() - self._saved_at > SAVE_SECONDS:
+        if self.known().all() or time.monotonic_ns() - self._saved_at[0] > SAVE_SECONDS * 1e9:
             self.save()
 
     def forget(self, number: int) -> None:
@@ -85,7 +85,7 @@ class VerifiedShards:
 
     def save(self) -> None:
         """Add what is new to the file. Does nothing if the folder of the data cannot be written."""
-        self._saved_at = time.monotonic()
+        self._saved_at[0] = time.monotonic_ns()
         remembered = read_verified(self._file, self._digest)
         rows = zip(self._names, self._stamps.tolist(), strict=True)
         own = remembered[self._split] | {name: stamp for name, stamp in rows if any(stamp)}
@@ -174,13 +174,13 @@ def _compare_hash(file: Path, expected: str) -> tuple[FileStamp | None, str | No
 # ------------------------------------------------------------------------------------------------ the table of a node
 
 
-def _attach_node_table(name: str, shards: int) -> NDArray[np.int64]:
-    """Return the table ``[shards, 3]`` that the processes of this user on this node share under this name.
+def _attach_node_table(name: str, rows: int) -> NDArray[np.int64]:
+    """Return the table ``[rows, 3]`` that the processes of this user on this node share under this name.
 
-    Each process holds a shared lock on its file for as long as it uses the table. A table that no process uses is
-    removed, so that it remembers nothing that ``verified.json`` does not.
+    The first process finds zeros. Each process holds a shared lock on the file for as long as it uses the table. A
+    table that no process uses is removed, so that it remembers nothing that ``verified.json`` does not.
     """
-    folder, size = runtime_dir(), 3 * 8 * max(1, shards)
+    folder, size = runtime_dir(), 3 * 8 * rows
     with file_lock(folder / "verified.lock"):
         for file in folder.glob("verified-*"):
             _remove_unused(file)
@@ -194,7 +194,7 @@ def _attach_node_table(name: str, shards: int) -> NDArray[np.int64]:
                 os.close(descriptor)
         except OSError:  # a full disk: this process and its workers share a table of their own
             memory = mmap.mmap(-1, size)
-    return np.frombuffer(memory, np.int64, 3 * shards).reshape(shards, 3)
+    return np.frombuffer(memory, np.int64, 3 * rows).reshape(rows, 3)
 
 
 def _remove_unused(file: Path) -> None:

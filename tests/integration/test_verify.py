@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from forked import run
 
+from bigincubate.data.dataset import open_dataset
+from bigincubate.data.verification import find_damaged_shards
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_artifact, save_artifact
@@ -89,6 +92,23 @@ def test_damaged_shard_of_the_data_is_named(mine: Any, tmp_path: Path) -> None:
     bad = [each for each in verify_run(mine.run) if each.verdict is not GOOD]
     assert [(each.part, each.path, each.verdict) for each in bad] == [("data", shard, DAMAGED)]
     assert "SHA-256" in bad[0].why
+
+
+@pytest.mark.parametrize("command", [["run"], ["train", "--phase", "pretrain"]], ids=["run", "train"])
+def test_verify_data_finds_damage_that_leaves_no_trace(
+    command: list[str], fast: Path, digits: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    data = Path(shutil.copytree(digits, tmp_path / "data"))
+    assert list(find_damaged_shards(open_dataset(data))) == []  # and all are remembered
+    shard = next(data.glob("train/**/*.mds"))
+    status = shard.stat()
+    flip_a_bit(shard)
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
+    words = [command[0], fast, "--run-dir", tmp_path / "run", *command[1:], "--set", f"data.path={data}"]
+    code, _, err = call(*words, "--verify-data")
+    assert code == 3
+    assert f"{shard} is damaged: SHA-256" in err
+    assert not list((tmp_path / "run").rglob("attempts"))  # before anything was trained
 
 
 def test_module_of_another_meta_model_is_stale(mine: Any, trained: Any) -> None:
