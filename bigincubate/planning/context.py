@@ -123,10 +123,10 @@ def open_run(
         module: Open the run only for this module; with decentralized data, only its partition has to be present.
 
     Raises:
-        ConfigError: The recipe would invalidate a phase that has started, or the run was created with other data.
+        ConfigError: A phase has begun, and the recipe would invalidate it or the run was created with other data.
         DataError: The data is missing, or is not what the recipe expects.
     """
     run.create(recipe)
     data = ensure_data(recipe, run, report, module)
-    plan, rows = ensure_plan(recipe, run, data)
+    plan, rows = ensure_plan(recipe, run, data, report)
     return RunContext(recipe, run, data, plan, rows)

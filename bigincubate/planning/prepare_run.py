@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -10,9 +11,11 @@ from typing import Any
 
 from ..config import PHASES, Recipe, differences
 from ..data.dataset import DatasetInfo, describe_dataset, open_dataset
+from ..data.file_locks import file_lock
 from ..data.partitions import dataset_digest_for_module, partition_by_class
 from ..errors import ConfigError
 from ..files import read_json, write_json
+from ..storage.lease import acquire_lease_when_free
 from ..storage.run_directory import RunDir
 from ..tasks.metric import planned_metrics
 from ..tasks.registry import make_task
@@ -35,16 +38,12 @@ def ensure_data(
         module: Open the data only for this module; with decentralized data, only its partition has to be present.
 
     Raises:
-        ConfigError: The run directory has built-in data of another source.
+        ConfigError: The run directory has built-in data of another source, and a phase has begun.
         DataError: The data is missing, or is not what the recipe expects.
     """
     path, modules = run.data_path(recipe), recipe.plan.number
-    source = (read_json(path / "dataset.json") or {}).get("source")
-    if recipe.data.path is None and isinstance(source, dict) and source.get("kind") != recipe.data.source:
-        raise ConfigError(
-            f"data.source = {recipe.data.source!r}, but {path} has {source.get('kind')!r}; use another --run-dir, or"
-            " the data.source that the run was created with"
-        )
+    if recipe.data.path is None:
+        _check_built_in_data(recipe, run, path)
     if recipe.data.source is not None and not (path / "dataset.json").exists():
         from ..data.prepare import prepare_dataset
 
@@ -59,23 +58,111 @@ def ensure_data(
     return data
 
 
-def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, list[PlannedRow]]:
-    """Return the plan of a run, which is computed once per recipe and stored in ``plan.json``.
-
-    The recipe replaces that of the run, unless this would invalidate a phase that has started.
+def _check_built_in_data(recipe: Recipe, run: RunDir, path: Path) -> None:
+    """Check that built-in data in the run directory is what the recipe uses; remove it if no phase has begun.
 
     Raises:
-        ConfigError: The run was created with other data, or the recipe would invalidate a phase that has started.
+        ConfigError: It is not, and a phase has begun.
+    """
+    from ..data.prepare import DESCRIPTION, UNFINISHED
+
+    marks = [path / DESCRIPTION, path / UNFINISHED]
+    description = next((found for mark in marks if (found := read_json(mark))), {})
+    source = description.get("source")
+    if not isinstance(source, dict):
+        return
+    wanted = recipe.plan.number if recipe.data.decentralized else 0
+    fits = source.get("kind") == recipe.data.source and ("parts" in source) == bool(wanted)
+    if fits and len(description.get("parts", range(wanted))) == wanted:
+        return
+    if not run.begun:
+        with file_lock(path.with_name(f".{path.name}.lock")):  # a process may be preparing it
+            shutil.rmtree(path)
+    elif source.get("kind") != recipe.data.source:
+        raise ConfigError(
+            f"data.source = {recipe.data.source!r}, but {path} has {source.get('kind')!r}; use another --run-dir, or"
+            " the data.source that the run was created with"
+        )
+
+
+def ensure_plan(
+    recipe: Recipe, run: RunDir, data: DatasetInfo, report: Report = lambda text: None
+) -> tuple[Plan, list[PlannedRow]]:
+    """Return the plan of a run, which is computed once per recipe and stored in ``plan.json``.
+
+    The recipe replaces that of the run, unless this would invalidate a phase that has begun. Only one process at a
+    time changes the recipe and the plan.
+
+    Raises:
+        ConfigError: A phase has begun, and the recipe would invalidate it or the run was created with other data.
     """
     file = run.path / "plan.json"
-    stored = read_json(file) or None
+    plan, stored = make_plan(recipe), read_json(file) or None
+    rows = _planned_rows(recipe, plan, data, stored)
+    content = {**plan_json(recipe, plan, rows), "data": data.digest, "settings": recipe.identity}
+    if _is_stored(content, stored) and run.has_recipe(recipe):
+        return plan, rows
+    with acquire_lease_when_free(run.path):
+        stored, untrained = read_json(file) or None, not run.begun
+        _check_change(recipe, run, data, rows, stored)
+        if not _is_stored(content, stored):
+            write_json(file, content)
+            try:  # a phase may have begun meanwhile; once it has its lease, it checks the plan
+                _check_change(recipe, run, data, rows, stored)
+            except ConfigError:
+                write_json(file, stored) if stored else file.unlink()
+                raise
+        changed = run.update_recipe(recipe)
+    if untrained and changed:
+        more = f"; and {len(changed) - 5} more" if len(changed) > 5 else ""
+        listed = "; ".join(changed[:5]) + more
+        report(f"{run.path}: nothing has been trained here yet; replaced the older recipe ({listed})")
+    return plan, rows
+
+
+def check_plan_unchanged(run: RunDir, planned: PlannedRow) -> None:
+    """Check that the run still has the plan with which a phase was set up. Call it with the lease of the phase.
+
+    Raises:
+        ConfigError: Another process has replaced the recipe of the run.
+    """
+    if _is_planned(run, planned):
+        return
+    with acquire_lease_when_free(run.path):  # the other process restores the plan if it finds the lease of the phase
+        if not _is_planned(run, planned):
+            raise ConfigError(
+                f"{run.path}: another process replaced the recipe before {planned.title} was trained;"
+                " use another --run-dir"
+            )
+
+
+def _is_planned(run: RunDir, planned: PlannedRow) -> bool:
+    """Return whether ``plan.json`` has this phase, with this identity and data."""
+    rows = (read_json(run.path / "plan.json") or {}).get("rows", [])
+    found: dict[str, Any] = next((row for row in rows if row["key"] == planned.key), {})
+    return (found.get("identity"), found.get("data")) == (planned.identity, planned.data)
+
+
+def _is_stored(content: dict[str, Any], stored: dict[str, Any] | None) -> bool:
+    """Return whether ``plan.json`` is valid for the data and the identity keys of a recipe."""
+    return stored is not None and all(stored.get(key) == content[key] for key in ("data", "settings"))
+
+
+def _check_change(
+    recipe: Recipe, run: RunDir, data: DatasetInfo, rows: list[PlannedRow], stored: dict[str, Any] | None
+) -> None:
+    """Check that neither the recipe nor the data would invalidate a phase that has begun.
+
+    Raises:
+        ConfigError: They would.
+    """
+    if not run.begun:
+        return
     if stored is not None and stored["data"] != data.digest:
         raise ConfigError(
             f"{run.path} was created with other data than {data.path} (digest {stored['data'][:12]}…, now"
             f" {data.digest[:12]}…); use another --run-dir, or the original data"
         )
-    plan = make_plan(recipe)
-    rows = _planned_rows(recipe, plan, data, stored)
     before = run.load_recipe()
     if changed := differences(before, recipe):
         invalid = invalidated_rows(_planned_rows(before, make_plan(before), data, stored), rows)
@@ -85,15 +172,11 @@ def ensure_plan(recipe: Recipe, run: RunDir, data: DatasetInfo) -> tuple[Plan, l
                 f"{run.path}: {'; '.join(changed)} would invalidate {', '.join(row.title for row in started)};"
                 f" use another --run-dir or the original settings, or remove {folders} to train again"
             )
-    run.update_recipe(recipe)
-    if stored is None or stored.get("settings") != recipe.identity:
-        write_json(file, {**plan_json(recipe, plan, rows), "data": data.digest, "settings": recipe.identity})
-    return plan, rows
 
 
 def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[str, Any] | None) -> list[PlannedRow]:
     """Return the phases of a recipe, from ``plan.json`` if its identity keys are the same, and recomputed otherwise."""
-    if stored is not None and stored.get("settings") == recipe.identity:
+    if stored is not None and stored.get("settings") == recipe.identity and stored["data"] == data.digest:
         return [
             PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])})
             for row in stored["rows"]

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -166,6 +166,26 @@ def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JO
         finished.set()
         thread.join()
         lease.release()
+
+
+@contextmanager
+def acquire_lease_when_free(folder: Path, queue: JobQueue = NO_JOBS) -> Iterator[Lease]:
+    """Hold the lease on ``folder`` in one process; wait for up to ``LEASE_SECONDS`` while another process holds it.
+
+    Raises:
+        LockedError: Another running process still owns the folder after that time.
+    """
+    deadline = time.monotonic() + LEASE_SECONDS
+    with ExitStack() as stack:
+        while True:
+            try:
+                lease = stack.enter_context(acquire_lease(folder, DistributedContext(), queue))
+                break
+            except LockedError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        yield lease
 
 
 def _acquire_alone(folder: Path, queue: JobQueue = NO_JOBS) -> Lease:

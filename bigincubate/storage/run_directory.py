@@ -26,6 +26,7 @@
       partial/              the scores in partial.json for TensorBoard, over the number of modules
       report.html           written by `bigincubate report`
       slurm/  jobs.json     logs of jobs and their ranks; submitted jobs and numbers of submissions
+      owners/               the process that is changing recipe.toml and plan.json
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from typing import Any
 from ..config import Phase, Recipe, differences, load_recipe
 from ..errors import ArtifactError, ConfigError, DataError
 from ..files import append_json_line, read_json, write_json, write_text
+from .lease import current_owner
 
 FOLDERS: dict[str, str] = {"pretrain": "meta", "finetune": "finetune", "end_to_end": "end_to_end"}
 
@@ -78,9 +80,12 @@ class PhaseDir:
 
     @property
     def begun(self) -> bool:
-        """Return whether there is any work of the phase: an attempt, a checkpoint or a result."""
-        started = (self.path / "DONE").exists() or any((self.path / "attempts").glob("*.json"))
-        return started or any(self.checkpoints.glob("*"))
+        """Return whether a changed recipe could destroy work of the phase: it has a result or a checkpoint, or it runs.
+
+        Attempts that ended before their first checkpoint do not count, because the next attempt starts over.
+        """
+        kept = (self.path / "DONE").exists() or any(self.checkpoints.glob("*"))
+        return kept or current_owner(self.path) is not None
 
     @property
     def rollback(self) -> dict[str, Any] | None:
@@ -131,6 +136,13 @@ class RunDir:
         return PhaseDir(self.path / FOLDERS[phase])
 
     @property
+    def begun(self) -> bool:
+        """Return whether any phase has begun, also a phase that the current recipe does not have."""
+        folders = [self.path / name for name in FOLDERS.values()]
+        folders += (self.path / "modules").glob("[0-9]*")
+        return any(PhaseDir(folder).begun for folder in folders)
+
+    @property
     def assembled(self) -> PhaseDir:
         """Return the folder of the assembled model before fine-tuning."""
         return PhaseDir(self.path / "assembled")
@@ -155,12 +167,28 @@ class RunDir:
         if not self.recipe_file.exists() and write_text(self.recipe_file, recipe.toml(), exclusive=True):
             self.log_event("created", recipe=recipe.name)
 
-    def update_recipe(self, recipe: Recipe) -> None:
-        """Replace the recipe and log the changes, if there are any."""
-        before = self.load_recipe()
-        if changes := differences(before, recipe) + differences(before, recipe, execution_keys=True):
+    def has_recipe(self, recipe: Recipe) -> bool:
+        """Return whether the recipe of the run is this one, including execution keys."""
+        try:
+            return self.load_recipe() == recipe
+        except ConfigError:
+            return False
+
+    def update_recipe(self, recipe: Recipe) -> list[str]:
+        """Replace the recipe and log the changes, if there are any.
+
+        Returns:
+            One line per changed key.
+        """
+        try:
+            before = self.load_recipe()
+            changes, invalid = differences(before, recipe) + differences(before, recipe, execution_keys=True), {}
+        except ConfigError as error:
+            changes, invalid = [str(error)], {"older": self.recipe_file.read_text(errors="replace")}
+        if changes:
             write_text(self.recipe_file, recipe.toml())
-            self.log_event("recipe_changed", changes=changes)
+            self.log_event("recipe_changed", changes=changes, **invalid)
+        return changes
 
     def load_recipe(self) -> Recipe:
         """Return the resolved recipe.

@@ -13,6 +13,7 @@ from ..distributed.signals import StopFlag
 from ..distributed.watchdog import watch_ranks
 from ..errors import BigincubateError, ExternalError, Preempted
 from ..planning.context import PhaseContext
+from ..planning.prepare_run import check_plan_unchanged
 from ..storage.lease import NO_JOBS, JobQueue, acquire_lease
 from .trainer import Trainer
 
@@ -31,6 +32,7 @@ def train_phase(
         The phase's result; see :meth:`Task.make_result`.
 
     Raises:
+        ConfigError: Another process has replaced the recipe of the run.
         Preempted: A stop signal was received, and a checkpoint was written.
         NonFiniteError: The gradient was not finite in more steps than allowed, also after a rollback.
         LockedError: Another process is training this phase, or has taken it over.
@@ -39,6 +41,9 @@ def train_phase(
     if (result := env.broadcast(folder.result)) is not None:
         return result
     with acquire_lease(folder.path, env, queue) as lease, StopFlag() as stop:
+        with env.main_process_first():
+            if env.is_main:
+                check_plan_unchanged(run, context.planned)
         attempt = env.broadcast(1 + max((before["attempt"] for before in folder.read_attempts()), default=0))
         about = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         layout = {"sharding": context.settings.sharding.strategy, "steps": context.planned.steps}

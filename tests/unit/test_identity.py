@@ -15,6 +15,7 @@ from bigincubate.config import PHASES, ModelConfig, Recipe, Settings, load_recip
 from bigincubate.data.dataset import DatasetInfo
 from bigincubate.data.images import labelled_image_schema
 from bigincubate.errors import ArtifactError, ConfigError
+from bigincubate.files import read_json, write_json
 from bigincubate.launchers.slurm.scheduler import _is_valid
 from bigincubate.models.base import ModelFamily
 from bigincubate.models.vision.families import find_timm_family
@@ -326,6 +327,10 @@ def test_checkpoint_of_other_settings_is_refused(harness: Callable[..., Any]) ->
     one.train("pretrain")
     (one.run.phase("pretrain").path / "DONE").unlink()
     one.rows[0].identity["train.lr"] = 0.5
+    plan = read_json(one.run.path / "plan.json")
+    assert plan is not None
+    plan["rows"][0]["identity"]["train.lr"] = 0.5
+    write_json(one.run.path / "plan.json", plan)
     with pytest.raises(ArtifactError, match="saved with other settings"):
         one.train("pretrain")
 
@@ -354,9 +359,11 @@ def test_stale_module_is_trained_again_from_its_start(harness: Callable[..., Any
     assert is_valid()
 
 
-def test_embedded_data_of_another_source_is_refused(smoke: Path, tmp_path: Path, counted: None) -> None:
+def test_embedded_data_of_another_source_is_refused_once_a_phase_is_trained(
+    smoke: Path, tmp_path: Path, counted: None
+) -> None:
     from conftest import TrainingHarness
 
-    TrainingHarness(smoke, tmp_path / "run")
+    TrainingHarness(smoke, tmp_path / "run", "train.max_steps=1").train("pretrain")
     with pytest.raises(ConfigError, match=r"data\.source = 'digits', but .* has 'digits-dev'"):
         TrainingHarness(smoke, tmp_path / "run", "data.source=digits")
