@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from . import errors as errors
 
 if TYPE_CHECKING:
-    from .api import RunResult, evaluate, load_model, plan, run, train_phase
+    from .api import RunResult, evaluate, fork, load_model, plan, run, train_phase
     from .config import Recipe, load_recipe
     from .data.prepare import prepare_dataset
     from .models.hybrid import build_hybrid, extract_module, grow
@@ -27,6 +27,7 @@ __all__ = [
     "errors",
     "evaluate",
     "extract_module",
+    "fork",
     "grow",
     "load_model",
     "load_recipe",
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "api": ("RunResult", "evaluate", "load_model", "plan", "run", "train_phase"),
+    "api": ("RunResult", "evaluate", "fork", "load_model", "plan", "run", "train_phase"),
     "config": ("Recipe", "load_recipe"),
     "data.prepare": ("prepare_dataset",),
     "models.hybrid": ("build_hybrid", "extract_module", "grow"),

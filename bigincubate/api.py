@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .launchers.local import HelperJob
     from .planning.context import RunContext
+    from .planning.fork_run import Fork
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -229,6 +230,42 @@ def train_phase(
         if env.is_main:
             report(f"{context.row.title}: done, {describe_metrics(context.task.metrics, result['metrics'])}")
     return result
+
+
+def fork(
+    run_dir: str | Path,
+    new_run_dir: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    report: Callable[[str], None] = _ignore,
+) -> Fork:
+    """Create a run that takes over the phases of another run that a changed recipe leaves valid.
+
+    Args:
+        run_dir: The run, which is not changed.
+        new_run_dir: The new run directory.
+        recipe: The recipe of the new run; by default that of the run.
+        report: Called with a message before slow work.
+
+    Returns:
+        The phases, each with ``taken`` and ``reason``.
+
+    Raises:
+        ArtifactError: ``run_dir`` is not a run directory.
+        ConfigError: ``new_run_dir`` has trained phases or other files, or the recipe leaves no phase valid.
+        LockedError: A process is training a phase of the run.
+
+    Example:
+        >>> recipe = bi.load_recipe("runs/digits/recipe.toml", ["finetune.train.lr=5e-4"])
+        >>> bi.fork("runs/digits", "runs/slower", recipe)
+        >>> bi.run(recipe, "runs/slower")
+    """
+    from .launchers.slurm.job_queue import SlurmQueue
+    from .planning.fork_run import fork_run
+    from .storage.run_directory import RunDir
+
+    source, new = RunDir(Path(run_dir)), RunDir(Path(new_run_dir))
+    return fork_run(source, new, recipe, queue=SlurmQueue(), report=report)
 
 
 def load_model(source: str | Path) -> nn.Module:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,25 @@ def fsync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def link_or_copy(file: Path, other: Path) -> bool:
+    """Create ``other`` as a hard link to ``file``; copy the content if the file system cannot link them.
+
+    Only for files that are never changed in place, because a link shares the content.
+
+    Returns:
+        Whether it is a link.
+    """
+    try:
+        os.link(file, other)
+    except OSError as error:
+        if error.errno == errno.EEXIST:
+            raise
+        shutil.copyfile(file, other)
+        fsync_path(other)
+        return False
+    return True
 
 
 def hash_file(path: Path) -> str:

@@ -16,7 +16,7 @@ from ..distributed.rank_logging import LEVEL_VARIABLE, LogLevel
 if TYPE_CHECKING:
     from ..storage.run_directory import RunDir
 else:
-    RunDir = Path  # for --help; the class is slow to import, so only `_run_dir` imports it, when a command runs
+    RunDir = Path  # for --help; the class is slow to import, so only `parse_run_dir` imports it, when a command runs
 
 app = typer.Typer(
     name="bigincubate",
@@ -32,7 +32,8 @@ checkpoint_app = typer.Typer(help="List, verify, convert and prune resume checkp
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
-def _run_dir(path: str) -> RunDir:
+def parse_run_dir(path: str) -> RunDir:
+    """Return the run directory that an argument names."""
     from ..storage import run_directory
 
     return run_directory.RunDir(Path(path))
@@ -40,7 +41,7 @@ def _run_dir(path: str) -> RunDir:
 
 RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="Name of an included recipe, or a .toml file.")]
 RunDirOption = Annotated[
-    RunDir, Option("--run-dir", parser=_run_dir, help="The run directory; created if it does not exist.")
+    RunDir, Option("--run-dir", parser=parse_run_dir, help="The run directory; created if it does not exist.")
 ]
 SetOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a recipe key: --set train.lr=1e-3")
@@ -49,8 +50,8 @@ LogLevelOption = Annotated[
     LogLevel, Option("--log-level", envvar=LEVEL_VARIABLE, help="The lowest level that logs show.")
 ]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
-RunArgument = Annotated[RunDir, Argument(metavar="DIR", parser=_run_dir, help="A run directory.")]
-RunsArgument = Annotated[list[RunDir], Argument(metavar="DIR…", parser=_run_dir, help="Run directories.")]
+RunArgument = Annotated[RunDir, Argument(metavar="DIR", parser=parse_run_dir, help="A run directory.")]
+RunsArgument = Annotated[list[RunDir], Argument(metavar="DIR…", parser=parse_run_dir, help="Run directories.")]
 CheckpointsArgument = Annotated[
     Path, Argument(metavar="DIR", help="A run directory, a phase's directory, or a checkpoint.")
 ]

@@ -105,12 +105,18 @@ def export_weights(
 @app.command("import")
 def import_weights(
     recipe: RecipeArgument,
-    files: Annotated[list[Path], Argument(metavar="FILE...", help="Official checkpoints: one, or one per module.")],
+    files: Annotated[
+        list[Path],
+        Argument(metavar="FILE...", help="Official checkpoints: one, or one per module. Or another run directory."),
+    ],
     part: Annotated[str, Option("--as", help="meta, modules or model.")],
     to: Annotated[Path, Option(help="A run directory; with --as model, the output folder.")],
     sets: SetOption = None,
 ) -> None:
-    """Import a meta model, modules or a complete model from checkpoints of the official implementation."""
+    """Import a meta model, modules or a complete model from checkpoints of the official implementation.
+
+    With --as meta or modules, FILE may also be a run directory, whose finished modules are imported.
+    """
     from ..config import load_recipe
 
     loaded = load_recipe(recipe, sets or ())

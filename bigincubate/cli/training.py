@@ -8,7 +8,7 @@ import shlex
 import sys
 from typing import Annotated
 
-from typer import Option
+from typer import Argument, Option
 
 from ..distributed.rank_logging import LEVEL_VARIABLE, setup_logging
 from ..errors import ConfigError, Preempted
@@ -16,10 +16,12 @@ from .app import (
     JsonOption,
     LogLevelOption,
     RecipeArgument,
+    RunDir,
     RunDirOption,
     SetOption,
     app,
     console,
+    parse_run_dir,
     say,
     say_json,
 )
@@ -163,3 +165,28 @@ def train(
     set_torchrun_variables()
     setup_logging(log_level, read_count("RANK", 0))
     train_phase(loaded, directory.path, phase, number, report=say, verify_data=verify_data)
+
+
+@app.command()
+def fork(
+    source: Annotated[RunDir, Argument(metavar="RUN", parser=parse_run_dir, help="The run directory to fork.")],
+    new: Annotated[RunDir, Argument(metavar="NEW_RUN", parser=parse_run_dir, help="The new run directory.")],
+    recipe: Annotated[
+        str | None, Argument(metavar="[RECIPE]", help="Recipe of the new run (default: that of RUN).")
+    ] = None,
+    sets: SetOption = None,
+) -> None:
+    """Create a new run that takes over every phase of RUN that a changed recipe leaves valid. RUN is not changed.
+
+    For example, several fine-tunings of the same modules. Artifacts and checkpoints become hard links if possible.
+    """
+    from ..config import load_recipe
+
+    source.load_recipe()
+    loaded = load_recipe(recipe or source.recipe_file, sets or ())
+    from ..api import fork as fork_run
+    from ..planning.fork_run import describe_fork
+
+    made = fork_run(source.path, new.path, loaded, report=say)
+    say("\n".join(describe_fork(made, source)))
+    say(f"next:    bigincubate run {new.recipe_file} --run-dir {new.path}")

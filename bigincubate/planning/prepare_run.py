@@ -166,11 +166,16 @@ def _check_change(
     before = run.load_recipe()
     if changed := differences(before, recipe):
         invalid = invalidated_rows(_planned_rows(before, make_plan(before), data, stored), rows)
+        begun = [row for row in rows if run.phase(row.phase, row.module).begun]
         if started := [row for row in invalid if run.phase(row.phase, row.module).begun]:
             folders = ", ".join(str(run.phase(row.phase, row.module).path) for row in started)
+            remedies = f"use another --run-dir or the original settings, or remove {folders} to train again"
+            if {row.key for row in begun} - {row.key for row in invalid}:
+                fork = f"bigincubate fork {run.path} NEW_RUN --set KEY=VALUE"
+                remedies = f"keep the other phases in a new run with: {fork}; or {remedies}"
             raise ConfigError(
                 f"{run.path}: {'; '.join(changed)} would invalidate {', '.join(row.title for row in started)};"
-                f" use another --run-dir or the original settings, or remove {folders} to train again"
+                f" {remedies}"
             )
 
 

@@ -175,6 +175,8 @@ def acquire_lease_when_free(folder: Path, queue: JobQueue = NO_JOBS) -> Iterator
     Raises:
         LockedError: Another running process still owns the folder after that time.
     """
+    from ..distributed.process_group import DistributedContext
+
     deadline = time.monotonic() + LEASE_SECONDS
     with ExitStack() as stack:
         while True:
@@ -228,6 +230,12 @@ def current_owner(folder: Path, queue: JobQueue = NO_JOBS) -> str | None:
     path = owners / f"{_newest_generation(owners)}.json"
     found = read_json(path)
     return _describe_owner(found) if found and _is_alive(found, path, queue) is not False else None
+
+
+def lease_generation(folder: Path) -> int:
+    """Return the generation of the newest lease on ``folder``; 0 if there has been none."""
+    owners = folder / "owners"
+    return _newest_generation(owners) if owners.is_dir() else 0
 
 
 def _is_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> bool | None:

@@ -136,11 +136,15 @@ class RunDir:
         return PhaseDir(self.path / FOLDERS[phase])
 
     @property
+    def phases(self) -> list[PhaseDir]:
+        """Return the folders of all phases, also of modules that the current recipe does not have."""
+        modules = sorted((self.path / "modules").glob("[0-9]*"))
+        return [PhaseDir(folder) for folder in (*(self.path / name for name in FOLDERS.values()), *modules)]
+
+    @property
     def begun(self) -> bool:
-        """Return whether any phase has begun, also a phase that the current recipe does not have."""
-        folders = [self.path / name for name in FOLDERS.values()]
-        folders += (self.path / "modules").glob("[0-9]*")
-        return any(PhaseDir(folder).begun for folder in folders)
+        """Return whether any phase has begun."""
+        return any(folder.begun for folder in self.phases)
 
     @property
     def assembled(self) -> PhaseDir:

@@ -1,4 +1,7 @@
-"""Import checkpoints of the official implementation as the meta model or modules of a run, or as an exported model."""
+"""Import weights as the meta model or modules of a run: of the official implementation, or of another run.
+
+Checkpoints of the official implementation can also be converted to an exported model.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from ..models.base import Depths
 from ..models.partition import Partition, show_depths
 from ..models.surgery import extract
 from ..planning.context import PhaseContext, open_run
-from ..planning.phases import Plan, make_plan, phase_model
+from ..planning.phases import PhasePlan, Plan, make_plan, phase_model
+from ..storage.artifacts import load_artifact
 from ..storage.lease import NO_JOBS, JobQueue
 from ..storage.run_directory import RunDir
 from ..tasks.registry import make_task
@@ -52,29 +56,40 @@ def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
 def import_part(
     recipe: Recipe, part: Part, files: Sequence[Path], run: RunDir, queue: JobQueue = NO_JOBS
 ) -> Iterator[tuple[PhaseContext, dict[str, Any]]]:
-    """Import official weights as the meta model or the modules of a run.
+    """Import weights as the meta model or the modules of a run.
 
-    Each phase trains for zero steps: it evaluates the weights and writes them as its artifact. ``queue`` is the
-    batch system that may have started this process, for leases.
+    Each phase trains for zero steps: it evaluates the weights and writes them as its artifact.
+
+    Args:
+        recipe: The recipe of the run.
+        part: What to import.
+        files: Official checkpoints: one, or one per module. Or one run directory; only its finished modules are
+            imported, whatever settings and data they were trained with.
+        run: The run to import into.
+        queue: The batch system that may have started this process, for leases.
 
     Yields:
         The context and the result of each phase.
 
     Raises:
-        ArtifactError: A file is not an official checkpoint or has other depths or shapes, or the modules are imported
-            before the meta model.
+        ArtifactError: A file is not an official checkpoint, the run directory has no such finished phase, weights have
+            other depths or shapes, or the modules are imported before the meta model.
         ConfigError: The number of files or modules differs from the recipe's, or a phase already has results.
         DataError: The run's data is missing.
     """
     plan = make_plan(recipe)
-    tensors = _read(files, plan, *((plan.meta, "meta model") if part == "meta" else (plan.target, "target")))
-    opened = open_run(recipe, run)
+    wanted, what = (plan.meta, "meta model") if part == "meta" else (plan.target, "target")
     rows = [plan.row("pretrain")] if part == "meta" else [row for row in plan.rows() if row.phase == "incubate"]
+    if len(files) == 1 and files[0].is_dir():
+        tensors, sources = _read_run(RunDir(files[0]), rows, wanted, what)
+        rows = [row for row in rows if row.key in sources]
+    else:
+        tensors, sources = _read(files, plan, wanted, what), {str(file): hash_file(file) for file in files}
+    opened = open_run(recipe, run)
     for row in rows:
         folder = run.phase(row.phase, row.module)
         if folder.result or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
             raise ConfigError(f"{folder.path} already has results or checkpoints; import into another run directory")
-    sources = {str(file): hash_file(file) for file in files}
     env = DistributedContext.detect()
     try:
         for row in rows:
@@ -103,3 +118,31 @@ def _read(files: Sequence[Path], plan: Plan, wanted: Depths, what: str) -> dict[
         blocks, expected = show_depths(found), show_depths(wanted)
         raise ArtifactError(f"{files[0]} has modules of {blocks} blocks, but the recipe's {what} has {expected}")
     return join_stages(stages, plan.family)
+
+
+def _read_run(
+    source: RunDir, rows: Sequence[PhasePlan], wanted: Depths, what: str
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of the finished phases of a run, under their names in the model, and the digest of each phase.
+
+    Raises:
+        ArtifactError: None of the phases is finished, an artifact is damaged, or it has other depths.
+    """
+    source.load_recipe()
+    tensors: dict[str, Tensor] = {}
+    digests: dict[str, str] = {}
+    for row in rows:
+        folder = source.phase(row.phase, row.module)
+        if folder.result is None:
+            continue
+        found, manifest = load_artifact(folder.artifact)
+        if (depths := tuple(map(tuple, manifest.model.depths))) != wanted:
+            raise ArtifactError(
+                f"{folder.artifact} has modules of {show_depths(depths)} blocks, but the recipe's {what} has"
+                f" {show_depths(wanted)}"
+            )
+        tensors |= found
+        digests[row.key] = manifest.digest
+    if not digests:
+        raise ArtifactError(f"{source.path} has no finished {'meta model' if what == 'meta model' else 'modules'}")
+    return tensors, digests
