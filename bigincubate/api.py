@@ -149,6 +149,7 @@ def run(
     from .launchers.progress import ProgressReporter
     from .planning.context import open_run
     from .planning.job_graph import build_job_graph
+    from .report.run_cost import TimeEstimate, describe_cost
     from .storage.run_directory import RunDir
 
     directory = RunDir(Path(run_dir))
@@ -160,7 +161,9 @@ def run(
             hash_all_shards(opened.data)
         graph = build_job_graph(opened.rows, baseline=baseline)
         done = all(directory.phase(job.phase, job.module).result for job in graph) and is_complete_export(exported)
-        code = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper).execute(graph)
+        reporter.say(f"{recipe.name}: {describe_cost(directory, graph)}")
+        estimate = TimeEstimate(directory, graph).update
+        code = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper, estimate).execute(graph)
     results = directory.update_summary()
     if code is Exit.PREEMPTED:
         raise error_of_code(code)(f"{directory.path}: stopped after writing checkpoints; run it again to resume")

@@ -39,9 +39,12 @@ def submit(
         say(format_submission(loaded, run, make_plan(loaded).modules, baseline=baseline, size=size))
         return
     from ..planning.context import open_run
+    from ..planning.job_graph import build_job_graph
+    from ..report.run_cost import describe_cost
 
     set_umask(loaded)
-    open_run(loaded, run, report=say)
+    opened = open_run(loaded, run, report=say)
+    say(f"{loaded.name}: {describe_cost(run, build_job_graph(opened.rows, baseline=baseline))}")
     if baseline:
         run.log_event("baseline")
     submit_or_export(run)

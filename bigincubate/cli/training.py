@@ -37,8 +37,11 @@ def plan(
     recipe: RecipeArgument,
     sets: SetOption = None,
     world: Annotated[
-        str | None, Option(metavar="N,N,…", help="Numbers of ranks to plan for (default: 1, 2 and 8).")
+        str | None, Option(metavar="N,N,…", help="Numbers of ranks for --sharding (default: 1, 2 and 8).")
     ] = None,
+    sharding: Annotated[
+        bool, Option("--sharding", help="Also show memory and communication per rank, for each sharding strategy.")
+    ] = False,
     cluster: Annotated[
         str | None,
         Option(
@@ -48,9 +51,9 @@ def plan(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the cost of each phase: depths, parameters, FLOPs, memory, communication. Needs no data.
+    """Show the cost of each phase: depths, parameters, FLOPs, memory, length. Needs no data.
 
-    Memory and communication are per rank, for each sharding strategy.
+    With --sharding or --world, also memory and communication per rank, for each sharding strategy.
     """
     from ..config import load_recipe
 
@@ -66,7 +69,8 @@ def plan(
         return
     from ..report.console_tables import cluster_table, plan_table, sharding_tables
 
-    for table in (plan_table(costs), *sharding_tables(costs)):
+    console().print(plan_table(costs), "")
+    for table in sharding_tables(costs) if sharding or world else ():
         console().print(table, "")
     own, baseline = costs["incubation_flops"], costs["end_to_end_flops"]
     ratio = f"{own / baseline:.3f} times the" if baseline else "compared with the"

@@ -75,6 +75,7 @@ class LocalRunner:
         reporter: Prints progress.
         nproc: Number of ranks of each phase.
         helper: Processes that assist the modules, or None.
+        estimate: Returns lines about the remaining time to print, given the running phases.
         running: The ranks of running jobs, by the key of the job.
         gpus: The GPUs of running jobs, by the key of the job.
         stopping: Whether the run has been asked to stop.
@@ -86,6 +87,7 @@ class LocalRunner:
     reporter: ProgressReporter
     nproc: int = 1
     helper: HelperJob | None = None
+    estimate: Callable[[list[tuple[Job, PhaseDir]]], list[str]] = lambda running: []
     running: dict[str, RankGroup] = field(default_factory=dict)
     gpus: dict[str, list[str]] = field(default_factory=dict)
     stopping: bool = False
@@ -132,7 +134,10 @@ class LocalRunner:
                         failed[job.key] = code
                         self.reporter.failed(job, code, ranks.reason, ranks.log)
                 self.check_helper(waiting)
-                self.reporter.update([(job, self._phase_dir(job)) for job in graph if job.key in self.running])
+                running = [(job, self._phase_dir(job)) for job in graph if job.key in self.running]
+                self.reporter.update(running)
+                for line in self.estimate(running):
+                    self.reporter.say(line)
                 time.sleep(0.2)
         finally:
             for number, handler in before.items():

@@ -16,6 +16,7 @@
         checkpoints/step-00000500/    resume checkpoints
         artifact/                     the output of the phase: weights.safetensors, manifest.json, COMMITTED
         metrics.jsonl  tb/  logs/
+        start_rate.json               GFLOP/s in the first steps of the last attempt, before there are metrics
         attempts/1.json               running, preempted, failed or done
         owners/1.json                 the process that owns the folder; the highest number is valid
         partial.json                  for a module: score of the partial assembly when the module was finished
@@ -41,6 +42,7 @@ from ..errors import ArtifactError, ConfigError, DataError
 from ..files import append_json_line, read_json, write_json, write_text
 from .lease import current_owner
 
+START_RATE = "start_rate.json"
 FOLDERS: dict[str, str] = {"pretrain": "meta", "finetune": "finetune", "end_to_end": "end_to_end"}
 
 

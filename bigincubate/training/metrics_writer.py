@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ..files import append_json_line, read_json_lines, write_text
 from ..planning.cost import PlannedRow
-from ..storage.run_directory import PhaseDir
+from ..storage.run_directory import START_RATE, PhaseDir
 
 logger = logging.getLogger(__name__)
 
@@ -215,6 +216,37 @@ class ThroughputMeter:
             values["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self.restart()
         return values
+
+
+class StartRate:
+    """Measure the rate of the first steps of an attempt and write it to ``start_rate.json``, for an early estimate.
+
+    The first step is not counted, because it may include compilation. The host waits for the device twice.
+
+    Args:
+        folder: The phase's directory; None to do nothing.
+        step_flops: FLOPs of an optimizer step of all ranks.
+    """
+
+    STEPS = 3
+
+    def __init__(self, folder: PhaseDir | None, step_flops: int) -> None:
+        self.folder, self.step_flops = folder, step_flops
+        self.steps, self.started = 0, 0.0
+
+    def finish_step(self, loss: Tensor) -> None:
+        """Count a step with this loss. A file that cannot be written is ignored."""
+        if self.folder is None or self.steps > self.STEPS:
+            return
+        if self.steps == 0:
+            loss.item()
+            self.started = time.perf_counter()
+        elif self.steps == self.STEPS:
+            loss.item()
+            rate = self.STEPS * self.step_flops / (time.perf_counter() - self.started)
+            with suppress(OSError):  # not synced to disk: only a launcher that runs now reads it
+                (self.folder.path / START_RATE).write_text(json.dumps({"gflops": rate / 1e9}))
+        self.steps += 1
 
 
 def _peak_flops(device: torch.device) -> float | None:

@@ -32,7 +32,7 @@ from ..storage.run_directory import PhaseDir
 from ..storage.sharded_tensors import TensorShard
 from .builder import PhaseComponents, build_phase, describe_model
 from .determinism import deterministic_algorithms
-from .metrics_writer import MetricsWriter, ThroughputMeter, log_partial_assembly
+from .metrics_writer import MetricsWriter, StartRate, ThroughputMeter, log_partial_assembly
 from .partial_assembly import build_partial_assembly, finished_modules
 
 logger = logging.getLogger(__name__)
@@ -183,6 +183,8 @@ class Trainer:
         log, every = self.recipe.log, self.recipe.checkpoint.every_steps
         state = self.state
         meter = ThroughputMeter(self.planned.cost.training_flops, self.task.unit, self.env.device)
+        step_flops = self.settings.train.batch_size * self.planned.cost.training_flops
+        start_rate = StartRate(self.folder if self.env.is_main else None, step_flops)
         clock = time.perf_counter()
         while state.step < self.total:
             stop, failed, lost = self.env.any_rank(bool(self.stop), self.checkpoints.failed, self.lease.lost)
@@ -203,6 +205,7 @@ class Trainer:
             state.step += 1
             state.seen += self.settings.train.batch_size
             meter.seen += self.settings.train.batch_size
+            start_rate.finish_step(loss)
 
             values: dict[str, float] = {}
             if state.step % log.every_steps == 0 or state.step == self.total:

@@ -49,8 +49,8 @@ LAYERS: dict[str, set[str]] = {
         *("launchers", "training"),
     },
     "api": {
-        *("config", "data", "distributed", "errors", "interchange", "launchers", "planning", "storage", "tasks"),
-        "training",
+        *("config", "data", "distributed", "errors", "interchange", "launchers", "planning", "report", "storage"),
+        *("tasks", "training"),
     },
     "cli": {
         *(
