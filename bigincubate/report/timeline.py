@@ -17,6 +17,7 @@ ENDS = {
 EVENTS = {  # texts for the rows of ``events.jsonl``
     "created": "created from the recipe {recipe}",
     "forked": "forked from {source}",
+    "collected": "{title}: collected from {source}",
     "recipe_changed": "recipe changed: {changes}",
     "done": "{title}: done after {steps:,} steps",
     "shared_loader": "co-trained: {made:,} batches made, {sent:,} sent to modules",
