@@ -14,8 +14,7 @@ import bigincubate as bi
 from bigincubate.data.dataset import DESCRIPTION, describe_dataset
 from bigincubate.data.partitions import open_module_partition, partition_path
 from bigincubate.distributed.process_group import DistributedContext
-from bigincubate.planning.identity import expected_lineage
-from bigincubate.planning.prepare_run import data_path
+from bigincubate.planning.lineage import expected_lineage
 from bigincubate.storage.artifacts import check_lineage, verify_artifact
 from bigincubate.storage.lease import acquire_lease
 from bigincubate.storage.run_directory import RunDir
@@ -31,7 +30,7 @@ def pack(source: Path, module: int, bundle: Path) -> None:
     shutil.copytree(meta.artifact, target.phase("pretrain").artifact)
     shutil.copy(meta.path / "DONE", target.phase("pretrain").path)
 
-    data = data_path(recipe, run)
+    data = run.data_path(recipe)
     _, part = open_module_partition(recipe, describe_dataset(data), module)
     if part.path == data:
         shutil.copytree(data, bundle / "data")
