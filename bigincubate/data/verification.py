@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 
 from ..errors import DataError
 from ..files import hash_file, read_small_file, write_text
-from .dataset import INDEX, INVALID_JSON_ERRORS, SPLITS, DatasetInfo, read_json
+from .dataset import DESCRIPTION, INDEX, INVALID_JSON_ERRORS, SPLITS, DatasetInfo, describe_dataset, read_json
 from .file_locks import file_lock, runtime_dir
 from .open_shards import FileStamp
+from .partitions import partition_path
 from .remote import DAMAGED_HINT
 
 VERIFIED = "verified.json"
@@ -130,14 +131,27 @@ def _checked_stamp(value: Any) -> list[int]:
 def find_damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
     """Hash every shard, and yield each damaged one with the reason. Missing shards are skipped.
 
-    Shards that match their hashes are remembered as verified, and damaged ones no longer are.
+    This includes the partitions that are present; a hard link is hashed only once. Shards that match their hashes are
+    remembered as verified, and damaged ones no longer are.
     """
+    hashes: dict[FileStamp, str] = {}
+    yield from _find_damaged(info, hashes)
+    for number in range(len(info.parts)):
+        path = Path(partition_path(info.path, number))
+        if (path / DESCRIPTION).exists():
+            try:
+                yield from _find_damaged(describe_dataset(path), hashes)
+            except DataError as error:
+                yield path, str(error)
+
+
+def _find_damaged(info: DatasetInfo, hashes: dict[FileStamp, str]) -> Iterator[tuple[Path, str]]:
     for split in SPLITS:
         shards = [shard["raw_data"] for shard in read_json(info.path / split / INDEX)["shards"]]
         verified = VerifiedShards(info, split, [raw["basename"] for raw in shards])
         files = [info.path / split / raw["basename"] for raw in shards]
         with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing releases the interpreter lock
-            found = pool.map(_compare_hash, files, [raw["hashes"]["sha256"] for raw in shards])
+            found = pool.map(lambda file, raw: _compare_hash(file, raw["hashes"]["sha256"], hashes), files, shards)
             for number, (stamp, problem) in enumerate(found):
                 if problem is not None:
                     verified.forget(number)
@@ -159,11 +173,17 @@ def hash_all_shards(info: DatasetInfo) -> None:
         raise DataError(f"{file} is damaged: {problem}{others}; {DAMAGED_HINT}")
 
 
-def _compare_hash(file: Path, expected: str) -> tuple[FileStamp | None, str | None]:
-    """Return the stamp of a shard, or None if it is missing, and what is wrong with it, or None."""
+def _compare_hash(file: Path, expected: str, hashes: dict[FileStamp, str]) -> tuple[FileStamp | None, str | None]:
+    """Return the stamp of a shard, or None if it is missing, and what is wrong with it, or None.
+
+    Args:
+        file: The shard.
+        expected: Its SHA-256.
+        hashes: Those of files that were hashed already; this one is added.
+    """
     try:
         stamp = FileStamp.of(file)
-        found = hash_file(file)
+        found = hashes[stamp] if stamp in hashes else hashes.setdefault(stamp, hash_file(file))
     except FileNotFoundError:
         return None, None
     except OSError as error:

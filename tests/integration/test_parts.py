@@ -15,6 +15,7 @@ import pytest
 from conftest import SMOKE, Command, TrainingHarness
 
 from bigincubate.config import load_recipe
+from bigincubate.data import verification
 from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.partitions import (
     open_module_partition,
@@ -25,6 +26,7 @@ from bigincubate.data.partitions import (
 from bigincubate.data.prepare import prepare_dataset
 from bigincubate.data.sources import Sample, read_source
 from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, DataError
+from bigincubate.files import hash_file
 from bigincubate.planning.prepare_run import ensure_data
 from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_manifest, save_artifact
@@ -120,6 +122,30 @@ def test_partitions_are_data_sets_and_together_the_whole(parted: Path, digits: P
     for part in parts:
         assert images(part, "val") == images(whole, "val")
     assert len({whole.digest, open_dataset(digits).digest, *whole.parts}) == PARTS + 2
+
+
+def test_partitions_are_verified_with_the_whole_and_links_hashed_once(
+    parted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+
+    def noted(file: Path) -> str:
+        hashed.append(file)
+        return hash_file(file)
+
+    monkeypatch.setattr(verification, "hash_file", noted)
+    mine = tmp_path / "data"
+    shutil.copytree(parted, mine)  # partitions are copies here, not links
+    assert list(verification.find_damaged_shards(open_dataset(parted))) == []
+    assert len(hashed) == len({file.stat().st_ino for file in parted.rglob("*.mds")})
+    shard = next(mine.glob("parts/01/train/**/*.mds"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert [file for file, _ in verification.find_damaged_shards(open_dataset(mine))] == [shard]
+    (mine / "parts" / "00" / "dataset.json").write_text("{")
+    found = dict(verification.find_damaged_shards(open_dataset(mine)))
+    assert found.keys() == {shard, mine / "parts" / "00"}
 
 
 def test_partitions_store_no_shard_twice(parted: Path) -> None:
