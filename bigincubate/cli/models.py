@@ -34,6 +34,9 @@ def data_prepare(
         Path | None,
         Option(metavar="FILE", help="File with the partition of each sample: CSV sample,part, or JSON lines."),
     ] = None,
+    max_pixels: Annotated[
+        int | None, Option(min=1, help="Maximum number of pixels of an image, if not Pillow's 179 million.")
+    ] = None,
 ) -> None:
     """Convert images to hashed MDS shards for training. Run it again to resume."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,7 +57,15 @@ def data_prepare(
         def show(done: int, total: int) -> None:
             progress.update(bar, completed=done, total=total)
 
-        info = prepare_dataset(source, out, jobs=jobs, val_fraction=val_fraction, partition=divide, on_progress=show)
+        info = prepare_dataset(
+            source,
+            out,
+            jobs=jobs,
+            val_fraction=val_fraction,
+            partition=divide,
+            max_pixels=max_pixels,
+            on_progress=show,
+        )
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
     counts += f", {len(info.parts)} partitions" if info.parts else ""
     say(f"{out}: {counts} images of {len(info.schema.metadata['classes'])} classes; use it with --set data.path={out}")

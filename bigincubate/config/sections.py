@@ -273,6 +273,10 @@ class AugmentConfig(ConfigTable):
     """Standard deviation of each color channel, for normalization, with pixels from 0 to 1."""
     eval_crop: float = Field(0.875, gt=0, le=1)
     """Side of the center crop at evaluation, as a share of the shorter side of the image."""
+    exif: Literal["ignore", "apply"] = "ignore"
+    """Whether to turn an image as its EXIF orientation says before it is used, in training and at evaluation: `ignore`
+    (as timm and torchvision read files) or `apply`. Prepared data stores image files, so this acts when they are
+    decoded."""
     batch_transform: Annotated[str, one_of_or_object()] | None = None
     """Class `package.module:Class` that replaces the training transform: one part on the host, one on the device."""
 

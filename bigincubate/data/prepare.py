@@ -44,11 +44,13 @@ class Chunk(NamedTuple):
         folder: The folder of the shards.
         samples: The samples.
         part: The partition they belong to.
+        max_pixels: Maximum number of pixels of an image. None: Pillow's limit.
     """
 
     folder: Path
     samples: list[Sample]
     part: int = 0
+    max_pixels: int | None = None
 
 
 def prepare_dataset(
@@ -58,6 +60,7 @@ def prepare_dataset(
     jobs: int = 1,
     val_fraction: float = 0.2,
     partition: PartitionFunction | None = None,
+    max_pixels: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> DatasetInfo:
     """Write ``source`` as MDS shards to ``out``, unless they exist. Processes with the same ``out`` take turns.
@@ -68,6 +71,7 @@ def prepare_dataset(
         jobs: Number of processes, which does not affect the result.
         val_fraction: Share of each class to hold out if a folder of images has no validation split.
         partition: Divides the training samples into partitions, each of which is also written as a data set.
+        max_pixels: Maximum number of pixels of an image. None: Pillow's limit, 179 million.
         on_progress: Called with the number of samples done and the total.
 
     Returns:
@@ -81,7 +85,8 @@ def prepare_dataset(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with folder_lock(out):
-            return _prepare(read_source(source, val_fraction), out, jobs, partition, on_progress or (lambda *_: None))
+            found = read_source(source, val_fraction)
+            return _prepare(found, out, jobs, partition, max_pixels, on_progress or (lambda *_: None))
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         raise SystemResourceError(
@@ -94,10 +99,15 @@ def prepare_dataset(
 
 
 def _prepare(
-    source: Source, out: Path, jobs: int, partition: PartitionFunction | None, on_progress: Callable[[int, int], None]
+    source: Source,
+    out: Path,
+    jobs: int,
+    partition: PartitionFunction | None,
+    max_pixels: int | None,
+    on_progress: Callable[[int, int], None],
 ) -> DatasetInfo:
     parts = partition(source.splits["train"]) if partition else None
-    schema = labelled_image_schema(source.classes)
+    schema = labelled_image_schema(source.classes, max_pixels)
     identity = {"kind": source.kind, "fingerprint": source.fingerprint}
     if parts is not None:
         if not all(parts):
@@ -121,8 +131,8 @@ def _prepare(
         shutil.rmtree(leftover.rename(out / f".tmp-removed-{secrets.token_hex(4)}"))
 
     train, val = (
-        _make_chunks(out / "train", parts or [source.splits["train"]]),
-        _make_chunks(out / "val", [source.splits["val"]]),
+        _make_chunks(out / "train", parts or [source.splits["train"]], max_pixels),
+        _make_chunks(out / "val", [source.splits["val"]], max_pixels),
     )
     chunks = [*train, *val]
     total = sum(len(chunk.samples) for chunk in chunks)
@@ -154,7 +164,7 @@ def _prepare(
     return open_dataset(out)
 
 
-def _make_chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
+def _make_chunks(folder: Path, parts: list[list[Sample]], max_pixels: int | None) -> list[Chunk]:
     """Return the chunks of a split, numbered consecutively; each contains samples of one partition."""
     folder.mkdir(exist_ok=True)
     groups = [
@@ -163,7 +173,7 @@ def _make_chunks(folder: Path, parts: list[list[Sample]]) -> list[Chunk]:
         for ordered in [sort_by_name_hash(samples)]
         for begin in range(0, len(ordered), CHUNK_SAMPLES)
     ]
-    return [Chunk(folder / f"{number:05}", group, part) for number, (part, group) in enumerate(groups)]
+    return [Chunk(folder / f"{number:05}", group, part, max_pixels) for number, (part, group) in enumerate(groups)]
 
 
 def _link_folder(folder: Path, other: Path) -> bool:
@@ -190,12 +200,12 @@ def _link_folder(folder: Path, other: Path) -> bool:
 
 def write_samples(chunk: Chunk) -> int:
     """Write one chunk atomically and return the number of its samples."""
-    records = ({"image": _image_bytes(sample), "label": sample.label} for sample in chunk.samples)
+    records = ({"image": _image_bytes(sample, chunk.max_pixels), "label": sample.label} for sample in chunk.samples)
     write_chunk(chunk.folder, LABELLED_IMAGE_COLUMNS, records)
     return len(chunk.samples)
 
 
-def _image_bytes(sample: Sample) -> bytes:
+def _image_bytes(sample: Sample, max_pixels: int | None) -> bytes:
     """Return the image file of a sample, after checking that it can be decoded."""
     if not isinstance(sample.image, str):
         from PIL import Image
@@ -203,7 +213,7 @@ def _image_bytes(sample: Sample) -> bytes:
         return encode_png(Image.fromarray(sample.image))
     data = Path(sample.image).read_bytes()
     try:
-        decode_image(data)
+        decode_image(data, max_pixels=max_pixels)
     except ValueError as error:
         raise DataError(f"{sample.image} is not a readable image ({error}); repair or remove it") from None
     return data

@@ -153,6 +153,20 @@ def test_image_that_does_not_decode_is_named(tmp_path: Path, small_chunks: None,
         open_dataset(tmp_path / "out")
 
 
+def test_limit_on_pixels_is_stored_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigincubate.config import DataConfig, ModelConfig, Settings
+    from bigincubate.tasks.registry import make_task
+
+    tree = write_tree(tmp_path / "tree", 20)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 31)  # a limit of 62, and images of 64
+    with pytest.raises(DataError, match=r"more than 62 pixels; allow more with: data prepare --max-pixels N"):
+        prepare_dataset(str(tree), tmp_path / "small")
+    info = prepare_dataset(str(tree), tmp_path / "out", max_pixels=64)
+    task = make_task(Settings(model=ModelConfig(img_size=8, num_classes=3)), DataConfig())
+    assert [len(batch) for batch in task.eval_stream(info, "val", batch_size=12)] == [12]
+    assert "max_pixels" not in prepare_dataset("digits-dev", tmp_path / "digits").schema.metadata
+
+
 # ------------------------------------------------------------------------------------------------ once, the same
 
 
@@ -170,7 +184,7 @@ def test_processes_do_not_change_a_bit(tree: Path, tmp_path: Path, small_chunks:
 def _die_at_the_hundredth_image(source: str, out: Path, jobs: int) -> None:
     count = FORK.Value("i", 0)
 
-    def decode_or_die(data: bytes) -> None:
+    def decode_or_die(data: bytes, **_: object) -> None:
         with count.get_lock():
             count.value += 1
             if count.value == 100:

@@ -91,7 +91,7 @@ def test_unreadable_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (tmp_path / "tree" / f"{row % 2}").mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8), row).save(tmp_path / "tree" / f"{row % 2}" / f"{row}.png")
     (tmp_path / "tree" / "0" / "9.png").write_bytes(b"broken")
-    monkeypatch.setattr(preparing, "decode_image", lambda data: None)  # as if it had been fine when it was prepared
+    monkeypatch.setattr(preparing, "decode_image", lambda *_, **__: None)  # as if it were fine when it was prepared
     monkeypatch.setattr(preparing, "CHUNK_SAMPLES", 10)
     info = preparing.prepare_dataset(str(tmp_path / "tree"), tmp_path / "data")
     split = "train" if b"broken" in b"".join(f.read_bytes() for f in (info.path / "train").rglob("*.mds")) else "val"
@@ -148,9 +148,9 @@ def test_small_split_is_decoded_once_and_large_split_every_time(
     decoded: list[Any] = []
     decode = views.decode_image
 
-    def decode_and_count(data: Any) -> Any:
+    def decode_and_count(data: Any, **options: Any) -> Any:
         decoded.append(data)
-        return decode(data)
+        return decode(data, **options)
 
     monkeypatch.setattr(views, "decode_image", decode_and_count)
     split = shards.Shards(info, "train", LabelledImages(5))

@@ -278,9 +278,9 @@ def test_small_split_is_decoded_once_with_the_same_batches(
     """A split that does not fit is decoded each time, and none of it stays in memory."""
     decoded, decode = [], views.decode_image
 
-    def counted(data: bytes) -> Image.Image:
+    def counted(data: bytes, **options: Any) -> Image.Image:
         decoded.append(data)
-        return decode(data)
+        return decode(data, **options)
 
     monkeypatch.setattr(shards, "DECODED_CACHE_BYTES", room)
     monkeypatch.setattr(views, "decode_image", counted)

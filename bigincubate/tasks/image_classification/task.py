@@ -13,7 +13,7 @@ from ...config import AugmentConfig, DataConfig, ModelConfig, Settings
 from ...config.objects import load_object
 from ...data.batch import Batch
 from ...data.dataset import DatasetInfo
-from ...data.images import LABELLED_IMAGE
+from ...data.images import LABELLED_IMAGE, pixel_limit
 from ...distributed.process_group import DistributedContext
 from ...errors import ConfigError
 from ..base import EvalBatches, Task, TrainBatches
@@ -59,7 +59,9 @@ class ImageClassification(Task):
         from .views import TrainTransform
 
         augment, img_size, train = self.settings.augment, self.settings.model.img_size, self.settings.train
-        transform = TrainTransform(augment, img_size, seed=train.seed, classes=_count_classes(info))
+        transform = TrainTransform(
+            augment, img_size, seed=train.seed, classes=_count_classes(info), max_pixels=pixel_limit(info.schema)
+        )
         return TrainStream(
             info,
             self.data,
@@ -79,7 +81,12 @@ class ImageClassification(Task):
         from .views import EvalTransform
 
         settings, data = self.settings, self.data
-        transform = EvalTransform(settings.augment, settings.model.img_size, classes=_count_classes(info))
+        transform = EvalTransform(
+            settings.augment,
+            settings.model.img_size,
+            classes=_count_classes(info),
+            max_pixels=pixel_limit(info.schema),
+        )
         size = batch_size or min(256, max(1, settings.train.batch_size // world))
         return EvalStream(
             info, split, transform, batch_size=size, rank=rank, world=world, workers=data.workers, remote=data.remote
@@ -161,12 +168,12 @@ class ImageClassification(Task):
     # ------------------------------------------------------------------------------------------ artifacts
 
     def artifact_metadata(self) -> dict[str, Any]:
-        """Return the normalization, interpolation and crop ratio of the model's inputs."""
-        return self.settings.augment.model_dump(include={"mean", "std", "interpolation", "eval_crop"})
+        """Return the normalization, interpolation, crop ratio and EXIF rule of the model's inputs."""
+        return self.settings.augment.model_dump(include={"mean", "std", "interpolation", "eval_crop", "exif"})
 
     @classmethod
     def artifact_settings(cls, model: ModelConfig, metadata: dict[str, Any]) -> Settings:
-        """Return settings with the artifact's normalization, interpolation and crop ratio."""
+        """Return settings with the artifact's normalization, interpolation, crop ratio and EXIF rule."""
         return Settings(model=model, augment=AugmentConfig(**metadata))
 
 

@@ -27,10 +27,20 @@ class LabelledImages:
     Args:
         classes: Number of classes.
         finish: Converts the images of all views to one tensor ``[n, 3, H, W]``.
+        apply_exif: Whether to turn images as their EXIF orientation says.
+        max_pixels: Maximum number of pixels of an image. None: Pillow's limit.
     """
 
-    def __init__(self, classes: int, finish: Callable[[tuple[Any, ...]], Tensor] = torch.stack) -> None:
+    def __init__(
+        self,
+        classes: int,
+        finish: Callable[[tuple[Any, ...]], Tensor] = torch.stack,
+        *,
+        apply_exif: bool = False,
+        max_pixels: int | None = None,
+    ) -> None:
         self.classes, self.finish = classes, finish
+        self.apply_exif, self.max_pixels = apply_exif, max_pixels
 
     def decode(self, record: dict[str, Any]) -> LabelledImage:
         """Return an RGB image and its label.
@@ -40,7 +50,8 @@ class LabelledImages:
         """
         if not 0 <= record["label"] < self.classes:
             raise ValueError(f"label {record['label']} is not in 0 to {self.classes - 1}")
-        return decode_image(record["image"]), record["label"]
+        image = decode_image(record["image"], apply_exif=self.apply_exif, max_pixels=self.max_pixels)
+        return image, record["label"]
 
     def compact(self, sample: LabelledImage) -> tuple[LabelledImage, int]:
         """Return a copy with only pixels and label (no EXIF data, color profile or decoder), and its size in bytes."""
@@ -64,11 +75,14 @@ class TrainTransform(LabelledImages):
         img_size: Side of a view in pixels.
         seed: The seed of the phase.
         classes: Number of classes.
+        max_pixels: Maximum number of pixels of an image. None: Pillow's limit.
     """
 
-    def __init__(self, augment: config.AugmentConfig, img_size: int, *, seed: int, classes: int) -> None:
+    def __init__(
+        self, augment: config.AugmentConfig, img_size: int, *, seed: int, classes: int, max_pixels: int | None = None
+    ) -> None:
         self.transform, finish = _image_and_batch_transform(augment, img_size)
-        super().__init__(classes, finish)
+        super().__init__(classes, finish, apply_exif=augment.exif == "apply", max_pixels=max_pixels)
         self.seed, self.distinct_epochs = seed, augment.distinct_epochs
         self.torch_only = draws_only_from_torch(augment)
 
@@ -85,13 +99,16 @@ class EvalTransform(LabelledImages):
     """Create center crops.
 
     Args:
-        augment: The augmentation settings, for crop ratio, interpolation and normalization.
+        augment: The augmentation settings, for EXIF orientation, crop ratio, interpolation and normalization.
         img_size: Side of a view in pixels.
         classes: Number of classes.
+        max_pixels: Maximum number of pixels of an image. None: Pillow's limit.
     """
 
-    def __init__(self, augment: config.AugmentConfig, img_size: int, *, classes: int) -> None:
-        super().__init__(classes)
+    def __init__(
+        self, augment: config.AugmentConfig, img_size: int, *, classes: int, max_pixels: int | None = None
+    ) -> None:
+        super().__init__(classes, apply_exif=augment.exif == "apply", max_pixels=max_pixels)
         self.transform = eval_transform(augment, img_size)
 
     def view(self, sample: LabelledImage, epoch: int, sample_id: int, repeat: int) -> View:
