@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
 import stat
 from collections.abc import Iterable
@@ -17,6 +18,11 @@ from typing import Any
 # what a file system without hard links answers
 NO_HARD_LINKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK}
 MAX_SMALL_FILE_BYTES = 2**26  # limit for files that are read into memory at once
+
+
+def quote_path(path: Path | str) -> str:
+    """Return an absolute path as it can be pasted into a shell."""
+    return shlex.quote(os.path.abspath(path))
 
 
 def make_folder(folder: Path) -> None:

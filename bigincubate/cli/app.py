@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -75,6 +78,33 @@ def console() -> Any:
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+@contextmanager
+def progress_display(action: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows progress (done, total): as a bar on a terminal, otherwise as a line now and then."""
+    if not console().is_terminal:
+        yield _ProgressLines(action, unit)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console()) as progress:
+        bar = progress.add_task(action, total=None)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+class _ProgressLines:
+    """Prints a line at the start, for each further tenth of the work, and once a minute."""
+
+    def __init__(self, action: str, unit: str) -> None:
+        self.action, self.unit, self.tenths, self.time = action, unit, -1, 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        tenths, now = 10 * done // max(total, 1), time.monotonic()
+        if tenths > self.tenths or now > self.time + 60:
+            self.tenths, self.time = tenths, now
+            say(f"{self.action}: {done:,} of {total:,} {self.unit}")
 
 
 def say(text: str) -> None:

@@ -10,7 +10,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import ConfigError
-from .app import JsonOption, RecipeArgument, SetOption, app, console, data_app, say, say_json
+from ..files import quote_path
+from .app import JsonOption, RecipeArgument, SetOption, app, data_app, progress_display, say, say_json
 
 
 @data_app.command("prepare")
@@ -34,13 +35,20 @@ def data_prepare(
         Path | None,
         Option(metavar="FILE", help="File with the partition of each sample: CSV sample,part, or JSON lines."),
     ] = None,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
+    check: Annotated[
+        bool, Option("--check", help="Compare the contents of all files with what was prepared, not only their times.")
+    ] = False,
     max_pixels: Annotated[
         int | None, Option(min=1, help="Maximum number of pixels of an image, if not Pillow's 179 million.")
     ] = None,
 ) -> None:
-    """Convert images to hashed MDS shards for training. Run it again to resume."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    """Convert images to hashed MDS shards for training. Run it again to resume.
 
+    A folder SOURCE has one folder per class; or such folders in train/ and, optionally, val/ (also: training, valid,
+    validation; test if there is no val). Without val/, a fraction of each class is held out. Hidden folders,
+    thumbnails and further links to the same file are skipped.
+    """
     from ..data.partitions import partition_by_class, partition_by_hash, partition_from_file
     from ..data.prepare import prepare_dataset
 
@@ -50,25 +58,30 @@ def data_prepare(
     if by is not None and parts is not None:
         raise ConfigError("--by and --parts: use only one of them; the file of --by defines the partitions")
     divide = partial(partition_from_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console(), disable=not console().is_terminal) as progress:
-        bar = progress.add_task("preparing", total=None)
-
-        def show(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
-
-        info = prepare_dataset(
-            source,
-            out,
-            jobs=jobs,
-            val_fraction=val_fraction,
-            partition=divide,
-            max_pixels=max_pixels,
-            on_progress=show,
-        )
+    lines: list[str] = []  # printed below the progress
+    try:
+        with progress_display("preparing", "images") as show:
+            info = prepare_dataset(
+                source,
+                out,
+                jobs=jobs,
+                val_fraction=val_fraction,
+                partition=divide,
+                max_pixels=max_pixels,
+                skip_bad=skip_bad,
+                check=check,
+                on_progress=show,
+                report=lines.append,
+            )
+    finally:
+        for line in lines:
+            say(line)
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
     counts += f", {len(info.parts)} partitions" if info.parts else ""
-    say(f"{out}: {counts} images of {len(info.schema.metadata['classes'])} classes; use it with --set data.path={out}")
+    path = quote_path(out)
+    say(
+        f"{path}: {counts} images of {len(info.schema.metadata['classes'])} classes; use it with --set data.path={path}"
+    )
 
 
 @app.command()

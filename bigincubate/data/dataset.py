@@ -29,6 +29,7 @@ from .remote import fetch
 FORMAT = 1
 SPLITS = ("train", "val")
 DESCRIPTION = "dataset.json"
+UNFINISHED = ".preparing.json"  # in place of the description until the data is complete
 INDEX = "index.json"
 # optional keys of dataset.json: digests of the partitions; or for a partition, its number and the size of the whole
 OPTIONAL_KEYS = ("parts", "part", "of")

@@ -136,6 +136,3 @@ def encode_png(pixels: Image.Image) -> bytes:
     out = io.BytesIO()
     pixels.save(out, "PNG", compress_level=0)
     return out.getvalue()
-
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")

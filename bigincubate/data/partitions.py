@@ -18,7 +18,7 @@ from ..config import Recipe
 from ..config.seeds import partition_number
 from ..errors import ConfigError, DataError
 from .dataset import DatasetInfo, open_dataset
-from .sources import Sample
+from .samples import Sample
 from .splits import sort_by_name_hash
 
 # takes the training samples, returns the samples of each partition

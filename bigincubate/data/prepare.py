@@ -1,13 +1,15 @@
 """Prepare a data set: write the samples of a source as MDS shards.
 
 Samples are written in chunks (:mod:`.chunks`), so that an interrupted run can resume. A chunk contains samples of only
-one partition (:mod:`.partitions`), so that partitions can share the shards of the whole data set.
+one partition (:mod:`.partitions`), so that partitions can share the shards of the whole data set. The hash of a
+sample's name decides to which chunk it belongs, so that a file that appears or disappears changes only one chunk.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import multiprocessing
 import os
 import secrets
@@ -15,42 +17,43 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from ..errors import DataError, SystemResourceError
-from ..files import fsync_path
+from PIL import Image
+
+from ..errors import ConfigError, DataError, SystemResourceError
+from ..files import fsync_path, link_or_copy, quote_path, write_text
+from .chunk_records import RECORDS, Chunk, ChunkRecord, has_same_contents, is_unchanged, read_record
 from .chunks import write_chunk, write_description
-from .dataset import DESCRIPTION, DatasetInfo, open_dataset, read_json, write_json
+from .dataset import DESCRIPTION, UNFINISHED, DatasetInfo, open_dataset, read_json, write_json
 from .file_locks import folder_lock
-from .images import LABELLED_IMAGE_COLUMNS, decode_image, encode_png, labelled_image_schema
+from .images import LABELLED_IMAGE_COLUMNS, decode_image, encode_png, exif_orientation, labelled_image_schema
 from .partitions import PartitionFunction, partition_path
-from .sources import Sample, Source, read_source
-from .splits import sort_by_name_hash
-
-CHUNK_SAMPLES = 2048
-UNFINISHED = ".preparing.json"
+from .samples import Sample, Source
+from .source_summary import UNREADABLE_FILES, summarize_source, summary_lines
+from .sources import EMBEDDED, read_source
+from .splits import hash_name, sort_by_name_hash
 
 logger = logging.getLogger(__name__)
 
+CHUNK_SAMPLES = 2048  # on average
 
-class Chunk(NamedTuple):
-    """Samples that are written together.
 
-    Attributes:
-        folder: The folder of the shards.
-        samples: The samples.
-        part: The partition they belong to.
-        max_pixels: Maximum number of pixels of an image. None: Pillow's limit.
-    """
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How to prepare a data set; see `prepare_dataset`."""
 
-    folder: Path
-    samples: list[Sample]
-    part: int = 0
+    jobs: int = 1
     max_pixels: int | None = None
+    skip_bad: bool = False
+    check: bool = False
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    report: Callable[[str], None] = lambda line: None
 
 
 def prepare_dataset(
@@ -61,7 +64,10 @@ def prepare_dataset(
     val_fraction: float = 0.2,
     partition: PartitionFunction | None = None,
     max_pixels: int | None = None,
+    skip_bad: bool = False,
+    check: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> DatasetInfo:
     """Write ``source`` as MDS shards to ``out``, unless they exist. Processes with the same ``out`` take turns.
 
@@ -72,21 +78,31 @@ def prepare_dataset(
         val_fraction: Share of each class to hold out if a folder of images has no validation split.
         partition: Divides the training samples into partitions, each of which is also written as a data set.
         max_pixels: Maximum number of pixels of an image. None: Pillow's limit, 179 million.
+        skip_bad: Whether to leave out images that cannot be read.
+        check: Whether to compare the contents of all files with what was prepared before, even if their sizes and
+            modification times are the same.
         on_progress: Called with the number of samples done and the total.
+        report: Called with each line of the summary, or with each image that cannot be read.
 
     Returns:
         The description of the data set.
 
     Raises:
-        DataError: If the source does not exist, an image cannot be read, or ``out`` contains other files.
+        ConfigError: If ``out`` is inside the source.
+        DataError: If the source does not exist, images cannot be read, or ``out`` contains other files.
         SystemResourceError: If a file cannot be written, or a process was killed.
     """
     out = Path(os.path.abspath(out))
+    if source not in EMBEDDED and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise ConfigError(f"--out {quote_path(out)} is inside the source {quote_path(source)}; use a folder outside it")
+    nothing = PrepareOptions()
+    options = PrepareOptions(
+        jobs, max_pixels, skip_bad, check, on_progress or nothing.on_progress, report or nothing.report
+    )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with folder_lock(out):
-            found = read_source(source, val_fraction)
-            return _prepare(found, out, jobs, partition, max_pixels, on_progress or (lambda *_: None))
+            return _prepare(read_source(source, val_fraction), out, partition, options)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         raise SystemResourceError(
@@ -98,82 +114,196 @@ def prepare_dataset(
         ) from None
 
 
-def _prepare(
-    source: Source,
-    out: Path,
-    jobs: int,
-    partition: PartitionFunction | None,
-    max_pixels: int | None,
-    on_progress: Callable[[int, int], None],
-) -> DatasetInfo:
+def _prepare(source: Source, out: Path, partition: PartitionFunction | None, options: PrepareOptions) -> DatasetInfo:
     parts = partition(source.splits["train"]) if partition else None
-    schema = labelled_image_schema(source.classes, max_pixels)
-    identity = {"kind": source.kind, "fingerprint": source.fingerprint}
+    identity: dict[str, Any] = {"kind": source.kind}
     if parts is not None:
         if not all(parts):
             raise DataError(f"part {parts.index([])} would have no samples; use fewer parts")
         names = [sorted(sample.name for sample in part) for part in parts]
         identity["parts"] = hashlib.sha256(repr(names).encode()).hexdigest()
-    for mark in (DESCRIPTION, UNFINISHED):
-        if (out / mark).exists() and read_json(out / mark).get("source") != identity:
-            raise DataError(
-                f"{out} holds data from another source or with other parts; delete it or use another folder"
-            )
     if (out / DESCRIPTION).exists():
+        info = _reopen(source, out, identity, options)
         (out / UNFINISHED).unlink(missing_ok=True)
-        return open_dataset(out)
-    if not (out / UNFINISHED).exists() and out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} holds other files; use a new or empty folder")
+        return info
+    _resume(source, out)
+
+    whole = {"train": parts or [source.splits["train"]], "val": [source.splits["val"]]}
+    chunks = {split: _make_chunks(out / split, groups, options.max_pixels) for split, groups in whole.items()}
+    _write_chunks([*chunks["train"], *chunks["val"]], out, options)
+    records = [(split, chunk, _read_own_record(chunk)) for split, own in chunks.items() for chunk in own]
+    _report_unreadable(records, out, options)
+    summary = summarize_source(source, records)
+    for name, count in zip(source.classes, summary["counts"]["train"], strict=True):
+        if not count:
+            raise DataError(f"class {name} has no readable training image; add some, or remove its folder")
+    contents = {sample.name: hash for _, chunk, record in records for sample, hash in _contents(chunk, record)}
+    identity |= {
+        "fingerprint": source.fingerprint,
+        "contents": source.content_hash(contents[s.name] for samples in source.splits.values() for s in samples),
+    }
+    _write_descriptions(source, out, chunks, {**identity, "summary": summary}, len(parts or ()), options)
+    shutil.rmtree(out / RECORDS)
+    (out / UNFINISHED).unlink()
+    _report_summary(summary, source.classes, options)
+    return open_dataset(out)
+
+
+def _contents(chunk: Chunk, record: ChunkRecord) -> Iterator[tuple[Sample, str]]:
+    return zip(chunk.samples, record.contents, strict=True)
+
+
+def _read_own_record(chunk: Chunk) -> ChunkRecord:
+    record = read_record(chunk)
+    if record is None:
+        raise DataError(f"{quote_path(chunk.folder)} was changed by another process; run the same command again")
+    return record
+
+
+def _reopen(source: Source, out: Path, identity: dict[str, Any], options: PrepareOptions) -> DatasetInfo:
+    """Return the data set in ``out`` if it was prepared from the same source.
+
+    Raises:
+        DataError: If it was prepared from another source, with other partitions, or from files that changed since.
+    """
+    stored = read_json(out / DESCRIPTION).get("source")
+    if not isinstance(stored, dict) or any(stored.get(key) != identity.get(key) for key in ("kind", "parts")):
+        raise DataError(
+            f"{quote_path(out)} holds data from another source or with other parts; delete it or use another folder"
+        )
+    if options.check or stored.get("fingerprint") != source.fingerprint:
+        samples = [sample for split in source.splits.values() for sample in split]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            contents = source.content_hash(pool.map(lambda sample: sample.content, samples))
+        if contents != stored.get("contents"):
+            raise DataError(
+                f"{quote_path(out)} holds data from another source: files were added, removed or changed since, or"
+                " --val-fraction differs; delete it or use another folder"
+            )
+    info = open_dataset(out)
+    _report_summary(stored.get("summary"), source.classes, options)
+    return info
+
+
+def _resume(source: Source, out: Path) -> None:
+    """Make the folder of the data set, or clean up in the one that an interrupted run has left.
+
+    Raises:
+        DataError: If the folder holds anything else.
+    """
+    mark = {"kind": source.kind, "folder": source.folder}
+    if (out / UNFINISHED).exists():
+        before = read_json(out / UNFINISHED).get("source")
+        if isinstance(before, dict) and any(before.get(key, value) != value for key, value in mark.items()):
+            where = before.get("folder") or before.get("kind")
+            raise DataError(
+                f"{quote_path(out)} holds data from another source, not yet complete: {where}; delete it or use another"
+                " folder"
+            )
+    elif out.exists() and any(out.iterdir()):
+        raise DataError(f"{quote_path(out)} holds other files; use a new or empty folder")
     out.mkdir(exist_ok=True)
-    write_json(out / UNFINISHED, {"source": identity})
+    write_json(out / UNFINISHED, {"source": mark})
     for leftover in (*out.glob(".tmp-*"), *out.glob("parts")):
         # moved first, so that a process of a killed preparation that still writes it cannot complete it meanwhile
         shutil.rmtree(leftover.rename(out / f".tmp-removed-{secrets.token_hex(4)}"))
 
-    train, val = (
-        _make_chunks(out / "train", parts or [source.splits["train"]], max_pixels),
-        _make_chunks(out / "val", [source.splits["val"]], max_pixels),
-    )
-    chunks = [*train, *val]
+
+def _make_chunks(folder: Path, parts: list[list[Sample]], max_pixels: int | None) -> list[Chunk]:
+    """Return the chunks of a split; each contains samples of one partition, in the order of the hashes of their names.
+
+    The chunk of a sample depends on its name and on the number of chunks, not on the other samples. It uses other bytes
+    of the hash than the order, because a split that was held out has only the last samples in this order.
+    """
+    chunks: list[Chunk] = []
+    first = 0
+    for part, samples in enumerate(parts):
+        count = math.ceil(len(samples) / CHUNK_SAMPLES)
+        groups: list[list[Sample]] = [[] for _ in range(count)]
+        for sample in sort_by_name_hash(samples):
+            groups[int.from_bytes(hash_name(sample.name)[8:16], "big") * count >> 64].append(sample)
+        chunks += [
+            Chunk(folder / f"{first + n:05}", group, part, max_pixels) for n, group in enumerate(groups) if group
+        ]
+        first += count
+    return chunks
+
+
+def _write_chunks(chunks: list[Chunk], out: Path, options: PrepareOptions) -> None:
+    """Write the chunks that are missing, or whose files have changed."""
+    folders = {chunk.folder for chunk in chunks}
+    for split in {folder.parent for folder in folders}:
+        split.mkdir(exist_ok=True)
+        for folder in split.iterdir():
+            if folder not in folders and folder.is_dir():  # of a source that had more samples
+                shutil.rmtree(folder)
+    (out / RECORDS).mkdir(exist_ok=True)
+    missing = [chunk for chunk in chunks if options.check or not is_unchanged(chunk)]
     total = sum(len(chunk.samples) for chunk in chunks)
-    done = sum(len(chunk.samples) for chunk in chunks if chunk.folder.exists())
-    on_progress(done, total)
-    with _write_all([chunk for chunk in chunks if not chunk.folder.exists()], jobs) as written:
+    done = total - sum(len(chunk.samples) for chunk in missing)
+    options.on_progress(done, total)
+    with _write_all(missing, options.jobs) as written:
         for count in written:
             done += count
-            on_progress(done, total)
+            options.on_progress(done, total)
 
-    digests, size, linked = [], len(source.splits["train"]), True
-    for number in range(len(parts or [])):
+
+def _report_unreadable(records: list[tuple[str, Chunk, ChunkRecord]], out: Path, options: PrepareOptions) -> None:
+    """List the images that cannot be read, also in a file.
+
+    Raises:
+        DataError: If there are any, unless they are to be left out.
+    """
+    paths = {sample.name: sample.image for _, chunk, _ in records for sample in chunk.samples}
+    bad = sorted((str(paths[name]), why) for _, _, record in records for name, why in record.unreadable.items())
+    file = out / UNREADABLE_FILES
+    if not bad:
+        file.unlink(missing_ok=True)
+        return
+    lines = [f"{path}: {why}".encode(errors="backslashreplace").decode() for path, why in bad]
+    write_text(file, "".join(f"{line}\n" for line in lines))
+    for line in lines:
+        options.report(f"unreadable: {line}")
+    if not options.skip_bad:
+        first = f"{len(bad):,} of {len(paths):,} images cannot be read" if len(bad) > 1 else "1 image cannot be read"
+        raise DataError(
+            f"{first}: {lines[0]}{', …' if len(bad) > 1 else ''}; repair or remove {'them' if len(bad) > 1 else 'it'},"
+            f" or add --skip-bad, then run the same command again to resume (list: {quote_path(file)})"
+        )
+
+
+def _report_summary(summary: Any, classes: list[str], options: PrepareOptions) -> None:
+    for line in summary_lines(summary, classes):
+        options.report(line.encode(errors="backslashreplace").decode())
+
+
+def _write_descriptions(
+    source: Source,
+    out: Path,
+    chunks: dict[str, list[Chunk]],
+    origin: dict[str, Any],
+    parts: int,
+    options: PrepareOptions,
+) -> None:
+    """Write the descriptions of the partitions and of the whole data set."""
+    schema = labelled_image_schema(source.classes, options.max_pixels)
+    digests, size, linked = [], sum(origin["summary"]["counts"]["train"]), True
+    for number in range(parts):
         folder = Path(partition_path(out, number))
-        own = [chunk for chunk in train if chunk.part == number]
-        for split, split_chunks in (("train", own), ("val", val)):
+        own = {"train": [chunk for chunk in chunks["train"] if chunk.part == number], "val": chunks["val"]}
+        for split, split_chunks in own.items():
             for chunk in split_chunks:
                 linked &= _link_folder(chunk.folder, folder / split / chunk.folder.name)
-        folders = {"train": [chunk.folder for chunk in own], "val": [chunk.folder for chunk in val]}
-        digests.append(write_description(folder, schema, folders, identity, {"part": number, "of": size}))
+        folders = {split: [chunk.folder for chunk in split_chunks] for split, split_chunks in own.items()}
+        digests.append(write_description(folder, schema, folders, origin, {"part": number, "of": size}))
     if parts:
         fsync_path(out / "parts")
     if not linked:
         logger.warning(
             "%s: the file system has no hard links; the partitions are copies and take as much space again", out
         )
-    folders = {"train": [chunk.folder for chunk in train], "val": [chunk.folder for chunk in val]}
-    write_description(out, schema, folders, identity, {"parts": digests} if parts else {})
-    (out / UNFINISHED).unlink()
-    return open_dataset(out)
-
-
-def _make_chunks(folder: Path, parts: list[list[Sample]], max_pixels: int | None) -> list[Chunk]:
-    """Return the chunks of a split, numbered consecutively; each contains samples of one partition."""
-    folder.mkdir(exist_ok=True)
-    groups = [
-        (part, ordered[begin : begin + CHUNK_SAMPLES])
-        for part, samples in enumerate(parts)
-        for ordered in [sort_by_name_hash(samples)]
-        for begin in range(0, len(ordered), CHUNK_SAMPLES)
-    ]
-    return [Chunk(folder / f"{number:05}", group, part, max_pixels) for number, (part, group) in enumerate(groups)]
+    folders = {split: [chunk.folder for chunk in split_chunks] for split, split_chunks in chunks.items()}
+    write_description(out, schema, folders, origin, {"parts": digests} if parts else {})
 
 
 def _link_folder(folder: Path, other: Path) -> bool:
@@ -183,40 +313,47 @@ def _link_folder(folder: Path, other: Path) -> bool:
         Whether all files are links.
     """
     other.mkdir(parents=True)
-    linked = True
-    for file in folder.iterdir():
-        try:
-            os.link(file, other / file.name)
-        except OSError:
-            linked = False
-            shutil.copyfile(file, other / file.name)
-            fsync_path(other / file.name)
+    linked = [link_or_copy(file, other / file.name) for file in folder.iterdir()]
     fsync_path(other)
-    return linked
+    return all(linked)
 
 
 # ------------------------------------------------------------------------------------------------ one chunk
 
 
 def write_samples(chunk: Chunk) -> int:
-    """Write one chunk atomically and return the number of its samples."""
-    records = ({"image": _image_bytes(sample, chunk.max_pixels), "label": sample.label} for sample in chunk.samples)
-    write_chunk(chunk.folder, LABELLED_IMAGE_COLUMNS, records)
+    """Write one chunk atomically, unless it was made of the same contents, and return the number of its samples."""
+    if has_same_contents(chunk):
+        return len(chunk.samples)
+    chunk.record_file.unlink(missing_ok=True)
+    if chunk.folder.exists():
+        shutil.rmtree(chunk.folder)
+    record = ChunkRecord(chunk.key, chunk.stamps)
+    write_chunk(chunk.folder, LABELLED_IMAGE_COLUMNS, _read_samples(chunk, record))
+    record.write(chunk)
     return len(chunk.samples)
 
 
-def _image_bytes(sample: Sample, max_pixels: int | None) -> bytes:
-    """Return the image file of a sample, after checking that it can be decoded."""
-    if not isinstance(sample.image, str):
-        from PIL import Image
-
-        return encode_png(Image.fromarray(sample.image))
-    data = Path(sample.image).read_bytes()
-    try:
-        decode_image(data, max_pixels=max_pixels)
-    except ValueError as error:
-        raise DataError(f"{sample.image} is not a readable image ({error}); repair or remove it") from None
-    return data
+def _read_samples(chunk: Chunk, record: ChunkRecord) -> Iterator[dict[str, Any]]:
+    """Yield the records of the samples that can be read, and complete the record of the chunk."""
+    for sample in chunk.samples:
+        if not isinstance(sample.image, str):
+            record.contents.append(sample.content)
+            yield {"image": encode_png(Image.fromarray(sample.image)), "label": sample.label}
+            continue
+        content = ""
+        try:
+            data = Path(sample.image).read_bytes()
+            content = hashlib.sha256(data).hexdigest()
+            image = decode_image(data, max_pixels=chunk.max_pixels)
+        except (FileNotFoundError, PermissionError) as error:
+            record.unreadable[sample.name] = error.strerror or type(error).__name__
+        except ValueError as error:
+            record.unreadable[sample.name] = str(error)
+        else:
+            record.turned += exif_orientation(image) != 1
+            yield {"image": data, "label": sample.label}
+        record.contents.append(content)
 
 
 @contextmanager

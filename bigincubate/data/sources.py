@@ -2,69 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import pickle
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from ..errors import DataError
-from .images import SUFFIXES
+from ..files import quote_path
+from .image_files import UNREAD_FORMATS
+from .image_folders import read_image_folder
+from .samples import Sample, Source
 from .splits import sort_by_name_hash, split_train_val
 
 EMBEDDED = ("digits", "digits-dev", "made-up")
-VALIDATION_FOLDERS = ("val", "validation", "test")
 CIFAR = {  # files of the training split, of the test split and of the class names; key of the labels
     "cifar-10": ([f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "batches.meta", "label"),
     "cifar-100": (["train"], ["test"], "meta", "fine_label"),
 }
-
-
-class Sample(NamedTuple):
-    """An image with its label.
-
-    Attributes:
-        name: Unique name in the source.
-        label: Index of the class.
-        image: Path of an image file, or pixels [H, W] or [H, W, 3] uint8.
-    """
-
-    name: str
-    label: int
-    image: str | np.ndarray
-
-
-@dataclass(frozen=True)
-class Source:
-    """A source with the list of its samples. Image files are not read yet.
-
-    Attributes:
-        kind: The kind of source, such as ``images`` or ``cifar-10``.
-        classes: Names of the classes.
-        splits: The samples of ``"train"`` and ``"val"``.
-    """
-
-    kind: str
-    classes: list[str]
-    splits: dict[str, list[Sample]]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Return a SHA-256 that identifies the source: of names, labels, and file sizes or pixels."""
-        digest = hashlib.sha256(repr((self.kind, self.classes)).encode())
-        for split, samples in self.splits.items():
-            for name, label, image in samples:
-                content = os.stat(image).st_size if isinstance(image, str) else image.tobytes()
-                digest.update(repr((split, name, label, content)).encode())
-        return digest.hexdigest()
 
 
 def read_source(source: str, val_fraction: float) -> Source:
@@ -85,11 +45,14 @@ def read_source(source: str, val_fraction: float) -> Source:
     if path.is_file() and tarfile.is_tarfile(path):
         return _read_cifar_archive(path)
     if path.is_dir():
-        return _read_cifar_folder(path) or _read_image_tree(path, val_fraction)
+        return _read_cifar_folder(path) or read_image_folder(path, val_fraction)
     known = "a folder of images by class, a CIFAR-10 or CIFAR-100 python archive, or " + " or ".join(EMBEDDED)
-    if path.exists():
-        raise DataError(f"{source}: unknown kind of source; expected {known}")
-    raise DataError(f"no such source: {source}; expected {known}")
+    if not os.path.lexists(path):
+        raise DataError(f"no such source: {quote_path(path)}; expected {known}")
+    if path.suffix.lower() in UNREAD_FORMATS:
+        action = UNREAD_FORMATS[path.suffix.lower()]
+        raise DataError(f"{quote_path(path)}: {path.suffix} files are not read yet: {action}, in one folder per class")
+    raise DataError(f"{quote_path(path)}: unknown kind of source; expected {known}")
 
 
 # ------------------------------------------------------------------------------------------------ digits
@@ -117,51 +80,6 @@ def _generate_images() -> Source:
     colors, noise = random.randint(0, 128, (10, 1, 1, 3)), random.randint(0, 128, (320, 40, 40, 3))
     samples = [Sample(f"{n}", n % 10, (noise[n] + colors[n % 10]).astype(np.uint8)) for n in range(320)]
     return Source("made-up", [str(n) for n in range(10)], split_train_val(sort_by_name_hash(samples), 0.2))
-
-
-# ------------------------------------------------------------------------------------------------ image trees
-
-
-def _read_image_tree(root: Path, val_fraction: float) -> Source:
-    """Return the images of a folder that has one folder per class, or such folders for each split."""
-    folders = _list_folders(root)
-    held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
-    if "train" in folders and held_out:
-        parts = {"train": root / "train", "val": root / held_out}
-    else:
-        parts = {"train": root / "train" if folders == ["train"] else root}
-    classes = _list_folders(parts["train"])
-    if not classes:
-        raise DataError(
-            f"no images in {root}: expected {root}/CLASS/*.jpg, or {root}/train/CLASS/* and {root}/val/CLASS/*"
-        )
-    splits = {split: _list_images(root, folder, classes) for split, folder in parts.items()}
-    for label, name in enumerate(classes):
-        if not any(sample.label == label for sample in splits["train"]):
-            raise DataError(f"no images in {parts['train'] / name}; add images or remove the folder")
-    if "val" not in splits:
-        splits = split_train_val(sort_by_name_hash(splits["train"]), val_fraction)
-    if not splits["val"]:
-        raise DataError(f"no images in {parts['val']}; add images or remove the folder")
-    return Source("images", classes, splits)
-
-
-def _list_folders(root: Path) -> list[str]:
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _list_images(root: Path, folder: Path, classes: list[str]) -> list[Sample]:
-    unknown = sorted(set(_list_folders(folder)) - set(classes))
-    if unknown:
-        raise DataError(f"{folder / unknown[0]}: this class has no training images; remove the folder")
-    samples = []
-    for label, name in enumerate(classes):
-        files = []
-        for where, _, names in os.walk(folder / name, followlinks=True):
-            images = [file for file in names if file.lower().endswith(SUFFIXES) and not file.startswith(".")]
-            files += [os.path.join(where, file) for file in images]
-        samples += [Sample(os.path.relpath(file, root), label, file) for file in sorted(files)]
-    return samples
 
 
 # ------------------------------------------------------------------------------------------------ CIFAR

@@ -8,14 +8,15 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .sources import Sample
+    from .samples import Sample
 
 
 def split_train_val(samples: list[Sample], fraction: float) -> dict[str, list[Sample]]:
     """Split samples into ``"train"`` and ``"val"``, which gets the last samples of each class.
 
     The validation split has ceil(n * fraction) samples. The number per class is in proportion to the size of the class,
-    rounded by the largest-remainder method.
+    rounded by the largest-remainder method; then raised to one if it is zero and the class has several samples, and
+    lowered if training would have none of the class.
 
     Args:
         samples: All samples, in an order that is unrelated to their content.
@@ -30,6 +31,8 @@ def split_train_val(samples: list[Sample], fraction: float) -> dict[str, list[Sa
     by_remainder = sorted(quotas, key=lambda label: counts[label] - quotas[label])
     for label in by_remainder[: total - sum(counts.values())]:
         counts[label] += 1
+    if total:
+        counts = {label: min(max(counts[label], 1), len(group) - 1) for label, group in by_class.items()}
     splits: dict[str, list[Sample]] = {"train": [], "val": []}
     for label, group in by_class.items():
         cut = len(group) - counts[label]
@@ -40,4 +43,9 @@ def split_train_val(samples: list[Sample], fraction: float) -> dict[str, list[Sa
 
 def sort_by_name_hash(samples: Iterable[Sample]) -> list[Sample]:
     """Return the samples sorted by the hash of their names: a shuffle that does not depend on library versions."""
-    return sorted(samples, key=lambda sample: hashlib.sha256(sample.name.encode()).digest())
+    return sorted(samples, key=lambda sample: hash_name(sample.name))
+
+
+def hash_name(name: str) -> bytes:
+    """Return the SHA-256 of a sample's name. The name of a file may have bytes that are not UTF-8."""
+    return hashlib.sha256(name.encode(errors="surrogateescape")).digest()

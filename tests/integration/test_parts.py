@@ -24,7 +24,8 @@ from bigincubate.data.partitions import (
     partition_from_file,
 )
 from bigincubate.data.prepare import prepare_dataset
-from bigincubate.data.sources import Sample, read_source
+from bigincubate.data.samples import Sample
+from bigincubate.data.sources import read_source
 from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, DataError
 from bigincubate.files import hash_file
 from bigincubate.planning.prepare_run import ensure_data

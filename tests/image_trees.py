@@ -1,0 +1,32 @@
+"""Folders of small images, and what was prepared from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def write_tree(root: Path, per_class: int, classes: str = "abc") -> Path:
+    """SOURCE/<class>/*.png: 8x8 images, no two the same."""
+    pixels = np.random.default_rng(0).integers(0, 256, (len(classes), per_class, 8, 8, 3), dtype=np.uint8)
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for row in range(per_class):
+            Image.fromarray(pixels[label, row]).save(root / name / f"{row:04}.png")
+    return root
+
+
+def read_contents(folder: Path) -> dict[str, bytes]:
+    """Files with their bytes, folders with none."""
+    return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else b"" for f in folder.rglob("*")}
+
+
+def read_samples(folder: Path, split: str) -> list[tuple[bytes, int]]:
+    from streaming.base.format import reader_from_json
+
+    index = json.loads((folder / split / "index.json").read_text())
+    readers = [reader_from_json(str(folder), split, shard) for shard in index["shards"]]
+    return [(item["image"], item["label"]) for reader in readers for item in reader]
