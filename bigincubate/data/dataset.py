@@ -13,6 +13,7 @@ the data set covers every byte.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
@@ -23,11 +24,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError
-from ..files import read_small_file, write_text
+from ..files import quote_path, read_small_file, write_text
 from .remote import fetch
 
 FORMAT = 1
 SPLITS = ("train", "val")
+PARTS = "parts"
 DESCRIPTION = "dataset.json"
 UNFINISHED = ".preparing.json"  # in place of the description until the data is complete
 INDEX = "index.json"
@@ -122,7 +124,7 @@ def describe_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo
 
 def _read_description(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
     if not (path / DESCRIPTION).exists():
-        raise DataError(f"no data in {path}; prepare it with: bigincubate data prepare SOURCE --out {path}")
+        raise DataError(f"no data in {quote_path(path)}: {_explain_missing(Path(os.path.abspath(path)))}")
     description = read_json(path / DESCRIPTION)
     try:
         if description["format"] != FORMAT:
@@ -139,6 +141,33 @@ def _read_description(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
     if digest != expected:
         raise DataError(f"{path / DESCRIPTION} is damaged: its digest does not match; {REPREPARE_HINT}")
     return info, splits
+
+
+def _explain_missing(path: Path) -> str:
+    """Return what a folder without a description holds instead, and what to do."""
+    prepare = f"prepare it with: bigincubate data prepare SOURCE --out {quote_path(path)}"
+    whole = path.parent.parent
+    if path.parent.name == PARTS and (whole / DESCRIPTION).exists():
+        return f"part {path.name} of {quote_path(whole)} is not here; copy it from where the data was prepared"
+    if not os.path.lexists(path):
+        others = [other.parent.name for other in path.parent.glob(f"*/{DESCRIPTION}")]
+        similar = difflib.get_close_matches(path.name, others, n=1)
+        did_you_mean = f" (did you mean {quote_path(path.with_name(similar[0]))}?)" if similar else ""
+        return f"no such folder{did_you_mean}; {prepare}"
+    if not path.is_dir():
+        return "it is not a folder; name the folder that `bigincubate data prepare SOURCE --out DIR` has written"
+    if (path / UNFINISHED).exists():
+        return "it is not complete; run the same `bigincubate data prepare` again to finish it"
+    if (path / PARTS).is_dir() or any((path / split / INDEX).exists() for split in SPLITS):
+        return f"{DESCRIPTION} is missing beside the samples; copy it from where the data was prepared"
+    if below := [other.parent for other in sorted(path.glob(f"*/{DESCRIPTION}"))]:
+        return f"it is not prepared data, but {', '.join(quote_path(folder) for folder in below[:3])} is"
+    found = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
+    if not found:
+        return f"the folder is empty; {prepare}"
+    names = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
+    command = f"bigincubate data prepare {quote_path(path)} --out DIR"
+    return f"it holds {names}, not prepared data; if these are images, prepare them with: {command}"
 
 
 def compute_dataset_digest(schema: RecordSchema, splits: dict[str, dict[str, Any]], more: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from ..config import Recipe
 from ..config.seeds import partition_number
 from ..errors import ConfigError, DataError
-from .dataset import DatasetInfo, open_dataset
+from .dataset import PARTS, DatasetInfo, open_dataset
 from .samples import Sample
 from .splits import sort_by_name_hash
 
@@ -94,7 +94,7 @@ def _read_rows(file: Path) -> Iterable[tuple[str, str]]:
 
 def partition_path(whole: Path | str, part: int) -> str:
     """Return the path or URL of a partition, given the path or URL of the whole data set."""
-    return f"{whole}/parts/{part:02d}"
+    return f"{whole}/{PARTS}/{part:02d}"
 
 
 def dataset_digest_for_module(recipe: Recipe, data: DatasetInfo, module: int | None) -> str:

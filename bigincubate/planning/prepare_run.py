@@ -212,9 +212,11 @@ def expected_samples(recipe: Recipe) -> int:
 
     Raises:
         ConfigError: Neither exists.
+        DataError: There is no data in ``data.path``, or it is damaged.
     """
-    if recipe.data.path is not None and (Path(recipe.data.path) / "dataset.json").exists():
-        return open_dataset(Path(recipe.data.path)).samples["train"]
+    path, samples = recipe.data.path, recipe.data.train_samples
+    if path is not None and (samples is None or (Path(path) / "dataset.json").exists()):
+        return open_dataset(path, recipe.data.remote).samples["train"]
     if recipe.data.train_samples is None:
         raise ConfigError(
             "the number of training samples is unknown: add --set data.train_samples=N, or --set data.path=DIR with"

@@ -99,6 +99,11 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
         lambda p: [*p.train(p.new, "pretrain"), "--set", "data.path=/nowhere"],
     ),
     "data is a file": (3, "data", lambda p: [*p.train(p.new, "pretrain"), "--set", f"data.path={p.file}"]),
+    "plan with no data there": (
+        3,
+        "no such folder; prepare it with: bigincubate data prepare SOURCE --out '",
+        lambda p: ["plan", p.recipe(PLAIN), "--set", f"data.path={p.folder / 'my data'}"],
+    ),
     "evaluate on no data": (3, "bigincubate data prepare", lambda p: ["evaluate", p.run, "--data", p.empty]),
     "evaluate on a file": (3, "data", lambda p: ["evaluate", p.run, "--data", p.file]),
     "run directory below a file": (3, "Not a directory", lambda p: p.train(p.file / "run", "pretrain")),

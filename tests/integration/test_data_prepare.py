@@ -377,6 +377,39 @@ def test_damaged_data_is_named(prepared: Path, file: str, change: Any, message: 
     assert "\n" not in str(fault.value)
 
 
+def test_missing_description_says_what_is_there_instead(prepared: Path, tree: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    prepare_dataset(str(tree), whole, partition=lambda train: [list(train[::2]), list(train[1::2])])
+    (tmp_path / "my file").write_text("x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / ".preparing.json").write_text("{}")
+    shutil.rmtree(whole / "parts" / "01")
+    cases = [
+        (
+            tmp_path / "dat",
+            f"no such folder (did you mean {tmp_path}/data?); prepare it with: bigincubate data prepare",
+        ),
+        (tmp_path / "my file", f"no data in '{tmp_path}/my file': it is not a folder"),
+        (tmp_path / "empty", "the folder is empty; prepare it with: bigincubate data prepare SOURCE --out"),
+        (tmp_path / "unfinished", "it is not complete; run the same"),
+        (whole / "parts" / "01", f"part 01 of {whole} is not here; copy it"),
+        (tree, "it holds a, b, c, not prepared data; if these are images, prepare them with: bigincubate data prepare"),
+        (tmp_path, f"it is not prepared data, but {tmp_path}/data, {whole} is"),
+    ]
+    for folder, says in cases:
+        with pytest.raises(DataError) as fault:
+            open_dataset(folder)
+        assert says in str(fault.value)
+    (whole / "dataset.json").unlink()
+    with pytest.raises(DataError, match=r"dataset\.json is missing beside the samples; copy it from where"):
+        open_dataset(whole)
+    shutil.rmtree(whole / "train")
+    shutil.rmtree(whole / "val")
+    with pytest.raises(DataError, match=r"dataset\.json is missing beside the samples"):
+        open_dataset(whole)  # a site that has only one partition
+
+
 def test_describing_data_needs_neither_torch_nor_streaming(prepared: Path) -> None:
     script = (
         "import sys; from bigincubate.data.dataset import open_dataset; open_dataset(sys.argv[1]);"
