@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ class ImageFile(NamedTuple):
 
     Attributes:
         path: Its path.
-        stamp: Its size in bytes and modification time in nanoseconds; (-1, -1) for a link to a missing file.
+        stamp: Its size in bytes and modification time in nanoseconds; (-1, -1) for a broken link.
     """
 
     path: str
@@ -78,7 +79,7 @@ class ImageFinder:
     def count_skipped(self, folder: Path) -> None:
         """Count what lies in ``folder`` but in none of its folders that may hold images."""
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.is_dir():
+            if _is_folder(entry):
                 if is_skipped_folder(entry.name):
                     self._skip_folder(entry.path)
             elif is_image_file(entry.path) and not entry.name.startswith("."):
@@ -90,7 +91,7 @@ class ImageFinder:
         if self._is_known(folder, os.stat(folder)):
             return
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.is_dir() and is_skipped_folder(entry.name):
+            if is_skipped_folder(entry.name) and _is_folder(entry):
                 self._skip_folder(entry.path)
             elif entry.name.startswith("."):
                 self.skipped["hidden files"] += 1
@@ -102,14 +103,17 @@ class ImageFinder:
                 self._add_file(key, entry.path, found)
 
     def _add_file(self, key: Key, path: str, found: dict[Key, list[ImageFile]]) -> None:
-        exists = os.path.exists(path)
-        if exists and not os.path.isfile(path):
+        try:
+            status = os.stat(path)
+        except OSError:
+            status = None
+        if status and not stat.S_ISREG(status.st_mode):
             self.skipped["pipes, sockets and devices"] += 1
         elif not is_image_file(path):
             self.skipped[_reason(path)] += 1
-        elif not exists:
+        elif status is None:
             found[key].append(ImageFile(path, (-1, -1)))  # cannot be read, which is reported later
-        elif not self._is_known(path, status := os.stat(path)):
+        elif not self._is_known(path, status):
             found[key].append(ImageFile(path, (status.st_size, status.st_mtime_ns)))
 
     def _is_known(self, path: str, status: os.stat_result) -> bool:
@@ -125,6 +129,11 @@ class ImageFinder:
     def _skip_folder(self, folder: str) -> None:
         count = sum(len(names) for _, _, names in os.walk(folder))
         self.skipped[f"in folders {os.path.basename(folder)}"] += count
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one; ``is_dir`` raises an error for a link to itself."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def is_skipped_folder(name: str) -> bool:

@@ -7,6 +7,7 @@ sample's name decides to which chunk it belongs, so that a file that appears or 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import math
@@ -42,6 +43,7 @@ from .splits import hash_name, sort_by_name_hash
 logger = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 2048  # on average
+UNREADABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP)  # errors of one file, not of a disk
 
 
 @dataclass(frozen=True)
@@ -346,7 +348,9 @@ def _read_samples(chunk: Chunk, record: ChunkRecord) -> Iterator[dict[str, Any]]
             data = Path(sample.image).read_bytes()
             content = hashlib.sha256(data).hexdigest()
             image = decode_image(data, max_pixels=chunk.max_pixels)
-        except (FileNotFoundError, PermissionError) as error:
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
             record.unreadable[sample.name] = error.strerror or type(error).__name__
         except ValueError as error:
             record.unreadable[sample.name] = str(error)

@@ -65,15 +65,16 @@ def test_unreadable_images_are_all_listed_and_repaired_without_starting_again(
 
 def test_skipped_images_leave_the_same_data_as_if_they_had_been_removed(tmp_path: Path) -> None:
     tree = write_tree(tmp_path / "tree", 20)
-    (tree / "a" / "9999.png").symlink_to("nowhere.png")
+    (tree / "a" / "9998.png").symlink_to("nowhere.png")
+    (tree / "a" / "9999.png").symlink_to("9999.png")
     spoil_images(tree)
     lines: list[str] = []
     skipped = prepare_dataset(str(tree), tmp_path / "skipped", val_fraction=0.5, skip_bad=True, report=lines.append)
     assert sum(skipped.samples.values()) == 57
-    assert "left out: 4 unreadable images, listed in unreadable-files.txt" in lines
-    assert len((tmp_path / "skipped" / "unreadable-files.txt").read_text().splitlines()) == 4
+    assert "left out: 5 unreadable images, listed in unreadable-files.txt" in lines
+    assert len((tmp_path / "skipped" / "unreadable-files.txt").read_text().splitlines()) == 5
     stored = json.loads((tmp_path / "skipped" / "dataset.json").read_text())["source"]["summary"]
-    assert stored["unreadable"] == 4
+    assert stored["unreadable"] == 5
     assert [sum(split) for split in stored["counts"].values()] == list(skipped.samples.values())
     prepare_dataset(str(tree), tmp_path / "skipped", val_fraction=0.5)  # it is complete
     val = {label for _, label in samples(tmp_path / "skipped", "val")}
