@@ -97,7 +97,7 @@ def test_unreadable_image_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     split = "train" if b"broken" in b"".join(f.read_bytes() for f in (info.path / "train").rglob("*.mds")) else "val"
     message = fault_of(lambda: list(eval_stream(info, split, batch_size=4, workers=workers)))
     shard = next(file for file in info.path.rglob("*.mds") if b"broken" in file.read_bytes())
-    row = next(row for row in range(30) if b"broken" in shards.read_record(str(shard), row))
+    row = next(row for row in range(30) if b"broken" in OpenShard(str(shard)).read(row))
     sample = int(message.split(" sample ")[1].split()[0])
     assert message.startswith(f"{split} sample {sample} (row {row} of {shard}) is not a readable labelled image")
 
