@@ -150,7 +150,7 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
     if timm:
         config = write_timm_files(model, spec, temporary)
     else:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         config = {}
         save_file(model.state_dict(), temporary / FILES[0])
     (temporary / FILES[1]).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
@@ -158,8 +158,9 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
     for name in FILES:
         (temporary / name).replace(out / name)
     temporary.rmdir()
-    weights = out / FILES[0]
-    return timm_snippet(spec, weights) if timm else f"safetensors.torch.load_file({str(weights)!r})"
+    if timm:
+        return timm_snippet(spec, out)
+    return f"import safetensors.torch; tensors = safetensors.torch.load_file({str(out / FILES[0])!r})"
 
 
 def partition_of(spec: ModelSpec) -> Partition:

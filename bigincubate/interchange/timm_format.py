@@ -1,4 +1,4 @@
-"""Write models in timm's format, and build the arguments with which ``timm.create_model`` loads them."""
+"""Write models in timm's format, and the code with which timm loads them."""
 
 from __future__ import annotations
 
@@ -13,32 +13,45 @@ from ..storage.artifacts import ModelSpec
 
 # keys of timm's ``pretrained_cfg`` -> keys in the metadata of an artifact
 METADATA = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_pct": "eval_crop"}
+# the only keys that describe the architecture; the others describe timm's own weights: their origin, their license, and
+# the size and crop to test them with
+ARCHITECTURE_KEYS = ("architecture", "fixed_input_size", "first_conv", "classifier")
 
 
 def write_timm_files(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[str, Any]:
     """Write ``model.safetensors`` and ``config.json`` as timm does, and return the configuration."""
     from timm.models import save_for_hf
 
+    known: dict[str, Any] = dict(getattr(model, "pretrained_cfg", {}))
     model.pretrained_cfg = {  # type: ignore[assignment]
-        **getattr(model, "pretrained_cfg", {}),
+        **{key: known[key] for key in ARCHITECTURE_KEYS if key in known},
         "input_size": [3, spec.model.img_size, spec.model.img_size],
         "num_classes": spec.model.num_classes,
+        "crop_mode": "center",
         **{key: spec.metadata[name] for key, name in METADATA.items() if name in spec.metadata},
+        **({"description": f"initialized from {spec.initial_weights}"} if spec.initial_weights else {}),
     }
-    save_for_hf(model, str(folder), model_args=timm_arguments(spec), safe_serialization=True)
+    names = spec.records.get("classes")
+    save_for_hf(
+        model,
+        str(folder),
+        model_config={"label_names": names} if isinstance(names, list) and len(names) == model.num_classes else None,
+        model_args=timm_arguments(spec),
+        safe_serialization=True,
+    )
     return json.loads((folder / "config.json").read_text())
 
 
-def timm_snippet(spec: ModelSpec, weights: Path) -> str:
-    """Return the Python code that loads an exported model."""
+def timm_snippet(spec: ModelSpec, folder: Path) -> str:
+    """Return the Python code that loads an exported model with the input size and normalization of its config.json."""
     if depth := _truncated_depth(spec):  # timm has no argument for the depth
-        arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(spec).items())
+        config, weights = str(folder / "config.json"), str(folder / "model.safetensors")
         return (
-            f"model = timm.create_model({spec.model.name!r}, {arguments}); model.blocks = model.blocks[:{depth}];"
-            f" model.load_state_dict(safetensors.torch.load_file({str(weights)!r}))"
+            f"import json, safetensors.torch, timm; config = json.load(open({config!r})); model = timm.create_model("
+            "config['architecture'], pretrained_cfg=config['pretrained_cfg'], **config['model_args']);"
+            f" del model.blocks[{depth}:]; model.load_state_dict(safetensors.torch.load_file({weights!r}))"
         )
-    # with the input size and the normalization of config.json, not those of the original checkpoint
-    return f"timm.create_model({f'local-dir:{weights.parent}'!r}, pretrained=True)"
+    return f"import timm; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
 
 
 def timm_arguments(spec: ModelSpec) -> dict[str, object]:

@@ -39,6 +39,8 @@ class ModelSpec(BaseModel):
         model: The recipe's model settings.
         depths: Number of blocks, per module and stage.
         metadata: Other values that the task needs, such as the normalization of images.
+        records: Properties of the records that it was trained on, such as the names of classes, if they are known.
+        initial_weights: Pretrained weights that the training started from, if any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +48,8 @@ class ModelSpec(BaseModel):
     model: ModelConfig
     depths: list[list[Annotated[int, Field(ge=0, le=10_000)]]]
     metadata: dict[str, Any]
+    records: dict[str, Any] = {}
+    initial_weights: str | None = None
 
 
 @dataclass(frozen=True)

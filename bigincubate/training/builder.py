@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -159,13 +160,24 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     return model, inputs
 
 
-def describe_model(task: Task, depths: Depths) -> ModelSpec:
-    """Return the description of a model of these depths, trained for a task, for artifacts and exports."""
+def describe_model(
+    task: Task, depths: Depths, *, records: dict[str, Any] | None = None, initial_weights: str | None = None
+) -> ModelSpec:
+    """Return the description of a model, for artifacts and exports.
+
+    Args:
+        task: The task that it is trained for.
+        depths: Its depths.
+        records: Properties of the records that it is trained on, such as the names of classes, if they are known.
+        initial_weights: Pretrained weights that the training starts from, if any.
+    """
     return ModelSpec(
         task=task.settings.task,
         model=task.settings.model,
         depths=[list(stages) for stages in depths],
         metadata=task.artifact_metadata(),
+        records=records or {},
+        initial_weights=initial_weights,
     )
 
 

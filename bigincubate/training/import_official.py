@@ -46,10 +46,10 @@ def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
         ConfigError: The number of files or modules differs from the recipe's, or ``out`` has other files.
     """
     plan, settings = make_plan(recipe), recipe.settings("finetune")
-    spec = describe_model(make_task(settings, recipe.data), plan.target)
+    named = ", ".join(map(str, files))
+    spec = describe_model(make_task(settings, recipe.data), plan.target, initial_weights=named)
     tensors = _read(files, plan, plan.target, "target")
     model = phase_model(plan.row("finetune"), settings, plan.family, device="meta")
-    named = ", ".join(map(str, files))
     return write_folder(with_weights(spec, plan.family.adapt_state(tensors, model), Path(named)), spec, out)
 
 

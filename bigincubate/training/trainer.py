@@ -428,7 +428,12 @@ class Trainer:
             kind="model" if module is None else "module",
             phase=self.row.phase if folder is self.folder else "assembled",
             module=module,
-            model=describe_model(self.task, self.row.depths if module is None else self.context.plan.target),
+            model=describe_model(
+                self.task,
+                self.row.depths if module is None else self.context.plan.target,
+                records=self.data.schema.metadata,
+                initial_weights=None if self.row.phase == "end_to_end" else self.recipe.meta.init,
+            ),
             weights=export,
             identity=self.planned.identity,
             data=self.data.digest,

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor
@@ -215,11 +217,26 @@ def test_evaluation_takes_the_middle() -> None:
     assert eval_transform(AugmentConfig(), 32)(picture(17, 90)).shape == (3, 32, 32)
 
 
-@pytest.mark.parametrize("img_size", [32, 96, 224])
-def test_eval_transform_resizes_as_timm_does(img_size: int) -> None:
-    """32 / 0.875 = 36.57: timm rounds down, and an exported model must have the same scores there."""
-    theirs = create_transform((3, img_size, img_size), crop_pct=0.875, interpolation="bicubic")
-    assert eval_transform(AugmentConfig(), img_size).transforms[0].size == theirs.transforms[0].size  # type: ignore[attr-defined]
+@settings(max_examples=200)
+@example((75, 33), 32, 0.875, "bicubic")  # 32 / 0.875 = 36.57 is rounded down
+@example((500, 375), 224, 0.9, "bilinear")
+@given(
+    st.tuples(st.integers(1, 300), st.integers(1, 300)).filter(lambda size: max(size) <= 20 * min(size)),
+    st.integers(1, 64),
+    st.floats(0.2, 1.0),
+    st.sampled_from(["bicubic", "bilinear"]),
+)
+def test_eval_transform_computes_the_pixels_of_timm(
+    size: tuple[int, int], img_size: int, crop: float, interpolation: Literal["bicubic", "bilinear"]
+) -> None:
+    augment = AugmentConfig(eval_crop=crop, interpolation=interpolation, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    options: dict[str, Any] = {"crop_pct": crop, "crop_mode": "center", "interpolation": interpolation}
+    options |= {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "is_training": False}
+    ours, image = eval_transform(augment, img_size), picture(*size)
+    pixels = transforms.functional.pil_to_tensor(transforms.Compose(ours.transforms[:-1])(image))  # type: ignore[attr-defined]
+    assert torch.equal(pixels, create_transform((3, img_size, img_size), use_prefetcher=True, **options)(image))
+    # timm normalizes either as here (its prefetcher) or after a division by 255, which rounds once more
+    torch.testing.assert_close(ours(image), create_transform((3, img_size, img_size), **options)(image))
 
 
 # ------------------------------------------------------------------------------------------------ files
