@@ -27,7 +27,7 @@ def file_lock(file: Path) -> Iterator[None]:
     Args:
         file: Created if it is missing.
     """
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield

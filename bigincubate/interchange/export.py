@@ -154,6 +154,7 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
         config = {}
         save_file(model.state_dict(), temporary / FILES[0])
     (temporary / FILES[1]).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
+    shutil.copymode(temporary / FILES[1], temporary / FILES[0])  # safetensors ignores the umask
     out.mkdir(exist_ok=True)
     for name in FILES:
         (temporary / name).replace(out / name)
