@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
@@ -16,7 +17,23 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 Unit = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
-StageDepths = list[int] | list[list[int]]
+Depth = Annotated[int, Field(ge=0)]
+StageDepths = list[Depth] | list[list[Depth]]
+
+
+def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a constructor, after refusing numbers in them that are not finite."""
+    for key, value in _flatten(arguments):
+        values = [value]
+        while values:
+            if isinstance(inner := values.pop(), list | dict):
+                values += inner.values() if isinstance(inner, dict) else inner
+            elif isinstance(inner, float) and not math.isfinite(inner):
+                raise ValueError(f"{key}: every number must be finite, not {inner}")
+    return arguments
+
+
+Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
 
 
 def execution_field(default: Any, **constraints: Any) -> Any:
@@ -69,7 +86,7 @@ class ModelConfig(ConfigTable):
     returns a ModelFamily."""
     name: str = "vit_base_patch16_224"
     """Name of the model in its library."""
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
     """Arguments of the model's constructor, except depth, image size and number of classes, which have other keys."""
     img_size: Count = 224
     """Side of the square input images. Unit: pixels."""
@@ -82,7 +99,7 @@ class TaskConfig(ConfigTable):
 
     name: Annotated[str, one_of_or_object("image_classification")] = "image_classification"
     """The task: `image_classification`, or `package.module:Class` for a class of your own."""
-    args: dict[str, Any] = Field(default_factory=dict)
+    args: Arguments = Field(default_factory=dict)
     """Settings of a task that is not in this package."""
 
 
@@ -214,9 +231,9 @@ class OptimConfig(ConfigTable):
     """Name of an optimizer in timm."""
     weight_decay: NonNegative = 0.05
     """Weight decay; not applied to norms, biases, position embeddings and class tokens."""
-    betas: list[Unit] = Field([0.9, 0.999], min_length=2, max_length=3)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field([0.9, 0.999], min_length=2, max_length=3)
     """Coefficients of the optimizer's running averages; ignored by optimizers without them."""
-    eps: NonNegative = 1e-8
+    eps: float = Field(1e-8, gt=0)
     """Term added to the optimizer's denominator for numerical stability."""
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Factor by which the learning rate decreases from each layer to the previous one. None: equal for all layers."""
@@ -246,7 +263,7 @@ class AugmentConfig(ConfigTable):
     crop: Literal["random_resized", "simple", "pad", "none"] = "random_resized"
     """How training images are cropped: random_resized (Inception), simple (DeiT III), pad (CIFAR), or none
     (resized to a square)."""
-    crop_scale: list[Unit] = Field([0.08, 1.0], min_length=2, max_length=2)
+    crop_scale: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.08, 1.0], min_length=2, max_length=2)
     """Minimum and maximum of the crop's share of the image area, for `random_resized`."""
     pad: int = Field(4, ge=0)
     """Padding on each side before cropping, for `simple` and `pad`. Unit: pixels."""
@@ -267,11 +284,11 @@ class AugmentConfig(ConfigTable):
     """Number of epochs after which the augmentations repeat. None: they never repeat. Unit: epochs."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """Interpolation when images are resized."""
-    mean: list[float] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
+    mean: list[Unit] = Field([0.485, 0.456, 0.406], min_length=3, max_length=3)
     """Mean of each color channel, for normalization, with pixels from 0 to 1."""
-    std: list[float] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
+    std: list[Annotated[float, Field(ge=0.001, le=1)]] = Field([0.229, 0.224, 0.225], min_length=3, max_length=3)
     """Standard deviation of each color channel, for normalization, with pixels from 0 to 1."""
-    eval_crop: float = Field(0.875, gt=0, le=1)
+    eval_crop: float = Field(0.875, ge=0.1, le=1)
     """Side of the center crop at evaluation, as a share of the shorter side of the image."""
     exif: Literal["ignore", "apply"] = "ignore"
     """Whether to turn an image as its EXIF orientation says before it is used, in training and at evaluation: `ignore`
@@ -281,7 +298,9 @@ class AugmentConfig(ConfigTable):
     """Class `package.module:Class` that replaces the training transform: one part on the host, one on the device."""
 
     @model_validator(mode="after")
-    def _one_policy(self) -> AugmentConfig:
+    def _consistent(self) -> AugmentConfig:
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"crop_scale = {self.crop_scale}: the minimum is larger than the maximum; swap them")
         if self.rand_augment and self.three_augment:
             raise ValueError("rand_augment and three_augment cannot both be set; remove one")
         return self
@@ -385,6 +404,11 @@ class Settings(ConfigTable):
     def _consistent(self) -> Settings:
         if self.mixup.active and self.train.batch_size % 2:
             raise ValueError("mixup pairs the halves of a batch, so train.batch_size must be even")
+        if self.augment.crop in ("simple", "pad") and self.augment.pad >= self.model.img_size:
+            raise ValueError(
+                f"augment.pad = {self.augment.pad}: some crops would contain only padding, because model.img_size ="
+                f" {self.model.img_size}; use a smaller pad"
+            )
         return self
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from bigincubate.config import is_execution, list_shipped_recipes, load_recipe
+from bigincubate.config.keys import list_recipe_keys
 from bigincubate.errors import ConfigError
+from bigincubate.planning.phases import make_plan
 from bigincubate.storage.run_directory import RunDir
 
 
@@ -39,6 +41,59 @@ def test_wrong_value_is_one_line_that_names_key_and_file(item: str, says: str) -
     assert says in message
     assert "\n" not in message
     assert "digits.toml" in message or item in message
+
+
+NUMERIC = [entry for entry in list_recipe_keys() if "number" in entry.type or "integer" in entry.type]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "-1", "-1.5"])
+def test_no_numeric_key_accepts_an_impossible_number(value: str) -> None:
+    assert len(NUMERIC) > 50
+    for entry in NUMERIC:
+        count = 3 if entry.key in ("augment.mean", "augment.std") else 2
+        text = f"[{', '.join([value] * count)}]" if "list of" in entry.type else value
+        with pytest.raises(ConfigError) as caught:
+            load_recipe("digits", [f"{entry.key}={text}"])
+        assert entry.key.rpartition(".")[2] in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        "augment.std=[0, 0, 0]",
+        "augment.std=[0.2, 0.2, 1e-45]",
+        "augment.std=[58.4, 57.1, 57.4]",
+        "augment.mean=[123.7, 116.3, 103.5]",
+        "augment.eval_crop=0",
+        "augment.eval_crop=1e-9",
+        "augment.flip=1.1",
+        "augment.erase=2",
+        "augment.crop_scale=[0, 1]",
+        "augment.crop_scale=[0.9, 0.1]",
+        "augment.pad=8",  # of an image of 8 pixels
+        "mixup.prob=1.5",
+        "mixup.switch_prob=1.01",
+        "optim.betas=[0.9, 1.0]",
+        "optim.eps=0",
+        "optim.layer_decay=0",
+        "drop_path.rate=1.0",
+        "loss.label_smoothing=1",
+        "ema.decay=1",
+        "model.args.init_values=nan",
+        "model.args.inner.list=[1, inf]",
+        "task.args.weight=-inf",
+        "finetune.augment.std=[0, 0, 0]",
+        "finetune.model.args.init_values=nan",
+        "incubate.train.lr=inf",
+        "plan.target_depths=[8, 8, 8, -8]",
+    ],
+)
+def test_impossible_constant_is_refused(item: str) -> None:
+    key = item.partition("=")[0]
+    with pytest.raises(ConfigError) as caught:
+        make_plan(load_recipe("digits", [item]))
+    assert key.rpartition(".")[2] in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_contradictions_in_a_phase_are_found_without_running_it() -> None:

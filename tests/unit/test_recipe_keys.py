@@ -34,11 +34,11 @@ def test_listed_keys_are_those_of_a_recipe() -> None:
 def test_type_default_and_unit_come_from_the_schema() -> None:
     pad = KEYS["augment.pad"]
     assert (pad.type, pad.default, pad.unit, pad.execution) == ("integer ≥ 0", "4", "pixels", False)
-    assert KEYS["optim.betas"].type == "list of numbers ≥ 0 and ≤ 1"
+    assert KEYS["optim.betas"].type == "list of numbers ≥ 0 and < 1"
     assert KEYS["ema.decay"].type == "number ≥ 0 and < 1"
     assert KEYS["train.precision"].type == '"fp32" or "bf16"'
     assert (KEYS["train.micro_batch"].default, KEYS["train.micro_batch"].execution) == ("none", True)
-    assert KEYS["plan.target_depths"].type == "list of integers or list of lists of integers"
+    assert KEYS["plan.target_depths"].type == "list of integers ≥ 0 or list of lists of integers ≥ 0"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from bigincubate.data import shards
 from bigincubate.data.batch import Batch
 from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.file_locks import runtime_dir
+from bigincubate.data.open_shards import OpenShard
 from bigincubate.data.shared_memory import claim_memory_prefix
 from bigincubate.errors import DataError
 from bigincubate.tasks.image_classification import views
