@@ -19,7 +19,7 @@ from typing import Literal
 
 from torch import nn
 
-from ..config import PHASES, Phase, Recipe, Settings
+from ..config import PHASES, ModelConfig, Phase, Recipe, Settings
 from ..config.objects import load_object
 from ..config.seeds import phase_key
 from ..errors import ConfigError
@@ -140,12 +140,16 @@ def make_plan(recipe: Recipe) -> Plan:
     else:
         meta = default_meta_depths(target, family.parity)
     check_depths(family, target, meta)
+    checked: list[ModelConfig] = []
     for phase in PHASES:
         settings = recipe.settings(phase)
         for key in ("library", "name"):
             if getattr(settings.model, key) != getattr(model, key):
                 raise ConfigError(f"{phase}.model.{key} differs from model.{key}: a phase cannot change it; remove it")
         make_task(settings, recipe.data)
+        if settings.model not in checked:
+            family.check_input_size(settings.model, meta)
+            checked.append(settings.model)
         if ":" in (name := settings.optim.lr_scaling):
             load_object(name, key="optim.lr_scaling")
     return Plan(family, target, meta)

@@ -9,10 +9,13 @@ import timm
 import torch
 from small_models import CASES, Case, build_timm, disturb, drawn, each_case, hybrid
 
+from bigincubate.config import ModelConfig, load_recipe
 from bigincubate.errors import ArtifactError, ConfigError
+from bigincubate.models.library import find_family
 from bigincubate.models.partition import hybrid_depths
 from bigincubate.models.surgery import Init, assemble, extract, freeze_other_modules, initialize, insert, rename_tensors
 from bigincubate.models.vision.build import TimmFamily
+from bigincubate.planning.phases import make_plan
 
 # ------------------------------------------------------------------------------------------------ build
 
@@ -59,6 +62,41 @@ def test_model_that_cannot_be_built_gives_one_line(name: str, args: dict[str, An
     with pytest.raises(ConfigError, match=message) as raised:
         build_timm(name, ((10,),), num_classes=2, img_size=224, args=args, device="meta")
     assert "\n" not in str(raised.value)
+
+
+SIZES: list[tuple[str, dict[str, Any], int, str | None]] = [
+    ("vit_tiny_patch16_224", {"patch_size": 8}, 32, None),
+    ("vit_tiny_patch16_224", {"patch_size": 8}, 33, "patch_embed.proj reads whole patches only; use 32 or 40"),
+    ("vit_tiny_patch16_224", {"patch_size": 8, "dynamic_img_pad": True, "dynamic_img_size": True}, 33, None),
+    ("mixer_s16_224", {}, 40, "stem.proj reads whole patches only; use 32 or 48"),
+    ("swin_tiny_patch4_window7_224", {"embed_dim": 12}, 100, None),  # timm pads windows and odd sides
+    ("swin_tiny_patch4_window7_224", {"embed_dim": 12}, 102, "patch_embed.proj reads whole patches only; use 100 or"),
+    ("convnext_atto", {}, 96, None),
+    ("convnext_atto", {}, 97, "stem.0 reads whole patches only; use 96 or 128"),
+    ("convnext_atto", {}, 100, "stages.1.downsample.1 reads whole patches only; use 96 or 128"),
+    ("convnext_atto_ols", {}, 96, None),  # an overlapping stem, which pads
+]
+
+
+@pytest.mark.parametrize(("name", "args", "img_size", "message"), SIZES)
+def test_image_size_whose_last_pixels_are_ignored_is_refused(
+    name: str, args: dict[str, Any], img_size: int, message: str | None
+) -> None:
+    model = ModelConfig(name=name, args=args, img_size=img_size, num_classes=10)
+    family = find_family(model)
+    depths = ((2,) * family.stages,)
+    if message is None:
+        family.check_input_size(model, depths)
+        return
+    with pytest.raises(ConfigError, match=f"model.img_size = {img_size}: .* ignore pixels.*{message}"):
+        family.check_input_size(model, depths)
+
+
+@pytest.mark.parametrize("phase", ["", "finetune."])
+def test_image_size_of_every_phase_is_checked(phase: str) -> None:
+    recipe = load_recipe("digits", [f"{phase}model.img_size=9"])
+    with pytest.raises(ConfigError, match=r"model.img_size = 9: .* use 8 or 10"):
+        make_plan(recipe)
 
 
 # ------------------------------------------------------------------------------------------------ hybrids

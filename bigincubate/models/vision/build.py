@@ -80,6 +80,24 @@ class TimmFamily(ModelFamily):
         """Return black images, ``[count, channels, img_size, img_size]`` float32."""
         return torch.zeros(count, int(model.args.get("in_chans", 3)), model.img_size, model.img_size, device=device)
 
+    def check_input_size(self, model: ModelConfig, depths: Depths) -> None:
+        """Check that the model reads every pixel: timm drops those that do not fill a patch without a warning.
+
+        Raises:
+            ConfigError: It does not; the message has the nearest sizes that it reads completely.
+        """
+        with explain_argument_errors(model.name):
+            dropped, strides = find_dropped_pixels(
+                self.build(model, depths, device="meta"), self.example_inputs(model, 1, "meta")
+            )
+        if dropped:
+            below = model.img_size // strides * strides
+            sizes = " or ".join(str(size) for size in (below, below + strides) if size)
+            raise ConfigError(
+                f"model.img_size = {model.img_size}: {model.name} would ignore pixels, because its layer {dropped}"
+                f" reads whole patches only; use {sizes}"
+            )
+
     def residual_outputs(self, block: nn.Module) -> list[nn.Module]:
         """Return the submodules to set to zero; see `ModelFamily.residual_outputs`."""
         kind = type(block).__name__
@@ -175,6 +193,38 @@ class TimmFamily(ModelFamily):
             built: nn.Module = timm.create_model(model.name, **kwargs)
         check_timm_model(built, model.name)
         return built
+
+
+def find_dropped_pixels(model: nn.Module, inputs: Tensor) -> tuple[str | None, int]:
+    """Find a strided convolution that does not read the last rows or columns of its input.
+
+    Args:
+        model: A model on the meta device.
+        inputs: A batch of inputs on the meta device.
+
+    Returns:
+        The name of the first such layer, or None; and the product of the strides of all convolutions.
+    """
+    dropped: list[str] = []
+    modules = model.named_modules()
+    strided = {name: module for name, module in modules if isinstance(module, nn.Conv2d) and max(module.stride) > 1}
+
+    def watch(name: str, convolution: nn.Conv2d, given: tuple[Tensor, ...]) -> None:
+        for axis, side in enumerate(given[0].shape[-2:]):
+            kernel, stride = convolution.kernel_size[axis], convolution.stride[axis]
+            padding = int(convolution.padding[axis])  # not "same", which torch refuses for strided convolutions
+            if (side + 2 * padding - convolution.dilation[axis] * (kernel - 1) - 1) % stride > padding:
+                dropped.append(name)
+
+    handles = [
+        module.register_forward_pre_hook(lambda module, given, name=name: watch(name, module, given))
+        for name, module in strided.items()
+    ]
+    with torch.no_grad():
+        model(inputs)
+    for handle in handles:
+        handle.remove()
+    return (dropped[0] if dropped else None), math.prod(module.stride[0] for module in strided.values())
 
 
 def check_timm_model(model: nn.Module, name: str) -> None:

@@ -35,6 +35,8 @@ class ImageClassification(Task):
 
     def __init__(self, settings: Settings, data: DataConfig) -> None:
         super().__init__(settings, data)
+        if (channels := settings.model.args.get("in_chans", 3)) != 3:
+            raise ConfigError(f"model.args.in_chans = {channels}: images have 3 channels; remove it")
         self.transform = load_batch_transform(settings.augment, settings.model.img_size)
         self.named_loss: Callable[..., Tensor] | None = None  # a loss for targets with two classes per row
         if ":" in (name := settings.loss.name):
