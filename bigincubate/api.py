@@ -203,7 +203,7 @@ def train_phase(
         ConfigError: The settings are incompatible with the data or with phases already trained in the directory.
         ArtifactError: The phase needs the result of a phase that has not been trained.
         Preempted: A stop signal was received, and a checkpoint was written.
-        NonFiniteError: The gradient was not finite in too many steps.
+        NonFiniteError: The gradient was not finite in too many steps, or the result is not finite.
         LockedError: Another process is training this phase.
 
     Example:
@@ -282,6 +282,7 @@ def load_model(source: str | Path) -> nn.Module:
 
     Raises:
         ArtifactError: ``source`` has no complete model.
+        NonFiniteError: A weight is not finite.
 
     Example:
         >>> logits = bi.load_model("runs/digits")(images)
@@ -317,6 +318,7 @@ def evaluate(
         ArtifactError: ``source`` has no complete model.
         ConfigError: The data does not fit the model.
         DataError: The data is missing or damaged.
+        NonFiniteError: A weight or a metric is not finite.
 
     Example:
         >>> bi.evaluate("runs/digits", "runs/digits/data")["top1"]
@@ -327,7 +329,7 @@ def evaluate(
     from .data.dataset import open_dataset
     from .distributed.process_group import DistributedContext
     from .interchange.export import load_model as load
-    from .tasks.metric import describe_metrics
+    from .tasks.metric import check_finite_metrics, describe_metrics
     from .tasks.registry import task_class
 
     model, spec = load(Path(source))
@@ -351,8 +353,9 @@ def evaluate(
             train, val = (task.eval_stream(info, split, batch_size=batch_size) for split in ("train", "val"))
             classes = len(info.schema.metadata["classes"])
             scores = score_features(probe, model.to(env.device), train, val, classes, env.device)
+    measured = [metric for metric in task.metrics if metric.name in scores]
+    check_finite_metrics(measured, scores, str(source))
     if env.is_main:
-        measured = [metric for metric in task.metrics if metric.name in scores]
         method = f" ({probe} probe)" if probe else ""
         report(f"{describe_metrics(measured, scores)}{method} on {scores['samples']} {task.unit} of {data}")
     return scores

@@ -16,7 +16,7 @@ from ..errors import ArtifactError, ConfigError
 from ..files import read_json, regular_file_size
 from ..models.library import find_family
 from ..models.partition import Partition
-from ..storage.artifacts import ModelSpec, load_artifact
+from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact
 from ..storage.run_directory import RunDir
 from .official_format import write_official
 from .timm_format import timm_snippet, write_timm_files
@@ -70,7 +70,9 @@ def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> n
 
     Raises:
         ArtifactError: Names or shapes of the tensors do not match the model.
+        NonFiniteError: A weight is not finite.
     """
+    check_finite_weights(tensors, str(source))
     family, depths = find_family(spec.model), partition_of(spec).depths
     # compare shapes first, so that a specification that does not fit its weights allocates nothing
     shapes = family.build(spec.model, depths, device="meta").state_dict()

@@ -16,6 +16,7 @@ from ..errors import ArtifactError, ConfigError, DataError
 from ..models.partition import Partition
 from ..models.vision.build import TimmFamily
 from ..models.vision.families import find_timm_family
+from ..storage.artifacts import check_finite_weights
 from .export import load_model
 from .official_format import is_state_dict, join_stages, read_torch, stages_of
 
@@ -37,6 +38,7 @@ def pretrained_meta(
     Raises:
         ConfigError: timm has no such weights, the family or the width differs, or ``meta.select`` does not fit.
         ArtifactError: The file or folder is missing or damaged.
+        NonFiniteError: A weight is not finite.
         DataError: The weights cannot be downloaded.
     """
     assert meta.init is not None
@@ -48,6 +50,7 @@ def pretrained_meta(
             f"meta.init = {meta.init!r} is a {family.name} model, but model.name is a {partition.family.name} model"
         )
     state = source.state_dict()
+    check_finite_weights(state, f"meta.init = {meta.init!r}")
     depths = family.count_blocks(state)
     blocks = choose_blocks(meta.select, depths, partition.stage_depths, family.parity)
     new_index = {(stage, index): new for stage, row in enumerate(blocks) for new, index in enumerate(row)}

@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from ..config import ModelConfig, TaskConfig, describe_changes
-from ..errors import ArtifactError, LockedError
+from ..errors import ArtifactError, LockedError, NonFiniteError
 from ..files import fsync_path, hash_file, make_folder, regular_file_size, write_and_hash, write_text
 from .checkpoint_manager import COMMIT_MARKER, read_committed_manifest
 from .lease import Lease
@@ -93,7 +94,9 @@ def save_artifact(
 
     Raises:
         LockedError: The lease was lost. An existing artifact is unchanged.
+        NonFiniteError: A weight is not finite. An existing artifact is unchanged.
     """
+    check_finite_weights(tensors, str(folder))
     make_folder(folder.parent)
     for leftover in folder.parent.glob(f".{folder.name}-*"):  # from an attempt that was killed
         shutil.rmtree(leftover)
@@ -170,16 +173,37 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], ArtifactManifest]:
 
     Raises:
         ArtifactError: See :func:`verify_artifact`.
+        NonFiniteError: A weight is not finite.
     """
     manifest, file = verify_artifact(folder), _current_path(folder) / WEIGHTS_FILE
     try:
         from safetensors.torch import load_file
 
-        return load_file(file), manifest
+        tensors = load_file(file)
     except OSError as error:
         raise ArtifactError(f"{file}: {error.strerror}") from None
     except SafetensorError as error:
         raise ArtifactError(f"{file}: {error}") from None
+    check_finite_weights(tensors, str(folder))
+    return tensors, manifest
+
+
+def check_finite_weights(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Check that weights are finite.
+
+    Args:
+        tensors: The weights by name.
+        source: Where they are from, for the message.
+
+    Raises:
+        NonFiniteError: A weight is not finite; the message names its tensor.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise NonFiniteError(
+                f"{source}: tensor {name!r} has values that are not finite, because training diverged; train it again"
+                " with a lower train.lr"
+            )
 
 
 def check_artifact_lineage(folder: Path, expected: Lineage) -> str | None:

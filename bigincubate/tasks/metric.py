@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ..errors import NonFiniteError
 
 
 @dataclass(frozen=True)
@@ -51,3 +54,22 @@ def planned_metrics(row: Mapping[str, Any]) -> tuple[Metric, ...]:
 def describe_metrics(metrics: Iterable[Metric], values: Mapping[str, float]) -> str:
     """Format metrics in one line, such as ``top-1 96.39%, top-5 99.72%, loss 0.1538``."""
     return ", ".join(f"{metric.title} {metric.text(values[metric.name], unit=True)}" for metric in metrics)
+
+
+def check_finite_metrics(metrics: Iterable[Metric], values: Mapping[str, float], subject: str) -> None:
+    """Check that the metrics of an evaluation are finite.
+
+    Args:
+        metrics: The metrics to check.
+        values: Their values, by name.
+        subject: What was evaluated, for the message.
+
+    Raises:
+        NonFiniteError: A metric is not finite.
+    """
+    for metric in metrics:
+        if not math.isfinite(value := values[metric.name]):
+            raise NonFiniteError(
+                f"{subject}: {metric.title} is {value} on the validation split, so the model diverged or its inputs are"
+                " not finite; lower train.lr, or check the data"
+            )

@@ -23,7 +23,7 @@ from ..models.partition import Partition, show_depths
 from ..models.surgery import extract
 from ..planning.context import PhaseContext, open_run
 from ..planning.phases import PhasePlan, Plan, make_plan, phase_model
-from ..storage.artifacts import load_artifact
+from ..storage.artifacts import check_finite_weights, load_artifact
 from ..storage.lease import NO_JOBS, JobQueue
 from ..storage.run_directory import RunDir
 from ..tasks.registry import make_task
@@ -117,7 +117,9 @@ def _read(files: Sequence[Path], plan: Plan, wanted: Depths, what: str) -> dict[
     if found != wanted:
         blocks, expected = show_depths(found), show_depths(wanted)
         raise ArtifactError(f"{files[0]} has modules of {blocks} blocks, but the recipe's {what} has {expected}")
-    return join_stages(stages, plan.family)
+    tensors = join_stages(stages, plan.family)
+    check_finite_weights(tensors, " or ".join(map(str, files)))
+    return tensors
 
 
 def _read_run(

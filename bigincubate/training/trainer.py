@@ -30,8 +30,10 @@ from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
 from ..storage.lease import Lease
 from ..storage.run_directory import PhaseDir
 from ..storage.sharded_tensors import TensorShard
+from ..tasks.metric import check_finite_metrics
 from .builder import PhaseComponents, build_phase, describe_model
 from .determinism import deterministic_algorithms
+from .finite_checks import check_skipped_steps, check_training
 from .metrics_writer import MetricsWriter, StartRate, ThroughputMeter, log_partial_assembly
 from .partial_assembly import build_partial_assembly, finished_modules
 
@@ -218,7 +220,7 @@ class Trainer:
                 meter.restart()
             if values:
                 self.log(values)
-                self.check_finite()
+                self.check_skipped()
             if state.step % every == 0:
                 clock = self.save(clock)
         self.save(clock)
@@ -281,20 +283,15 @@ class Trainer:
             if self.env.is_main:
                 self.lease.check()
 
-    def check_finite(self) -> None:
-        """Check the number of skipped steps.
+    @property
+    def first_counted_step(self) -> int:
+        """The step since which skipped steps are counted."""
+        return self.rollback["to"] if self.rollback else 0
 
-        Raises:
-            NonFiniteError: It is larger than ``train.max_nonfinite``.
-        """
+    def check_skipped(self) -> None:
+        """Check that no more steps were skipped than ``train.max_nonfinite``; see :func:`check_skipped_steps`."""
         allowed = self.settings.train.max_nonfinite
-        if (skipped := int(self.skipped)) > allowed:
-            since = self.rollback["to"] if self.rollback else 0
-            after = f" since the rollback to step {since}" if since else ""
-            raise NonFiniteError(
-                f"{self.row.title}: the gradient was not finite in {skipped} of {self.state.step - since} steps{after}"
-                f" (train.max_nonfinite = {allowed}); lower train.lr, or check the data"
-            )
+        check_skipped_steps(self.row.title, int(self.skipped), self.state.step, self.first_counted_step, allowed)
 
     def save(self, clock: float) -> float:
         """Start saving a checkpoint.
@@ -305,7 +302,7 @@ class Trainer:
         Returns:
             The current time.
         """
-        self.check_finite()
+        self.check_skipped()
         self.metrics.flush()
         now = time.perf_counter()
         self.state.seconds += now - clock
@@ -369,8 +366,15 @@ class Trainer:
         return {f"val/{metric.name}": scores[metric.name] for metric in self.task.metrics}
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate, write the artifact, and return the result."""
+        """Evaluate, write the artifact, and return the result.
+
+        Raises:
+            NonFiniteError: The training, a metric or a weight is not finite.
+        """
+        steps = self.state.step - self.first_counted_step
+        check_training(self.row.title, self.state.last, int(self.skipped), steps)
         scores = self.evaluate()
+        check_finite_metrics(self.task.metrics, scores, self.row.title)
         self.checkpoints.wait()
         self.log(self.state.last | self.validation_tags(scores))
         module = self.row.module
@@ -398,7 +402,13 @@ class Trainer:
         if module not in joined:  # its meta model was replaced during training
             return
         model = build_partial_assembly(self.context, joined)
-        result = self.task.make_result(self.task.evaluate(model, self.parts.eval_stream, self.env))
+        scores = self.task.evaluate(model, self.parts.eval_stream, self.env)
+        try:
+            check_finite_metrics(self.task.metrics, scores, f"{self.row.title}, partly assembled")
+        except NonFiniteError as error:  # the module itself is good
+            logger.warning("%s", error)
+            return
+        result = self.task.make_result(scores)
         with self.env.main_process_first():
             if self.env.is_main:
                 self.lease.check()
@@ -415,6 +425,7 @@ class Trainer:
         if self.env.broadcast(valid):
             return
         scores = self.score()
+        check_finite_metrics(self.task.metrics, scores, "assembled model")
         tensors = self.sharding.full_state_dict()
         with self.env.main_process_first():
             if self.env.is_main:

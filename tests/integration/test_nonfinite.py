@@ -1,20 +1,29 @@
-"""Gradients that are not finite: skipped, gone back from once, then the end of the phase."""
+"""Gradients that are not finite: skipped, gone back from once, then the end of the phase. A result is always finite."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from test_official import save, stages
 from test_trainer import Harnesses, losses, same
 
+from bigincubate.api import evaluate
 from bigincubate.data.batch import Batch
 from bigincubate.errors import NonFiniteError, Preempted
+from bigincubate.interchange.export import export
+from bigincubate.storage import artifacts
 from bigincubate.storage.sharded_tensors import copy_to_cpu
+from bigincubate.training.import_official import import_model, import_part
 
 
 def poisoned(trainer: Any, steps: set[int]) -> None:
@@ -180,3 +189,143 @@ def test_huge_learning_rate_ends_with_exit_5(harness: Harnesses) -> None:
     assert attempt["state"] == "failed"
     assert "not finite" in attempt["error"]
     assert exploding.run.phase("pretrain").result is None
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+def poisoned_loss(trainer: Any) -> None:
+    """Make the loss not a number, and leave its gradient as it is."""
+    loss = trainer.task.loss
+    trainer.task.loss = lambda *arguments: loss(*arguments) + float("nan")
+
+
+def poisoned_weight(trainer: Any) -> None:
+    """Make a weight not a number after the last step."""
+    loop = trainer.loop
+
+    def train(batches: Any) -> None:
+        loop(batches)
+        with torch.no_grad():
+            next(trainer.model.parameters())[..., 0] = float("nan")
+
+    trainer.loop = train
+
+
+def poisoned_evaluation(trainer: Any) -> None:
+    """Make the images of the validation split not numbers."""
+    task = trainer.task
+    evaluated = task.evaluate
+
+    def evaluate(model: Any, batches: Any, env: Any, **options: Any) -> Any:
+        images = [replace(b, columns={**b.columns, "images": b["images"] * float("inf")}) for b in batches]
+        return evaluated(model, images, env, **options)
+
+    task.evaluate = evaluate
+
+
+@pytest.mark.parametrize(
+    ("poison", "says"),
+    [
+        (lambda trainer: poisoned(trainer, {0, 1}), "the gradient was finite in none of 2 steps"),
+        (poisoned_loss, "the last training loss is nan, although its gradient is finite"),
+        (poisoned_weight, "loss is nan on the validation split"),
+        (poisoned_evaluation, "loss is nan on the validation split"),
+    ],
+)
+@pytest.mark.parametrize("phase", ["pretrain", "end_to_end"])
+def test_phase_whose_result_is_not_finite_is_not_done(
+    phase: str, poison: Callable[[Any], None], says: str, harness: Harnesses
+) -> None:
+    failing = harness("train.max_steps=2", "log.every_steps=1", "end_to_end.budget=epochs")
+    trainer = failing.trainer(phase)
+    poison(trainer)
+    with trainer.stop, pytest.raises(NonFiniteError, match=says) as caught:
+        trainer.run()
+    assert caught.value.code == 5
+    assert "\n" not in str(caught.value)
+    assert not trainer.folder.artifact.exists()
+    assert trainer.folder.result is None
+
+
+def test_last_step_may_be_skipped(harness: Harnesses) -> None:
+    passing = harness("train.max_steps=4", "log.every_steps=1")
+    trainer = passing.trainer("pretrain")
+    poisoned(trainer, {3})
+    with trainer.stop:
+        assert math.isfinite(trainer.run()["metrics"]["loss"])
+
+
+@pytest.fixture
+def diverged(done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A finished run in which every artifact has a weight that is not a number, as only other programs write it."""
+    run = done.copy(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "check_finite_weights", lambda *_: None)
+        for manifest in (tmp_path / "run").rglob("artifact/manifest.json"):
+            tensors, about = artifacts.load_artifact(manifest.parent)
+            next(iter(tensors.values())).view(-1)[0] = float("nan")
+            artifacts.save_artifact(manifest.parent, tensors, about)
+    return run
+
+
+def test_weights_that_are_not_finite_are_not_used(
+    diverged: Any, digits: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    run = diverged.run.path
+    module = ["train", run / "recipe.toml", "--run-dir", run, "--phase", "incubate", "--module", 0]
+    assemble = ["train", run / "recipe.toml", "--run-dir", run, "--phase", "finetune"]
+    shutil.rmtree(run / "modules" / "00")
+    for words in (
+        ["evaluate", run, "--data", digits],
+        ["evaluate", run / "assembled", "--data", digits],
+        ["export", run, "--out", tmp_path / "out"],
+        ["export", run, "--out", tmp_path / "out.pth", "--as", "official"],
+        module,
+    ):
+        code, out, err = call(*words)
+        assert (code, out) == (5, "")
+        assert "has values that are not finite" in err
+        assert err.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+    assert not (run / "modules" / "00" / "artifact").exists()
+    assert call(*assemble)[0] in (0, 4)  # the finished phase, or a module that is missing
+
+
+def test_modules_that_are_not_finite_are_not_assembled(harness: Harnesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = harness("train.max_steps=2", "log.every_steps=1")
+    for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1)):
+        made.train(phase, module)
+    folder = made.run.phase("incubate", 1).artifact
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "check_finite_weights", lambda *_: None)
+        tensors, about = artifacts.load_artifact(folder)
+        next(iter(tensors.values())).view(-1)[0] = float("inf")
+        artifacts.save_artifact(folder, tensors, about)
+    with pytest.raises(NonFiniteError, match=r"modules/01/artifact: tensor 'blocks.2.attn.proj.bias' has values"):
+        made.train("finetune")
+    assert made.run.assembled.result is None
+
+
+def test_exported_weights_that_are_not_finite_are_not_used(done: Any, digits: Path, tmp_path: Path) -> None:
+    export(done.run.path, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["head.bias"][0] = float("inf")
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(NonFiniteError, match=r"tensor 'head\.bias'"):
+        evaluate(tmp_path / "out", digits)
+
+
+def test_official_weights_that_are_not_finite_are_not_imported(harness: Harnesses, tmp_path: Path) -> None:
+    made = harness("train.max_steps=2", "log.every_steps=1")
+    modules = stages([2, 2], seed=3)
+    modules[1]["head.bias"] = torch.full((10,), float("nan"))
+    file = save(tmp_path / "vit.pth", modules)
+    with pytest.raises(NonFiniteError, match=r"vit\.pth: tensor 'head\.bias'"):
+        import_model(made.recipe, [file], tmp_path / "vit")
+    meta = stages([1, 1], seed=0)
+    meta[0]["cls_token"] = meta[0]["cls_token"] + float("nan")
+    with pytest.raises(NonFiniteError, match=r"meta\.pth: tensor 'cls_token'"):
+        list(import_part(made.recipe, "meta", [save(tmp_path / "meta.pth", meta)], made.run))
+    assert not (tmp_path / "vit").exists()
+    assert made.run.phase("pretrain").result is None
