@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .config import PHASES, Phase, Recipe
-from .errors import ConfigError, Exit, error_of_code
+from .errors import ConfigError, Exit, check_integer, error_of_code
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,6 +28,16 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 
 def _ignore(text: str) -> None:
     """Ignore a progress message."""
+
+
+def _check_recipe(recipe: object) -> None:
+    """Check that an argument is a recipe, and not for example its name.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(f"recipe is a {type(recipe).__name__}; pass a Recipe, such as load_recipe('digits')")
 
 
 def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None = None) -> dict[str, Any]:
@@ -45,12 +55,16 @@ def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None
         strategy), ``incubation_flops``, ``end_to_end_flops``, ``finetune_share``, and ``cluster`` if it is given.
 
     Raises:
-        ConfigError: The model is not supported, the depths do not fit it, or ``data.train_samples`` is missing.
+        ConfigError: An argument is invalid, the model is not supported, the depths do not fit it, or
+            ``data.train_samples`` is missing.
 
     Example:
         >>> costs = bi.plan(bi.load_recipe("imagenet-vit-b"))
         >>> costs["incubation_flops"] / costs["end_to_end_flops"]
     """
+    _check_recipe(recipe)
+    for ranks in world_sizes:
+        check_integer("world_sizes", ranks)
     from .planning.cost import cost_plan, plan_json
     from .planning.memory import all_batches_divisible, batch_divisible, estimate_footprints
     from .planning.phases import make_plan
@@ -141,6 +155,10 @@ def run(
         >>> result = bi.run(bi.load_recipe("digits"), "runs/digits")
         >>> result.results["finetune"]["metrics"]["top1"]
     """
+    _check_recipe(recipe)
+    check_integer("ranks", ranks)
+    if jobs is not None:
+        check_integer("jobs", jobs)
     from rich.console import Console
 
     from .data.verification import hash_all_shards
@@ -211,8 +229,11 @@ def train_phase(
         >>> bi.train_phase(recipe, "runs/digits", "pretrain")["metrics"]["top1"]
         >>> bi.train_phase(recipe, "runs/digits", "incubate", module=2)
     """
+    _check_recipe(recipe)
     if phase not in PHASES:
         raise ConfigError(f"phase = {phase!r}: expected one of {', '.join(PHASES)}")
+    if module is not None:
+        check_integer("module", module, least=0)
     from .data.verification import hash_all_shards
     from .distributed.process_group import DistributedContext
     from .launchers.slurm.job_queue import SlurmQueue
@@ -325,6 +346,7 @@ def evaluate(
     """
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"probe = {probe!r}: expected linear or knn")
+    check_integer("batch_size", batch_size)
     from .config import DataConfig
     from .data.dataset import open_dataset
     from .distributed.process_group import DistributedContext

@@ -89,6 +89,21 @@ class Preempted(BigincubateError):
     code = Exit.PREEMPTED
 
 
+def check_integer(name: str, value: object, least: int = 1) -> None:
+    """Check an argument of the Python API.
+
+    Args:
+        name: Name of the argument, for the message.
+        value: Its value.
+        least: The smallest valid value.
+
+    Raises:
+        ConfigError: The value is no integer, or is too small.
+    """
+    if type(value) is not int or value < least:  # bool is a subclass of int
+        raise ConfigError(f"{name} = {value!r}: expected an integer of at least {least}")
+
+
 def error_of_code(code: int) -> type[BigincubateError]:
     """Return the error class of an exit code; `ExternalError` for an undocumented code."""
     classes = (ConfigError, ArtifactError, NonFiniteError, DamagedError, LockedError, Preempted)

@@ -65,7 +65,7 @@ def main(steps: int = 200) -> float:
         losses = train(hybrid, batches, steps)
         print(f"module {module}: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
         modules.append(bi.extract_module(hybrid))
-    target.load_state_dict(bi.assemble(modules))
+    target.load_state_dict(bi.assemble(modules, target))
     train(target, batches, steps, lr=1e-3)
     accuracy = 100 * (target.eval()(images[:360]).argmax(1) == labels[:360]).float().mean().item()
     print(f"top-1 {accuracy:.2f}% on the held-out fifth")

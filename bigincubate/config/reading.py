@@ -43,6 +43,10 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
     Example:
         >>> recipe = bi.load_recipe("digits", ["train.seed=1", "finetune.train.epochs=5"])
     """
+    if isinstance(sets, str):
+        raise ConfigError(f"sets = {sets!r}: expected a list of KEY=VALUE strings, such as [{sets!r}]")
+    if not isinstance(name_or_path, str | Path):
+        raise ConfigError(f"a recipe is the name of a shipped one or a path, not a {type(name_or_path).__name__}")
     file = _find_recipe_file(str(name_or_path))
     raw = _read_tables(file)
     if overlay is not None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import ConfigError, DataError, SystemResourceError
+from ..errors import ConfigError, DataError, SystemResourceError, check_integer
 from ..files import fsync_path, link_or_copy, quote_path, write_text
 from .chunk_records import RECORDS, Chunk, ChunkRecord, has_same_contents, is_unchanged, read_record
 from .chunks import write_chunk, write_description
@@ -90,10 +90,13 @@ def prepare_dataset(
         The description of the data set.
 
     Raises:
-        ConfigError: If ``out`` is inside the source.
+        ConfigError: If ``out`` is inside the source, or ``jobs`` or ``val_fraction`` is invalid.
         DataError: If the source does not exist, images cannot be read, or ``out`` contains other files.
         SystemResourceError: If a file cannot be written, or a process was killed.
     """
+    check_integer("jobs", jobs)
+    if not 0 <= val_fraction < 1:  # refuses nan as well
+        raise ConfigError(f"val_fraction = {val_fraction}: expected a number from 0 to less than 1")
     out = Path(os.path.abspath(out))
     if source not in EMBEDDED and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ConfigError(f"--out {quote_path(out)} is inside the source {quote_path(source)}; use a folder outside it")

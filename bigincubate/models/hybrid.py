@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, check_integer
 from .checks import check_model
 from .drop_path import replace_drop_path
 from .partition import Partition, check_depths, default_meta_depths, hybrid_depths
@@ -67,6 +67,7 @@ def build_hybrid(
         >>> meta = timm.create_model("vit_small_patch16_224", num_classes=10, depth=4)
         >>> hybrid = bi.build_hybrid(target, meta, module=0)  # 6 blocks, of which 3 train
     """
+    check_integer("module", module, least=0)
     partition, meta_partition = _match(target, meta, partition, meta_partition)
     if module not in range(partition.modules):
         raise ConfigError(f"module = {module}: the target has modules 0 to {partition.modules - 1}")
@@ -116,7 +117,7 @@ def extract_module(hybrid: nn.Module) -> dict[str, Tensor]:
 
     Example:
         >>> modules = [bi.extract_module(hybrid) for hybrid in hybrids]
-        >>> target.load_state_dict(bi.assemble(modules))
+        >>> target.load_state_dict(bi.assemble(modules, target))
     """
     about = getattr(hybrid, HYBRID, None)
     if not isinstance(about, Hybrid):
@@ -169,6 +170,9 @@ def _match(
     Raises:
         ConfigError: The models are incompatible, or there is no default partition for them.
     """
+    for name, given in (("target", target), ("meta", meta)):
+        if not isinstance(given, nn.Module):
+            raise ConfigError(f"{name} is a {type(given).__name__}; pass a timm model")
     if partition is None:
         modules = meta_partition.modules if meta_partition else sum(Partition.from_model(meta).stage_depths)
         partition = Partition.from_model(target, modules=modules)

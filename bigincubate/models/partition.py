@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError, ConfigError, check_integer
 from .base import Depths, ModelFamily
 
 if TYPE_CHECKING:
@@ -108,13 +108,14 @@ class Partition:
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, *, modules: int = 1, depths: Sequence[int | Sequence[int]] | None = None
+        cls, model: nn.Module, *, modules: int | None = None, depths: Sequence[int | Sequence[int]] | None = None
     ) -> Partition:
         """Return a partition of an existing timm model.
 
         Args:
             model: A timm model of a supported family.
-            modules: Number of modules, of (almost) equal depth, for a model without stages.
+            modules: Number of modules, of (almost) equal depth, for a model without stages; by default 1, or as many as
+                ``depths`` has.
             depths: Number of blocks of each module instead: ``[3, 3, 3, 3]``, or per module a list with one number per
                 stage.
 
@@ -126,20 +127,29 @@ class Partition:
             >>> bi.Partition.from_model(timm.create_model("vit_small_patch16_224"), modules=4).depths
             ((3,), (3,), (3,), (3,))
         """
+        from torch import nn
+
         from .vision.build import check_timm_model
         from .vision.families import find_timm_family
 
         name = type(model).__name__
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model is a {name}; pass a timm model")
+        if modules is not None:
+            check_integer("modules", modules)
         family = find_timm_family(name, model)
         check_timm_model(model, name)
         found = family.count_blocks(model.state_dict())
-        if depths is None and modules > 1 and family.stages > 1:
+        number = modules or 1
+        if depths is None and number > 1 and family.stages > 1:
             raise ConfigError(
                 f"{name} has {family.stages} stages: use Partition.from_model(model, depths=...), with a list of"
                 f" {family.stages} depths for each module"
             )
         if depths is None:
-            return cls(family, find_balanced_cut([[1] * found[0]], modules) if modules > 1 else (found,))
+            return cls(family, find_balanced_cut([[1] * found[0]], number) if number > 1 else (found,))
+        if modules is not None and modules != len(depths):
+            raise ConfigError(f"modules = {modules}, but depths lists {len(depths)}; leave one of them out")
         partition = cls(family, normalize_depths(depths, family.stages))
         if partition.stage_depths != found:
             raise ConfigError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConfigError
 from .partition import Partition
 
 Init = Literal["fresh", "boundary", "grow"]
@@ -51,30 +51,40 @@ def insert(
     _copy(rename_tensors(module_tensors, from_partition, partition), expected)
 
 
-def assemble(parts: list[dict[str, Tensor]], expected: Iterable[str] | None = None) -> dict[str, Tensor]:
+def assemble(parts: Sequence[Mapping[str, Tensor]], expected: Iterable[str] | nn.Module) -> dict[str, Tensor]:
     """Combine the tensors of all modules into the state dict of the target.
 
     Args:
         parts: The tensors of each module, under their names in the target.
-        expected: The names of the target's tensors, such as ``model.state_dict()``; without it, only duplicate names
-            are detected.
+        expected: The target; or the names of its tensors, or its state dict to check shapes too.
 
     Returns:
         The tensors of all modules by name.
 
     Raises:
-        ArtifactError: Two modules have the same tensor, or a tensor is missing or unexpected.
+        ArtifactError: Two modules have the same tensor, or a tensor is missing, unexpected, or of another
+            shape.
+        ConfigError: ``parts`` is not a list of dictionaries of tensors.
 
     Example:
-        >>> target.load_state_dict(bi.assemble([bi.extract_module(hybrid) for hybrid in hybrids]))
+        >>> modules = [bi.extract_module(hybrid) for hybrid in hybrids]
+        >>> target.load_state_dict(bi.assemble(modules, target))
     """
+    if isinstance(parts, Mapping | nn.Module | str):
+        raise ConfigError(f"assemble takes a list with the tensors of each module, not a {type(parts).__name__}")
     assembled: dict[str, Tensor] = {}
     for module, part in enumerate(parts):
+        if not isinstance(part, Mapping) or not all(isinstance(tensor, Tensor) for tensor in part.values()):
+            raise ConfigError(f"module {module} is a {type(part).__name__}; pass what extract_module returns")
         if overlap := sorted(assembled.keys() & part.keys()):
             raise ArtifactError(f"module {module} has tensors of an earlier module: {_first_names(overlap)}")
-        assembled |= part
-    if expected is not None:
-        _check_names(assembled, expected)
+        assembled.update(part)
+    names = expected.state_dict() if isinstance(expected, nn.Module) else expected
+    _check_names(assembled, names)
+    for name, tensor in names.items() if isinstance(names, Mapping) else ():
+        if assembled[name].shape != tensor.shape:
+            shapes = f"{tuple(assembled[name].shape)}, but the target needs {tuple(tensor.shape)}"
+            raise ArtifactError(f"tensor {name!r} has shape {shapes}")
     return assembled
 
 

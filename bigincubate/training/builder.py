@@ -150,7 +150,8 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     if "module" in sources:
         modules = _load_modules(context)
         inputs = {f"module/{module}": manifest.digest for module, (_, manifest) in enumerate(modules)}
-        assembled = assemble([tensors for tensors, _ in modules], model.state_dict())
+        # names only: adapt_state may change shapes
+        assembled = assemble([tensors for tensors, _ in modules], list(model.state_dict()))
         model.load_state_dict(family.adapt_state(assembled, model))
     if start is None and row.phase == "pretrain" and recipe.meta.init is not None:
         start = pretrained_meta(recipe.meta, settings.model, partition, model.state_dict())

@@ -115,3 +115,41 @@ def test_every_exit_code_has_its_error() -> None:
     found = {code: errors.error_of_code(code) for code in errors.Exit if code is not errors.Exit.DONE}
     assert {code: error.code for code, error in found.items()} == {code: code for code in found}
     assert errors.error_of_code(137) is errors.ExternalError
+
+
+def test_source_without_a_finished_model_is_refused(done: Any, finished: Path, digits: Path, tmp_path: Path) -> None:
+    """A wrong path, a part of a model, an unfinished phase, data, and what is no path at all."""
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "empty").mkdir()
+    shutil.rmtree(finished / "finetune" / "artifact")
+    sources = ["nowhere", "file", "empty", "run", "run/modules", "run/modules/00", "run/finetune", "run/meta/tb"]
+    for source in (*(tmp_path / name for name in sources), digits):
+        for call in (bi.load_model, lambda source: bi.evaluate(source, digits)):
+            with pytest.raises(bi.errors.ArtifactError) as caught:
+                call(source)
+            assert "\n" not in str(caught.value)
+    for wrong in (None, 3, done.recipe):
+        with pytest.raises(TypeError):
+            bi.load_model(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.0, True, "2"])
+def test_batch_size_of_an_evaluation_is_checked(batch_size: Any, finished: Path, digits: Path) -> None:
+    with pytest.raises(bi.errors.ConfigError, match="batch_size = "):
+        bi.evaluate(finished, digits, batch_size=batch_size)
+
+
+def test_data_of_an_evaluation_is_checked(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for data in (tmp_path / "nowhere", tmp_path / "file", finished):
+        with pytest.raises(bi.errors.DataError, match="no data in"):
+            bi.evaluate(finished, data)
+
+
+def test_run_directory_that_is_a_file_is_refused(done: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("text")
+    for call in (bi.run, lambda recipe, path: bi.train_phase(recipe, path, "pretrain")):
+        with pytest.raises(bi.errors.BigincubateError) as caught:
+            call(done.recipe, tmp_path / "file")
+        assert "file" in str(caught.value)
+    assert (tmp_path / "file").read_text() == "text"

@@ -134,7 +134,7 @@ def test_modules_of_hybrids_assemble_to_the_target(case: Case) -> None:
         bi.extract_module(bi.build_hybrid(target, meta, module, partition, meta_partition))
         for module in range(partition.modules)
     ]
-    assembled, expected = bi.assemble(parts), target.state_dict()
+    assembled, expected = bi.assemble(parts, target), target.state_dict()
     assert assembled.keys() == expected.keys()
     assert all(torch.equal(assembled[name], tensor) for name, tensor in expected.items())
     assert not {t.data_ptr() for t in assembled.values()} & {t.data_ptr() for t in expected.values()}
@@ -249,3 +249,94 @@ def test_module_of_another_model_is_not_extracted() -> None:
     for other in (vit(4), nn.DataParallel(hybrid)):
         with pytest.raises(bi.errors.ConfigError, match="extract_module"):
             bi.extract_module(other)
+
+
+# ------------------------------------------------------------------------------------------------ wrong arguments
+
+
+api: Any = bi  # for calls that a type checker refuses
+
+
+def vits() -> tuple[nn.Module, nn.Module]:
+    sizes = {"embed_dim": 12, "num_heads": 1, "num_classes": 5, "img_size": 32}
+    return tuple(timm.create_model("vit_tiny_patch16_224", depth=depth, **sizes) for depth in (4, 2))
+
+
+def test_assemble_names_what_is_missing() -> None:
+    target, meta = vits()
+    parts = [bi.extract_module(bi.build_hybrid(target, meta, module)) for module in range(2)]
+    assert bi.assemble(parts, target).keys() == target.state_dict().keys()
+    with pytest.raises(TypeError, match="expected"):
+        api.assemble(parts)
+    for expected in (target, target.state_dict(), list(target.state_dict())):
+        for missing in (0, 1):
+            with pytest.raises(bi.errors.ArtifactError, match="missing: " + ("blocks.2" if missing else "blocks.0")):
+                bi.assemble([part for module, part in enumerate(parts) if module != missing], expected)
+        with pytest.raises(bi.errors.ArtifactError, match="missing"):
+            bi.assemble([], expected)
+    with pytest.raises(bi.errors.ArtifactError, match="tensors of an earlier module"):
+        bi.assemble([parts[0], parts[0]], target)
+    parts[1]["head.bias"] = torch.ones(6)
+    with pytest.raises(bi.errors.ArtifactError, match=r"head.bias' has shape \(6,\), but the target needs \(5,\)"):
+        bi.assemble(parts, target)
+
+
+@pytest.mark.parametrize("parts", [{}, "modules", nn.Linear(1, 1), [nn.Linear(1, 1)], [{"a": 3}], [None]])
+def test_assemble_refuses_what_is_not_modules(parts: Any) -> None:
+    with pytest.raises(bi.errors.ConfigError, match=r"list with the tensors|what extract_module returns"):
+        bi.assemble(parts, ["a"])
+
+
+@pytest.mark.parametrize("module", [True, 1.0, "1", None, -1, 2])
+def test_hybrid_of_no_module_is_refused(module: Any) -> None:
+    with pytest.raises(bi.errors.ConfigError, match="module = "):
+        bi.build_hybrid(*vits(), module)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda target, meta: api.build_hybrid("target", meta, 0),
+        lambda target, meta: api.build_hybrid(target, None, 0),
+        lambda target, meta: api.build_hybrid(meta, target, 0),
+        lambda target, meta: api.grow(meta, target),
+        lambda target, meta: api.grow(target, {}),
+        lambda target, meta: api.extract_module(target),
+        lambda target, meta: api.extract_module({}),
+        lambda target, meta: api.Partition.from_model("vit_tiny_patch16_224"),
+        lambda target, meta: api.Partition.from_model(target, modules=0),
+        lambda target, meta: api.Partition.from_model(target, modules=-1),
+        lambda target, meta: api.Partition.from_model(target, modules=2.0),
+        lambda target, meta: api.Partition.from_model(target, modules=True),
+        lambda target, meta: api.Partition.from_model(target, modules=5),
+        lambda target, meta: api.Partition.from_model(target, modules=4, depths=[2, 2]),
+        lambda target, meta: api.Partition.from_model(target, depths=[]),
+        lambda target, meta: api.Partition.from_model(target, depths=[4, 0]),
+        lambda target, meta: api.load_recipe("digits", "train.lr=1"),
+        lambda target, meta: api.load_recipe(None),
+        lambda target, meta: api.load_recipe(bi.load_recipe("digits")),
+        lambda target, meta: api.plan("digits"),
+        lambda target, meta: api.plan(api.load_recipe("digits"), world_sizes=[0]),
+        lambda target, meta: api.plan(api.load_recipe("digits"), world_sizes=[2.0]),
+        lambda target, meta: api.plan(api.load_recipe("digits"), world_sizes="12"),
+        lambda target, meta: api.run("digits", "nowhere"),
+        lambda target, meta: api.run(bi.load_recipe("digits"), "nowhere", jobs=0),
+        lambda target, meta: api.run(bi.load_recipe("digits"), "nowhere", ranks=-1),
+        lambda target, meta: api.run(bi.load_recipe("digits"), "nowhere", ranks="2"),
+        lambda target, meta: api.train_phase("digits", "nowhere", "pretrain"),
+        lambda target, meta: api.train_phase(bi.load_recipe("digits"), "nowhere", None),
+        lambda target, meta: api.train_phase(bi.load_recipe("digits"), "nowhere", "incubate", True),
+        lambda target, meta: api.train_phase(bi.load_recipe("digits"), "nowhere", "incubate", 1.0),
+        lambda target, meta: api.train_phase(bi.load_recipe("digits"), "nowhere", "incubate", "1"),
+        lambda target, meta: api.prepare_dataset("digits", "nowhere", jobs=0),
+        lambda target, meta: api.prepare_dataset("digits", "nowhere", val_fraction=float("nan")),
+        lambda target, meta: api.prepare_dataset("digits", "nowhere", val_fraction=1),
+        lambda target, meta: api.prepare_dataset("digits", "nowhere", val_fraction=-0.1),
+    ],
+)
+def test_wrong_argument_is_refused_in_one_line(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(bi.errors.ConfigError) as caught:
+        call(*vits())
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
