@@ -5,6 +5,7 @@ The command line prints only the message, not a traceback: one line that says wh
 
 from __future__ import annotations
 
+import shlex
 from enum import IntEnum
 
 
@@ -87,6 +88,11 @@ class Preempted(BigincubateError):
     """Training was asked to stop and saved a checkpoint, from which the same command resumes."""
 
     code = Exit.PREEMPTED
+
+
+def format_command(*words: object) -> str:
+    """Return a command of this program, for messages. It can be pasted into a shell, whatever the words contain."""
+    return shlex.join(["bigincubate", *map(str, words)])
 
 
 def check_integer(name: str, value: object, least: int = 1) -> None:

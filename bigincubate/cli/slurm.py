@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from ..errors import ArtifactError, ExternalError
+from ..errors import ArtifactError, ExternalError, format_command
 from .app import RecipeArgument, RunArgument, RunDir, RunDirOption, SetOption, app, console, say
 
 
@@ -83,7 +83,7 @@ def submit_or_export(run: RunDir, gate: str | None = None) -> None:
     baseline = any(row["event"] == "baseline" for row in read_json_lines(run.path / "events.jsonl"))
     graph = build_job_graph(opened.rows, baseline=baseline)
     if not submit_missing_jobs(loaded, graph, run, gate=gate, say=say):
-        say(f"watch:   bigincubate status {run.path} --watch")
+        say(f"watch:   {format_command('status', run.path, '--watch')}")
         return
     exported = run.path / "export"
     if not is_complete_export(exported):

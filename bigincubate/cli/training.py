@@ -11,7 +11,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..distributed.rank_logging import LEVEL_VARIABLE, setup_logging
-from ..errors import ConfigError, Preempted
+from ..errors import ConfigError, Preempted, format_command
 from .app import (
     JsonOption,
     LogLevelOption,
@@ -128,8 +128,7 @@ def run(
             verify_data=verify_data,
         )
     except Preempted as stopped:
-        command = shlex.join(["bigincubate", *sys.argv[1:]])
-        say(f"stopped; all progress is saved. To resume, run the same command:\n  {command}")
+        say(f"stopped; all progress is saved. To resume, run the same command:\n  {format_command(*sys.argv[1:])}")
         raise SystemExit(stopped.code) from None
     from ..report.console_tables import summary_table
 
@@ -137,8 +136,8 @@ def run(
         say(f"{directory.path} is already done")
     console().print(summary_table(loaded.name, result.results, result.context.rows))
     say(f"\nmodel:   {result.export}" + (f"\n         {result.load_code}" if result.load_code else ""))
-    say(f"curves:  tensorboard --logdir {directory.path}")
-    say(f"next:    bigincubate evaluate {directory.path} --data {result.context.data.path}")
+    say(f"curves:  tensorboard --logdir {shlex.quote(str(directory.path))}")
+    say(f"next:    {format_command('evaluate', directory.path, '--data', result.context.data.path)}")
 
 
 @app.command()

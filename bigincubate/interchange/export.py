@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import PHASES, Recipe
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError, ConfigError, format_command
 from ..files import read_json, regular_file_size
 from ..models.library import find_family
 from ..models.partition import Partition
@@ -34,7 +34,8 @@ def best_artifact(run: RunDir) -> Path:
     for folder in (run.phase("finetune").artifact, run.phase("end_to_end").artifact):
         if (folder / "manifest.json").exists():
             return folder
-    raise ArtifactError(f"{run.path} has no finished model yet; continue with: bigincubate run {run.recipe_file} ...")
+    resume = format_command("run", run.recipe_file, "--run-dir", run.path)
+    raise ArtifactError(f"{run.path} has no finished model yet; continue with: {resume}")
 
 
 def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:

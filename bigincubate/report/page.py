@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from ..errors import format_command
 from ..tasks.metric import Metric
 from . import figures, html
 from .console_tables import common_unit, format_depths, metric_columns
@@ -42,7 +43,7 @@ def render_report(run_data: RunData, findings: Sequence[Finding]) -> str:
         _header(run_data, timeline),
         *(join_markup(tag("h2", heading), content) for heading, content in sections.items() if content is not None),
         tag("details", tag("summary", "Resolved recipe"), tag("pre", run_data.recipe.toml())),
-        tag("footer", f"bigincubate report {run_data.run.path}"),
+        tag("footer", format_command("report", run_data.run.path)),
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..config.seeds import INIT, stable_seed
 from ..data.micro_batches import count_micro_batches
 from ..data.partitions import assert_partition_allowed
-from ..errors import ArtifactError
+from ..errors import ArtifactError, format_command
 from ..interchange.pretrained import pretrained_meta
 from ..models.activation_checkpointing import checkpoint_activations
 from ..models.base import Depths
@@ -191,10 +191,8 @@ def _require_meta_model(run: RunDir) -> None:
     try:
         load_manifest(run.phase("pretrain").artifact)
     except ArtifactError:
-        raise ArtifactError(
-            f"the meta model is missing in {run.path}; train it with:"
-            f" bigincubate train {run.recipe_file} --run-dir {run.path} --phase pretrain"
-        ) from None
+        train = format_command("train", run.recipe_file, "--run-dir", run.path, "--phase", "pretrain")
+        raise ArtifactError(f"the meta model is missing in {run.path}; train it with: {train}") from None
 
 
 def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], ArtifactManifest]]:
@@ -209,8 +207,10 @@ def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], Artifa
     if problems:
         listed = "; ".join(f"module {module}: {problem}" for module, problem in problems.items())
         first = next(iter(problems))
+        train = format_command(
+            "train", run.recipe_file, "--run-dir", run.path, "--phase", "incubate", "--module", first
+        )
         raise ArtifactError(
-            f"cannot assemble: {listed}; remove {folders[first].parent} if it exists, then train it with: bigincubate"
-            f" train {run.recipe_file} --run-dir {run.path} --phase incubate --module {first}"
+            f"cannot assemble: {listed}; remove {folders[first].parent} if it exists, then train it with: {train}"
         )
     return [load_artifact(folder) for folder in folders]

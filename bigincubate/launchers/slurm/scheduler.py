@@ -21,7 +21,7 @@ from typing import Any
 
 from ...config import Recipe
 from ...distributed.process_group import DistributedContext
-from ...errors import ArtifactError
+from ...errors import ArtifactError, format_command
 from ...files import read_json, write_json
 from ...planning.job_graph import Job
 from ...planning.lineage import expected_lineage
@@ -62,7 +62,8 @@ def submit_missing_jobs(
         if not missing:
             return True
         if gate and not recipe.slurm.submit_from_jobs:
-            say(f"missing: {', '.join(job.title for job in missing)}; continue with: bigincubate resume {run.path}")
+            titles = ", ".join(job.title for job in missing)
+            say(f"missing: {titles}; continue with: {format_command('resume', run.path)}")
             return False
         queued = [entry for entry in list_queued_jobs(run) if entry.job != gate]
         active = {entry.key: {entry.job} for entry in queued if entry.kind != "gate"}
@@ -83,7 +84,7 @@ def submit_missing_jobs(
             words = "; ".join(
                 f"{job.title}: submitted {submitter.submissions[job.key]} times{_last_error(job, run)}" for job in ready
             )
-            raise ArtifactError(f"given up: {words}. Fix the problem, then: bigincubate resume {run.path}")
+            raise ArtifactError(f"given up: {words}. Fix the problem, then: {format_command('resume', run.path)}")
         if not gate_pending:
             submitter.submit("gate", [], gate_needs)
         if not allowed:
