@@ -1,6 +1,13 @@
-"""Uses of undocumented behavior of torch's optimizers."""
+"""Uses of undocumented behavior of torch's optimizers and data loaders."""
 
 from __future__ import annotations
+
+import multiprocessing.queues
+import os
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,3 +23,29 @@ def skip_fused_step_if(optimizer: Optimizer, skip: Tensor) -> None:
         skip: Boolean scalar on the device of the parameters.
     """
     optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+
+
+def loader_processes(iterator: Any) -> Sequence[BaseProcess]:
+    """Return the worker processes of an iterator over a `DataLoader`; none if it has no workers."""
+    return getattr(iterator, "_workers", ())
+
+
+def report_lost_batches(describe: Callable[[Exception], Exception]) -> None:
+    """In a loader worker, send an error to the main process in place of a batch that cannot be sent.
+
+    A worker sends its batches in a thread, which moves their tensors to shared memory. By default, this thread prints
+    its errors and drops the batch, and the main process waits for the batch forever. Here the main process receives
+    ``((), error)``, the value of a batch that could not be loaded (`data.views.collate`).
+
+    Args:
+        describe: Returns the error to send for the error of the thread.
+    """
+
+    def send_error(self: Any, error: Exception, batch: Any) -> None:
+        if isinstance(batch, tuple) and len(batch) == 2:  # the index of the batch, and the batch
+            self.put((batch[0], ((), describe(error))))
+        else:
+            print(f"a loader worker cannot send to the main process: {error}", file=sys.stderr, flush=True)
+            os._exit(1)  # the main process is told by SIGCHLD
+
+    multiprocessing.queues.Queue._on_queue_feeder_error = send_error  # type: ignore[attr-defined]

@@ -30,6 +30,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the columns in bytes."""
+        return sum(column.nbytes for column in self.columns.values())
+
     def __getitem__(self, name: str) -> Tensor:
         return self.columns[name]
 

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ..errors import LockedError, SystemResourceError
@@ -19,59 +19,97 @@ UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM, errno
 
 logger = logging.getLogger(__name__)
 
+LOCK_SECONDS = 1800.0  # default limit for waiting for a lock
+
 
 @contextmanager
-def file_lock(file: Path) -> Iterator[None]:
+def file_lock(file: Path, limit: float = LOCK_SECONDS) -> Iterator[None]:
     """Hold an exclusive lock on ``file`` while the block runs. Processes forked by the block hold it too.
 
     Args:
         file: Created if it is missing.
+        limit: Seconds to wait for the lock.
+
+    Raises:
+        SystemResourceError: Another process has held the lock all the time.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        wait_for_lock(descriptor, fcntl.LOCK_EX, file, limit)
         yield
     finally:
         os.close(descriptor)
 
 
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path, limit: float = LOCK_SECONDS) -> Iterator[None]:
     """Let only one process of all nodes that share a disk write to ``folder`` while the block runs; the others wait.
 
     This is a file lock. On a file system without file locks, it is a lease, which needs none.
 
     Args:
         folder: The folder, which may be missing. The files of the lock are beside it.
+        limit: Seconds to wait for the lock.
+
+    Raises:
+        SystemResourceError: Another process has held the lock all the time.
+        LockedError: The same, on a file system without file locks.
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(file_lock(folder.with_name(f".{folder.name}.lock")))
+            stack.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), limit))
         except OSError as error:
             if error.errno not in UNSUPPORTED:
                 raise
             logger.warning("%s: the file system has no file locks; using a lease instead", folder.parent)
-            stack.enter_context(_waiting_lease(folder.with_name(f".{folder.name}.lease")))
+            stack.enter_context(_waiting_lease(folder.with_name(f".{folder.name}.lease"), limit))
         yield
 
 
 @contextmanager
-def _waiting_lease(folder: Path) -> Iterator[None]:
+def _waiting_lease(folder: Path, limit: float) -> Iterator[None]:
     from ..distributed.process_group import DistributedContext
     from ..storage.lease import acquire_lease
 
-    announced = False
+    announced, deadline = False, time.monotonic() + limit
     with ExitStack() as stack:
         while True:
             try:
                 stack.enter_context(acquire_lease(folder, DistributedContext()))
                 break
             except LockedError as error:
+                if time.monotonic() > deadline:
+                    raise
                 if not announced:
                     logger.warning("waiting: %s", error)
                 announced = True
                 time.sleep(1)
         yield
+
+
+def wait_for_lock(descriptor: int, kind: int, file: Path, limit: float = LOCK_SECONDS) -> None:
+    """Lock an open file. The lock of a process that has ended is free, but not that of a suspended process.
+
+    Args:
+        descriptor: The open file.
+        kind: ``fcntl.LOCK_EX`` or ``fcntl.LOCK_SH``.
+        file: Its path, for the message.
+        limit: Seconds to wait.
+
+    Raises:
+        SystemResourceError: Another process has held the lock all the time.
+    """
+    deadline, pause = time.monotonic() + limit, 0.001
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return
+        if time.monotonic() > deadline:
+            raise SystemResourceError(
+                f"{file} was locked by another process for {limit:g} s; find it with: fuser {file}; it may be suspended"
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
 
 
 def runtime_dir() -> Path:

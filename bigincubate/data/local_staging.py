@@ -17,6 +17,7 @@ from pathlib import Path
 from ..config import Recipe
 from ..errors import DataError, SystemResourceError
 from .dataset import INDEX, SPLITS, DatasetInfo, open_dataset, read_json
+from .file_locks import wait_for_lock
 
 
 @contextmanager
@@ -59,9 +60,10 @@ def use_local_cache(recipe: Recipe, info: DatasetInfo) -> Iterator[tuple[Recipe,
 @contextmanager
 def _reader_lock(folder: Path) -> Iterator[None]:
     """Hold the readers' shared lock on ``folder``. The last reader removes the folder."""
-    descriptor = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    file = folder.with_name(f".{folder.name}.lock")
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        wait_for_lock(descriptor, fcntl.LOCK_SH, file)
         yield
     finally:
         with suppress(BlockingIOError):  # there are other readers

@@ -17,8 +17,8 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 2048  # on average
 UNREADABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP)  # errors of one file, not of a disk
+CHUNK_SECONDS = 3600.0  # time without a finished chunk after which the processes count as stuck
+PREPARE_SECONDS = 86400.0  # limit for waiting for another process that prepares the same data
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def prepare_dataset(
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with folder_lock(out):
+        with folder_lock(out, PREPARE_SECONDS):
             return _prepare(read_source(source, val_fraction), out, partition, options)
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
@@ -379,9 +381,24 @@ def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
     )
     try:
         futures = [pool.submit(write_samples, chunk) for chunk in chunks]
-        yield (future.result() for future in as_completed(futures))
+        yield _results(pool, futures)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _results(pool: ProcessPoolExecutor, futures: Iterable[Future[int]]) -> Iterator[int]:
+    """Yield the results in the order in which they arrive."""
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=CHUNK_SECONDS, return_when=FIRST_COMPLETED)
+        if not done:
+            for process in pool._processes.values():
+                process.kill()  # otherwise the shutdown of the pool would wait for them
+            raise SystemResourceError(
+                f"no process wrote any images for {CHUNK_SECONDS:g} s: check that the storage responds, and that no"
+                " process is suspended; run the same command again to resume"
+            )
+        yield from (future.result() for future in done)
 
 
 def _exit_with_parent(parent: int) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -14,6 +13,7 @@ from streaming import StreamingDataLoader
 from torch.utils.data import DataLoader, Subset
 
 from .. import config
+from ..compat.torch import loader_processes
 from ..config.seeds import shuffle_seed
 from ..errors import ConfigError, ExternalError
 from .batch import Batch
@@ -21,6 +21,7 @@ from .dataset import DatasetInfo
 from .epoch_layout import EpochLayout
 from .rng import preserve_rng_state
 from .views import Row, SampleTransform, TrainViews, Views, collate
+from .workers import PREFETCH_FACTOR, check_shared_memory, free_shared_memory, initialize_worker, limit_wait
 
 
 class TrainStream:
@@ -87,6 +88,7 @@ class TrainStream:
             shuffle_seed=shuffle_seed(seed),
             shuffle_block_size=data.shuffle_block_size,
         )
+        self._workers, self._free_memory = data.workers, free_shared_memory() if data.workers else 0
         # workers are persistent: forking them for each epoch took a sixth of the time of a short epoch
         self._loader = StreamingDataLoader(
             views, **_loader_options(data.workers, transform), batch_size=share, persistent_workers=data.workers > 0
@@ -97,16 +99,25 @@ class TrainStream:
 
         Raises:
             DataError: If a shard or a record cannot be read.
+            SystemResourceError: If the batches of all workers do not fit in shared memory.
         """
+        checked = False
         while True:
             epoch, done = divmod(step, self.steps_per_epoch)
             self._loader.load_state_dict({"epoch": epoch, "sample_in_epoch": done * self._layout.batch_size})
             with closing(iter(self._loader)) as loaded:
-                for rows in islice(_iterate_preserving_rng(loaded), self.steps_per_epoch - done):
-                    yield _make_batch(rows, rank=self._layout.rank, world=self._layout.world)
+                for rows in islice(_iterate_preserving_rng(loaded, self._limit), self.steps_per_epoch - done):
+                    batch = _make_batch(rows, rank=self._layout.rank, world=self._layout.world)
+                    if self._workers and not checked:
+                        check_shared_memory(self._workers, batch.nbytes, len(batch), self._free_memory)
+                        checked = True
+                    yield batch
                     step += 1
             if step % self.steps_per_epoch:
                 raise RuntimeError(f"the loader ended at step {step}, before the end of epoch {epoch}")
+
+    def _limit(self) -> AbstractContextManager[None]:
+        return limit_wait(lambda: loader_processes(self._loader._iterator)) if self._workers else nullcontext()
 
 
 class EvalStream:
@@ -151,17 +162,26 @@ class EvalStream:
         Raises:
             DataError: If a shard or a record cannot be read.
         """
-        for number, rows in enumerate(self._loader):
+        loaded = iter(self._loader)
+        limit = partial(limit_wait, partial(loader_processes, loaded)) if self._loader.num_workers else nullcontext
+        for number in range(len(self)):
+            with limit():
+                rows = next(loaded)
             yield _make_batch(rows, rank=self._rank, world=self._world, first=number * self._batch_size)
 
 
 # ------------------------------------------------------------------------------------------------ rows
 
 
-def _iterate_preserving_rng(loaded: Iterator[Any]) -> Iterator[Any]:
-    """Yield the same items, without changing the state of the global generators while an item is loaded."""
+def _iterate_preserving_rng(loaded: Iterator[Any], limit: Callable[[], AbstractContextManager[None]]) -> Iterator[Any]:
+    """Yield the same items, without changing the state of the global generators while an item is loaded.
+
+    Args:
+        loaded: The items.
+        limit: Limits the time to load an item.
+    """
     while True:
-        with preserve_rng_state():
+        with preserve_rng_state(), limit():
             rows = next(loaded, None)
         if rows is None:
             return
@@ -183,9 +203,6 @@ def _loader_options(workers: int, transform: SampleTransform) -> dict[str, Any]:
         "pin_memory": torch.cuda.is_available(),
         "generator": torch.Generator(),  # without one, each epoch would draw from the global generator
         "multiprocessing_context": "fork" if workers else None,  # workers share the memory of the main process
-        "worker_init_fn": _ignore_interrupt,
+        "prefetch_factor": PREFETCH_FACTOR if workers else None,
+        "worker_init_fn": initialize_worker,
     }
-
-
-def _ignore_interrupt(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process handles Ctrl-C and stops its workers

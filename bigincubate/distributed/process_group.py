@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..compat.malloc import disable_malloc_trim
-from ..errors import BigincubateError, ConfigError
+from ..errors import BigincubateError, ConfigError, RankTimeoutError
+
+# limit for connecting, and for each collective operation
+COLLECTIVE_LIMIT = timedelta(minutes=30)
 
 
 @dataclass
@@ -52,6 +56,7 @@ class DistributedContext:
 
         Raises:
             ConfigError: The variables contradict each other, or this machine has fewer GPUs than ranks.
+            RankTimeoutError: The ranks did not all connect within `COLLECTIVE_LIMIT`.
         """
         env = os.environ
         rank, world, local_rank, local_world = 0, 1, 0, 1
@@ -76,7 +81,14 @@ class DistributedContext:
         if world > 1:
             env.setdefault("MASTER_ADDR", "127.0.0.1")
             env.setdefault("MASTER_PORT", "29500")
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            try:
+                dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT)
+            except (RuntimeError, ValueError) as error:  # a DistError is a RuntimeError
+                raise RankTimeoutError(
+                    f"rank {rank}: the {world} ranks did not all connect to {env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+                    f" ({str(error).splitlines()[0]}); check that all ranks run, with the same WORLD_SIZE"
+                ) from None
             self.control = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
         return self
 

@@ -7,8 +7,9 @@ import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from subprocess import DEVNULL, Popen
+from subprocess import DEVNULL, Popen, TimeoutExpired
 from typing import Any
 
 from ..distributed.parent_death import PARENT_VARIABLE
@@ -16,6 +17,7 @@ from ..errors import Exit
 
 FOLLOW_SECONDS = 10.0  # seconds from the first rank's exit until the other ranks are asked to stop
 GRACE_SECONDS = 10.0  # seconds from then until they are killed
+STOP_SECONDS = 1800.0  # seconds from a stop request, after which ranks write a checkpoint, until they are killed
 SPECIFIC_CODES = set(Exit) - {Exit.DONE, Exit.PREEMPTED}  # exit codes of specific errors
 
 
@@ -35,7 +37,7 @@ class RankGroup:
         self.processes, self.logs, self.store = processes, logs, store
         self.exit_codes: dict[int, int] = {}  # by rank, in the order in which ranks were found to have exited
         self.terminated: set[int] = set()  # ranks that were stopped because they did not exit with the others
-        self.stop_requested = False
+        self.stop_requested, self.stop_requested_at = False, 0.0
         self.first_exit = 0.0  # time at which the first exit was found
 
     @classmethod
@@ -67,22 +69,26 @@ class RankGroup:
         except OSError:
             for process in processes:
                 process.kill()
-                process.wait()
+                with suppress(TimeoutExpired):
+                    process.wait(GRACE_SECONDS)
             raise
         return cls(processes, logs, store)
 
     def stop(self) -> None:
         """Ask every rank to write a checkpoint and exit. Only the first call does anything."""
         if not self.stop_requested:
-            self.stop_requested = True
+            self.stop_requested, self.stop_requested_at = True, time.monotonic()
             for process in self.processes:
                 process.send_signal(signal.SIGTERM)
 
     def shut_down(self) -> None:
-        """Ask every rank to exit, and wait for all of them. Ranks that take too long are killed."""
+        """Ask every rank to exit, and wait for all of them. Ranks that take too long are killed.
+
+        A rank that does not end even then (the kernel waits for its storage) is left behind.
+        """
         self.stop()
         deadline = time.monotonic() + GRACE_SECONDS
-        while self.poll() is None:
+        while self.poll() is None and time.monotonic() < deadline + GRACE_SECONDS:
             if time.monotonic() > deadline:
                 for process in self.processes:
                     process.kill()
@@ -92,6 +98,8 @@ class RankGroup:
         """Return the exit code of the group, or None while a rank is running.
 
         After one rank has exited, the other ranks must exit within ``FOLLOW_SECONDS``; otherwise they are stopped.
+        After a stop request, a rank is killed if it takes longer than ``STOP_SECONDS``, or if it is suspended and
+        therefore cannot write a checkpoint.
         """
         for rank, process in enumerate(self.processes):
             if rank not in self.exit_codes and (code := process.poll()) is not None:
@@ -99,6 +107,10 @@ class RankGroup:
                 self.exit_codes[rank] = code
         if len(self.exit_codes) == len(self.processes):
             return self.exit_codes[self.cause_rank]
+        stopping = time.monotonic() - self.stop_requested_at if self.stop_requested else 0.0
+        for rank in set(range(len(self.processes))).difference(self.exit_codes):
+            if stopping > STOP_SECONDS or (stopping > GRACE_SECONDS and is_suspended(self.processes[rank].pid)):
+                self.processes[rank].kill()
         if self.exit_codes:
             overdue = time.monotonic() - self.first_exit - FOLLOW_SECONDS
             for rank in set(range(len(self.processes))).difference(self.exit_codes):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..data.workers import explain_worker_failures
 from ..distributed.signals import StopFlag
 from ..distributed.watchdog import watch_ranks
 from ..errors import BigincubateError, ExternalError, Preempted
@@ -60,7 +61,8 @@ def train_phase(
         try:
             with watch_ranks(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
                 try:
-                    result = Trainer.build(context, stop, lease, start).run()
+                    with explain_worker_failures():
+                        result = Trainer.build(context, stop, lease, start).run()
                 except (OSError, ExternalError):
                     lease.check()  # the error may be due to a new owner that removed files
                     raise

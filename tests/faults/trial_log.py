@@ -138,6 +138,32 @@ again to resume. `make test` runs some of the trials.
 """
 
 
+WAITS = """
+## Waits for other processes
+
+No process waits forever for another one. After the limit, it ends with one line that says what to do, and with exit
+code 3 unless the table says otherwise.
+
+| process | waits for | limit |
+| --- | --- | --- |
+| rank | batches of its loader workers | a worker that ends: at once; without a batch: 1,800 s |
+| rank | the other ranks: connecting, collectives, barriers | 1,800 s; a rank that does not respond: 18 s |
+| rank | a lock on shards that another process of the node downloads or verifies | 1,800 s |
+| rank | a shared loader (`--co-train`) | 180 s, then it uses its own loader |
+| any | the heartbeat of the previous owner of a phase | 60 s, then it takes over, or exits with code 7 |
+| launcher | the other ranks after the first one has ended | 20 s, then they are killed |
+| launcher | the checkpoints of ranks that were asked to stop | 1,800 s; a suspended rank: 10 s; then they are killed |
+| launcher | helper processes at the end | 20 s, then they are left behind |
+| any | a program of Slurm (`sbatch`, `squeue`, `scontrol`, `scancel`) | 120 s |
+| gate | `scontrol requeue` of itself | 20 attempts in 10 minutes |
+| `data prepare` | its processes | 3,600 s without a finished chunk of 2,048 images |
+| `data prepare` | another process that prepares the same folder | 86,400 s |
+
+A phase itself has no limit: training takes as long as it takes. Calls to a file system that does not respond block in
+the kernel, and cannot be given a limit.
+"""
+
+
 def page(results: dict[str, Any]) -> str:
     text = HEAD
     for scenario in SCENARIOS:
@@ -152,7 +178,7 @@ def page(results: dict[str, Any]) -> str:
         text += f"\n**Requirement:** {scenario.must}.\n"
         for failure in results.get(scenario.key, {}).get("failures", []):
             text += f"\n**Failed:** {failure}\n"
-    return text
+    return text + WAITS
 
 
 def publish() -> None:
