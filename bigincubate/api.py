@@ -322,15 +322,15 @@ def evaluate(
     probe: Literal["linear", "knn"] | None = None,
     report: Callable[[str], None] = _ignore,
 ) -> dict[str, float]:
-    """Evaluate a finished model on the validation split of prepared data.
+    """Evaluate a finished model on the validation split of prepared data, in this process.
 
     Args:
         source: A run directory, the folder of a phase, an artifact, or an exported folder.
         data: A folder written by ``bigincubate data prepare``.
-        batch_size: Batch size of each rank.
+        batch_size: Batch size.
         probe: Evaluate the model's features instead, with a linear classifier or a nearest-neighbor classifier fitted
             on the training split.
-        report: Called on rank 0 with the scores in one line.
+        report: Called with the scores in one line.
 
     Returns:
         The metrics of the task by name, such as ``top1`` in percent, and ``samples``.
@@ -361,14 +361,10 @@ def evaluate(
     info = open_dataset(Path(data))
     if probe is None:
         task.check_dataset(info)
-    with _restored_rank_variables(), closing(DistributedContext.detect()) as env:
+    with _restored_rank_variables():
+        env = DistributedContext.single_process()
         if probe is None:
-            stream = task.eval_stream(info, "val", rank=env.rank, world=env.world, batch_size=batch_size)
-            scores = task.evaluate(model.to(env.device), stream, env)
-        elif env.world > 1:
-            raise ConfigError(
-                f"probe = {probe!r} needs all features in one process, not {env.world} ranks: use one rank"
-            )
+            scores = task.evaluate(model.to(env.device), task.eval_stream(info, "val", batch_size=batch_size), env)
         else:
             from .tasks.image_classification.probe import probe as score_features
 
@@ -377,9 +373,8 @@ def evaluate(
             scores = score_features(probe, model.to(env.device), train, val, classes, env.device)
     measured = [metric for metric in task.metrics if metric.name in scores]
     check_finite_metrics(measured, scores, str(source))
-    if env.is_main:
-        method = f" ({probe} probe)" if probe else ""
-        report(f"{describe_metrics(measured, scores)}{method} on {scores['samples']} {task.unit} of {data}")
+    method = f" ({probe} probe)" if probe else ""
+    report(f"{describe_metrics(measured, scores)}{method} on {scores['samples']} {task.unit} of {data}")
     return scores
 
 

@@ -99,13 +99,12 @@ def evaluate(
 
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"--probe {probe}: expected linear or knn")
-    lines: list[str] = []  # none on ranks other than 0
+    lines: list[str] = []
     scores = score(source, data, batch_size=batch_size, probe=probe, report=lines.append)  # type: ignore[arg-type]
-    for line in lines:
-        if as_json:
-            say_json(scores)
-        else:
-            say(line)
+    if as_json:
+        say_json(scores)
+    else:
+        say("\n".join(lines))
 
 
 @app.command("export")

@@ -65,19 +65,7 @@ class DistributedContext:
             local_rank, local_world = read_count("LOCAL_RANK", 0), read_count("LOCAL_WORLD_SIZE", 1)
         if not 0 <= rank < world:
             raise ConfigError(f"RANK={rank} is outside WORLD_SIZE={world}")
-        self = cls(rank, world, local_rank, local_world)
-        if torch.cuda.is_available():
-            if (needed := max(local_world, local_rank + 1)) > (gpus := torch.cuda.device_count()):
-                raise ConfigError(
-                    f"{needed} ranks on this machine, but only {gpus} visible GPU{'s' if gpus > 1 else ''}; start at"
-                    f" most {gpus}, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
-                )
-            self.device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(self.device)
-        else:
-            disable_malloc_trim()
-        # streaming and torch read these
-        env.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(local_world))
+        self = cls._on_device(rank, world, local_rank, local_world)
         if world > 1:
             env.setdefault("MASTER_ADDR", "127.0.0.1")
             env.setdefault("MASTER_PORT", "29500")
@@ -90,6 +78,29 @@ class DistributedContext:
                     f" ({str(error).splitlines()[0]}); check that all ranks run, with the same WORLD_SIZE"
                 ) from None
             self.control = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
+        return self
+
+    @classmethod
+    def single_process(cls) -> DistributedContext:
+        """Return a context of one process. In an allocation of Slurm, variables may describe ranks that do not run."""
+        return cls._on_device(0, 1, 0, 1)
+
+    @classmethod
+    def _on_device(cls, rank: int, world: int, local_rank: int, local_world: int) -> DistributedContext:
+        """Choose the device of a rank, and set the variables that streaming and torch read."""
+        self = cls(rank, world, local_rank, local_world)
+        if torch.cuda.is_available():
+            if (needed := max(local_world, local_rank + 1)) > (gpus := torch.cuda.device_count()):
+                raise ConfigError(
+                    f"{needed} ranks on this machine, but only {gpus} visible GPU{'s' if gpus > 1 else ''}; start at"
+                    f" most {gpus}, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+                )
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        else:
+            disable_malloc_trim()
+        numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world}
+        os.environ.update({name: str(number) for name, number in numbers.items()})
         return self
 
     def describe_machine(self) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def import_part(
         folder = run.phase(row.phase, row.module)
         if folder.result or (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
             raise ConfigError(f"{folder.path} already has results or checkpoints; import into another run directory")
-    env = DistributedContext.detect()
+    env = DistributedContext.single_process()
     try:
         for row in rows:
             module_tensors = (

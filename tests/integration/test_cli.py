@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from forked import Command, run
 
 from bigincubate import __version__
 from bigincubate.config import list_shipped_recipes
+from bigincubate.distributed import process_group
 
 Harnesses = Callable[..., Any]
 Called = Callable[..., Any]
@@ -69,6 +71,36 @@ def test_evaluate_a_run_a_phase_an_artifact_and_an_export(place: Any, call: Call
         assert scores["loss"] == pytest.approx(expected["metrics"]["loss"], abs=1e-6)
     code, out, _ = call("evaluate", place.run, "--data", place.digits)
     assert re.match(r"top-1 [\d.]+%, top-5 [\d.]+%, loss [\d.]+ on \d+ images of ", out)
+
+
+ALONE: dict[str, Callable[[Any], list[object]]] = {
+    "evaluate": lambda p: ["evaluate", p.run, "--data", p.digits],
+    "evaluate features": lambda p: ["evaluate", p.run, "--data", p.digits, "--probe", "knn"],
+    "export": lambda p: ["export", p.run, "--out", p.new],
+    "data prepare": lambda p: ["data", "prepare", "digits", "--out", p.new],
+    "status": lambda p: ["status", p.run],
+    "report": lambda p: ["report", p.run],
+    "verify": lambda p: ["verify", p.run],
+    "checkpoint verify": lambda p: ["checkpoint", "verify", p.run],
+    "plan": lambda p: ["plan", p.fast],
+    "run": lambda p: ["run", p.fast, "--run-dir", p.run, "--set", "train.max_steps=2", "--set", "log.every_steps=1"],
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_only_train_reads_the_environment_of_a_rank(
+    name: str, place: Any, call: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an allocation of Slurm, variables describe ranks that do not run."""
+    monkeypatch.setattr(process_group, "COLLECTIVE_LIMIT", timedelta(seconds=1))
+    rank = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4"}
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    for variable, value in {**rank, **slurm, **address}.items():
+        monkeypatch.setenv(variable, value)
+    code, _, err = call(*ALONE[name](place))
+    assert (code, err) == (0, "")
+    assert os.environ["WORLD_SIZE"] == "4"
 
 
 def test_evaluate_refuses_data_of_other_classes(place: Any, call: Called, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 STEP = {
     "SLURM_STEP_ID": "0",
     "SLURM_PROCID": "5",
-    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_LOCALID": "1",
     "SLURM_NTASKS_PER_NODE": "4",
     "MASTER_ADDR": "node-0",
@@ -46,13 +46,21 @@ def test_rank_of_torchrun_is_kept(step: pytest.MonkeyPatch) -> None:
     assert torchrun_variables() == ["1", "2", None, None]
 
 
-@pytest.mark.parametrize(("name", "value"), [("SLURM_STEP_ID", None), ("MASTER_ADDR", None), ("SLURM_NTASKS", "1")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("SLURM_STEP_ID", None), ("MASTER_ADDR", None), ("SLURM_STEP_NUM_TASKS", "1")]
+)
 def test_process_outside_a_step_of_several_ranks_sets_nothing(
     name: str, value: str | None, step: pytest.MonkeyPatch
 ) -> None:
     step.delenv(name)
     if value is not None:
         step.setenv(name, value)
+    assert torchrun_variables() == [None] * 4
+
+
+def test_interactive_shell_in_an_allocation_is_no_rank(step: pytest.MonkeyPatch) -> None:
+    step.setenv("SLURM_NTASKS", "8")
+    step.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert torchrun_variables() == [None] * 4
 
 

@@ -18,10 +18,12 @@ def set_torchrun_variables() -> None:
     """
     env = os.environ
     under_torchrun = "RANK" in env and "WORLD_SIZE" in env
-    if under_torchrun or not {"SLURM_STEP_ID", "MASTER_ADDR"} <= env.keys() or read_count("SLURM_NTASKS", 1) <= 1:
+    # SLURM_NTASKS may be that of the allocation: an interactive shell in it is a step of one task
+    ranks = read_count("SLURM_STEP_NUM_TASKS", 1)
+    if under_torchrun or not {"SLURM_STEP_ID", "MASTER_ADDR"} <= env.keys() or ranks <= 1:
         return
     env["RANK"] = str(read_count("SLURM_PROCID", 0))
-    env["WORLD_SIZE"] = str(read_count("SLURM_NTASKS", 1))
+    env["WORLD_SIZE"] = str(ranks)
     env["LOCAL_RANK"] = str(read_count("SLURM_LOCALID", 0))
     env["LOCAL_WORLD_SIZE"] = str(read_count("SLURM_NTASKS_PER_NODE", 1))
 
