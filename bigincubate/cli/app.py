@@ -77,7 +77,7 @@ def console() -> Any:
     """Return a rich console. Output to a pipe is 200 columns wide, so that tables are not wrapped."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def progress_display(action: str, unit: str) -> Iterator[Callable[[int, int], No
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console()) as progress:
         bar = progress.add_task(action, total=None)
         yield lambda done, total: progress.update(bar, completed=done, total=total)

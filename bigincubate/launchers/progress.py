@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from ..planning.job_graph import Job
 from ..storage.metrics_log import read_last_metrics
@@ -27,10 +28,10 @@ class ProgressReporter:
         self.tenths: dict[str, int] = {}
         self.failures: list[str] = []
         self.progress = Progress(
-            TextColumn("{task.description:<12}"),
+            TextColumn("{task.description:<12}", markup=False),
             BarColumn(bar_width=32),
-            TextColumn("{task.percentage:>3.0f}%  {task.completed:>5.0f}/{task.total:.0f} steps"),
-            TextColumn("{task.fields[note]:<26}"),
+            TextColumn("{task.percentage:>3.0f}%  {task.completed:>5.0f}/{task.total:.0f} steps", markup=False),
+            TextColumn("{task.fields[note]:<26}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -45,8 +46,8 @@ class ProgressReporter:
         self.progress.stop()
 
     def say(self, text: str) -> None:
-        """Print a line above the bars."""
-        self.progress.console.print(text, highlight=False, soft_wrap=True)
+        """Print a line above the bars. The text is not read as markup."""
+        self.progress.console.print(Text(text), soft_wrap=True)
 
     def started(self, job: Job) -> None:
         """Report that a job has started."""

@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+from rich.text import Text
 
 from ..tasks.metric import Metric, planned_metrics
 
@@ -18,11 +19,28 @@ if TYPE_CHECKING:
 MOST_DEPTHS = 16  # number of modules up to which each depth is shown
 
 
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
+class TextTable(Table):
+    """A table of plain text: titles and cells are never read as markup, emoji codes or control sequences.
+
+    Paths, error messages, names of nodes and of recipes may contain any characters.
+    """
+
+    def __init__(self, title: str, columns: Sequence[str]) -> None:
+        """Create a table whose first column is aligned to the left, and the others to the right."""
+        heading = plain_text(title)
+        heading.stylize("bold")
+        super().__init__(title=heading, title_justify="left", header_style="bold", box=None, pad_edge=False)
+        for index, column in enumerate(columns):
+            self.add_column(plain_text(column), justify="left" if index == 0 else "right", no_wrap=True)
+
+    def add_row(self, *cells: Any, **options: Any) -> None:
+        """Add a row of plain text."""
+        super().add_row(*map(plain_text, cells), **options)
+
+
+def plain_text(value: object) -> Text:
+    """Return a value as text without markup, on one line and without control characters."""
+    return Text("".join(letter if letter.isprintable() else " " for letter in str(value)))
 
 
 def metric_columns(groups: Iterable[Iterable[Metric]]) -> list[Metric]:
@@ -59,7 +77,7 @@ def row_depths(plan: dict[str, Any], row: dict[str, Any]) -> list[list[int]]:
 def plan_table(plan: dict[str, Any]) -> Table:
     """Return a table of the cost of each phase."""
     columns = ["phase", "depths", "params M", "train M", "fwd GF", "train GF", "act MiB", "opt MiB", "sync MiB"]
-    table = _table(f"{plan['recipe']}: cost of each phase", [*columns, "steps", "epochs", "total PF"])
+    table = TextTable(f"{plan['recipe']}: cost of each phase", [*columns, "steps", "epochs", "total PF"])
     for row in plan["rows"]:
         cost = row["cost"]
         table.add_row(
@@ -86,8 +104,8 @@ def sharding_tables(plan: dict[str, Any]) -> list[Table]:
     """
     names = list(dict.fromkeys(each["strategy"] for row in plan["rows"] for each in row["sharding"]))
     title = "MiB per rank, including DeepSpeed's fixed buckets; add `act MiB` for each sample of a micro-batch"
-    memory_table = _table(title, ["phase", "ranks", common_unit(row["unit"] for row in plan["rows"]), *names])
-    sent_table = _table("MiB sent per step (complete tensors in collectives)", ["phase", "ranks", *names])
+    memory_table = TextTable(title, ["phase", "ranks", common_unit(row["unit"] for row in plan["rows"]), *names])
+    sent_table = TextTable("MiB sent per step (complete tensors in collectives)", ["phase", "ranks", *names])
     lines: dict[tuple[str, int], tuple[list[str], list[str]]] = {}
     for row in plan["rows"]:
         for world in dict.fromkeys(each["world"] for each in row["sharding"]):
@@ -122,7 +140,7 @@ def _mib(size: int) -> str:
 def cluster_table(cluster: dict[str, Any]) -> Table:
     """Return a table of the estimated durations on a cluster."""
     title = f"on {cluster['gpus']:,} GPUs: training only, assuming linear scaling"
-    table = _table(title, ["phase", "GPUs", "h:mm:ss", "GPU-hours"])
+    table = TextTable(title, ["phase", "GPUs", "h:mm:ss", "GPU-hours"])
     for each in cluster["phases"]:
         used = each["gpus"] * each["seconds"] / 3600
         table.add_row(each["title"], f"{each['gpus']:,}", _duration(each["seconds"]), f"{used:,.2f}")
@@ -156,7 +174,7 @@ def summary_table(name: str, summary: dict[str, Any], planned: Iterable[PlannedR
     rows, metrics = summary_rows(summary), {row.key: row.metrics for row in planned}
     columns = metric_columns(metrics[key] for _, key, _ in rows)
     unit = common_unit(result["unit"] for *_, result in rows)
-    table = _table(f"{name}: results", ["phase", *(metric.column for metric in columns), "seconds", unit, "GFLOPs"])
+    table = TextTable(f"{name}: results", ["phase", *(metric.column for metric in columns), "seconds", unit, "GFLOPs"])
     for title, _, result in rows:
         table.add_row(
             title,
@@ -173,7 +191,7 @@ def compare_table(routes: Sequence[tuple[str, TrainingRoute]]) -> Table:
     metrics = metric_columns(route.last.metrics for _, route in routes)
     unit = common_unit(route.last.unit for _, route in routes)
     scores = [*(metric.column for metric in metrics), "meta", "hybrids", "assembled"]
-    table = _table("comparison of runs", ["run", *scores, "epochs", unit, "TFLOPs", "seconds", "missing"])
+    table = TextTable("comparison of runs", ["run", *scores, "epochs", unit, "TFLOPs", "seconds", "missing"])
     for label, route in routes:
         hybrids = [phase.headline.text(phase.score) for phase in route.hybrid_range]
         table.add_row(
@@ -206,7 +224,7 @@ def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) ->
     queued = ["job", "in Slurm", "node"] if submitted else []
     scores = [*(metric.column for metric in headlines), *(["with finished modules"] if joined else [])]
     columns = ["step", "done", "loss", *scores, f"{unit}/s", "ETA", "restarts", "checkpoint", "error"]
-    table = _table(f"{name}: status", ["phase", "state", *queued, *columns])
+    table = TextTable(f"{name}: status", ["phase", "state", *queued, *columns])
     for row in rows:
         table.add_row(
             row["title"],
@@ -246,7 +264,7 @@ def format_ranges(numbers: list[int]) -> str:
 
 def checkpoint_table(name: str, rows: list[dict[str, Any]]) -> Table:
     """Return a table of checkpoints."""
-    table = _table(f"{name}: checkpoints", ["checkpoint", "step", "ranks", "bytes", "committed", "verified", "when"])
+    table = TextTable(f"{name}: checkpoints", ["checkpoint", "step", "ranks", "bytes", "committed", "verified", "when"])
     for row in rows:
         table.add_row(
             row["path"],

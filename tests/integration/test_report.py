@@ -272,7 +272,7 @@ def test_metrics_and_units_are_shown_as_their_task_describes_them(harness: Harne
     ]
     summary = summary_table("run", made.run.update_summary(), planned)
     cells = {
-        table.title: {column.header: list(column.cells) for column in table.columns}
+        str(table.title): {str(column.header): list(map(str, column.cells)) for column in table.columns}
         for table in (status, compared, summary)
     }
     assert cells["run: status"]["perplexity"] == ["-", "9.0", "12.0", "7.0", "8.0"]
