@@ -35,6 +35,7 @@ def run_status(run: RunDir) -> list[dict[str, Any]]:
             continue  # the baseline was not requested
         rows.append({"phase": planned["key"], "title": planned["title"], **_phase_status(folder, planned)})
         rows[-1] |= _job_status(rows[-1], folder, jobs)
+        rows[-1] |= _trace_status(rows[-1], run)
     return rows
 
 
@@ -57,12 +58,14 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     state = _state(attempts[-1]) if attempts else "waiting"
     if result is not None:
         state = "done"
-    step = result["steps"] if result else metrics.get("step", 0)
+    checkpoints = (int(path.parent.name[5:]) for path in folder.checkpoints.glob("step-*/COMMITTED"))
+    checkpoint = max(checkpoints, default=None)
+    # a phase that was stopped may have a checkpoint of a later step than the last one that was logged
+    step = result["steps"] if result else max(metrics.get("step", 0), checkpoint or 0)
     rate = metrics.get(f"perf/{planned['unit']}_per_sec")
     measured = planned_metrics(planned)
     logged = {metric.name: metrics[tag] for metric in measured if (tag := f"val/{metric.name}") in metrics}
     left = (planned["steps"] - step) * planned["batch_size"]
-    checkpoints = (int(path.parent.name[5:]) for path in folder.checkpoints.glob("step-*/COMMITTED"))
     return {
         "state": state,
         "step": step,
@@ -76,7 +79,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
         "eta_seconds": left / rate if rate and state == "running" else None,
         "attempts": len(attempts),
         "partial": folder.partial,
-        "checkpoint": max(checkpoints, default=None),
+        "checkpoint": checkpoint,
         "error": attempts[-1].get("error") if attempts and state == "failed" else None,
     }
 
@@ -107,6 +110,19 @@ def _job_status(row: dict[str, Any], folder: PhaseDir, jobs: dict[str, QueuedJob
     if entry.state == "RUNNING":
         return status
     return status | {"state": "queued", "eta_seconds": None, "queue": f"{entry.state} ({entry.reason})"}
+
+
+def _trace_status(row: dict[str, Any], run: RunDir) -> dict[str, Any]:
+    """Return the part of a phase's status that a job has left behind that ended before it could start bigincubate.
+
+    A gate that cannot start is an error of the phases that it would submit.
+    """
+    if row["state"] in ("done", "running") or row["error"]:
+        return {}
+    if text := run.read_job_trace(row["phase"]):
+        return {"error": text} | ({"state": "failed"} if row["state"] == "waiting" else {})
+    gate = run.read_job_trace("gate") if row["state"] == "waiting" else ""
+    return {"error": f"gate: {gate}"} if gate else {}
 
 
 def _state(attempt: dict[str, Any]) -> str:

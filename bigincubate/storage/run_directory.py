@@ -27,6 +27,7 @@
       partial/              the scores in partial.json for TensorBoard, over the number of modules
       report.html           written by `bigincubate report`
       slurm/  jobs.json     logs of jobs and their ranks; submitted jobs and numbers of submissions
+      slurm/PHASE.error     why the last job of a phase, or the gate, could not start bigincubate
       owners/               the process that is changing recipe.toml and plan.json
 """
 
@@ -39,7 +40,7 @@ from typing import Any
 
 from ..config import Phase, Recipe, differences, load_recipe
 from ..errors import ArtifactError, ConfigError, DataError
-from ..files import append_json_line, read_json, write_json, write_text
+from ..files import append_json_line, read_json, read_small_file, write_json, write_text
 from .lease import current_owner
 
 START_RATE = "start_rate.json"
@@ -157,6 +158,17 @@ class RunDir:
     def recipe_file(self) -> Path:
         """Return the file of the resolved recipe."""
         return self.path / "recipe.toml"
+
+    def read_job_trace(self, key: str) -> str:
+        """Return why the last Slurm job of a phase, or the gate, could not start bigincubate; empty if it could.
+
+        The scripts in ``slurm/`` write and remove this file.
+        """
+        try:
+            text = read_small_file(self.path / "slurm" / f"{key.replace('/', '-')}.error").decode(errors="replace")
+        except OSError:
+            return ""
+        return text.strip()
 
     def log_event(self, event: str, **fields: Any) -> None:
         """Append an event to ``events.jsonl``."""

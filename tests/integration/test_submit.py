@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 from conftest import Command
 
 from bigincubate.config import load_recipe
-from bigincubate.errors import ConfigError
+from bigincubate.errors import ConfigError, SystemResourceError
 from bigincubate.files import append_json_line, write_json
 from bigincubate.launchers.slurm import client as slurm
 from bigincubate.launchers.slurm import requeue as ending
@@ -27,8 +30,10 @@ GOLDEN = Path(__file__).parents[1].joinpath("golden") / "submit.txt"
 # ------------------------------------------------------------------------------------------------ what is submitted
 
 
-def test_commands_and_scripts_are_the_golden_ones(fast: Path, tmp_path: Path) -> None:
+def test_commands_and_scripts_are_the_golden_ones(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`UPDATE_GOLDEN=1 pytest tests/integration/test_submit.py -k golden` writes them anew."""
+    monkeypatch.setenv("PYTHONPATH", "/a checkout")
+    monkeypatch.setenv("BIGINCUBATE_LOG_LEVEL", "debug")
     sets = [
         "slurm.python=/opt/python",
         "slurm.time=1:00:00",
@@ -59,6 +64,89 @@ def test_wrong_key_of_a_kind_of_job_is_named(fast: Path) -> None:
         load_recipe(str(fast), ["slurm.incubate.nodes=0"])
     assert load_recipe(str(fast), ["slurm.gpus=8", "slurm.incubate.gpus=1"]).slurm.job("incubate").gpus == 1
     assert load_recipe(str(fast), ["slurm.gpus=8"]).slurm.job("gate").gpus == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "job"),
+    [
+        ("12", "12"),
+        ("12;west", "12"),
+        ("Submitted batch job 12", "12"),
+        ("Submitted batch job 12 on cluster west", "12"),
+        ("*** Welcome to cluster 9, 120 nodes ***\n12\nYour quota: 3 jobs", "12"),
+        ("12;west\nsee https://hpc.example/2026", "12"),
+        ("sbatch: 4 CPUs charged to job 7\nSubmitted batch job 12\n", "12"),
+        ("queued as JobID: 12, thanks", "12"),
+        ("sbatch: lua: job accepted", None),
+        ("", None),
+    ],
+)
+def test_job_id_is_found_in_what_sbatch_prints(answer: str, job: str | None) -> None:
+    assert slurm.parse_job_id(answer) == job
+
+
+def test_job_of_which_sbatch_prints_no_id_is_found_in_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path / "run")
+    queue = [f"5|N/A|RUNNING|bigincubate-pretrain|n1|None|{run_comment(run)}"]
+    answers = {"sbatch": "accepted, 3 of 10 jobs", "squeue": ""}
+    monkeypatch.setattr(slurm, "run_slurm_command", lambda *words, **_: answers[words[0]])
+    with pytest.raises(
+        SystemResourceError, match=r"no job id \(accepted, 3 of 10 jobs\), and there is no new job"
+    ) as raised:
+        slurm.submit_job(["sbatch"], run, "pretrain", known=())
+    assert "\n" not in str(raised.value)
+    answers["squeue"] = "\n".join([*queue, queue[0].replace("5|", "11|", 1)])
+    assert slurm.submit_job(["sbatch"], run, "pretrain", known={"5"}) == "11"
+
+
+def test_state_of_a_job_is_read_past_other_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm, "run_slurm_command", lambda *words, **_: "Maintenance on 1 May\nRUNNING\nCOMPLETING")
+    assert slurm.query_job_state("1").split() == ["RUNNING", "COMPLETING"]
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "incubate", "finetune", "end_to_end", "gate"])
+@pytest.mark.parametrize(
+    ("setup", "says"),
+    [
+        ("", "cannot start bigincubate: /nowhere: No module named bigincubate"),
+        ("exit 5", "the setup script ended the job with exit code 5"),
+    ],
+)
+def test_job_that_ends_before_python_leaves_a_trace(kind: str, setup: str, says: str, tmp_path: Path) -> None:
+    """The script gets everything from its arguments, and the environment of a job with ``--export=NONE``."""
+    tools, run = tmp_path / "bin", RunDir(tmp_path / "a run")
+    tools.mkdir()
+    for name, text in {
+        "srun": "exit 1",
+        "scontrol": "exit 0",
+        "python": 'if [ "$*" = "-m bigincubate --version" ] && [ ! -e "$PYTHONPATH/fixed" ]; then\n'
+        '  echo "/nowhere: No module named bigincubate" >&2; exit 1; fi',
+    }.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / "setup.sh").write_text(setup)
+    variables = [
+        f"PYTHON={tools / 'python'}",
+        f"PYTHONPATH={tmp_path}",
+        f"BIGINCUBATE_SETUP_SCRIPT={tmp_path}/setup.sh",
+    ]
+    arguments = [run.path] if kind == "gate" else [tmp_path / "recipe.toml", run.path]
+    names = {"JOB_ID": "7", "JOB_NODELIST": "n1", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "3"}
+    environment = {"PATH": f"{tools}:{os.environ['PATH']}", **{f"SLURM_{key}": value for key, value in names.items()}}
+
+    def start() -> int:
+        command = ["bash", str(find_script(kind)), *variables, *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
+
+    assert start() == (5 if setup else 3)
+    key = "incubate/3" if kind == "incubate" else kind
+    assert re.fullmatch(rf"job 7(_3)? on \S+: {re.escape(says)}", run.read_job_trace(key))
+    if not setup:
+        (tmp_path / "fixed").touch()
+        assert start() == 0
+        assert run.read_job_trace(key) == ""
 
 
 # ------------------------------------------------------------------------------------------------ how a job ends
@@ -217,6 +305,17 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
         "incubate/1": ["queued", "5", "PENDING (Resources)", None, 0, None],
         "finetune": ["waiting", None, None, None, 0, None],
     }
+    traces = {"pretrain": "no python", "incubate-0": "no python", "gate": "no setup script"}
+    for name, text in traces.items():
+        (run.path / "slurm").mkdir(exist_ok=True)
+        (run.path / "slurm" / f"{name}.error").write_text(f"{text}\n")
+    assert {key: (row[0], row[-1]) for key, row in shown().items()} == {
+        "pretrain": ("died", "no python"),
+        "incubate/0": ("running", "a rank was ended by SIGKILL"),
+        "incubate/1": ("queued", None),
+        "finetune": ("waiting", "gate: no setup script"),
+    }
+    shutil.rmtree(run.path / "slurm")
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")  # no Slurm here
     assert shown() == alone

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +100,46 @@ def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
     return found
 
 
+def submit_job(command: Sequence[str], run: RunDir, kind: str, known: Collection[str]) -> str:
+    """Run ``sbatch`` and return the id of the job.
+
+    Args:
+        command: The command.
+        run: The run that the job belongs to, by which it is found in the queue if ``sbatch`` prints no id.
+        kind: Kind of the job.
+        known: Ids of jobs that were submitted before.
+
+    Raises:
+        SystemResourceError: If Slurm refuses or does not answer, or the id of the job is unknown.
+    """
+    answer = run_slurm_command(*command, env=environment_outside_job())
+    if (job := parse_job_id(answer)) is not None:
+        return job
+    name = next((word.partition("=")[2] for word in command if word.startswith("--job-name=")), job_name(kind))
+    queued = {entry.job for entry in list_queued_jobs(run) if entry.kind == kind}
+    if new := sorted(queued.difference(known), key=int):
+        return new[-1]
+    printed = " ".join(answer.split())[:200] or "nothing"
+    raise SystemResourceError(
+        f"sbatch printed no job id ({printed}), and there is no new job {name} of this run in the queue; if there is"
+        " one later, `bigincubate resume` finds it"
+    )
+
+
+def parse_job_id(answer: str) -> str | None:
+    """Return the id in the answer of ``sbatch``, or None.
+
+    Sites replace ``sbatch`` by scripts that print more lines, or that ignore ``--parsable``.
+
+    Args:
+        answer: ``12``, ``12;cluster`` or ``Submitted batch job 12 on cluster west``, possibly among other lines.
+    """
+    for pattern in (r"^\s*(\d+)(?:;[\w.-]+)?\s*$", r"submitted batch job (\d+)", r"\bjob(?:[ _-]?id)?\W{1,3}(\d+)\b"):
+        if found := re.findall(pattern, answer, re.MULTILINE | re.IGNORECASE):
+            return str(found[-1])
+    return None
+
+
 def query_job_state(job: str, timeout: float = 120) -> str:
     """Return the state of a job or an array task in Slurm, such as ``RUNNING`` or ``COMPLETING``.
 
@@ -110,7 +150,8 @@ def query_job_state(job: str, timeout: float = 120) -> str:
     Raises:
         SystemResourceError: If Slurm does not answer or no longer knows the job.
     """
-    return run_slurm_command("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job, timeout=timeout)
+    answer = run_slurm_command("squeue", "--noheader", "--states=all", "--format=%T", "--jobs", job, timeout=timeout)
+    return "\n".join(re.findall(r"^\s*([A-Z_]+)\s*$", answer, re.MULTILINE))  # without other lines of a site's script
 
 
 def requeue_job(job: str) -> None:

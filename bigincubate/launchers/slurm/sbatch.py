@@ -1,7 +1,8 @@
-"""Build the ``sbatch`` commands of a run, with the scripts and their environment variables."""
+"""Build the ``sbatch`` commands of a run, with the scripts and their arguments."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from ...config import Recipe, SlurmJobConfig
 from ...config.resources import resource_folder
+from ...distributed.rank_logging import LEVEL_VARIABLE
 from ...errors import ConfigError
 from ...storage.run_directory import RunDir
 from .client import DEFAULT_MAX_ARRAY_SIZE, job_name, run_comment
@@ -46,9 +48,9 @@ def build_sbatch_command(
         words.append(f"--array={','.join(str(module - offset) for module in modules)}{limit}")
     if needs:
         words.append(f"--dependency=afterany:{':'.join(needs)}")
-    words.append(str(find_script(kind)))
+    words += [str(find_script(kind)), *script_variables(recipe, offset)]
     words += [str(path)] if kind == "gate" else [str(run.recipe_file.absolute()), str(path)]
-    for word in [*words, *script_environment(recipe).values()]:
+    for word in words:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in word):
             raise ConfigError(f"a control character in {word!r}, which is passed to sbatch; remove the character")
     return words
@@ -73,22 +75,26 @@ def find_script(kind: str) -> Path:
     return resource_folder("slurm") / f"{kind}.sbatch"
 
 
-def script_environment(recipe: Recipe, offset: int = 0) -> dict[str, str]:
-    """Return the environment variables that the scripts read.
+def script_variables(recipe: Recipe, offset: int = 0) -> list[str]:
+    """Return the variables that the scripts read, as arguments ``NAME=VALUE``.
+
+    They are not passed in the environment, because sites may configure ``sbatch`` to give jobs none.
 
     Args:
         recipe: The recipe of the run.
         offset: Difference between the number of a module and its index in the array.
     """
-    slurm = recipe.slurm
+    slurm, search_path = recipe.slurm, os.environ.get("PYTHONPATH")
     values = {
         "PYTHON": slurm.python or sys.executable,
+        "PYTHONPATH": os.pathsep.join(map(os.path.abspath, search_path.split(os.pathsep))) if search_path else None,
         "BIGINCUBATE_SETUP_SCRIPT": slurm.setup_script,
         "BIGINCUBATE_CONTAINER": slurm.container,
         "BIGINCUBATE_MAX_REQUEUES": str(slurm.max_requeues),
         "BIGINCUBATE_OFFSET": str(offset) if offset else None,
+        LEVEL_VARIABLE: os.environ.get(LEVEL_VARIABLE),
     }
-    return {key: value for key, value in values.items() if value is not None}
+    return [f"{name}={value}" for name, value in values.items() if value is not None]
 
 
 def format_submission(
@@ -105,10 +111,10 @@ def format_submission(
     """
     kinds = ["pretrain", "incubate", "gate", "finetune", *(["end_to_end"] if baseline else [])]
     before = {"incubate": ["PRETRAIN"], "gate": ["INCUBATE"]}
-    parts = [f"# environment: {shlex.join(f'{k}={v}' for k, v in script_environment(recipe).items())}"]
+    parts = []
     for kind in kinds:
         for offset, group in split_into_arrays(range(modules), size) if kind == "incubate" else [(0, list[int]())]:
             words = build_sbatch_command(recipe, run, kind, modules=group, offset=offset, needs=before.get(kind, ()))
-            parts.append((f"BIGINCUBATE_OFFSET={offset} " if offset else "") + shlex.join(words))
+            parts.append(shlex.join(words))
     parts += [f"\n# ---- {find_script(kind).name}\n{find_script(kind).read_text()}" for kind in kinds]
     return "\n".join(parts)

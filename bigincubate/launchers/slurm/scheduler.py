@@ -28,9 +28,9 @@ from ...planning.lineage import expected_lineage
 from ...storage.artifacts import check_lineage, verify_artifact
 from ...storage.lease import acquire_lease
 from ...storage.run_directory import RunDir
-from .client import environment_outside_job, list_queued_jobs, query_max_array_size, run_slurm_command
+from .client import list_queued_jobs, query_max_array_size, submit_job
 from .job_queue import SlurmQueue
-from .sbatch import build_sbatch_command, script_environment, split_into_arrays
+from .sbatch import build_sbatch_command, split_into_arrays
 
 Say = Callable[[str], None]
 
@@ -127,8 +127,7 @@ class JobSubmitter:
         command = build_sbatch_command(self.recipe, self.run, kind, modules=modules, offset=offset, needs=needs)
         log = read_submission_log(self.run) | {"submissions": self.submissions}
         write_json(self.run.path / "jobs.json", log)  # before sbatch: a lost count would allow endless retries
-        environment = environment_outside_job() | script_environment(self.recipe, offset)
-        job = run_slurm_command(*command, env=environment).partition(";")[0]
+        job = submit_job(command, self.run, kind, known={entry["job"] for entry in log["jobs"]})
         entry = {"job": job, "kind": kind, "modules": list(modules), "needs": list(needs), "time": time.time()}
         write_json(self.run.path / "jobs.json", {**log, "jobs": [*log["jobs"], entry]})
         self.run.log_event("submitted", **entry)
