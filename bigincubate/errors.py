@@ -8,6 +8,8 @@ from __future__ import annotations
 import shlex
 from enum import IntEnum
 
+INTERRUPTED = "interrupted; committed results and checkpoints are kept; run the same command again"
+
 
 class Exit(IntEnum):
     """Exit codes of all commands. Scripts rely on them."""
@@ -20,6 +22,7 @@ class Exit(IntEnum):
     DAMAGED = 6
     LOCKED = 7
     PREEMPTED = 75
+    INTERRUPTED = 130
 
 
 class BigincubateError(Exception):

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from ..errors import BigincubateError, Exit
+from ..errors import INTERRUPTED, BigincubateError, Exit
 
 from . import training, slurm as cluster, inspect as looking, report as reporting, models, checkpoint as checkpoints  # isort: skip # importing them adds their commands, in this order
-from .app import app, fail
+from .app import app, discard_unread_output, fail
 
 
 def main() -> NoReturn:
     """Run the command line and exit with a documented code. User errors print one line without a traceback."""
+    with discard_unread_output():
+        _run()
+
+
+def _run() -> NoReturn:
     try:
         code = app(standalone_mode=False)
     except BigincubateError as error:
         fail(str(error), error.code)
     except KeyboardInterrupt:
-        fail(
-            "interrupted; committed results and checkpoints are kept; run the same command again to resume",
-            Exit.PREEMPTED,
-        )
+        fail(INTERRUPTED, Exit.INTERRUPTED)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), Exit.ENVIRONMENT)
     except Exception as error:
@@ -31,4 +33,6 @@ def main() -> NoReturn:
         if not message:  # a command that needs a subcommand has printed its help
             raise SystemExit(Exit.USAGE) from None
         fail(f"{message} (see --help)", Exit.USAGE)
+    if code == Exit.INTERRUPTED:  # typer has caught a KeyboardInterrupt
+        fail(INTERRUPTED, Exit.INTERRUPTED)
     raise SystemExit(code or 0)

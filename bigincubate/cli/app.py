@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from typer import Argument, Option
@@ -105,6 +107,53 @@ class _ProgressLines:
         if tenths > self.tenths or now > self.time + 60:
             self.tenths, self.time = tenths, now
             say(f"{self.action}: {done:,} of {total:,} {self.unit}")
+
+
+class UnreadOutput:
+    """A text stream that discards what nobody reads any more: its pipe is closed (``| head``), or its terminal.
+
+    Args:
+        stream: The stream to write to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text, or discard it."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, or discard what is buffered."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def discard_unread_output() -> Iterator[None]:
+    """Let a command run to its end even if nobody reads its output any more, or if it was started without output."""
+    before = sys.stdout, sys.stderr
+    streams = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115  # None if the file was closed
+    sys.stdout, sys.stderr = map(UnreadOutput, streams)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
 
 
 def say(text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from ..errors import ArtifactError, ExternalError, format_command
+from ..errors import ArtifactError, ConfigError, ExternalError, format_command
 from .app import RecipeArgument, RunArgument, RunDir, RunDirOption, SetOption, app, console, say
 
 
@@ -66,6 +66,11 @@ def resume(
     run: RunArgument, gate: Annotated[bool, Option("--gate", hidden=True, help="Set by gate jobs.")] = False
 ) -> None:
     """Submit the missing phases of a run to Slurm."""
+    if not gate and run.load_recipe() and not (run.path / "jobs.json").exists():
+        raise ConfigError(
+            f"{run.path} was never submitted to Slurm; resume it here with: bigincubate run {run.recipe_file} --run-dir"
+            f" {run.path}, or submit it with: bigincubate submit {run.recipe_file} --run-dir {run.path}"
+        )
     submit_or_export(run, os.environ.get("SLURM_JOB_ID") if gate else None)
 
 
@@ -122,7 +127,7 @@ def cancel(run: RunArgument) -> None:
     from ..launchers.slurm.client import cancel_jobs
 
     run.load_recipe()
-    ids = cancel_jobs(run)
+    ids = cancel_jobs(run) if (run.path / "jobs.json").exists() else []
     say(f"canceled: {', '.join(ids)}" if ids else "this run has no jobs in the queue")
 
 

@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import secrets
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -403,6 +404,7 @@ def _results(pool: ProcessPoolExecutor, futures: Iterable[Future[int]]) -> Itera
 
 def _exit_with_parent(parent: int) -> None:
     """Exit when the parent process has ended, even by SIGKILL, because this process also holds the parent's lock."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent process too, which stops this one
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -6,6 +6,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from forked import Command, run
 
 from bigincubate import __version__
+from bigincubate.cli.app import discard_unread_output, say
 from bigincubate.config import list_shipped_recipes
 from bigincubate.distributed import process_group
 
@@ -127,7 +131,7 @@ def test_export_prints_the_python_that_loads_it(place: Any, call: Called) -> Non
 
 def test_closed_pipe_gives_no_traceback() -> None:
     left = Command("recipes", before=close_stdout)
-    assert left.wait() == 1  # as everywhere where click reads the command line
+    assert left.wait() == 0
     assert left.err == ""
 
 
@@ -191,6 +195,64 @@ def test_status_at_every_stage(harness: Harnesses, call: Called) -> None:
     assert (row["state"], row["step"], row["percent"], row["error"]) == ("done", 2, 100.0, None)
     assert row["metrics"] == quick.run.phase("pretrain").result["metrics"]
     assert (row["headline"], row["unit"]) == ("top1", "images")
+
+
+def test_status_counts_steps_of_a_checkpoint_that_were_not_logged(place: Any, call: Called) -> None:
+    """After Ctrl-C, the checkpoint is usually later than the last logged step."""
+    place.without("meta/DONE", "meta/metrics.jsonl")
+    row = json.loads(call("status", place.run, "--json")[1])[0]
+    assert (row["checkpoint"], row["step"], row["percent"]) == (2, 2, 100.0)
+    assert "2/2" in call("status", place.run)[1]
+
+
+def test_commands_of_slurm_say_that_a_local_run_was_never_submitted(place: Any, call: Called) -> None:
+    code, _, err = call("resume", place.run)
+    assert code == 2
+    assert f"was never submitted to Slurm; resume it here with: bigincubate run {place.run}/recipe.toml" in err
+    assert call("resume", place.empty)[0] == 4
+    code, out, _ = call("cancel", place.run)
+    assert (code, out) == (0, "this run has no jobs in the queue\n")
+
+
+def test_output_that_nobody_reads_is_discarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        patch.setattr(sys, "stderr", None)  # as if the command was started with 2>&-
+        with discard_unread_output():
+            for _ in range(3):
+                say("a line")
+                print("an error", file=sys.stderr, flush=True)
+        assert sys.stdout is stream
+    with open("/dev/full", "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        with pytest.raises(OSError, match="No space left"), discard_unread_output():
+            say("a line")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@pytest.mark.parametrize("presses", [1, 3])
+def test_ctrl_c_is_one_line_and_exit_130(place: Any, presses: int) -> None:
+    """At any moment: while modules are imported, and in a command."""
+    code = (
+        "import os, signal, sys, time, runpy; from pathlib import Path; from bigincubate import cli\n"
+        "def sleep(*_):\n  print('ready', flush=True)\n  try:\n    time.sleep(60)\n"
+        "  finally:\n    time.sleep(0.5)\n"
+        "from bigincubate.report import status\nstatus.run_status = sleep\n"
+        f"sys.argv = ['bigincubate', 'status', '--json', {str(place.run)!r}]\n"
+        "runpy.run_module('bigincubate', run_name='__main__')"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    for _ in range(presses):
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    _, err = child.communicate(timeout=120)
+    assert child.returncode == 130
+    says = "bigincubate: interrupted; committed results and checkpoints are kept; run the same command again"
+    assert [line for line in err.splitlines() if line] == ([says] if presses == 1 else [])
 
 
 def test_status_watch_ends_with_ctrl_c(done: Any, call: Called, monkeypatch: pytest.MonkeyPatch) -> None:
