@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .config import PHASES, Phase, Recipe
 from .errors import ConfigError, Exit, check_integer, error_of_code
+from .files import expand_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -170,7 +171,7 @@ def run(
     from .report.run_cost import TimeEstimate, describe_cost
     from .storage.run_directory import RunDir
 
-    directory = RunDir(Path(run_dir))
+    directory = RunDir(expand_path(run_dir))
     exported = directory.path / "export"
     with ProgressReporter(console or Console(quiet=True)) as reporter:
         opened = open_run(recipe, directory, report=reporter.say)
@@ -244,7 +245,7 @@ def train_phase(
 
     with _restored_rank_variables(), closing(DistributedContext.detect()) as env:
         with env.main_process_first():
-            opened = open_run(recipe, RunDir(Path(run_dir)), report=report, module=module)
+            opened = open_run(recipe, RunDir(expand_path(run_dir)), report=report, module=module)
             context = opened.phase(phase, module, env)
             if verify_data and env.is_main:
                 report(f"verifying {context.data.path}")
@@ -310,7 +311,7 @@ def load_model(source: str | Path) -> nn.Module:
     """
     from .interchange.export import load_model as load
 
-    model, _ = load(Path(source))
+    model, _ = load(expand_path(source))
     return model.eval()
 
 
@@ -354,11 +355,11 @@ def evaluate(
     from .tasks.metric import check_finite_metrics, describe_metrics
     from .tasks.registry import task_class
 
-    model, spec = load(Path(source))
+    model, spec = load(expand_path(source))
     task_type = task_class(spec.task.name)
     settings = task_type.artifact_settings(spec.model, spec.metadata).model_copy(update={"task": spec.task})
     task = task_type(settings, DataConfig())
-    info = open_dataset(Path(data))
+    info = open_dataset(expand_path(data))
     if probe is None:
         task.check_dataset(info)
     with _restored_rank_variables():

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shlex
 import shutil
@@ -14,6 +15,40 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from .errors import ConfigError
+
+VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)  # of the environment, in a path
+
+
+def expand_path(text: str | Path, base: Path | None = None) -> Path:
+    """Return a path that a user wrote as an absolute path: the rule for all options and recipe keys that are paths.
+
+    A ``~`` at the start and environment variables (``$NAME`` and ``${NAME}``) are expanded. The result can be expanded
+    again without a change, because a path in which ``$NAME`` remains is refused.
+
+    Args:
+        text: The path.
+        base: Folder that a relative path is relative to; None for the working directory.
+
+    Raises:
+        ConfigError: The path is empty, is not UTF-8, has a NUL character, or names a variable that is not set.
+    """
+    given = str(text)
+    if not given or "\0" in given:
+        raise ConfigError(f"{given!r} is not a path; expected the name of a file or folder")
+    expanded = VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2], match[0]), os.path.expanduser(given))
+    path = os.path.abspath(os.path.join(base or os.getcwd(), expanded))
+    if (unset := VARIABLE.search(path)) is not None:
+        raise ConfigError(
+            f"the environment variable {unset[0]} is not set in {given!r}; set it, or write out its value"
+        )
+    try:
+        path.encode()
+    except UnicodeEncodeError:  # Python keeps bytes of a file name that are not UTF-8 as lone surrogates
+        raise ConfigError(f"{path!r} is not UTF-8; rename it, or use a symbolic link with another name") from None
+    return Path(path)
+
 
 # what a file system without hard links answers
 NO_HARD_LINKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK}

@@ -37,16 +37,24 @@ checkpoint_app = typer.Typer(help="List, verify, convert and prune resume checkp
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
-def parse_run_dir(path: str) -> RunDir:
+def parse_path(text: str) -> Path:
+    """Return the absolute path that an option or argument means: the parser of all that are paths."""
+    from ..files import expand_path
+
+    return expand_path(text)
+
+
+def parse_run_dir(text: str) -> RunDir:
     """Return the run directory that an argument names."""
     from ..storage import run_directory
 
-    return run_directory.RunDir(Path(path))
+    return run_directory.RunDir(parse_path(text))
 
 
 RecipeArgument = Annotated[str, Argument(metavar="RECIPE", help="Name of an included recipe, or a .toml file.")]
 RunDirOption = Annotated[
-    RunDir, Option("--run-dir", parser=parse_run_dir, help="The run directory; created if it does not exist.")
+    RunDir,
+    Option("--run-dir", metavar="DIR", parser=parse_run_dir, help="The run directory; created if it does not exist."),
 ]
 SetOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a recipe key: --set train.lr=1e-3")
@@ -58,7 +66,7 @@ JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
 RunArgument = Annotated[RunDir, Argument(metavar="DIR", parser=parse_run_dir, help="A run directory.")]
 RunsArgument = Annotated[list[RunDir], Argument(metavar="DIR…", parser=parse_run_dir, help="Run directories.")]
 CheckpointsArgument = Annotated[
-    Path, Argument(metavar="DIR", help="A run directory, a phase's directory, or a checkpoint.")
+    Path, Argument(metavar="DIR", parser=parse_path, help="A run directory, a phase's directory, or a checkpoint.")
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import ArtifactError, DamagedError
-from .app import CheckpointsArgument, JsonOption, checkpoint_app, console, say, say_json
+from .app import CheckpointsArgument, JsonOption, checkpoint_app, console, parse_path, say, say_json
 
 
 @checkpoint_app.command("list")
@@ -41,8 +41,8 @@ def checkpoint_verify(folder: CheckpointsArgument) -> None:
 
 @checkpoint_app.command("convert")
 def checkpoint_convert(
-    checkpoint: Annotated[Path, Argument(metavar="CHECKPOINT", help="A committed checkpoint.")],
-    out: Annotated[Path, Argument(metavar="OUT", help="The directory to write.")],
+    checkpoint: Annotated[Path, Argument(metavar="CHECKPOINT", parser=parse_path, help="A committed checkpoint.")],
+    out: Annotated[Path, Argument(metavar="OUT", parser=parse_path, help="The directory to write.")],
     ranks: Annotated[int, Option(min=1, help="Number of files; 1: complete tensors in one file.")] = 1,
 ) -> None:
     """Convert a checkpoint to N files. Not needed to resume: any number of ranks can read any checkpoint."""
@@ -54,7 +54,7 @@ def checkpoint_convert(
 
 @checkpoint_app.command("prune")
 def checkpoint_prune(
-    folder: Annotated[Path, Argument(metavar="DIR", help="A run directory or a phase's directory.")],
+    folder: Annotated[Path, Argument(metavar="DIR", parser=parse_path, help="A run directory or a phase's directory.")],
     keep: Annotated[int, Option(min=1, help="How many of the newest valid checkpoints to keep per phase.")] = 2,
 ) -> None:
     """Remove old, damaged and unfinished checkpoints, except those of a phase that is being trained."""

@@ -11,16 +11,26 @@ from typer import Argument, Option
 
 from ..errors import ConfigError
 from ..files import quote_path
-from .app import JsonOption, RecipeArgument, SetOption, app, data_app, progress_display, say, say_json
+from .app import JsonOption, RecipeArgument, SetOption, app, data_app, parse_path, progress_display, say, say_json
+
+
+def _parse_source(text: str) -> str:
+    from ..data.sources import EMBEDDED
+
+    return text if text in EMBEDDED else str(parse_path(text))
 
 
 @data_app.command("prepare")
 def data_prepare(
     source: Annotated[
         str,
-        Argument(metavar="SOURCE", help="Folder with one subfolder per class, CIFAR archive, digits, or made-up."),
+        Argument(
+            metavar="SOURCE",
+            parser=_parse_source,
+            help="Folder with one folder per class, CIFAR archive, digits, made-up.",
+        ),
     ],
-    out: Annotated[Path, Option(help="The output folder.")],
+    out: Annotated[Path, Option(metavar="DIR", parser=parse_path, help="The output folder.")],
     jobs: Annotated[int, Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
     val_fraction: Annotated[
         float, Option(min=0.0, max=0.9, help="Fraction of each class to hold out if there is no validation split.")
@@ -33,7 +43,7 @@ def data_prepare(
     ] = "class",
     by: Annotated[
         Path | None,
-        Option(metavar="FILE", help="File with the partition of each sample: CSV sample,part, or JSON lines."),
+        Option(metavar="FILE", parser=parse_path, help="Partition of each sample: CSV sample,part, or JSON lines."),
     ] = None,
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
     check: Annotated[
@@ -86,8 +96,15 @@ def data_prepare(
 
 @app.command()
 def evaluate(
-    source: Annotated[Path, Argument(metavar="DIR_OR_ARTIFACT", help="A run, an artifact or an export.")],
-    data: Annotated[Path, Option("--data", help="Prepared data; its validation split is used.")],
+    source: Annotated[
+        Path, Argument(metavar="DIR_OR_ARTIFACT", parser=parse_path, help="A run, an artifact or an export.")
+    ],
+    data: Annotated[
+        Path,
+        Option(
+            "--data", metavar="DIR", parser=parse_path, help="Prepared data, of which the validation split is used."
+        ),
+    ],
     batch_size: Annotated[int, Option(min=1)] = 256,
     probe: Annotated[
         str | None, Option(help="Evaluate the features instead: linear or knn, fitted on the training split.")
@@ -109,8 +126,12 @@ def evaluate(
 
 @app.command("export")
 def export_weights(
-    source: Annotated[Path, Argument(metavar="DIR", help="A run, a phase's directory or an artifact.")],
-    out: Annotated[Path, Option(help="The output folder; with --as official, the output file.")],
+    source: Annotated[
+        Path, Argument(metavar="DIR", parser=parse_path, help="A run, a phase's directory or an artifact.")
+    ],
+    out: Annotated[
+        Path, Option(metavar="PATH", parser=parse_path, help="The output folder; with --as official, the output file.")
+    ],
     form: Annotated[str, Option("--as", help="timm (a folder) or official (a .pth file).")] = "timm",
 ) -> None:
     """Write a finished model as a folder that timm loads, or as a checkpoint of the official implementation."""
@@ -130,10 +151,16 @@ def import_weights(
     recipe: RecipeArgument,
     files: Annotated[
         list[Path],
-        Argument(metavar="FILE...", help="Official checkpoints: one, or one per module. Or another run directory."),
+        Argument(
+            metavar="FILE...",
+            parser=parse_path,
+            help="Official checkpoints: one, or one per module. Or another run directory.",
+        ),
     ],
     part: Annotated[str, Option("--as", help="meta, modules or model.")],
-    to: Annotated[Path, Option(help="A run directory; with --as model, the output folder.")],
+    to: Annotated[
+        Path, Option(metavar="DIR", parser=parse_path, help="A run directory; with --as model, the output folder.")
+    ],
     sets: SetOption = None,
 ) -> None:
     """Import a meta model, modules or a complete model from checkpoints of the official implementation.

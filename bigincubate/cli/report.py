@@ -7,13 +7,15 @@ from typing import Annotated
 
 from typer import Option
 
-from .app import JsonOption, RunArgument, RunsArgument, app, console, say, say_json
+from .app import JsonOption, RunArgument, RunsArgument, app, console, parse_path, say, say_json
 
 
 @app.command()
 def report(
     run: RunArgument,
-    out: Annotated[Path | None, Option(metavar="FILE", help="The page to write (default: DIR/report.html).")] = None,
+    out: Annotated[
+        Path | None, Option(metavar="FILE", parser=parse_path, help="The page to write (default: DIR/report.html).")
+    ] = None,
 ) -> None:
     """Write a report of a finished or unfinished run as one HTML file: scores, curves, costs, interruptions."""
     from ..files import write_text
@@ -30,7 +32,8 @@ def report(
 def compare(
     runs: RunsArgument,
     out: Annotated[
-        Path | None, Option(metavar="FOLDER", help="Also write compare.html and its figures to this folder.")
+        Path | None,
+        Option(metavar="FOLDER", parser=parse_path, help="Also write compare.html and figures to this folder."),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

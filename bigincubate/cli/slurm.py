@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from ..errors import ArtifactError, ConfigError, ExternalError, format_command
-from .app import RecipeArgument, RunArgument, RunDir, RunDirOption, SetOption, app, console, say
+from .app import RecipeArgument, RunArgument, RunDir, RunDirOption, SetOption, app, console, parse_path, say
 
 
 @app.command()
@@ -26,7 +26,7 @@ def submit(
     """Submit a run to Slurm: meta model, modules, fine-tuning. Run it again to submit missing phases."""
     from ..config import load_recipe
 
-    given = [f'slurm.{key}="{value}"' for key, value in (("partition", partition), ("account", account)) if value]
+    given = [f"slurm.{key}={value}" for key, value in (("partition", partition), ("account", account)) if value]
     loaded = load_recipe(recipe, [*(sets or ()), *given])
     if dry_run:
         from ..launchers.slurm.client import DEFAULT_MAX_ARRAY_SIZE, query_max_array_size
@@ -52,7 +52,7 @@ def submit(
 
 @app.command()
 def scripts(
-    copy: Annotated[Path | None, Option(metavar="DIR", file_okay=False, help="Copy them to DIR.")] = None,
+    copy: Annotated[Path | None, Option(metavar="DIR", parser=parse_path, help="Copy them to DIR.")] = None,
 ) -> None:
     """Print the paths of the sbatch scripts, or copy them to a folder."""
     from ..config.resources import copy_scripts, resource_folder

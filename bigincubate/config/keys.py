@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 
 from ..errors import ConfigError
 from .recipe import Recipe, is_execution
+from .schema import PathMark
 from .sections import PhaseConfig, Settings
 
 PAGE_COMMAND = "bigincubate recipes --keys --markdown > docs/recipe_keys.md"
@@ -85,6 +86,8 @@ def format_recipe_keys(keys: Sequence[RecipeKey]) -> str:
         "",
         f"A phase may override any key of the tables {tables}: `finetune.train.lr` is `train.lr` of fine-tuning.",
         "Every key with a default may be left out; the default `none` means that the key is not set.",
+        "In keys of type `path`, `~` and environment variables are expanded. A relative path is relative to the folder",
+        "of the recipe file, or in `--set` to the working directory. The run directory stores the absolute path.",
         "Keys marked * determine only where or how to compute, and may",
         "change when a run is resumed; all others determine what is computed",
         "([architecture](architecture.md#what-a-recipe-key-means)).",
@@ -141,7 +144,8 @@ def _name_type(annotation: Any, constraints: list[Any], plural: str = "") -> str
         return " or ".join(_name_type(each, constraints) for each in args if each is not NoneType)
     if origin is list:
         return f"list{plural} of {_name_type(args[0], [], 's')}"
-    name = TYPES[origin or annotation] + plural
+    is_path = any(isinstance(each, PathMark) for each in constraints)
+    name = ("path" if is_path else TYPES[origin or annotation]) + plural
     flat = list(_flatten_constraints(constraints))
     bounds = [f"{sign} {getattr(each, key):g}" for each in flat for key, sign in BOUNDS.items() if hasattr(each, key)]
     return " ".join([name, " and ".join(bounds)]).rstrip()

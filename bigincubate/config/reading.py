@@ -1,22 +1,24 @@
-"""Read a recipe from a TOML file and ``--set`` values. An error names the key and the closest valid key."""
+"""Read a recipe from a TOML file and ``--set`` values."""
 
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from ..errors import ConfigError
+from ..files import expand_path
 from .recipe import Recipe, merge
+from .schema import resolve_paths
 from .sections import PHASES, Settings
+from .set_option import MAX_NESTING, measure_nesting, parse_set
+from .slurm import JOB_KINDS, SlurmJobConfig
+from .validation import validate
 
-MAX_BYTES, MAX_NESTING = 2**20, 20  # of a recipe file
+MAX_BYTES = 2**20  # of a recipe file
 Overlay = Callable[[Recipe], dict[str, Any]]
 
 
@@ -30,8 +32,8 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
     """Read a shipped recipe by name, or a file by path, and apply ``--set`` values.
 
     Args:
-        name_or_path: Name of a shipped recipe, or path of a .toml file.
-        sets: ``KEY=VALUE`` strings, with dotted keys.
+        name_or_path: Name of a shipped recipe, or path of a .toml file. A path in it is relative to its folder.
+        sets: ``KEY=VALUE`` strings, with dotted keys. A path in them is relative to the working directory.
         overlay: Takes the recipe and returns tables that override it; ``sets`` override these tables.
 
     Returns:
@@ -52,19 +54,21 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
     if overlay is not None:
         raw = merge(raw, overlay(load_recipe(name_or_path, sets)))
     for item in sets:
-        raw = merge(raw, _parse_set(item))
+        raw = merge(raw, parse_set(item))
     where = f"{file} with --set" if sets else str(file)
     raw.setdefault("name", file.stem)
-    recipe: Recipe = _validate(Recipe, raw, "", where)
+    recipe = validate(Recipe, raw, "", where)
+    for kind in JOB_KINDS:
+        validate(SlurmJobConfig, recipe.slurm.job_values(kind), f"slurm.{kind}", where)
     for phase in PHASES:
         own = recipe.phase_overrides(phase)
         merged = {}
         for key in Settings.model_fields:
             common, over = getattr(recipe, key), getattr(own, key)
-            merged[key] = _validate(type(common), merge(common.model_dump(), over), f"{phase}.{key}", where)
+            merged[key] = validate(type(common), merge(common.model_dump(), over), f"{phase}.{key}", where)
             # store validated values, so that 26 and 26.0 are the same recipe
             over.update({name: getattr(merged[key], name) for name in over if name != "args"})
-        settings: Settings = _validate(Settings, merged, phase, where)
+        settings = validate(Settings, merged, phase, where)
         if own.export == "ema" and not settings.ema.decay:
             raise ConfigError(f'{where}: {phase}.export = "ema" needs {phase}.ema.decay (or ema.decay) above 0')
     return recipe
@@ -80,8 +84,12 @@ def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-    if _nesting(raw) > MAX_NESTING:
+    if measure_nesting(raw) > MAX_NESTING:
         raise ConfigError(f"{file}: tables or lists are nested more than {MAX_NESTING} levels deep")
+    try:
+        raw = resolve_paths(Recipe, raw, file.parent)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
     if (name := raw.pop("base", None)) is None:
         return raw
     if not isinstance(name, str) or name not in list_shipped_recipes():
@@ -97,72 +105,15 @@ def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(base, raw)
 
 
-def _nesting(value: Any) -> int:
-    """Return the nesting depth of tables and lists, without recursion to avoid recursion errors."""
-    depth, level = 0, [value]
-    while level := [
-        inner
-        for each in level
-        if isinstance(each, dict | list)
-        for inner in (each.values() if isinstance(each, dict) else each)
-    ]:
-        depth += 1
-    return depth
-
-
 def _find_recipe_file(name_or_path: str) -> Path:
     known = list_shipped_recipes()
     if name_or_path in known:
         return known[name_or_path]
-    path = Path(name_or_path)
-    if path.suffix == ".toml" and path.is_file():
-        return path
-    if path.suffix == ".toml":
+    if name_or_path.endswith(".toml"):
+        path = expand_path(name_or_path)
+        if path.is_file():
+            return path
         raise ConfigError(f"{path}: no such recipe file")
     near = difflib.get_close_matches(name_or_path, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(known)}"
     raise ConfigError(f"no recipe {name_or_path!r}; {hint} (a path must end in .toml)")
-
-
-def _parse_set(item: str) -> dict[str, Any]:
-    key, equals, text = item.partition("=")
-    key = key.strip()
-    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", key):
-        raise ConfigError(f"--set {item}: expected KEY=VALUE, such as --set train.lr=1e-3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word is a string
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
-
-
-def _validate(table: type[Any], raw: Any, prefix: str, where: str) -> Any:
-    try:
-        return table.model_validate(raw)
-    except ValidationError as error:
-        problems = error.errors()
-        first = problems[0]
-        # pydantic adds the branch of a union to the path; keep only names in the recipe
-        names = [str(part) for part in first["loc"] if isinstance(part, int) or re.fullmatch(r"\w+", str(part))]
-        key = ".".join([prefix, *names] if prefix else names)
-        if first["type"] == "extra_forbidden":
-            message = f"unknown key {key!r}{_nearest_key(table, names)}"
-        elif first["type"] == "missing":
-            message = f"the table [{key}] is missing"
-        else:
-            text = first["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(first["input"], dict | BaseModel) else f" (given: {first['input']!r})"
-            message = f"{key}: {text}{given}" if key else text
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{where}: {message}{more}") from None
-
-
-def _nearest_key(table: type[BaseModel], names: list[str]) -> str:
-    for part in names[:-1]:
-        annotation = table.model_fields[part].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            table = annotation
-    near = difflib.get_close_matches(names[-1], table.model_fields, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(table.model_fields)}"

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel
-
 from . import sections
-from .sections import PHASES, Phase, PhaseConfig, Settings, execution_field
+from .schema import iterate_fields
+from .sections import Phase, PhaseConfig, Settings, execution_field
 from .slurm import SlurmConfig
 
 
@@ -74,20 +73,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def is_execution(key: str) -> bool:
     """Return whether a dotted key is an execution key: it determines where or how to compute, not what."""
-    first, *rest = key.split(".")
-    if first in PHASES and rest and rest[0] in Settings.model_fields:
-        first, *rest = rest  # a phase overrides the common tables
-    table: type[BaseModel] = Recipe
-    for part in (first, *rest):
-        field = table.model_fields.get(part)
-        if field is None:
-            return False
-        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("execution"):
-            return True
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
-            return False
-        table = field.annotation
-    return False
+    return any(
+        isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("execution"))
+        for field in iterate_fields(Recipe, key)
+    )
 
 
 def differences(old: Recipe, new: Recipe, *, execution_keys: bool = False) -> list[str]:

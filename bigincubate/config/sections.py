@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
 
 from .objects import OBJECT_NAME
+from .schema import OverridesOf, PathMark, PathText
 
 Phase = Literal["pretrain", "incubate", "finetune", "end_to_end"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -109,11 +110,11 @@ class DataConfig(ConfigTable):
     source: Literal["digits", "digits-dev", "made-up"] | None = None
     """Built-in data, prepared if it is missing: scikit-learn's handwritten digits (`digits`), their training split
     divided again for tuning (`digits-dev`), or generated images (`made-up`)."""
-    path: str | None = execution_field(None)
+    path: PathText | None = execution_field(None)
     """Folder of the prepared data. None: the folder `data` of the run directory, only for built-in data."""
-    remote: str | None = execution_field(None)
-    """URL of prepared data for the streaming library, which downloads it into `data.path`."""
-    local_cache: str | None = execution_field(None)
+    remote: Annotated[str, PathMark(unless=r"[A-Za-z][\w+.-]*:.*")] | None = execution_field(None)
+    """URL or path of prepared data for the streaming library, which downloads it into `data.path`."""
+    local_cache: Annotated[str, PathMark(on_node=True)] | None = execution_field(None)
     """Folder on a local disk of the node to which shards are copied, such as `"$TMPDIR"`."""
     local_cache_gib: NonNegative | None = execution_field(None)
     """Maximum size of the data to copy; larger data is refused. None: the free space. Unit: GiB."""
@@ -164,7 +165,7 @@ class PlanConfig(ConfigTable):
 class MetaConfig(ConfigTable):
     """Initial weights of the meta model, which the phase ``pretrain`` then trains."""
 
-    init: str | None = None
+    init: Annotated[str, PathMark(unless="timm:.*")] | None = None
     """Pretrained weights of the meta model: `"timm:NAME"`, which timm may download, or the path of a run, an export,
     a .safetensors file or a .pth file. None: random weights."""
     select: str | list[int] | list[list[int]] | None = None
@@ -378,7 +379,7 @@ class ShardingConfig(ConfigTable):
     """How weights, gradients and optimizer state are distributed over the ranks of a phase."""
     fsdp2: Fsdp2Config = Fsdp2Config()
     """Options of FSDP2."""
-    deepspeed_config: str | None = execution_field(None)
+    deepspeed_config: Annotated[str, PathMark(unless=r"\w+")] | None = execution_field(None)
     """Path of a DeepSpeed file, or the name of an included one, for zero1 to zero3. None: the included file for the
     strategy."""
     activation_checkpointing: Literal["none", "full", "selective"] = execution_field("none")
@@ -413,7 +414,10 @@ class Settings(ConfigTable):
 
 
 # a phase may override keys of every table of `Settings`
-_OVERRIDES: dict[str, Any] = {table: (dict[str, Any], {}) for table in Settings.model_fields}
+_OVERRIDES: dict[str, Any] = {
+    name: (Annotated[dict[str, Any], OverridesOf(field.annotation)], {})  # type: ignore[arg-type]
+    for name, field in Settings.model_fields.items()
+}
 PhaseTables: type[ConfigTable] = create_model("PhaseTables", __base__=ConfigTable, **_OVERRIDES)
 
 

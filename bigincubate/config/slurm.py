@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError, model_validator
-
+from .schema import OverridesOf, PathMark, PathText
 from .sections import ConfigTable, Count, execution_field
 
 
@@ -36,25 +35,29 @@ class SlurmJobConfig(ConfigTable):
     """More options of sbatch, such as `["--exclusive"]`."""
 
 
+JOB_KINDS = ("pretrain", "incubate", "finetune", "end_to_end", "gate")
+JobTable = Annotated[dict[str, Any], OverridesOf(SlurmJobConfig)]
+
+
 class SlurmConfig(SlurmJobConfig):
     """Settings of ``submit``. Tables such as ``[slurm.incubate]`` override the common keys for one kind of job."""
 
-    pretrain: dict[str, Any] = execution_field({})
+    pretrain: JobTable = execution_field({})
     """Resources of the job of the meta model that differ from the common keys."""
-    incubate: dict[str, Any] = execution_field({})
+    incubate: JobTable = execution_field({})
     """Resources of each array task (one module) that differ from the common keys."""
-    finetune: dict[str, Any] = execution_field({})
+    finetune: JobTable = execution_field({})
     """Resources of the fine-tuning job that differ from the common keys."""
-    end_to_end: dict[str, Any] = execution_field({})
+    end_to_end: JobTable = execution_field({})
     """Resources of the job of the end-to-end baseline that differ from the common keys."""
-    gate: dict[str, Any] = execution_field({})
+    gate: JobTable = execution_field({})
     """Resources of the gate that differ from its defaults: the common keys, with one node, one rank and no GPU."""
     array_parallelism: Count | None = execution_field(None)
     """Maximum number of array tasks that run in parallel. None: no limit. Unit: tasks."""
-    setup_script: str | None = execution_field(None)
+    setup_script: PathText | None = execution_field(None)
     """Script that jobs source first, for environment modules, conda or proxies."""
-    python: str | None = execution_field(None)
-    """Python interpreter of the jobs. None: the one that runs `submit`."""
+    python: Annotated[str, PathMark(unless="[^/~$]+")] | None = execution_field(None)
+    """Python interpreter of the jobs: a path, or a command such as `"python3"`. None: the one that runs `submit`."""
     container: str | None = execution_field(None)
     """Prefix of the python command, such as `"apptainer exec --nv image.sif"`."""
     umask: str | None = execution_field(None, pattern="^0?[0-7]{3}$")
@@ -66,27 +69,16 @@ class SlurmConfig(SlurmJobConfig):
     max_requeues: int = execution_field(20, ge=0)
     """Maximum number of times that a job requeues itself. Unit: requeues."""
 
-    @model_validator(mode="after")
-    def _validate_jobs(self) -> SlurmConfig:
-        for kind in ("pretrain", "incubate", "finetune", "end_to_end", "gate"):
-            self.job(kind)
-        return self
+    def job_values(self, kind: str) -> dict[str, Any]:
+        """Return the keys of a kind of job, not validated: the common keys, overridden by those of this kind."""
+        common = {key: getattr(self, key) for key in SlurmJobConfig.model_fields}
+        gate: dict[str, Any] = {"nodes": 1, "ranks": 1, "gpus": 0, "memory": None, "extra": []}
+        return {**common, **(gate if kind == "gate" else {}), **getattr(self, kind)}
 
     def job(self, kind: str) -> SlurmJobConfig:
         """Return the resources of a kind of job: the common keys, overridden by those of this kind.
 
         Args:
-            kind: ``pretrain``, ``incubate``, ``finetune``, ``end_to_end`` or ``gate``.
-
-        Raises:
-            ValueError: If a key is invalid.
+            kind: One of ``JOB_KINDS``.
         """
-        common = {key: getattr(self, key) for key in SlurmJobConfig.model_fields}
-        gate: dict[str, Any] = {"nodes": 1, "ranks": 1, "gpus": 0, "memory": None, "extra": []}
-        defaults = common | (gate if kind == "gate" else {})
-        try:
-            return SlurmJobConfig.model_validate({**defaults, **getattr(self, kind)})
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise ValueError(f"slurm.{kind}.{key}: {first['msg']}") from None
+        return SlurmJobConfig.model_validate(self.job_values(kind))

@@ -15,7 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..config import Recipe
-from ..errors import DataError, SystemResourceError
+from ..errors import ConfigError, DataError, SystemResourceError
+from ..files import expand_path
 from .dataset import INDEX, SPLITS, DatasetInfo, open_dataset, read_json
 from .file_locks import wait_for_lock
 
@@ -38,11 +39,10 @@ def use_local_cache(recipe: Recipe, info: DatasetInfo) -> Iterator[tuple[Recipe,
     if recipe.data.local_cache is None:
         yield recipe, info
         return
-    cache_root = Path(os.path.expandvars(recipe.data.local_cache))
-    if "$" in str(cache_root):
-        raise SystemResourceError(
-            f"data.local_cache = {recipe.data.local_cache}: this environment variable is not set on this node; set it"
-        )
+    try:
+        cache_root = expand_path(recipe.data.local_cache)
+    except ConfigError as error:
+        raise SystemResourceError(f"data.local_cache = {recipe.data.local_cache}: {error}") from None
     cache_root.mkdir(parents=True, exist_ok=True)
     folder = cache_root / f"bigincubate-{os.getuid()}-{info.digest[:16]}"
     source = recipe.data.remote or str(info.path.absolute())

@@ -11,10 +11,9 @@ import heapq
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..errors import ConfigError
-from ..files import read_json
+from ..files import expand_path, read_json
 from ..storage.run_directory import RunDir
 from .cost import PlannedRow
 
@@ -73,7 +72,7 @@ def parse_cluster(text: str) -> ClusterSpec:
         if not (flops := 1e12 * float(pairs["tflops"])):
             raise ConfigError(f"--cluster {text}: tflops must be greater than 0")
         return ClusterSpec(gpus, lambda row: flops)
-    measured = measured_flops_per_second(RunDir(Path(pairs["rates"])))
+    measured = measured_flops_per_second(RunDir(expand_path(pairs["rates"])))
 
     def rate(row: PlannedRow) -> float:
         return measured.get(row.key) or measured.get(row.phase) or sum(measured.values()) / len(measured)

@@ -92,7 +92,14 @@ def deepspeed_config(settings: Settings, *, world: int, micro_batches: int) -> d
 def resolve_config_path(sharding: ShardingConfig) -> Path:
     """Return the path of ``sharding.deepspeed_config`` (a shipped name or a path), by default the strategy's file."""
     given = sharding.deepspeed_config or sharding.strategy
-    return known if (known := shipped_config_path(given)).exists() else Path(given)
+    if "/" in given:
+        return Path(given)
+    if not (known := shipped_config_path(given)).exists():
+        names = ", ".join(sorted(file.stem for file in known.parent.glob("*.json")))
+        raise ConfigError(
+            f"sharding.deepspeed_config = {given!r} is not an included file ({names}); write a path with a / or a ."
+        )
+    return known
 
 
 def shipped_config_path(strategy: str) -> Path:

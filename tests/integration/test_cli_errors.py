@@ -34,7 +34,7 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
     "recipe is no toml": (2, "not valid TOML", lambda p: ["plan", p.recipe("[train")]),
     "recipe is binary": (2, "not valid TOML", lambda p: ["plan", p.recipe(b"\xff\x00")]),
     "recipe is empty": (2, "plan", lambda p: ["plan", p.recipe("")]),
-    "unknown key": (2, "did you mean 'lr'", lambda p: ["plan", "digits", "--set", "train.lrr=1"]),
+    "unknown key": (2, "did you mean 'train.lr'", lambda p: ["plan", "digits", "--set", "train.lrr=1"]),
     "unknown table": (2, "unknown key 'trian'", lambda p: ["plan", p.recipe(PLAIN + "[trian]\nlr = 1.0\n")]),
     "wrong type": (2, "train.lr", lambda p: ["plan", "digits", "--set", "train.lr=fast"]),
     "no value": (2, "KEY=VALUE", lambda p: ["plan", "digits", "--set", "train.lr"]),

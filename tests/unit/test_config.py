@@ -17,10 +17,33 @@ from bigincubate.storage.run_directory import RunDir
 @pytest.mark.parametrize(
     ("item", "says"),
     [
-        ("train.epoch=3", "unknown key 'train.epoch'; did you mean 'epochs'?"),
-        ("incubate.train.lrr=3", "unknown key 'incubate.train.lrr'; did you mean 'lr'?"),
-        ("sharding.stratgy=ddp", "did you mean 'strategy'?"),
-        ("train.lr=abc", "train.lr: Input should be a valid number (given: 'abc')"),
+        ("train.epoch=3", "unknown key 'train.epoch'; did you mean 'train.epochs'?"),
+        ("incubate.train.lrr=3", "unknown key 'incubate.train.lrr'; did you mean 'incubate.train.lr'?"),
+        ("sharding.stratgy=ddp", "did you mean 'sharding.strategy'?"),
+        ("batch_size=8", "unknown key 'batch_size'; did you mean 'train.batch_size'?"),
+        ("slurm.gate.tim=1", "unknown key 'slurm.gate.tim'; did you mean 'slurm.gate.time'?"),
+        (
+            "train.lr=abc",
+            "train.lr: Input should be a valid number (given: 'abc'); expected a value such as train.lr = 0.001",
+        ),
+        ("train.compile=maybe", "(given: 'maybe'); expected a value such as train.compile = false"),
+        (
+            "slurm.gate.nodes=x",
+            "slurm.gate.nodes: Input should be a valid integer (given: 'x'); expected a value such as",
+        ),
+        ("train.seed=" + "9" * 5000, "train.seed: Input should be a valid integer"),
+        (
+            "train={lr=-1, epoch=3, seed=-1}",
+            "train.lr: Input should be greater than or equal to 0 (given: -1); train.seed",
+        ),
+        (
+            "plan.target_depths=[1, 'a']",
+            "digits.toml with --set: plan.target_depths.1: Input should be a valid integer",
+        ),
+        ("model.args=" + "[" * 30 + "]" * 30, "nested more than 20 levels"),
+        ("name=a\udcff", "not UTF-8"),
+        ("data.path=$NOT_SET/x", "data.path: the environment variable $NOT_SET is not set"),
+        ("data.path=", "data.path: '' is not a path"),
         ("train.lr=-1", "train.lr: Input should be greater than or equal to 0"),
         ("train.batch_size=2.5", "train.batch_size: Input should be a valid integer"),
         ("train.batch_size=true", "train.batch_size: Input should be a valid integer"),
@@ -40,7 +63,7 @@ def test_wrong_value_is_one_line_that_names_key_and_file(item: str, says: str) -
     message = str(caught.value)
     assert says in message
     assert "\n" not in message
-    assert "digits.toml" in message or item in message
+    assert "digits.toml" in message or item[:200] in message
 
 
 NUMERIC = [entry for entry in list_recipe_keys() if "number" in entry.type or "integer" in entry.type]
@@ -137,6 +160,45 @@ def test_identity_leaves_out_execution_keys_and_nothing_else() -> None:
 def test_whole_and_decimal_numbers_are_the_same_recipe() -> None:
     one, other = (load_recipe("digits", [f"incubate.train.epochs={n}"]) for n in ("7", "7.0"))
     assert one.identity == other.identity
+
+
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ("slurm.time=01:00:00", "01:00:00"),
+        ("slurm.time=2026-01-01", "2026-01-01"),
+        ("slurm.time=60", "60"),
+        ("slurm.time=true", "true"),
+        ("slurm.time=nan", "nan"),
+        ("slurm.time=[1]", "[1]"),
+        ("slurm.time=1\nnodes = 2", "1\nnodes = 2"),
+        ('slurm.time="01:00:00"', "01:00:00"),
+        ("slurm.gate.time=01:00:00", "01:00:00"),
+    ],
+)
+def test_text_of_a_key_that_takes_text_is_kept(item: str, expected: str) -> None:
+    kind = "gate" if "gate" in item else "pretrain"
+    assert load_recipe("digits", [item]).slurm.job(kind).time == expected
+
+
+def test_list_of_a_key_that_takes_text_or_lists_is_a_list() -> None:
+    read = [load_recipe("digits", ["meta.init=x", f"meta.select={value}"]).meta.select for value in ("even", "[0, 2]")]
+    assert read == ["even", [0, 2]]
+
+
+def test_time_without_quotes_in_a_recipe_is_refused_with_the_way_to_write_it(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('base = "digits"\n[slurm]\ntime = 01:00:00\n[slurm.gate]\ntime = 5\n')
+    with pytest.raises(ConfigError, match=r'given: 01:00:00\); write it in quotes: slurm.time = "01:00:00"$'):
+        load_recipe(file)
+
+
+def test_all_problems_of_a_recipe_are_listed_up_to_ten() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("digits", ["train.lr=-1", "augment.flip=2", "optim.name=3", "mixup.prob=-1"])
+    assert [key in str(caught.value) for key in ("train.lr", "augment.flip", "mixup.prob")] == [True] * 3
+    with pytest.raises(ConfigError, match=r"a10.*; and 2 more problems$"):
+        load_recipe("digits", [f"train.a{n}=1" for n in range(1, 13)])
 
 
 @pytest.mark.parametrize("name", sorted(list_shipped_recipes()))
