@@ -56,8 +56,16 @@ def summary(text: str) -> Any:
 def plan(text: str) -> Any:
     zeros = ("parameters", "trainable", "forward_flops", "training_flops", "activation_bytes", "optimizer_bytes")
     cost = dict.fromkeys((*zeros, "allreduce_bytes"), 0)
-    row = {"title": text, "depths": [[1]], "cost": cost, "steps": 1, "epochs": 1.0, "total_flops": 1}
-    return tables.plan_table({"recipe": text, "rows": [row]})
+    row = {
+        "title": text,
+        "phase": "pretrain",
+        "module": None,
+        "cost": cost,
+        "steps": 1,
+        "epochs": 1.0,
+        "total_flops": 1,
+    }
+    return tables.plan_table({"recipe": text, "target_depths": [[1]], "meta_depths": [[1]], "rows": [row]})
 
 
 def sharding(text: str) -> Any:
