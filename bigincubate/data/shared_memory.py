@@ -6,8 +6,10 @@ import atexit
 import fcntl
 import os
 import secrets
+import signal
 import tempfile
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +25,7 @@ def claim_memory_prefix() -> int:
     Raises:
         SystemResourceError: If the folder for locks belongs to another user.
     """
+    _start_resource_tracker()
     folder = runtime_dir()
     with file_lock(folder / "claims"):
         for file in folder.glob("*.claim"):
@@ -40,6 +43,19 @@ def claim_memory_prefix() -> int:
     # registered before streaming's exit handlers, so it runs after them
     atexit.register(_release_claim, prefix, claim, os.getpid())
     return prefix
+
+
+def _start_resource_tracker() -> None:
+    """Start multiprocessing's process that tracks shared memory, so that Slurm's signals do not end it.
+
+    Slurm sends the signals that stop training to every process of a job step. The tracker ignores SIGINT and SIGTERM.
+    """
+    signals = {signal.SIGUSR1, signal.SIGUSR2}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # the tracker inherits the mask
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _release_claim(prefix: int, claim: IO[str], owner: int) -> None:

@@ -8,6 +8,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
@@ -227,3 +229,20 @@ def test_ranks_that_never_start_are_an_error(monkeypatch: pytest.MonkeyPatch) ->
         return "no error"
 
     assert re.search(rf"the 2 ranks did not all connect to 127.0.0.1:{port} \(.*\); check", in_a_child(join))
+
+
+def test_signals_of_slurm_do_not_end_the_tracker_of_shared_memory() -> None:
+    """In a new process, because the tracker starts only once."""
+    code = (
+        "import os, signal, time\n"
+        "from multiprocessing import resource_tracker\n"
+        "from bigincubate.data.shared_memory import claim_memory_prefix\n"
+        "claim_memory_prefix()\n"
+        "pid = resource_tracker._resource_tracker._pid\n"
+        "for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):\n"
+        "    os.kill(pid, number)\n"
+        "time.sleep(0.2)\n"
+        "print(os.waitpid(pid, os.WNOHANG), signal.pthread_sigmask(signal.SIG_BLOCK, []))\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.stdout, ended.stderr) == ("(0, 0) set()\n", "")
