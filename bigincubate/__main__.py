@@ -32,10 +32,14 @@ def main() -> None:
         signal.signal(signal.SIGINT, interrupt)
     try:
         from .cli import main as run_command_line
+
+        run_command_line()
     except KeyboardInterrupt:
         print(f"bigincubate: {INTERRUPTED}", file=sys.stderr, flush=True)
         raise SystemExit(Exit.INTERRUPTED) from None
-    run_command_line()
+    finally:
+        if interrupts:  # Python is about to remove the handler
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
+from ..errors import SystemResourceError
 from .app import JsonOption, RunArgument, RunsArgument, app, console, parse_path, say, say_json
 
 
@@ -24,7 +25,12 @@ def report(
     from ..report.verify import verify_run
 
     file = out or run.path / "report.html"
-    write_text(file, render_report(read_run(run), list(verify_run(run, everything=False))))
+    page = render_report(read_run(run), list(verify_run(run, everything=False)))
+    try:
+        write_text(file, page)
+    except OSError as error:
+        hint = "; write it to another place with --out FILE" if out is None else ""
+        raise SystemResourceError(f"{file}: {error.strerror}{hint}") from None
     say(str(file))
 
 

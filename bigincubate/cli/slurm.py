@@ -143,9 +143,16 @@ def logs(
 
     from ..launchers.slurm.client import list_job_logs
 
+    modules = run.load_recipe().plan.number
+    if module is not None and module >= modules:
+        raise ConfigError(f"--module {module}: this run has modules 0 to {modules - 1}")
     pattern = f"modules/{module:02d}/logs/*.log" if module is not None else "**/logs/*.log"
-    files = sorted(run.path.glob(pattern)) + list_job_logs(run, module)
+    folders = ("meta", "modules", "finetune", "end_to_end")  # in the order of the pipeline
+    local = [
+        file for name in folders for file in sorted(run.path.glob(pattern)) if file.is_relative_to(run.path / name)
+    ]
+    files = [*local, *list_job_logs(run, module)]
     if not files:
-        raise ArtifactError(f"no logs in {run.path} yet")
+        raise ArtifactError(f"no logs in {run.path} yet" + ("" if module is None else f" of module {module}"))
     with contextlib.suppress(KeyboardInterrupt):
-        subprocess.run(["tail", "-n", str(lines), *(["-F"] if follow else []), *map(str, files)], check=False)
+        subprocess.run(["tail", "-n", str(lines), *(["-F"] if follow else []), "--", *map(str, files)], check=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ArtifactError, ExternalError
 from ..files import read_json, read_json_lines
-from ..launchers.slurm.client import QueuedJob, list_queued_jobs
+from ..launchers.slurm.client import QueuedJob, list_queued_jobs, read_job_trace
 from ..storage.lease import process_start_time
 from ..storage.metrics_log import read_last_metrics
 from ..storage.run_directory import PhaseDir, RunDir
@@ -119,9 +119,9 @@ def _trace_status(row: dict[str, Any], run: RunDir) -> dict[str, Any]:
     """
     if row["state"] in ("done", "running") or row["error"]:
         return {}
-    if text := run.read_job_trace(row["phase"]):
+    if text := read_job_trace(run, row["phase"]):
         return {"error": text} | ({"state": "failed"} if row["state"] == "waiting" else {})
-    gate = run.read_job_trace("gate") if row["state"] == "waiting" else ""
+    gate = read_job_trace(run, "gate") if row["state"] == "waiting" else ""
     return {"error": f"gate: {gate}"} if gate else {}
 
 

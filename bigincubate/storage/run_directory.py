@@ -159,17 +159,6 @@ class RunDir:
         """Return the file of the resolved recipe."""
         return self.path / "recipe.toml"
 
-    def read_job_trace(self, key: str) -> str:
-        """Return why the last Slurm job of a phase, or the gate, could not start bigincubate; empty if it could.
-
-        The scripts in ``slurm/`` write and remove this file.
-        """
-        try:
-            text = read_small_file(self.path / "slurm" / f"{key.replace('/', '-')}.error").decode(errors="replace")
-        except OSError:
-            return ""
-        return text.strip()
-
     def log_event(self, event: str, **fields: Any) -> None:
         """Append an event to ``events.jsonl``."""
         append_json_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **fields})

@@ -68,7 +68,7 @@ LAYERS: dict[str, set[str]] = {
         ),
         *("planning", "report", "storage", "tasks", "training"),
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "errors"},
 }
 HEAVY = {"torch", "timm", "streaming", "torchvision", "numpy", "sklearn", "tensorboard", "PIL", "matplotlib"}
 

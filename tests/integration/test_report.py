@@ -295,3 +295,21 @@ def test_numbers_have_units_and_no_digit_too_many() -> None:
     assert [format_duration(s) for s in (0, 58.93, 59.97, 273, 3599.9, 11100, 200_000)] == [
         *("0.0 s", "58.9 s", "1 min 00 s", "4 min 33 s", "1 h 00 min", "3 h 05 min", "2 d 08 h")
     ]
+
+
+def test_report_of_a_directory_that_cannot_be_written_names_the_option(
+    harness: Harnesses, call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: Path, text: str) -> None:
+        if file.name == "report.html":
+            raise OSError(30, "Read-only file system", str(file.with_name(".report.html.1")))
+        file.write_text(text)
+
+    made = harness("train.max_steps=2")
+    monkeypatch.setattr("bigincubate.files.write_text", refuse)
+    code, _, err = call("report", made.run.path)
+    expected = (
+        f"bigincubate: {made.run.path / 'report.html'}: Read-only file system; write it to another place with --out"
+    )
+    assert (code, err) == (3, f"{expected} FILE\n")
+    assert call("report", made.run.path, "--out", tmp_path / "mine.html")[0] == 0

@@ -142,11 +142,11 @@ def test_job_that_ends_before_python_leaves_a_trace(kind: str, setup: str, says:
 
     assert start() == (5 if setup else 3)
     key = "incubate/3" if kind == "incubate" else kind
-    assert re.fullmatch(rf"job 7(_3)? on \S+: {re.escape(says)}", run.read_job_trace(key))
+    assert re.fullmatch(rf"job 7(_3)? on \S+: {re.escape(says)}", slurm.read_job_trace(run, key))
     if not setup:
         (tmp_path / "fixed").touch()
         assert start() == 0
-        assert run.read_job_trace(key) == ""
+        assert slurm.read_job_trace(run, key) == ""
 
 
 # ------------------------------------------------------------------------------------------------ how a job ends
@@ -221,18 +221,26 @@ def test_modules_beyond_an_array_come_in_another_one(fast: Path, tmp_path: Path)
     assert "--job-name=bigincubate-incubate+1000" in words
 
 
-def test_logs_are_known_by_their_module(tmp_path: Path) -> None:
+def test_logs_are_listed_by_module_and_in_the_order_of_the_pipeline(tmp_path: Path) -> None:
     folder = tmp_path / "slurm"
     folder.mkdir()
-    names = ["incubate_5_7.out", "incubate_5_7.1.out", "incubate+1000_6_7.out", "incubate_7_1.out", "gate_7.out"]
-    for name in names:
-        (folder / f"bigincubate-{name}").touch()
-    assert [file.name for file in list_job_logs(RunDir(tmp_path), 7)] == [
-        "bigincubate-incubate_5_7.1.out",
-        "bigincubate-incubate_5_7.out",
+    incubate = [
+        "incubate_10_2.out",
+        "incubate_5_7.out",
+        "incubate_5_7.0.out",
+        "incubate_5_7.1.out",
+        "incubate_11_7.out",
     ]
-    assert [file.name for file in list_job_logs(RunDir(tmp_path), 1007)] == ["bigincubate-incubate+1000_6_7.out"]
-    assert len(list_job_logs(RunDir(tmp_path))) == len(names)
+    names = ["pretrain_9.out", *incubate, "incubate+1000_6_7.out", "finetune_12.out", "finetune_12.0.out", "gate_7.out"]
+    for name in [*sorted(names), "gate.error", "other_3.out"]:
+        (folder / f"bigincubate-{name}").touch()
+
+    def listed(module: int | None = None) -> list[str]:
+        return [file.name.removeprefix("bigincubate-") for file in list_job_logs(RunDir(tmp_path), module)]
+
+    assert listed() == names
+    assert listed(7) == incubate[1:]
+    assert listed(1007) == ["incubate+1000_6_7.out"]
     assert job_name("incubate", 1000) == "bigincubate-incubate+1000"
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import MissingDependencyError, SystemResourceError
+from ...files import read_small_file
 from ...storage.run_directory import RunDir
 
 JOB_NAME_PREFIX = "bigincubate-"
@@ -173,16 +174,38 @@ def query_max_array_size() -> int:
     return int(found[1]) if found else DEFAULT_MAX_ARRAY_SIZE
 
 
+LOG_NAME = re.compile(
+    rf"{JOB_NAME_PREFIX}(?P<kind>[a-z_]+)(?:\+(?P<offset>\d+))?_(?P<job>\d+)(?:_(?P<index>\d+))?(?:\.(?P<rank>\d+))?\.out"
+)
+KINDS = ("pretrain", "incubate", "finetune", "end_to_end", "gate")
+
+
 def list_job_logs(run: RunDir, module: int | None = None) -> list[Path]:
-    """Return the logs of jobs and of their ranks, of the whole run or of one module."""
-    files = sorted((run.path / "slurm").glob(f"{JOB_NAME_PREFIX}*.out"))
-    return [file for file in files if module is None or _module_of_log(file) == module]
+    """Return the logs of jobs and of their ranks, of the whole run or of one module, in the order of the pipeline.
+
+    A job is followed by its ranks, and a job that was submitted again by the later one.
+    """
+    found = []
+    for file in (run.path / "slurm").glob(f"{JOB_NAME_PREFIX}*.out"):
+        if (name := LOG_NAME.fullmatch(file.name)) is None or name["kind"] not in KINDS:
+            continue
+        own = int(name["offset"] or 0) + int(name["index"]) if name["index"] else None
+        if module in (None, own):
+            order = KINDS.index(name["kind"]), -1 if own is None else own, int(name["job"]), int(name["rank"] or -1)
+            found.append((order, file))
+    return [file for _, file in sorted(found)]
 
 
-def _module_of_log(log: Path) -> int | None:
-    """Return the module of a log: ``bigincubate-incubate+1000_12_7.0.out`` belongs to module 1007."""
-    found = re.fullmatch(rf"{job_name('incubate')}(?:\+(\d+))?_\d+_(\d+)(?:\.\d+)?\.out", log.name)
-    return int(found[1] or 0) + int(found[2]) if found else None
+def read_job_trace(run: RunDir, key: str) -> str:
+    """Return why the last job of a phase, or the gate, could not start bigincubate; empty if it could.
+
+    The scripts in ``slurm/`` write and remove this file.
+    """
+    try:
+        text = read_small_file(run.path / "slurm" / f"{key.replace('/', '-')}.error").decode(errors="replace")
+    except OSError:
+        return ""
+    return text.strip()
 
 
 def cancel_jobs(run: RunDir) -> list[str]:
