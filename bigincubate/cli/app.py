@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_args
 
 import typer
 from typer import Argument, Option
@@ -60,7 +60,14 @@ SetOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a recipe key: --set train.lr=1e-3")
 ]
 LogLevelOption = Annotated[
-    LogLevel, Option("--log-level", envvar=LEVEL_VARIABLE, help="The lowest level that logs show.")
+    LogLevel,
+    Option(
+        "--log-level",
+        envvar=LEVEL_VARIABLE,
+        show_envvar=False,  # typer cuts a name of this length
+        metavar="LEVEL",
+        help=f"The lowest level that logs show: {', '.join(get_args(LogLevel))}. Also: the variable {LEVEL_VARIABLE}.",
+    ),
 ]
 JsonOption = Annotated[bool, Option("--json", help="Print JSON.")]
 RunArgument = Annotated[RunDir, Argument(metavar="DIR", parser=parse_run_dir, help="A run directory.")]
@@ -84,7 +91,10 @@ def _options(
 
 
 def console() -> Any:
-    """Return a rich console. Output to a pipe is 200 columns wide, so that tables are not wrapped."""
+    """Return a rich console. Output to a pipe is 200 columns wide, so that tables are not wrapped.
+
+    Square brackets in names and paths are not markup.
+    """
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 200, markup=False, emoji=False, highlight=False)
@@ -175,6 +185,7 @@ def say_json(value: Any) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print a one-line error to standard error and exit with ``code``."""
-    print(f"bigincubate: {message}", file=sys.stderr, flush=True)
+    """Print a one-line error to standard error and exit with ``code``. Control characters are printed as escapes."""
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    print(f"bigincubate: {line}", file=sys.stderr, flush=True)
     raise SystemExit(code)

@@ -31,6 +31,9 @@ VerifyDataOption = Annotated[
     Option("--verify-data", help="Hash every data shard first, even if it was hashed before and did not change."),
 ]
 
+# as text; int() also accepts digits of other scripts, and fails on thousands of digits
+NUMBER = r"0|[1-9][0-9]{0,8}"
+
 
 @app.command()
 def plan(
@@ -58,7 +61,7 @@ def plan(
     from ..config import load_recipe
 
     loaded = load_recipe(recipe, sets or ())
-    if world is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", world):
+    if world is not None and not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", world):
         raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
     from ..api import plan as count_costs
 
@@ -68,15 +71,17 @@ def plan(
         say_json(costs)
         return
     from ..report.console_tables import cluster_table, plan_table, sharding_tables
+    from ..report.units import format_flops_column
 
     console().print(plan_table(costs), "")
     for table in sharding_tables(costs) if sharding or world else ():
         console().print(table, "")
     own, baseline = costs["incubation_flops"], costs["end_to_end_flops"]
+    unit, (shown, shown_baseline) = format_flops_column([own, baseline])
     ratio = f"{own / baseline:.3f} times the" if baseline else "compared with the"
     say(
-        f"incubation: {own / 1e15:.4g} PFLOPs in total, {100 * costs['finetune_share']:.1f}% of them for fine-tuning;"
-        f" {ratio} {baseline / 1e15:.4g} PFLOPs of end-to-end training"
+        f"incubation: {shown} {unit} in total, {100 * costs['finetune_share']:.1f}% of them for fine-tuning;"
+        f" {ratio} {shown_baseline} {unit} of end-to-end training"
     )
     if cluster is not None:
         console().print("", cluster_table(costs["cluster"]))
@@ -88,9 +93,13 @@ def run(
     directory: RunDirOption,
     jobs: Annotated[
         int | None,
-        Option(min=1, help="Number of phases to run in parallel (default: number of cores, or what --co-train needs)."),
+        Option(
+            min=1,
+            metavar="N",
+            help="Number of phases to run in parallel (default: number of cores, or what --co-train needs).",
+        ),
     ] = None,
-    nproc: Annotated[int, Option(min=1, help="Number of ranks that train each phase.")] = 1,
+    nproc: Annotated[int, Option(min=1, metavar="N", help="Number of ranks that train each phase.")] = 1,
     sets: SetOption = None,
     baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
     small: Annotated[
@@ -162,7 +171,7 @@ def train(
     from ..launchers.slurm.environment import array_index, set_torchrun_variables
 
     stop_with_parent()
-    if module is not None and module != "auto" and not module.isdigit():
+    if module is not None and module != "auto" and not re.fullmatch(NUMBER, module):
         raise ConfigError(f"--module {module}: expected a number, or auto")
     number = array_index() if module == "auto" else None if module is None else int(module)
     set_torchrun_variables()

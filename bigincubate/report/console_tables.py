@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..tasks.metric import Metric, planned_metrics
+from .units import format_flops_column
 
 if TYPE_CHECKING:
     from ..planning.cost import PlannedRow
@@ -76,23 +77,27 @@ def row_depths(plan: dict[str, Any], row: dict[str, Any]) -> list[list[int]]:
 
 def plan_table(plan: dict[str, Any]) -> Table:
     """Return a table of the cost of each phase."""
-    columns = ["phase", "depths", "params M", "train M", "fwd GF", "train GF", "act MiB", "opt MiB", "sync MiB"]
-    table = TextTable(f"{plan['recipe']}: cost of each phase", [*columns, "steps", "epochs", "total PF"])
-    for row in plan["rows"]:
-        cost = row["cost"]
+    costs = [row["cost"] for row in plan["rows"]]
+    forward_unit, forward = format_flops_column([cost["forward_flops"] for cost in costs], 3)
+    training_unit, training = format_flops_column([cost["training_flops"] for cost in costs])
+    total_unit, total = format_flops_column([row["total_flops"] for row in plan["rows"]])
+    flops = [f"fwd {forward_unit.removesuffix('LOPs')}", f"train {training_unit.removesuffix('LOPs')}"]  # GF for GFLOPs
+    columns = ["phase", "depths", "params M", "train M", *flops, "act MiB", "opt MiB", "sync MiB", "steps", "epochs"]
+    table = TextTable(f"{plan['recipe']}: cost of each phase", [*columns, f"total {total_unit.removesuffix('LOPs')}"])
+    for row, cost, *cells in zip(plan["rows"], costs, forward, training, total, strict=True):
         table.add_row(
             row["title"],
             format_depths(row_depths(plan, row)),
             f"{cost['parameters'] / 1e6:.2f}",
             f"{cost['trainable'] / 1e6:.2f}",
-            f"{cost['forward_flops'] / 1e9:.3g}",
-            f"{cost['training_flops'] / 1e9:.4g}",
+            cells[0],
+            cells[1],
             f"{cost['activation_bytes'] / 2**20:.2f}",
             f"{cost['optimizer_bytes'] / 2**20:.2f}",
             f"{cost['allreduce_bytes'] / 2**20:.2f}",
             str(row["steps"]),
             f"{row['epochs']:g}",
-            f"{row['total_flops'] / 1e15:.4g}",
+            cells[2],
         )
     return table
 
@@ -174,14 +179,15 @@ def summary_table(name: str, summary: dict[str, Any], planned: Iterable[PlannedR
     rows, metrics = summary_rows(summary), {row.key: row.metrics for row in planned}
     columns = metric_columns(metrics[key] for _, key, _ in rows)
     unit = common_unit(result["unit"] for *_, result in rows)
-    table = TextTable(f"{name}: results", ["phase", *(metric.column for metric in columns), "seconds", unit, "GFLOPs"])
-    for title, _, result in rows:
+    flops_unit, flops = format_flops_column([result["flops"] for *_, result in rows])
+    table = TextTable(f"{name}: results", ["phase", *(metric.column for metric in columns), "seconds", unit, flops_unit])
+    for (title, _, result), cell in zip(rows, flops, strict=True):
         table.add_row(
             title,
             *(metric.text(metric.value_in(result)) for metric in columns),
             f"{result['seconds']:.1f}",
             f"{result['seen']:,}",
-            f"{result['flops'] / 1e9:,.0f}",
+            cell,
         )
     return table
 
@@ -191,8 +197,9 @@ def compare_table(routes: Sequence[tuple[str, TrainingRoute]]) -> Table:
     metrics = metric_columns(route.last.metrics for _, route in routes)
     unit = common_unit(route.last.unit for _, route in routes)
     scores = [*(metric.column for metric in metrics), "meta", "hybrids", "assembled"]
-    table = TextTable("comparison of runs", ["run", *scores, "epochs", unit, "TFLOPs", "seconds", "missing"])
-    for label, route in routes:
+    flops_unit, flops = format_flops_column([route.spent["flops"] for _, route in routes])
+    table = TextTable("comparison of runs", ["run", *scores, "epochs", unit, flops_unit, "seconds", "missing"])
+    for (label, route), cell in zip(routes, flops, strict=True):
         hybrids = [phase.headline.text(phase.score) for phase in route.hybrid_range]
         table.add_row(
             label,
@@ -202,7 +209,7 @@ def compare_table(routes: Sequence[tuple[str, TrainingRoute]]) -> Table:
             route.last.headline.text(route.last.headline.value_in(route.assembled)),
             f"{route.spent['epochs']:.4g}",
             f"{route.spent['seen']:,.0f}",
-            f"{route.spent['flops'] / 1e12:,.4g}",
+            cell,
             f"{route.spent['seconds']:,.1f}",
             ", ".join(route.missing) or "-",
         )

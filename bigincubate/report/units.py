@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..tasks.metric import Metric
 
@@ -14,6 +14,13 @@ def choose_prefix(values: Iterable[float]) -> tuple[float, str]:
     """Return the factor and SI prefix for which the largest value has one to three digits before the decimal point."""
     largest = max(values, default=0)
     return next(((factor, sign) for factor, sign in PREFIXES if largest >= 0.9995 * factor), (1.0, ""))
+
+
+def format_flops_column(values: Sequence[float], digits: int = 4) -> tuple[str, list[str]]:
+    """Return the unit of a column of FLOPs, up to ``PFLOPs``, chosen by the largest value, and the cells."""
+    factor, sign = choose_prefix(min(value, 1e17) for value in values)
+    scaled = [value / factor for value in values]
+    return f"{sign}FLOPs", [f"{value:,.0f}" if value >= 1000 else f"{value:.{digits}g}" for value in scaled]
 
 
 def format_three_digits(value: float) -> str:

@@ -40,7 +40,7 @@ from typing import Any
 
 from ..config import Phase, Recipe, differences, load_recipe
 from ..errors import ArtifactError, ConfigError, DataError
-from ..files import append_json_line, read_json, read_small_file, write_json, write_text
+from ..files import append_json_line, read_json, write_json, write_text
 from .lease import current_owner
 
 START_RATE = "start_rate.json"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import iterate_commands
 from forked import Command, run
 
 from bigincubate import __version__
@@ -44,7 +45,7 @@ def test_plan_prints_every_phase(call: Called) -> None:
     code, out, _ = call("plan", "digits")
     assert code == 0
     assert "module 3" in out
-    assert re.search(r"incubation: .* PFLOPs in total", out)
+    assert re.search(r"incubation: [\d.]{3,6} TFLOPs in total", out)
     assert max(map(len, out.splitlines())) > 80  # not folded to a terminal that is not there
 
 
@@ -281,3 +282,19 @@ def test_status_watch_ends_with_ctrl_c(done: Any, call: Called, monkeypatch: pyt
     code, out, err = call("status", done.run.path, "--watch")
     assert (code, err, naps) == (0, "", [2, 2, 2])
     assert "fine-tuning" in out
+
+
+@pytest.mark.parametrize("command", [" ".join(words) for words, _ in iterate_commands()])
+def test_help_is_not_cut_at_80_columns(command: str, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = call(*command.split(), "--help")
+    assert code == 0
+    assert "…" not in out.replace("N,N,…", "").replace("DIR…", "").replace("=…", "")
+
+
+def test_flops_of_a_column_have_the_unit_of_the_largest() -> None:
+    from bigincubate.report.units import format_flops_column
+
+    assert format_flops_column([2.5e9, 2.5e8, 0]) == ("GFLOPs", ["2.5", "0.25", "0"])
+    assert format_flops_column([4.7381e19, 1e15]) == ("PFLOPs", ["47,381", "1"])
+    assert format_flops_column([]) == ("FLOPs", [])
