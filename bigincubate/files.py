@@ -19,6 +19,7 @@ from typing import Any
 from .errors import ConfigError
 
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)  # of the environment, in a path
+MAX_PATH_BYTES, MAX_PATH_FOLDERS = 4096, 500  # PATH_MAX of Linux; pathlib creates folders by recursion
 
 
 def expand_path(text: str | Path, base: Path | None = None) -> Path:
@@ -32,7 +33,7 @@ def expand_path(text: str | Path, base: Path | None = None) -> Path:
         base: Folder that a relative path is relative to; None for the working directory.
 
     Raises:
-        ConfigError: The path is empty, is not UTF-8, has a NUL character, or names a variable that is not set.
+        ConfigError: The path is empty, too long or not UTF-8, has a NUL character, or names a variable that is not set.
     """
     given = str(text)
     if not given or "\0" in given:
@@ -44,9 +45,11 @@ def expand_path(text: str | Path, base: Path | None = None) -> Path:
             f"the environment variable {unset[0]} is not set in {given!r}; set it, or write out its value"
         )
     try:
-        path.encode()
+        too_long = len(path.encode()) >= MAX_PATH_BYTES or path.count("/") > MAX_PATH_FOLDERS
     except UnicodeEncodeError:  # Python keeps bytes of a file name that are not UTF-8 as lone surrogates
         raise ConfigError(f"{path!r} is not UTF-8; rename it, or use a symbolic link with another name") from None
+    if too_long:
+        raise ConfigError(f"{path[:200]!r}… is too long for a path of {len(path)} characters")
     return Path(path)
 
 

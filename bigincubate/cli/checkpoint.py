@@ -27,11 +27,12 @@ def checkpoint_list(folder: CheckpointsArgument, as_json: JsonOption = False) ->
 @checkpoint_app.command("verify")
 def checkpoint_verify(folder: CheckpointsArgument) -> None:
     """Hash every file of every committed checkpoint. The exit code is 6 if one is damaged."""
+    from ..files import quote_path
     from ..storage.checkpoint_tools import list_checkpoints
 
     rows = [row for row in list_checkpoints(folder) if row["committed"]]
     if not rows:
-        raise ArtifactError(f"{folder} has no committed checkpoint")
+        raise ArtifactError(f"{quote_path(folder)} has no committed checkpoint")
     for row in rows:
         if row["problem"] is None:
             say(f"valid  {row['path']}")

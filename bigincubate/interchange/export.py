@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import PHASES, Recipe
 from ..errors import ArtifactError, ConfigError, format_command
-from ..files import read_json, regular_file_size
+from ..files import quote_path, read_json, regular_file_size
 from ..models.library import find_family
 from ..models.partition import Partition
 from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact
@@ -35,7 +35,7 @@ def best_artifact(run: RunDir) -> Path:
         if (folder / "manifest.json").exists():
             return folder
     resume = format_command("run", run.recipe_file, "--run-dir", run.path)
-    raise ArtifactError(f"{run.path} has no finished model yet; continue with: {resume}")
+    raise ArtifactError(f"{quote_path(run.path)} has no finished model yet; continue with: {resume}")
 
 
 def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:

@@ -14,7 +14,7 @@ from ..data.dataset import DatasetInfo, describe_dataset, open_dataset
 from ..data.file_locks import file_lock
 from ..data.partitions import dataset_digest_for_module, partition_by_class
 from ..errors import ConfigError
-from ..files import read_json, write_json
+from ..files import quote_path, read_json, write_json
 from ..storage.lease import acquire_lease_when_free
 from ..storage.run_directory import RunDir
 from ..tasks.metric import planned_metrics
@@ -160,8 +160,8 @@ def _check_change(
         return
     if stored is not None and stored["data"] != data.digest:
         raise ConfigError(
-            f"{run.path} was created with other data than {data.path} (digest {stored['data'][:12]}…, now"
-            f" {data.digest[:12]}…); use another --run-dir, or the original data"
+            f"{quote_path(run.path)} was created with other data than {quote_path(data.path)}"
+            f" (digest {stored['data'][:12]}…, now {data.digest[:12]}…); use another --run-dir, or the original data"
         )
     before = run.load_recipe()
     if changed := differences(before, recipe):

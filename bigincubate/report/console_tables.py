@@ -180,7 +180,9 @@ def summary_table(name: str, summary: dict[str, Any], planned: Iterable[PlannedR
     columns = metric_columns(metrics[key] for _, key, _ in rows)
     unit = common_unit(result["unit"] for *_, result in rows)
     flops_unit, flops = format_flops_column([result["flops"] for *_, result in rows])
-    table = TextTable(f"{name}: results", ["phase", *(metric.column for metric in columns), "seconds", unit, flops_unit])
+    table = TextTable(
+        f"{name}: results", ["phase", *(metric.column for metric in columns), "seconds", unit, flops_unit]
+    )
     for (title, _, result), cell in zip(rows, flops, strict=True):
         table.add_row(
             title,

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 
 from ..config import ModelConfig, TaskConfig, describe_changes
 from ..errors import ArtifactError, LockedError, NonFiniteError
-from ..files import fsync_path, hash_file, make_folder, regular_file_size, write_and_hash, write_text
+from ..files import fsync_path, hash_file, make_folder, quote_path, regular_file_size, write_and_hash, write_text
 from .checkpoint_manager import COMMIT_MARKER, read_committed_manifest
 from .lease import Lease
 from .sharded_tensors import full_tensor, write_sharded_tensors
@@ -143,7 +143,7 @@ def load_manifest(folder: Path) -> ArtifactManifest:
     try:
         return ArtifactManifest.model_validate_json(read_committed_manifest(current))
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ArtifactError(f"no artifact in {folder}: {error.filename} is missing") from None
+        raise ArtifactError(f"no artifact in {quote_path(folder)}: {error.filename} is missing") from None
     except OSError as error:
         raise ArtifactError(f"{error.filename}: {error.strerror}") from None
     except ValidationError as error:

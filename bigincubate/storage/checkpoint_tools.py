@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, ConfigError, DamagedError
-from ..files import read_json, read_small_file, write_and_hash
+from ..files import quote_path, read_json, read_small_file, write_and_hash
 from .checkpoint_manager import (
     COMMIT_MARKER,
     STATE_FILE,
@@ -48,7 +48,9 @@ def list_checkpoints(path: Path) -> list[dict[str, Any]]:
         folders = sorted(steps, key=lambda folder: (folder.parent, steps[folder], folder))
     rows = [row for folder in folders if (row := _describe_checkpoint(folder))]
     if not rows:
-        raise ArtifactError(f"no checkpoints in {path}; give a run directory, a phase's directory or a checkpoint")
+        raise ArtifactError(
+            f"no checkpoints in {quote_path(path)}; give a run directory, a phase's directory or a checkpoint"
+        )
     return rows
 
 

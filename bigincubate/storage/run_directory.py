@@ -40,7 +40,7 @@ from typing import Any
 
 from ..config import Phase, Recipe, differences, load_recipe
 from ..errors import ArtifactError, ConfigError, DataError
-from ..files import append_json_line, read_json, write_json, write_text
+from ..files import append_json_line, quote_path, read_json, write_json, write_text
 from .lease import current_owner
 
 START_RATE = "start_rate.json"
@@ -170,7 +170,7 @@ class RunDir:
             ConfigError: The path is a file.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise ConfigError(f"{self.path} is a file; give a directory with --run-dir")
+            raise ConfigError(f"{quote_path(self.path)} is a file; give a directory with --run-dir")
         if not self.recipe_file.exists() and write_text(self.recipe_file, recipe.toml(), exclusive=True):
             self.log_event("created", recipe=recipe.name)
 
@@ -204,7 +204,7 @@ class RunDir:
             ArtifactError: This is not a run directory.
         """
         if not self.recipe_file.exists():
-            raise ArtifactError(f"{self.path} is not a run directory (no recipe.toml in it)")
+            raise ArtifactError(f"{quote_path(self.path)} is not a run directory (no recipe.toml in it)")
         return load_recipe(str(self.recipe_file))
 
     def data_path(self, recipe: Recipe) -> Path:

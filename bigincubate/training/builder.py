@@ -14,6 +14,7 @@ from ..config.seeds import INIT, stable_seed
 from ..data.micro_batches import count_micro_batches
 from ..data.partitions import assert_partition_allowed
 from ..errors import ArtifactError, format_command
+from ..files import quote_path
 from ..interchange.pretrained import pretrained_meta
 from ..models.activation_checkpointing import checkpoint_activations
 from ..models.base import Depths
@@ -192,7 +193,7 @@ def _require_meta_model(run: RunDir) -> None:
         load_manifest(run.phase("pretrain").artifact)
     except ArtifactError:
         train = format_command("train", run.recipe_file, "--run-dir", run.path, "--phase", "pretrain")
-        raise ArtifactError(f"the meta model is missing in {run.path}; train it with: {train}") from None
+        raise ArtifactError(f"the meta model is missing in {quote_path(run.path)}; train it with: {train}") from None
 
 
 def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], ArtifactManifest]]:
