@@ -2,6 +2,7 @@
 # make test      install with the test extras, then run the tests (what CI runs)
 # make test-gpu tests on a GPU (docs/gpu.md has results). DEVICE=cpu: at toy size, on the CPU
 # make test-full only the long tests; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
+# make fuzz      odd values of every option and recipe key, for SECONDS from the seed SEED; prints what fails
 # make test-slurm runs on a real Slurm on this machine, 20 of them with faults (docs/reliability.md); run again, it resumes
 # make test-faults all trials of every fault, then docs/reliability.md; run again, it resumes. MINUTES: limit per scenario
 SHELL := /bin/bash
@@ -13,8 +14,10 @@ RUN ?= runs/digits
 JOBS ?= 2
 TEST_JOBS ?= 2
 MINUTES ?= 60
+SECONDS ?= 3600
+SEED ?= 1000000
 
-.PHONY: demo test test-gpu test-full test-slurm test-faults lint format clean
+.PHONY: demo test test-gpu test-full fuzz test-slurm test-faults lint format clean
 
 # one thread per process on every machine: the layout that the README's numbers come from
 demo: $(VENV)/.installed
@@ -28,6 +31,9 @@ test-gpu: $(VENV)/.installed-dev
 
 test-full: $(VENV)/.installed-dev
 	BIGINCUBATE_CIFAR100="$(DATA)" $(BIN)/python -m pytest -m full
+
+fuzz: $(VENV)/.installed-dev
+	FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/integration/test_fuzz.py -k random_round
 
 test-faults: $(VENV)/.installed-dev
 	FAULTS=full FAULTS_MINUTES=$(MINUTES) $(BIN)/python -m pytest tests/faults

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
+from io import TextIOWrapper
 from typing import NoReturn
 
 from ..errors import INTERRUPTED, BigincubateError, Exit
@@ -12,6 +15,11 @@ from .app import app, discard_unread_output, fail
 
 def main() -> NoReturn:
     """Run the command line and exit with a documented code. User errors print one line without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # a file name may have bytes that are not UTF-8, and a terminal may not know all characters
+        if isinstance(stream, TextIOWrapper):
+            with suppress(OSError):  # it is closed
+                stream.reconfigure(errors="backslashreplace")
     with discard_unread_output():
         _run()
 
@@ -25,6 +33,8 @@ def _run() -> NoReturn:
         fail(INTERRUPTED, Exit.INTERRUPTED)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), Exit.ENVIRONMENT)
+    except MemoryError:
+        fail("not enough memory on this machine; use smaller models, images or batches", Exit.ENVIRONMENT)
     except Exception as error:
         # usage errors of the argument parser, whose class is in a different module in each version of typer
         if not hasattr(error, "format_message"):

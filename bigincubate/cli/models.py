@@ -33,7 +33,7 @@ def data_prepare(
     out: Annotated[Path, Option(metavar="DIR", parser=parse_path, help="The output folder.")],
     jobs: Annotated[int, Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
     val_fraction: Annotated[
-        float, Option(min=0.0, max=0.9, help="Fraction of each class to hold out if there is no validation split.")
+        float, Option(metavar="X", help="Fraction of each class to hold out if there is no validation split.")
     ] = 0.2,
     parts: Annotated[
         int | None, Option(min=1, help="Also divide the training images into N partitions, for data.decentralized.")
@@ -62,6 +62,8 @@ def data_prepare(
     from ..data.partitions import partition_by_class, partition_by_hash, partition_from_file
     from ..data.prepare import prepare_dataset
 
+    if not 0 < val_fraction <= 0.9:
+        raise ConfigError(f"--val-fraction {val_fraction}: expected a fraction greater than 0 and at most 0.9")
     ways = {"class": partition_by_class, "hash": partition_by_hash}
     if balanced not in ways:
         raise ConfigError(f"--balanced {balanced}: expected class or hash")

@@ -114,9 +114,12 @@ def handle_job_exit(
     module: Annotated[int | None, Option()] = None,
 ) -> None:
     """Record the end of a Slurm job as done or failed, or requeue the job."""
+    from ..config import PHASES
     from ..launchers.slurm import requeue
 
-    code, why = requeue.handle_job_exit(run.phase(phase, module), job, code)  # type: ignore[arg-type]
+    if phase not in PHASES or (module is not None) != (phase == "incubate") or (module or 0) < 0:
+        raise ConfigError(f"--phase {phase}: expected one of {', '.join(PHASES)}, and --module only for incubate")
+    code, why = requeue.handle_job_exit(run.phase(phase, module), job, code)
     say(f"job {job}: {why}")
     raise SystemExit(code)
 
@@ -141,6 +144,7 @@ def logs(
     """Print the last lines of a run's logs, from Slurm jobs and local processes."""
     import subprocess
 
+    from ..files import quote_path
     from ..launchers.slurm.client import list_job_logs
 
     modules = run.load_recipe().plan.number
@@ -153,6 +157,8 @@ def logs(
     ]
     files = [*local, *list_job_logs(run, module)]
     if not files:
-        raise ArtifactError(f"no logs in {run.path} yet" + ("" if module is None else f" of module {module}"))
+        raise ArtifactError(
+            f"no logs in {quote_path(run.path)} yet" + ("" if module is None else f" of module {module}")
+        )
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(["tail", "-n", str(lines), *(["-F"] if follow else []), "--", *map(str, files)], check=False)

@@ -12,14 +12,14 @@ OBJECT_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII
 
 
 def load_object(name: str, *, key: str) -> Any:
-    """Return the object that ``name`` refers to, importing its module.
+    """Return the function or class that ``name`` refers to, importing its module.
 
     Args:
         name: ``"package.module:attribute"``.
         key: The recipe key or environment variable with the value ``name``, for the error message.
 
     Raises:
-        ConfigError: ``name`` is malformed, its module cannot be imported, or the module has no such attribute.
+        ConfigError: ``name`` is malformed, its module cannot be imported, or has no such function or class.
     """
     if not OBJECT_NAME.fullmatch(name):
         raise ConfigError(f"{key} = {name!r}: expected package.module:attribute, such as mypackage.extras:MyClass")
@@ -32,4 +32,6 @@ def load_object(name: str, *, key: str) -> Any:
         ) from None
     if not hasattr(loaded, attribute):
         raise ConfigError(f"{key} = {name!r}: {module} has no attribute {attribute!r}; correct the name")
-    return getattr(loaded, attribute)
+    if not callable(found := getattr(loaded, attribute)):
+        raise ConfigError(f"{key} = {name!r}: this is a {type(found).__name__}, expected a function or a class")
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
@@ -51,6 +52,22 @@ def one_of_or_object(*names: str) -> AfterValidator:
         return value
 
     return AfterValidator(check)
+
+
+# timm's options of a RandAugment policy, without those that only other versions of timm know
+RAND_AUGMENT = re.compile(
+    r"rand(-(m\d{1,2}|n\d{1,2}|p[01]?\.\d+|p[01]|mstd\d+(\.\d+)?|mmax\d{1,2}|inc[01]|tweights|t3aw?))*"
+)
+
+
+def _check_rand_augment(policy: str) -> str:
+    """Return the policy. timm ignores options that it does not know, or fails with an assertion."""
+    if policy and not RAND_AUGMENT.fullmatch(policy):
+        raise ValueError(
+            "expected rand with options of timm such as -m9 (magnitude), -n2 (operations), -mstd0.5, -inc1, -p0.5:"
+            ' "rand-m9-mstd0.5-inc1"'
+        )
+    return policy
 
 
 class ConfigTable(BaseModel):
@@ -272,7 +289,7 @@ class AugmentConfig(ConfigTable):
     """Probability of a horizontal flip."""
     color_jitter: NonNegative = 0.0
     """Strength of random changes of brightness, contrast and saturation; 0: off."""
-    rand_augment: str | None = None
+    rand_augment: Annotated[str, AfterValidator(_check_rand_augment)] | None = None
     """RandAugment policy in timm's notation, such as `"rand-m9-mstd0.5-inc1"`."""
     three_augment: bool = False
     """Use DeiT III's 3-Augment: one of grayscale, solarization and Gaussian blur."""

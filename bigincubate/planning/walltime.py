@@ -59,10 +59,10 @@ def parse_cluster(text: str) -> ClusterSpec:
         ConfigError: The text is invalid, or no phase of the run has finished.
     """
     pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
-    patterns = {"nodes": r"[1-9]\d*", "gpus": r"[1-9]\d*", "tflops": r"\d+(\.\d+)?", "rates": r".+"}
+    patterns = {"nodes": r"[1-9]\d{0,8}", "gpus": r"[1-9]\d{0,8}", "tflops": r"\d{1,9}(\.\d{1,9})?", "rates": r".+"}
     one_rate = ("tflops" in pairs) ^ ("rates" in pairs)
     valid = one_rate and len(pairs) == len(text.split(",")) and pairs.keys() <= patterns.keys()
-    if not valid or not all(re.fullmatch(patterns[key], value) for key, value in pairs.items()):
+    if not valid or not all(re.fullmatch(patterns[key], value, re.ASCII) for key, value in pairs.items()):
         raise ConfigError(
             f"--cluster {text}: expected nodes=N,gpus=N and tflops=X (achieved by one GPU) or rates=RUN (measured by a"
             " run), such as nodes=64,gpus=8,tflops=200"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import DataConfig, Settings
 from ..config.objects import load_object
+from ..errors import ConfigError
 from .base import Task
 
 TASKS = {"image_classification": "bigincubate.tasks.image_classification.task:ImageClassification"}
@@ -18,7 +19,10 @@ def task_class(name: str) -> type[Task]:
     Raises:
         ConfigError: There is no such class.
     """
-    return load_object(TASKS.get(name, name), key="task.name")
+    found = load_object(TASKS.get(name, name), key="task.name")
+    if not (isinstance(found, type) and issubclass(found, Task)):
+        raise ConfigError(f"task.name = {name!r}: expected a subclass of bigincubate.tasks.base.Task")
+    return found
 
 
 def make_task(settings: Settings, data: DataConfig) -> Task:
