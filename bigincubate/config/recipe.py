@@ -10,8 +10,9 @@ from typing import Any
 
 from . import sections
 from .schema import iterate_fields
-from .sections import Phase, PhaseConfig, Settings, execution_field
+from .sections import Phase, PhaseConfig, Settings
 from .slurm import SlurmConfig
+from .tables import execution_field
 
 
 class Recipe(Settings):

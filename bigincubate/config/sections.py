@@ -2,57 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import AfterValidator, Field, create_model, model_validator
 
-from .objects import OBJECT_NAME
 from .schema import OverridesOf, PathMark, PathText
+from .tables import (
+    Arguments,
+    ConfigTable,
+    Count,
+    NonNegative,
+    StageDepths,
+    Unit,
+    execution_field,
+    one_of_or_object,
+)
 
 Phase = Literal["pretrain", "incubate", "finetune", "end_to_end"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
-
-Unit = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Depth = Annotated[int, Field(ge=0)]
-StageDepths = list[Depth] | list[list[Depth]]
-
-
-def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a constructor, after refusing numbers in them that are not finite."""
-    for key, value in _flatten(arguments):
-        values = [value]
-        while values:
-            if isinstance(inner := values.pop(), list | dict):
-                values += inner.values() if isinstance(inner, dict) else inner
-            elif isinstance(inner, float) and not math.isfinite(inner):
-                raise ValueError(f"{key}: every number must be finite, not {inner}")
-    return arguments
-
-
-Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
-
-
-def execution_field(default: Any, **constraints: Any) -> Any:
-    """Return a pydantic field of an execution key, which does not affect what is computed."""
-    return Field(default, json_schema_extra={"execution": True}, **constraints)
-
-
-def one_of_or_object(*names: str) -> AfterValidator:
-    """Return a validator that accepts these names and ``package.module:attribute`` (see `load_object`)."""
-
-    def check(value: str) -> str:
-        if value not in names and not OBJECT_NAME.fullmatch(value):
-            raise ValueError(f"expected {' or '.join([*names, 'package.module:attribute'])}")
-        return value
-
-    return AfterValidator(check)
-
 
 # timm's options of a RandAugment policy, without those that only other versions of timm know
 RAND_AUGMENT = re.compile(
@@ -68,32 +37,6 @@ def _check_rand_augment(policy: str) -> str:
             ' "rand-m9-mstd0.5-inc1"'
         )
     return policy
-
-
-class ConfigTable(BaseModel):
-    """Base class of the tables, which are immutable and refuse unknown keys and other types."""
-
-    # defaults are validated too, so that 0 and 0.0 are the same recipe
-    model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        allow_inf_nan=False,
-        validate_default=True,
-        use_attribute_docstrings=True,
-    )
-
-    def flat(self) -> dict[str, Any]:
-        """Return the value of every key that is not None, by dotted key."""
-        return dict(_flatten(self.model_dump(exclude_none=True)))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 class ModelConfig(ConfigTable):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from .schema import OverridesOf, PathMark, PathText
-from .sections import ConfigTable, Count, execution_field
+from .tables import ConfigTable, Count, execution_field
 
 
 class SlurmJobConfig(ConfigTable):

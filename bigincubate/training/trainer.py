@@ -289,7 +289,7 @@ class Trainer:
         return self.rollback["to"] if self.rollback else 0
 
     def check_skipped(self) -> None:
-        """Check that no more steps were skipped than ``train.max_nonfinite``; see :func:`check_skipped_steps`."""
+        """Check that at most ``train.max_nonfinite`` steps were skipped; see :func:`check_skipped_steps`."""
         allowed = self.settings.train.max_nonfinite
         check_skipped_steps(self.row.title, int(self.skipped), self.state.step, self.first_counted_step, allowed)
 
@@ -371,8 +371,7 @@ class Trainer:
         Raises:
             NonFiniteError: The training, a metric or a weight is not finite.
         """
-        steps = self.state.step - self.first_counted_step
-        check_training(self.row.title, self.state.last, int(self.skipped), steps)
+        check_training(self.row.title, self.state.last, int(self.skipped), self.state.step - self.first_counted_step)
         scores = self.evaluate()
         check_finite_metrics(self.task.metrics, scores, self.row.title)
         self.checkpoints.wait()
@@ -435,16 +434,13 @@ class Trainer:
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
         """Write the weights of the model, or of a module under its names in the target, as an artifact."""
         module = self.row.module
+        depths = self.row.depths if module is None else self.context.plan.target
+        start = None if self.row.phase == "end_to_end" else self.recipe.meta.init
         manifest = ArtifactManifest(
             kind="model" if module is None else "module",
             phase=self.row.phase if folder is self.folder else "assembled",
             module=module,
-            model=describe_model(
-                self.task,
-                self.row.depths if module is None else self.context.plan.target,
-                records=self.data.schema.metadata,
-                initial_weights=None if self.row.phase == "end_to_end" else self.recipe.meta.init,
-            ),
+            model=describe_model(self.task, depths, records=self.data.schema.metadata, initial_weights=start),
             weights=export,
             identity=self.planned.identity,
             data=self.data.digest,
