@@ -84,6 +84,19 @@ SCENARIOS = (
         few=91,
     ),
     Scenario(
+        "odd-data",
+        "odd and damaged images",
+        "A random folder of images is prepared: 18 combinations of format and pixel type (1, 8, 16 and 32 bits, CMYK,"
+        " palettes, EXIF orientations), four layouts of the splits, and odd entries: empty, truncated and damaged"
+        " files, values out of range, broken links, links to themselves, to other files and to folders, hidden and"
+        " thumbnail folders, pipes, other files, names that are not UTF-8, image files without a known suffix.",
+        "every readable image is in the data exactly once, with its class; all unreadable files are named in one list,"
+        " and left out only with `--skip-bad`; nothing else is read; every class has a training image",
+        full=500,
+        few=15,
+        total=("images", "unreadable", "skipped"),
+    ),
+    Scenario(
         "history",
         "checkpoints under random sequences of faults",
         "Saves, power losses at random moments of a save or of its pruning, restarts, and damage to the newest"
