@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +104,10 @@ def test_module_that_failed_is_submitted_again_by_the_gate_alone(
     blocked = run.path / "modules" / "01"
     blocked.parent.mkdir(parents=True)
     blocked.write_text("no directory")  # module 1 cannot be trained
-    assert bigincubate("submit", fast, "--run-dir", run.path, *words("train.max_steps=2")).returncode == 0
+    sets = words("train.max_steps=2", "data.workers=1")
+    # at a site whose jobs get no environment: what they need is in their arguments
+    submitted = bigincubate("submit", fast, "--run-dir", run.path, *sets, env={"SBATCH_EXPORT": "NONE"})
+    assert submitted.returncode == 0, submitted.stderr
     slurm.wait(
         lambda: run.phase("pretrain").result and "incubate/1" not in {entry.key for entry in list_queued_jobs(run)}
     )
@@ -110,6 +116,10 @@ def test_module_that_failed_is_submitted_again_by_the_gate_alone(
     assert kinds(run) == ["pretrain", "incubate", "gate", "incubate", "gate", "finetune", "gate"]
     assert jobs(run)[3]["modules"] == [1]
     assert len(run.phase("incubate", 0).read_attempts()) == 1
+    logs = [line for line in bigincubate("logs", run.path).stdout.splitlines() if line.startswith("==> ")]
+    kind = [re.sub(r".*bigincubate-([a-z]+).*", r"\1", line) for line in logs]
+    assert [name for name, _ in groupby(kind)] == ["pretrain", "incubate", "finetune", "gate"]
+    assert "Traceback" not in bigincubate("logs", run.path, "--module", 0, "--lines", 999).stdout
 
 
 @LONG
@@ -169,6 +179,27 @@ def test_controller_restart_cancel_and_resume(slurm: Cluster, run: RunDir, fast:
     assert "JobState=CANCELLED" in say("scontrol", "show", "job", entry.job)
     assert bigincubate("resume", run.path).returncode == 0
     assert slurm.wait(lambda: running(run, "pretrain"))
+
+
+@LONG
+def test_site_that_replaces_sbatch_and_has_no_python_on_its_nodes(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command, tmp_path: Path
+) -> None:
+    """An `sbatch` that ignores --parsable and prints banners; jobs whose interpreter does not exist leave a trace."""
+    wrapper = tmp_path / "bin" / "sbatch"
+    wrapper.parent.mkdir()
+    real = shutil.which("sbatch")
+    wrapper.write_text(f'#!/bin/bash\necho "*** 3 nodes ***"\n{real} "${{@:2}}"\necho "quota: 7 jobs"\n')
+    wrapper.chmod(0o755)
+    sets = words("slurm.python=/nowhere/python", "slurm.max_requeues=0", "train.max_steps=2")
+    path = f"{wrapper.parent}:{os.environ['PATH']}"
+    submitted = bigincubate("submit", fast, "--run-dir", run.path, *sets, env={"PATH": path})
+    assert submitted.returncode == 0, submitted.stderr
+    assert kinds(run) == ["pretrain", "incubate", "gate"]
+    slurm.wait(lambda: not list_queued_jobs(run))
+    rows = json.loads(bigincubate("status", run.path, "--json").stdout)
+    assert [row["state"] for row in rows] == ["failed", "failed", "failed", "waiting"]
+    assert all("cannot start bigincubate: " in row["error"] and "/nowhere/python" in row["error"] for row in rows)
 
 
 @LONG
