@@ -13,6 +13,7 @@ import shutil
 import stat
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def expand_path(text: str | Path, base: Path | None = None) -> Path:
         base: Folder that a relative path is relative to; None for the working directory.
 
     Raises:
-        ConfigError: The path is empty, too long or not UTF-8, has a NUL character, or names a variable that is not set.
+        ConfigError: The path is empty, too long or not UTF-8, has a NUL character, names a variable that is not
+            set, or has a loop of symbolic links.
     """
     given = str(text)
     if not given or "\0" in given:
@@ -49,7 +51,12 @@ def expand_path(text: str | Path, base: Path | None = None) -> Path:
     except UnicodeEncodeError:  # Python keeps bytes of a file name that are not UTF-8 as lone surrogates
         raise ConfigError(f"{path!r} is not UTF-8; rename it, or use a symbolic link with another name") from None
     if too_long:
-        raise ConfigError(f"{path[:200]!r}… is too long for a path of {len(path)} characters")
+        raise ConfigError(f"{path[:200]!r}… has {len(path)} characters, too many for a path")
+    try:
+        with suppress(OSError):  # reported by what uses the path
+            Path(path).resolve()
+    except RuntimeError:
+        raise ConfigError(f"{path!r}: its symbolic links form a loop; remove one of them") from None
     return Path(path)
 
 

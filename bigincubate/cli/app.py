@@ -37,6 +37,9 @@ checkpoint_app = typer.Typer(help="List, verify, convert and prune resume checkp
 app.add_typer(checkpoint_app, name="checkpoint")
 
 
+MAX_COUNT = 1_000_000  # of anything that an option counts
+
+
 def parse_path(text: str) -> Path:
     """Return the absolute path that an option or argument means: the parser of all that are paths."""
     from ..files import expand_path

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from ..errors import ArtifactError, DamagedError
-from .app import CheckpointsArgument, JsonOption, checkpoint_app, console, parse_path, say, say_json
+from .app import MAX_COUNT, CheckpointsArgument, JsonOption, checkpoint_app, console, parse_path, say, say_json
 
 
 @checkpoint_app.command("list")
@@ -44,7 +44,9 @@ def checkpoint_verify(folder: CheckpointsArgument) -> None:
 def checkpoint_convert(
     checkpoint: Annotated[Path, Argument(metavar="CHECKPOINT", parser=parse_path, help="A committed checkpoint.")],
     out: Annotated[Path, Argument(metavar="OUT", parser=parse_path, help="The directory to write.")],
-    ranks: Annotated[int, Option(min=1, help="Number of files; 1: complete tensors in one file.")] = 1,
+    ranks: Annotated[
+        int, Option(min=1, max=MAX_COUNT, metavar="N", help="Number of files; 1: complete tensors in one file.")
+    ] = 1,
 ) -> None:
     """Convert a checkpoint to N files. Not needed to resume: any number of ranks can read any checkpoint."""
     from ..storage.checkpoint_tools import convert_checkpoint

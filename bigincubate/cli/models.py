@@ -11,7 +11,18 @@ from typer import Argument, Option
 
 from ..errors import ConfigError
 from ..files import quote_path
-from .app import JsonOption, RecipeArgument, SetOption, app, data_app, parse_path, progress_display, say, say_json
+from .app import (
+    MAX_COUNT,
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    app,
+    data_app,
+    parse_path,
+    progress_display,
+    say,
+    say_json,
+)
 
 
 def _parse_source(text: str) -> str:
@@ -31,12 +42,18 @@ def data_prepare(
         ),
     ],
     out: Annotated[Path, Option(metavar="DIR", parser=parse_path, help="The output folder.")],
-    jobs: Annotated[int, Option(min=1, help="Number of processes.")] = os.cpu_count() or 1,
+    jobs: Annotated[int, Option(min=1, max=MAX_COUNT, metavar="N", help="Number of processes.")] = os.cpu_count() or 1,
     val_fraction: Annotated[
         float, Option(metavar="X", help="Fraction of each class to hold out if there is no validation split.")
     ] = 0.2,
     parts: Annotated[
-        int | None, Option(min=1, help="Also divide the training images into N partitions, for data.decentralized.")
+        int | None,
+        Option(
+            min=1,
+            max=MAX_COUNT,
+            metavar="N",
+            help="Also divide the training images into N partitions, for data.decentralized.",
+        ),
     ] = None,
     balanced: Annotated[
         str, Option(help="How to divide the images: class (each class evenly) or hash (by the hash of their names).")
@@ -107,7 +124,7 @@ def evaluate(
             "--data", metavar="DIR", parser=parse_path, help="Prepared data, of which the validation split is used."
         ),
     ],
-    batch_size: Annotated[int, Option(min=1)] = 256,
+    batch_size: Annotated[int, Option(min=1, max=MAX_COUNT, metavar="N")] = 256,
     probe: Annotated[
         str | None, Option(help="Evaluate the features instead: linear or knn, fitted on the training split.")
     ] = None,

@@ -14,7 +14,7 @@ from ..files import expand_path
 from .recipe import Recipe, merge
 from .schema import resolve_paths
 from .sections import PHASES, Settings
-from .set_option import MAX_NESTING, measure_nesting, parse_set
+from .set_option import find_problem, parse_set
 from .slurm import JOB_KINDS, SlurmJobConfig
 from .validation import validate
 
@@ -84,8 +84,8 @@ def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
-    if measure_nesting(raw) > MAX_NESTING:
-        raise ConfigError(f"{file}: tables or lists are nested more than {MAX_NESTING} levels deep")
+    if (problem := find_problem(raw)) is not None:
+        raise ConfigError(f"{file}: {problem}")
     try:
         raw = resolve_paths(Recipe, raw, file.parent)
     except ConfigError as error:

@@ -230,7 +230,7 @@ class AugmentConfig(ConfigTable):
     """Padding on each side before cropping, for `simple` and `pad`. Unit: pixels."""
     flip: Unit = 0.5
     """Probability of a horizontal flip."""
-    color_jitter: NonNegative = 0.0
+    color_jitter: float = Field(0.0, ge=0, le=10)
     """Strength of random changes of brightness, contrast and saturation; 0: off."""
     rand_augment: Annotated[str, AfterValidator(_check_rand_augment)] | None = None
     """RandAugment policy in timm's notation, such as `"rand-m9-mstd0.5-inc1"`."""

@@ -33,8 +33,8 @@ def parse_set(item: str) -> dict[str, Any]:
         raise ConfigError(f"--set {shown}: not UTF-8; recipes are UTF-8 text") from None
     value = _parse_value(key, text)
     parts = key.split(".")
-    if len(parts) + measure_nesting(value) > MAX_NESTING:
-        raise ConfigError(f"--set {shown}: tables or lists are nested more than {MAX_NESTING} levels deep")
+    if (problem := find_problem(value, len(parts))) is not None:
+        raise ConfigError(f"--set {shown}: {problem}")
     for part in reversed(parts):
         value = {part: value}
     try:
@@ -60,14 +60,26 @@ def _parse_value(key: str, text: str) -> Any:
     return text if literal or len(table) > 1 else value
 
 
-def measure_nesting(value: Any) -> int:
-    """Return the nesting depth of tables and lists, without recursion to avoid recursion errors."""
-    depth, level = 0, [value]
-    while level := [
-        inner
-        for each in level
-        if isinstance(each, dict | list)
-        for inner in (each.values() if isinstance(each, dict) else each)
-    ]:
+def find_problem(value: Any, depth: int = 0) -> str | None:
+    """Return why a recipe cannot have a value of TOML, at any level of its tables and lists, or None if it can.
+
+    Without recursion, so that deep nesting is no recursion error.
+
+    Args:
+        value: A value.
+        depth: Number of tables around it.
+    """
+    level = [value]
+    while level:
+        if any(isinstance(each, int) and not -(2**63) <= each < 2**63 for each in level):
+            return "an integer has more than the 64 bits that TOML allows"
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
         depth += 1
-    return depth
+        if level and depth > MAX_NESTING:
+            return f"tables or lists are nested more than {MAX_NESTING} levels deep"
+    return None

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import ModelConfig
-from ..errors import ConfigError
+from ..errors import BigincubateError, ConfigError
 
 if TYPE_CHECKING:
     from .partition import Partition
@@ -197,9 +197,11 @@ def explain_argument_errors(name: str) -> Iterator[None]:
     """
     try:
         yield
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
+    except (BigincubateError, MemoryError):
+        raise
+    except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"model {name!r} cannot be built with these arguments: {reason[0]}") from error
+        raise ConfigError(f"model {name!r} cannot be built with these arguments: {reason[0][:300]}") from error
 
 
 class SkipMetaInitialization(TorchFunctionMode):

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..config import PHASES, Phase, Recipe, Settings
 from ..data.epoch_layout import EpochLayout
+from ..models.base import explain_argument_errors
 from ..optim.state_size import trainable_param_info
 from ..tasks.metric import Metric
 from ..tasks.registry import task_class
@@ -66,7 +67,8 @@ def count_cost(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
     model = phase_model(row, settings, plan.family, device="meta").train()
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     inputs = plan.family.example_inputs(settings.model, 1, "meta")
-    with FlopCounterMode(display=False, custom_mapping=CORRECTIONS) as counter:
+    counting = FlopCounterMode(display=False, custom_mapping=CORRECTIONS)
+    with explain_argument_errors(settings.model.name), counting as counter:
         loss = model(inputs).sum()
         forward = counter.get_total_flops()
         loss.backward()
