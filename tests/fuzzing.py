@@ -337,8 +337,10 @@ def list_keys() -> list[str]:
 
 
 def make_example(seed: int) -> Example:
-    """Return the example of a seed."""
+    """Return the example of a seed: any command with an odd parameter, or a phase with one key of its type."""
     chance = random.Random(seed)
+    if chance.random() < 0.4:
+        return _one_key(chance)
     words, parameters = chance.choice(_weighted_commands())
     odd = chance.choice([*parameters, None]) if parameters else None
     arguments: list[str] = []
@@ -369,6 +371,16 @@ def make_example(seed: int) -> Example:
     if tables and not uses_mine:
         arguments = ["{mine}" if word == "{recipe}" else word for word in arguments]
     return {"words": [*words, *arguments], "tables": _jsonable(tables)}
+
+
+def _one_key(chance: random.Random) -> Example:
+    """Return an example that most often reaches training: one key has another value, usually of its type."""
+    phase = chance.choice(["pretrain", "pretrain", "end_to_end"])
+    key, tables = chance.choice(list_keys()), dict[str, Any]()
+    _put(tables, key, _odd_value(chance, key))
+    train = ["train", "{mine}", "--run-dir", "{new}", "--phase", phase]
+    words = chance.choice([train, train, ["plan", "{mine}"], ["submit", "{mine}", "--run-dir", "{new}", "--dry-run"]])
+    return {"words": words, "tables": _jsonable(tables)}
 
 
 @functools.cache

@@ -85,7 +85,7 @@ class DataConfig(ConfigTable):
     Unit: samples."""
     decentralized: bool = False
     """Train module k only on partition k of the data, for the same number of steps as with all data."""
-    canonical_nodes: Count = 1
+    canonical_nodes: int = Field(1, ge=1, le=2**16)
     """Number of parts into which the streaming library divides the samples when it shuffles (its
     `num_canonical_nodes`). It changes the order of samples and does not depend on the nodes of a job."""
     shuffle: Literal["py1e", "py1s", "py1br", "py2s"] = "py1e"
