@@ -67,9 +67,9 @@ def resume(
 ) -> None:
     """Submit the missing phases of a run to Slurm."""
     if not gate and run.load_recipe() and not (run.path / "jobs.json").exists():
+        here, submit = (format_command(name, run.recipe_file, "--run-dir", run.path) for name in ("run", "submit"))
         raise ConfigError(
-            f"{run.path} was never submitted to Slurm; resume it here with: bigincubate run {run.recipe_file} --run-dir"
-            f" {run.path}, or submit it with: bigincubate submit {run.recipe_file} --run-dir {run.path}"
+            f"{run.path} was never submitted to Slurm; resume it here with: {here}; or submit it with: {submit}"
         )
     submit_or_export(run, os.environ.get("SLURM_JOB_ID") if gate else None)
 

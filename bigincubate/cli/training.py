@@ -203,4 +203,4 @@ def fork(
 
     made = fork_run(source.path, new.path, loaded, report=say)
     say("\n".join(describe_fork(made, source)))
-    say(f"next:    bigincubate run {new.recipe_file} --run-dir {new.path}")
+    say(f"next:    {format_command('run', new.recipe_file, '--run-dir', new.path)}")

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, format_command
 from ..files import quote_path, read_small_file, write_text
 from .remote import fetch
 
@@ -145,7 +145,7 @@ def _read_description(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
 
 def _explain_missing(path: Path) -> str:
     """Return what a folder without a description holds instead, and what to do."""
-    prepare = f"prepare it with: bigincubate data prepare SOURCE --out {quote_path(path)}"
+    prepare = f"prepare it with: {format_command('data', 'prepare', 'SOURCE', '--out', path)}"
     whole = path.parent.parent
     if path.parent.name == PARTS and (whole / DESCRIPTION).exists():
         return f"part {path.name} of {quote_path(whole)} is not here; copy it from where the data was prepared"
@@ -166,7 +166,7 @@ def _explain_missing(path: Path) -> str:
     if not found:
         return f"the folder is empty; {prepare}"
     names = ", ".join(found[:3]) + (", …" if len(found) > 3 else "")
-    command = f"bigincubate data prepare {quote_path(path)} --out DIR"
+    command = format_command("data", "prepare", path, "--out", "DIR")
     return f"it holds {names}, not prepared data; if these are images, prepare them with: {command}"
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..config import PHASES, Phase, Recipe, differences
-from ..errors import ConfigError, LockedError
+from ..errors import ConfigError, LockedError, format_command
 from ..files import append_json_line, fsync_path, link_or_copy, read_json, read_json_lines
 from ..storage.artifacts import check_artifact_lineage
 from ..storage.checkpoint_manager import COMMIT_MARKER
@@ -106,9 +106,8 @@ def fork_run(
                 phases.append(_take_phase(source, temporary, row, phases, differences(before, recipe), copier))
         if not any(phase.taken for phase in phases):
             reasons = "; ".join(f"{phase.title}: {phase.reason}" for phase in phases[:2])
-            raise ConfigError(
-                f"no phase of {source.path} stays valid ({reasons}); use: bigincubate run RECIPE --run-dir {new.path}"
-            )
+            run = format_command("run", "RECIPE", "--run-dir", new.path)
+            raise ConfigError(f"no phase of {source.path} stays valid ({reasons}); use: {run}")
         temporary.update_summary()
         temporary.log_event("forked", source=str(source.path), phases=[asdict(phase) for phase in phases])
         if _check_free(source, queue) != generations:

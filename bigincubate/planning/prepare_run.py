@@ -13,7 +13,7 @@ from ..config import PHASES, Recipe, differences
 from ..data.dataset import DatasetInfo, describe_dataset, open_dataset
 from ..data.file_locks import file_lock
 from ..data.partitions import dataset_digest_for_module, partition_by_class
-from ..errors import ConfigError
+from ..errors import ConfigError, format_command
 from ..files import quote_path, read_json, write_json
 from ..storage.lease import acquire_lease_when_free
 from ..storage.run_directory import RunDir
@@ -171,7 +171,7 @@ def _check_change(
             folders = ", ".join(str(run.phase(row.phase, row.module).path) for row in started)
             remedies = f"use another --run-dir or the original settings, or remove {folders} to train again"
             if {row.key for row in begun} - {row.key for row in invalid}:
-                fork = f"bigincubate fork {run.path} NEW_RUN --set KEY=VALUE"
+                fork = format_command("fork", run.path, "NEW_RUN", "--set", "KEY=VALUE")
                 remedies = f"keep the other phases in a new run with: {fork}; or {remedies}"
             raise ConfigError(
                 f"{run.path}: {'; '.join(changed)} would invalidate {', '.join(row.title for row in started)};"
