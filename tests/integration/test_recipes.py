@@ -230,3 +230,22 @@ def test_large_recipe_runs_end_to_end_when_small(tmp_path: Path, counted: None) 
     assembled = harness.run.assembled.result
     assert assembled is not None
     assert assembled["samples"] == 64
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["mixer_b16_224", "resmlp_12_224", "vit_small_r26_s32_224", "deit3_small_patch16_224", "swinv2_tiny_window8_256"],
+)
+def test_smoke_run_of_any_family_is_small(model: str, tmp_path: Path) -> None:
+    """Names of timm models say the patch size in different ways, or not at all."""
+    file = tmp_path / "any.toml"
+    modules = "target_depths = [[1,1,1,1]]\nmeta_depths = [[1,1,1,1]]" if "swin" in model else "modules = 2"
+    file.write_text(f'[model]\nname = "{model}"\nimg_size = 256\n[plan]\n{modules}\n')
+    recipe = load_recipe(file)
+    small = load_recipe(file, overlay=smoke)
+    assert small.model.img_size <= 96
+    plan = make_plan(small)
+    for row in plan.rows():
+        built = phase_model(row, small.settings(row.phase), plan.family)
+        assert built(plan.family.example_inputs(small.model, 2, "cpu")).shape == (2, 10)
+    assert recipe.model.img_size == 256

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import Conv2dSame, StdConv2dSame, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ...config import ModelConfig
@@ -138,8 +137,9 @@ class TimmFamily(ModelFamily):
         if self.stages > 1:
             size = 64 if larger_inputs else 32  # the last stage divides it by 32
         else:
-            patch = int(model.args.get("patch_size") or re.findall(r"patch(\d+)", model.name)[0])
-            size = patch * (3 if larger_inputs else 2)
+            modules = self._create(model, None, "meta").modules()
+            patch: Any = next(module.feat_ratio for module in modules if hasattr(module, "feat_ratio"))
+            size = patch() * (3 if larger_inputs else 2)
         return {"img_size": size, "num_classes": SMOKE_CLASSES, "args": dict(self.smoke_args)}
 
     def choose_attention(self, model: nn.Module, device: torch.device, precision: str) -> None:
@@ -206,8 +206,13 @@ def find_dropped_pixels(model: nn.Module, inputs: Tensor) -> tuple[str | None, i
         The name of the first such layer, or None; and the product of the strides of all convolutions.
     """
     dropped: list[str] = []
-    modules = model.named_modules()
-    strided = {name: module for name, module in modules if isinstance(module, nn.Conv2d) and max(module.stride) > 1}
+    strided = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+        and max(module.stride) > 1
+        and not isinstance(module, Conv2dSame | StdConv2dSame)  # these pad whatever the input needs
+    }
 
     def watch(name: str, convolution: nn.Conv2d, given: tuple[Tensor, ...]) -> None:
         for axis, side in enumerate(given[0].shape[-2:]):
