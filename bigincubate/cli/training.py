@@ -13,7 +13,6 @@ from typer import Argument, Option
 from ..distributed.rank_logging import LEVEL_VARIABLE, setup_logging
 from ..errors import ConfigError, Preempted, format_command
 from .app import (
-    MAX_COUNT,
     JsonOption,
     LogLevelOption,
     RecipeArgument,
@@ -96,12 +95,11 @@ def run(
         int | None,
         Option(
             min=1,
-            max=MAX_COUNT,
             metavar="N",
             help="Number of phases to run in parallel (default: number of cores, or what --co-train needs).",
         ),
     ] = None,
-    nproc: Annotated[int, Option(min=1, max=MAX_COUNT, metavar="N", help="Number of ranks that train each phase.")] = 1,
+    nproc: Annotated[int, Option(min=1, metavar="N", help="Number of ranks that train each phase.")] = 1,
     sets: SetOption = None,
     baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
     small: Annotated[

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from command_line import iterate_commands
 from conftest import SMOKE
-from fuzzing import World, list_keys, make_example, offline, run_example
+from fuzzing import LIMIT_S, World, list_keys, make_example, offline, run_example
 
 CORPUS = Path(__file__).parent / "fuzz_corpus.jsonl"
 FOUND = [json.loads(line) for line in CORPUS.read_text().splitlines()] if CORPUS.exists() else []
@@ -46,6 +46,8 @@ def test_random_round_has_only_documented_endings(world: World) -> None:
             example = make_example(seed)
             ending = run_example(example, world)
             codes[str(ending.place if ending.code is None else ending.code)] += 1
+            if ending.place == "TooSlow":
+                print(f"seed {seed}: stopped after {LIMIT_S} s: {json.dumps(example)[:2000]}", flush=True)
             if ending.fault and ending.place not in faults:
                 line = json.dumps({"about": ending.place, **example})
                 faults[ending.place] = f"seed {seed}: {ending.place}\n{line}\n{ending.fault}"
