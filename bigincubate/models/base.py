@@ -90,13 +90,13 @@ class ModelFamily(ABC):
     def example_inputs(self, model: ModelConfig, count: int, device: str) -> Tensor:
         """Return ``count`` all-zero inputs of the right shape and dtype, for counting costs."""
 
-    def check_input_size(self, model: ModelConfig, depths: Depths) -> None:
-        """Check that a model of these depths reads all of its inputs; the default checks nothing.
+    def check_input_size(self, model: ModelConfig) -> None:
+        """Check that a model of any depth reads all of its inputs; the default checks nothing.
 
         Raises:
             ConfigError: It does not.
         """
-        del model, depths
+        del model
 
     def residual_outputs(self, block: nn.Module) -> list[nn.Module]:
         """Return the submodules to set to zero so that a block is the identity.

@@ -148,7 +148,7 @@ def make_plan(recipe: Recipe) -> Plan:
                 raise ConfigError(f"{phase}.model.{key} differs from model.{key}: a phase cannot change it; remove it")
         make_task(settings, recipe.data)
         if settings.model not in checked:
-            family.check_input_size(settings.model, meta)
+            family.check_input_size(settings.model)
             checked.append(settings.model)
         if ":" in (name := settings.optim.lr_scaling):
             load_object(name, key="optim.lr_scaling")

@@ -79,7 +79,7 @@ class TimmFamily(ModelFamily):
         """Return black images, ``[count, channels, img_size, img_size]`` float32."""
         return torch.zeros(count, int(model.args.get("in_chans", 3)), model.img_size, model.img_size, device=device)
 
-    def check_input_size(self, model: ModelConfig, depths: Depths) -> None:
+    def check_input_size(self, model: ModelConfig) -> None:
         """Check that the model reads every pixel: timm drops those that do not fill a patch without a warning.
 
         Raises:
@@ -87,7 +87,7 @@ class TimmFamily(ModelFamily):
         """
         with explain_argument_errors(model.name):
             dropped, strides = find_dropped_pixels(
-                self.build(model, depths, device="meta"), self.example_inputs(model, 1, "meta")
+                self.build(model, ((1,) * self.stages,), device="meta"), self.example_inputs(model, 1, "meta")
             )
         if dropped:
             below = model.img_size // strides * strides
