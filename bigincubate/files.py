@@ -37,7 +37,7 @@ def expand_path(text: str | Path, base: Path | None = None) -> Path:
         ConfigError: The path is empty, too long or not UTF-8, has a NUL character, names a variable that is not
             set, or has a loop of symbolic links.
     """
-    given = str(text)
+    given = os.fspath(text)
     if not given or "\0" in given:
         raise ConfigError(f"{given!r} is not a path; expected the name of a file or folder")
     expanded = VARIABLE.sub(lambda match: os.environ.get(match[1] or match[2], match[0]), os.path.expanduser(given))

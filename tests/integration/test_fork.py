@@ -215,7 +215,7 @@ def test_wrong_directories_are_one_line(done: Any, place: Any, tmp_path: Path, c
         (2, "is inside of", ("fork", done.run.path, done.run.path / "fork")),
         (2, "is a file", ("fork", done.run.path, place.file)),
         (2, "other files (notes.txt)", ("fork", done.run.path, place.empty)),
-        (2, "did you mean 'lr'", ("fork", done.run.path, place.new, "--set", "train.lrr=1")),
+        (2, "did you mean 'train.lr'", ("fork", done.run.path, place.new, "--set", "train.lrr=1")),
         (3, "no data in /nowhere", ("fork", done.run.path, place.new, "--set", "data.path=/nowhere")),
     ):
         ended, out, err = call(*words)

@@ -48,11 +48,6 @@ class DeviceAugment:
                 f'augment.rand_augment = "{augment.rand_augment}" is not supported by augment.batch_transform ='
                 f" {augment.batch_transform}; use augment.three_augment, or no batch_transform"
             )
-        if augment.crop == "simple" and augment.pad >= img_size:
-            raise ConfigError(
-                f"augment.pad = {augment.pad} must be smaller than model.img_size = {img_size} with"
-                f" augment.batch_transform = {augment.batch_transform}; use a smaller augment.pad"
-            )
         self.augment, self.size = augment, img_size
         self.shifts = augment.crop in ("pad", "simple")
         self.resize = shorter_side(augment, img_size) if self.shifts else resized_crop(augment, img_size)
