@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from command_line import iterate_commands
 from conftest import SMOKE
-from fuzzing import LIMIT_S, World, list_keys, make_example, offline, run_example
+from fuzz_examples import list_keys, make_example
+from fuzzing import LIMIT_S, World, offline, run_example
 
 CORPUS = Path(__file__).parent / "fuzz_corpus.jsonl"
 FOUND = [json.loads(line) for line in CORPUS.read_text().splitlines()] if CORPUS.exists() else []
