@@ -131,7 +131,7 @@ class _ProgressLines:
 
 
 class UnreadOutput:
-    """A text stream that discards what nobody reads any more: its pipe is closed (``| head``), or its terminal.
+    """A text stream that discards text after its reader has closed: another command (``| head``) or a terminal.
 
     Args:
         stream: The stream to write to.
@@ -165,7 +165,7 @@ class UnreadOutput:
 
 @contextmanager
 def discard_unread_output() -> Iterator[None]:
-    """Let a command run to its end even if nobody reads its output any more, or if it was started without output."""
+    """Let a command run to its end if the reader of its output has closed, or if it was started without output."""
     before = sys.stdout, sys.stderr
     streams = [stream or open(os.devnull, "w") for stream in before]  # noqa: SIM115  # None if the file was closed
     sys.stdout, sys.stderr = map(UnreadOutput, streams)

@@ -72,6 +72,7 @@ class IsolatedStreamingDataset(StreamingDataset):
 
     def verify_shard(self, shard_id: int) -> None:
         """Make a shard readable and set ``verified[shard_id]``. Implemented by subclasses; called from any thread."""
+        # not abstract: streaming's class is no ABC, and a test of the order alone reads no shard
         raise NotImplementedError(f"{type(self).__name__} does not implement verify_shard")
 
     def select(self, first_row: int, worker: int, workers: int) -> SelectedRows:
@@ -82,6 +83,7 @@ class IsolatedStreamingDataset(StreamingDataset):
             worker: Index of this loader worker.
             workers: Number of loader workers of this rank.
         """
+        # not abstract: only a data set that is iterated has an order; evaluation reads `Shards` by index
         raise NotImplementedError(f"{type(self).__name__} does not implement select")
 
     def load_state_dict(self, obj: dict[str, Any]) -> None:

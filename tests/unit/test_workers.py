@@ -91,7 +91,7 @@ def test_small_shared_memory_is_an_error_and_not_a_hang(digits: Path, kib: int, 
 
     found = in_a_child(train)
     if found.startswith("cannot mount"):
-        pytest.skip(found)
+        pytest.skip(f"needs a small /dev/shm in a mount namespace, which is not permitted here: {found}")
     assert says in found
     assert "--shm-size" in found
     assert "data.workers" in found
