@@ -16,8 +16,8 @@ from ..models.partition import Partition
 from ..storage.run_directory import PhaseDir, RunDir
 from ..tasks.base import Task
 from ..tasks.registry import make_task
-from .cost import PlannedRow
 from .phases import PhasePlan, Plan
+from .planned_row import PlannedRow
 from .prepare_run import ensure_data, ensure_plan
 
 

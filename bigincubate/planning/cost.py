@@ -7,7 +7,7 @@ in training, and runs a forward and a backward pass under ``torch.utils.flop_cou
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,32 +20,9 @@ from ..config import PHASES, Phase, Recipe, Settings
 from ..data.epoch_layout import EpochLayout
 from ..models.base import explain_argument_errors
 from ..optim.state_size import trainable_param_info
-from ..tasks.metric import Metric
 from ..tasks.registry import task_class
 from .phases import PhasePlan, Plan, Slot, phase_model
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Sizes and costs of a phase. A multiply-add counts as two FLOPs.
-
-    Attributes:
-        parameters: Number of parameters.
-        trainable: Number of trainable parameters.
-        forward_flops: FLOPs of the forward pass per sample.
-        training_flops: FLOPs per sample of the forward pass, activation gradients and weight gradients.
-        activation_bytes: Bytes per sample saved for the backward pass, in fp32 with fused attention.
-        optimizer_bytes: Bytes of fp32 gradients and optimizer state.
-        allreduce_bytes: Bytes of fp32 gradients that are reduced per step.
-    """
-
-    parameters: int
-    trainable: int
-    forward_flops: int
-    training_flops: int
-    activation_bytes: int
-    optimizer_bytes: int
-    allreduce_bytes: int
+from .planned_row import Cost, PlannedRow
 
 
 def _convolution_backward_flops(
@@ -181,43 +158,6 @@ def _lengthen(runs: Runs, at: int, stage: int, step: int) -> Runs:
     changed = [list(run) for run in runs]
     changed[at][stage] += step
     return tuple(map(tuple, changed))
-
-
-@dataclass(frozen=True)
-class PlannedRow:
-    """A phase with its cost and length.
-
-    Attributes:
-        key: Key of the phase.
-        phase: The phase.
-        module: The module that is trained; None if all are.
-        title: Name of the phase in tables.
-        metrics: Metrics of the phase's task; the first is the headline.
-        unit: Name of samples, such as ``"images"``.
-        cost: Its sizes and costs.
-        batch_size: Number of samples per optimizer step.
-        steps: Number of optimizer steps.
-        epochs: Number of passes over the training split.
-        seen: Number of samples in all steps; each view of a sample counts.
-        total_flops: Training FLOPs of all steps.
-        identity: The settings that determine the result (`phase_identity`); empty outside of a run.
-        data: Digest of the data that the phase trains on; empty outside of a run.
-    """
-
-    key: str
-    phase: Phase
-    module: int | None
-    title: str
-    metrics: tuple[Metric, ...]
-    unit: str
-    cost: Cost
-    batch_size: int
-    steps: int
-    epochs: float
-    seen: int
-    total_flops: int
-    identity: dict[str, Any] = field(default_factory=dict)
-    data: str = ""
 
 
 def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:

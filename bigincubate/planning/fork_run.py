@@ -20,9 +20,9 @@ from ..storage.artifacts import check_artifact_lineage
 from ..storage.checkpoint_manager import COMMIT_MARKER
 from ..storage.lease import NO_JOBS, JobQueue, current_owner, lease_generation
 from ..storage.run_directory import PhaseDir, RunDir
-from .cost import PlannedRow
 from .identity import phase_digest
 from .lineage import expected_lineage, phase_inputs
+from .planned_row import PlannedRow
 from .prepare_run import ensure_data, ensure_plan
 
 LINKED = ("artifact", "checkpoints")  # folders of a phase whose files are never changed in place

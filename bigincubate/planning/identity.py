@@ -15,9 +15,9 @@ from typing import Any
 from ..config import Phase, Recipe, Settings, is_execution
 from ..models.drop_path import block_drop_path_rates
 from ..models.partition import Partition
-from .cost import PlannedRow
 from .lineage import phase_inputs
 from .phases import PhasePlan, Plan
+from .planned_row import PlannedRow
 
 SCHEMA_VERSION = 1
 # the identity has their resolved values instead: the number of steps, and the drop-path rate of each block

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import Phase
-from .cost import PlannedRow
+from .planned_row import PlannedRow
 
 
 @dataclass(frozen=True)

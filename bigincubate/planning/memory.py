@@ -17,8 +17,8 @@ from ..optim.state_size import ParamInfo, trainable_param_info
 from ..sharding.communication import LocalNumel, StrategyLayout, replicated, strategy_layouts
 from ..sharding.flat_lamb import flat_slice_optimizer
 from ..sharding.zero_config import read_config, resolve_config_path
-from .cost import PlannedRow
 from .phases import PhasePlan, Plan, phase_model
+from .planned_row import PlannedRow
 
 FP32_BYTES = 4
 STRATEGY_NAMES = tuple(strategy_layouts({}, "pretrain", 1))

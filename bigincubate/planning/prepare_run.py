@@ -17,11 +17,11 @@ from ..errors import ConfigError, format_command
 from ..files import quote_path, read_json, write_json
 from ..storage.lease import acquire_lease_when_free
 from ..storage.run_directory import RunDir
-from ..tasks.metric import planned_metrics
 from ..tasks.registry import make_task
-from .cost import Cost, PlannedRow, cost_plan, plan_json
+from .cost import cost_plan, plan_json
 from .identity import invalidated_rows, phase_identity
 from .phases import Plan, make_plan
+from .planned_row import PlannedRow, load_planned_rows
 
 Report = Callable[[str], None]
 
@@ -182,10 +182,7 @@ def _check_change(
 def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[str, Any] | None) -> list[PlannedRow]:
     """Return the phases of a recipe, from ``plan.json`` if its identity keys are the same, and recomputed otherwise."""
     if stored is not None and stored.get("settings") == recipe.identity and stored["data"] == data.digest:
-        return [
-            PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])})
-            for row in stored["rows"]
-        ]
+        return load_planned_rows(stored["rows"])
     return count_rows(recipe, plan, data)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..errors import ConfigError
 from ..files import expand_path, read_json
 from ..storage.run_directory import RunDir
-from .cost import PlannedRow
+from .planned_row import PlannedRow
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..tasks.metric import Metric, planned_metrics
 from .units import format_flops_column
 
 if TYPE_CHECKING:
-    from ..planning.cost import PlannedRow
+    from ..planning.planned_row import PlannedRow
     from .run_data import TrainingRoute
 
 MOST_DEPTHS = 16  # number of modules up to which each depth is shown

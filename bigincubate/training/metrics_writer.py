@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..files import append_json_line, read_json_lines, write_text
-from ..planning.cost import PlannedRow
+from ..planning.planned_row import PlannedRow
 from ..storage.run_directory import START_RATE, PhaseDir
 
 logger = logging.getLogger(__name__)

@@ -20,11 +20,11 @@ from bigincubate.launchers.slurm.scheduler import _is_valid
 from bigincubate.models.base import ModelFamily
 from bigincubate.models.vision.families import find_timm_family
 from bigincubate.planning import identity
-from bigincubate.planning.cost import PlannedRow
 from bigincubate.planning.identity import invalidated_rows, phase_digest, phase_identity
 from bigincubate.planning.job_graph import build_job_graph
 from bigincubate.planning.lineage import expected_lineage
 from bigincubate.planning.phases import Plan, make_plan
+from bigincubate.planning.planned_row import PlannedRow
 from bigincubate.planning.prepare_run import count_rows
 from bigincubate.storage.artifacts import load_artifact, load_manifest, save_artifact
 

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from bigincubate.config import Settings, list_shipped_recipes, load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.models.base import Depths
-from bigincubate.planning.cost import Cost, CostCounter, cost_plan, count_cost
+from bigincubate.planning.cost import CostCounter, cost_plan, count_cost
 from bigincubate.planning.memory import PhaseTensors, estimate_footprints, phase_tensors
 from bigincubate.planning.phases import PhasePlan, Plan, make_plan, phase_model
+from bigincubate.planning.planned_row import Cost
 
 # GFLOPs an image of end to end, the meta model, and modules 0 to 3 when nothing is wasted
 TABLE = {

@@ -1,0 +1,75 @@
+"""The phases of a plan as data: sizes, costs and lengths. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import Phase
+from ..tasks.metric import Metric, planned_metrics
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Sizes and costs of a phase. A multiply-add counts as two FLOPs.
+
+    Attributes:
+        parameters: Number of parameters.
+        trainable: Number of trainable parameters.
+        forward_flops: FLOPs of the forward pass per sample.
+        training_flops: FLOPs per sample of the forward pass, activation gradients and weight gradients.
+        activation_bytes: Bytes per sample saved for the backward pass, in fp32 with fused attention.
+        optimizer_bytes: Bytes of fp32 gradients and optimizer state.
+        allreduce_bytes: Bytes of fp32 gradients that are reduced per step.
+    """
+
+    parameters: int
+    trainable: int
+    forward_flops: int
+    training_flops: int
+    activation_bytes: int
+    optimizer_bytes: int
+    allreduce_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A phase with its cost and length.
+
+    Attributes:
+        key: Key of the phase.
+        phase: The phase.
+        module: The module that is trained; None if all are.
+        title: Name of the phase in tables.
+        metrics: Metrics of the phase's task; the first is the headline.
+        unit: Name of samples, such as ``"images"``.
+        cost: Its sizes and costs.
+        batch_size: Number of samples per optimizer step.
+        steps: Number of optimizer steps.
+        epochs: Number of passes over the training split.
+        seen: Number of samples in all steps; each view of a sample counts.
+        total_flops: Training FLOPs of all steps.
+        identity: The settings that determine the result (`phase_identity`); empty outside of a run.
+        data: Digest of the data that the phase trains on; empty outside of a run.
+    """
+
+    key: str
+    phase: Phase
+    module: int | None
+    title: str
+    metrics: tuple[Metric, ...]
+    unit: str
+    cost: Cost
+    batch_size: int
+    steps: int
+    epochs: float
+    seen: int
+    total_flops: int
+    identity: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
+
+
+def load_planned_rows(stored: Sequence[dict[str, Any]]) -> list[PlannedRow]:
+    """Return the phases in the ``rows`` of ``plan.json``."""
+    return [PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])}) for row in stored]
