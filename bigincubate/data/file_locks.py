@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ..errors import LockedError, SystemResourceError
+from ..errors import SystemResourceError
 
 # what a file system answers that does not support a call: Lustre without the option `flock`, NFS without lockd, FUSE
 UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM, errno.ENOSYS, errno.EINVAL}
@@ -55,6 +55,8 @@ def folder_lock(folder: Path, limit: float = LOCK_SECONDS) -> Iterator[None]:
         SystemResourceError: Another process has held the lock all the time.
         LockedError: The same, on a file system without file locks.
     """
+    from ..storage.lease import acquire_lease_when_free
+
     with ExitStack() as stack:
         try:
             stack.enter_context(file_lock(folder.with_name(f".{folder.name}.lock"), limit))
@@ -62,28 +64,7 @@ def folder_lock(folder: Path, limit: float = LOCK_SECONDS) -> Iterator[None]:
             if error.errno not in UNSUPPORTED:
                 raise
             logger.warning("%s: the file system has no file locks; using a lease instead", folder.parent)
-            stack.enter_context(_waiting_lease(folder.with_name(f".{folder.name}.lease"), limit))
-        yield
-
-
-@contextmanager
-def _waiting_lease(folder: Path, limit: float) -> Iterator[None]:
-    from ..distributed.process_group import DistributedContext
-    from ..storage.lease import acquire_lease
-
-    announced, deadline = False, time.monotonic() + limit
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(acquire_lease(folder, DistributedContext()))
-                break
-            except LockedError as error:
-                if time.monotonic() > deadline:
-                    raise
-                if not announced:
-                    logger.warning("waiting: %s", error)
-                announced = True
-                time.sleep(1)
+            stack.enter_context(acquire_lease_when_free(folder.with_name(f".{folder.name}.lease"), limit=limit))
         yield
 
 

@@ -97,9 +97,7 @@ def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> li
         raise ConfigError(f"{path} is one checkpoint; give a run directory or a phase's directory")
     removed, all_damaged = [], []
     for folder in dict.fromkeys(checkpoint.parent for checkpoint in checkpoints):
-        from ..distributed.process_group import DistributedContext
-
-        with acquire_lease(folder.parent, DistributedContext(), queue) as lease:
+        with acquire_lease(folder.parent, queue=queue) as lease:
             rows = {Path(row["path"]): row for row in list_checkpoints(folder.parent)}
             valid = [checkpoint for checkpoint, row in rows.items() if row["problem"] is None]
             if not valid and any(row["committed"] for row in rows.values()):

@@ -19,7 +19,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,22 +129,22 @@ class Lease:
 
 
 @contextmanager
-def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JOBS) -> Iterator[Lease]:
+def acquire_lease(folder: Path, env: DistributedContext | None = None, queue: JobQueue = NO_JOBS) -> Iterator[Lease]:
     """Hold the lease on ``folder`` for all ranks together while the block runs.
 
     Wait for up to ``LEASE_SECONDS`` if only its heartbeat can show whether the previous owner is running.
 
     Args:
         folder: The directory.
-        env: The ranks.
+        env: The ranks; None for a single process, which needs no torch.
         queue: The batch system that may have started this process or the previous owner.
 
     Raises:
         LockedError: Another running process, which the message names, owns the folder. Raised on every rank.
     """
     lease, finished = Lease(), threading.Event()
-    with env.main_process_first():
-        if env.is_main:
+    with env.main_process_first() if env else nullcontext():
+        if env is None or env.is_main:
             lease = _acquire_alone(folder, queue)
     if (path := lease.path) is None:
         yield lease
@@ -169,24 +169,31 @@ def acquire_lease(folder: Path, env: DistributedContext, queue: JobQueue = NO_JO
 
 
 @contextmanager
-def acquire_lease_when_free(folder: Path, queue: JobQueue = NO_JOBS) -> Iterator[Lease]:
-    """Hold the lease on ``folder`` in one process; wait for up to ``LEASE_SECONDS`` while another process holds it.
+def acquire_lease_when_free(folder: Path, queue: JobQueue = NO_JOBS, limit: float = LEASE_SECONDS) -> Iterator[Lease]:
+    """Hold the lease on ``folder`` in one process; wait while another process holds it.
+
+    Args:
+        folder: The directory.
+        queue: The batch system that may have started this process or the previous owner.
+        limit: Seconds to wait.
 
     Raises:
         LockedError: Another running process still owns the folder after that time.
     """
-    from ..distributed.process_group import DistributedContext
-
-    deadline = time.monotonic() + LEASE_SECONDS
+    started, announced = time.monotonic(), False
     with ExitStack() as stack:
         while True:
             try:
-                lease = stack.enter_context(acquire_lease(folder, DistributedContext(), queue))
+                lease = stack.enter_context(acquire_lease(folder, queue=queue))
                 break
-            except LockedError:
-                if time.monotonic() > deadline:
+            except LockedError as error:
+                waited = time.monotonic() - started
+                if waited > limit:
                     raise
-                time.sleep(0.05)
+                if waited > 1 and not announced:
+                    logger.warning("waiting: %s", error)
+                    announced = True
+                time.sleep(0.05 if waited < 1 else 1)
         yield lease
 
 
