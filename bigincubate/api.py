@@ -163,16 +163,16 @@ def run(
     from rich.console import Console
 
     from .data.verification import hash_all_shards
-    from .interchange.export import export, is_complete_export
+    from .interchange.export import export
     from .launchers.local import LocalRunner
     from .launchers.progress import ProgressReporter
     from .planning.context import open_run
     from .planning.job_graph import build_job_graph
     from .report.run_cost import TimeEstimate, describe_cost
-    from .storage.run_directory import RunDir
+    from .storage.run_directory import RunDir, is_complete_export
 
     directory = RunDir(expand_path(run_dir))
-    exported = directory.path / "export"
+    exported = directory.exported
     with ProgressReporter(console or Console(quiet=True)) as reporter:
         opened = open_run(recipe, directory, report=reporter.say)
         if verify_data:

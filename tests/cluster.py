@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bigincubate.launchers.slurm.client import QueuedJob, list_queued_jobs
+from bigincubate.launchers.slurm.submission_log import QueuedJob, list_queued_jobs
 from bigincubate.storage.run_directory import PhaseDir, RunDir
 
 SCRIPT = Path(__file__).with_name("slurm_cluster.sh")
@@ -47,13 +47,18 @@ class Cluster:
         assert ended.returncode == 0, ended.stderr
 
     def wait(self, what: Callable[[], Any], seconds: float = SLOW) -> Any:
-        """What ``what`` gives, once it is true. Meanwhile no job may wait for what cannot come."""
+        """What ``what`` gives, once it is true. Meanwhile no job may wait for what cannot come.
+
+        Slurm cancels modules whose meta model failed, at its next look.
+        """
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if found := what():
                 return found
-            reasons = say("squeue", "--noheader", "--format=%r").split()
-            assert "DependencyNeverSatisfied" not in reasons, say("squeue")
+            stuck = [
+                line for line in say("squeue", "--noheader", "--format=%r %j").splitlines() if "-incubate" not in line
+            ]
+            assert not any(line.startswith("DependencyNeverSatisfied") for line in stuck), say("squeue")
             time.sleep(0.2)
         raise AssertionError(f"waited in vain\n{say('squeue')}")
 

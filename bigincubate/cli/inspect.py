@@ -17,16 +17,18 @@ from .app import JsonOption, RunArgument, app, console, fail, say, say_json
 def status(
     run: RunArgument,
     as_json: JsonOption = False,
-    watch: Annotated[bool, Option(help="Refresh every two seconds until Ctrl-C.")] = False,
+    watch: Annotated[bool, Option(help="Refresh every 2 s until Ctrl-C; ask Slurm every 30 to 60 s.")] = False,
 ) -> None:
     """Show the status of a run: state, step, loss, speed and remaining time of every phase."""
     from rich.live import Live
 
     from ..report.console_tables import status_table
-    from ..report.status import read_plan, run_status
+    from ..report.status import QueueReader, read_plan, run_status
+
+    queue = QueueReader(run)
 
     def table() -> Any:
-        return status_table(str(run.path), run_status(run), read_plan(run))
+        return status_table(str(run.path), run_status(run, lambda _: queue.read()), read_plan(run))
 
     if as_json:
         say_json(run_status(run))

@@ -9,8 +9,24 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from ..errors import ArtifactError, ConfigError, ExternalError, format_command
+from ..errors import (
+    ArtifactError,
+    BigincubateError,
+    ConfigError,
+    ExternalError,
+    SystemResourceError,
+    format_command,
+)
 from .app import RecipeArgument, RunArgument, RunDir, RunDirOption, SetOption, app, console, parse_path, say
+
+# keys that submit takes from the variables of sbatch if the recipe leaves them open
+SHELL_DEFAULTS = {
+    "slurm.account": "SBATCH_ACCOUNT",
+    "slurm.partition": "SBATCH_PARTITION",
+    "slurm.qos": "SBATCH_QOS",
+    "slurm.constraint": "SBATCH_CONSTRAINT",
+    "slurm.time": "SBATCH_TIMELIMIT",
+}
 
 
 @app.command()
@@ -21,33 +37,78 @@ def submit(
     baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
     partition: Annotated[str | None, Option(help="Same as --set slurm.partition=…")] = None,
     account: Annotated[str | None, Option(help="Same as --set slurm.account=…")] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Print commands and scripts; submit nothing.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print commands, scripts and Slurm's opinion of them; submit nothing.")
+    ] = False,
+    prepare_only: Annotated[
+        bool, Option("--prepare-only", help="Prepare data and plan; submit later with `resume`, which needs no torch.")
+    ] = False,
 ) -> None:
     """Submit a run to Slurm: meta model, modules, fine-tuning. Run it again to submit missing phases."""
     from ..config import load_recipe
 
     given = [f"slurm.{key}={value}" for key, value in (("partition", partition), ("account", account)) if value]
     loaded = load_recipe(recipe, [*(sets or ()), *given])
+    if defaults := shell_defaults(loaded):
+        loaded = load_recipe(recipe, [*(sets or ()), *given, *defaults])
     if dry_run:
-        from ..launchers.slurm.client import DEFAULT_MAX_ARRAY_SIZE, query_max_array_size
-        from ..launchers.slurm.sbatch import format_submission
-        from ..planning.phases import make_plan
-
-        size = DEFAULT_MAX_ARRAY_SIZE
-        with contextlib.suppress(ExternalError):  # Slurm is not installed here
-            size = query_max_array_size()
-        say(format_submission(loaded, run, make_plan(loaded).modules, baseline=baseline, size=size))
+        preview_submission(loaded, run, baseline=baseline)
         return
     from ..planning.context import open_run
     from ..planning.job_graph import build_job_graph
     from ..report.run_cost import describe_cost
 
     set_umask(loaded)
+    for default in defaults:
+        say(f"{default}, from the environment variable {SHELL_DEFAULTS[default.partition('=')[0]]}")
     opened = open_run(loaded, run, report=say)
     say(f"{loaded.name}: {describe_cost(run, build_job_graph(opened.rows, baseline=baseline))}")
     if baseline:
         run.log_event("baseline")
+    if prepare_only:
+        from ..launchers.slurm.submission_log import SubmissionLog
+
+        if not (run.path / "jobs.json").exists():
+            SubmissionLog(run).write()
+        say(f"submit it with: {format_command('resume', run.path)}")
+        return
     submit_or_export(run)
+
+
+def shell_defaults(recipe: Any) -> list[str]:
+    """Return ``KEY=VALUE`` for keys that the recipe leaves open and for which the shell has a variable of sbatch.
+
+    They become part of the recipe of the run: the jobs that submit its later phases do not have these variables.
+    """
+    found = {key: os.environ.get(variable) for key, variable in SHELL_DEFAULTS.items()}
+    return [
+        f"{key}={value}" for key, value in found.items() if value and not getattr(recipe.slurm, key.partition(".")[2])
+    ]
+
+
+def preview_submission(recipe: Any, run: RunDir, *, baseline: bool) -> None:
+    """Print the commands and scripts of a run, and what Slurm answers to ``sbatch --test-only`` where it is installed.
+
+    Raises:
+        SystemResourceError: Slurm would refuse a job.
+    """
+    from ..launchers.slurm.client import DEFAULT_MAX_ARRAY_SIZE, query_max_array_size, test_submission
+    from ..launchers.slurm.sbatch import format_submission, plan_submission
+    from ..planning.phases import make_plan
+
+    size, reachable = DEFAULT_MAX_ARRAY_SIZE, False
+    with contextlib.suppress(ExternalError):  # Slurm is not installed here
+        size, reachable = query_max_array_size(), True
+    modules = make_plan(recipe).modules
+    say(format_submission(recipe, run, modules, baseline=baseline, size=size))
+    refused = []
+    for kind, command in plan_submission(recipe, run, modules, baseline=baseline, size=size) if reachable else ():
+        try:
+            say(f"sbatch --test-only, {kind}: {test_submission(command)}")
+        except ExternalError as error:
+            refused.append(f"{kind}: {error}")
+    if refused:
+        raise SystemResourceError(f"Slurm would refuse {'; '.join(refused)}")
 
 
 @app.command()
@@ -66,37 +127,84 @@ def resume(
     run: RunArgument, gate: Annotated[bool, Option("--gate", hidden=True, help="Set by gate jobs.")] = False
 ) -> None:
     """Submit the missing phases of a run to Slurm."""
+    from ..launchers.slurm.job_logs import write_gate_trace
+
     if not gate and run.load_recipe() and not (run.path / "jobs.json").exists():
         here, submit = (format_command(name, run.recipe_file, "--run-dir", run.path) for name in ("run", "submit"))
         raise ConfigError(
             f"{run.path} was never submitted to Slurm; resume it here with: {here}; or submit it with: {submit}"
         )
-    submit_or_export(run, os.environ.get("SLURM_JOB_ID") if gate else None)
+    job = os.environ.get("SLURM_JOB_ID") if gate else None
+    try:
+        submit_or_export(run, job)
+    except BigincubateError as error:
+        if job:
+            write_gate_trace(run, job, str(error))
+        raise
 
 
 def submit_or_export(run: RunDir, gate: str | None = None) -> None:
-    """Submit the missing phases of a run, or export its model if there are none."""
+    """Submit the missing phases of a run, or export its model if there are none.
+
+    Needs no torch if the plan exists and no model is exported here: with a container, this runs outside of it.
+
+    Args:
+        run: The run directory.
+        gate: Id of this job if it is a gate.
+    """
     from ..files import read_json_lines
-    from ..interchange.export import export, is_complete_export
     from ..launchers.slurm.scheduler import submit_missing_jobs
-    from ..planning.context import open_run
     from ..planning.job_graph import build_job_graph
+    from ..planning.planned_row import stored_rows
+    from ..storage.run_directory import is_complete_export
 
     loaded = run.load_recipe()
     set_umask(loaded)
-    opened = open_run(loaded, run)
+    rows = stored_rows(run, loaded)
+    if rows is None:
+        from ..planning.context import open_run
+
+        rows = open_run(loaded, run).rows
     baseline = any(row["event"] == "baseline" for row in read_json_lines(run.path / "events.jsonl"))
-    graph = build_job_graph(opened.rows, baseline=baseline)
+    graph = build_job_graph(rows, baseline=baseline)
     if not submit_missing_jobs(loaded, graph, run, gate=gate, say=say):
         say(f"watch:   {format_command('status', run.path, '--watch')}")
         return
-    exported = run.path / "export"
-    if not is_complete_export(exported):
-        export(run.path, exported)
+    if not is_complete_export(run.exported):
+        export_model(loaded, run, in_job=gate is not None)
     from ..report.console_tables import summary_table
 
-    console().print(summary_table(loaded.name, run.update_summary(), opened.rows))
-    say(f"model:   {exported}")
+    console().print(summary_table(loaded.name, run.update_summary(), rows))
+    say(f"model:   {run.exported}")
+
+
+def export_model(recipe: Any, run: RunDir, *, in_job: bool) -> None:
+    """Export the model of a run that is done, in the container of the ranks if there is one.
+
+    Args:
+        recipe: The recipe of the run.
+        run: The run directory.
+        in_job: Whether this is a job of Slurm, in which srun starts no other job.
+
+    Raises:
+        SystemResourceError: The command in the container failed.
+    """
+    import shlex
+    import subprocess
+    import sys
+
+    slurm = recipe.slurm
+    if not slurm.in_container:
+        from ..interchange.export import export
+
+        export(run.path, run.exported)
+        return
+    prefix = ["srun", "--ntasks=1", *slurm.srun] if slurm.srun and in_job else []
+    prefix += shlex.split(slurm.container or "")
+    command = [slurm.python or sys.executable, "-m", "bigincubate", "export", str(run.path), "--out", str(run.exported)]
+    if subprocess.run([*prefix, *command], check=False).returncode:
+        by_hand = format_command("export", run.path, "--out", run.exported)
+        raise SystemResourceError(f"the export failed, see above; run it in the container: {by_hand}")
 
 
 def set_umask(recipe: Any) -> None:
@@ -127,7 +235,7 @@ def handle_job_exit(
 @app.command()
 def cancel(run: RunArgument) -> None:
     """Cancel a run's Slurm jobs. Running phases write a checkpoint first; `resume` submits them again."""
-    from ..launchers.slurm.client import cancel_jobs
+    from ..launchers.slurm.submission_log import cancel_jobs
 
     run.load_recipe()
     ids = cancel_jobs(run) if (run.path / "jobs.json").exists() else []
@@ -145,7 +253,7 @@ def logs(
     import subprocess
 
     from ..files import quote_path
-    from ..launchers.slurm.client import list_job_logs
+    from ..launchers.slurm.job_logs import list_job_logs
 
     modules = run.load_recipe().plan.number
     if module is not None and module >= modules:

@@ -32,10 +32,16 @@ class SlurmJobConfig(ConfigTable):
     constraint: str | None = execution_field(None)
     """Features that nodes must have."""
     extra: list[str] = execution_field([])
-    """More options of sbatch, such as `["--exclusive"]`."""
+    """More options of sbatch, such as `["--exclusive"]`. The table of a kind of job adds its own to the common ones."""
 
 
 JOB_KINDS = ("pretrain", "incubate", "finetune", "end_to_end", "gate")
+GATE_DEFAULTS: dict[str, Any] = {"nodes": 1, "ranks": 1, "gpus": 0, "cpus": 1, "memory": "4G", "time": "0:30:00"}
+# options of sbatch that the gate does not take over from `slurm.extra`: it needs no GPU and no whole node
+RESOURCE_OPTIONS = (
+    *("--exclusive", "--gpus", "--gres", "--mem", "--cores", "--cpus", "--nodes", "--nodelist", "--ntasks", "--tres"),
+    *("--sockets", "--threads", "--extra-node-info", "--switches"),
+)
 JobTable = Annotated[dict[str, Any], OverridesOf(SlurmJobConfig)]
 
 
@@ -51,15 +57,20 @@ class SlurmConfig(SlurmJobConfig):
     end_to_end: JobTable = execution_field({})
     """Resources of the job of the end-to-end baseline that differ from the common keys."""
     gate: JobTable = execution_field({})
-    """Resources of the gate that differ from its defaults: the common keys, with one node, one rank and no GPU."""
+    """Resources of the gate that differ from its defaults: one CPU core, `"4G"` of memory, half an hour, no GPU."""
     array_parallelism: Count | None = execution_field(None)
     """Maximum number of array tasks that run in parallel. None: no limit. Unit: tasks."""
     setup_script: PathText | None = execution_field(None)
     """Script that jobs source first, for environment modules, conda or proxies."""
     python: Annotated[str, PathMark(unless="[^/~$]+")] | None = execution_field(None)
     """Python interpreter of the jobs: a path, or a command such as `"python3"`. None: the one that runs `submit`."""
+    host_python: Annotated[str, PathMark(unless="[^/~$]+")] | None = execution_field(None)
+    """Interpreter of the job scripts and the gate, outside the container; it needs no torch. None: `python`, or with a
+    container the one that runs `submit`."""
     container: str | None = execution_field(None)
-    """Prefix of the python command, such as `"apptainer exec --nv image.sif"`."""
+    """Prefix of the python command of the ranks, such as `"apptainer exec --nv image.sif"`."""
+    srun: list[str] = execution_field([])
+    """Options of srun for the ranks, such as `["--container-image=image.sqsh", "--cpu-bind=cores"]`."""
     umask: str | None = execution_field(None, pattern="^0?[0-7]{3}$")
     """umask of the run's files, such as `"007"` for a run that a group shares."""
     submit_from_jobs: bool = execution_field(True)
@@ -72,8 +83,17 @@ class SlurmConfig(SlurmJobConfig):
     def job_values(self, kind: str) -> dict[str, Any]:
         """Return the keys of a kind of job, not validated: the common keys, overridden by those of this kind."""
         common = {key: getattr(self, key) for key in SlurmJobConfig.model_fields}
-        gate: dict[str, Any] = {"nodes": 1, "ranks": 1, "gpus": 0, "memory": None, "extra": []}
-        return {**common, **(gate if kind == "gate" else {}), **getattr(self, kind)}
+        own = getattr(self, kind)
+        extra = self.extra
+        if kind == "gate":
+            common |= GATE_DEFAULTS
+            extra = [option for option in extra if not option.startswith(RESOURCE_OPTIONS)]
+        return {**common, **own, "extra": [*extra, *own.get("extra", [])]}
+
+    @property
+    def in_container(self) -> bool:
+        """Return whether the ranks run in a container, in which Slurm's commands may be missing."""
+        return self.container is not None or any(option.startswith("--container") for option in self.srun)
 
     def job(self, kind: str) -> SlurmJobConfig:
         """Return the resources of a kind of job: the common keys, overridden by those of this kind.

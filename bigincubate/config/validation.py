@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from datetime import date, time
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticUndefined
@@ -88,7 +88,7 @@ def _example(table: type[BaseModel], names: list[str], key: str, given: Any) -> 
     if default not in (None, PydanticUndefined, {}, []):
         shown = default
     elif takes_list(field.annotation):
-        shown = [1, 2]
+        shown = ["a", "b"] if str in get_args(field.annotation) else [1, 2]
     else:
         kinds = list_alternatives(field.annotation)
         shown = next((TYPE_EXAMPLES[kind] for kind in kinds if kind in TYPE_EXAMPLES), None)

@@ -17,12 +17,11 @@ from ..files import quote_path, read_json, regular_file_size
 from ..models.library import find_family
 from ..models.partition import Partition
 from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact
-from ..storage.run_directory import RunDir
+from ..storage.run_directory import EXPORTED_FILES, RunDir, is_complete_export
 from .official_format import write_official
 from .timm_format import timm_snippet, write_timm_files
 
 SPEC = "bigincubate"  # key of the ModelSpec in an exported config.json
-FILES = ("model.safetensors", "config.json")  # of an exported folder, in the order in which they are written
 
 
 def best_artifact(run: RunDir) -> Path:
@@ -104,11 +103,6 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
         raise ArtifactError(f"{file} does not hold the model of its config.json: {reason}") from None
 
 
-def is_complete_export(folder: Path) -> bool:
-    """Return whether an exported folder is complete."""
-    return (folder / FILES[-1]).exists()
-
-
 def export(source: Path, out: Path) -> str:
     """Export the model of ``source`` as a folder. A model from timm can be loaded with timm.
 
@@ -133,6 +127,10 @@ def export_official(source: Path, out: Path) -> None:
     write_official(out, model.state_dict(), partition_of(spec))
 
 
+def _has_only_exported_files(folder: Path) -> bool:
+    return folder.is_dir() and {file.name for file in folder.iterdir()} <= set(EXPORTED_FILES)
+
+
 def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
     """Write a model as ``model.safetensors`` and ``config.json``, in timm's format for a timm model.
 
@@ -143,9 +141,7 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
         ConfigError: ``out`` contains other files.
     """
     out = out.resolve()
-    if out.exists() and (
-        not out.is_dir() or ({file.name for file in out.iterdir()} - set(FILES) and not is_complete_export(out))
-    ):
+    if out.exists() and not is_complete_export(out) and not _has_only_exported_files(out):
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
     temporary = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -155,16 +151,16 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
     else:
         temporary.mkdir(parents=True)
         config = {}
-        save_file(model.state_dict(), temporary / FILES[0])
-    (temporary / FILES[1]).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
-    shutil.copymode(temporary / FILES[1], temporary / FILES[0])  # safetensors ignores the umask
+        save_file(model.state_dict(), temporary / EXPORTED_FILES[0])
+    (temporary / EXPORTED_FILES[1]).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
+    shutil.copymode(temporary / EXPORTED_FILES[1], temporary / EXPORTED_FILES[0])  # safetensors ignores the umask
     out.mkdir(exist_ok=True)
-    for name in FILES:
+    for name in EXPORTED_FILES:
         (temporary / name).replace(out / name)
     temporary.rmdir()
     if timm:
         return timm_snippet(spec, out)
-    return f"import safetensors.torch; tensors = safetensors.torch.load_file({str(out / FILES[0])!r})"
+    return f"import safetensors.torch; tensors = safetensors.torch.load_file({str(out / EXPORTED_FILES[0])!r})"
 
 
 def partition_of(spec: ModelSpec) -> Partition:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..config import Phase
+from ..config import Phase, Recipe
+from ..files import read_json
+from ..storage.run_directory import RunDir
 from ..tasks.metric import Metric, planned_metrics
 
 
@@ -73,3 +75,9 @@ class PlannedRow:
 def load_planned_rows(stored: Sequence[dict[str, Any]]) -> list[PlannedRow]:
     """Return the phases in the ``rows`` of ``plan.json``."""
     return [PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])}) for row in stored]
+
+
+def stored_rows(run: RunDir, recipe: Recipe) -> list[PlannedRow] | None:
+    """Return the phases of a run from its ``plan.json``, or None if it is missing or is the plan of another recipe."""
+    stored = read_json(run.path / "plan.json") or {}
+    return load_planned_rows(stored["rows"]) if stored.get("settings") == recipe.identity else None

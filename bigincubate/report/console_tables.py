@@ -227,8 +227,8 @@ def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) ->
         plan: The content of ``plan.json``, for the metrics.
     """
     metrics = {row["key"]: planned_metrics(row) for row in plan["rows"]}
-    headlines = metric_columns(metrics[row["phase"]][:1] for row in rows)
-    unit = common_unit(row["unit"] for row in rows)
+    headlines = metric_columns(metrics[row["phase"]][:1] for row in rows if row["phase"] in metrics)
+    unit = common_unit(row["unit"] for row in rows if row["unit"])
     submitted, joined = (any(row[key] for row in rows) for key in ("job", "partial"))
     queued = ["job", "in Slurm", "node"] if submitted else []
     scores = [*(metric.column for metric in headlines), *(["with finished modules"] if joined else [])]
@@ -239,11 +239,11 @@ def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) ->
             row["title"],
             row["state"],
             *([row[key] or "-" for key in ("job", "queue", "node")] if submitted else []),
-            f"{row['step']}/{row['steps']}",
-            f"{row['percent']:.0f}%",
+            "-" if row["steps"] is None else f"{row['step']}/{row['steps']}",
+            "-" if row["percent"] is None else f"{row['percent']:.0f}%",
             _number(row["loss"], ".4f"),
             *(metric.text(metric.value_in(row)) for metric in headlines),
-            *([format_partial(row["partial"], metrics[row["phase"]][0])] if joined else []),
+            *([format_partial(row["partial"], metrics[row["phase"]][0]) if row["partial"] else "-"] if joined else []),
             _number(row["samples_per_sec"], ".0f"),
             _duration(row["eta_seconds"]),
             str(row["restarts"]),

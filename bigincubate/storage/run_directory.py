@@ -121,6 +121,15 @@ class PhaseDir:
         write_json(self.path / "attempts" / f"{number}.json", {"attempt": number, "time": time.time(), **fields})
 
 
+# files of an exported model, in the order in which they are written
+EXPORTED_FILES = ("model.safetensors", "config.json")
+
+
+def is_complete_export(folder: Path) -> bool:
+    """Return whether the folder of an exported model is complete."""
+    return (folder / EXPORTED_FILES[-1]).exists()
+
+
 @dataclass(frozen=True)
 class RunDir:
     """The directory of a run.
@@ -130,6 +139,11 @@ class RunDir:
     """
 
     path: Path
+
+    @property
+    def exported(self) -> Path:
+        """Return the folder of the exported model."""
+        return self.path / "export"
 
     def phase(self, phase: Phase, module: int | None = None) -> PhaseDir:
         """Return the folder of a phase; for incubation, the folder of ``module``."""

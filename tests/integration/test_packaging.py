@@ -174,8 +174,10 @@ def test_installation_finds_scripts_and_deepspeed_files(
     file, stage = configuration.rsplit(" ", 1)
     assert Path(file).is_relative_to(where)
     assert stage == "3"
-    assert all(script.read_text() in jobs for script in SCRIPTS if script.name != "end_to_end.sbatch")
-    assert re.search(rf"{re.escape(str(files[-1]))} PYTHON=\S+ (\S+=\S+ )*{re.escape(str(cwd))}/run/recipe.toml", jobs)
+    assert all(script.read_text() in jobs for script in SCRIPTS)
+    assert re.search(
+        rf"{re.escape(str(files[-1]))} PYTHON=\S+ (\S+=\S+ )*pretrain {re.escape(str(cwd))}/run/recipe.toml", jobs
+    )
 
 
 def test_missing_folder_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,10 +197,10 @@ def test_scripts_are_copied_but_never_over_a_changed_file(tmp_path: Path, biginc
     assert [file.read_bytes() for file in sorted(folder.iterdir())] == [file.read_bytes() for file in SCRIPTS]
 
     (folder / "gate.sbatch").write_text("mine\n")
-    (folder / "pretrain.sbatch").unlink()
+    (folder / "phase.sbatch").unlink()
     refused = bigincubate("scripts", "--copy", folder)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert str(folder / "gate.sbatch") in refused.stderr
-    assert not (folder / "pretrain.sbatch").exists()
+    assert not (folder / "phase.sbatch").exists()
     assert (folder / "gate.sbatch").read_text() == "mine\n"

@@ -18,7 +18,7 @@ from cluster import ARRAY, Cluster, committed, running, say
 from conftest import Command
 
 from bigincubate.config.resources import resource_folder
-from bigincubate.launchers.slurm.client import list_queued_jobs
+from bigincubate.launchers.slurm.submission_log import list_queued_jobs
 from bigincubate.storage.run_directory import RunDir
 
 LONG = pytest.mark.slurm
@@ -72,7 +72,7 @@ def test_two_submits_at_the_same_moment_make_one_run(
     )
     rows = json.loads(bigincubate("status", run.path, "--json").stdout)
     assert rows[0]["queue"] == "PENDING (JobHeldUser)"
-    assert [row["state"] for row in rows] == ["queued"] * 4 + ["waiting"]
+    assert [row["state"] for row in rows] == ["held"] * 4 + ["waiting", "held"]
     assert "PENDING (JobHeldUser)" in bigincubate("status", run.path).stdout
     again = bigincubate("submit", fast, "--run-dir", run.path, *sets)
     assert (again.returncode, len(jobs(run))) == (0, 4)
@@ -198,7 +198,8 @@ def test_site_that_replaces_sbatch_and_has_no_python_on_its_nodes(
     assert kinds(run) == ["pretrain", "incubate", "gate"]
     slurm.wait(lambda: not list_queued_jobs(run))
     rows = json.loads(bigincubate("status", run.path, "--json").stdout)
-    assert [row["state"] for row in rows] == ["failed", "failed", "failed", "waiting"]
+    assert [row["state"] for row in rows] == ["failed", "waiting", "waiting", "waiting", "missing"]
+    rows = [row for row in rows if row["state"] != "waiting"]
     assert all("cannot start bigincubate: " in row["error"] and "/nowhere/python" in row["error"] for row in rows)
 
 
@@ -206,10 +207,11 @@ def test_site_that_replaces_sbatch_and_has_no_python_on_its_nodes(
 def test_scripts_are_usable_by_hand(slurm: Cluster, run: RunDir, fast: Path) -> None:
     scripts = resource_folder("slurm")
     more = words("train.max_steps=2")
-    for script in ("pretrain.sbatch", "incubate.sbatch"):
-        array = ["--array=0-1"] if script.startswith("incubate") else []
+    for phase in ("pretrain", "incubate"):
+        array = ["--array=0-1"] if phase == "incubate" else []
         logs = ["--output", str(run.path.parent / "%x_%A_%a.out")]
-        command = ["sbatch", "--wait", *array, *logs, str(scripts / script), str(fast), str(run.path), *more]
+        script = scripts / "phase.sbatch"
+        command = ["sbatch", "--wait", *array, *logs, str(script), phase, str(fast), str(run.path), *more]
         environment = {**os.environ, "PYTHON": sys.executable}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
         assert ended.returncode == 0, ended.stderr

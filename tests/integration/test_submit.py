@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Command
 
+from bigincubate.cli.slurm import shell_defaults
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError, SystemResourceError
 from bigincubate.files import append_json_line, write_json
 from bigincubate.launchers.slurm import client as slurm
 from bigincubate.launchers.slurm import requeue as ending
-from bigincubate.launchers.slurm.client import QueuedJob, job_name, list_job_logs, run_comment
+from bigincubate.launchers.slurm import submission_log
+from bigincubate.launchers.slurm.job_logs import list_job_logs
 from bigincubate.launchers.slurm.requeue import handle_job_exit
 from bigincubate.launchers.slurm.sbatch import build_sbatch_command, find_script, format_submission, split_into_arrays
+from bigincubate.launchers.slurm.submission_log import QueuedJob, Submission, SubmissionLog, job_name, run_comment
 from bigincubate.report import status
 from bigincubate.storage.run_directory import PhaseDir, RunDir
 from bigincubate.tasks.metric import Metric
@@ -69,84 +73,26 @@ def test_wrong_key_of_a_kind_of_job_is_named(fast: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "job"),
     [
-        ("12", "12"),
-        ("12;west", "12"),
-        ("Submitted batch job 12", "12"),
-        ("Submitted batch job 12 on cluster west", "12"),
-        ("*** Welcome to cluster 9, 120 nodes ***\n12\nYour quota: 3 jobs", "12"),
-        ("12;west\nsee https://hpc.example/2026", "12"),
-        ("sbatch: 4 CPUs charged to job 7\nSubmitted batch job 12\n", "12"),
-        ("queued as JobID: 12, thanks", "12"),
-        ("sbatch: lua: job accepted", None),
-        ("", None),
+        ("12", ("12", None)),
+        ("12;west", ("12", "west")),
+        ("Submitted batch job 12", ("12", None)),
+        ("Submitted batch job 12 on cluster west", ("12", "west")),
+        ("*** Welcome to cluster 9, 120 nodes ***\n12\nYour quota: 3 jobs", ("12", None)),
+        ("12;west\nsee https://hpc.example/2026", ("12", "west")),
+        ("sbatch: 4 CPUs charged to job 7\nSubmitted batch job 12\n", ("12", None)),
+        ("Submitted batch job 12\n2026\n", ("12", None)),
+        ("queued as JobID: 12, thanks", ("12", None)),
+        ("sbatch: lua: job accepted", (None, None)),
+        ("", (None, None)),
     ],
 )
-def test_job_id_is_found_in_what_sbatch_prints(answer: str, job: str | None) -> None:
+def test_job_id_is_found_in_what_sbatch_prints(answer: str, job: tuple[str | None, str | None]) -> None:
     assert slurm.parse_job_id(answer) == job
-
-
-def test_job_of_which_sbatch_prints_no_id_is_found_in_the_queue(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = RunDir(tmp_path / "run")
-    queue = [f"5|N/A|RUNNING|bigincubate-pretrain|n1|None|{run_comment(run)}"]
-    answers = {"sbatch": "accepted, 3 of 10 jobs", "squeue": ""}
-    monkeypatch.setattr(slurm, "run_slurm_command", lambda *words, **_: answers[words[0]])
-    with pytest.raises(
-        SystemResourceError, match=r"no job id \(accepted, 3 of 10 jobs\), and there is no new job"
-    ) as raised:
-        slurm.submit_job(["sbatch"], run, "pretrain", known=())
-    assert "\n" not in str(raised.value)
-    answers["squeue"] = "\n".join([*queue, queue[0].replace("5|", "11|", 1)])
-    assert slurm.submit_job(["sbatch"], run, "pretrain", known={"5"}) == "11"
 
 
 def test_state_of_a_job_is_read_past_other_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm, "run_slurm_command", lambda *words, **_: "Maintenance on 1 May\nRUNNING\nCOMPLETING")
     assert slurm.query_job_state("1").split() == ["RUNNING", "COMPLETING"]
-
-
-@pytest.mark.parametrize("kind", ["pretrain", "incubate", "finetune", "end_to_end", "gate"])
-@pytest.mark.parametrize(
-    ("setup", "says"),
-    [
-        ("", "cannot start bigincubate: /nowhere: No module named bigincubate"),
-        ("exit 5", "the setup script ended the job with exit code 5"),
-    ],
-)
-def test_job_that_ends_before_python_leaves_a_trace(kind: str, setup: str, says: str, tmp_path: Path) -> None:
-    """The script gets everything from its arguments, and the environment of a job with ``--export=NONE``."""
-    tools, run = tmp_path / "bin", RunDir(tmp_path / "a run")
-    tools.mkdir()
-    for name, text in {
-        "srun": "exit 1",
-        "scontrol": "exit 0",
-        "python": 'if [ "$*" = "-m bigincubate --version" ] && [ ! -e "$PYTHONPATH/fixed" ]; then\n'
-        '  echo "/nowhere: No module named bigincubate" >&2; exit 1; fi',
-    }.items():
-        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tools / name).chmod(0o755)
-    (tmp_path / "setup.sh").write_text(setup)
-    variables = [
-        f"PYTHON={tools / 'python'}",
-        f"PYTHONPATH={tmp_path}",
-        f"BIGINCUBATE_SETUP_SCRIPT={tmp_path}/setup.sh",
-    ]
-    arguments = [run.path] if kind == "gate" else [tmp_path / "recipe.toml", run.path]
-    names = {"JOB_ID": "7", "JOB_NODELIST": "n1", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "3"}
-    environment = {"PATH": f"{tools}:{os.environ['PATH']}", **{f"SLURM_{key}": value for key, value in names.items()}}
-
-    def start() -> int:
-        command = ["bash", str(find_script(kind)), *variables, *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode
-
-    assert start() == (5 if setup else 3)
-    key = "incubate/3" if kind == "incubate" else kind
-    assert re.fullmatch(rf"job 7(_3)? on \S+: {re.escape(says)}", slurm.read_job_trace(run, key))
-    if not setup:
-        (tmp_path / "fixed").touch()
-        assert start() == 0
-        assert slurm.read_job_trace(run, key) == ""
 
 
 # ------------------------------------------------------------------------------------------------ how a job ends
@@ -218,7 +164,11 @@ def test_modules_beyond_an_array_come_in_another_one(fast: Path, tmp_path: Path)
     recipe = load_recipe(str(fast), ["slurm.array_parallelism=8"])
     words = build_sbatch_command(recipe, RunDir(tmp_path), "incubate", modules=[1000, 1007], offset=1000)
     assert "--array=0,7%8" in words
-    assert "--job-name=bigincubate-incubate+1000" in words
+    assert f"--job-name={tmp_path.name}-incubate+1000" in words
+    assert list(split_into_arrays([3, 7], 0)) == [(3, [3]), (7, [7])]
+    words = build_sbatch_command(recipe, RunDir(tmp_path), "incubate", offset=7)
+    assert "BIGINCUBATE_OFFSET=7" in words
+    assert not [word for word in words if word.startswith("--array")]
 
 
 def test_logs_are_listed_by_module_and_in_the_order_of_the_pipeline(tmp_path: Path) -> None:
@@ -231,7 +181,15 @@ def test_logs_are_listed_by_module_and_in_the_order_of_the_pipeline(tmp_path: Pa
         "incubate_5_7.1.out",
         "incubate_11_7.out",
     ]
-    names = ["pretrain_9.out", *incubate, "incubate+1000_6_7.out", "finetune_12.out", "finetune_12.0.out", "gate_7.out"]
+    names = [
+        "pretrain_9.out",
+        *incubate,
+        "incubate+12_8.out",
+        "incubate+1000_6_7.out",
+        "finetune_12.out",
+        "finetune_12.0.out",
+        "gate_7.out",
+    ]
     for name in [*sorted(names), "gate.error", "other_3.out"]:
         (folder / f"bigincubate-{name}").touch()
 
@@ -240,8 +198,9 @@ def test_logs_are_listed_by_module_and_in_the_order_of_the_pipeline(tmp_path: Pa
 
     assert listed() == names
     assert listed(7) == incubate[1:]
+    assert listed(12) == ["incubate+12_8.out"]
     assert listed(1007) == ["incubate+1000_6_7.out"]
-    assert job_name("incubate", 1000) == "bigincubate-incubate+1000"
+    assert job_name(RunDir(tmp_path / "my run"), "incubate", 1000) == "my_run-incubate+1000"
 
 
 def test_dry_run_shows_everything_and_makes_nothing(fast: Path, tmp_path: Path, bigincubate: Command) -> None:
@@ -249,7 +208,7 @@ def test_dry_run_shows_everything_and_makes_nothing(fast: Path, tmp_path: Path, 
     shown = bigincubate("submit", fast, "--run-dir", tmp_path / "run", "--dry-run", *sets)
     assert shown.returncode == 0, shown.stderr
     assert shown.stdout.count("--partition=gpu '--account=project 7'") == 4
-    assert "# ---- finetune.sbatch" in shown.stdout
+    assert "# ---- phase.sbatch" in shown.stdout
     assert not (tmp_path / "run").exists()
     refused = bigincubate("submit", fast, "--run-dir", tmp_path / "run", "--dry-run", "--partition", "gpu\nrm -rf x")
     assert refused.returncode == 2
@@ -259,21 +218,126 @@ def test_dry_run_shows_everything_and_makes_nothing(fast: Path, tmp_path: Path, 
 # ------------------------------------------------------------------------------------------------ status
 
 
-def test_queue_is_read_past_the_jobs_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine, theirs = (run_comment(RunDir(tmp_path / name)) for name in ("run", "other"))
+def test_queue_is_read_by_the_ids_that_were_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the jobs of others, whatever plugins did to the comment, and as long as an Epilog runs."""
+    run, asked = RunDir(tmp_path / "run"), list[tuple[str, ...]]()
+    noted = [
+        Submission("incubate", "run-incubate+1000", "5", modules=(1007, 1008), offset=1000, user=7),
+        Submission("gate", "run-gate", "6", user=7),
+        Submission("finetune", "run-finetune", "9", cluster="west", user=8),
+    ]
+    SubmissionLog(run, noted).write()
     lines = [
-        f"5|7|RUNNING|bigincubate-incubate+1000|n2|None|{mine}",
-        f"5|8|COMPLETING|bigincubate-incubate+1000|n2|None|{mine}",
-        f"6|N/A|PENDING|bigincubate-gate||Dependency|{mine}",
-        f"7|N/A|PENDING|bigincubate-gate||Dependency|{theirs}",
-        "8|N/A|PENDING|a|b||Priority|a comment",
+        "5|7|RUNNING|n2|None|run-incubate+1000|overwritten by a plugin",
+        "5|8|COMPLETING|n2|None|run-incubate+1000|overwritten",
+        "6|N/A|PENDING||Dependency|run-gate|",
+        f"7|N/A|PENDING||Dependency|run-gate|{run_comment(run)}",
+        "8|N/A|PENDING||Priority|a|b|a comment",
         "of two lines",
     ]
-    monkeypatch.setattr(slurm, "run_slurm_command", lambda *words: "\n".join(lines))
-    assert slurm.list_queued_jobs(RunDir(tmp_path / "run")) == [
+
+    def answer(*words: str, cluster: str | None = None) -> str:
+        asked.append((*words, str(cluster)))
+        return "\n".join(lines) if cluster is None else "CLUSTER: west\n9|N/A|RUNNING|w1|None|run-finetune|"
+
+    monkeypatch.setattr(submission_log, "run_slurm_command", answer)
+    assert submission_log.list_queued_jobs(run) == [
         QueuedJob("5", "incubate", 1007, "RUNNING", "n2", "None"),
+        QueuedJob("5", "incubate", 1008, "COMPLETING", "n2", "None"),
         QueuedJob("6", "gate", None, "PENDING", "", "Dependency"),
+        QueuedJob("9", "finetune", None, "RUNNING", "w1", "None", "west"),
     ]
+    assert [("--user=7" in words, "--user=8" in words, words[-1]) for words in asked] == [
+        (True, False, "None"),
+        (False, True, "west"),
+    ]
+    asked.clear()
+    submission_log.cancel_jobs(run)
+    assert asked[2:] == [("scancel", "6", "5", "None"), ("scancel", "9", "west")]
+
+
+def test_programs_of_slurm_ignore_the_variables_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped = ("SQUEUE_PARTITION", "SBATCH_ARRAY_INX", "SBATCH_PARTITION", "SRUN_CPUS_PER_TASK", "SLURM_JOB_ID")
+    kept = ("SLURM_CONF", "SLURM_JWT", "SBATCH_EXPORT", "SLURMISH", "PATH")
+    for name in (*dropped, *kept):
+        monkeypatch.setenv(name, "/usr/bin" if name == "PATH" else "x")
+    assert not set(dropped) & slurm.slurm_environment().keys()
+    assert set(kept) <= slurm.slurm_environment().keys()
+
+
+def test_variables_of_sbatch_become_part_of_the_recipe(fast: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate that submits the later phases does not have the variables of the user's shell."""
+    monkeypatch.setenv("SBATCH_ACCOUNT", "physics")
+    monkeypatch.setenv("SBATCH_PARTITION", "gpu")
+    assert shell_defaults(load_recipe(str(fast))) == ["slurm.account=physics", "slurm.partition=gpu"]
+    assert shell_defaults(load_recipe(str(fast), ["slurm.partition=cpu"])) == ["slurm.account=physics"]
+
+
+def test_all_words_of_slurm_are_shown_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sbatch = tmp_path / "sbatch"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    def refusal(words: str) -> SystemResourceError:
+        sbatch.write_text(f"#!/bin/bash\nprintf '{words}' >&2\nexit 1\n")
+        sbatch.chmod(0o755)
+        with pytest.raises(SystemResourceError) as raised:
+            slurm.submit_job(["sbatch"])
+        return raised.value
+
+    limit = refusal("sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: policy\n")
+    assert isinstance(limit, slurm.JobRefusedError)
+    assert (str(limit), limit.at_limit) == ("QOSMaxSubmitJobPerUserLimit; Batch job submission failed: policy", True)
+    other = refusal("sbatch: error: invalid partition specified: gpu\nsbatch: error: Batch job submission failed\n")
+    assert isinstance(other, slurm.JobRefusedError)
+    assert not other.at_limit
+    unknown = refusal("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation\n")
+    assert not isinstance(unknown, slurm.JobRefusedError)  # Slurm may have accepted the job
+
+
+def test_options_of_sbatch_reach_the_jobs_that_need_them(fast: Path, tmp_path: Path) -> None:
+    common = ["--reservation=r", "--exclusive", "--gpus-per-task=1", "--ntasks=8", "--mem-per-gpu=9G"]
+    sets = [f"slurm.extra={common}", "slurm.memory=64G", 'slurm.gate.extra=["--mail-type=FAIL"]', "slurm.time=9:00:00"]
+    recipe, run = load_recipe(str(fast), [*sets, "slurm.gate.partition=cpu"]), RunDir(tmp_path)
+    phase, gate = (build_sbatch_command(recipe, run, kind) for kind in ("finetune", "gate"))
+    assert set(common) <= set(phase)
+    assert not [word for word in phase if re.match("--(nodes|ntasks-per-node|gpus-per-node|mem)=", word)]
+    assert {"--reservation=r", "--mail-type=FAIL", "--partition=cpu"} <= set(gate)
+    assert {"--mem=4G", "--time=0:30:00", "--cpus-per-task=1", "--nodes=1"} <= set(gate)
+    assert not set(common[1:]) & set(gate)
+
+
+def test_ranks_may_run_in_a_container_and_the_scripts_outside_of_it(fast: Path, tmp_path: Path) -> None:
+    sets = ['slurm.srun=["--container-image=a b.sqsh", "--cpu-bind=cores"]', "slurm.python=python3"]
+    recipe = load_recipe(str(fast), sets)
+    words = build_sbatch_command(recipe, RunDir(tmp_path), "pretrain")
+    assert [word for word in words if word.startswith("SRUN=")] == [
+        "SRUN=--container-image=a b.sqsh",
+        "SRUN=--cpu-bind=cores",
+    ]
+    assert f"BIGINCUBATE_HOST_PYTHON={sys.executable}" in words
+    assert not [word for word in build_sbatch_command(recipe, RunDir(tmp_path), "gate") if word.startswith("SRUN=")]
+
+
+@pytest.mark.parametrize("folder", ["50% of it", "a+b"])
+def test_log_is_written_to_the_run_directory_whatever_its_name(fast: Path, tmp_path: Path, folder: str) -> None:
+    words = build_sbatch_command(load_recipe(str(fast)), RunDir(tmp_path / folder), "pretrain")
+    (output,) = (word.partition("=")[2] for word in words if word.startswith("--output="))
+    assert output.replace("%%", "%") == str(tmp_path / folder / "slurm" / "bigincubate-pretrain_%j.out")
+
+
+def test_status_asks_slurm_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, answers, times = [0.0], iter([["a"], ["b"], ["b"], ["b"], None]), list[float]()
+
+    def answer(run: RunDir) -> Any:
+        times.append(now[0])
+        return next(answers)
+
+    monkeypatch.setattr(status, "read_queue", answer)
+    reader = status.QueueReader(RunDir(tmp_path), clock=lambda: now[0])
+    for second in range(0, 240, 2):
+        now[0] = second
+        reader.read()
+    assert times == [0, 30, 60, 120, 180]
 
 
 def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +357,8 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
     run.phase("pretrain").write_attempt(1, **running)
     run.phase("incubate", 0).write_attempt(1, **running)
     run.phase("incubate", 0).write_attempt(2, **running)
-    append_json_line(run.phase("incubate", 0).path / "requeues.jsonl", {"reason": "a rank was ended by SIGKILL"})
+    killed = {"reason": "a rank was ended by SIGKILL", "code": 137, "nodes": "n2"}
+    append_json_line(run.phase("incubate", 0).path / "requeues.jsonl", killed)
     queued = [
         QueuedJob("5", "incubate", 0, "RUNNING", "n2", "None"),
         QueuedJob("5", "incubate", 1, "PENDING", "", "Resources"),
@@ -304,6 +369,7 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
         return {row["phase"]: [row[key] for key in keys] for row in status.run_status(run)}
 
     monkeypatch.setattr(status, "list_queued_jobs", lambda run: queued)
+    resume = f"continue with: bigincubate resume {run.path}"
     alone = shown()
     assert alone["incubate/0"] == ["running", None, None, "n1", 1, "a rank was ended by SIGKILL"]
     write_json(run.path / "jobs.json", {})
@@ -312,18 +378,37 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
         "incubate/0": ["running", "5", "RUNNING", "n2", 1, "a rank was ended by SIGKILL"],
         "incubate/1": ["queued", "5", "PENDING (Resources)", None, 0, None],
         "finetune": ["waiting", None, None, None, 0, None],
+        "gate": ["missing", None, None, None, 0, resume],
     }
+    requeues = [{"reason": "exit code 1", "code": 1, "nodes": "n3"}] * 2
+    for row in requeues:
+        append_json_line(run.phase("incubate", 0).path / "requeues.jsonl", row)
+    assert shown()["incubate/0"][-1] == "exit code 1, twice in a row on n3"
     traces = {"pretrain": "no python", "incubate-0": "no python", "gate": "no setup script"}
     for name, text in traces.items():
         (run.path / "slurm").mkdir(exist_ok=True)
         (run.path / "slurm" / f"{name}.error").write_text(f"{text}\n")
     assert {key: (row[0], row[-1]) for key, row in shown().items()} == {
         "pretrain": ("died", "no python"),
-        "incubate/0": ("running", "a rank was ended by SIGKILL"),
+        "incubate/0": ("running", "exit code 1, twice in a row on n3"),
         "incubate/1": ("queued", None),
         "finetune": ("waiting", "gate: no setup script"),
+        "gate": ("missing", f"no setup script; {resume}"),
     }
+    queued += [
+        QueuedJob("6", "gate", None, "PENDING", "", "Dependency"),
+        QueuedJob("7", "finetune", None, "PENDING", "", "JobHoldMaxRequeue"),
+    ]
+    assert shown()["gate"][:3] == ["queued", "6", "PENDING (Dependency)"]
+    assert shown()["finetune"][0] == "held"
+    assert shown()["finetune"][-1] == "held: scontrol release 7"
+    (run.path / "slurm" / "gate.exits").write_text("3\n3\n3\n")
+    assert shown()["gate"][0] == "looping"
+    del queued[2:]
     shutil.rmtree(run.path / "slurm")
+    (run.phase("incubate", 0).path / "requeues.jsonl").unlink()
+    append_json_line(run.phase("incubate", 0).path / "requeues.jsonl", killed)
+    SubmissionLog(run, [Submission("pretrain", "run-pretrain", "5")]).write()
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")  # no Slurm here
     assert shown() == alone

@@ -143,6 +143,7 @@ VALUES = {
     **{f"slurm.{key}": "2" for key in ("cpus", "array_parallelism")},
     "slurm.umask": '"007"',
     "slurm.extra": '["--exclusive"]',
+    "slurm.srun": '["--cpu-bind=cores"]',
 }
 
 

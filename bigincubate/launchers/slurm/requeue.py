@@ -53,7 +53,9 @@ def handle_job_exit(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
     last = before[-MAX_REQUEUES_WITHOUT_PROGRESS:]
     if len(before) >= MAX_REQUEUES_WITHOUT_PROGRESS and set(last) == {checkpoint}:
         return failed, f"{reason}; not requeued: no progress in {MAX_REQUEUES_WITHOUT_PROGRESS} requeues"
-    append_json_line(file, {"time": time.time(), "job": job, "code": code, "checkpoint": checkpoint, "reason": reason})
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    row = {"time": time.time(), "job": job, "code": code, "checkpoint": checkpoint, "reason": reason, "nodes": nodes}
+    append_json_line(file, row)
     try:
         requeue_job(job)
     except ExternalError as error:

@@ -13,14 +13,30 @@ from ...config.resources import resource_folder
 from ...distributed.rank_logging import LEVEL_VARIABLE
 from ...errors import ConfigError
 from ...storage.run_directory import RunDir
-from .client import DEFAULT_MAX_ARRAY_SIZE, job_name, run_comment
+from .client import DEFAULT_MAX_ARRAY_SIZE
+from .job_logs import LOG_PREFIX
+from .submission_log import job_name, run_comment
 
 # options of sbatch whose name differs from the key in `SlurmJobConfig`
 OPTION_NAMES = {"ranks": "ntasks-per-node", "gpus": "gpus-per-node", "cpus": "cpus-per-task", "memory": "mem"}
+# options in `extra` that replace a key
+REPLACED_BY = {
+    "nodes": ("--ntasks",),
+    "ranks": ("--ntasks",),
+    "memory": ("--mem-per-gpu", "--mem-per-cpu"),
+    "gpus": ("--gres", "--gpus", "--gpus-per-task"),
+}
 
 
 def build_sbatch_command(
-    recipe: Recipe, run: RunDir, kind: str, *, modules: Sequence[int] = (), offset: int = 0, needs: Sequence[str] = ()
+    recipe: Recipe,
+    run: RunDir,
+    kind: str,
+    *,
+    modules: Sequence[int] = (),
+    offset: int = 0,
+    after: Sequence[str] = (),
+    after_success: Sequence[str] = (),
 ) -> list[str]:
     """Return the command that submits a job, as a list of words.
 
@@ -28,28 +44,34 @@ def build_sbatch_command(
         recipe: The recipe of the run.
         run: The run directory.
         kind: ``pretrain``, ``incubate``, ``finetune``, ``end_to_end`` or ``gate``.
-        modules: The modules of an array.
+        modules: The modules of an array. None for a job of one module, whose number is the offset.
         offset: Difference between the number of a module and its index in the array.
-        needs: Ids of jobs that must have ended first, successfully or not.
+        after: Ids of jobs that must have ended first, successfully or not.
+        after_success: Ids of jobs that must have succeeded. If one fails, Slurm cancels this job.
 
     Raises:
         ConfigError: If a word contains a control character, which could start a new line of a script.
     """
     slurm, job, path = recipe.slurm, recipe.slurm.job(kind), run.path.absolute()
-    words = ["sbatch", "--parsable", f"--job-name={job_name(kind, offset)}", f"--comment={run_comment(run)}"]
-    words.append(f"--output={path / 'slurm' / ('%x_%A_%a.out' if modules else '%x_%j.out')}")
+    words = ["sbatch", "--parsable", f"--job-name={job_name(run, kind, offset)}", f"--comment={run_comment(run)}"]
+    log = f"{LOG_PREFIX}{kind}{f'+{offset}' if offset else ''}_{'%A_%a' if modules else '%j'}.out"
+    words.append(f"--output={str(path).replace('%', '%%')}/slurm/{log}")
+    given = {word.partition("=")[0] for word in job.extra}
     for key in SlurmJobConfig.model_fields:
-        value = getattr(job, key)
-        if key != "extra" and value not in (None, 0):
-            words.append(f"--{OPTION_NAMES.get(key, key)}={value}")
+        value, option = getattr(job, key), f"--{OPTION_NAMES.get(key, key)}"
+        if key != "extra" and value not in (None, 0) and not given & {option, *REPLACED_BY.get(key, ())}:
+            words.append(f"{option}={value}")
     words += job.extra
     if modules:
         limit = f"%{slurm.array_parallelism}" if slurm.array_parallelism else ""
         words.append(f"--array={','.join(str(module - offset) for module in modules)}{limit}")
+    needs = [f"{how}:{':'.join(ids)}" for how, ids in (("afterok", after_success), ("afterany", after)) if ids]
     if needs:
-        words.append(f"--dependency=afterany:{':'.join(needs)}")
-    words += [str(find_script(kind)), *script_variables(recipe, offset)]
-    words += [str(path)] if kind == "gate" else [str(run.recipe_file.absolute()), str(path)]
+        words.append(f"--dependency={','.join(needs)}")
+    if after_success:
+        words.append("--kill-on-invalid-dep=yes")
+    words += [str(find_script(kind)), *script_variables(recipe, kind, offset)]
+    words += [str(path)] if kind == "gate" else [kind, str(run.recipe_file.absolute()), str(path)]
     for word in words:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in word):
             raise ConfigError(f"a control character in {word!r}, which is passed to sbatch; remove the character")
@@ -61,40 +83,45 @@ def split_into_arrays(modules: Sequence[int], size: int) -> Iterator[tuple[int, 
 
     Args:
         modules: Numbers of the modules.
-        size: Maximum number of indices of an array.
+        size: Maximum number of indices of an array; 0 if there are no arrays: each module is a job of its own.
 
     Yields:
         The offset and the modules of an array. The index of a module in the array is its number minus the offset.
     """
+    size = size or 1
     for offset in sorted({module // size * size for module in modules}):
         yield offset, [module for module in modules if module // size * size == offset]
 
 
 def find_script(kind: str) -> Path:
     """Return the script of a kind of job: ``pretrain``, ``incubate``, ``finetune``, ``end_to_end`` or ``gate``."""
-    return resource_folder("slurm") / f"{kind}.sbatch"
+    return resource_folder("slurm") / ("gate.sbatch" if kind == "gate" else "phase.sbatch")
 
 
-def script_variables(recipe: Recipe, offset: int = 0) -> list[str]:
+def script_variables(recipe: Recipe, kind: str, offset: int = 0) -> list[str]:
     """Return the variables that the scripts read, as arguments ``NAME=VALUE``.
 
     They are not passed in the environment, because sites may configure ``sbatch`` to give jobs none.
 
     Args:
         recipe: The recipe of the run.
+        kind: Kind of the job.
         offset: Difference between the number of a module and its index in the array.
     """
     slurm, search_path = recipe.slurm, os.environ.get("PYTHONPATH")
+    phase = kind != "gate"
     values = {
         "PYTHON": slurm.python or sys.executable,
+        "BIGINCUBATE_HOST_PYTHON": slurm.host_python or (sys.executable if slurm.in_container else None),
         "PYTHONPATH": os.pathsep.join(map(os.path.abspath, search_path.split(os.pathsep))) if search_path else None,
         "BIGINCUBATE_SETUP_SCRIPT": slurm.setup_script,
-        "BIGINCUBATE_CONTAINER": slurm.container,
+        "BIGINCUBATE_CONTAINER": slurm.container if phase else None,
         "BIGINCUBATE_MAX_REQUEUES": str(slurm.max_requeues),
-        "BIGINCUBATE_OFFSET": str(offset) if offset else None,
+        "BIGINCUBATE_OFFSET": str(offset) if kind == "incubate" else None,
         LEVEL_VARIABLE: os.environ.get(LEVEL_VARIABLE),
     }
-    return [f"{name}={value}" for name, value in values.items() if value is not None]
+    options = [f"SRUN={option}" for option in slurm.srun] if phase else []
+    return [*(f"{name}={value}" for name, value in values.items() if value is not None), *options]
 
 
 def format_submission(
@@ -110,11 +137,33 @@ def format_submission(
         size: Slurm's MaxArraySize.
     """
     kinds = ["pretrain", "incubate", "gate", "finetune", *(["end_to_end"] if baseline else [])]
-    before = {"incubate": ["PRETRAIN"], "gate": ["INCUBATE"]}
-    parts = []
-    for kind in kinds:
-        for offset, group in split_into_arrays(range(modules), size) if kind == "incubate" else [(0, list[int]())]:
-            words = build_sbatch_command(recipe, run, kind, modules=group, offset=offset, needs=before.get(kind, ()))
-            parts.append(shlex.join(words))
-    parts += [f"\n# ---- {find_script(kind).name}\n{find_script(kind).read_text()}" for kind in kinds]
+    parts = [shlex.join(words) for _, words in plan_submission(recipe, run, modules, baseline=baseline, size=size)]
+    scripts = dict.fromkeys(map(find_script, kinds))
+    parts += [f"\n# ---- {script.name}\n{script.read_text()}" for script in scripts]
     return "\n".join(parts)
+
+
+def plan_submission(
+    recipe: Recipe, run: RunDir, modules: int, *, baseline: bool, size: int = DEFAULT_MAX_ARRAY_SIZE
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield the kinds and the commands of a whole run, with names in place of the ids of other jobs.
+
+    Args:
+        recipe: The recipe of the run.
+        run: The run directory; it need not exist.
+        modules: Number of modules.
+        baseline: Whether to include the end-to-end baseline.
+        size: Slurm's MaxArraySize.
+    """
+    yield "pretrain", build_sbatch_command(recipe, run, "pretrain")
+    for offset, group in split_into_arrays(range(modules), size):
+        yield (
+            "incubate",
+            build_sbatch_command(
+                recipe, run, "incubate", modules=group if size else (), offset=offset, after_success=["PRETRAIN"]
+            ),
+        )
+    yield "gate", build_sbatch_command(recipe, run, "gate", after=["PRETRAIN", "INCUBATE"])
+    yield "finetune", build_sbatch_command(recipe, run, "finetune")
+    if baseline:
+        yield "end_to_end", build_sbatch_command(recipe, run, "end_to_end")

@@ -2,35 +2,32 @@
 
 ::
 
-    pretrain ──afterany──▶ incubate (array, one task per module) ──afterany──▶ gate ──▶ finetune ──afterany──▶ gate
+    pretrain ──afterok──▶ incubate (array, one task per module) ──afterany──▶ gate ──▶ finetune ──afterany──▶ gate
 
 The gate and the commands ``submit`` and ``resume`` call :func:`submit_missing_jobs`, which checks which phases are done
 (hashes and lineage) and which jobs are in the queue, and submits the rest. Therefore no job waits for a job that cannot
-succeed, the large allocation of fine-tuning is requested only when all modules are done, and submitting again is safe.
-The number of submissions of each phase is saved before each ``sbatch``; after ``slurm.max_submissions`` submissions the
-run stops until a user calls ``resume``.
+succeed, modules start only after the meta model, the large allocation of fine-tuning is requested only when all modules
+are done, and submitting again is safe. Only jobs that Slurm has accepted count; after ``slurm.max_submissions``
+submissions of a phase without a newer checkpoint, the run stops until a user calls ``resume``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from ...config import Recipe
-from ...distributed.process_group import DistributedContext
-from ...errors import ArtifactError, format_command
-from ...files import read_json, write_json
+from ...errors import ArtifactError, SystemResourceError, format_command
 from ...planning.job_graph import Job
 from ...planning.lineage import expected_lineage
 from ...storage.artifacts import check_lineage, verify_artifact
 from ...storage.lease import acquire_lease
 from ...storage.run_directory import RunDir
-from .client import list_queued_jobs, query_max_array_size, submit_job
+from .client import JobRefusedError, query_max_array_size, run_slurm_command, submit_job
 from .job_queue import SlurmQueue
 from .sbatch import build_sbatch_command, split_into_arrays
+from .submission_log import QueuedJob, Submission, SubmissionLog, job_name, list_queued_jobs
 
 Say = Callable[[str], None]
 
@@ -53,11 +50,10 @@ def submit_missing_jobs(
 
     Raises:
         ArtifactError: If a phase has reached the maximum number of submissions.
-        SystemResourceError: If Slurm does not answer.
+        SystemResourceError: If Slurm refuses a job or does not answer.
         LockedError: If another process is submitting.
     """
-    with acquire_lease(run.path / "slurm", DistributedContext(), SlurmQueue()):
-        submitter = JobSubmitter(recipe, run, say, submissions=read_submission_log(run)["submissions"] if gate else {})
+    with acquire_lease(run.path / "slurm", queue=SlurmQueue()):
         missing = [job for job in graph if not _is_valid(job, run)]
         if not missing:
             return True
@@ -66,85 +62,244 @@ def submit_missing_jobs(
             say(f"missing: {titles}; continue with: {format_command('resume', run.path)}")
             return False
         queued = [entry for entry in list_queued_jobs(run) if entry.job != gate]
-        active = {entry.key: {entry.job} for entry in queued if entry.kind != "gate"}
-        # only a pending gate counts: a running one may have read the queue already
-        gate_pending = any(entry.kind == "gate" and entry.state == "PENDING" for entry in queued)
-        absent = [job for job in missing if job.key not in active]
-        modules_missing = any(job.phase == "incubate" for job in missing)
-        ready = [job for job in absent if job.phase != "finetune" or not modules_missing]
-        allowed = [job for job in ready if submitter.submissions.get(job.key, 0) < recipe.slurm.max_submissions]
-        for phase in ("pretrain", "incubate", "finetune", "end_to_end"):
-            jobs = [job for job in allowed if job.phase == phase]
-            if jobs:
-                needs = sorted(active.get("pretrain", ())) if phase == "incubate" else []
-                ids = submitter.submit(phase, jobs, needs)
-                active |= dict.fromkeys((job.key for job in jobs), ids)
-        gate_needs = sorted(set().union(*active.values()), key=int)
-        if not gate_needs:
-            words = "; ".join(
-                f"{job.title}: submitted {submitter.submissions[job.key]} times{_last_error(job, run)}" for job in ready
-            )
-            raise ArtifactError(f"given up: {words}. Fix the problem, then: {format_command('resume', run.path)}")
-        if not gate_pending:
-            submitter.submit("gate", [], gate_needs)
-        if not allowed:
-            say(f"in the queue already: {', '.join(gate_needs)}")
+        submitter = JobSubmitter(recipe, run, say, queued, reset_counts=gate is None)
+        submitter.submit_phases(missing)
+        submitter.submit_gate()
+        submitter.report(missing, by_gate=gate is not None)
     return False
 
 
 class JobSubmitter:
-    """Submits jobs and records them in ``jobs.json``."""
+    """Submits the missing jobs of a run.
 
-    def __init__(self, recipe: Recipe, run: RunDir, say: Say, submissions: dict[str, int]) -> None:
+    Attributes:
+        log: The submitted jobs and the numbers of submissions.
+        active: Ids of the jobs in the queue, by the key of their phase.
+        gates: Ids of the pending gates. A running gate does not count: it may have read the queue already.
+        submitted: The jobs that this object has submitted.
+        problems: Which jobs were not submitted, and why.
+    """
+
+    def __init__(
+        self, recipe: Recipe, run: RunDir, say: Say, queued: Sequence[QueuedJob], *, reset_counts: bool
+    ) -> None:
         """Create a submitter.
 
         Args:
             recipe: The recipe of the run.
             run: The run directory.
             say: Prints a line.
-            submissions: Number of submissions so far, by the key of the phase.
+            queued: The jobs of the run that are in the queue, without the calling gate.
+            reset_counts: Whether to forget the numbers of submissions so far.
         """
-        self.recipe, self.run, self.say, self.submissions = recipe, run, say, submissions
+        self.recipe, self.run, self.say, self.queued = recipe, run, say, queued
+        self.log = SubmissionLog.read(run)
+        self.log.find_lost_jobs(queued)
+        if reset_counts:
+            self.log.counts, self.log.checkpoints = {}, {}
+        self.active = {entry.key: entry.job for entry in queued if entry.kind != "gate"}
+        self.gates = [entry.job for entry in queued if entry.kind == "gate" and entry.state == "PENDING"]
+        self.submitted: list[Submission] = []
+        self.problems: list[str] = []
 
-    def submit(self, kind: str, jobs: Sequence[Job], needs: Sequence[str]) -> set[str]:
-        """Submit jobs of one kind, modules in as many arrays as Slurm requires, and return the job ids.
+    def submit_phases(self, missing: Sequence[Job]) -> None:
+        """Submit the phases that can start, and modules whose meta model has a job in the queue.
+
+        Args:
+            missing: The phases that are not done.
+        """
+        absent = {job.key for job in missing}
+        if "pretrain" in absent:  # modules that waited for the meta model have not started
+            self.log.counts = {key: count for key, count in self.log.counts.items() if not key.startswith("incubate/")}
+        for phase in ("pretrain", "incubate", "finetune", "end_to_end"):
+            jobs = [job for job in missing if job.phase == phase and job.key not in self.active]
+            if phase == "incubate" and "pretrain" in absent and "pretrain" not in self.active:
+                continue
+            if phase == "finetune" and any(key.startswith("incubate/") for key in absent):
+                continue
+            allowed = [job for job in jobs if self._submissions(job) < self.recipe.slurm.max_submissions]
+            try:
+                if phase == "incubate":
+                    self._submit_modules([job.module for job in allowed if job.module is not None])
+                elif allowed:
+                    self._submit(phase)
+            except SystemResourceError as error:
+                self._note_problem(phase, error)
+
+    def submit_gate(self) -> None:
+        """Submit a gate that runs after all jobs in the queue, unless one is pending."""
+        while self.active and not self.gates:
+            try:
+                gate = self._submit("gate", after=sorted(set(self.active.values()), key=int))
+            except SystemResourceError as error:
+                if isinstance(error, JobRefusedError) and error.at_limit and self._make_room():
+                    continue
+                self._note_problem("gate", error)
+                return
+            self.gates.append(str(gate.job))
+
+    def report(self, missing: Sequence[Job], *, by_gate: bool) -> None:
+        """Say what is in the queue, and raise an error if the run cannot continue by itself.
+
+        Args:
+            missing: The phases that were not done.
+            by_gate: Whether the calling process is a gate.
+
+        Raises:
+            ArtifactError: If nothing is in the queue, and a phase has reached the maximum number of submissions.
+            SystemResourceError: If a job was not submitted.
+        """
+        jobs = sorted({*self.active.values(), *self.gates}, key=int)
+        for entry in self.queued:
+            if entry.held:
+                self.say(
+                    f"{entry.key}: job {entry.job} is held ({entry.reason}); find out why, then release it with:"
+                    f" scontrol release {entry.job}"
+                )
+        if self.problems:
+            resume = format_command("resume", self.run.path)
+            after = f"nothing is in the queue; correct the cause, then: {resume}"
+            if jobs:
+                gate = f"the gate (job {', '.join(self.gates)}) tries again when they have ended"
+                after = f"in the queue: {', '.join(jobs)}; {gate if self.gates else f'when they have ended: {resume}'}"
+            text = f"{'; '.join(self.problems)}; {after}"
+            if by_gate and self.gates:
+                self.say(text)
+                return
+            raise SystemResourceError(text)
+        if not jobs:
+            words = "; ".join(
+                f"{job.title}: submitted {count} times{_last_error(job, self.run)}"
+                for job in missing
+                if (count := self._submissions(job))
+            )
+            raise ArtifactError(f"given up: {words}. Fix the problem, then: {format_command('resume', self.run.path)}")
+        if not self.submitted:
+            self.say(f"in the queue already: {', '.join(jobs)}")
+
+    def _note_problem(self, kind: str, error: SystemResourceError) -> None:
+        """Note why a job was not submitted."""
+        refused = f"Slurm refused {kind}: {error}"
+        unknown = f"{kind}: {error}; Slurm may have accepted the job all the same"
+        self.problems.append(refused if isinstance(error, JobRefusedError) else unknown)
+
+    def _submissions(self, job: Job) -> int:
+        return self.log.submissions_without_progress(job.key)
+
+    def _submit_modules(self, modules: Sequence[int]) -> None:
+        """Submit modules in as many arrays as Slurm requires, and as many modules as its limits allow.
+
+        Args:
+            modules: The modules.
+
+        Raises:
+            JobRefusedError: If Slurm accepts no module.
+        """
+        if not modules:
+            return
+        size, parallel = query_max_array_size(), self.recipe.slurm.array_parallelism
+        # with a limit of parallel tasks, arrays run one after another; jobs without an array wait for an earlier job
+        lag = 0 if parallel is None else 1 if size else parallel
+        waiting, accepted, limit = list(split_into_arrays(modules, size)), list[Submission](), ""
+        while waiting:
+            offset, group = waiting.pop(0)
+            after = [str(accepted[-lag].job)] if 0 < lag <= len(accepted) else []
+            try:
+                accepted.append(self._submit("incubate", group, offset, after=after, in_array=size > 0))
+            except JobRefusedError as error:
+                if not error.at_limit or (len(group) == 1 and not accepted):
+                    raise
+                limit, waiting = str(error), [(offset, group[: len(group) // 2])] if len(group) > 1 else []
+        if left := len(modules) - sum(len(entry.modules) for entry in accepted):
+            self.say(f"incubate: {left} of {len(modules)} modules wait for the gate, because of a limit ({limit})")
+
+    def _make_room(self) -> bool:
+        """Replace the last array by its first half, so that Slurm's limits leave room for the gate.
+
+        Returns:
+            Whether there was such an array.
+        """
+        last = next((entry for entry in reversed(self.submitted) if entry.kind == "incubate"), None)
+        if last is None or len(last.modules) == len(self.active) == 1:
+            return False
+        run_slurm_command("scancel", str(last.job), cluster=last.cluster)
+        self.submitted.remove(last)
+        for module in last.modules:
+            self.active.pop(f"incubate/{module}")
+            self.log.counts[f"incubate/{module}"] -= 1
+        half = last.modules[: len(last.modules) // 2]
+        with contextlib.suppress(JobRefusedError):  # the gate submits them
+            if half:
+                self._submit("incubate", half, last.offset, after=last.needs, in_array=True)
+        return True
+
+    def _submit(
+        self,
+        kind: str,
+        modules: Sequence[int] = (),
+        offset: int = 0,
+        *,
+        after: Sequence[str] = (),
+        in_array: bool = True,
+    ) -> Submission:
+        """Submit a job.
 
         Args:
             kind: The phase, or ``gate``.
-            jobs: The jobs; none for a gate.
-            needs: Ids of jobs that must have ended first.
+            modules: The modules of an array.
+            offset: Difference between the number of a module and its index in the array.
+            after: Ids of jobs that must have ended first, successfully or not.
+            in_array: Whether modules are submitted as an array.
+
+        Raises:
+            JobRefusedError: If Slurm refuses the job.
+            SystemResourceError: If it is unknown whether Slurm has accepted the job.
         """
-        self.submissions |= {job.key: self.submissions.get(job.key, 0) + 1 for job in jobs}
-        modules = [job.module for job in jobs if job.module is not None]
-        ids: list[str] = []
-        for offset, group in split_into_arrays(modules, query_max_array_size()) if modules else [(0, modules)]:
-            # if the number of parallel tasks is limited, arrays run one after another
-            after = ids[-1:] if self.recipe.slurm.array_parallelism else []
-            ids.append(self._submit_job(kind, group, offset, [*needs, *after]))
-        return set(ids)
-
-    def _submit_job(self, kind: str, modules: Sequence[int], offset: int, needs: Sequence[str]) -> str:
-        command = build_sbatch_command(self.recipe, self.run, kind, modules=modules, offset=offset, needs=needs)
-        log = read_submission_log(self.run) | {"submissions": self.submissions}
-        write_json(self.run.path / "jobs.json", log)  # before sbatch: a lost count would allow endless retries
-        job = submit_job(command, self.run, kind, known={entry["job"] for entry in log["jobs"]})
-        entry = {"job": job, "kind": kind, "modules": list(modules), "needs": list(needs), "time": time.time()}
-        write_json(self.run.path / "jobs.json", {**log, "jobs": [*log["jobs"], entry]})
-        self.run.log_event("submitted", **entry)
+        meta = self.active.get("pretrain") if kind == "incubate" else None
+        after = [job for job in after if job != meta]
+        command = build_sbatch_command(
+            self.recipe,
+            self.run,
+            kind,
+            modules=modules if in_array else (),
+            offset=offset,
+            after=after,
+            after_success=[meta] if meta else [],
+        )
+        needs = (*([meta] if meta else []), *after)
+        name = job_name(self.run, kind, offset)
+        self.log.begin(Submission(kind, name, modules=tuple(modules), offset=offset, needs=needs))
+        try:
+            job, cluster = submit_job(command)
+        except JobRefusedError:
+            self.log.withdraw()
+            raise
+        entry = self.log.accept(job, cluster) if job else self._find_job_without_id(name)
+        self.submitted.append(entry)
+        self.run.log_event("submitted", job=entry.job, kind=kind, modules=list(modules), needs=list(needs))
+        if kind != "gate":
+            keys = [f"incubate/{module}" for module in modules] or [kind]
+            self.active |= dict.fromkeys(keys, str(entry.job))
         which = f" of modules {', '.join(map(str, modules))}" if modules else ""
-        after = f", after {', '.join(needs)}" if needs else ""
-        self.say(f"{kind}{which}: job {job}{after}")
-        return job
+        waits = f", after {', '.join(needs)}" if needs else ""
+        self.say(f"{kind}{which}: job {entry.job}{waits}")
+        return entry
 
+    def _find_job_without_id(self, name: str) -> Submission:
+        """Return the last job with the id that it has in the queue; ``sbatch`` printed none.
 
-def read_submission_log(run: RunDir) -> dict[str, Any]:
-    """Read ``jobs.json``.
-
-    Returns:
-        ``jobs``, the submitted jobs with their dependencies, and ``submissions``, the number of submissions of each
-        phase since a user last called ``submit`` or ``resume``.
-    """
-    return {"jobs": [], "submissions": {}, **(read_json(run.path / "jobs.json") or {})}
+        Raises:
+            SystemResourceError: If it is not in the queue.
+        """
+        known = {entry.job for entry in self.log.jobs}
+        self.log.find_lost_jobs(list_queued_jobs(self.run))
+        last = self.log.jobs[-1] if self.log.jobs else None
+        if last is None or last.job in known:
+            raise SystemResourceError(
+                f"sbatch printed no job id, and there is no new job {name} in the queue; if there is one later,"
+                f" this command finds it: {format_command('resume', self.run.path)}"
+            )
+        return last
 
 
 def _is_valid(job: Job, run: RunDir) -> bool:

@@ -1,0 +1,61 @@
+"""What is submitted when Slurm refuses, loses and kills jobs, on a simulated Slurm whose faults are drawn."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_slurm import FakeSlurm
+
+from bigincubate.config import Phase, load_recipe
+from bigincubate.config.seeds import phase_key
+from bigincubate.planning.job_graph import Job, build_job_graph
+from bigincubate.planning.planned_row import Cost, PlannedRow
+from bigincubate.storage.run_directory import RunDir
+
+
+def make_graph(modules: int) -> list[Job]:
+    """The jobs of a run with this many modules."""
+    phases: list[tuple[Phase, int | None]] = [
+        ("pretrain", None),
+        *(("incubate", module) for module in range(modules)),
+        ("finetune", None),
+    ]
+    numbers = {"batch_size": 1, "steps": 1, "epochs": 1.0, "seen": 1, "total_flops": 1}
+    about: dict[str, Any] = {"metrics": (), "unit": "images", "cost": Cost(*[1] * 7), **numbers}
+    rows = [
+        PlannedRow(key=phase_key(phase, module), phase=phase, module=module, title=f"{phase} {module}", **about)
+        for phase, module in phases
+    ]
+    return build_job_graph(rows, baseline=False)
+
+
+def run_to_the_end(seed: int, modules: int, fast: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    draw = random.Random(f"limits {seed}")
+    submit_limit, size = draw.choice([modules // 8, modules // 2, 10**9]), draw.choice([modules // 4, 10**6, 0])
+    slurm = FakeSlurm(RunDir(folder), seed, modules if size else modules // 5, submit_limit, size)
+    calls = slurm.complete(load_recipe(str(fast)), make_graph(slurm.modules), monkeypatch)
+    print(f"{slurm.modules} modules, {len(slurm.jobs)} jobs, {calls} calls of a user, {dict(slurm.faults)}")
+    return slurm
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_modules_are_trained_once_whatever_happens(
+    seed: int, fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With refusals, crashes, requeues, held tasks, lost gates and answers, slow Epilogs, and limits."""
+    assert sum(run_to_the_end(seed, 100, fast, tmp_path, monkeypatch).faults.values()) > 0
+
+
+@pytest.mark.full
+def test_thousand_modules_are_trained_once_with_each_of_100_seeds(
+    fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: Counter[str] = Counter()
+    for seed in range(100):
+        faults += run_to_the_end(seed, 1000, fast, tmp_path / str(seed), monkeypatch).faults
+    print(dict(faults))
+    assert min(faults.values()) >= 20
