@@ -19,7 +19,8 @@ from bigincubate.storage.run_directory import RunDir
 
 def make_graph(modules: int) -> list[Job]:
     """The jobs of a run with this many modules."""
-    phases: list[tuple[Phase, int | None]] = [
+    phases: list[tuple[Phase, int | None]] = [("pretrain", None), ("finetune", None)]
+    phases[1:1] = [("incubate", module) for module in range(modules)]
         ("pretrain", None),
         *(("incubate", module) for module in range(modules)),
         ("finetune", None),
