@@ -21,10 +21,6 @@ def make_graph(modules: int) -> list[Job]:
     """The jobs of a run with this many modules."""
     phases: list[tuple[Phase, int | None]] = [("pretrain", None), ("finetune", None)]
     phases[1:1] = [("incubate", module) for module in range(modules)]
-        ("pretrain", None),
-        *(("incubate", module) for module in range(modules)),
-        ("finetune", None),
-    ]
     numbers = {"batch_size": 1, "steps": 1, "epochs": 1.0, "seen": 1, "total_flops": 1}
     about: dict[str, Any] = {"metrics": (), "unit": "images", "cost": Cost(*[1] * 7), **numbers}
     rows = [
