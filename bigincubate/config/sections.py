@@ -49,7 +49,7 @@ class ModelConfig(ConfigTable):
     """Name of the model in its library."""
     args: Arguments = Field(default_factory=dict)
     """Arguments of the model's constructor, except depth, image size and number of classes, which have other keys."""
-    img_size: Count = 224
+    img_size: int = Field(224, ge=1, le=2**16)
     """Side of the square input images. Unit: pixels."""
     num_classes: Count = 1000
     """Number of classes; must be equal to that of the data."""

@@ -20,7 +20,7 @@ def find_family(model: ModelConfig) -> ModelFamily:
     """
     if model.library == "timm":
         return find_timm_family(model.name)
-    family = load_object(model.library, key="model.library")(model)
+    family = load_object(model.library, "model", key="model.library")(model)
     if not isinstance(family, ModelFamily):
         raise ConfigError(
             f"model.library = {model.library!r}: the function returned {type(family).__name__}, not a ModelFamily"

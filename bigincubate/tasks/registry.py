@@ -19,7 +19,7 @@ def task_class(name: str) -> type[Task]:
     Raises:
         ConfigError: There is no such class.
     """
-    found = load_object(TASKS.get(name, name), key="task.name")
+    found = load_object(TASKS.get(name, name), "settings", "data", key="task.name")
     if not (isinstance(found, type) and issubclass(found, Task)):
         raise ConfigError(f"task.name = {name!r}: expected a subclass of bigincubate.tasks.base.Task")
     return found

@@ -14,6 +14,7 @@ from ..planning.context import PhaseContext
 from ..sharding import Sharding
 from ..tasks.base import TrainBatches
 
+HOOK_ARGUMENTS = ("model", "settings", "sharding", "env", "micro_batches")
 BATCH_SOURCE = "BIGINCUBATE_BATCH_SOURCE"  # environment variable: "package.module:function"
 
 
@@ -61,7 +62,7 @@ def make_learning_rate_hook(
     name = settings.optim.lr_scaling
     if ":" not in name:
         return None
-    return load_object(name, key="optim.lr_scaling")(model, settings, sharding, env, micro_batches)
+    return load_object(name, *HOOK_ARGUMENTS, key="optim.lr_scaling")(model, settings, sharding, env, micro_batches)
 
 
 def apply_batch_source(stream: TrainBatches, context: PhaseContext) -> TrainBatches:
@@ -80,4 +81,4 @@ def apply_batch_source(stream: TrainBatches, context: PhaseContext) -> TrainBatc
     """
     if (name := os.environ.pop(BATCH_SOURCE, None)) is None:
         return stream
-    return load_object(name, key=BATCH_SOURCE)(stream, context)
+    return load_object(name, "stream", "context", key=BATCH_SOURCE)(stream, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import fspath
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,9 @@ def test_load_object_bad_name_gives_one_line_with_key_and_value(name: str, probl
         load_object(name, key="loss.name")
     assert str(error.value).startswith(f"loss.name = {name!r}: {problem}")
     assert "\n" not in str(error.value)
+
+
+def test_load_object_names_the_arguments_that_do_not_fit() -> None:
+    assert load_object("os:fspath", "path", key="loss.name") is fspath
+    with pytest.raises(ConfigError, match=r"^loss.name = 'os:getcwd': it cannot be called with \(logits, labels\)"):
+        load_object("os:getcwd", "logits", "labels", key="loss.name")

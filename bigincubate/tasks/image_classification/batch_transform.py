@@ -51,4 +51,4 @@ def load_batch_transform(augment: config.AugmentConfig, img_size: int) -> BatchT
     """
     if (name := augment.batch_transform) is None:
         return None
-    return load_object(name, key="augment.batch_transform")(augment, img_size)
+    return load_object(name, "augment", "img_size", key="augment.batch_transform")(augment, img_size)

@@ -21,6 +21,8 @@ from ..metric import Metric
 from .batch_transform import load_batch_transform
 from .mixup import TwoHot, blend
 
+LOSS_ARGUMENTS = ("logits", "labels", "partners", "share", "label_smoothing")
+
 
 class ImageClassification(Task):
     """Classify images."""
@@ -40,7 +42,7 @@ class ImageClassification(Task):
         self.transform = load_batch_transform(settings.augment, settings.model.img_size)
         self.named_loss: Callable[..., Tensor] | None = None  # a loss for targets with two classes per row
         if ":" in (name := settings.loss.name):
-            self.named_loss = load_object(name, key="loss.name")
+            self.named_loss = load_object(name, *LOSS_ARGUMENTS, key="loss.name")
             if settings.train.compile:
                 self.named_loss = torch.compile(self.named_loss)
 
