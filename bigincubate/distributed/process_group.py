@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,8 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..compat.malloc import disable_malloc_trim
-from ..errors import BigincubateError, ConfigError, RankTimeoutError
+from ..errors import BigincubateError, ConfigError, RankTimeoutError, SystemResourceError
+from .rendezvous import check_rendezvous
 
 # limit for connecting, and for each collective operation
 COLLECTIVE_LIMIT = timedelta(minutes=30)
@@ -56,6 +58,7 @@ class DistributedContext:
 
         Raises:
             ConfigError: The variables contradict each other, or this machine has fewer GPUs than ranks.
+            SystemResourceError: ``MASTER_ADDR`` does not resolve, or rank 0 cannot listen on ``MASTER_PORT``.
             RankTimeoutError: The ranks did not all connect within `COLLECTIVE_LIMIT`.
         """
         env = os.environ
@@ -69,10 +72,16 @@ class DistributedContext:
         if world > 1:
             env.setdefault("MASTER_ADDR", "127.0.0.1")
             env.setdefault("MASTER_PORT", "29500")
+            check_rendezvous()
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
                 dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT)
             except (RuntimeError, ValueError) as error:  # a DistError is a RuntimeError
+                if "EADDRINUSE" in str(error):
+                    raise SystemResourceError(
+                        f"rank {rank} cannot listen on port {env['MASTER_PORT']} of {socket.gethostname()}, which"
+                        " another program uses; set MASTER_PORT to a free port, the same on all ranks"
+                    ) from None
                 raise RankTimeoutError(
                     f"rank {rank}: the {world} ranks did not all connect to {env['MASTER_ADDR']}:{env['MASTER_PORT']}"
                     f" ({str(error).splitlines()[0]}); check that all ranks run, with the same WORLD_SIZE"
