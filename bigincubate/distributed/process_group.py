@@ -23,6 +23,7 @@ from .rendezvous import check_rendezvous
 
 # limit for connecting, and for each collective operation
 COLLECTIVE_LIMIT = timedelta(minutes=30)
+USE_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
 
 
 @dataclass
@@ -57,7 +58,8 @@ class DistributedContext:
         On a CPU, freed memory is not returned to the kernel (see :mod:`bigincubate.compat.malloc`).
 
         Raises:
-            ConfigError: The variables contradict each other, or this machine has fewer GPUs than ranks.
+            ConfigError: The variables contradict each other, or this machine has fewer GPUs than ranks, or two ranks
+                use the same GPU.
             SystemResourceError: ``MASTER_ADDR`` does not resolve, or rank 0 cannot listen on ``MASTER_PORT``.
             RankTimeoutError: The ranks did not all connect within `COLLECTIVE_LIMIT`.
         """
@@ -87,6 +89,8 @@ class DistributedContext:
                     f" ({str(error).splitlines()[0]}); check that all ranks run, with the same WORLD_SIZE"
                 ) from None
             self.control = dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo")
+            if self.device.type == "cuda":
+                self._check_separate_gpus()
         return self
 
     @classmethod
@@ -96,21 +100,48 @@ class DistributedContext:
 
     @classmethod
     def _on_device(cls, rank: int, world: int, local_rank: int, local_world: int) -> DistributedContext:
-        """Choose the device of a rank, and set the variables that streaming and torch read."""
+        """Choose the device of a rank, and set the variables that libraries read."""
         self = cls(rank, world, local_rank, local_world)
+        index = local_rank
         if torch.cuda.is_available():
-            if (needed := max(local_world, local_rank + 1)) > (gpus := torch.cuda.device_count()):
+            # Slurm's --gpus-per-task and wrapper scripts show each rank only its own GPU, which is then number 0.
+            # Whether these are different GPUs is checked once the ranks are connected.
+            if (gpus := torch.cuda.device_count()) == 1:
+                index = 0
+            elif (needed := max(local_world, local_rank + 1)) > gpus:
                 raise ConfigError(
-                    f"{needed} ranks on this machine, but only {gpus} visible GPU{'s' if gpus > 1 else ''}; start at"
-                    f" most {gpus}, or set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
+                    f"{needed} ranks on this machine, but only {gpus} visible GPUs; start at most {gpus}, or {USE_CPU}"
                 )
-            self.device = torch.device("cuda", local_rank)
+            self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
         else:
             disable_malloc_trim()
-        numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world}
+        # libraries use LOCAL_RANK as the number of the device
+        numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": index, "LOCAL_WORLD_SIZE": local_world}
         os.environ.update({name: str(number) for name, number in numbers.items()})
         return self
+
+    def _check_separate_gpus(self) -> None:
+        """Refuse ranks that use the same GPU. Collective.
+
+        Environment variables cannot tell: if Slurm confines each rank to its own GPU, CUDA_VISIBLE_DEVICES is 0 in all
+        of them. Therefore the ranks compare UUIDs. The host is compared too, because a driver may number the GPUs of
+        each machine in the same way.
+
+        Raises:
+            ConfigError: Two ranks use the same GPU. Raised on every rank.
+        """
+        uuid = str(torch.cuda.get_device_properties(self.device).uuid)
+        users: dict[tuple[str, str], list[int]] = {}
+        for rank, gpu in enumerate(self.gather((socket.gethostname(), uuid))):
+            users.setdefault(gpu, []).append(rank)
+        for (host, uuid), ranks in users.items():
+            if len(ranks) > 1:
+                self.close()
+                raise ConfigError(
+                    f"ranks {', '.join(map(str, ranks))} use the same GPU of {host} ({uuid}); start at most one rank"
+                    f" per GPU, give each rank a GPU of its own (srun --gpus-per-task=1), or {USE_CPU}"
+                )
 
     def describe_machine(self) -> dict[str, Any]:
         """Describe the device and the software of this rank.
