@@ -20,12 +20,13 @@ def report(
 ) -> None:
     """Write a report of a finished or unfinished run as one HTML file: scores, curves, costs, interruptions."""
     from ..files import write_text
+    from ..report.accounting import query_usage
     from ..report.page import render_report
     from ..report.run_data import read_run
     from ..report.verify import verify_run
 
     file = out or run.path / "report.html"
-    page = render_report(read_run(run), list(verify_run(run, everything=False)))
+    page = render_report(read_run(run), list(verify_run(run, everything=False)), query_usage(run))
     try:
         write_text(file, page)
     except OSError as error:

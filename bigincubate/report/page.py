@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from ..errors import format_command
 from ..tasks.metric import Metric
 from . import figures, html
+from .accounting import JobUsage
 from .console_tables import common_unit, format_depths, metric_columns
 from .html import NONE, Markup, cost_numbers, figure, flops_number, join_markup, number, score_number, table, tag
 from .run_data import PhaseData, RunData, TrainingRoute
@@ -18,12 +19,13 @@ from .units import choose_prefix, format_duration, format_metric, format_quantit
 from .verify import Finding, Verdict
 
 
-def render_report(run_data: RunData, findings: Sequence[Finding]) -> str:
+def render_report(run_data: RunData, findings: Sequence[Finding], usage: Mapping[str, JobUsage] | None = None) -> str:
     """Return the report as HTML.
 
     Args:
         run_data: The run.
         findings: Findings from verifying its artifacts and results.
+        usage: What its Slurm jobs used, by the key of the phase; empty or None if that is not known.
     """
     timeline = build_timeline(run_data)
     title = f"{run_data.recipe.name}: {run_data.run.path.resolve().name}"
@@ -34,6 +36,7 @@ def render_report(run_data: RunData, findings: Sequence[Finding]) -> str:
         "Curves": _curves_section(run_data),
         "Do the modules fit together?": _compatibility_section(incubated) if incubated else None,
         "Cost": _cost_section(run_data),
+        "Slurm jobs": _usage_section(run_data, usage) if usage else None,
         "Events": _timeline_section(timeline),
         "Machines and software": _environment_section(run_data),
         "Verification": _verification_section(findings),
@@ -244,6 +247,31 @@ def _cost_summary(run_data: RunData) -> Markup:
             "This run has no end-to-end baseline; its planned cost is shown (`bigincubate run --baseline` trains one)."
         )
     return join_markup(*(tag("p", sentence) for sentence in words))
+
+
+def _usage_section(run_data: RunData, usage: Mapping[str, JobUsage]) -> Markup:
+    titles = {phase.key: phase.title for phase in run_data.phases} | {"gate": "gates"}
+    total = JobUsage([attempt for used in usage.values() for attempt in used.attempts])
+    shown = {title: usage[key] for key, title in titles.items() if key in usage} | {"all": total}
+    head = ["phase", "node hours", "CPU efficiency", "peak memory", *(["energy"] if total.energy else []), "starts"]
+    rows = []
+    for title, used in shown.items():
+        efficiency = used.cpu_efficiency
+        row: list[object] = [
+            title,
+            number(used.node_hours, format_three_digits(used.node_hours)),
+            NONE if efficiency is None else number(efficiency, f"{100 * efficiency:.0f} %"),
+            number(used.memory, format_quantity(used.memory, "B")) if used.memory else NONE,
+        ]
+        if total.energy:
+            row.append(number(used.energy, format_quantity(used.energy, "J")) if used.energy else NONE)
+        rows.append([*row, len(used.attempts)])
+    note = (
+        "From Slurm's accounting, which counts from the start of a job. CPU efficiency is the used share of the"
+        " allocated CPU time, of jobs that have ended. Peak memory is that of the largest rank. A requeued job starts"
+        " several times."
+    )
+    return join_markup(table(head, rows), tag("p", note, class_="soft"))
 
 
 # ------------------------------------------------------------------------------------------------ events and machines
