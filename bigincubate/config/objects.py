@@ -18,7 +18,7 @@ def load_object(name: str, *arguments: str, key: str) -> Any:
 
     Args:
         name: ``"package.module:attribute"``.
-        arguments: Names of the positional arguments that it will be called with. If there are none, this is not checked.
+        arguments: Names of the positional arguments that it will be called with; without any, they are not checked.
         key: The recipe key or environment variable with the value ``name``, for the error message.
 
     Raises:
