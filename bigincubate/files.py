@@ -91,6 +91,16 @@ def regular_file_size(path: Path) -> int:
     return status.st_size
 
 
+def check_is_file(path: Path) -> None:
+    """Check that a path that a user gave is a file, or a link to one: reading a pipe or a device may never end.
+
+    Raises:
+        OSError: It is missing, or is something else.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a file but a folder, pipe or device", str(path))
+
+
 def read_small_file(path: Path) -> bytes:
     """Return the content of a regular file of at most ``MAX_SMALL_FILE_BYTES`` bytes.
 

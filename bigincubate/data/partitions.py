@@ -17,6 +17,7 @@ from pathlib import Path
 from ..config import Recipe
 from ..config.seeds import partition_number
 from ..errors import ConfigError, DataError
+from ..files import check_is_file
 from .dataset import PARTS, DatasetInfo, open_dataset
 from .samples import Sample
 from .splits import sort_by_name_hash
@@ -73,6 +74,7 @@ def partition_from_file(samples: Sequence[Sample], file: Path) -> list[list[Samp
 def _read_rows(file: Path) -> Iterable[tuple[str, str]]:
     """Return the rows of a CSV or JSON lines file: name of the sample, number of the partition."""
     try:
+        check_is_file(file)
         with file.open(newline="") as text:
             if file.suffix == ".csv":
                 rows = [(row["sample"], row["part"]) for row in csv.DictReader(text)]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError
+from ..files import check_is_file
 from ..models.base import ModelFamily
 from ..models.partition import Partition
 
@@ -34,6 +35,7 @@ def read_torch(file: Path) -> Any:
         ArtifactError: The file is missing or damaged, or reading it would run code.
     """
     try:
+        check_is_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise ArtifactError(f"{file}: {error.strerror or error}") from None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import MetaConfig, ModelConfig
 from ..errors import ArtifactError, ConfigError, DataError
+from ..files import check_is_file
 from ..models.partition import Partition
 from ..models.vision.build import TimmFamily
 from ..models.vision.families import find_timm_family
@@ -148,6 +149,7 @@ def _read_state_dict(path: Path, family: TimmFamily) -> dict[str, Tensor]:
         return dict(load_model(path)[0].state_dict())
     if path.suffix == ".safetensors":
         try:
+            check_is_file(path)
             return load_file(path)
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"meta.init = {str(path)!r}: {_one_line(error)}") from None

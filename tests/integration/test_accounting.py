@@ -81,7 +81,7 @@ def sacct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 def submitted(run: RunDir, *jobs: dict[str, Any]) -> RunDir:
     run.path.mkdir(exist_ok=True)
-    kinds: dict[str | None, str] = {**JOBS, "99": "gate", None: "gate"}
+    kinds: dict[str | None, str] = {"99": "gate", None: "gate"} | dict[str | None, str](JOBS.items())
     write_json(run.path / "jobs.json", {"jobs": [{"kind": kinds[job["job"]], **job} for job in jobs]})
     return run
 
