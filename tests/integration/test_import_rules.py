@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +318,40 @@ def test_command_that_computes_nothing_does_not_load_torch(command: str, started
     loaded = loaded_after(run_command(command, str(started.path)))
     assert "pydantic" in loaded
     assert loaded & (HEAVY - {"numpy", "matplotlib"}) <= {"PIL"}
+
+
+# what the Python of job scripts and gates needs besides bigincubate, with their dependencies (docs/slurm.md)
+HOST_PACKAGES = {"typer", "rich", "pydantic", "safetensors"}
+HOST_DEPENDENCIES = {
+    *("annotated_doc", "annotated_types", "click", "markdown_it", "mdurl", "pydantic_core", "pygments", "shellingham"),
+    *("typing_extensions", "typing_inspection"),
+}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["resume", "{run}", "--gate"],
+        ["handle-job-exit", "{run}", "--phase", "finetune", "--job", "7", "--code", "75"],
+        ["cancel", "{run}"],
+        ["status", "{run}"],
+    ],
+)
+def test_job_scripts_and_gates_need_a_small_python(
+    command: list[str], started: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They run on the host if the ranks run in a container."""
+    for name, answer in {"sbatch": "12", "squeue": "", "scontrol": "MaxArraySize = 1001", "scancel": ""}.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\necho '{answer}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    loaded = loaded_after(run_command(*(word.format(run=started.path) for word in command)))
+    third_party = {name for name in loaded & packages_distributions().keys() if not name.startswith("_")}
+    assert third_party <= HOST_PACKAGES | HOST_DEPENDENCIES | {"bigincubate", "setuptools"}
+    if "--gate" in command:
+        submitted = json.loads((started.path / "jobs.json").read_text())["jobs"]
+        assert [entry["kind"] for entry in submitted] == ["incubate", "gate"]
 
 
 def test_every_file_has_a_docstring() -> None:
