@@ -88,7 +88,8 @@ class SlurmConfig(SlurmJobConfig):
         if kind == "gate":
             common |= GATE_DEFAULTS
             extra = [option for option in extra if not option.startswith(RESOURCE_OPTIONS)]
-        return {**common, **own, "extra": [*extra, *own.get("extra", [])]}
+        more = own.get("extra", [])  # a value of another type is refused when the keys are validated
+        return {**common, **own, "extra": [*extra, *more] if isinstance(more, list) else more}
 
     @property
     def in_container(self) -> bool:
