@@ -3,12 +3,16 @@
 The names below are loaded on first use, so importing the package loads neither torch nor timm.
 """
 
+from __future__ import annotations
+
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
-from . import errors as errors
-
+# Nothing else is imported here, because Ctrl-C gives a traceback until `__main__` begins. Type checkers know this name.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
+    from . import errors as errors
     from .api import RunResult, evaluate, fork, load_model, plan, run, train_phase
     from .config import Recipe, load_recipe
     from .data.prepare import prepare_dataset
@@ -49,6 +53,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     """Load a public name on first use (PEP 562)."""
+    if name == "errors":
+        return import_module(".errors", __name__)
     for module, names in _MODULES.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f".{module}", __name__), name)

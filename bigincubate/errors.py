@@ -8,8 +8,6 @@ from __future__ import annotations
 import shlex
 from enum import IntEnum
 
-INTERRUPTED = "interrupted; committed results and checkpoints are kept; run the same command again"
-
 
 class Exit(IntEnum):
     """Exit codes of all commands. Scripts rely on them."""

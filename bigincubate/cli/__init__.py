@@ -7,7 +7,8 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import NoReturn
 
-from ..errors import INTERRUPTED, BigincubateError, Exit
+from ..distributed.interrupts import INTERRUPTED
+from ..errors import BigincubateError, Exit
 
 from . import training, slurm as cluster, inspect as looking, report as reporting, models, checkpoint as checkpoints  # isort: skip # importing them adds their commands, in this order
 from .app import app, discard_unread_output, fail

@@ -246,18 +246,49 @@ def test_output_that_nobody_reads_is_discarded(monkeypatch: pytest.MonkeyPatch) 
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+INTERRUPTED = "bigincubate: interrupted; committed results and checkpoints are kept; run the same command again"
+
+
+def start_python(code: str) -> subprocess.Popen[str]:
+    """Start Python with the usual Ctrl-C, which is ignored if a shell started the tests in the background."""
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("moment", ["bigincubate.errors", "bigincubate.cli", "typer"])
+@pytest.mark.parametrize("entry", ["module", "script"])
+def test_ctrl_c_during_imports_is_one_line(entry: str, moment: str) -> None:
+    code = (
+        "import os, runpy, sys\n"
+        "class Press:\n  def find_spec(self, name, *_):\n"
+        f"    if name == {moment!r}:\n      os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Press())\nsys.argv = ['bigincubate', '--version']\n"
+    )
+    run_entry = {
+        "module": "runpy.run_module('bigincubate', run_name='__main__', alter_sys=True)",
+        "script": "from bigincubate.__main__ import main\nmain()",
+    }
+    child = start_python(code + run_entry[entry])
+    assert (*child.communicate(timeout=120), child.returncode) == ("", f"{INTERRUPTED}\n", 130)
+
+
+def test_ctrl_c_between_the_import_of_the_entry_point_and_its_call_is_one_line() -> None:
+    child = start_python("from bigincubate.__main__ import main\nsignal.raise_signal(signal.SIGINT)\nmain()")
+    assert (*child.communicate(timeout=120), child.returncode) == ("", f"{INTERRUPTED}\n", 130)
+
+
 @pytest.mark.parametrize("presses", [1, 3])
 def test_ctrl_c_is_one_line_and_exit_130(place: Any, presses: int) -> None:
     """At any moment: while modules are imported, and in a command."""
     code = (
-        "import os, signal, sys, time, runpy; from pathlib import Path; from bigincubate import cli\n"
+        "import os, sys, time, runpy; from pathlib import Path; from bigincubate import cli\n"
         "def sleep(*_):\n  print('ready', flush=True)\n  try:\n    time.sleep(60)\n"
         "  finally:\n    time.sleep(0.5)\n"
         "from bigincubate.report import status\nstatus.run_status = sleep\n"
         f"sys.argv = ['bigincubate', 'status', '--json', {str(place.run)!r}]\n"
         "runpy.run_module('bigincubate', run_name='__main__')"
     )
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = start_python(code)
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     for _ in range(presses):
@@ -265,9 +296,8 @@ def test_ctrl_c_is_one_line_and_exit_130(place: Any, presses: int) -> None:
         time.sleep(0.1)
     _, err = child.communicate(timeout=120)
     assert child.returncode == 130
-    says = "bigincubate: interrupted; committed results and checkpoints are kept; run the same command again"
     lines = [line for line in err.splitlines() if line]
-    assert lines == [says] or (presses == 3 and not lines)  # the third one ends the command at once
+    assert lines == [INTERRUPTED] or (presses == 3 and not lines)  # the third one ends the command at once
 
 
 def test_status_watch_ends_with_ctrl_c(done: Any, call: Called, monkeypatch: pytest.MonkeyPatch) -> None:
