@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,10 @@ def _open(data: bytes, max_pixels: int | None) -> Image.Image:
     if max_pixels is not None and Image.MAX_IMAGE_PIXELS is not None:
         # a global variable, which stays changed because Pillow also checks each crop of an image
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    with warnings.catch_warnings():
+        # Pillow warns from half of its limit on, but only the limit decides
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     if max_pixels is not None and image.width * image.height > max_pixels:
         raise Image.DecompressionBombError
     return image

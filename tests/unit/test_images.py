@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -149,6 +151,19 @@ def test_exif_rule_of_the_recipe_holds_in_training_and_evaluation() -> None:
 def test_damaged_exif_is_upright() -> None:
     data = encoded(Image.fromarray(COLORS), "PNG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff")
     assert equal(decode_image(data, apply_exif=True), COLORS)
+
+
+@pytest.mark.parametrize(("limit", "accepted"), [(None, True), (20, True), (19, False)])
+def test_only_the_limit_on_pixels_decides_and_nothing_is_warned_of(
+    limit: int | None, accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = encoded(Image.fromarray(COLORS), "PNG")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)  # Pillow warns of images above it, such as this one of 20
+    refused: Any = contextlib.nullcontext() if accepted else pytest.raises(ValueError, match="more than 19 pixels")
+    with warnings.catch_warnings(record=True) as warned, refused:
+        warnings.simplefilter("always")
+        decode_image(data, max_pixels=limit)
+    assert warned == []
 
 
 def test_limit_on_pixels_is_named_and_can_be_raised(monkeypatch: pytest.MonkeyPatch) -> None:
