@@ -33,6 +33,7 @@ class PhaseContext:
         run: The run directory.
         data: The data of the phase; with decentralized data, the partition of the module.
         env: The process group.
+        imported: The files that the weights are imported from, if they are; for the description of the artifact.
     """
 
     recipe: Recipe
@@ -42,6 +43,7 @@ class PhaseContext:
     run: RunDir
     data: DatasetInfo
     env: DistributedContext
+    imported: str | None = None
 
     @cached_property
     def settings(self) -> Settings:

@@ -42,6 +42,7 @@ class PhaseComponents:
         model: The model on its device.
         wrapped: The model wrapped by the sharding strategy.
         inputs: Digests of the artifacts that the phase reads: ``meta``, or ``module/0`` and so on.
+        initial_weights: Weights from outside of the run that the phase or its inputs started from, if any.
         sharding: The sharding strategy.
         lr_hook: Hook that scales the learning rate of each step; None for a built-in rule.
         ema: Moving average of the trainable parameters.
@@ -56,6 +57,7 @@ class PhaseComponents:
     model: nn.Module
     wrapped: nn.Module
     inputs: dict[str, str]
+    initial_weights: str | None
     sharding: Sharding
     lr_hook: LearningRateHook | None
     ema: Ema
@@ -101,7 +103,8 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     return PhaseComponents(
         model=model,
         wrapped=wrapped,
-        inputs=inputs,
+        inputs={name: manifest.digest for name, manifest in inputs.items()},
+        initial_weights=describe_initial_weights(context, inputs),
         sharding=sharding,
         lr_hook=lr_hook,
         ema=Ema(sharding.local_shards(), settings.ema.decay),
@@ -117,7 +120,9 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
 # ------------------------------------------------------------------------------------------------ the model
 
 
-def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None) -> tuple[nn.Module, dict[str, str]]:
+def build_model(
+    context: PhaseContext, start: Mapping[str, Tensor] | None = None
+) -> tuple[nn.Module, dict[str, ArtifactManifest]]:
     """Build the model of a phase with its initial weights; modules that the phase does not train are frozen.
 
     Args:
@@ -126,7 +131,7 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
             names in the target, or all tensors of a model of the same depths.
 
     Returns:
-        The model on the CPU, and the digests of the artifacts that were read, by name.
+        The model on the CPU, and the manifests of the artifacts that were read, by name.
 
     Raises:
         ArtifactError: The artifact of an earlier phase is missing, stale or damaged; the message has the command that
@@ -137,12 +142,11 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     torch.manual_seed(stable_seed(settings.train.seed, INIT, row.key))
     model = phase_model(row, settings, family)
     sources = {slot.source for slot in row.slots}
-    inputs: dict[str, str] = {}
+    inputs: dict[str, ArtifactManifest] = {}
     if sources != {"fresh"}:
         _require_meta_model(context.run)
     if "meta" in sources:
-        meta, manifest = load_artifact(context.run.phase("pretrain").artifact)
-        inputs["meta"] = manifest.digest
+        meta, inputs["meta"] = load_artifact(context.run.phase("pretrain").artifact)
         meta = family.adapt_state(meta, model)
         if others := [module for module, slot in enumerate(row.slots) if slot.source == "meta"]:
             insert(model, partition, extract(meta, context.meta_partition, *others), context.meta_partition)
@@ -150,7 +154,7 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         initialize(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
     if "module" in sources:
         modules = _load_modules(context)
-        inputs = {f"module/{module}": manifest.digest for module, (_, manifest) in enumerate(modules)}
+        inputs = {f"module/{module}": manifest for module, (_, manifest) in enumerate(modules)}
         # names only: adapt_state may change shapes
         assembled = assemble([tensors for tensors, _ in modules], list(model.state_dict()))
         model.load_state_dict(family.adapt_state(assembled, model))
@@ -160,6 +164,20 @@ def build_model(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         names = partition if row.module is None else context.target_partition
         insert(model, partition, family.adapt_state(start, model), names)
     return model, inputs
+
+
+def describe_initial_weights(context: PhaseContext, inputs: Mapping[str, ArtifactManifest]) -> str | None:
+    """Return the weights from outside of the run that a phase starts from, itself or through its inputs.
+
+    Args:
+        context: The phase.
+        inputs: Manifests of the artifacts that the phase reads.
+    """
+    if context.imported is not None:
+        return context.imported
+    if context.row.phase == "pretrain":
+        return context.recipe.meta.init
+    return ", ".join(dict.fromkeys(filter(None, (each.model.initial_weights for each in inputs.values())))) or None
 
 
 def describe_model(

@@ -5,7 +5,7 @@ Checkpoints of the official implementation can also be converted to an exported 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -46,9 +46,9 @@ def import_model(recipe: Recipe, files: Sequence[Path], out: Path) -> str:
         ConfigError: The number of files or modules differs from the recipe's, or ``out`` has other files.
     """
     plan, settings = make_plan(recipe), recipe.settings("finetune")
-    named = ", ".join(map(str, files))
-    spec = describe_model(make_task(settings, recipe.data), plan.target, initial_weights=named)
     tensors = _read(files, plan, plan.target, "target")
+    named, start = ", ".join(map(str, files)), _describe_files(_hash_files(files))
+    spec = describe_model(make_task(settings, recipe.data), plan.target, initial_weights=start)
     model = phase_model(plan.row("finetune"), settings, plan.family, device="meta")
     return write_folder(with_weights(spec, plan.family.adapt_state(tensors, model), Path(named)), spec, out)
 
@@ -82,9 +82,12 @@ def import_part(
     rows = [plan.row("pretrain")] if part == "meta" else [row for row in plan.rows() if row.phase == "incubate"]
     if len(files) == 1 and files[0].is_dir():
         tensors, sources = _read_run(RunDir(files[0]), rows, wanted, what)
+        imported = {key: _describe_files({f"{files[0]}: {key}": digest}) for key, digest in sources.items()}
         rows = [row for row in rows if row.key in sources]
     else:
-        tensors, sources = _read(files, plan, wanted, what), {str(file): hash_file(file) for file in files}
+        tensors, sources = _read(files, plan, wanted, what), _hash_files(files)
+        own = {row.key: files if row.module is None or len(files) == 1 else [files[row.module]] for row in rows}
+        imported = {key: _describe_files({str(file): sources[str(file)] for file in own[key]}) for key in own}
     opened = open_run(recipe, run)
     for row in rows:
         folder = run.phase(row.phase, row.module)
@@ -98,10 +101,18 @@ def import_part(
             )
             context = opened.phase(row.phase, row.module, env)
             run.log_event("imported", phase=row.key, files=sources)
-            context = replace(context, planned=replace(context.planned, steps=0))
+            context = replace(context, planned=replace(context.planned, steps=0), imported=imported[row.key])
             yield context, train_phase(context, module_tensors, queue=queue)
     finally:
         env.close()
+
+
+def _hash_files(files: Sequence[Path]) -> dict[str, str]:
+    return {str(file): hash_file(file) for file in files}
+
+
+def _describe_files(digests: Mapping[str, str]) -> str:
+    return ", ".join(f"{file} (SHA-256 {digest})" for file, digest in digests.items())
 
 
 def _read(files: Sequence[Path], plan: Plan, wanted: Depths, what: str) -> dict[str, Tensor]:

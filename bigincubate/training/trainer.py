@@ -435,12 +435,12 @@ class Trainer:
         """Write the weights of the model, or of a module under its names in the target, as an artifact."""
         module = self.row.module
         depths = self.row.depths if module is None else self.context.plan.target
-        start = None if self.row.phase == "end_to_end" else self.recipe.meta.init
+        about, start = self.data.schema.metadata, self.parts.initial_weights
         manifest = ArtifactManifest(
             kind="model" if module is None else "module",
             phase=self.row.phase if folder is self.folder else "assembled",
             module=module,
-            model=describe_model(self.task, depths, records=self.data.schema.metadata, initial_weights=start),
+            model=describe_model(self.task, depths, records=about, initial_weights=start),
             weights=export,
             identity=self.planned.identity,
             data=self.data.digest,

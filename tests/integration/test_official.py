@@ -19,10 +19,11 @@ from torch import Tensor
 from bigincubate.cli import main
 from bigincubate.config import load_recipe
 from bigincubate.errors import ArtifactError, ConfigError
+from bigincubate.files import hash_file
 from bigincubate.interchange.export import export_official, load_model
 from bigincubate.interchange.official_format import read_stages
 from bigincubate.report.verify import Verdict, verify_run
-from bigincubate.storage.artifacts import load_artifact
+from bigincubate.storage.artifacts import load_artifact, load_manifest
 from bigincubate.training.import_official import Part, import_model, import_part
 
 Harnesses = Callable[..., Any]
@@ -88,6 +89,15 @@ def test_import_puts_meta_model_and_modules_into_a_run(empty: Any, tmp_path: Pat
         name = "attn.qkv.weight"
         assert torch.equal(second[f"blocks.{2 + index}.{name}"], own[f"blocks.{index}.{name}"])
     empty.train("finetune")
+    imported = {file: f"{file} (SHA-256 {hash_file(file)})" for file in (meta, *hybrids)}
+    for phase, module, expected in (
+        ("pretrain", None, imported[meta]),
+        ("incubate", 0, imported[hybrids[0]]),
+        ("incubate", 1, imported[hybrids[1]]),
+        ("finetune", None, f"{imported[hybrids[0]]}, {imported[hybrids[1]]}"),
+    ):
+        manifest = load_manifest(empty.run.phase(phase, module).artifact)
+        assert manifest.model.initial_weights == expected
     assert {finding.verdict for finding in verify_run(empty.run)} == {Verdict.GOOD}
     with pytest.raises(ConfigError, match="already has results or checkpoints"):
         list(import_part(empty.recipe, "meta", [meta], empty.run))
@@ -97,6 +107,8 @@ def test_checkpoint_converts_to_a_folder_and_back(empty: Any, tmp_path: Path) ->
     modules = stages([2, 2], seed=3)
     file = save(tmp_path / "vit.pth", modules)
     import_model(empty.recipe, [file], tmp_path / "vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text())["pretrained_cfg"]
+    assert config["description"] == f"initialized from {file} (SHA-256 {hash_file(file)})"
     export_official(tmp_path / "vit", tmp_path / "again" / "vit.pth")
     again = read_stages(tmp_path / "again" / "vit.pth")
     assert [list(stage) for stage in again] == [list(stage) for stage in modules]
