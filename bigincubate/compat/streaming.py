@@ -1,9 +1,10 @@
 """A data set of mosaicml-streaming that shares nothing with other jobs, ranks or data sets of the same node.
 
 `streaming` numbers its shared memory from zero without a lock, so jobs that start at the same time collide; it
-synchronizes all ranks; errors in its prefetch threads are lost; it lists every folder of the data; and each worker
-computes the order of an epoch and keeps its part. To avoid this, these private names are used:
-``shared.prefix._each_prefix_int``, ``_shard_states``, ``_resume``, ``_get_work``, ``_each_sample_id``.
+synchronizes all ranks; errors in its prefetch threads are lost; it lists every folder of the data; each worker
+computes the order of an epoch and keeps its part; and the shared memory stays open until the process ends. To avoid
+this, these private names are used: ``shared.prefix._each_prefix_int``, ``shared.memory.atexit``, ``_shard_states``,
+``_resume``, ``_get_work``, ``_each_sample_id``.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from __future__ import annotations
 import itertools
 import mmap
 import os
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 from typing import Any, Protocol
 from unittest.mock import patch
 
@@ -52,14 +55,19 @@ class IsolatedStreamingDataset(StreamingDataset):
         local: Folder of the data set.
         split: Subfolder of the split.
         prefix: Number in the names of the shared memory; no other open data set of this node may use it.
+        release: Called after the shared memory was removed: when this object is gone, or at the exit of the process.
         order: Further arguments of `StreamingDataset`.
 
     Attributes:
         verified: ``[num_shards]`` uint8, 1 for each shard that has been verified by any worker.
     """
 
-    def __init__(self, local: str, split: str, *, prefix: int, **order: Any) -> None:
-        with _as_single_process(prefix):
+    def __init__(
+        self, local: str, split: str, *, prefix: int, release: Callable[[], None] = lambda: None, **order: Any
+    ) -> None:
+        cleanups: list[Callable[[], None]] = []
+        weakref.finalize(self, _clean_up, cleanups, release, os.getpid())
+        with _as_single_process(prefix, cleanups.append):
             super().__init__(streams=[_UnlistedStream(local=local, split=split)], **order)
         # shared with forked workers and kept over epochs
         self.verified = _shared_array(self.num_shards, np.uint8)
@@ -171,13 +179,26 @@ def _shared_array(length: int, dtype: Any) -> NDArray[Any]:
     return np.frombuffer(mmap.mmap(-1, max(1, length * np.dtype(dtype).itemsize)), dtype, length)
 
 
+def _clean_up(cleanups: list[Callable[[], None]], release: Callable[[], None], owner: int) -> None:
+    """Close and remove the shared memory of a data set, in the process that created it."""
+    if os.getpid() == owner:
+        for call in (*reversed(cleanups), release):
+            call()
+
+
 @contextmanager
-def _as_single_process(prefix: int) -> Iterator[None]:
-    """Construct a data set as a single process, with shared memory whose numbers start at ``prefix``."""
+def _as_single_process(prefix: int, register: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+    """Construct a data set as a single process.
+
+    Args:
+        prefix: The first number in the names of its shared memory.
+        register: Gets the functions that remove the shared memory, instead of `atexit.register`.
+    """
     one = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     with (
         patch.dict(os.environ, one),
         patch.object(torch.distributed, "is_initialized", lambda: False),
         patch.object(shared.prefix, "_each_prefix_int", lambda: itertools.count(prefix)),
+        patch.object(shared.memory, "atexit", SimpleNamespace(register=register)),
     ):
         yield

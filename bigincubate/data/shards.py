@@ -79,10 +79,10 @@ class Shards(IsolatedStreamingDataset):
         remote: str | None = None,
         **order: Any,
     ) -> None:
-        self.memory_prefix = claim_memory_prefix()
+        self.memory_prefix, release = claim_memory_prefix()
         self.folder, self.kind, self.decoder = info.path / split, info.schema.kind, decoder
         self.source = f"{remote}/{split}" if remote else None
-        super().__init__(str(info.path), split, prefix=self.memory_prefix, **order)
+        super().__init__(str(info.path), split, prefix=self.memory_prefix, release=release, **order)
         self._files = OpenShards()
         self._remembered = VerifiedShards(info, split, [shard.raw_data.basename for shard in self.shards])
         self.verified[:] = self._remembered.known()

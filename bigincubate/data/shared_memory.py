@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-import atexit
 import fcntl
-import os
 import secrets
 import signal
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from .file_locks import file_lock, runtime_dir
 
 
-def claim_memory_prefix() -> int:
-    """Return a number for naming shared memory that no other open data set of this user on this node has.
+class MemoryClaim(NamedTuple):
+    """A number for naming shared memory.
 
-    A file ``<number>.claim`` is locked for as long as this process and its workers run. If its lock is free, the owner
-    has ended, and its shared memory is removed. (streaming's own cleanup also removes that of running processes.)
+    Attributes:
+        prefix: The number.
+        release: Gives it back, and removes what is left of the shared memory.
+    """
+
+    prefix: int
+    release: Callable[[], None]
+
+
+def claim_memory_prefix() -> MemoryClaim:
+    """Claim a number for naming shared memory that no other open data set of this user on this node has.
+
+    A file ``<number>.claim`` is locked until the claim is released and the workers have ended. If its lock is free, the
+    owner has ended, and its shared memory is removed. (streaming's own cleanup also removes that of running processes.)
 
     Raises:
         SystemResourceError: If the folder for locks belongs to another user.
@@ -37,12 +49,10 @@ def claim_memory_prefix() -> int:
             prefix = secrets.randbelow(10**9)
             # a signal during open() can also cause FileExistsError: Python calls open() again after it created the file
             with suppress(FileExistsError):
-                claim = (folder / f"{prefix}.claim").open("x")  # never closed, to keep the lock
+                claim = (folder / f"{prefix}.claim").open("x")  # left open, to keep the lock
                 break
         fcntl.flock(claim, fcntl.LOCK_EX)
-    # registered before streaming's exit handlers, so it runs after them
-    atexit.register(_release_claim, prefix, claim, os.getpid())
-    return prefix
+    return MemoryClaim(prefix, partial(_release_claim, prefix, claim))
 
 
 def _start_resource_tracker() -> None:
@@ -58,10 +68,9 @@ def _start_resource_tracker() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _release_claim(prefix: int, claim: IO[str], owner: int) -> None:
-    if os.getpid() == owner:
-        _remove_memory(prefix)
-        claim.close()
+def _release_claim(prefix: int, claim: IO[str]) -> None:
+    _remove_memory(prefix)
+    claim.close()
 
 
 def _remove_memory(prefix: int) -> None:

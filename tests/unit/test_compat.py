@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def test_streaming_private_names_exist(mds: str) -> None:
     assert callable(shared.prefix._each_prefix_int)
     for name in ("_resume", "_get_work", "_each_sample_id", "prepare_shard", "load_state_dict"):
         assert callable(getattr(StreamingDataset, name))
-    data = AlwaysVerified(mds, "train", prefix=claim_memory_prefix())
+    data = AlwaysVerified(mds, "train", **claim_memory_prefix()._asdict())
     assert data._unique_rank_world.num_ranks == data._parallel_rank_world.num_ranks == 1
     data.prepare_shard(1)
     assert data._shard_states[1] == LOCAL == _ShardState.LOCAL
@@ -79,24 +80,24 @@ def test_streaming_private_names_exist(mds: str) -> None:
 
 
 def test_streaming_shared_memory_is_named_by_the_prefix(mds: str) -> None:
-    prefix = claim_memory_prefix()
+    claim = claim_memory_prefix()
     before = set(Path("/dev/shm").iterdir())
-    data = AlwaysVerified(mds, "train", prefix=prefix)
+    data = AlwaysVerified(mds, "train", **claim._asdict())
     made = {file.name for file in set(Path("/dev/shm").iterdir()) - before}
-    assert any(name.startswith(f"{prefix:06}_") for name in made)
+    assert any(name.startswith(f"{claim.prefix:06}_") for name in made)
     assert data.num_shards > 2
 
 
 @pytest.mark.parametrize("verified", [False, True])
 def test_streaming_shows_what_is_selected_of_the_shuffle(mds: str, verified: bool) -> None:
     def order(**state: int) -> list[tuple[int, int]]:
-        options = {
+        options: dict[str, Any] = {
             "partition_algo": "orig",
             "num_canonical_nodes": 1,
             "shuffle_algo": "py1s",
             "shuffle_block_size": 256,
         }
-        data = AlwaysVerified(mds, "train", prefix=claim_memory_prefix(), batch_size=3, shuffle=True, **options)
+        data = AlwaysVerified(mds, "train", **claim_memory_prefix()._asdict(), batch_size=3, shuffle=True, **options)
         if verified:
             data.verified[:] = 1
         data.load_state_dict({"epoch": 1, "sample_in_epoch": 0} | state)

@@ -60,7 +60,7 @@ def order_of(folder: Path, samples: int) -> Order:
     (folder / "index.json").write_text(json.dumps({"version": 2, "shards": [shard] * (samples // 1000)}))
     options: dict[str, Any] = {"batch_size": 100, "num_canonical_nodes": 1, "partition_algo": "orig"}
     options |= {"shuffle": True, "shuffle_algo": "py1e", "shuffle_block_size": 2**18}
-    order = Order(str(folder), "", prefix=claim_memory_prefix(), **options)
+    order = Order(str(folder), "", **claim_memory_prefix()._asdict(), **options)
     order._unique_worker_world = order._unique_rank_world.detect_workers()
     return order
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -254,11 +255,34 @@ def run(info: DatasetInfo, then: str) -> subprocess.Popen[str]:
 
 def test_memory_prefix_in_use_is_not_claimed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is used by another data set, or open() was repeated after a signal and finds the file it made."""
-    taken = claim_memory_prefix()
+    taken, release = claim_memory_prefix()
     numbers = iter([taken, taken, taken + 1])
     monkeypatch.setattr("bigincubate.data.shared_memory.secrets.randbelow", lambda bound: next(numbers))
-    assert claim_memory_prefix() == taken + 1
+    other = claim_memory_prefix()
+    assert other.prefix == taken + 1
     assert left_by(taken)
+    other.release()
+    release()
+    assert not left_by(taken)
+
+
+def test_streams_that_are_gone_leave_no_open_files_and_no_memory(info: DatasetInfo) -> None:
+    """Even if they were stopped in the middle, as training is by a signal or an error."""
+
+    def read_some() -> int:
+        train = stream(info)
+        next(train.batches(0))
+        return train._loader.dataset.memory_prefix
+
+    def open_files() -> list[str]:
+        gc.collect()
+        files = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+        return sorted(os.readlink(file) for file in files if file.is_symlink())  # not that of the listing itself
+
+    read_some()  # the first one starts what stays until the end of the process
+    before = open_files()
+    assert not left_by(read_some())
+    assert open_files() == before
 
 
 def left_by(claim: int) -> list[Path]:
