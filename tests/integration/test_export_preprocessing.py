@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,10 @@ def test_config_has_the_names_of_classes(done: Any, digits: Path, tmp_path: Path
     assert config_of(tmp_path / "out")["label_names"] == names
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert model.pretrained_cfg["label_names"] == names
+
+
+def test_config_says_whether_exif_orientation_is_applied(harness: Callable[..., Any], tmp_path: Path) -> None:
+    made = harness("train.max_steps=2", "augment.exif=apply", "end_to_end.budget=epochs")
+    made.train("end_to_end")
+    export(made.run.phase("end_to_end").path, tmp_path / "out")
+    assert config_of(tmp_path / "out")["bigincubate"]["metadata"]["exif"] == "apply"
