@@ -62,8 +62,8 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
         lines.append(f"links are counted once: {path} leads to {other}")
     if unused := summary.get("unused"):
         lines.append("unused folders: " + ", ".join(f"{name}/" for name in unused))
-    if summary["unreadable"]:
-        lines.append(f"left out: {summary['unreadable']:,} unreadable images, listed in {UNREADABLE_FILES}")
+    if count := summary["unreadable"]:
+        lines.append(f"left out: {count:,} unreadable image{'s' * (count != 1)}, listed in {UNREADABLE_FILES}")
     if count := summary["in_both_splits"]["count"]:
         name, other = summary["in_both_splits"]["examples"][0]
         lines.append(f"warning: {count:,} validation images are also training images: {name} is equal to {other}")

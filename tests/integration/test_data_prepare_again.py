@@ -206,6 +206,25 @@ def test_command_prints_progress_and_summary_into_a_pipe(
     ]
 
 
+def test_options_of_the_command_leave_out_bad_files_check_contents_and_limit_pixels(
+    bitmaps: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    (bitmaps / "b" / "bad.bmp").write_bytes(b"")
+    words = ("data", "prepare", bitmaps, "--out", tmp_path / "out", "--jobs", 1)
+    code, _, err = call(*words)
+    assert (code, err.count("\n")) == (3, 1)
+    assert "--skip-bad" in err
+    code, out, err = call(*words, "--skip-bad")
+    assert (code, err) == (0, "")
+    assert "left out: 1 unreadable image, listed in unreadable-files.txt" in out
+    repaint(bitmaps / "a" / "0.bmp", keep_times=True)
+    assert call(*words)[0] == 0
+    code, _, err = call(*words, "--check")
+    assert (code, "added, removed or changed since" in err) == (3, True)
+    code, _, err = call(*words[:-3], tmp_path / "small", "--max-pixels", 63)
+    assert (code, "more than 63 pixels" in err) == (3, True)
+
+
 def test_limit_on_pixels_is_stored_for_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bigincubate.config import DataConfig, ModelConfig, Settings
     from bigincubate.tasks.registry import make_task
