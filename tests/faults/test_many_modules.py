@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from cluster import ARRAY, Cluster, kill, processes, say
+from cluster import ARRAY, Cluster, kill, processes
 from conftest import Command
 
 from bigincubate.errors import ExternalError
