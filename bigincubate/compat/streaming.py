@@ -22,12 +22,9 @@ from unittest.mock import patch
 import numpy as np
 import torch.distributed
 from numpy.typing import NDArray
-from streaming import Stream, StreamingDataset
-from streaming.base import shared
-from streaming.base.batching import generate_work
-from streaming.base.world import World
 
 from .malloc import return_freed_memory
+from .streaming_package import Stream, StreamingDataset, World, generate_work, shared
 
 LOCAL = 3  # streaming's state of a shard that is ready to read
 

@@ -24,7 +24,7 @@ def write_chunk(folder: Path, columns: dict[str, str], records: Iterable[dict[st
         columns: MDS encoding of each column.
         records: A value for each column.
     """
-    from streaming import MDSWriter
+    from ..compat.streaming_package import MDSWriter
 
     temporary = folder.parent.parent / f".tmp-{folder.parent.name}-{folder.name}-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)

@@ -372,7 +372,7 @@ def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
     if jobs <= 1 or len(chunks) <= 1:
         yield map(write_samples, chunks)
         return
-    import streaming  # noqa: F401  import it once, before the processes are forked
+    from ..compat import streaming_package  # noqa: F401  import it once, before the processes are forked
 
     pool = ProcessPoolExecutor(
         jobs,

@@ -43,8 +43,7 @@ def download(url: str, file: Path) -> Iterator[Path]:
     Raises:
         DataError: If the download fails three times.
     """
-    from streaming.base.storage import CloudDownloader
-    from streaming.base.util import retry
+    from ..compat.streaming_package import CloudDownloader, retry
 
     temporary = file.with_name(f".{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:

@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from streaming import StreamingDataLoader
 from torch.utils.data import DataLoader, Subset
 
 from .. import config
+from ..compat.streaming_package import StreamingDataLoader
 from ..compat.torch import loader_processes
 from ..config.seeds import shuffle_seed
 from ..errors import ConfigError, ExternalError

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from ..compat.tensorboard import SummaryWriter
 from ..files import append_json_line, read_json_lines, write_text
 from ..planning.planned_row import PlannedRow
 from ..storage.run_directory import START_RATE, PhaseDir

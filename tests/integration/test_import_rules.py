@@ -320,6 +320,28 @@ def test_command_that_computes_nothing_does_not_load_torch(command: str, started
     assert loaded & (HEAVY - {"numpy", "matplotlib"}) <= {"PIL"}
 
 
+def test_phase_of_an_image_task_loads_no_library_that_it_does_not_use() -> None:
+    phase = (
+        "import bigincubate.training.run_phase, bigincubate.tasks.image_classification.task, bigincubate.data.streams"
+    )
+    unused = {"transformers", "sklearn", "scipy", "pandas", "botocore", "boto3", "matplotlib"}
+    loaded = loaded_after(phase)
+    assert {"streaming", "tensorboard", "timm"} <= loaded
+    assert not loaded & unused
+    # they are loaded when they are used, and before
+    use = "import streaming.text; assert issubclass(streaming.text.StreamingC4, streaming.StreamingDataset)"
+    assert "transformers" in loaded_after(f"{phase}\n{use}")
+    before = "from transformers import BatchEncoding; from streaming.base import dataloader as used"
+    assert "streaming" in loaded_after(
+        f"import transformers\n{phase}\n{before}\nassert used.BatchEncoding is BatchEncoding"
+    )
+
+
+def test_streaming_is_imported_in_one_place() -> None:
+    users = {file.name for file in FILES if "streaming" in {name.partition(".")[0] for name in imports(file)}}
+    assert users == {"streaming_package.py"}
+
+
 # what the Python of job scripts and gates needs besides bigincubate, with their dependencies (docs/slurm.md)
 HOST_PACKAGES = {"typer", "rich", "pydantic", "safetensors"}
 HOST_DEPENDENCIES = {
