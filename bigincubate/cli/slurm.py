@@ -38,10 +38,15 @@ def submit(
     partition: Annotated[str | None, Option(help="Same as --set slurm.partition=…")] = None,
     account: Annotated[str | None, Option(help="Same as --set slurm.account=…")] = None,
     dry_run: Annotated[
-        bool, Option("--dry-run", help="Print commands, scripts and Slurm's opinion of them; submit nothing.")
+        bool,
+        Option("--dry-run", help="Print commands, scripts and the result of `sbatch --test-only`; submit nothing."),
     ] = False,
     prepare_only: Annotated[
-        bool, Option("--prepare-only", help="Prepare data and plan; submit later with `resume`, which needs no torch.")
+        bool,
+        Option(
+            "--prepare-only",
+            help="Prepare data and plan, do not submit; `resume` submits later without torch.",
+        ),
     ] = False,
 ) -> None:
     """Submit a run to Slurm: meta model, modules, fine-tuning. Run it again to submit missing phases."""
@@ -126,7 +131,10 @@ def scripts(
 def resume(
     run: RunArgument, gate: Annotated[bool, Option("--gate", hidden=True, help="Set by gate jobs.")] = False
 ) -> None:
-    """Submit the missing phases of a run to Slurm."""
+    """Submit the missing phases of a run to Slurm, or export the model if all are done.
+
+    Phases that are done or in the queue are skipped, and the numbers of submissions are reset.
+    """
     from ..launchers.slurm.job_logs import write_gate_trace
 
     if not gate and run.load_recipe() and not (run.path / "jobs.json").exists():
@@ -199,11 +207,13 @@ def export_model(recipe: Any, run: RunDir, *, in_job: bool) -> None:
 
         export(run.path, run.exported)
         return
+    by_hand = format_command("export", run.path, "--out", run.exported)
+    if slurm.container is None and not in_job:  # the container exists only within a job
+        raise SystemResourceError(f"all phases are done; export the model in the container: {by_hand}")
     prefix = ["srun", "--ntasks=1", *slurm.srun] if slurm.srun and in_job else []
     prefix += shlex.split(slurm.container or "")
     command = [slurm.python or sys.executable, "-m", "bigincubate", "export", str(run.path), "--out", str(run.exported)]
     if subprocess.run([*prefix, *command], check=False).returncode:
-        by_hand = format_command("export", run.path, "--out", run.exported)
         raise SystemResourceError(f"the export failed, see above; run it in the container: {by_hand}")
 
 

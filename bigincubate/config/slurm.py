@@ -4,8 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from pydantic import AfterValidator
+
 from .schema import OverridesOf, PathMark, PathText
 from .tables import ConfigTable, Count, execution_field
+
+
+def _check_option(text: str) -> str:
+    """Check an option: the second word of a short one would be taken for the script."""
+    if not text.startswith("--"):
+        raise ValueError("each option is one word that starts with --, such as --gres=gpu:4")
+    return text
+
+
+Option = Annotated[str, AfterValidator(_check_option)]
 
 
 class SlurmJobConfig(ConfigTable):
@@ -31,7 +43,7 @@ class SlurmJobConfig(ConfigTable):
     """Quality of service."""
     constraint: str | None = execution_field(None)
     """Features that nodes must have."""
-    extra: list[str] = execution_field([])
+    extra: list[Option] = execution_field([])
     """More options of sbatch, such as `["--exclusive"]`. The table of a kind of job adds its own to the common ones."""
 
 
@@ -69,7 +81,7 @@ class SlurmConfig(SlurmJobConfig):
     container the one that runs `submit`."""
     container: str | None = execution_field(None)
     """Prefix of the python command of the ranks, such as `"apptainer exec --nv image.sif"`."""
-    srun: list[str] = execution_field([])
+    srun: list[Option] = execution_field([])
     """Options of srun for the ranks, such as `["--container-image=image.sqsh", "--cpu-bind=cores"]`."""
     umask: str | None = execution_field(None, pattern="^0?[0-7]{3}$")
     """umask of the run's files, such as `"007"` for a run that a group shares."""
@@ -78,7 +90,7 @@ class SlurmConfig(SlurmJobConfig):
     max_submissions: Count = execution_field(3)
     """Maximum number of submissions of a phase before a user must call `resume`. Unit: submissions."""
     max_requeues: int = execution_field(20, ge=0)
-    """Maximum number of times that a job requeues itself. Unit: requeues."""
+    """Maximum number of restarts of a job, for any reason, up to which it requeues itself. Unit: restarts."""
 
     def job_values(self, kind: str) -> dict[str, Any]:
         """Return the keys of a kind of job, not validated: the common keys, overridden by those of this kind."""

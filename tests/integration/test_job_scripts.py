@@ -20,7 +20,7 @@ from bigincubate.storage.run_directory import RunDir
     ("setup", "says"),
     [
         ("", "cannot start bigincubate: /nowhere: No module named bigincubate"),
-        ("exit 5", "the setup script ended the job with exit code 5"),
+        ("exit 5", "the setup script SETUP is missing, or ended the job; exit code 5"),
     ],
 )
 def test_job_that_ends_before_python_leaves_a_trace(kind: str, setup: str, says: str, tmp_path: Path) -> None:
@@ -53,7 +53,8 @@ def test_job_that_ends_before_python_leaves_a_trace(kind: str, setup: str, says:
 
     assert start() == (5 if setup else 3)
     key = "incubate/3" if kind == "incubate" else kind
-    assert re.fullmatch(rf"job 7(_3)? on \S+: {re.escape(says)}", read_job_trace(run, key))
+    says = re.escape(says.replace("SETUP", f"{tmp_path}/setup.sh"))
+    assert re.fullmatch(rf"job 7(_3)? on \S+: {says}", read_job_trace(run, key))
     if not setup:
         (tmp_path / "fixed").touch()
         assert start() == 0
@@ -64,6 +65,13 @@ def test_site_functions_may_use_variables_that_are_not_set(tmp_path: Path) -> No
     """As RHEL's /etc/bashrc does, which kills a script under ``set -u``."""
     ended = start_script(tmp_path, "pretrain", setup='if [ "$BASHRCSOURCED" != Y ]; then export SITE=$nothing; fi')
     assert "SITE=set" in (tmp_path / "ranks").read_text().split(), ended.stderr
+
+
+def test_missing_setup_script_leaves_a_trace(tmp_path: Path) -> None:
+    ended = start_script(tmp_path, "finetune", more=[f"BIGINCUBATE_SETUP_SCRIPT={tmp_path}/nowhere.sh"])
+    assert ended.returncode == 1
+    assert f"{tmp_path}/nowhere.sh is missing" in read_job_trace(RunDir(tmp_path / "a run"), "finetune")
+    assert not (tmp_path / "ranks").exists()
 
 
 def test_setup_script_chooses_the_rendezvous(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_two_submits_at_the_same_moment_make_one_run(
 ) -> None:
     """With more modules than an array of this cluster holds, and a limit to how many train at a time."""
     sets = words(
-        "plan.target_depths=[1,1,1]", "plan.meta_depths=[1,1,1]", "slurm.array_parallelism=1", "slurm.extra=['-H']"
+        "plan.target_depths=[1,1,1]", "plan.meta_depths=[1,1,1]", "slurm.array_parallelism=1", "slurm.extra=['--hold']"
     )
     command = [sys.executable, "-m", "bigincubate", "submit", str(fast), "--run-dir", str(run.path), *sets]
     racing = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]

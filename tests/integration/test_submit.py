@@ -63,6 +63,13 @@ def test_control_characters_never_reach_sbatch(fast: Path, tmp_path: Path, table
         build_sbatch_command(load_recipe(str(file)), RunDir(tmp_path), "incubate", modules=[0])
 
 
+@pytest.mark.parametrize("key", ["slurm.extra", "slurm.gate.extra", "slurm.srun"])
+def test_options_are_given_in_one_long_word_each(fast: Path, key: str) -> None:
+    """The second word of an option would be taken for the script."""
+    with pytest.raises(ConfigError, match=rf"{re.escape(key)}.*given: '?-p"):
+        load_recipe(str(fast), [f'{key}=["-p", "gpu"]'])
+
+
 def test_wrong_key_of_a_kind_of_job_is_named(fast: Path) -> None:
     with pytest.raises(ConfigError, match=r"slurm\.incubate\.nodes: Input should be greater than or equal to 1"):
         load_recipe(str(fast), ["slurm.incubate.nodes=0"])
