@@ -22,7 +22,7 @@ from bigincubate.planning.job_graph import Job
 from bigincubate.storage.run_directory import RunDir
 
 OVER = {"COMPLETED", "FAILED", "CANCELLED"}
-LIMIT = "QOSMaxSubmitJobPerUserLimit; Batch job submission failed: Job violates accounting/QOS policy"
+LIMIT = "QOSMaxSubmitJobPerUserLimit; Batch job submission failed: Job violates policy (job submit limit)"
 
 
 @dataclass

@@ -11,7 +11,6 @@ from typer import Option
 
 from ..errors import (
     ArtifactError,
-    BigincubateError,
     ConfigError,
     ExternalError,
     SystemResourceError,
@@ -145,7 +144,7 @@ def resume(
     job = os.environ.get("SLURM_JOB_ID") if gate else None
     try:
         submit_or_export(run, job)
-    except BigincubateError as error:
+    except Exception as error:
         if job:
             write_gate_trace(run, job, str(error))
         raise

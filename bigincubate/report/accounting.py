@@ -147,7 +147,7 @@ def _phase_key(kind: str, job_name: str, index: str | None) -> str | None:
     """
     if (name := re.search(rf"-{kind}(?:\+(\d+))?$", job_name)) is None:
         return None
-    return kind if index is None else f"{kind}/{int(name[1] or 0) + int(index)}"
+    return f"{kind}/{int(name[1] or 0) + int(index or 0)}" if kind == "incubate" else kind
 
 
 def parse_time(text: str) -> float:

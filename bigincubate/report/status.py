@@ -14,7 +14,7 @@ from ..launchers.slurm.job_logs import count_gate_failures, read_job_trace
 from ..launchers.slurm.submission_log import QueuedJob, list_queued_jobs
 from ..storage.lease import process_start_time
 from ..storage.metrics_log import read_last_metrics
-from ..storage.run_directory import PhaseDir, RunDir
+from ..storage.run_directory import PhaseDir, RunDir, is_complete_export
 from ..tasks.metric import planned_metrics
 
 LOOPING = 3  # failures of a gate in a row
@@ -52,12 +52,12 @@ class QueueReader:
 
 
 def read_queue(run: RunDir) -> list[QueuedJob] | None:
-    """Return the jobs in the queue, or None if nothing was submitted or Slurm does not respond."""
+    """Return the jobs in the queue, or None if nothing was submitted or they cannot be read."""
     if not (run.path / "jobs.json").exists():
         return None
     try:
         return list_queued_jobs(run)
-    except ExternalError:
+    except (ExternalError, ArtifactError):
         return None
 
 
@@ -91,7 +91,7 @@ def run_status(
         rows.append({"phase": planned["key"], "title": planned["title"], **_phase_status(folder, planned)})
         rows[-1] |= _job_status(rows[-1], folder, jobs)
         rows[-1] |= _trace_status(rows[-1], run)
-    if jobs is not None and any(row["state"] != "done" for row in rows):
+    if jobs is not None and not (all(row["state"] == "done" for row in rows) and is_complete_export(run.exported)):
         rows.append(_gate_status(run, jobs.get("gate")))
     return rows
 

@@ -70,6 +70,7 @@ def describe_process(pid: int, queue: JobQueue = NO_JOBS) -> dict[str, Any]:
         "space": _pid_namespace(),
         "pid": pid,
         "started": process_start_time(pid),
+        "user": os.geteuid(),
         **queue.current_job(),
     }
 
@@ -248,13 +249,15 @@ def lease_generation(folder: Path) -> int:
 def _is_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> bool | None:
     """Return whether the owner may still write, or None if neither host, queue nor heartbeat decides it."""
     this = describe_process(os.getpid(), queue)
-    same = {key for key in this if owner[key] == this[key] and this[key] is not None}
+    same = {key for key in this if owner.get(key) == this[key] and this[key] is not None}
     if {"cluster", "job"} <= same and owner["restarts"] < this["restarts"]:
         return False  # a previous attempt of this job, which ended before this attempt started
     if {"host", "space"} <= same and owner["started"] is not None:
         return process_start_time(owner["pid"]) == owner["started"]
     silence = _file_system_time(path.parent) - _last_heartbeat(path)
-    if silence > LEASE_SECONDS or ("cluster" in same and owner["job"] and queue.has_ended(owner["job"])):
+    # a cluster may hide the jobs of other users, which looks as if they had ended
+    ended = {"cluster", "user"} <= same and owner["job"] and queue.has_ended(owner["job"])
+    if silence > LEASE_SECONDS or ended:
         return False
     return None
 

@@ -67,6 +67,19 @@ def test_site_functions_may_use_variables_that_are_not_set(tmp_path: Path) -> No
     assert "SITE=set" in (tmp_path / "ranks").read_text().split(), ended.stderr
 
 
+@pytest.mark.parametrize("kind", ["pretrain", "gate"])
+def test_setup_script_neither_gets_arguments_nor_changes_the_shell(kind: str, tmp_path: Path) -> None:
+    """A script that sources conda's passes its own arguments on; one with ``set -e`` must not end the job."""
+    setup = f'echo "$#" >{tmp_path}/count; set -e'
+    ended = start_script(tmp_path, kind, setup=setup, ranks="exit 75", host="exit 7", options=["--set", "a=b"])
+    assert (tmp_path / "count").read_text() == "0\n"
+    if kind == "gate":
+        assert "requeue 7" in (tmp_path / "scontrol").read_text(), ended.stderr
+    else:
+        assert "--code 75" in (tmp_path / "host").read_text(), ended.stderr
+        assert "--set\na=b\n" in (tmp_path / "ranks").read_text()
+
+
 def test_missing_setup_script_leaves_a_trace(tmp_path: Path) -> None:
     ended = start_script(tmp_path, "finetune", more=[f"BIGINCUBATE_SETUP_SCRIPT={tmp_path}/nowhere.sh"])
     assert ended.returncode == 1
@@ -95,12 +108,15 @@ def test_options_of_srun_and_the_container_are_those_of_the_ranks_alone(tmp_path
 def test_gate_that_was_killed_three_times_stops(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "a run")
     for count in (1, 2, 3):
-        ended = start_script(tmp_path, "gate", host="kill -9 $$")
+        restarts = {"SLURM_RESTART_COUNT": str(count - 1)}
+        ended = start_script(tmp_path, "gate", host="kill -9 $$", given=restarts)
         assert ended.returncode == 137
         requeues = (tmp_path / "scontrol").read_text().count("requeue 7")
         assert requeues == min(count, 2), ended.stderr
     assert "killed three times (exit code 137) and has stopped; if it needs more memory" in read_job_trace(run, "gate")
     assert count_gate_failures(run) == 3
+    start_script(tmp_path, "gate", host="kill -9 $$")  # a user has submitted another one
+    assert count_gate_failures(run) == 1
     assert start_script(tmp_path, "gate").returncode == 0
     assert (read_job_trace(run, "gate"), count_gate_failures(run)) == ("", 0)
 
@@ -112,6 +128,8 @@ def start_script(
     setup: str = "",
     more: Sequence[str] = (),
     host: str = "",
+    ranks: str = "",
+    options: Sequence[str] = (),
     given: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a job script with programs that write down how they were called: `srun` to "ranks", Python to "host"."""
@@ -119,7 +137,8 @@ def start_script(
     tools.mkdir(exist_ok=True)
     programs = {
         "srun": f'for word; do echo "$word"; done >{folder}/ranks\n'
-        f'echo "SITE=${{SITE-}}${{SITE+set}} ADDR=$MASTER_ADDR PORT=$MASTER_PORT RANK=${{RANK-}}" >>{folder}/ranks',
+        f'echo "SITE=${{SITE-}}${{SITE+set}} ADDR=$MASTER_ADDR PORT=$MASTER_PORT RANK=${{RANK-}}" >>{folder}/ranks\n'
+        f"{ranks}",
         "scontrol": f'echo "$*" >>{folder}/scontrol; if [ "$1" = show ]; then echo n1; fi',
         "python": f'if [ "$3" != --version ]; then echo "$* INSIDE=${{INSIDE-}}" >{folder}/host\n{host}\nfi',
     }
@@ -134,7 +153,7 @@ def start_script(
     if kind == "incubate":
         names |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     return subprocess.run(
-        ["bash", str(find_script(kind)), *variables, *map(str, arguments)],
+        ["bash", str(find_script(kind)), *variables, *map(str, arguments), *options],
         env={"PATH": f"{tools}:{os.environ['PATH']}", **names, **(given or {})},
         capture_output=True,
         text=True,

@@ -231,6 +231,7 @@ def test_queue_is_read_by_the_ids_that_were_noted(tmp_path: Path, monkeypatch: p
     noted = [
         Submission("incubate", "run-incubate+1000", "5", modules=(1007, 1008), offset=1000, user=7),
         Submission("gate", "run-gate", "6", user=7),
+        Submission("pretrain", "run-pretrain", "10", user=7),
         Submission("finetune", "run-finetune", "9", cluster="west", user=8),
     ]
     SubmissionLog(run, noted).write()
@@ -238,6 +239,7 @@ def test_queue_is_read_by_the_ids_that_were_noted(tmp_path: Path, monkeypatch: p
         "5|7|RUNNING|n2|None|run-incubate+1000|overwritten by a plugin",
         "5|8|COMPLETING|n2|None|run-incubate+1000|overwritten",
         "6|N/A|PENDING||Dependency|run-gate|",
+        "10|N/A|RUNNING|n3|None|somebody's|of the user who has got the id 10 since",
         f"7|N/A|PENDING||Dependency|run-gate|{run_comment(run)}",
         "8|N/A|PENDING||Priority|a|b|a comment",
         "of two lines",
@@ -245,9 +247,15 @@ def test_queue_is_read_by_the_ids_that_were_noted(tmp_path: Path, monkeypatch: p
 
     def answer(*words: str, cluster: str | None = None) -> str:
         asked.append((*words, str(cluster)))
+        if words[0] == "scancel":
+            lines.clear()  # and with them the jobs of the other cluster
+            return ""
+        if not lines:
+            return ""
         return "\n".join(lines) if cluster is None else "CLUSTER: west\n9|N/A|RUNNING|w1|None|run-finetune|"
 
     monkeypatch.setattr(submission_log, "run_slurm_command", answer)
+    monkeypatch.setattr(submission_log, "hides_jobs_of_others", lambda: False)
     assert submission_log.list_queued_jobs(run) == [
         QueuedJob("5", "incubate", 1007, "RUNNING", "n2", "None"),
         QueuedJob("5", "incubate", 1008, "COMPLETING", "n2", "None"),
@@ -259,8 +267,12 @@ def test_queue_is_read_by_the_ids_that_were_noted(tmp_path: Path, monkeypatch: p
         (False, True, "west"),
     ]
     asked.clear()
-    submission_log.cancel_jobs(run)
-    assert asked[2:] == [("scancel", "6", "5", "None"), ("scancel", "9", "west")]
+    assert submission_log.cancel_jobs(run) == ["6", "5", "9"]
+    canceled = [words for words in asked if words[0] == "scancel"]
+    assert canceled == [("scancel", "6", "5", "None"), ("scancel", "9", "west")]
+    monkeypatch.setattr(submission_log, "hides_jobs_of_others", lambda: True)
+    with pytest.raises(SystemResourceError, match="of the user with id 7, 8, who must continue it"):
+        submission_log.list_queued_jobs(run)
 
 
 def test_programs_of_slurm_ignore_the_variables_of_the_shell(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,15 +297,20 @@ def test_all_words_of_slurm_are_shown_in_one_line(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
 
     def refusal(words: str) -> SystemResourceError:
-        sbatch.write_text(f"#!/bin/bash\nprintf '{words}' >&2\nexit 1\n")
+        (tmp_path / "words").write_text(words)
+        sbatch.write_text(f"#!/bin/bash\ncat {tmp_path}/words >&2\nexit 1\n")
         sbatch.chmod(0o755)
         with pytest.raises(SystemResourceError) as raised:
             slurm.submit_job(["sbatch"])
         return raised.value
 
-    limit = refusal("sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: policy\n")
+    policy = "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)"
+    limit = refusal(f"sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: {policy}\n")
     assert isinstance(limit, slurm.JobRefusedError)
-    assert (str(limit), limit.at_limit) == ("QOSMaxSubmitJobPerUserLimit; Batch job submission failed: policy", True)
+    assert (str(limit), limit.at_limit) == (f"QOSMaxSubmitJobPerUserLimit; {policy}", True)
+    size = refusal(f"sbatch: error: QOSMinGRES\nsbatch: error: {policy}\n")
+    assert isinstance(size, slurm.JobRefusedError)
+    assert not size.at_limit  # fewer jobs would not help
     other = refusal("sbatch: error: invalid partition specified: gpu\nsbatch: error: Batch job submission failed\n")
     assert isinstance(other, slurm.JobRefusedError)
     assert not other.at_limit

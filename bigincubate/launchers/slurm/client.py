@@ -21,9 +21,16 @@ KEPT_VARIABLES = {
     *("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_SACK_SOCKET", "SLURM_SACK_KEY", "SBATCH_EXPORT"),
 }
 # what sbatch prints when it does not know whether Slurm has accepted the job
-NO_ANSWER = re.compile("timed? ?out|unable to contact|zero bytes|connection|communication", re.IGNORECASE)
+NO_ANSWER = re.compile(
+    "timed? ?out|unable to contact|zero bytes|connect|communication|exit code -|message (send|receive)|transport"
+    "|broken pipe|unexpected message|header length|insane message",
+    re.IGNORECASE,
+)
 # what sbatch prints when too many jobs are in the queue
-LIMIT = re.compile("limit|MaxSubmit|MaxJob|too many|temporarily unavailable", re.IGNORECASE)
+LIMIT = re.compile(
+    "MaxSubmit|GrpSubmit|MaxJob|job count|too many jobs|temporarily unavailable|array size", re.IGNORECASE
+)
+SUBMIT_TIMEOUT = 300  # seconds; sbatch itself tries for two minutes to find room in a full queue
 
 
 class JobRefusedError(SystemResourceError):
@@ -91,7 +98,7 @@ def submit_job(command: Sequence[str]) -> tuple[str | None, str | None]:
         SystemResourceError: If it is unknown whether Slurm has accepted the job.
     """
     try:
-        return parse_job_id(run_slurm_command(*command))
+        return parse_job_id(run_slurm_command(*command, timeout=SUBMIT_TIMEOUT))
     except MissingDependencyError:
         raise
     except SystemResourceError as error:
@@ -154,6 +161,16 @@ def requeue_job(job: str) -> None:
         SystemResourceError: If Slurm refuses.
     """
     run_slurm_command("scontrol", "requeue", job)
+
+
+def hides_jobs_of_others() -> bool:
+    """Return whether Slurm shows a user only their own jobs (``PrivateData=jobs``).
+
+    Raises:
+        SystemResourceError: If Slurm does not answer.
+    """
+    config = run_slurm_command("scontrol", "show", "config")
+    return re.search(r"^PrivateData\s*=.*\b(jobs|all)\b", config, re.MULTILINE) is not None
 
 
 def query_max_array_size(cluster: str | None = None) -> int:

@@ -71,6 +71,8 @@ def build_sbatch_command(
     if after_success:
         words.append("--kill-on-invalid-dep=yes")
     words += [str(find_script(kind)), *script_variables(recipe, kind, offset)]
+    if "\\" in str(path):
+        raise ConfigError(f"{path}: Slurm cannot write logs to a path with a backslash; use another --run-dir")
     words += [str(path)] if kind == "gate" else [kind, str(run.recipe_file.absolute()), str(path)]
     for word in words:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in word):

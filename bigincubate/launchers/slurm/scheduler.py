@@ -22,9 +22,10 @@ from ...errors import ArtifactError, SystemResourceError, format_command
 from ...planning.job_graph import Job
 from ...planning.lineage import expected_lineage
 from ...storage.artifacts import check_lineage, verify_artifact
-from ...storage.lease import acquire_lease
+from ...storage.lease import Lease, acquire_lease
 from ...storage.run_directory import RunDir
 from .client import JobRefusedError, query_max_array_size, run_slurm_command, submit_job
+from .job_logs import write_gate_trace
 from .job_queue import SlurmQueue
 from .sbatch import build_sbatch_command, split_into_arrays
 from .submission_log import QueuedJob, Submission, SubmissionLog, job_name, list_queued_jobs
@@ -53,7 +54,7 @@ def submit_missing_jobs(
         SystemResourceError: If Slurm refuses a job or does not answer.
         LockedError: If another process is submitting.
     """
-    with acquire_lease(run.path / "slurm", queue=SlurmQueue()):
+    with acquire_lease(run.path / "slurm", queue=SlurmQueue()) as lease:
         missing = [job for job in graph if not _is_valid(job, run)]
         if not missing:
             return True
@@ -62,10 +63,10 @@ def submit_missing_jobs(
             say(f"missing: {titles}; continue with: {format_command('resume', run.path)}")
             return False
         queued = [entry for entry in list_queued_jobs(run) if entry.job != gate]
-        submitter = JobSubmitter(recipe, run, say, queued, reset_counts=gate is None)
+        submitter = JobSubmitter(recipe, run, say, queued, lease, reset_counts=gate is None)
         submitter.submit_phases(missing)
         submitter.submit_gate()
-        submitter.report(missing, by_gate=gate is not None)
+        submitter.report(missing, gate)
     return False
 
 
@@ -81,7 +82,7 @@ class JobSubmitter:
     """
 
     def __init__(
-        self, recipe: Recipe, run: RunDir, say: Say, queued: Sequence[QueuedJob], *, reset_counts: bool
+        self, recipe: Recipe, run: RunDir, say: Say, queued: Sequence[QueuedJob], lease: Lease, *, reset_counts: bool
     ) -> None:
         """Create a submitter.
 
@@ -90,13 +91,15 @@ class JobSubmitter:
             run: The run directory.
             say: Prints a line.
             queued: The jobs of the run that are in the queue, without the calling gate.
+            lease: The lease on submitting, checked before each submission.
             reset_counts: Whether to forget the numbers of submissions so far.
         """
-        self.recipe, self.run, self.say, self.queued = recipe, run, say, queued
+        self.recipe, self.run, self.say, self.queued, self.lease = recipe, run, say, queued, lease
         self.log = SubmissionLog.read(run)
         self.log.find_lost_jobs(queued)
         if reset_counts:
             self.log.counts, self.log.checkpoints = {}, {}
+            self.log.write()
         self.active = {entry.key: entry.job for entry in queued if entry.kind != "gate"}
         self.gates = [entry.job for entry in queued if entry.kind == "gate" and entry.state == "PENDING"]
         self.submitted: list[Submission] = []
@@ -138,12 +141,12 @@ class JobSubmitter:
                 return
             self.gates.append(str(gate.job))
 
-    def report(self, missing: Sequence[Job], *, by_gate: bool) -> None:
+    def report(self, missing: Sequence[Job], calling_gate: str | None) -> None:
         """Say what is in the queue, and raise an error if the run cannot continue by itself.
 
         Args:
             missing: The phases that were not done.
-            by_gate: Whether the calling process is a gate.
+            calling_gate: Id of this job if it is a gate.
 
         Raises:
             ArtifactError: If nothing is in the queue, and a phase has reached the maximum number of submissions.
@@ -163,8 +166,9 @@ class JobSubmitter:
                 gate = f"the gate (job {', '.join(self.gates)}) tries again when they have ended"
                 after = f"in the queue: {', '.join(jobs)}; {gate if self.gates else f'when they have ended: {resume}'}"
             text = f"{'; '.join(self.problems)}; {after}"
-            if by_gate and self.gates:
+            if calling_gate and self.gates:
                 self.say(text)
+                write_gate_trace(self.run, calling_gate, text)
                 return
             raise SystemResourceError(text)
         if not jobs:
@@ -222,15 +226,22 @@ class JobSubmitter:
         last = next((entry for entry in reversed(self.submitted) if entry.kind == "incubate"), None)
         if last is None or len(last.modules) == len(self.active) == 1:
             return False
-        run_slurm_command("scancel", str(last.job), cluster=last.cluster)
+        try:
+            if any(entry.job == last.job and entry.state != "PENDING" for entry in list_queued_jobs(self.run)):
+                return False  # training is not interrupted
+            run_slurm_command("scancel", str(last.job), cluster=last.cluster)
+        except SystemResourceError as error:
+            self._note_problem("incubate", error)
+            return False
         self.submitted.remove(last)
         for module in last.modules:
             self.active.pop(f"incubate/{module}")
-            self.log.counts[f"incubate/{module}"] -= 1
-        half = last.modules[: len(last.modules) // 2]
-        with contextlib.suppress(JobRefusedError):  # the gate submits them
-            if half:
-                self._submit("incubate", half, last.offset, after=last.needs, in_array=True)
+            self.log.counts[f"incubate/{module}"] = max(0, self.log.counts.get(f"incubate/{module}", 0) - 1)
+        if half := last.modules[: len(last.modules) // 2]:
+            try:
+                self._submit("incubate", half, last.offset, after=last.needs)
+            except SystemResourceError as error:  # the gate submits them, if other jobs are left
+                self._note_problem("incubate", error)
         return True
 
     def _submit(
@@ -268,7 +279,18 @@ class JobSubmitter:
         )
         needs = (*([meta] if meta else []), *after)
         name = job_name(self.run, kind, offset)
-        self.log.begin(Submission(kind, name, modules=tuple(modules), offset=offset, needs=needs))
+        self.lease.check()
+        cluster = next((word.partition("=")[2] for word in command if word.startswith("--clusters=")), None)
+        entry = Submission(
+            kind,
+            name,
+            cluster=cluster,
+            modules=tuple(modules),
+            offset=offset,
+            needs=needs,
+            waits_for_meta=meta is not None,
+        )
+        self.log.begin(entry)
         try:
             job, cluster = submit_job(command)
         except JobRefusedError:
@@ -294,7 +316,7 @@ class JobSubmitter:
         known = {entry.job for entry in self.log.jobs}
         self.log.find_lost_jobs(list_queued_jobs(self.run))
         last = self.log.jobs[-1] if self.log.jobs else None
-        if last is None or last.job in known:
+        if last is None or last.job in known or last.name != name:
             raise SystemResourceError(
                 f"sbatch printed no job id, and there is no new job {name} in the queue; if there is one later,"
                 f" this command finds it: {format_command('resume', self.run.path)}"
@@ -320,9 +342,9 @@ def _is_valid(job: Job, run: RunDir) -> bool:
         problem = str(error)
     if problem:
         run.log_event("made_again", phase=job.key, reason=problem)
+        if stale:  # before the result: a phase without one resumes from its checkpoints
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
         (folder.path / "DONE").unlink()
-    if stale:
-        shutil.rmtree(folder.checkpoints)
     return problem is None
 
 

@@ -15,9 +15,10 @@ from typing import Any, cast
 
 from ...config import Phase
 from ...config.seeds import phase_key
+from ...errors import ArtifactError, SystemResourceError
 from ...files import read_json, write_json
 from ...storage.run_directory import RunDir
-from .client import ENDED_STATES, run_slurm_command
+from .client import ENDED_STATES, hides_jobs_of_others, run_slurm_command
 
 HELD_STATES = ("REQUEUE_HOLD", "SPECIAL_EXIT")
 
@@ -34,6 +35,7 @@ class Submission:
         modules: The modules of an array.
         offset: Difference between the number of a module and its index in the array.
         needs: Ids of jobs that must have ended first.
+        waits_for_meta: Whether the first of them is the job of the meta model.
         user: User id of the submitting process.
         time: When it was submitted, in seconds since 1970.
     """
@@ -45,6 +47,7 @@ class Submission:
     modules: tuple[int, ...] = ()
     offset: int = 0
     needs: tuple[str, ...] = ()
+    waits_for_meta: bool = False
     user: int = field(default_factory=os.geteuid)
     time: float = field(default_factory=time.time)
 
@@ -103,10 +106,16 @@ class SubmissionLog:
     def read(cls, run: RunDir) -> SubmissionLog:
         """Read the log of a run. It is empty if nothing was submitted."""
         content: dict[str, Any] = read_json(run.path / "jobs.json") or {}
-        jobs = [
-            Submission(**{**entry, "modules": tuple(entry["modules"]), "needs": tuple(entry["needs"])})
-            for entry in content.get("jobs", ())
-        ]
+        try:
+            jobs = [
+                Submission(**{**entry, "modules": tuple(entry["modules"]), "needs": tuple(entry["needs"])})
+                for entry in content.get("jobs", ())
+            ]
+        except (TypeError, KeyError):
+            raise ArtifactError(
+                f"{run.path / 'jobs.json'} is damaged or of another version; cancel the jobs of this run with scancel,"
+                " remove the file, and submit again"
+            ) from None
         return cls(run, jobs, content.get("counts", {}), content.get("checkpoints", {}))
 
     def write(self) -> None:
@@ -121,7 +130,7 @@ class SubmissionLog:
 
     def accept(self, job: str, cluster: str | None) -> Submission:
         """Write down the id of the last job, and count it as a submission of its phases."""
-        self.jobs[-1] = replace(self.jobs[-1], job=job, cluster=cluster)
+        self.jobs[-1] = replace(self.jobs[-1], job=job, cluster=cluster or self.jobs[-1].cluster)
         self._count(self.jobs[-1])
         self.write()
         return self.jobs[-1]
@@ -132,7 +141,12 @@ class SubmissionLog:
         self.write()
 
     def _count(self, submission: Submission) -> None:
-        """Count a submission. A phase that has a newer checkpoint than at its last submission counts anew."""
+        """Count a submission. A phase that has a newer checkpoint than at its last submission counts anew.
+
+        Modules that wait for the meta model do not count: they may be canceled before they start.
+        """
+        if submission.kind == "incubate" and submission.waits_for_meta:
+            return
         keys: Sequence[str] = [phase_key("incubate", module) for module in submission.modules] or [submission.kind]
         for key in keys:
             newest = self.newest_checkpoint(key)
@@ -180,6 +194,13 @@ def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
         SystemResourceError: If Slurm does not answer.
     """
     log = SubmissionLog.read(run)
+    others = {entry.user for entry in log.jobs} - {os.geteuid()}
+    if others and hides_jobs_of_others():
+        users = ", ".join(map(str, sorted(others)))
+        raise SystemResourceError(
+            f"this cluster shows nobody the jobs of other users, and those of this run are of the user with id {users},"
+            " who must continue it"
+        )
     return [
         queued
         for cluster in sorted({entry.cluster or "" for entry in log.jobs})
@@ -206,6 +227,8 @@ def _list_cluster(run: RunDir, submissions: Sequence[Submission]) -> Iterator[Qu
             continue  # another line of a site's script, or of a comment of several lines
         index, state, node, reason, name, comment = fields
         entry = noted.get(job)
+        if entry is not None and entry.name != name and comment != run_comment(run):
+            entry = None  # Slurm has given the id to another job: it was installed anew, or the run was copied
         if entry is None and name in lost:
             if job not in belongs:
                 belongs[job] = comment == run_comment(run) or _writes_log_to(job, run, cluster)
@@ -229,14 +252,19 @@ def cancel_jobs(run: RunDir) -> list[str]:
     Raises:
         SystemResourceError: If Slurm does not answer.
     """
-    # cancel gates first, so that no gate submits new jobs in the meantime
-    queued = sorted(list_queued_jobs(run), key=lambda entry: entry.kind != "gate")
-    jobs = list(dict.fromkeys((entry.cluster, entry.job) for entry in queued))
-    for cluster in dict.fromkeys(cluster for cluster, _ in jobs):
-        run_slurm_command("scancel", *(job for where, job in jobs if where == cluster), cluster=cluster)
-    if jobs:
-        run.log_event("cancelled", jobs=[job for _, job in jobs])
-    return [job for _, job in jobs]
+    canceled: list[tuple[str | None, str]] = []
+    for _ in range(3):  # a gate may submit a job while its own cancellation is under way
+        # cancel gates first, so that no gate submits new jobs in the meantime
+        queued = sorted(list_queued_jobs(run), key=lambda entry: entry.kind != "gate")
+        jobs = [job for job in dict.fromkeys((entry.cluster, entry.job) for entry in queued) if job not in canceled]
+        for cluster in dict.fromkeys(cluster for cluster, _ in jobs):
+            run_slurm_command("scancel", *(job for where, job in jobs if where == cluster), cluster=cluster)
+        canceled += jobs
+        if not jobs:
+            break
+    if canceled:
+        run.log_event("cancelled", jobs=[job for _, job in canceled])
+    return [job for _, job in canceled]
 
 
 def run_comment(run: RunDir) -> str:
