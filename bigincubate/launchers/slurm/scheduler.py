@@ -153,12 +153,12 @@ class JobSubmitter:
             SystemResourceError: If a job was not submitted.
         """
         jobs = sorted({*self.active.values(), *self.gates}, key=int)
-        for entry in self.queued:
-            if entry.held:
-                self.say(
-                    f"{entry.key}: job {entry.job} is held ({entry.reason}); find out why, then release it with:"
-                    f" scontrol release {entry.job}"
-                )
+        held = {entry.job: entry for entry in self.queued if entry.held}  # one of the tasks of each array
+        for job, entry in held.items():
+            self.say(
+                f"{entry.kind}: job {job} is held ({entry.reason}); find out why, then release it with:"
+                f" scontrol release {job}"
+            )
         if self.problems:
             resume = format_command("resume", self.run.path)
             after = f"nothing is in the queue; correct the cause, then: {resume}"
