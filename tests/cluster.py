@@ -25,20 +25,24 @@ SLOW = 600  # seconds, on a machine that does other things too
 
 
 class Cluster:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *conf: str) -> None:
         self.folder = folder  # Slurm's sockets need a short name
+        self.conf = "\n".join(conf)
         self.control("start", 3)
+        self.before = os.environ.get("SLURM_CONF")
         os.environ["SLURM_CONF"] = str(folder / "etc" / "slurm.conf")
 
     def close(self) -> None:
         del os.environ["SLURM_CONF"]
+        if self.before:
+            os.environ["SLURM_CONF"] = self.before
         self.control("stop")
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def control(self, *words: object) -> None:
         ended = subprocess.run(
             ["bash", SCRIPT, *map(str, words), str(self.folder)],
-            env={**os.environ, "SC_EXTRA_CONF": f"MaxArraySize={ARRAY}", "SC_TIMEOUT": "120"},
+            env={**os.environ, "SC_EXTRA_CONF": self.conf, "SC_TIMEOUT": "120"},
             capture_output=True,
             text=True,
             timeout=SLOW,
@@ -69,14 +73,26 @@ class Cluster:
         return "down" in say("sinfo", "--noheader", "--nodes", node, "--format=%T")
 
 
-def start() -> Iterator[Cluster]:
-    """For a fixture: the cluster, or a skip that says why not; where CI=1, an error."""
+def start(*conf: str, name: str = "", files: dict[str, str] | None = None) -> Iterator[Cluster]:
+    """For a fixture: the cluster, or a skip that says why not; where CI=1, an error.
+
+    Args:
+        conf: Lines of slurm.conf; ``{etc}``, here and in files, is its folder.
+        name: Distinguishes clusters of this process.
+        files: Text of programs and scripts beside slurm.conf, by name.
+    """
     if MISSING:
         reason = f"needs Slurm ({', '.join(MISSING)} missing): apt-get install slurm-wlm munge"
         if os.environ.get("CI") in ("1", "true"):
             pytest.fail(reason)
         pytest.skip(reason)
-    cluster = Cluster(Path(f"/tmp/slurm-{os.getpid()}"))
+    folder = Path(f"/tmp/slurm-{os.getpid()}{name}")
+    etc = folder / "etc"
+    for file, text in (files or {}).items():
+        etc.mkdir(parents=True, exist_ok=True)
+        (etc / file).write_text(text.replace("{etc}", str(etc)))
+        (etc / file).chmod(0o755)
+    cluster = Cluster(folder, *(line.replace("{etc}", str(etc)) for line in conf or [f"MaxArraySize={ARRAY}"]))
     try:
         yield cluster
     finally:
