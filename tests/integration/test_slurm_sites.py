@@ -105,8 +105,10 @@ def kinds(run: RunDir) -> list[str]:
     return [job["kind"] for job in jobs(run)]
 
 
-def ended(run: RunDir) -> bool:
-    return (run.path / "export" / "model.safetensors").exists() and not list_queued_jobs(run)
+def finish(slurm: Cluster, run: RunDir) -> None:
+    """Wait until the run ends by itself, with an exported model."""
+    slurm.wait(lambda: not list_queued_jobs(run))
+    assert (run.path / "export" / "model.safetensors").exists(), job_logs(run)[-5000:]
 
 
 def job_logs(run: RunDir) -> str:
@@ -148,7 +150,7 @@ def test_variables_of_the_shell_change_nothing(slurm: Cluster, run: RunDir, fast
         assert submitted.returncode == 0, submitted.stderr
     assert "in the queue already" in submitted.stdout
     assert kinds(run) == ["pretrain", "incubate", "gate"]
-    slurm.wait(lambda: ended(run))
+    finish(slurm, run)
     assert kinds(run) == WHOLE
 
 
@@ -189,7 +191,7 @@ def test_plugin_that_refuses_a_job(
     resumed = bigincubate("resume", run.path)
     assert resumed.returncode == 0, resumed.stderr
     assert [job["job"] for job in jobs(run)][: len(before)] == before
-    slurm.wait(lambda: ended(run))
+    finish(slurm, run)
     counts = {each: kinds(run).count(each) for each in ("pretrain", "incubate", "finetune")}
     assert counts == {"pretrain": 1, "incubate": 1, "finetune": 1}
     assert "Comment=project 7" in say("scontrol", "show", "job", jobs(run)[-1]["job"])
@@ -208,7 +210,7 @@ def test_canceled_module_in_a_slow_epilog_is_not_doubled(
     again = [job["modules"] for job in jobs(run) if job["kind"] == "incubate"]
     assert again == [[0, 1]] or "incubate of modules 1: job" in resumed.stdout  # or the Epilog was over by then
     site("slow", "0\n")
-    slurm.wait(lambda: ended(run))
+    finish(slurm, run)
     assert [job["modules"] for job in jobs(run) if job["kind"] == "incubate"] == [[0, 1], [1]]
     assert len(run.phase("incubate", 0).read_attempts()) == 1
 
@@ -237,7 +239,7 @@ def test_site_without_requeues_counts_submissions_that_make_no_progress(
         subprocess.run(["scancel", "--signal=USR2", running(run, "pretrain").job], check=True)  # as near the time limit
         slurm.wait(lambda: folder.read_attempts()[-1]["state"] != "running")
         stopped.append(newest(folder))
-    slurm.wait(lambda: ended(run))
+    finish(slurm, run)
     assert [attempt["state"] for attempt in folder.read_attempts()] == [*["preempted"] * 3, "done"]
     assert kinds(run).count("pretrain") == 4
     assert "not requeued: scontrol failed: Requested operation is presently disabled" in job_logs(run)
@@ -277,7 +279,9 @@ def test_container_without_slurm_and_host_without_torch(
     for file in Path("/usr/bin").iterdir():
         if file.name not in slurm_programs:
             (tools / file.name).symlink_to(file)
-    container = write_program(tmp_path / "bin" / "container", f'#!/bin/bash\nPATH={tools}\nexec "$@"\n')
+    container = write_program(
+        tmp_path / "bin" / "container", f'#!/bin/bash\nPATH={tools} PYTHONPATH={ROOT} exec "$@"\n'
+    )
     (tmp_path / "absent").mkdir()
     (tmp_path / "absent" / "sitecustomize.py").write_text(BLOCK)
     (tmp_path / "imported").touch()
@@ -293,7 +297,7 @@ def test_container_without_slurm_and_host_without_torch(
     outside = [str(host), "-m", "bigincubate", "resume", str(run.path)]
     resumed = subprocess.run(outside, capture_output=True, text=True, check=False)
     assert resumed.returncode == 0, resumed.stderr
-    slurm.wait(lambda: ended(run))
+    finish(slurm, run)
     assert kinds(run) == WHOLE
     imported = [line.split() for line in (tmp_path / "imported").read_text().splitlines()]
     needed = {name for words in imported for name in words[1:]}
@@ -329,7 +333,7 @@ def test_cluster_without_arrays(
     submitted = bigincubate("submit", fast, "--run-dir", run.path, *words(*SHORT))
     assert submitted.returncode == 0, submitted.stderr
     assert [job["modules"] for job in jobs(run)] == [[], [0], [1], []]
-    slurm.wait(lambda: ended(run))
+    finish(slurm, run)
     assert kinds(run) == ["pretrain", "incubate", *WHOLE[1:]]
     shown = bigincubate("logs", run.path, "--module", 1)
     files = [Path(name) for name in re.findall(r"^==> (.*) <==$", shown.stdout, re.MULTILINE)]
@@ -348,7 +352,7 @@ def test_limit_of_submitted_tasks_cuts_arrays(
     submitted = bigincubate("submit", fast, "--run-dir", run.path, *sets)
     assert submitted.returncode == 0, submitted.stderr
     assert "incubate: 3 of 6 modules wait for the gate, because of a limit (" in submitted.stdout
-    slurm.wait(lambda: ended(run))
+    finish(slurm, run)
     tasks = [module for job in jobs(run) for module in job["modules"]]
     assert sorted(tasks) == list(range(6))
     assert kinds(run).count("incubate") > 1
@@ -411,7 +415,7 @@ def test_run_directory_with_special_characters(
         assert (run.path / "slurm" / f"bigincubate-pretrain_{pretrain}.0.out").exists()
         assert [file for file in tmp_path.rglob("*.out") if file.parent != run.path / "slurm"] == []
         assert bigincubate("resume", run.path).returncode == 0
-        slurm.wait(lambda: ended(run))
+        finish(slurm, run)
     finally:
         bigincubate("cancel", run.path)
 
