@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +236,9 @@ def test_site_without_requeues_counts_submissions_that_make_no_progress(
     folder, stopped = run.phase("pretrain"), [-1]
     for attempt in (0, 1, 2):
         # in this attempt the phase has written a newer checkpoint
-        slurm.wait(lambda attempt=attempt: folder.read_attempts()[attempt:] and newest(folder) > stopped[-1])
-        subprocess.run(["scancel", "--signal=USR2", running(run, "pretrain").job], check=True)  # as near the time limit
+        slurm.wait(partial(lambda number: folder.read_attempts()[number:] and newest(folder) > stopped[-1], attempt))
+        entry = slurm.wait(lambda: running(run, "pretrain"))
+        subprocess.run(["scancel", "--signal=USR2", entry.job], check=True)  # as near the time limit
         slurm.wait(lambda: folder.read_attempts()[-1]["state"] != "running")
         stopped.append(newest(folder))
     finish(slurm, run)
