@@ -25,12 +25,14 @@ PATH_KEYS = (
     "finetune.sharding.deepspeed_config",
     "slurm.setup_script",
     "slurm.python",
+    "slurm.host_python",
 )
 NOT_PATHS = {
     "data.remote": "s3://bucket/x",
     "meta.init": "timm:vit_tiny_patch16_224",
     "sharding.deepspeed_config": "zero1",
     "slurm.python": "python3",
+    "slurm.host_python": "python3",
 }
 
 
