@@ -13,7 +13,7 @@ raises = False  # whether there is code that catches KeyboardInterrupt; before, 
 
 
 def install() -> None:
-    """Install the handler, unless Ctrl-C is ignored or handled by somebody else."""
+    """Install the handler, unless Ctrl-C is ignored or already has another handler."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, handle)
 

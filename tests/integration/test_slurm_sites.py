@@ -138,7 +138,7 @@ WHOLE = ["pretrain", "incubate", "gate", "finetune", "gate"]
 def test_variables_of_the_shell_change_nothing(slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command) -> None:
     """In an interactive job, whose variables are those of another job, and with defaults for Slurm's programs."""
     variables = {
-        **{"SQUEUE_PARTITION": "nowhere", "SQUEUE_STATES": "CD", "SQUEUE_USERS": "nobody", "SQUEUE_SORT": "x"},
+        **{"SQUEUE_PARTITION": "nowhere", "SQUEUE_STATES": "CD", "SQUEUE_USERS": "daemon", "SQUEUE_SORT": "x"},
         **{"SBATCH_ARRAY_INX": "0-3", "SBATCH_WAIT": "1", "SBATCH_HOLD": "1", "SBATCH_NO_REQUEUE": "1"},
         **{"SBATCH_RESERVATION": "nothing", "SBATCH_WRAP": "true", "SBATCH_GRES": "gpu:8", "SLURM_HINT": "nothing"},
         **{"SRUN_NTASKS": "7", "SLURM_NTASKS": "7", "SLURM_NNODES": "3", "SLURM_DEPENDENCY": "afterok:1"},

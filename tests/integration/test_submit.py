@@ -239,7 +239,7 @@ def test_queue_is_read_by_the_ids_that_were_noted(tmp_path: Path, monkeypatch: p
         "5|7|RUNNING|n2|None|run-incubate+1000|overwritten by a plugin",
         "5|8|COMPLETING|n2|None|run-incubate+1000|overwritten",
         "6|N/A|PENDING||Dependency|run-gate|",
-        "10|N/A|RUNNING|n3|None|somebody's|of the user who has got the id 10 since",
+        "10|N/A|RUNNING|n3|None|other|a job that has reused the id 10",
         f"7|N/A|PENDING||Dependency|run-gate|{run_comment(run)}",
         "8|N/A|PENDING||Priority|a|b|a comment",
         "of two lines",
@@ -271,7 +271,7 @@ def test_queue_is_read_by_the_ids_that_were_noted(tmp_path: Path, monkeypatch: p
     canceled = [words for words in asked if words[0] == "scancel"]
     assert canceled == [("scancel", "6", "5", "None"), ("scancel", "9", "west")]
     monkeypatch.setattr(submission_log, "hides_jobs_of_others", lambda: True)
-    with pytest.raises(SystemResourceError, match="of the user with id 7, 8, who must continue it"):
+    with pytest.raises(SystemResourceError, match="belong to user id 7, 8, who must continue it"):
         submission_log.list_queued_jobs(run)
 
 

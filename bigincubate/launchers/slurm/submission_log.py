@@ -198,8 +198,8 @@ def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
     if others and hides_jobs_of_others():
         users = ", ".join(map(str, sorted(others)))
         raise SystemResourceError(
-            f"this cluster shows nobody the jobs of other users, and those of this run are of the user with id {users},"
-            " who must continue it"
+            f"this cluster hides the jobs of other users, and the jobs of this run belong to user id {users}, who must"
+            " continue it"
         )
     return [
         queued
