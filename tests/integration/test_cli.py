@@ -162,8 +162,12 @@ def test_status_at_every_stage(harness: Harnesses, call: Called) -> None:
     assert list(rows) == ["pretrain", "incubate/0", "incubate/1", "finetune"]  # no baseline was asked for
     assert (rows["pretrain"]["step"], rows["pretrain"]["steps"], rows["pretrain"]["checkpoint"]) == (0, 400, None)
 
+    def has_checkpoint() -> bool:
+        """A checkpoint is written in the background: it may be complete some steps later than it began."""
+        return any(watched.run.phase("pretrain").checkpoints.glob("step-*/COMMITTED"))
+
     command = Command(*watched.command("pretrain"))
-    assert command.until(lambda: len(watched.log("pretrain")) > 8)
+    assert command.until(lambda: len(watched.log("pretrain")) > 8 and has_checkpoint())
     row = status()["pretrain"]
     assert row["state"] == "running"
     assert 8 < row["step"] < 400
