@@ -38,6 +38,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 
 MAX_COUNT = 1_000_000  # of anything that an option counts
+MAX_LINE = 3000  # characters of an error message
 
 
 def parse_path(text: str) -> Path:
@@ -188,7 +189,13 @@ def say_json(value: Any) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Print a one-line error to standard error and exit with ``code``. Control characters are printed as escapes."""
+    """Print a one-line error to standard error and exit with ``code``.
+
+    Control characters are printed as escapes, and the middle of a long line is left out: a value that the message quotes
+    may have any length.
+    """
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    if len(line) > MAX_LINE:
+        line = f"{line[: 2 * MAX_LINE // 3]} … {line[-MAX_LINE // 3 :]}"
     print(f"bigincubate: {line}", file=sys.stderr, flush=True)
     raise SystemExit(code)
