@@ -121,9 +121,11 @@ def _main(words: list[str], folder: Path, before: Before | None, env: dict[str, 
 
 
 def fork_ranks() -> None:
-    """From here on this process, a launcher, forks the ranks of its phases; they are spared the imports."""
+    """From here on this process, a launcher, forks the ranks of its phases itself; not even a fork server imports."""
+    from bigincubate.launchers import local
     from bigincubate.launchers import rank_group as ranks
 
+    local.can_fork = lambda nproc, gpus: False
     ranks.Popen = ForkedRank  # type: ignore[assignment,misc]
 
 

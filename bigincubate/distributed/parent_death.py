@@ -1,4 +1,4 @@
-"""Stop a process when the process that started it ends."""
+"""The relation of a process to the process that started it: stop with it, and adopt its orphans."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 PARENT_VARIABLE = "BIGINCUBATE_PARENT"  # environment variable with the pid of the parent process
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER = 1, 36, 37  # linux/prctl.h
 
 
 def stop_with_parent() -> None:
@@ -23,3 +25,15 @@ def stop_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != int(parent):  # the parent ended before the request
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def adopt_orphans() -> Iterator[None]:
+    """While the block runs, make descendants of this process its children when their own parents end. Needs Linux."""
+    libc, before = ctypes.CDLL(None), ctypes.c_int()
+    libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, before.value)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from types import FrameType
 
+from ..distributed.parent_death import adopt_orphans
 from ..errors import Exit
 from ..planning.job_graph import Job
 from ..storage.run_directory import PhaseDir, RunDir
+from .fork_server import COMMAND, ForkServers, can_fork
 from .gpus import GPU_VARIABLE, choose_gpus, list_visible_gpus
 from .progress import ProgressReporter
-from .rank_group import RankGroup
+from .rank_group import RankGroup, start_process
 
 
 @dataclass
@@ -78,7 +80,9 @@ class LocalRunner:
         estimate: Returns lines about the remaining time to print, given the running phases.
         running: The ranks of running jobs, by the key of the job.
         gpus: The GPUs of running jobs, by the key of the job.
-        stopping: Whether the run has been asked to stop.
+        servers: The fork servers that start the phases.
+        stop_requested: Whether a stop signal has arrived.
+        stopping: Whether no more jobs start, because of a signal or because a job was stopped.
         patience: Number of remaining retries of phases whose directory is still owned by a killed attempt.
     """
 
@@ -90,6 +94,8 @@ class LocalRunner:
     estimate: Callable[[list[tuple[Job, PhaseDir]]], list[str]] = lambda running: []
     running: dict[str, RankGroup] = field(default_factory=dict)
     gpus: dict[str, list[str]] = field(default_factory=dict)
+    servers: ForkServers = field(default_factory=ForkServers)
+    stop_requested: bool = False
     stopping: bool = False
     patience: int = 20
 
@@ -99,12 +105,19 @@ class LocalRunner:
         Returns:
             The exit code of the first job that failed; otherwise 75 if the run was stopped, or 0.
         """
+        with adopt_orphans() if can_fork(self.nproc, list_visible_gpus()) else nullcontext():
+            return self._run_jobs(graph)
+
+    def _run_jobs(self, graph: list[Job]) -> Exit:
+        """Run the jobs that are not done yet. Returns the value of :meth:`execute`."""
         done = {job.key for job in graph if self._phase_dir(job).result is not None}
         failed: dict[str, int] = {}
         waiting = [job for job in graph if job.key not in done]
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while waiting or self.running:
+                if self.stop_requested:
+                    self._stop_ranks()
                 ready = self._ready_jobs(waiting, done)[: self.jobs - len(self.running)]
                 if modules := sum(job.phase == "incubate" for job in ready):
                     self.start_helper(modules)
@@ -118,6 +131,8 @@ class LocalRunner:
                         failed[job.key] = Exit.ENVIRONMENT
                         reason = f"{error.filename}: {error.strerror}"
                         self.reporter.failed(job, Exit.ENVIRONMENT, reason, self._log_file(job, 0))
+                if not waiting:
+                    self.servers.close()
                 if not self.running and not self._ready_jobs(waiting, done):
                     break  # the remaining jobs depend on a failed job, or the run is stopping
                 for job, ranks, code in self._pop_finished(graph):
@@ -146,6 +161,7 @@ class LocalRunner:
                 ranks.stop()
             if self.helper is not None and self.helper.ranks is not None:
                 self.helper.ranks.shut_down()
+            self.servers.kill()
         if failed:
             return Exit(next(iter(failed.values()))) if next(iter(failed.values())) in set(Exit) else Exit.ENVIRONMENT
         return Exit.PREEMPTED if self.stopping else Exit.DONE
@@ -162,7 +178,7 @@ class LocalRunner:
             parallel: Number of jobs that share the cores of this machine.
         """
         logs = [self._log_file(job, rank) for rank in range(self.nproc)]
-        command = [sys.executable, "-m", "bigincubate", "train", str(self.run.recipe_file)]
+        command = [*COMMAND, "train", str(self.run.recipe_file)]
         command += ["--run-dir", str(self.run.path), "--phase", job.phase]
         command += ["--module", str(job.module)] if job.module is not None else []
         environment = dict(os.environ, PYTHONUNBUFFERED="1")
@@ -172,12 +188,12 @@ class LocalRunner:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (parallel * self.nproc))))
         # if another process is running, threads that spin while they wait make a step several times slower
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        if len(visible := list_visible_gpus()) > 1:  # jobs that run in parallel get different GPUs
+        visible = list_visible_gpus()
+        if len(visible) > 1:  # jobs that run in parallel get different GPUs
             self.gpus[job.key] = choose_gpus(visible, chain.from_iterable(self.gpus.values()), self.nproc)
             environment[GPU_VARIABLE] = ",".join(self.gpus[job.key])
-        self.running[job.key] = RankGroup.start(command, environment, logs)
-        if self.stopping:  # the signal arrived while the ranks were being started
-            self.running[job.key].stop()
+        starter = self.servers.find(environment).start_process if can_fork(self.nproc, visible) else start_process
+        self.running[job.key] = RankGroup.start(command, environment, logs, starter)
         self.reporter.started(job)
 
     def start_helper(self, modules: int) -> None:
@@ -191,9 +207,6 @@ class LocalRunner:
             self.helper = None
             reason = f"{error.filename}: {error.strerror}"
             self.reporter.say(f"{helper.title}: could not be started ({reason}); {helper.fallback}")
-            return
-        if self.stopping:  # the signal arrived while the processes were being started
-            helper.stop()
 
     def check_helper(self, waiting: list[Job]) -> None:
         """Stop the helper job once no module needs it, and report it if it ended early."""
@@ -222,11 +235,16 @@ class LocalRunner:
         """Return the log file of a rank of a job."""
         return self._phase_dir(job).path / "logs" / (f"train.{rank}.log" if rank else "train.log")
 
-    def _stop(self, number: int, _frame: FrameType | None) -> None:
-        if not self.stopping:
-            self.stopping = True
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        """Handle a stop signal. The loop of :meth:`execute` does the rest, so that nothing is interrupted midway."""
+        if not self.stop_requested:
             self.reporter.say("stopping: each running phase writes a checkpoint first")
-            for ranks in self.running.values():
-                ranks.stop()
-            if self.helper is not None:
-                self.helper.stop()
+        self.stop_requested = self.stopping = True
+
+    def _stop_ranks(self) -> None:
+        """Ask all running processes to stop, and those that do not exist yet not to start."""
+        for ranks in self.running.values():
+            ranks.stop()
+        if self.helper is not None:
+            self.helper.stop()
+        self.servers.kill()

@@ -6,11 +6,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from subprocess import DEVNULL, Popen, TimeoutExpired
-from typing import Any
+from subprocess import DEVNULL, Popen
+from typing import Any, Protocol
 
 from ..distributed.parent_death import PARENT_VARIABLE
 from ..errors import Exit
@@ -19,6 +18,41 @@ FOLLOW_SECONDS = 10.0  # seconds from the first rank's exit until the other rank
 GRACE_SECONDS = 10.0  # seconds from then until they are killed
 STOP_SECONDS = 1800.0  # seconds from a stop request, after which ranks write a checkpoint, until they are killed
 SPECIFIC_CODES = set(Exit) - {Exit.DONE, Exit.PREEMPTED}  # exit codes of specific errors
+
+
+class RankProcess(Protocol):
+    """The process of a rank: a :class:`subprocess.Popen`, or one that a fork server starts."""
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, or None if the process does not exist yet."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None if the process has not ended: minus the number of the signal that ended it."""
+
+    def send_signal(self, number: int, /) -> None:
+        """Send a signal, unless the process has ended."""
+
+
+def start_process(command: Sequence[str], environment: Mapping[str, str], log: Path) -> RankProcess:
+    """Start a process.
+
+    Args:
+        command: Program and arguments.
+        environment: All environment variables of the process.
+        log: File to which output is appended.
+
+    Raises:
+        OSError: The log could not be opened, or the process could not be started.
+    """
+    with log.open("ab") as output:
+        # in a new session, so that Ctrl-C reaches only the launcher, which stops the ranks once
+        return Popen(
+            command, env=dict(environment), stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+
+
+StartProcess = Callable[[Sequence[str], Mapping[str, str], Path], RankProcess]
 
 
 class RankGroup:
@@ -33,7 +67,7 @@ class RankGroup:
         store: The rendezvous store of the ranks, kept open as long as the group exists; None for a single rank.
     """
 
-    def __init__(self, processes: list[Popen[bytes]], logs: Sequence[Path], store: Any = None) -> None:
+    def __init__(self, processes: list[RankProcess], logs: Sequence[Path], store: Any = None) -> None:
         self.processes, self.logs, self.store = processes, logs, store
         self.exit_codes: dict[int, int] = {}  # by rank, in the order in which ranks were found to have exited
         self.terminated: set[int] = set()  # ranks that were stopped because they did not exit with the others
@@ -41,13 +75,20 @@ class RankGroup:
         self.first_exit = 0.0  # time at which the first exit was found
 
     @classmethod
-    def start(cls, command: Sequence[str], environment: Mapping[str, str], logs: Sequence[Path]) -> RankGroup:
+    def start(
+        cls,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        logs: Sequence[Path],
+        start_process: StartProcess = start_process,
+    ) -> RankGroup:
         """Start the command once per log file.
 
         Args:
             command: Program and arguments.
             environment: Environment variables of all ranks; the variables of each rank are added.
             logs: The log file of each rank, to which output is appended. Their folder is created if needed.
+            start_process: Starts the process of a rank.
 
         Raises:
             OSError: A rank could not be started. The other ranks have been killed.
@@ -55,22 +96,19 @@ class RankGroup:
         world = len(logs)
         logs[0].parent.mkdir(parents=True, exist_ok=True)
         store, store_variables = create_rendezvous_store() if world > 1 else (None, {})
-        processes: list[Popen[bytes]] = []
+        processes: list[RankProcess] = []
         try:
             for rank, log in enumerate(logs):
                 numbers = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
                 own = {**environment, **store_variables, PARENT_VARIABLE: str(os.getpid())}
                 own |= {name: str(value) for name, value in numbers.items()}
-                with log.open("ab") as output:
-                    # in a new session, so that Ctrl-C reaches only the launcher, which stops the ranks once
-                    processes.append(
-                        Popen(command, env=own, stdin=DEVNULL, stdout=output, stderr=output, start_new_session=True)
-                    )
+                processes.append(start_process(command, own, log))
         except OSError:
             for process in processes:
-                process.kill()
-                with suppress(TimeoutExpired):
-                    process.wait(GRACE_SECONDS)
+                process.send_signal(signal.SIGKILL)
+            deadline = time.monotonic() + GRACE_SECONDS
+            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+                time.sleep(0.02)
             raise
         return cls(processes, logs, store)
 
@@ -91,7 +129,7 @@ class RankGroup:
         while self.poll() is None and time.monotonic() < deadline + GRACE_SECONDS:
             if time.monotonic() > deadline:
                 for process in self.processes:
-                    process.kill()
+                    process.send_signal(signal.SIGKILL)
             time.sleep(0.02)
 
     def poll(self) -> int | None:
@@ -110,17 +148,17 @@ class RankGroup:
         stopping = time.monotonic() - self.stop_requested_at if self.stop_requested else 0.0
         for rank in set(range(len(self.processes))).difference(self.exit_codes):
             if stopping > STOP_SECONDS or (stopping > GRACE_SECONDS and is_suspended(self.processes[rank].pid)):
-                self.processes[rank].kill()
+                self.processes[rank].send_signal(signal.SIGKILL)
         if self.exit_codes:
             overdue = time.monotonic() - self.first_exit - FOLLOW_SECONDS
             for rank in set(range(len(self.processes))).difference(self.exit_codes):
                 # a suspended process cannot handle SIGTERM
                 if overdue > GRACE_SECONDS or is_suspended(self.processes[rank].pid):
                     self.terminated.add(rank)
-                    self.processes[rank].kill()
+                    self.processes[rank].send_signal(signal.SIGKILL)
                 elif overdue > 0 and rank not in self.terminated:
                     self.terminated.add(rank)
-                    self.processes[rank].terminate()
+                    self.processes[rank].send_signal(signal.SIGTERM)
         return None
 
     @property
@@ -176,7 +214,7 @@ def create_rendezvous_store() -> tuple[Any, dict[str, str]]:
     }
 
 
-def is_suspended(pid: int) -> bool:
+def is_suspended(pid: int | None) -> bool:
     """Return whether a process of this host is stopped (SIGSTOP)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"

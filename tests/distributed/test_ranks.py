@@ -69,6 +69,7 @@ def end(group: RankGroup) -> int:
     code = group.poll()
     assert code is not None
     for process in group.processes:
+        assert process.pid is not None
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
     return code
@@ -141,7 +142,7 @@ def test_stop_signal_reaches_each_rank_once(tmp_path: Path) -> None:
         wait_for(lambda: all("asked" in log.read_text() for log in group.logs))
     time.sleep(0.3)  # in which nothing must come
     for process in group.processes:
-        process.kill()
+        process.send_signal(signal.SIGKILL)
     end(group)
     assert [log.read_text().count("asked") for log in group.logs] == [1, 1]
 

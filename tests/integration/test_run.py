@@ -22,6 +22,7 @@ from forked import Command, die_before, fork_ranks, run
 from rich.console import Console
 
 from bigincubate.errors import Exit
+from bigincubate.launchers import local
 from bigincubate.launchers import rank_group as ranks
 from bigincubate.launchers.local import LocalRunner
 from bigincubate.launchers.progress import ProgressReporter
@@ -327,6 +328,7 @@ def executed(harness: Any, monkeypatch: pytest.MonkeyPatch, jobs: int = 2, nproc
     codes.clear()
     codes.update({key.removeprefix("m"): code for key, code in ends.items()})
     monkeypatch.setattr(ranks, "Popen", Started)
+    monkeypatch.setattr(local, "can_fork", lambda nproc, gpus: False)
     with ProgressReporter(Console(quiet=True)) as reporter:
         return LocalRunner(harness.run, jobs, reporter, nproc, patience=0).execute(
             build_job_graph(harness.rows, baseline=False)

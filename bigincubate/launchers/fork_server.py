@@ -1,0 +1,222 @@
+"""Start phases as copies of a process that has already imported torch, so that a local run imports it only once."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+
+from ..errors import Exit
+from .rank_group import RankProcess, start_process
+
+COMMAND = (sys.executable, "-m", "bigincubate")  # what a command must begin with
+
+
+class ForkServer:
+    """A process that has imported what a phase needs, and forks a copy of itself for each phase.
+
+    A copy is a child of this process, not of the server, so the server can end at any time without ending a phase: the
+    server's child forks the copy and exits at once, and the copy, an orphan, is adopted by this process. Therefore a
+    server must be used in :func:`~bigincubate.distributed.parent_death.adopt_orphans`.
+
+    Attributes:
+        process: The server.
+        connection: Socket over which requests are sent; the server ends when it is closed.
+    """
+
+    def __init__(self, process: Popen[bytes], connection: socket.socket) -> None:
+        self.process, self.connection = process, connection
+
+    @classmethod
+    def start(cls, environment: Mapping[str, str]) -> ForkServer:
+        """Start a server, which then begins to import.
+
+        Args:
+            environment: All environment variables of the server. Libraries read some of them when they are imported,
+                so the server must start only phases with the same variables.
+
+        Raises:
+            OSError: The server could not be started.
+        """
+        own, theirs = socket.socketpair()
+        try:
+            with theirs:
+                command = [sys.executable, "-m", "bigincubate.launchers.fork_server_process", str(theirs.fileno())]
+                process = Popen(
+                    command,
+                    env=dict(environment),
+                    stdin=DEVNULL,
+                    stdout=DEVNULL,
+                    stderr=DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                )
+        except OSError:
+            own.close()
+            raise
+        return cls(process, own)
+
+    def start_process(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> RankProcess:
+        """Start a process, like :func:`~bigincubate.launchers.rank_group.start_process`.
+
+        The process starts once the server has imported everything. If the server has ended or ends before that, the
+        process is started without it.
+
+        Args:
+            command: ``COMMAND`` and arguments.
+            environment: All environment variables of the process.
+            log: File to which output is appended.
+
+        Raises:
+            OSError: The log could not be opened, or the process could not be started.
+        """
+
+        def start_new() -> RankProcess:
+            return start_process(command, environment, log)
+
+        request = {"arguments": list(command[len(COMMAND) :]), "environment": dict(environment)}
+        status, written_status = os.pipe()
+        os.set_blocking(status, False)
+        try:
+            with (
+                log.open("ab") as output,
+                os.fdopen(written_status, "wb") as answer,
+                os.fdopen(os.memfd_create("request"), "w+b") as file,
+            ):
+                file.write(json.dumps(request).encode())
+                file.seek(0)
+                socket.send_fds(self.connection, [b"1"], [file.fileno(), output.fileno(), answer.fileno()])
+        except ConnectionError:  # the server has ended
+            os.close(status)
+            return start_new()
+        except OSError:
+            os.close(status)
+            raise
+        return ForkedProcess(status, start_new, log)
+
+    def close(self) -> None:
+        """Let the server end after it has served the requests that were sent."""
+        self.connection.close()
+
+    def kill(self) -> None:
+        """End the server at once. The processes that it has started continue."""
+        self.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class ForkedProcess:
+    """A process that a server was asked to start.
+
+    Args:
+        status: Readable end of a pipe on which the process announces its pid; without data at its end if there is none.
+        start_new: Starts the same process without the server.
+        log: The log file of the process.
+    """
+
+    def __init__(self, status: int, start_new: Callable[[], RankProcess], log: Path) -> None:
+        self._status, self._start_new, self._log = status, start_new, log
+        self._new: RankProcess | None = None
+        self._pid: int | None = None
+        self._code: int | None = None
+        self._signal: int | None = None  # the last one that was sent before the process existed
+
+    @property
+    def pid(self) -> int | None:
+        """The process id, or None if the process did not exist yet when :meth:`poll` was last called."""
+        return self._new.pid if self._new is not None else self._pid
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None if the process has not ended: minus the number of the signal that ended it."""
+        if self._pid is None and self._new is None and self._code is None:
+            self._receive_pid()
+        if self._new is not None:
+            return self._new.poll()
+        if self._pid is not None and self._code is None:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless the process has ended. If it does not exist yet, it will receive the last one."""
+        if self.poll() is not None:
+            return
+        if self._new is not None:
+            self._new.send_signal(number)
+        elif self._pid is not None:
+            os.kill(self._pid, number)
+        else:
+            self._signal = number
+
+    def _receive_pid(self) -> None:
+        """Read the pid if it has been sent. Start the process without the server if the server has ended."""
+        try:
+            text = os.read(self._status, 32)  # written at once
+        except BlockingIOError:
+            return
+        os.close(self._status)
+        if text:
+            self._pid = int(text)
+            if self._signal is not None:
+                os.kill(self._pid, self._signal)
+        elif self._signal is not None:
+            self._code = -self._signal
+        else:
+            try:
+                self._new = self._start_new()
+            except OSError as error:
+                with suppress(OSError), self._log.open("a") as log:
+                    log.write(f"bigincubate: {error.filename}: {error.strerror}\n")
+                self._code = Exit.ENVIRONMENT
+
+
+class ForkServers:
+    """A fork server for each set of environment variables."""
+
+    def __init__(self) -> None:
+        self._servers: dict[frozenset[tuple[str, str]], ForkServer] = {}
+        self._closed: list[ForkServer] = []
+
+    def find(self, environment: Mapping[str, str]) -> ForkServer:
+        """Return the server whose variables are equal to ``environment``; start it if there is none.
+
+        If it has ended although it should not have, it is not started again.
+
+        Raises:
+            OSError: The server could not be started.
+        """
+        key = frozenset(environment.items())
+        if key not in self._servers:
+            self._servers[key] = ForkServer.start(environment)
+        return self._servers[key]
+
+    def close(self) -> None:
+        """Let all servers end after they have served the requests that were sent."""
+        for server in self._servers.values():
+            server.close()
+        self._closed += self._servers.values()
+        self._servers.clear()
+
+    def kill(self) -> None:
+        """End all servers at once. The processes that they have started continue."""
+        self.close()
+        while self._closed:
+            self._closed.pop().kill()
+
+
+def can_fork(nproc: int, gpus: Sequence[str]) -> bool:
+    """Return whether the phases of this machine can be started by fork servers.
+
+    Only on Linux can a process adopt orphans. Several ranks with GPUs use NCCL, which is not known to work in a process
+    that was forked after torch was imported.
+
+    Args:
+        nproc: Number of ranks of each phase.
+        gpus: The visible GPUs.
+    """
+    return sys.platform.startswith("linux") and (nproc == 1 or not gpus)

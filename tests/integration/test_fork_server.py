@@ -1,0 +1,341 @@
+"""Phases that are copies of a process that has imported everything: like new ones, and not lost with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import Command
+
+from bigincubate.distributed.parent_death import adopt_orphans
+from bigincubate.launchers.fork_server import COMMAND, ForkServer, ForkServers, can_fork
+from bigincubate.launchers.rank_group import RankProcess, start_process
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork servers need Linux")
+Harnesses = Callable[..., Any]
+VARIABLES = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+# what a process that has just been started looks like: one line of JSON
+DESCRIBE = """
+import json, os, signal, sys, threading, torch
+names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGPIPE")
+files = {name: f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")}
+print(json.dumps({
+    "handlers": {name: str(signal.getsignal(getattr(signal, name))).split(" at ")[0] for name in names},
+    "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+    "threads": threading.active_count(),
+    "torch threads": torch.get_num_threads(),
+    "cuda": torch.cuda.is_initialized(),
+    "session": os.getsid(0) == os.getpgid(0) == os.getpid(),
+    "files": {name: os.readlink(file) for name, file in files.items() if os.path.lexists(file)},
+    "main": sys.modules["__main__"].__file__,
+    "program": sys.argv,
+    "path": sys.path,
+    "environment": dict(os.environ),
+    "parent": os.getppid(),
+    "folder": os.getcwd(),
+    "buffered": sys.stdout.line_buffering,
+}))
+"""
+STARTED = """
+import os, sys
+if "bigincubate" in " ".join(sys.orig_argv):
+    with open(os.environ["INTERPRETERS"], "a") as file:
+        file.write(" ".join(sys.orig_argv[1:4]) + "\\n")
+"""
+THREAD = """
+import sys, threading, time
+if "fork_server" in " ".join(sys.orig_argv):
+    threading.Thread(target=time.sleep, args=(300,), daemon=True).start()
+"""
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Variables with which a command describes its process if its recipe names the module ``described``."""
+    folder = tmp_path_factory.mktemp("plugin")
+    folder.joinpath("described.py").write_text(DESCRIBE)
+    return {**VARIABLES, "PYTHONPATH": f"{folder}:{Path.cwd()}"}
+
+
+DESCRIBED = [*COMMAND, "plan", "digits", "--set", 'model.library="described:nothing"']
+
+
+@pytest.fixture(scope="module", autouse=True)
+def adopting() -> Iterator[None]:
+    with adopt_orphans():
+        yield
+
+
+@pytest.fixture(scope="module")
+def server(described: dict[str, str]) -> Iterator[ForkServer]:
+    server = ForkServer.start(described)
+    yield server
+    server.kill()
+
+
+def wait_for(happened: Callable[[], Any], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def ended(process: RankProcess) -> int:
+    wait_for(lambda: process.poll() is not None)
+    code = process.poll()
+    assert code is not None
+    return code
+
+
+def program_of(process: RankProcess) -> str:
+    wait_for(lambda: process.poll() is not None or process.pid)
+    return Path(f"/proc/{process.pid}/cmdline").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ one process
+
+
+def test_forked_process_is_like_a_new_one(server: ForkServer, described: dict[str, str], tmp_path: Path) -> None:
+    own = {**described, "RANK": "0", "OF_THIS_PHASE": "a b=c\n"}
+    log = tmp_path / "log"
+    found = {}
+    for name, start in (("new", start_process), ("forked", server.start_process)):
+        assert ended(start(DESCRIBED, own, log)) == 2  # the module has no function of that name
+        first, last = log.read_text().splitlines()
+        assert last.startswith("bigincubate: model.library")
+        found[name] = json.loads(first)
+        log.unlink()
+    assert found["forked"] == found["new"]
+    assert found["new"]["environment"].items() >= own.items()
+    assert found["new"]["parent"] == os.getpid()
+    assert set(found["new"]["files"]) == {"0", "1", "2"}
+
+
+def test_output_is_appended_to_the_log(server: ForkServer, described: dict[str, str], tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("of an earlier attempt\n")
+    assert ended(server.start_process([*COMMAND, "--version"], described, log)) == 0
+    assert log.read_text().startswith("of an earlier attempt\nbigincubate ")
+
+
+def test_signal_that_ends_a_forked_process_is_its_exit_code(
+    server: ForkServer,
+    described: dict[str, str],
+    harness: Harnesses,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    long = harness("train.max_steps=100000", "log.every_steps=1")
+    process = server.start_process([*COMMAND, *map(str, long.command("pretrain"))], described, tmp_path / "log")
+    request.addfinalizer(lambda: process.send_signal(signal.SIGKILL))
+    wait_for(lambda: process.poll() is not None or long.log("pretrain"))
+    assert process.pid == long.run.phase("pretrain").read_attempts()[0]["pid"]
+    process.send_signal(signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL
+    process.send_signal(signal.SIGTERM)  # nothing happens
+    assert process.poll() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_forked_phase_computes_the_same_bits(
+    workers: int, server: ForkServer, described: dict[str, str], harness: Harnesses, tmp_path: Path
+) -> None:
+    sets = ["train.max_steps=6", "log.every_steps=1", "drop_path.rate=0.3", f"data.workers={workers}"]
+    runs = {"new": harness(*sets), "forked": harness(*sets)}
+    starts = {"new": start_process, "forked": server.start_process}
+    for name, run in runs.items():
+        for phase, module in (("pretrain", None), ("incubate", 1)):
+            command = [*COMMAND, *map(str, run.command(phase, module))]
+            log = tmp_path / f"{name}-{phase}"
+            assert ended(starts[name](command, described, log)) == 0, log.read_text()
+    for phase, module in (("pretrain", None), ("incubate", 1)):
+        losses = {name: [row["train/loss"] for row in run.log(phase, module)] for name, run in runs.items()}
+        assert losses["forked"] == losses["new"]
+        new, forked = (runs[name].weights(phase, module) for name in ("new", "forked"))
+        assert all(torch.equal(tensor, forked[name]) for name, tensor in new.items())
+
+
+# ------------------------------------------------------------------------------------------------ the server
+
+
+def test_server_runs_no_operator_and_has_one_thread() -> None:
+    """Two threads for OpenBLAS, which starts them when NumPy is imported."""
+    code = """
+import importlib, os, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from bigincubate.launchers import fork_server_process as server
+called = set()
+class Record(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        called.add(str(function))
+        return function(*args, **(kwargs or {}))
+with Record():
+    for module in server.MODULES:
+        importlib.import_module(module)
+assert called == {"torchvision._cuda_version.default"}, called  # returns a number
+server.stop_threads()
+assert server.can_fork()
+import threading
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+assert not server.can_fork()
+"""
+    environment = {**VARIABLES, "OMP_NUM_THREADS": "2"}
+    checked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_server_with_a_second_thread_starts_nothing(described: dict[str, str], tmp_path: Path) -> None:
+    tmp_path.joinpath("sitecustomize.py").write_text(THREAD)
+    variables = {**described, "PYTHONPATH": f"{tmp_path}:{described['PYTHONPATH']}"}
+    server = ForkServer.start(variables)
+    process = server.start_process([*COMMAND, "--version"], variables, tmp_path / "log")
+    assert "fork_server" not in program_of(process)
+    assert ended(process) == 0
+    assert tmp_path.joinpath("log").read_text().startswith("bigincubate ")
+    server.kill()
+
+
+def test_process_starts_without_a_server_that_ends_early(described: dict[str, str], tmp_path: Path) -> None:
+    server = ForkServer.start(described)
+    asked_before = server.start_process([*COMMAND, "--version"], described, tmp_path / "before")
+    server.process.kill()
+    server.process.wait()
+    asked_after = server.start_process([*COMMAND, "--version"], described, tmp_path / "after")
+    for process in (asked_before, asked_after):
+        assert "fork_server" not in program_of(process)
+        assert ended(process) == 0
+    server.kill()
+
+
+def test_process_survives_the_server(described: dict[str, str], harness: Harnesses, tmp_path: Path) -> None:
+    long = harness("train.max_steps=300", "log.every_steps=1")
+    own = ForkServer.start(described)
+    process = own.start_process([*COMMAND, *map(str, long.command("pretrain"))], described, tmp_path / "log")
+    wait_for(lambda: long.log("pretrain"))
+    assert "fork_server" in program_of(process)
+    own.kill()
+    assert ended(process) == 0
+    assert long.run.phase("pretrain").result is not None
+
+
+def test_process_that_is_stopped_before_it_exists_never_runs(described: dict[str, str], tmp_path: Path) -> None:
+    server = ForkServer.start(described)
+    process = server.start_process([*COMMAND, "--version"], described, tmp_path / "log")
+    assert process.pid is None
+    process.send_signal(signal.SIGTERM)
+    server.kill()
+    assert ended(process) == -signal.SIGTERM
+    assert tmp_path.joinpath("log").read_text() == ""
+
+
+def test_environment_that_differs_needs_its_own_server(described: dict[str, str]) -> None:
+    servers = ForkServers()
+    one = servers.find(described)
+    assert servers.find(dict(described)) is one
+    assert servers.find({**described, "OMP_NUM_THREADS": "2"}) is not one
+    servers.kill()
+    assert one.process.returncode is not None
+
+
+def test_ranks_with_gpus_are_started_anew() -> None:
+    assert can_fork(1, ["0"])
+    assert can_fork(2, [])
+    assert not can_fork(2, ["0", "1"])
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+@pytest.fixture
+def interpreters(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A file with a line for each Python interpreter of ours that starts, and the variables for it."""
+    tmp_path.joinpath("sitecustomize.py").write_text(STARTED)
+    file = tmp_path / "interpreters"
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    return file, {"PYTHONPATH": path, "INTERPRETERS": str(file), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_run_starts_one_interpreter(nproc: int, harness: Harnesses, interpreters: tuple[Path, dict[str, str]]) -> None:
+    started, variables = interpreters
+    short = harness("train.max_steps=2")
+    words = ["run", short.run.recipe_file, "--run-dir", short.run.path, "--jobs", 2, "--nproc", nproc]
+    command = Command(*words, env=variables)
+    assert command.wait(300) == 0, command.out
+    (line,) = started.read_text().splitlines()
+    assert line.startswith("-m bigincubate.launchers.fork_server_process ")
+    pids = [short.run.phase(*key).read_attempts()[0]["pid"] for key in PHASES]
+    assert len(set(pids)) == len(PHASES)
+
+
+PHASES: list[tuple[Any, ...]] = [("pretrain",), ("incubate", 0), ("incubate", 1), ("finetune",)]
+
+
+def test_run_that_is_stopped_during_the_imports_leaves_no_process(
+    harness: Harnesses, interpreters: tuple[Path, dict[str, str]]
+) -> None:
+    started, variables = interpreters
+    short = harness("train.max_steps=2")
+    command = Command("run", short.run.recipe_file, "--run-dir", short.run.path, env=variables)
+    wait_for(started.exists)
+    command.send(signal.SIGINT)
+    assert command.wait() == 75
+    assert command.out.count("stopping:") == 1
+    assert not short.run.phase("pretrain").read_attempts()
+    wait_for(lambda: not processes_that_log_to(short.run.path))
+    last = Command("run", short.run.recipe_file, "--run-dir", short.run.path, env=variables)
+    assert last.wait(300) == 0
+
+
+def processes_that_log_to(run: Path) -> list[str]:
+    """The processes that have a log of the run open."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            try:
+                output = os.readlink(process / "fd" / "1")
+            except OSError:
+                continue
+            if output.startswith(str(run)):
+                found.append(process.name)
+    return found
+
+
+def test_phase_of_a_killed_launcher_saves_and_exits(harness: Harnesses) -> None:
+    long = harness("train.max_steps=100000", "log.every_steps=1")
+    command = Command("run", long.run.recipe_file, "--run-dir", long.run.path, env={"OMP_NUM_THREADS": "1"})
+    wait_for(lambda: long.log("pretrain"))
+    assert processes_that_log_to(long.run.path)
+    command.kill()
+    wait_for(lambda: not processes_that_log_to(long.run.path))
+    (attempt,) = long.run.phase("pretrain").read_attempts()
+    assert attempt["state"] == "preempted"
+
+
+def test_orphans_are_adopted_only_by_a_run(harness: Harnesses) -> None:
+    """A program that calls the library keeps its own relation to the orphans of its other children."""
+    code = """
+import os, subprocess, sys
+import bigincubate as bi
+def parent_of_orphan():
+    child = subprocess.run(["sh", "-c", "sleep 1 >/dev/null & echo $!"], stdout=subprocess.PIPE, check=True)
+    return int(open(f"/proc/{int(child.stdout)}/stat").read().rpartition(")")[2].split()[1])
+before = parent_of_orphan()
+bi.run(bi.load_recipe(sys.argv[1]), sys.argv[2], jobs=1)
+assert before == parent_of_orphan() != os.getpid()
+"""
+    short = harness("train.max_steps=2")
+    words = [sys.executable, "-c", code, str(short.run.recipe_file), str(short.run.path)]
+    ended = subprocess.run(words, env=VARIABLES, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert short.run.phase("finetune").result is not None
