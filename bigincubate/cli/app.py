@@ -191,8 +191,8 @@ def say_json(value: Any) -> None:
 def fail(message: str, code: int) -> NoReturn:
     """Print a one-line error to standard error and exit with ``code``.
 
-    Control characters are printed as escapes, and the middle of a long line is left out: a value that the message quotes
-    may have any length.
+    Control characters are printed as escapes. The middle of a long line is left out, because a value that the message
+    quotes may have any length.
     """
     line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
     if len(line) > MAX_LINE:
