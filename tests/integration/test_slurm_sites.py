@@ -61,7 +61,10 @@ return function(job)
   end
   for _ in string.gmatch(many, "%d+") do tasks = tasks + 1 end
   if many == "" then tasks = tasks + 1 end
-  if tasks > 5 then return 2050 end
+  if tasks > 5 then
+    slurm.log_user("QOSMaxSubmitJobPerUserLimit")
+    return 2050
+  end
   return slurm.SUCCESS
 end
 """
@@ -379,7 +382,7 @@ def test_setup_script_that_ends_the_job_leaves_a_trace(
     rows = status(bigincubate, run)
     assert (rows["pretrain"]["state"], rows["gate"]["state"]) == ("failed", "missing")
     for row in (rows["pretrain"], rows["gate"]):
-        assert "the setup script ended the job with exit code 7" in row["error"]
+        assert "setup.sh is missing, or ended the job; exit code 7" in row["error"]
 
 
 def test_dry_run_tells_what_slurm_would_answer(slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command) -> None:
