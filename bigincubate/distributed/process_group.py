@@ -7,7 +7,7 @@ import os
 import platform
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -167,11 +167,15 @@ class DistributedContext:
 
     def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """Return for each flag whether it is set on any rank."""
+        return tuple(map(bool, self.max_over_ranks(flags)))
+
+    def max_over_ranks(self, numbers: Sequence[int]) -> list[int]:
+        """Return for each number its maximum over the ranks."""
         if self.world == 1:
-            return flags
-        votes = torch.tensor(flags, dtype=torch.int32)
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.control)
-        return tuple(bool(vote) for vote in votes)
+            return list(numbers)
+        maxima = torch.tensor(numbers, dtype=torch.int32)
+        dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=self.control)
+        return [int(number) for number in maxima]
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's ``value``, which must be picklable."""

@@ -32,6 +32,7 @@ from ..storage.run_directory import PhaseDir
 from ..storage.sharded_tensors import TensorShard
 from ..tasks.metric import check_finite_metrics
 from .builder import PhaseComponents, build_phase, describe_model
+from .control import ControlPoll
 from .determinism import deterministic_algorithms
 from .finite_checks import check_skipped_steps, check_training
 from .metrics_writer import MetricsWriter, StartRate, ThroughputMeter, log_partial_assembly
@@ -187,9 +188,9 @@ class Trainer:
         meter = ThroughputMeter(self.planned.cost.training_flops, self.task.unit, self.env.device)
         step_flops = self.settings.train.batch_size * self.planned.cost.training_flops
         start_rate = StartRate(self.folder if self.env.is_main else None, step_flops)
-        clock = time.perf_counter()
+        clock, poll = time.perf_counter(), ControlPoll(self.env)
         while state.step < self.total:
-            stop, failed, lost = self.env.any_rank(bool(self.stop), self.checkpoints.failed, self.lease.lost)
+            stop, failed, lost = poll.any_rank(state.step, bool(self.stop), self.checkpoints.failed, self.lease.lost)
             if failed or lost:
                 self.checkpoints.wait()
                 self.check_lease()

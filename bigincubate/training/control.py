@@ -1,0 +1,53 @@
+"""Agreement of all ranks on whether to stop, without a collective operation in every step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..distributed.process_group import DistributedContext
+
+MAX_SECONDS = 1.0  # between two agreements, as far as the steps so far predict it
+MAX_STEPS = 50
+
+
+class ControlPoll:
+    """Tells each rank whether a flag is set on any rank, at most once every few steps.
+
+    Each agreement is a collective operation on the CPU, which makes fast ranks wait for slow ones. Rank 0 chooses the
+    number of steps until the next one from the measured time of a step, and all ranks use it.
+
+    Attributes:
+        env: The ranks.
+        clock: Returns the time in seconds.
+        next_step: Step of the next agreement.
+    """
+
+    def __init__(self, env: DistributedContext, clock: Callable[[], float] = time.monotonic) -> None:
+        """Create a poll; the first call is an agreement."""
+        self.env, self.clock, self.next_step = env, clock, 0
+        self._last: tuple[int, float] | None = None
+
+    def any_rank(self, step: int, *flags: bool) -> tuple[bool, ...]:
+        """Return for each flag whether it is set on any rank; False for all between two agreements.
+
+        Args:
+            step: Number of optimizer steps so far, the same on all ranks.
+            flags: The flags of this rank. They must stay set until a call returns True.
+        """
+        if self.env.world == 1:
+            return flags
+        if self._last is not None and self._last[0] <= step < self.next_step:
+            return (False,) * len(flags)
+        interval = self._choose_interval(step) if self.env.is_main else 0
+        *votes, interval = self.env.max_over_ranks([*map(int, flags), interval])
+        self._last, self.next_step = (step, self.clock()), step + interval
+        return tuple(map(bool, votes))
+
+    def _choose_interval(self, step: int) -> int:
+        """Return the number of steps until the next agreement."""
+        now, last = self.clock(), self._last
+        if last is None or step <= last[0]:  # the first call, or the phase was rolled back
+            return 1
+        seconds = max(now - last[1], 1e-9) / (step - last[0])
+        return max(1, min(MAX_STEPS, int(MAX_SECONDS / seconds)))
