@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import hashlib
 import json
@@ -25,6 +26,7 @@ from memory_profile import CollectiveCounter, bytes_by_role, live_storages
 from torch.nn.parallel import DistributedDataParallel
 
 from bigincubate.cli import main
+from bigincubate.storage import checkpoint_manager
 from bigincubate.storage.checkpoint_manager import CheckpointManager
 from bigincubate.training import control, trainer
 
@@ -58,11 +60,19 @@ def spoil(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> None:
     def spoiled(self: trainer.Trainer, batch: Any) -> Any:
         if self.state.step == job.get("signal_at"):
             os.kill(os.getpid(), signal.SIGUSR1)
+        if self.state.step == job.get("take_over_at"):
+            (self.folder.path / "owners" / "99.json").write_text("{}")
+            self.lease.is_held()  # as the next heartbeat finds out
         if self.state.step in job.get("poison", []):
             batch["images"][0, 0, 0, 0] = float("nan")
         return step(self, batch)
 
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     patch.setattr(trainer.Trainer, "step", spoiled)
+    if "disk_full" in job:
+        patch.setattr(checkpoint_manager, "write_sharded_tensors", full)
 
 
 def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
@@ -108,6 +118,27 @@ def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
     patch.setattr(trainer.Trainer, "step", watched)
 
 
+def list_agreements(patch: pytest.MonkeyPatch, steps: list[int]) -> None:
+    """The numbers of steps after which the ranks agree on whether to stop: every ten, however long they take."""
+    step, reduce, done = trainer.Trainer.step, dist.all_reduce, 0
+
+    def counted(self: trainer.Trainer, batch: Any) -> Any:
+        nonlocal done
+        ended = step(self, batch)
+        done = self.state.step + 1
+        return ended
+
+    def listed(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if options.get("group") is not None and tensor.dtype == torch.int32:  # flags; gradients have no group
+            steps.append(done)
+        return reduce(tensor, *arguments, **options)
+
+    patch.setattr(trainer.Trainer, "step", counted)
+    patch.setattr(dist, "all_reduce", listed)
+    patch.setattr(control, "MAX_SECONDS", 1e6)
+    patch.setattr(control, "MAX_STEPS", 10)
+
+
 def write_again(patch: pytest.MonkeyPatch, folder: str) -> None:
     """What a phase took up from a checkpoint, as a checkpoint in ``folder``."""
     restore = trainer.Trainer.restore
@@ -129,7 +160,9 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
         sizes = count_bytes(patch)
         functional = torch.nn.functional
         patch.setattr(functional, "linear", functional.linear)  # ZeRO-3 puts its own there, for good
-        if "signal_at" in job:
+        if "agreements" in job:
+            list_agreements(patch, outcome.setdefault("agreements", []))
+        elif "signal_at" in job:
             patch.setattr(control, "MAX_STEPS", 1)  # all ranks agree on the signal in the next step
         if job.get("spoiled_rank") == RANK:
             spoil(patch, job)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..distributed.process_group import DistributedContext
 
-MAX_SECONDS = 1.0  # between two agreements, as far as the steps so far predict it
+MAX_SECONDS = 1.0  # between two agreements, as far as the last steps predict it
 MAX_STEPS = 50
 
 
@@ -17,16 +17,22 @@ class ControlPoll:
     Each agreement is a collective operation on the CPU, which makes fast ranks wait for slow ones. Rank 0 chooses the
     number of steps until the next one from the measured time of a step, and all ranks use it.
 
-    Attributes:
+    Args:
         env: The ranks.
         clock: Returns the time in seconds.
+
+    Attributes:
         next_step: Step of the next agreement.
     """
 
     def __init__(self, env: DistributedContext, clock: Callable[[], float] = time.monotonic) -> None:
-        """Create a poll; the first call is an agreement."""
-        self.env, self.clock, self.next_step = env, clock, 0
-        self._last: tuple[int, float] | None = None
+        self.env, self.clock = env, clock
+        self.restart()
+
+    def restart(self) -> None:
+        """Agree in the next call. For use after anything that takes long and is not a step, such as an evaluation."""
+        self.next_step = 0
+        self._last: tuple[int, float] | None = None  # step and time of the last agreement
 
     def any_rank(self, step: int, *flags: bool) -> tuple[bool, ...]:
         """Return for each flag whether it is set on any rank; False for all between two agreements.
@@ -37,7 +43,7 @@ class ControlPoll:
         """
         if self.env.world == 1:
             return flags
-        if self._last is not None and self._last[0] <= step < self.next_step:
+        if step < self.next_step:
             return (False,) * len(flags)
         interval = self._choose_interval(step) if self.env.is_main else 0
         *votes, interval = self.env.max_over_ranks([*map(int, flags), interval])
@@ -46,8 +52,8 @@ class ControlPoll:
 
     def _choose_interval(self, step: int) -> int:
         """Return the number of steps until the next agreement."""
-        now, last = self.clock(), self._last
-        if last is None or step <= last[0]:  # the first call, or the phase was rolled back
+        if self._last is None:
             return 1
-        seconds = max(now - last[1], 1e-9) / (step - last[0])
-        return max(1, min(MAX_STEPS, int(MAX_SECONDS / seconds)))
+        last, since = self._last
+        seconds_per_step = max(self.clock() - since, 1e-9) / (step - last)
+        return max(1, min(MAX_STEPS, int(MAX_SECONDS / seconds_per_step)))

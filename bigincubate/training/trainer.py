@@ -183,8 +183,7 @@ class Trainer:
             NonFiniteError: The gradient was not finite in more steps than allowed.
             LockedError: Another process has taken over the phase.
         """
-        log, every = self.recipe.log, self.recipe.checkpoint.every_steps
-        state = self.state
+        state, log, every = self.state, self.recipe.log, self.recipe.checkpoint.every_steps
         meter = ThroughputMeter(self.planned.cost.training_flops, self.task.unit, self.env.device)
         step_flops = self.settings.train.batch_size * self.planned.cost.training_flops
         start_rate = StartRate(self.folder if self.env.is_main else None, step_flops)
@@ -219,6 +218,7 @@ class Trainer:
             if log.eval_every_epochs and state.step % (log.eval_every_epochs * self.parts.steps_per_epoch) == 0:
                 values |= self.validation_tags(self.evaluate())
                 meter.restart()
+                poll.restart()
             if values:
                 self.log(values)
                 self.check_skipped()

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from launching import launch, words
 
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.training.control import MAX_STEPS, ControlPoll
 
+Harnesses = Callable[..., Any]
 STEPS = 400
 
 
@@ -78,13 +80,94 @@ def test_a_single_process_needs_no_agreement() -> None:
     assert [poll.any_rank(step, step == 3) for step in range(5)] == [(False,), (False,), (False,), (True,), (False,)]
 
 
-def test_rollback_to_an_earlier_step_is_an_agreement(tmp_path: Path) -> None:
-    def rank() -> list[int]:
-        env = DistributedContext.detect()
-        poll = ControlPoll(env, clock=lambda: 0.0)
+def test_restart_is_an_agreement(tmp_path: Path) -> None:
+    def rank() -> list[Any]:
+        poll = ControlPoll(DistributedContext.detect(), clock=lambda: 0.0)
         for step in range(60):
             poll.any_rank(step, False)
-        before = poll.next_step
-        return [before, poll.any_rank(20, True) == (True,), poll.next_step]
+        found = [poll.next_step, poll.any_rank(60, True)[0]]
+        poll.restart()
+        return [*found, poll.any_rank(61, True)[0], poll.next_step]
 
-    assert on_two_ranks(tmp_path, rank) == [[101, True, 21], [101, True, 21]]
+    assert on_two_ranks(tmp_path, rank) == [[101, False, True, 62]] * 2
+
+
+# ------------------------------------------------------------------------------------------------ real phases
+
+EXPECTED = [0, 1, 11, 21]  # the first interval is one step
+DISK_FULL = {"spoiled_rank": 1, "disk_full": True}
+CASES: dict[str, tuple[int, dict[str, Any]]] = {  # steps between checkpoints, and what is spoiled
+    "finished": (1000, {}),
+    "stopped": (1000, {"spoiled_rank": 1, "signal_at": 13}),
+    "stopped after the last agreement": (1000, {"spoiled_rank": 1, "signal_at": 23}),
+    "disk full": (12, DISK_FULL),
+    "disk full after the last agreement": (23, DISK_FULL),
+    "disk full at the last step": (1000, DISK_FULL),
+    "lost": (1000, {"spoiled_rank": 0, "take_over_at": 13}),
+    "lost after the last agreement": (1000, {"spoiled_rank": 0, "take_over_at": 23}),
+}
+
+
+class Phases:
+    """Phases of 28 steps on two ranks, which agree every ten steps."""
+
+    def __init__(self, harness: Harnesses, folder: Path) -> None:
+        self.runs: dict[str, Any] = {}
+        jobs: dict[str, dict[str, Any]] = {}
+        for name, (every, spoiled) in CASES.items():
+            sets = ["train.max_steps=28", f"checkpoint.every_steps={every}", "sharding.strategy=fsdp2"]
+            self.runs[name] = harness(*sets)
+            jobs[name] = {**words(self.runs[name], "pretrain"), "agreements": True, **spoiled}
+        self.outcomes = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
+
+    def both(self, name: str, key: str) -> Any:
+        """What both ranks ended with, which must be the same."""
+        first, second = (outcome[key] for outcome in self.outcomes[name])
+        assert first == second
+        return first
+
+    def saved(self, name: str) -> list[str]:
+        folder = self.runs[name].run.phase("pretrain").checkpoints
+        return sorted(marker.parent.name for marker in folder.glob("*/COMMITTED"))
+
+    def finished(self, name: str) -> bool:
+        return self.runs[name].run.phase("pretrain").result is not None
+
+
+@pytest.fixture(scope="module")
+def phases(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Phases:
+    return Phases(harness, tmp_path_factory.mktemp("phases"))
+
+
+def test_ranks_of_a_phase_agree_every_few_steps(phases: Phases) -> None:
+    assert phases.both("finished", "code") == 0
+    assert phases.both("finished", "agreements") == EXPECTED
+
+
+def test_both_ranks_stop_at_the_next_agreement(phases: Phases) -> None:
+    assert phases.both("stopped", "code") == 75
+    assert phases.saved("stopped") == ["step-00000021"]
+
+
+def test_phase_that_ends_before_the_next_agreement_is_finished(phases: Phases) -> None:
+    assert phases.both("stopped after the last agreement", "code") == 0
+    assert phases.finished("stopped after the last agreement")
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("disk full", 12), ("disk full after the last agreement", 23), ("disk full at the last step", 28)],
+)
+def test_failed_checkpoint_ends_both_ranks(phases: Phases, name: str, step: int) -> None:
+    """At the next agreement or save, or at the end of the phase."""
+    assert phases.both(name, "code") == 3
+    assert f"checkpoint of step {step} not written" in phases.both(name, "err")
+    assert phases.saved(name) == []
+    assert not phases.finished(name)
+
+
+@pytest.mark.parametrize("name", ["lost", "lost after the last agreement"])
+def test_lost_lease_ends_both_ranks(phases: Phases, name: str) -> None:
+    assert phases.both(name, "code") == 7
+    assert phases.saved(name) == []
+    assert not phases.finished(name)

@@ -27,6 +27,7 @@ from bigincubate.storage.checkpoint_tools import convert_checkpoint
 from bigincubate.storage.lease import process_start_time
 
 Harnesses = Callable[..., Any]
+STEPS = 300  # of the phase that is interrupted
 
 # ------------------------------------------------------------------------------------------------ any command
 
@@ -201,7 +202,8 @@ class Together:
     """A run of two ranks under FSDP2: stopped, its checkpoint rewritten, one rank killed, finished."""
 
     def __init__(self, harness: Harnesses, folder: Path) -> None:
-        sets = [*LOUD, "pretrain.train.max_steps=40"]
+        # ranks agree on a stop once a second or every 50 steps: each attempt must still be training then
+        sets = [*LOUD, f"pretrain.train.max_steps={STEPS}"]
         self.single = harness(*sets)
         for phase, module in PHASES:
             self.single.train(phase, module)
@@ -209,7 +211,7 @@ class Together:
         self.phase = self.double.run.phase("pretrain")
 
         self.stopped = self.launched()
-        assert self.stopped.until(lambda: self.reached(6)), self.stopped.out + self.stopped.err
+        self.wait_for_steps(self.stopped, 6)
         self.stopped.send(signal.SIGTERM)
         self.stopped_code = self.stopped.wait()
         self.first_attempt = self.phase.read_attempts()
@@ -222,14 +224,14 @@ class Together:
         self.alone = self.double.copy(folder / "alone")
 
         self.killed = self.launched()
-        assert self.killed.until(lambda: self.reached(18)), self.killed.out + self.killed.err
+        self.wait_for_steps(self.killed, 12)
         self.ranks = self.pids(self.killed)
         os.kill(self.ranks[1], signal.SIGKILL)
         self.killed_code = self.killed.wait()
         self.second_attempt = self.phase.read_attempts()[-1]
 
         self.orphaned = self.launched()
-        assert self.orphaned.until(lambda: self.reached(24)), self.orphaned.out + self.orphaned.err
+        self.wait_for_steps(self.orphaned, 6)
         orphans = self.pids(self.orphaned)
         self.orphaned.kill()
         wait_for(lambda: not any(process_start_time(pid) for pid in orphans))
@@ -242,8 +244,12 @@ class Together:
         run = self.double.run
         return Command("run", run.recipe_file, "--run-dir", run.path, "--jobs", 2, "--nproc", 2, before=nameless)
 
-    def reached(self, step: int) -> bool:
-        return any(row["step"] >= step for row in self.double.log("pretrain"))
+    def wait_for_steps(self, command: Command, count: int) -> None:
+        """Until an attempt has logged ``count`` steps after the checkpoint that it resumed from."""
+        saved = [int(folder.name.removeprefix("step-")) for folder in self.phase.checkpoints.glob("step-*")]
+        step = max(saved, default=0) + count
+        reached = command.until(lambda: any(row["step"] >= step for row in self.double.log("pretrain")))
+        assert reached, command.out + command.err
 
     def pids(self, launcher: Command) -> list[int]:
         """Of what trains, by rank."""
@@ -326,5 +332,5 @@ def test_indivisible_batch_is_reported_once(harness: Harnesses) -> None:
 def test_one_process_resumes_from_the_converted_checkpoint_of_two(together: Together) -> None:
     together.alone.train("pretrain")
     expected, found = together.single.log("pretrain"), together.alone.log("pretrain")
-    assert [row["step"] for row in found] == list(range(1, 41))
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     assert [row["train/loss"] for row in found] == pytest.approx([row["train/loss"] for row in expected], rel=1e-5)
