@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from memory_profile import CollectiveCounter, bytes_by_role, live_storages
+from step_counts import StepCounter
 from torch.nn.parallel import DistributedDataParallel
 
 from bigincubate.cli import main
@@ -139,6 +140,22 @@ def list_agreements(patch: pytest.MonkeyPatch, steps: list[int]) -> None:
     patch.setattr(control, "MAX_STEPS", 10)
 
 
+def count_steps(patch: pytest.MonkeyPatch, first: int, last: int, found: dict[str, Any]) -> None:
+    """What the steps ``first`` to ``last`` read on the host, and the operators of each one's update."""
+    step, reads = trainer.Trainer.step, found.setdefault("reads", [])
+
+    def counted(self: trainer.Trainer, batch: Any) -> Any:
+        if not first <= self.state.step <= last:
+            return step(self, batch)
+        with StepCounter() as counter:
+            ended = step(self, batch)
+        reads.append(dict(counter.reads))
+        found["operators"] = dict(counter.operators)
+        return ended
+
+    patch.setattr(trainer.Trainer, "step", counted)
+
+
 def write_again(patch: pytest.MonkeyPatch, folder: str) -> None:
     """What a phase took up from a checkpoint, as a checkpoint in ``folder``."""
     restore = trainer.Trainer.restore
@@ -168,6 +185,8 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
             spoil(patch, job)
         if "watch" in job:
             watch(patch, job["watch"], outcome)
+        if "count_steps" in job:
+            count_steps(patch, *job["count_steps"], outcome)
         if "write_again" in job:
             write_again(patch, job["write_again"])
         finish = trainer.Trainer.finish

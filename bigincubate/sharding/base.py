@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..compat.torch import skip_fused_step_if
 from ..distributed.process_group import DistributedContext
 from ..storage.sharded_tensors import ShardedTensorReader, TensorShard, full_tensor
 
@@ -189,6 +190,24 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm
+
+
+def update_weights_unless(skip: Tensor, optimizer: Optimizer, inner: Optimizer | None = None) -> None:
+    """Run ``optimizer.step()`` unless ``skip`` is true.
+
+    A fused optimizer reads ``skip`` on the device. With any other optimizer, the host waits for the device here.
+
+    Args:
+        skip: Boolean scalar on the device of the optimizer's tensors.
+        optimizer: The optimizer to step.
+        inner: The optimizer that ``optimizer`` wraps, if it wraps one.
+    """
+    inner = inner or optimizer
+    if inner.defaults.get("fused"):
+        skip_fused_step_if(inner, skip)
+    elif bool(skip):
+        return
+    optimizer.step()
 
 
 def _pack_value(path: str, value: Any) -> dict[str, Tensor]:

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..compat.torch import skip_fused_step_if
 from ..distributed.process_group import DistributedContext
-from .base import Sharding, clip_gradients
+from .base import Sharding, clip_gradients, update_weights_unless
 
 
 class Replicated(Sharding):
@@ -56,16 +55,12 @@ class Replicated(Sharding):
         return self.ddp.no_sync() if self.ddp and not last else nullcontext()
 
     def step(self, max_norm: float) -> tuple[Tensor, Tensor]:
-        """Clip gradients, update weights and clear gradients. A fused optimizer does not wait for the device."""
+        """Clip gradients, update weights and clear gradients."""
         norm = clip_gradients(self.trainable.values(), max_norm)
         if self.pre_step_hook:
             self.pre_step_hook(norm)
         skip = ~torch.isfinite(norm)
-        if self.optimizer.defaults.get("fused"):
-            skip_fused_step_if(self.optimizer, skip)
-            self.optimizer.step()
-        elif not bool(skip):
-            self.optimizer.step()
+        update_weights_unless(skip, self.optimizer)
         # DDP's gradients are views of its buckets: zero them in place to keep the views
         self.optimizer.zero_grad(set_to_none=self.ddp is None)
         return norm, skip

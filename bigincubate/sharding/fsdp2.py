@@ -26,7 +26,7 @@ from ..config import Fsdp2Config
 from ..distributed.process_group import DistributedContext
 from ..errors import ConfigError
 from ..storage.sharded_tensors import TensorShard
-from .base import Sharding, clip_gradients
+from .base import Sharding, clip_gradients, update_weights_unless
 
 
 class FullyShard(Sharding):
@@ -97,12 +97,11 @@ class FullyShard(Sharding):
         """Clip gradients by the norm over all ranks, update this rank's shards and clear gradients."""
         norm = clip_gradients(self.trainable.values(), max_norm)
         if isinstance(norm, DTensor):
-            norm = norm.full_tensor().to(self.env.device)
-        skip = ~torch.isfinite(norm)
-        if not bool(skip):  # the norm and therefore the decision is the same on all ranks
-            self.optimizer.step()
+            norm = norm.full_tensor()
+        skip = ~torch.isfinite(norm)  # the norm and therefore the decision is the same on all ranks
+        update_weights_unless(skip, self.optimizer)
         self.optimizer.zero_grad()
-        return norm, skip
+        return norm.to(self.env.device), skip.to(self.env.device)
 
     def register_pre_step_hook(self, hook: Callable[[Tensor], None]) -> None:
         """Raise ConfigError: gradients are reduced and sharded before the hook could read them."""

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ..compat.fairscale import import_fairscale, owner_rank
 from ..storage.sharded_tensors import TensorShard, full_tensor
-from .base import Sharding
+from .base import Sharding, update_weights_unless
 
 
 class OptimizerStateSharding(Sharding):
@@ -55,10 +55,9 @@ class OptimizerStateSharding(Sharding):
         if self.pre_step_hook:
             self.pre_step_hook(norm)
         skip = ~torch.isfinite(norm)
-        if not bool(skip):
-            if max_norm:
-                torch.nn.utils.clip_grads_with_norm_(list(self.owned.values()), max_norm, norm, foreach=True)
-            self.optimizer.step()
+        if max_norm:  # has no effect if the update is skipped
+            torch.nn.utils.clip_grads_with_norm_(list(self.owned.values()), max_norm, norm, foreach=True)
+        update_weights_unless(skip, self.optimizer, self.inner_optimizer)
         # fairscale keeps references to the gradients, so they are zeroed in place
         self.optimizer.zero_grad(set_to_none=False)
         return norm, skip
