@@ -258,7 +258,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------------ logging and checkpoints
 
     def measure(self, loss: Tensor, norm: Tensor, meter: ThroughputMeter) -> dict[str, float]:
-        """Return the metrics of a step. The host waits for the device only here and when it saves a checkpoint."""
+        """Return the metrics of a step, for which the host waits for the device."""
         group = self.sharding.optimizer.param_groups[0]
         return {
             "train/loss": self.env.sum_over_ranks(loss.double()).item() / self.env.world,

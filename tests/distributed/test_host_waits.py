@@ -1,7 +1,7 @@
 """How often the host waits for the device in a step that is not logged, counted on two real ranks of the CPU.
 
-What is counted are reads of values: a copy from a GPU that reads nothing, and ``torch.cuda.synchronize``, which fairscale
-calls once in each step, cannot be seen here.
+Reads of values are counted. ``torch.cuda.synchronize``, which fairscale calls once in each step, cannot be seen on the
+CPU.
 """
 
 from __future__ import annotations
