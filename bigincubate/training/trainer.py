@@ -35,8 +35,8 @@ from .builder import PhaseComponents, build_phase, describe_model
 from .control import ControlPoll
 from .determinism import deterministic_algorithms
 from .finite_checks import check_skipped_steps, check_training
-from .metrics_writer import MetricsWriter, StartRate, ThroughputMeter, log_partial_assembly
-from .partial_assembly import build_partial_assembly, finished_modules
+from .metrics_writer import MetricsWriter, StartRate, ThroughputMeter
+from .partial_assembly import score_partial_assembly
 
 logger = logging.getLogger(__name__)
 
@@ -393,29 +393,8 @@ class Trainer:
         return self.task.make_result(scores, steps=steps, seen=seen, flops=flops, seconds=seconds)
 
     def score_partial(self, module: int) -> None:
-        """Evaluate this module together with the other finished modules and the remaining meta modules.
-
-        The metrics are written to ``partial.json``, to the events and to TensorBoard. Each rank builds the complete
-        model and evaluates it on its part of the validation split.
-        """
-        joined: list[int] = self.env.broadcast(finished_modules(self.context) if self.env.is_main else None)
-        if module not in joined:  # its meta model was replaced during training
-            return
-        model = build_partial_assembly(self.context, joined)
-        scores = self.task.evaluate(model, self.parts.eval_stream, self.env)
-        try:
-            check_finite_metrics(self.task.metrics, scores, f"{self.row.title}, partly assembled")
-        except NonFiniteError as error:  # the module itself is good
-            logger.warning("%s", error)
-            return
-        result = self.task.make_result(scores)
-        with self.env.main_process_first():
-            if self.env.is_main:
-                self.lease.check()
-                self.folder.write_partial({"joined": joined, "modules": self.context.plan.modules, **result})
-                folder = self.run_dir.path / "partial" / self.folder.path.name
-                log_partial_assembly(folder, len(joined), result["metrics"])
-                self.run_dir.log_event("partial_assembly", phase=self.row.key, joined=joined, metrics=result["metrics"])
+        """Evaluate this module together with the other finished modules; see :func:`score_partial_assembly`."""
+        score_partial_assembly(self.context, self.parts.eval_stream, self.lease, module)
 
     def finish_assembly(self) -> None:
         """Evaluate and write the assembled model before fine-tuning."""
