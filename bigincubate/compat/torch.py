@@ -1,4 +1,4 @@
-"""Uses of undocumented behavior of torch's optimizers and data loaders."""
+"""Uses of undocumented behavior of torch: optimizers, data loaders and the flight recorder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import multiprocessing.queues
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -49,3 +50,23 @@ def report_lost_batches(describe: Callable[[Exception], Exception]) -> None:
             os._exit(1)  # the main process is told by SIGCHLD
 
     multiprocessing.queues.Queue._on_queue_feeder_error = send_error  # type: ignore[attr-defined]
+
+
+def read_flight_recorder(backend: str, *, stacks: bool) -> bytes:
+    """Return the last collectives of this rank as torch's flight recorder stores them: a pickle for `torchfrtrace`.
+
+    Depending on the version of torch and on ``TORCH_DIST_USE_NCCL2``, the backend ``nccl`` has one of several
+    recorders. The others are empty, so the longest dump is the one to keep.
+
+    Args:
+        backend: ``gloo`` or ``nccl``.
+        stacks: Whether to include Python stacks. The first dump with stacks in a process takes several seconds.
+    """
+    from torch._C import _distributed_c10d as c10d
+
+    if backend == "gloo":
+        return bytes(c10d._dump_fr_trace(True, stacks, False))
+    dumps = [bytes(c10d._dump_nccl_trace(True, stacks, False))] if hasattr(c10d, "_dump_nccl_trace") else []
+    with suppress(TypeError):  # before torch 2.15, there is one recorder for all backends but NCCL
+        dumps += [bytes(c10d._dump_fr_trace(True, stacks, False, name)) for name in ("nccl", "nccl2")]
+    return max(dumps, key=len, default=b"")

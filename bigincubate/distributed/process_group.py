@@ -19,6 +19,7 @@ import torch.distributed as dist
 from .. import __version__
 from ..compat.malloc import disable_malloc_trim
 from ..errors import BigincubateError, ConfigError, RankTimeoutError, SystemResourceError
+from .flight_recorder import enable_flight_recorder
 from .rendezvous import check_rendezvous
 
 # limit for connecting, and for each collective operation
@@ -75,6 +76,7 @@ class DistributedContext:
             env.setdefault("MASTER_ADDR", "127.0.0.1")
             env.setdefault("MASTER_PORT", "29500")
             check_rendezvous()
+            enable_flight_recorder()
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             try:
                 dist.init_process_group(backend, timeout=COLLECTIVE_LIMIT)

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import RankTimeoutError
+from .flight_recorder import FlightRecorder, is_timeout
 from .process_group import DistributedContext, print_stderr
 
 if TYPE_CHECKING:
@@ -29,25 +31,37 @@ LEFT = 1 << 40  # a rank adds this to its counter when it leaves
 
 @contextmanager
 def watch_ranks(
-    env: DistributedContext, name: str, process: dict[str, Any], record: Callable[[str], None]
+    env: DistributedContext,
+    name: str,
+    process: dict[str, Any],
+    record: Callable[[str], None],
+    dumps: Path,
 ) -> Iterator[None]:
     """Let the ranks watch each other while the block runs.
 
-    If a rank does not respond, every other rank prints the reason to stderr and exits with the exit code of
-    :class:`RankTimeoutError`, because pending collectives would never complete.
+    If a rank does not respond, every other rank prints the reason to stderr, dumps its flight recorder, and exits with
+    the exit code of :class:`RankTimeoutError`, because pending collectives would never complete. The recorder is also
+    dumped if a collective in the block exceeds its limit.
 
     Args:
         env: The ranks.
         name: A key that is the same on all ranks and was not used before in this store.
         process: ``host`` and ``pid`` of this rank.
         record: Called with the reason on one of the other ranks.
+        dumps: Folder for the dumps of the flight recorders.
     """
     if env.world == 1:
         yield
         return
-    watch = RankWatchdog.start(env, name, env.gather(process), record)
+    recorder = FlightRecorder(dumps, env.rank, ("gloo", "nccl") if env.device.type == "cuda" else ("gloo",))
+    watch = RankWatchdog.start(env, name, env.gather(process), record, recorder)
     try:
-        yield
+        with recorder.dumped_by_nccl():
+            yield
+    except RuntimeError as error:
+        if is_timeout(error):
+            recorder.dump()
+        raise
     finally:
         watch.stop()
 
@@ -60,6 +74,7 @@ class RankWatchdog:
         name: Prefix of the keys in the store.
         processes: ``host`` and ``pid`` of every rank.
         record: See :func:`watch_ranks`.
+        recorder: Flight recorder of this rank.
         store: The ranks' shared store.
         watch_host: Whether to also watch rank 0, which hosts the store.
     """
@@ -70,11 +85,13 @@ class RankWatchdog:
         name: str,
         processes: list[dict[str, Any]],
         record: Callable[[str], None],
+        recorder: FlightRecorder,
         store: Store,
         *,
         watch_host: bool,
     ) -> None:
-        self.env, self.name, self.processes, self.record, self.store = env, name, processes, record, store
+        self.env, self.name, self.processes, self.record = env, name, processes, record
+        self.recorder, self.store = recorder, store
         self.polls = 0
         self.stopped, self.exiting = threading.Event(), threading.Event()
         tasks = [self._count, *([self._watch_host] if watch_host else [])]
@@ -82,7 +99,12 @@ class RankWatchdog:
 
     @classmethod
     def start(
-        cls, env: DistributedContext, name: str, processes: list[dict[str, Any]], record: Callable[[str], None]
+        cls,
+        env: DistributedContext,
+        name: str,
+        processes: list[dict[str, Any]],
+        record: Callable[[str], None],
+        recorder: FlightRecorder,
     ) -> RankWatchdog:
         """Connect to the store and start watching. Arguments are those of the constructor."""
         from torch.distributed import TCPStore
@@ -92,7 +114,7 @@ class RankWatchdog:
         store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
         # a store in the launcher's process may be suspended with the launcher while all ranks are alive
         hosted_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        watch = cls(env, name, processes, record, store, watch_host=hosted_by_rank_0 and not env.is_main)
+        watch = cls(env, name, processes, record, recorder, store, watch_host=hosted_by_rank_0 and not env.is_main)
         for thread in watch.threads:
             thread.start()
         return watch
@@ -150,5 +172,8 @@ class RankWatchdog:
     def _exit(self, text: str) -> NoReturn:
         self.exiting.set()
         print_stderr(f"bigincubate: {text}")
-        time.sleep(1.5 * POLL_SECONDS)  # until all ranks have read the reason, because an exit breaks connections
+        since = time.monotonic()
+        self.recorder.dump()
+        # until all ranks have read the reason, because an exit breaks connections
+        time.sleep(max(0.0, since + 1.5 * POLL_SECONDS - time.monotonic()))
         os._exit(RankTimeoutError.code)

@@ -17,6 +17,7 @@
         artifact/                     the output of the phase: weights.safetensors, manifest.json, COMMITTED
         metrics.jsonl  tb/  logs/
         start_rate.json               GFLOP/s in the first steps of the last attempt, before there are metrics
+        flight_recorder/1/            last collectives of each rank in attempt 1, if a rank did not respond
         attempts/1.json               running, preempted, failed or done
         owners/1.json                 the process that owns the folder; the highest number is valid
         partial.json                  for a module: score of the partial assembly when the module was finished

@@ -59,7 +59,13 @@ def train_phase(
 
         record("running")
         try:
-            with watch_ranks(env, f"{folder.path}/{attempt}", about, lambda reason: note("failed", error=reason)):
+            with watch_ranks(
+                env,
+                f"{folder.path}/{attempt}",
+                about,
+                lambda reason: note("failed", error=reason),
+                folder.path / "flight_recorder" / str(attempt),
+            ):
                 try:
                     with explain_worker_failures():
                         result = Trainer.build(context, stop, lease, start).run()

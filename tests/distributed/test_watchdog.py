@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from forked import Command, fork_ranks
 from test_ranks import children, wait_for
 
 from bigincubate.distributed import watchdog
+from bigincubate.distributed.flight_recorder import DUMP_SECONDS
 from bigincubate.storage.lease import process_start_time
 
 Harnesses = Callable[..., Any]
@@ -69,6 +73,17 @@ def test_stopped_rank_is_named_by_the_other(harness: Harnesses) -> None:
     (attempt,) = folder.read_attempts()
     assert (attempt["state"], attempt["pid"]) == ("failed", main)
     assert attempt["error"].startswith(named)
+    check_dumps(folder.path / "flight_recorder/1", [0])
+
+
+def check_dumps(folder: Path, ranks: list[int], *, pending: bool = True) -> None:
+    """The dumps of these ranks: with stacks, and with a collective that is still pending."""
+    assert sorted(file.name for file in folder.iterdir()) == [f"gloo_{rank}" for rank in ranks]
+    for rank in ranks:
+        entries = pickle.loads((folder / f"gloo_{rank}").read_bytes())["entries"]
+        assert any(not entry["retired"] for entry in entries) == pending
+        names = {frame["name"] for entry in entries for frame in entry.get("frames", [])}
+        assert {"loop", "train_phase"} <= names
 
 
 def as_under_srun(harness: Any, before: Callable[[], None] | None = None) -> list[Command]:
@@ -96,9 +111,36 @@ def test_stopped_host_of_the_store_is_named(harness: Harnesses) -> None:
         (attempt,) = folder.read_attempts()
         assert (attempt["state"], attempt["pid"]) == ("failed", ranks[0].pid)
         assert attempt["error"].startswith(named)
+        check_dumps(folder.path / "flight_recorder/1", [1])
     finally:
         assert ranks[0].kill() == -signal.SIGKILL
 
 
+def hung_training() -> None:
+    """A collective may take three seconds, and rank 1 stops in its training thread; its watchdog still counts."""
+    from bigincubate.distributed import process_group
+    from bigincubate.training.trainer import Trainer
+
+    process_group.COLLECTIVE_LIMIT = timedelta(seconds=3)
+    step = Trainer.step
+
+    def hung(self: Trainer, batch: Any) -> Any:
+        if self.state.step == 2 and self.env.rank == 1:
+            wait_for(lambda: "gloo_0" in [file.name for file in self.folder.path.glob("flight_recorder/1/*")])
+        return step(self, batch)
+
+    Trainer.step = hung  # type: ignore[method-assign]
+
+
+def test_rank_whose_collective_times_out_dumps_its_flight_recorder(harness: Harnesses) -> None:
+    long = harness(*LONG)
+    ranks = as_under_srun(long, hung_training)
+    assert [rank.wait(60) for rank in ranks] == [1, 1], [rank.err for rank in ranks]
+    (attempt,) = long.run.phase("pretrain").read_attempts()
+    assert "Timed out waiting 3000ms" in attempt["error"]
+    check_dumps(long.run.phase("pretrain").path / "flight_recorder/1", [0], pending=False)
+
+
 def test_silent_rank_is_found_within_half_a_minute() -> None:
-    assert (watchdog.MAX_UNCHANGED_POLLS + 1) * watchdog.POLL_SECONDS + 2.5 * watchdog.POLL_SECONDS <= 30
+    polls, leaving = watchdog.MAX_UNCHANGED_POLLS + 1, max(1.5 * watchdog.POLL_SECONDS, DUMP_SECONDS)
+    assert (polls + 1) * watchdog.POLL_SECONDS + leaving <= 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from bigincubate.compat.fairscale import import_fairscale, owner_rank
 from bigincubate.compat.streaming import LOCAL, IsolatedStreamingDataset
-from bigincubate.compat.torch import skip_fused_step_if
+from bigincubate.compat.torch import read_flight_recorder, skip_fused_step_if
 from bigincubate.data.shared_memory import claim_memory_prefix
 
 # ------------------------------------------------------------------------------------------------ torch
@@ -41,6 +42,24 @@ def test_torch_fused_step_is_skipped_if_flag_is_set(optimizer: type[torch.optim.
     fused.step()
     assert (weight < 1).all()
     assert fused.state[weight]["step"] == 1
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_torch_flight_recorder_has_the_last_collectives(alone: None) -> None:
+    dist.all_reduce(torch.ones(7))
+    last = pickle.loads(read_flight_recorder("gloo", stacks=False))["entries"][-1]
+    assert (last["profiling_name"], last["input_sizes"], "frames" in last) == ("gloo:all_reduce", [[7]], False)
+    last = pickle.loads(read_flight_recorder("gloo", stacks=True))["entries"][-1]
+    assert "test_torch_flight_recorder_has_the_last_collectives" in [frame["name"] for frame in last["frames"]]
+    dump = read_flight_recorder("nccl", stacks=False)
+    assert not dump or pickle.loads(dump).get("entries", []) == []
 
 
 # ------------------------------------------------------------------------------------------------ streaming
