@@ -1,4 +1,4 @@
-"""Uses of undocumented behavior of torch: optimizers, data loaders and the flight recorder."""
+"""Uses of undocumented behavior of torch: optimizers, data loaders, flight recorder and memory snapshots."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -70,3 +72,16 @@ def read_flight_recorder(backend: str, *, stacks: bool) -> bytes:
     with suppress(TypeError):  # before torch 2.15, there is one recorder for all backends but NCCL
         dumps += [bytes(c10d._dump_fr_trace(True, stacks, False, name)) for name in ("nccl", "nccl2")]
     return max(dumps, key=len, default=b"")
+
+
+def record_memory_history() -> None:
+    """Record allocations on the current GPU from now on, the last million of them, with Python stacks."""
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=1_000_000)
+
+
+def write_memory_snapshot(file: Path) -> None:
+    """Write the recorded allocations, for https://pytorch.org/memory_viz, and stop recording."""
+    try:
+        torch.cuda.memory._dump_snapshot(str(file))
+    finally:
+        torch.cuda.memory._record_memory_history(enabled=None)

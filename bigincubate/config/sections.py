@@ -39,6 +39,13 @@ def _check_rand_augment(policy: str) -> str:
     return policy
 
 
+def _check_profile(steps: list[int]) -> list[int]:
+    """Return the first and the last step to profile."""
+    if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
+        raise ValueError("expected [from, to], the first and the last step to profile, counted from 1: [10, 12]")
+    return steps
+
+
 class ModelConfig(ConfigTable):
     """The model and the arguments of its constructor."""
 
@@ -183,6 +190,9 @@ class TrainConfig(ConfigTable):
     """Compute residual branches only for the samples that drop-path keeps."""
     last_block_cls_only: bool = execution_field(False)
     """Compute only the class token in the last block, if the head uses no other token."""
+    profile: Annotated[list[int], AfterValidator(_check_profile)] | None = execution_field(None)
+    """First and last step to profile, `[from, to]`, counted from 1 as in the log: each rank writes a trace, and on a
+    GPU a memory snapshot. None: no profile. Unit: optimizer steps."""
 
 
 class OptimConfig(ConfigTable):

@@ -18,6 +18,7 @@
         metrics.jsonl  tb/  logs/
         start_rate.json               GFLOP/s in the first steps of the last attempt, before there are metrics
         flight_recorder/1/            last collectives of each rank in attempt 1, if a rank did not respond
+        profile/                      traces of the steps in train.profile
         attempts/1.json               running, preempted, failed or done
         owners/1.json                 the process that owns the folder; the highest number is valid
         partial.json                  for a module: score of the partial assembly when the module was finished

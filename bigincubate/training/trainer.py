@@ -37,6 +37,7 @@ from .determinism import deterministic_algorithms
 from .finite_checks import check_skipped_steps, check_training
 from .metrics_writer import MetricsWriter, StartRate, ThroughputMeter
 from .partial_assembly import score_partial_assembly
+from .profiling import StepProfiler
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Trainer:
         self.run_dir, self.env, self.data = context.run, context.env, context.data
         self.settings, self.folder, self.task = context.settings, context.folder, context.task
         self.model, self.wrapped, self.sharding, self.ema = parts.model, parts.wrapped, parts.sharding, parts.ema
-        self.total = context.planned.steps
+        self.total, self.profiler = context.planned.steps, StepProfiler(context)
         self.state = TrainState()
         self.saved = -1  # step of the newest checkpoint
         self.rollback: dict[str, Any] | None = None
@@ -172,7 +173,8 @@ class Trainer:
 
     def train(self) -> None:
         """Train to the last step."""
-        with closing(self.parts.train_stream.batches(self.state.step)) as batches:
+        self.profiler.check_range(self.state.step + 1)
+        with closing(self.profiler), closing(self.parts.train_stream.batches(self.state.step)) as batches:
             self.loop(batches)
 
     def loop(self, batches: Iterator[Batch]) -> None:
@@ -197,6 +199,7 @@ class Trainer:
                 self.save(clock)
                 self.checkpoints.wait()
                 raise Preempted(f"{self.row.title}: stopped at step {state.step} of {self.total} with a checkpoint")
+            self.profiler.begin(state.step + 1)
             waiting = time.perf_counter()
             batch = next(batches)
             meter.waited += time.perf_counter() - waiting
@@ -205,6 +208,7 @@ class Trainer:
 
             loss, norm = self.step(batch)
             state.step += 1
+            self.profiler.end(state.step)
             state.seen += self.settings.train.batch_size
             meter.seen += self.settings.train.batch_size
             start_rate.finish_step(loss)

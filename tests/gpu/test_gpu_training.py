@@ -6,8 +6,10 @@ over thread blocks, which is where bits could differ from run to run.
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,21 @@ def test_batches_are_pinned_and_arrive_unchanged(
         assert column.is_pinned() == (device.type == "cuda")
         assert moved[name].device.type == device.type
         assert torch.equal(moved[name].cpu(), expected[name])
+
+
+def test_profiled_steps_have_kernels_and_memory_and_the_same_bits(
+    harness: Harnesses, plain: Any, size: list[str], device: torch.device
+) -> None:
+    profiled = harness(*SETS, *size, "train.profile=[3, 4]")
+    profiled.train("pretrain")
+    assert differing(plain.weights("pretrain"), profiled.weights("pretrain")) == []
+    files = {file.name: file for file in (profiled.run.phase("pretrain").path / "profile").iterdir()}
+    with gzip.open(files.pop("steps-3-4-rank-0.json.gz")) as stream:
+        categories = {event.get("cat") for event in json.load(stream)["traceEvents"]}
+    assert ("kernel" in categories) == (device.type == "cuda")
+    assert [*files] == (["steps-3-4-rank-0.memory.pickle"] if device.type == "cuda" else [])
+    for file in files.values():
+        assert pickle.loads(file.read_bytes())["segments"]
 
 
 def test_metrics_have_peak_memory_and_utilization(plain: Any, device: torch.device) -> None:

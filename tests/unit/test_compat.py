@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import subprocess
 import sys
@@ -60,6 +61,12 @@ def test_torch_flight_recorder_has_the_last_collectives(alone: None) -> None:
     assert "test_torch_flight_recorder_has_the_last_collectives" in [frame["name"] for frame in last["frames"]]
     dump = read_flight_recorder("nccl", stacks=False)
     assert not dump or pickle.loads(dump).get("entries", []) == []
+
+
+def test_torch_memory_history_has_the_expected_arguments() -> None:
+    recorded = inspect.signature(torch.cuda.memory._record_memory_history).parameters
+    assert {"enabled", "stacks", "max_entries"} <= recorded.keys()
+    assert next(iter(inspect.signature(torch.cuda.memory._dump_snapshot).parameters)) == "filename"
 
 
 # ------------------------------------------------------------------------------------------------ streaming
