@@ -422,6 +422,9 @@ class LogConfig(ConfigTable):
     """Interval of evaluation; 0: only at the end of the phase. Unit: epochs."""
     images: int = execution_field(8, ge=0)
     """Number of augmented inputs in TensorBoard. Unit: images."""
+    straggler_share: NonNegative = execution_field(0.5)
+    """A rank is named as slow if its own work in a step takes longer than the median of all ranks by more than this
+    share of the median, and by more than a tenth of the step; 0: ranks are not compared."""
 
 
 class CheckpointConfig(ConfigTable):

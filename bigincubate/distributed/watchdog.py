@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import RankTimeoutError
 from .flight_recorder import FlightRecorder, is_timeout
 from .process_group import DistributedContext, print_stderr
+from .stragglers import StragglerWatch
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -36,7 +37,8 @@ def watch_ranks(
     process: dict[str, Any],
     record: Callable[[str], None],
     dumps: Path,
-) -> Iterator[None]:
+    straggler_share: float = 0.0,
+) -> Iterator[StragglerWatch | None]:
     """Let the ranks watch each other while the block runs.
 
     If a rank does not respond, every other rank prints the reason to stderr, dumps its flight recorder, and exits with
@@ -49,15 +51,23 @@ def watch_ranks(
         process: ``host`` and ``pid`` of this rank.
         record: Called with the reason on one of the other ranks.
         dumps: Folder for the dumps of the flight recorders.
+        straggler_share: See :class:`StragglerDetector`; 0: ranks are not compared.
+
+    Yields:
+        Compares the ranks; None if they are not compared.
     """
     if env.world == 1:
-        yield
+        yield None
         return
+    processes = env.gather(process)
+    stragglers = None
+    if straggler_share:
+        stragglers = StragglerWatch(env.rank, straggler_share, [each["host"] for each in processes])
     recorder = FlightRecorder(dumps, env.rank, ("gloo", "nccl") if env.device.type == "cuda" else ("gloo",))
-    watch = RankWatchdog.start(env, name, env.gather(process), record, recorder)
+    watch = RankWatchdog.start(env, name, processes, record, recorder, stragglers)
     try:
         with recorder.dumped_by_nccl():
-            yield
+            yield stragglers
     except RuntimeError as error:
         if is_timeout(error):
             recorder.dump()
@@ -75,6 +85,7 @@ class RankWatchdog:
         processes: ``host`` and ``pid`` of every rank.
         record: See :func:`watch_ranks`.
         recorder: Flight recorder of this rank.
+        stragglers: Compares the ranks, or None.
         store: The ranks' shared store.
         watch_host: Whether to also watch rank 0, which hosts the store.
     """
@@ -86,12 +97,13 @@ class RankWatchdog:
         processes: list[dict[str, Any]],
         record: Callable[[str], None],
         recorder: FlightRecorder,
+        stragglers: StragglerWatch | None,
         store: Store,
         *,
         watch_host: bool,
     ) -> None:
         self.env, self.name, self.processes, self.record = env, name, processes, record
-        self.recorder, self.store = recorder, store
+        self.recorder, self.stragglers, self.store = recorder, stragglers, store
         self.polls = 0
         self.stopped, self.exiting = threading.Event(), threading.Event()
         tasks = [self._count, *([self._watch_host] if watch_host else [])]
@@ -105,6 +117,7 @@ class RankWatchdog:
         processes: list[dict[str, Any]],
         record: Callable[[str], None],
         recorder: FlightRecorder,
+        stragglers: StragglerWatch | None,
     ) -> RankWatchdog:
         """Connect to the store and start watching. Arguments are those of the constructor."""
         from torch.distributed import TCPStore
@@ -114,7 +127,9 @@ class RankWatchdog:
         store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(minutes=5))
         # a store in the launcher's process may be suspended with the launcher while all ranks are alive
         hosted_by_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        watch = cls(env, name, processes, record, recorder, store, watch_host=hosted_by_rank_0 and not env.is_main)
+        watch = cls(
+            env, name, processes, record, recorder, stragglers, store, watch_host=hosted_by_rank_0 and not env.is_main
+        )
         for thread in watch.threads:
             thread.start()
         return watch
@@ -140,6 +155,8 @@ class RankWatchdog:
                 count = self.store.add(other, 0)
                 unchanged = 0 if count != last_count or count >= LEFT else unchanged + 1
                 last_count = count
+                if self.stragglers is not None:
+                    self.stragglers.exchange(self.store, self.name)
                 self.polls += 1
                 if unchanged >= MAX_UNCHANGED_POLLS:
                     text = self._describe(peer)

@@ -248,9 +248,18 @@ def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) ->
             _duration(row["eta_seconds"]),
             str(row["restarts"]),
             _number(row["checkpoint"], "d"),
-            row["error"] or "",
+            row["error"] or format_stragglers(row["stragglers"] or []),
         )
     return table
+
+
+def format_stragglers(stragglers: list[dict[str, Any]]) -> str:
+    """Format the slowest of the ranks that are slower than the others: ``rank 3 (n2): 2.4 times the median``."""
+    if not stragglers:
+        return ""
+    slowest, more = stragglers[0], len(stragglers) - 1
+    text = f"rank {slowest['rank']} ({slowest['host']}) is slow: {slowest['ratio']:.1f} times the median"
+    return f"{text}, and {more} more" if more else text
 
 
 def format_partial(partial: dict[str, Any] | None, headline: Metric) -> str:

@@ -21,7 +21,7 @@ LOOPING = 3  # failures of a gate in a row
 NO_STATUS = dict.fromkeys(
     (
         *("step", "steps", "percent", "loss", "headline", "unit", "samples_per_sec", "eta_seconds", "partial"),
-        *("checkpoint", "error", "job", "queue", "node"),
+        *("checkpoint", "error", "job", "queue", "node", "stragglers"),
     )
 )
 
@@ -74,7 +74,8 @@ def run_status(
         A dict per phase: phase (its key), title, state (waiting, queued, held, running, preempted, failed, died, done),
         step, steps, percent, loss (training loss), metrics (of the validation split, by name), headline (the name of
         the main metric), unit, samples_per_sec, eta_seconds, attempts, restarts, checkpoint, error and node; partial
-        for a module (:attr:`.PhaseDir.partial`); job and queue (Slurm's state, with the reason if it is pending) for a
+        for a module (:attr:`.PhaseDir.partial`); stragglers (:attr:`.PhaseDir.stragglers`, empty unless the phase is
+        running); job and queue (Slurm's state, with the reason if it is pending) for a
         job in the queue. If the run is on Slurm and not done, the last dict is that of the gate, with state queued,
         held, running, looping (it fails again and again) or missing; what a gate does not have is None.
 
@@ -170,6 +171,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
         "partial": folder.partial,
         "checkpoint": checkpoint,
         "error": attempts[-1].get("error") if attempts and state == "failed" else None,
+        "stragglers": folder.stragglers if state == "running" else [],
     }
 
 

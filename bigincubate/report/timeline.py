@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .console_tables import format_ranges
+from .console_tables import format_ranges, format_stragglers
 from .run_data import PhaseData, RunData
 
 ENDS = {
@@ -23,6 +23,7 @@ EVENTS = {  # texts for the rows of ``events.jsonl``
     "shared_loader": "co-trained: {made:,} batches made, {sent:,} sent to modules",
     "partial_assembly": "{title}: evaluated together with the finished modules ({joined})",
     "rolled_back": "{title}: too many non-finite gradients at step {step:,}; returned to step {to:,}",
+    "stragglers": "{title}: {stragglers}",
     "made_again": "{title}: created again: {reason}",
     "submitted": "submitted: job {job} ({kind}{modules})",
     "cancelled": "canceled: jobs {jobs}",
@@ -82,6 +83,7 @@ def _event(event: dict[str, Any], titles: dict[str, str]) -> TimelineEvent:
         "changes": "; ".join(event.get("changes", ())),
         "jobs": ", ".join(event.get("jobs", ())),
         "joined": format_ranges(event.get("joined", [])),
+        "stragglers": format_stragglers(event.get("stragglers", [])) or "no rank is slower than the others any more",
         "modules": f", modules {format_ranges(modules)}" if modules else "",
     }
     text = EVENTS[kind].format(**fields) if kind in EVENTS else kind.replace("_", " ")

@@ -21,6 +21,7 @@
         profile/                      traces of the steps in train.profile
         attempts/1.json               running, preempted, failed or done
         owners/1.json                 the process that owns the folder; the highest number is valid
+        stragglers.json               ranks that are slower than the others at the moment
         partial.json                  for a module: score of the partial assembly when the module was finished
         rollback.json                 the step that training rolled back to after too many non-finite gradients
         requeues.jsonl                for a Slurm job: why it was requeued, and from which checkpoint it resumes
@@ -112,6 +113,17 @@ class PhaseDir:
     def write_partial(self, scores: dict[str, Any]) -> None:
         """Write the score of the partial assembly."""
         write_json(self.path / "partial.json", scores)
+
+    @property
+    def stragglers(self) -> list[dict[str, Any]]:
+        """Return the ranks that were slower than the others when the last attempt compared them, slowest first."""
+        rows: list[dict[str, Any]] = (read_json(self.path / "stragglers.json") or {}).get("ranks", [])
+        return rows
+
+    def write_stragglers(self, rows: list[dict[str, Any]]) -> None:
+        """Write the ranks that are slower than the others."""
+        if rows or self.stragglers:
+            write_json(self.path / "stragglers.json", {"ranks": rows})
 
     def read_attempts(self) -> list[dict[str, Any]]:
         """Return all attempts at this phase, oldest first."""

@@ -65,10 +65,11 @@ def train_phase(
                 about,
                 lambda reason: note("failed", error=reason),
                 folder.path / "flight_recorder" / str(attempt),
-            ):
+                context.recipe.log.straggler_share,
+            ) as stragglers:
                 try:
                     with explain_worker_failures():
-                        result = Trainer.build(context, stop, lease, start).run()
+                        result = Trainer.build(context, stop, lease, start, stragglers).run()
                 except (OSError, ExternalError):
                     lease.check()  # the error may be due to a new owner that removed files
                     raise

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..distributed.signals import StopFlag
+from ..distributed.stragglers import StragglerWatch
 from ..errors import ArtifactError, NonFiniteError, Preempted
 from ..models.drop_path import apply_masks, draw_masks
 from ..models.surgery import extract, rename_tensors
@@ -38,6 +39,7 @@ from .finite_checks import check_skipped_steps, check_training
 from .metrics_writer import MetricsWriter, StartRate, ThroughputMeter
 from .partial_assembly import score_partial_assembly
 from .profiling import StepProfiler
+from .step_timer import StepTimer
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class Trainer:
         checkpoints: The phase's resume checkpoints.
         stop: True after a stop signal.
         lease: Lease on the phase's folder.
+        stragglers: Compares this rank with the others.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Trainer:
         checkpoints: CheckpointManager,
         stop: StopFlag,
         lease: Lease,
+        stragglers: StragglerWatch | None = None,
     ) -> None:
         self.context, self.parts, self.checkpoints, self.stop, self.lease = context, parts, checkpoints, stop, lease
         self.recipe, self.row, self.planned = context.recipe, context.row, context.planned
@@ -88,6 +92,7 @@ class Trainer:
         self.settings, self.folder, self.task = context.settings, context.folder, context.task
         self.model, self.wrapped, self.sharding, self.ema = parts.model, parts.wrapped, parts.sharding, parts.ema
         self.total, self.profiler = context.planned.steps, StepProfiler(context)
+        self.timer = StepTimer(context, stragglers)
         self.state = TrainState()
         self.saved = -1  # step of the newest checkpoint
         self.rollback: dict[str, Any] | None = None
@@ -100,6 +105,7 @@ class Trainer:
         stop: StopFlag,
         lease: Lease | None = None,
         start: Mapping[str, Tensor] | None = None,
+        stragglers: StragglerWatch | None = None,
     ) -> Trainer:
         """Build the components of a phase and open its checkpoints. Must be called on all ranks.
 
@@ -108,6 +114,7 @@ class Trainer:
             stop: True after a stop signal.
             lease: Lease on the phase's folder.
             start: Initial weights that replace those of the phase; see :func:`build_model`.
+            stragglers: Compares this rank with the others.
         """
         lease = lease or Lease()
         parts = build_phase(context, start)
@@ -118,7 +125,7 @@ class Trainer:
             keep=context.recipe.checkpoint.keep,
             lease=lease,
         )
-        return cls(context, parts, checkpoints, stop, lease)
+        return cls(context, parts, checkpoints, stop, lease, stragglers)
 
     # ------------------------------------------------------------------------------------------ the run
 
@@ -202,13 +209,15 @@ class Trainer:
             self.profiler.begin(state.step + 1)
             waiting = time.perf_counter()
             batch = next(batches)
-            meter.waited += time.perf_counter() - waiting
+            waited = time.perf_counter() - waiting
             if state.step == 0 and log.images and (images := self.task.preview(batch.first(log.images))) is not None:
                 self.metrics.add_images(0, images)
 
             loss, norm = self.step(batch)
             state.step += 1
             self.profiler.end(state.step)
+            self.timer.end_step(waited)
+            meter.waited += waited
             state.seen += self.settings.train.batch_size
             meter.seen += self.settings.train.batch_size
             start_rate.finish_step(loss)
@@ -253,7 +262,10 @@ class Trainer:
                 apply_masks(self.model, masks[:, micro.global_position])
             micro = micro.to(self.env.device)
             with self.sharding.gradient_sync(last):
-                with torch.autocast(self.env.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                with (
+                    self.timer.forward(),
+                    torch.autocast(self.env.device.type, torch.bfloat16, enabled=train.precision == "bf16"),
+                ):
                     loss = self.task.loss(self.wrapped, micro, step) / count
                 self.sharding.backward(loss)
             total += loss.detach()
@@ -271,6 +283,7 @@ class Trainer:
             "train/skipped": self.skipped.item(),
             **({"train/gain": self.parts.lr_hook.gain} if self.parts.lr_hook else {}),
             **meter.read(),
+            **self.timer.report(self.lease),
         }
 
     def log(self, values: dict[str, float]) -> None:
