@@ -186,7 +186,8 @@ def command(job: dict[str, Any]) -> dict[str, Any]:
         if "watch" in job:
             watch(patch, job["watch"], outcome)
         if "count_steps" in job:
-            count_steps(patch, *job["count_steps"], outcome)
+            first, last = job["count_steps"]
+            count_steps(patch, first, last, outcome)
         if "write_again" in job:
             write_again(patch, job["write_again"])
         finish = trainer.Trainer.finish

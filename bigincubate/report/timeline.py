@@ -83,7 +83,7 @@ def _event(event: dict[str, Any], titles: dict[str, str]) -> TimelineEvent:
         "changes": "; ".join(event.get("changes", ())),
         "jobs": ", ".join(event.get("jobs", ())),
         "joined": format_ranges(event.get("joined", [])),
-        "stragglers": format_stragglers(event.get("stragglers", [])) or "no rank is slower than the others any more",
+        "stragglers": format_stragglers(event.get("stragglers", [])) or "the ranks are equally fast again",
         "modules": f", modules {format_ranges(modules)}" if modules else "",
     }
     text = EVENTS[kind].format(**fields) if kind in EVENTS else kind.replace("_", " ")

@@ -58,6 +58,8 @@ def train_phase(
                 note(state, **more)
 
         record("running")
+        if env.is_main:
+            folder.write_stragglers([])  # those of an earlier attempt
         try:
             with watch_ranks(
                 env,

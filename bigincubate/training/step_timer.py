@@ -31,8 +31,6 @@ class StepTimer:
         self.steps, self.waited, self.computed = 0, 0.0, 0.0
         self.events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self.reported: tuple[Straggler, ...] = ()
-        if context.env.is_main:
-            context.folder.write_stragglers([])  # of an earlier attempt
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -78,5 +76,5 @@ class StepTimer:
             for straggler in named:
                 logger.warning("%s: %s", self.context.row.title, straggler)
             if not named:
-                logger.info("%s: no rank is slower than the others any more", self.context.row.title)
+                logger.info("%s: the ranks are equally fast again", self.context.row.title)
         return {} if ratio is None else {"perf/slowest_rank_ratio": ratio}
