@@ -1,0 +1,53 @@
+"""A command ends without removing all modules and objects, and loses no output, exit code or exit handler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+CODE = """
+import sys
+import bigincubate.__main__ as program
+class Object:
+    def __del__(self):
+        print("object removed", flush=True)
+import atexit, threading, time
+held, cycle = Object(), []
+cycle.append(cycle)
+atexit.register(print, "handler of Python")
+threading.Thread(target=lambda: (time.sleep(0.2), print("thread has ended"))).start()
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+sys.argv[1:] = {arguments}
+{change}
+program.main()
+"""
+C_HANDLER = """
+import ctypes
+handler = ctypes.CFUNCTYPE(None)(lambda: print("handler of C", flush=True))
+ctypes.CDLL(None).__cxa_atexit(handler, None, None)
+"""
+FAILING = "import bigincubate.cli; bigincubate.cli.main = lambda: {}['missing']"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "change", "code", "says"),
+    [
+        (["--version"], C_HANDLER, 0, "bigincubate "),
+        (["no-such-command"], C_HANDLER, 2, "no-such-command"),
+        ([], FAILING, 1, "KeyError: 'missing'"),
+    ],
+)
+def test_command_ends_with_its_output_code_and_handlers(
+    arguments: list[str], change: str, code: int, says: str
+) -> None:
+    text = CODE.replace("{arguments}", repr(arguments)).replace("{change}", change)
+    ended = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=50)
+    assert ended.returncode == code, ended.stderr
+    assert says in ended.stdout + ended.stderr
+    for part in ("thread has ended", "handler of Python"):
+        assert part in ended.stdout
+    assert ("object removed" in ended.stdout) == (code == 1)  # after an error that is not ours, as usual
+    if code != 1:
+        assert "handler of C" in ended.stdout
