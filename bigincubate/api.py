@@ -164,6 +164,7 @@ def run(
 
     from .data.verification import hash_all_shards
     from .interchange.export import export
+    from .launchers.fork_server import ForkServers
     from .launchers.local import LocalRunner
     from .launchers.progress import ProgressReporter
     from .planning.context import open_run
@@ -173,7 +174,10 @@ def run(
 
     directory = RunDir(expand_path(run_dir))
     exported = directory.exported
-    with ProgressReporter(console or Console(quiet=True)) as reporter:
+    with ProgressReporter(console or Console(quiet=True)) as reporter, ForkServers() as servers:
+        runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper, servers=servers)
+        if directory.phase("pretrain").result is None:
+            runner.start_server()
         opened = open_run(recipe, directory, report=reporter.say)
         if verify_data:
             reporter.say(f"verifying {opened.data.path}")
@@ -181,8 +185,8 @@ def run(
         graph = build_job_graph(opened.rows, baseline=baseline)
         done = all(directory.phase(job.phase, job.module).result for job in graph) and is_complete_export(exported)
         reporter.say(f"{recipe.name}: {describe_cost(directory, graph)}")
-        estimate = TimeEstimate(directory, graph).update
-        code = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper, estimate).execute(graph)
+        runner.estimate = TimeEstimate(directory, graph).update
+        code = runner.execute(graph)
     results = directory.update_summary()
     if code is Exit.PREEMPTED:
         raise error_of_code(code)(f"{directory.path}: stopped after writing checkpoints; run it again to resume")

@@ -153,7 +153,7 @@ def offline() -> Iterator[None]:
     import torch
 
     from bigincubate.data import prepare
-    from bigincubate.launchers.local import LocalRunner
+    from bigincubate.launchers import local
     from bigincubate.planning import cost
     from bigincubate.training.trainer import Trainer
 
@@ -189,7 +189,8 @@ def offline() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "count_cost", count)
-        patch.setattr(LocalRunner, "execute", reached)
+        patch.setattr(local.LocalRunner, "execute", reached)
+        patch.setattr(local, "can_fork", lambda nproc, gpus: False)
         patch.setattr(Trainer, "loop", first_batch)
         patch.setattr(shutil, "which", lambda *_, **__: None)
         patch.setattr(subprocess, "Popen", no_program)

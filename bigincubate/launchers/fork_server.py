@@ -176,11 +176,17 @@ class ForkedProcess:
 
 
 class ForkServers:
-    """A fork server for each set of environment variables."""
+    """A fork server for each set of environment variables. Use it as a context manager to end them."""
 
     def __init__(self) -> None:
         self._servers: dict[frozenset[tuple[str, str]], ForkServer] = {}
         self._closed: list[ForkServer] = []
+
+    def __enter__(self) -> ForkServers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def find(self, environment: Mapping[str, str]) -> ForkServer:
         """Return the server whose variables are equal to ``environment``; start it if there is none.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..storage.run_directory import PhaseDir, RunDir
 from .fork_server import COMMAND, ForkServers, can_fork
 from .gpus import GPU_VARIABLE, choose_gpus, list_visible_gpus
 from .progress import ProgressReporter
-from .rank_group import RankGroup, start_process
+from .rank_group import RankGroup, StartProcess, start_process
 
 
 @dataclass
@@ -67,6 +67,22 @@ class HelperJob:
             self.ranks.stop()
 
 
+def phase_environment(variables: Mapping[str, str], processes: int) -> dict[str, str]:
+    """Return the environment variables of a phase.
+
+    Args:
+        variables: The environment variables of the run.
+        processes: Number of processes that share the cores of this machine, so that they do not compete.
+    """
+    return {
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
+        # if another process is running, threads that spin while they wait make a step several times slower
+        "OMP_WAIT_POLICY": "PASSIVE",
+        **variables,
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
 @dataclass
 class LocalRunner:
     """Runs a job graph. If a job fails, jobs that do not depend on it continue.
@@ -80,7 +96,8 @@ class LocalRunner:
         estimate: Returns lines about the remaining time to print, given the running phases.
         running: The ranks of running jobs, by the key of the job.
         gpus: The GPUs of running jobs, by the key of the job.
-        servers: The fork servers that start the phases.
+        variables: The environment variables of the phases.
+        servers: The fork servers that start the phases; ended at the end of the run.
         stop_requested: Whether a stop signal has arrived.
         stopping: Whether no more jobs start, because of a signal or because a job was stopped.
         patience: Number of remaining retries of phases whose directory is still owned by a killed attempt.
@@ -94,10 +111,16 @@ class LocalRunner:
     estimate: Callable[[list[tuple[Job, PhaseDir]]], list[str]] = lambda running: []
     running: dict[str, RankGroup] = field(default_factory=dict)
     gpus: dict[str, list[str]] = field(default_factory=dict)
+    variables: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     servers: ForkServers = field(default_factory=ForkServers)
     stop_requested: bool = False
     stopping: bool = False
     patience: int = 20
+
+    def start_server(self) -> None:
+        """Start the fork server of the first phase, so that it imports while the run is being planned."""
+        if len(list_visible_gpus()) < 2:
+            self._find_starter(phase_environment(self.variables, self.nproc))
 
     def execute(self, graph: list[Job]) -> Exit:
         """Run the jobs that are not done yet.
@@ -181,20 +204,22 @@ class LocalRunner:
         command = [*COMMAND, "train", str(self.run.recipe_file)]
         command += ["--run-dir", str(self.run.path), "--phase", job.phase]
         command += ["--module", str(job.module)] if job.module is not None else []
-        environment = dict(os.environ, PYTHONUNBUFFERED="1")
+        environment = phase_environment(self.variables, parallel * self.nproc)
         if self.helper is not None and job.phase == "incubate":
             environment |= self.helper.module_environment
-        # divide the cores among the processes, so that they do not compete
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (parallel * self.nproc))))
-        # if another process is running, threads that spin while they wait make a step several times slower
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         visible = list_visible_gpus()
         if len(visible) > 1:  # jobs that run in parallel get different GPUs
             self.gpus[job.key] = choose_gpus(visible, chain.from_iterable(self.gpus.values()), self.nproc)
             environment[GPU_VARIABLE] = ",".join(self.gpus[job.key])
-        starter = self.servers.find(environment).start_process if can_fork(self.nproc, visible) else start_process
-        self.running[job.key] = RankGroup.start(command, environment, logs, starter)
+        self.running[job.key] = RankGroup.start(command, environment, logs, self._find_starter(environment))
         self.reporter.started(job)
+
+    def _find_starter(self, environment: Mapping[str, str]) -> StartProcess:
+        """Return the function that starts a process with these environment variables."""
+        if can_fork(self.nproc, list_visible_gpus()):
+            with suppress(OSError):  # without a server, the process needs less memory in total
+                return self.servers.find(environment).start_process
+        return start_process
 
     def start_helper(self, modules: int) -> None:
         """Start the helper job before the first modules. If it cannot be started, modules run without it."""
