@@ -163,11 +163,9 @@ def run(
     from rich.console import Console
 
     from .data.verification import hash_all_shards
-    from .interchange.export import export
     from .launchers.fork_server import ForkServers
     from .launchers.local import LocalRunner
     from .launchers.progress import ProgressReporter
-    from .planning.context import open_run
     from .planning.job_graph import build_job_graph
     from .report.run_cost import TimeEstimate, describe_cost
     from .storage.run_directory import RunDir, is_complete_export
@@ -178,6 +176,9 @@ def run(
         runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper, servers=servers)
         if directory.phase("pretrain").result is None:
             runner.start_server()
+        from .interchange.export import export  # these two import torch, while the server does too
+        from .planning.context import open_run
+
         opened = open_run(recipe, directory, report=reporter.say)
         if verify_data:
             reporter.say(f"verifying {opened.data.path}")

@@ -19,6 +19,7 @@ from forked import Command
 from bigincubate.distributed.parent_death import adopt_orphans
 from bigincubate.launchers.fork_server import COMMAND, ForkServer, ForkServers, can_fork
 from bigincubate.launchers.rank_group import RankProcess, start_process
+from bigincubate.storage.lease import process_start_time
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork servers need Linux")
 Harnesses = Callable[..., Any]
@@ -50,7 +51,7 @@ STARTED = """
 import os, sys
 if "bigincubate" in " ".join(sys.orig_argv):
     with open(os.environ["INTERPRETERS"], "a") as file:
-        file.write(" ".join(sys.orig_argv[1:4]) + "\\n")
+        file.write(f"{os.getpid()} {' '.join(sys.orig_argv[1:4])}\\n")
 """
 THREAD = """
 import sys, threading, time
@@ -273,7 +274,7 @@ def test_run_starts_one_interpreter(nproc: int, harness: Harnesses, interpreters
     command = Command(*words, env=variables)
     assert command.wait(300) == 0, command.out
     (line,) = started.read_text().splitlines()
-    assert line.startswith("-m bigincubate.launchers.fork_server_process ")
+    assert " -m bigincubate.launchers.fork_server_process " in line
     pids = [short.run.phase(*key).read_attempts()[0]["pid"] for key in PHASES]
     assert len(set(pids)) == len(PHASES)
 
@@ -281,18 +282,29 @@ def test_run_starts_one_interpreter(nproc: int, harness: Harnesses, interpreters
 PHASES: list[tuple[Any, ...]] = [("pretrain",), ("incubate", 0), ("incubate", 1), ("finetune",)]
 
 
-def test_run_that_is_stopped_during_the_imports_leaves_no_process(
-    harness: Harnesses, interpreters: tuple[Path, dict[str, str]]
+@pytest.mark.parametrize(("when", "code"), [("planning", 130), ("importing", 75)])
+def test_run_that_is_stopped_early_leaves_no_process(
+    when: str, code: int, harness: Harnesses, interpreters: tuple[Path, dict[str, str]]
 ) -> None:
+    """While the launcher plans, and while it waits for the server's imports."""
     started, variables = interpreters
     short = harness("train.max_steps=2")
-    command = Command("run", short.run.recipe_file, "--run-dir", short.run.path, env=variables)
-    wait_for(started.exists)
-    command.send(signal.SIGINT)
-    assert command.wait() == 75
-    assert command.out.count("stopping:") == 1
+    words = [*COMMAND, "run", str(short.run.recipe_file), "--run-dir", str(short.run.path)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    command = subprocess.Popen(words, env={**VARIABLES, **variables}, stdout=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
+    output = command.stdout
+    assert output is not None
+    if when == "planning":
+        wait_for(lambda: started.exists() and "fork_server_process" in started.read_text())
+    else:
+        wait_for(lambda: "started" in output.readline())
+    command.send_signal(signal.SIGINT)
+    assert command.wait(60) == code
+    assert ("stopping:" in output.read()) == (when == "importing")
     assert not short.run.phase("pretrain").read_attempts()
-    wait_for(lambda: not processes_that_log_to(short.run.path))
+    (server,) = [int(line.split()[0]) for line in started.read_text().splitlines() if "fork_server_process" in line]
+    wait_for(lambda: process_start_time(server) is None and not processes_that_log_to(short.run.path))
     last = Command("run", short.run.recipe_file, "--run-dir", short.run.path, env=variables)
     assert last.wait(300) == 0
 
