@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -102,6 +103,21 @@ def start(*conf: str, name: str = "", files: dict[str, str] | None = None) -> It
 def say(*words: str) -> str:
     """What a program of Slurm prints; nothing while it gets no answer."""
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=120).stdout
+
+
+def words(*sets: str) -> list[str]:
+    """The options of a command that change these keys of its recipe."""
+    return [word for item in sets for word in ("--set", item)]
+
+
+def jobs(run: RunDir) -> list[dict[str, Any]]:
+    """What was submitted, oldest first."""
+    found: list[dict[str, Any]] = json.loads((run.path / "jobs.json").read_text())["jobs"]
+    return found
+
+
+def kinds(run: RunDir) -> list[str]:
+    return [job["kind"] for job in jobs(run)]
 
 
 def committed(folder: PhaseDir) -> int:

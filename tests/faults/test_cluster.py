@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from cluster import ARRAY, Cluster, committed, kill, nodes, processes, ranks, running
+from cluster import ARRAY, Cluster, committed, kill, kinds, nodes, processes, ranks, running
 from conftest import Command
 from parity import launch
 from trial_log import Trial, TrialLog
@@ -141,8 +141,7 @@ def check(run: RunDir, calm: RunDir) -> None:
     same(run, calm, PHASES)
     for phase, module in PHASES:
         assert (run.phase(phase, module).path / "DONE").stat().st_mode & 0o777 == 0o640, (phase, module)
-    kinds = [job["kind"] for job in json.loads((run.path / "jobs.json").read_text())["jobs"]]
-    assert kinds == ["pretrain", "incubate", "gate", "finetune", "gate"]
+    assert kinds(run) == ["pretrain", "incubate", "gate", "finetune", "gate"]
 
 
 def same(run: RunDir, calm: RunDir, phases: Phases) -> None:

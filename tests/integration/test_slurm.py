@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import ARRAY, Cluster, committed, running, say
+from cluster import ARRAY, Cluster, committed, jobs, kinds, running, say, words
 from conftest import Command
 
 from bigincubate.config.resources import resource_folder
@@ -22,19 +22,6 @@ from bigincubate.launchers.slurm.submission_log import list_queued_jobs
 from bigincubate.storage.run_directory import RunDir
 
 LONG = pytest.mark.slurm
-
-
-def words(*sets: str) -> list[str]:
-    return [word for item in sets for word in ("--set", item)]
-
-
-def jobs(run: RunDir) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((run.path / "jobs.json").read_text())["jobs"]
-    return found
-
-
-def kinds(run: RunDir) -> list[str]:
-    return [job["kind"] for job in jobs(run)]
 
 
 def exported(run: RunDir) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import Cluster, running, say, start
+from cluster import Cluster, jobs, kinds, running, say, start, words
 from conftest import Command
 
 from bigincubate.errors import Exit
@@ -94,19 +94,6 @@ def run(tmp_path: Path, bigincubate: Command, slurm: Cluster) -> Iterator[RunDir
     yield made
     if made.recipe_file.exists():
         bigincubate("cancel", made.path)
-
-
-def words(*sets: str) -> list[str]:
-    return [word for item in sets for word in ("--set", item)]
-
-
-def jobs(run: RunDir) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((run.path / "jobs.json").read_text())["jobs"]
-    return found
-
-
-def kinds(run: RunDir) -> list[str]:
-    return [job["kind"] for job in jobs(run)]
 
 
 def finish(slurm: Cluster, run: RunDir) -> None:
