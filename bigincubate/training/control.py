@@ -7,15 +7,16 @@ from collections.abc import Callable
 
 from ..distributed.process_group import DistributedContext
 
-MAX_SECONDS = 1.0  # between two agreements, as far as the last steps predict it
-MAX_STEPS = 50
+MAX_SECONDS = 1.0  # between two agreements, as predicted from the last steps; with longer steps, one step
+MAX_STEPS = 50  # between two agreements
 
 
 class ControlPoll:
-    """Tells each rank whether a flag is set on any rank, at most once every few steps.
+    """Tells each rank whether a flag is set on any rank.
 
-    Each agreement is a collective operation on the CPU, which makes fast ranks wait for slow ones. Rank 0 chooses the
-    number of steps until the next one from the measured time of a step, and all ranks use it.
+    The ranks agree on this about once a second instead of in every step, because each agreement is a collective
+    operation on the CPU, which makes fast ranks wait for slow ones. Rank 0 chooses the number of steps until the next
+    agreement from the measured time of a step, and all ranks use this number.
 
     Args:
         env: The ranks.
@@ -30,7 +31,7 @@ class ControlPoll:
         self.restart()
 
     def restart(self) -> None:
-        """Agree in the next call. For use after anything that takes long and is not a step, such as an evaluation."""
+        """Agree in the next call. Call this after something long that is not a step, such as an evaluation."""
         self.next_step = 0
         self._last: tuple[int, float] | None = None  # step and time of the last agreement
 
@@ -39,7 +40,7 @@ class ControlPoll:
 
         Args:
             step: Number of optimizer steps so far, the same on all ranks.
-            flags: The flags of this rank. They must stay set until a call returns True.
+            flags: The flags of this rank. A flag must stay set until a call returns True for it.
         """
         if self.env.world == 1:
             return flags
