@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Profile the steps of ``train.profile`` on one rank.
+    """Profiles the steps of ``train.profile`` on one rank.
 
-    A trace starts with the first of these steps that this process trains, so a phase that resumes within them has a
-    second trace. It ends after the last one, or when training ends or is interrupted. Everything in between is in the
-    trace: also loading of data, evaluation and checkpoints.
+    A trace starts with the first of these steps that this process trains, so a phase that was stopped and resumes
+    between them has a second trace. It ends after the last one, or when training ends or is interrupted. The trace
+    contains everything in between, including data loading, evaluations and checkpoints.
 
     Args:
         context: The phase.
@@ -35,13 +35,17 @@ class StepProfiler:
         self.traced: list[int] = []
 
     def check_range(self, step: int) -> None:
-        """Log why nothing is profiled if training begins with ``step``, counted from 1, and the steps are not in it."""
+        """Log the reason if training will run none of the steps to profile.
+
+        Args:
+            step: First step that will be trained, counted from 1.
+        """
         if self.steps is None or not self.env.is_main:
             return
         if self.first > self.total:
-            logger.warning("train.profile = %s: the phase has only %d steps", self.steps, self.total)
+            logger.warning("train.profile = %s: not profiled: the phase has only %d steps", self.steps, self.total)
         elif step > self.last:
-            logger.info("train.profile = %s: these steps were done before, and are not profiled", self.steps)
+            logger.info("train.profile = %s: not profiled: these steps are already done", self.steps)
 
     def begin(self, step: int) -> None:
         """Begin a step, counted from 1; must be called before its batch is loaded."""
@@ -53,13 +57,13 @@ class StepProfiler:
             self.span.__enter__()
 
     def end(self, step: int) -> None:
-        """End a step, and write the files after the last one."""
+        """End a step. After the last one, write the files."""
         self._end_span()
         if step == self.last:
             self.close()
 
     def close(self) -> None:
-        """Stop and write the files, if a trace is running. If they cannot be written, only a warning is logged."""
+        """End the trace, if one is running, and write the files. If this fails, only log a warning."""
         if self.running is None:
             return
         self._end_span()  # an interrupted step
@@ -67,7 +71,7 @@ class StepProfiler:
         steps, self.traced = f"{self.traced[0]}-{self.traced[-1]}", []
         cuda = self.env.device.type == "cuda"
         if cuda:
-            torch.cuda.synchronize()  # otherwise the trace would not have the last kernels
+            torch.cuda.synchronize()  # otherwise the last kernels would be missing
         running.stop()
         trace = self.folder / f"steps-{steps}-rank-{self.env.rank}.json.gz"
         try:
@@ -81,7 +85,7 @@ class StepProfiler:
             logger.info("profile of steps %s: %s", steps, trace)
 
     def _start(self) -> None:
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # on a CPU, it would print errors about the missing GPU
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a GPU, the profiler would print errors about it
         activities = [ProfilerActivity.CPU]
         if self.env.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)

@@ -99,7 +99,7 @@ def test_interrupted_phase_writes_what_it_has_and_traces_the_rest_when_it_resume
 
 @pytest.mark.parametrize(
     ("chosen", "says"),
-    [("[1, 2]", "these steps were done before, and are not profiled"), ("[7, 9]", "the phase has only 6 steps")],
+    [("[1, 2]", "these steps are already done"), ("[7, 9]", "the phase has only 6 steps")],
 )
 def test_steps_that_are_not_trained_are_named_in_the_log(
     chosen: str, says: str, harness: Harnesses, caplog: pytest.LogCaptureFixture
@@ -110,7 +110,7 @@ def test_steps_that_are_not_trained_are_named_in_the_log(
     with caplog.at_level(logging.INFO, "bigincubate"):
         one.train("pretrain")
     assert traces(one) == {}
-    assert f"train.profile = {chosen}: {says}" in caplog.messages
+    assert f"train.profile = {chosen}: not profiled: {says}" in caplog.messages
 
 
 def test_file_that_cannot_be_written_does_not_end_the_phase(
@@ -149,6 +149,5 @@ def test_memory_is_recorded_on_a_gpu_only(harness: Harnesses, monkeypatch: pytes
 def test_value_that_is_no_range_is_refused_in_one_line(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("digits", [f"train.profile={value}"])
-    print(caught.value)
     assert "train.profile" in str(caught.value)
     assert "\n" not in str(caught.value)
