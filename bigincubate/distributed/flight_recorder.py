@@ -1,7 +1,7 @@
-"""torch's flight recorder: the last collectives of every rank, written to the phase's folder when a rank hangs.
+"""Write torch's flight recorder, which has the last collectives of a rank, to the phase's folder when a rank hangs.
 
-A rank records each collective of its process groups (kind, sizes, Python stack, state) in a ring buffer. The dumps of
-all ranks together show which rank did not take part in which collective.
+torch records each collective of a rank's process groups (kind, sizes, Python stack, state) in a ring buffer. The dumps
+of all ranks together show which rank did not take part in which collective.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILE_VARIABLES = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")
 def enable_flight_recorder() -> None:
     """Turn on the recorder, and NCCL's own dump after a timeout. Must be called before a process group is created.
 
-    Variables that the user has set, also by their former names, are kept.
+    Environment variables that the user has set, under their current or former names, are kept.
     """
     if not any(name in os.environ for name in SIZE_VARIABLES):
         os.environ[SIZE_VARIABLES[0]] = str(ENTRIES)
@@ -36,7 +36,7 @@ class FlightRecorder:
     """Dumps the recorder of one rank, at most once.
 
     Args:
-        folder: Folder of the dumps, ``BACKEND_RANK`` each. It is created when it is needed.
+        folder: Folder for the dumps, which are named ``BACKEND_RANK``. It is created when it is needed.
         rank: This rank.
         backends: The backends of its process groups: ``gloo``, and on a GPU ``nccl``.
     """
@@ -61,11 +61,11 @@ class FlightRecorder:
         finally:
             os.environ.pop(FILE_VARIABLES[0], None)
             for empty in (self.folder, self.folder.parent):
-                with suppress(OSError):  # it has dumps, or another rank has removed it
+                with suppress(OSError):  # it contains dumps, or another rank has removed it
                     empty.rmdir()
 
     def dump(self) -> None:
-        """Write the dumps, within `DUMP_SECONDS`. Later calls do nothing."""
+        """Write the dumps, and wait for them for at most `DUMP_SECONDS`. Later calls do nothing."""
         if self.started.acquire(blocking=False):
             # in a thread, because the disk or the recorder may not respond
             thread = threading.Thread(target=self._write, daemon=True)
@@ -73,7 +73,7 @@ class FlightRecorder:
             thread.join(DUMP_SECONDS)
 
     def _write(self) -> None:
-        # without stacks first: the stacks may take longer than the limit
+        # first without stacks, because collecting these may take longer than the limit
         with suppress(OSError, RuntimeError, AttributeError):  # the process ends with a more important error
             self.folder.mkdir(parents=True, exist_ok=True)
             for stacks in (False, True):

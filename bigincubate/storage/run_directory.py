@@ -17,11 +17,11 @@
         artifact/                     the output of the phase: weights.safetensors, manifest.json, COMMITTED
         metrics.jsonl  tb/  logs/
         start_rate.json               GFLOP/s in the first steps of the last attempt, before there are metrics
-        flight_recorder/1/            last collectives of each rank in attempt 1, if a rank did not respond
+        flight_recorder/1/            last collectives of each rank in attempt 1, if a rank hung
         profile/                      traces of the steps in train.profile
         attempts/1.json               running, preempted, failed or done
         owners/1.json                 the process that owns the folder; the highest number is valid
-        stragglers.json               ranks that are slower than the others at the moment
+        stragglers.json               ranks that are currently slower than the others
         partial.json                  for a module: score of the partial assembly when the module was finished
         rollback.json                 the step that training rolled back to after too many non-finite gradients
         requeues.jsonl                for a Slurm job: why it was requeued, and from which checkpoint it resumes
