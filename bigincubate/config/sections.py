@@ -40,9 +40,9 @@ def _check_rand_augment(policy: str) -> str:
 
 
 def _check_profile(steps: list[int]) -> list[int]:
-    """Return the first and the last step to profile."""
+    """Return the first and the last step to profile. Only these two numbers, in this order, are accepted."""
     if len(steps) != 2 or not 1 <= steps[0] <= steps[1]:
-        raise ValueError("expected [from, to], the first and the last step to profile, counted from 1: [10, 12]")
+        raise ValueError("expected [from, to], the first and the last step to profile, counted from 1, as in [10, 12]")
     return steps
 
 
@@ -191,8 +191,8 @@ class TrainConfig(ConfigTable):
     last_block_cls_only: bool = execution_field(False)
     """Compute only the class token in the last block, if the head uses no other token."""
     profile: Annotated[list[int], AfterValidator(_check_profile)] | None = execution_field(None)
-    """First and last step to profile, `[from, to]`, counted from 1 as in the log: each rank writes a trace, and on a
-    GPU a memory snapshot. None: no profile. Unit: optimizer steps."""
+    """First and last step to profile, `[from, to]`, counted from 1 as in the log. Each rank writes a trace and, on a
+    GPU, a memory snapshot. None: no profile. Unit: optimizer steps."""
 
 
 class OptimConfig(ConfigTable):
@@ -423,8 +423,9 @@ class LogConfig(ConfigTable):
     images: int = execution_field(8, ge=0)
     """Number of augmented inputs in TensorBoard. Unit: images."""
     straggler_share: NonNegative = execution_field(0.5)
-    """A rank is named as slow if its own work in a step takes longer than the median of all ranks by more than this
-    share of the median, and by more than a tenth of the step; 0: ranks are not compared."""
+    """A rank is reported as slow if its own work in a step (waiting for data, forward passes) takes longer than the
+    median of all ranks by more than this share of the median, and by more than a tenth of the step; 0: ranks are not
+    compared."""
 
 
 class CheckpointConfig(ConfigTable):

@@ -2,12 +2,12 @@
 
 With synchronous training, the whole step takes equally long on all ranks, because each rank waits for the slowest one.
 Therefore only two parts of a step are compared: the time that a rank waits for its data, and the time of its forward
-passes. In them a rank usually does not wait for others. The backward pass is left out, because gradients are reduced
-in it. A slow disk or loader shows in the first part, a slow processor in the second.
+passes. During these, a rank usually does not wait for others. The backward pass is left out, because gradients are
+reduced in it. A slow disk or loader shows in the first part, a slow processor in the second.
 
-Limits: FSDP2 and ZeRO-3 gather weights in the forward pass, where fast ranks wait for slow ones, so a slow processor is
-not found with them, but a slow loader is. On a GPU the host works ahead of the device, so that a wait for data counts
-even if the device is busy meanwhile.
+Limits: FSDP2 and ZeRO-3 gather weights in the forward pass, where fast ranks wait for slow ones, so they hide a slow
+processor, but not a slow loader. On a GPU the host works ahead of the device, so a wait for data counts even if the
+device is busy during it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 INTERVAL = 10.0  # seconds between two comparisons
 MIN_STEPS = 10  # steps of each rank between two comparisons
-MIN_COST = 0.1  # share of the whole time below which a difference does not matter
-COMPARISONS = 3  # consecutive comparisons after which a rank is named, or no longer named
+MIN_COST = 0.1  # share of the time of a whole step below which a difference does not matter
+COMPARISONS = 3  # consecutive comparisons after which a rank is named as slow, or is no longer named
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Work:
     Attributes:
         steps: Number of optimizer steps.
         waited: Seconds spent waiting for data.
-        computed: Seconds spent in forward passes; on a GPU, of the device.
+        computed: Seconds spent in forward passes; on a GPU, measured on the device.
     """
 
     steps: int = 0
@@ -49,10 +49,10 @@ class Straggler:
 
     Attributes:
         rank: The rank.
-        host: Its machine.
-        seconds: Seconds of its own work per step, in the last comparison.
+        host: The name of its machine.
+        seconds: Seconds of its own work per step, in the comparison that last changed the slow ranks.
         waited: The part of ``seconds`` in which it waited for data.
-        median: The median of all ranks.
+        median: The median of ``seconds`` over all ranks.
     """
 
     rank: int
@@ -63,14 +63,14 @@ class Straggler:
 
     @property
     def ratio(self) -> float:
-        """Return how many times as long as the median this rank takes."""
+        """Return ``seconds`` divided by the median."""
         return self.seconds / self.median
 
     def __str__(self) -> str:
         """Return a description in one line."""
         return (
-            f"rank {self.rank} ({self.host}) takes {self.ratio:.1f} times as long as the median: before the backward"
-            f" pass {self.seconds:.3f} s per step, of which {self.waited:.3f} s waiting for data;"
+            f"rank {self.rank} ({self.host}) takes {self.ratio:.1f} times as long as the median: {self.seconds:.3f} s"
+            f" per step before the backward pass, of which {self.waited:.3f} s waiting for data;"
             f" median {self.median:.3f} s"
         )
 
@@ -80,11 +80,12 @@ class StragglerDetector:
 
     Args:
         share: How much slower than the median a rank may be, as a share of the median.
-        hosts: The machine of each rank.
+        hosts: The name of each rank's machine.
         now: The current time in seconds.
 
     Attributes:
-        named: The ranks that are slower, slowest first; replaced when a rank is added or removed.
+        named: The slow ranks, slowest first; replaced by a new tuple when a rank is added or removed.
+        compared: Time of the last comparison.
         ratio: Time of the slowest rank divided by the median in the last comparison; None before the first one.
     """
 
@@ -98,7 +99,8 @@ class StragglerDetector:
     def compare(self, works: Sequence[Work], now: float) -> None:
         """Compare the ranks, if each of them has done `MIN_STEPS` since the last comparison.
 
-        Half of all ranks, rounded up, are at most as slow as the median, so that one of two ranks can be found.
+        For an even number of ranks, the median is the lower of the two middle values, so that a slow rank can be found
+        even among two.
 
         Args:
             works: What each rank has done.
@@ -130,11 +132,16 @@ class StragglerDetector:
 
 
 class StragglerWatch:
-    """Exchanges the work of the ranks through their store. The watchdog's thread calls it, so it must not wait.
+    """Exchanges the work of the ranks through their store.
+
+    Args:
+        rank: This rank.
+        share: See :class:`StragglerDetector`.
+        hosts: The name of each rank's machine.
 
     Attributes:
         work: What this rank has done; replaced by the training thread after each step.
-        detector: Compares the ranks; only on rank 0.
+        detector: Compares the ranks; used only on rank 0.
     """
 
     def __init__(self, rank: int, share: float, hosts: Sequence[str]) -> None:
@@ -143,7 +150,9 @@ class StragglerWatch:
         self.detector = StragglerDetector(share, hosts, time.monotonic())
 
     def exchange(self, store: Store, name: str) -> None:
-        """Publish the work of this rank and, on rank 0, compare it with the others.
+        """Publish the work of this rank and, on rank 0, compare all ranks.
+
+        The watchdog's thread calls this, so it must not wait for other ranks.
 
         Args:
             store: The store.

@@ -54,7 +54,7 @@ def watch_ranks(
         straggler_share: See :class:`StragglerDetector`; 0: ranks are not compared.
 
     Yields:
-        Compares the ranks; None if they are not compared.
+        The object with which ranks publish their work, to be compared; None if they are not compared.
     """
     if env.world == 1:
         yield None
@@ -85,7 +85,7 @@ class RankWatchdog:
         processes: ``host`` and ``pid`` of every rank.
         record: See :func:`watch_ranks`.
         recorder: Flight recorder of this rank.
-        stragglers: Compares the ranks, or None.
+        stragglers: Exchanges and compares the work of the ranks; None if they are not compared.
         store: The ranks' shared store.
         watch_host: Whether to also watch rank 0, which hosts the store.
     """

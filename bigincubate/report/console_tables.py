@@ -254,7 +254,10 @@ def status_table(name: str, rows: list[dict[str, Any]], plan: dict[str, Any]) ->
 
 
 def format_stragglers(stragglers: list[dict[str, Any]]) -> str:
-    """Format the slowest of the ranks that are slower than the others: ``rank 3 (n2): 2.4 times the median``."""
+    """Format the slowest of the slow ranks, and how many more there are; empty if there is none.
+
+    For example: ``rank 3 (n2) is slow: 2.4 times the median, and 1 more``.
+    """
     if not stragglers:
         return ""
     slowest, more = stragglers[0], len(stragglers) - 1

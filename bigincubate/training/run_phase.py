@@ -59,7 +59,7 @@ def train_phase(
 
         record("running")
         if env.is_main:
-            folder.write_stragglers([])  # those of an earlier attempt
+            folder.write_stragglers([])  # removes those of an earlier attempt
         try:
             with watch_ranks(
                 env,

@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 class StepTimer:
-    """Measures what :mod:`bigincubate.distributed.stragglers` compares.
+    """Measures the times that :mod:`bigincubate.distributed.stragglers` compares.
 
     Args:
         context: The phase.
-        watch: Compares the ranks; None to measure nothing, as with a single rank.
+        watch: Exchanges the times of the ranks; None to measure nothing, as with a single rank.
     """
 
     def __init__(self, context: PhaseContext, watch: StragglerWatch | None) -> None:
@@ -49,7 +49,7 @@ class StepTimer:
             self.computed += time.perf_counter() - started
 
     def end_step(self, waited: float) -> None:
-        """Publish the time of a step that has waited ``waited`` seconds for its data."""
+        """Publish the times of a step, which waited ``waited`` seconds for its data."""
         if self.watch is None:
             return
         while self.events and self.events[0][1].query():  # the device may be some steps behind
@@ -60,7 +60,7 @@ class StepTimer:
         self.watch.work = Work(self.steps, self.waited, self.computed)
 
     def report(self, lease: Lease) -> dict[str, float]:
-        """Return the metric of the slowest rank, and log and store the stragglers if they have changed.
+        """Return the metric of the slowest rank. Log and store the slow ranks if they have changed.
 
         Args:
             lease: Lease on the phase's folder. If another process has taken over, nothing is reported.

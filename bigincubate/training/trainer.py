@@ -74,7 +74,7 @@ class Trainer:
         checkpoints: The phase's resume checkpoints.
         stop: True after a stop signal.
         lease: Lease on the phase's folder.
-        stragglers: Compares this rank with the others.
+        stragglers: Compares the work of the ranks; None if it is not compared.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class Trainer:
             stop: True after a stop signal.
             lease: Lease on the phase's folder.
             start: Initial weights that replace those of the phase; see :func:`build_model`.
-            stragglers: Compares this rank with the others.
+            stragglers: Compares the work of the ranks; None if it is not compared.
         """
         lease = lease or Lease()
         parts = build_phase(context, start)

@@ -40,13 +40,13 @@ def test_named_rank_is_described() -> None:
         ranks.work(0.1, 0.1, 0.3, 0.1, waited=0.05)
     (straggler,) = ranks.detector.named
     assert str(straggler) == (
-        "rank 2 (n1) takes 3.0 times as long as the median: before the backward pass 0.300 s per step, of which"
+        "rank 2 (n1) takes 3.0 times as long as the median: 0.300 s per step before the backward pass, of which"
         " 0.050 s waiting for data; median 0.100 s"
     )
     assert abs((ranks.detector.ratio or 0.0) - 3) < 1e-9
 
 
-def test_one_slow_comparison_names_nobody() -> None:
+def test_rank_that_is_slow_in_only_two_comparisons_in_a_row_is_not_named() -> None:
     ranks = Ranks(2)
     for seconds in [(0.1, 0.9), (0.1, 0.9), (0.1, 0.1)] * 4:
         assert ranks.work(*seconds) == []
