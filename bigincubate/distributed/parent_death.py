@@ -1,4 +1,4 @@
-"""The relation of a process to the process that started it: stop with it, and adopt its orphans."""
+"""Stop a process when the process that started it ends, and let a process adopt its orphaned descendants."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stop_with_parent() -> None:
 
 @contextmanager
 def adopt_orphans() -> Iterator[None]:
-    """While the block runs, make descendants of this process its children when their own parents end. Needs Linux."""
+    """Make descendants of this process its children when their own parents end, while the block runs. Needs Linux."""
     libc, before = ctypes.CDLL(None), ctypes.c_int()
     libc.prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(before))
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)

@@ -1,4 +1,4 @@
-"""Start phases as copies of a process that has already imported torch, so that a local run imports it only once."""
+"""Start phases as copies of a process that has already imported torch, so that not every phase imports it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from subprocess import DEVNULL, Popen
 from ..errors import Exit
 from .rank_group import RankProcess, start_process
 
-COMMAND = (sys.executable, "-m", "bigincubate")  # what a command must begin with
+COMMAND = (sys.executable, "-m", "bigincubate")  # the beginning of each command that a server can run
 
 
 class ForkServer:
-    """A process that has imported what a phase needs, and forks a copy of itself for each phase.
+    """A process that has imported what a phase needs, and forks a copy of itself for each rank of a phase.
 
-    A copy is a child of this process, not of the server, so the server can end at any time without ending a phase: the
-    server's child forks the copy and exits at once, and the copy, an orphan, is adopted by this process. Therefore a
-    server must be used in :func:`~bigincubate.distributed.parent_death.adopt_orphans`.
+    A copy is a child of the launcher, not of the server, so the server can end at any time without ending a phase: a
+    child of the server forks the copy and exits at once, which makes the copy an orphan that the launcher adopts.
+    Therefore requests must be sent within :func:`~bigincubate.distributed.parent_death.adopt_orphans`.
 
     Attributes:
         process: The server.
-        connection: Socket over which requests are sent; the server ends when it is closed.
+        connection: Socket over which requests are sent. When it is closed, the server ends.
     """
 
     def __init__(self, process: Popen[bytes], connection: socket.socket) -> None:
@@ -64,8 +64,8 @@ class ForkServer:
     def start_process(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> RankProcess:
         """Start a process, like :func:`~bigincubate.launchers.rank_group.start_process`.
 
-        The process starts once the server has imported everything. If the server has ended or ends before that, the
-        process is started without it.
+        The process starts once the server has imported everything. If the server has ended, or ends before that, the
+        process is started without a server.
 
         Args:
             command: ``COMMAND`` and arguments.
@@ -100,7 +100,7 @@ class ForkServer:
         return ForkedProcess(status, start_new, log)
 
     def close(self) -> None:
-        """Let the server end after it has served the requests that were sent."""
+        """Let the server end after it has served the requests that were already sent."""
         self.connection.close()
 
     def kill(self) -> None:
@@ -111,11 +111,11 @@ class ForkServer:
 
 
 class ForkedProcess:
-    """A process that a server was asked to start.
+    """A process that a server has been requested to start.
 
     Args:
-        status: Readable end of a pipe on which the process announces its pid; without data at its end if there is none.
-        start_new: Starts the same process without the server.
+        status: Read end of a pipe on which the process announces its pid; closed without data if it was not started.
+        start_new: Starts the same process without a server.
         log: The log file of the process.
     """
 
@@ -132,7 +132,10 @@ class ForkedProcess:
         return self._new.pid if self._new is not None else self._pid
 
     def poll(self) -> int | None:
-        """Return the exit code, or None if the process has not ended: minus the number of the signal that ended it."""
+        """Return the exit code, or None if the process has not ended.
+
+        If a signal ended the process, the code is minus the number of the signal.
+        """
         if self._pid is None and self._new is None and self._code is None:
             self._receive_pid()
         if self._new is not None:
@@ -143,7 +146,11 @@ class ForkedProcess:
         return self._code
 
     def send_signal(self, number: int) -> None:
-        """Send a signal, unless the process has ended. If it does not exist yet, it will receive the last one."""
+        """Send a signal, unless the process has ended.
+
+        A process that does not exist yet receives the last of its signals as soon as it does. If the server ends before
+        that, the process is not started, as if this signal had ended it.
+        """
         if self.poll() is not None:
             return
         if self._new is not None:
@@ -156,7 +163,7 @@ class ForkedProcess:
     def _receive_pid(self) -> None:
         """Read the pid if it has been sent. Start the process without the server if the server has ended."""
         try:
-            text = os.read(self._status, 32)  # written at once
+            text = os.read(self._status, 32)  # the pid is written in one piece
         except BlockingIOError:
             return
         os.close(self._status)
@@ -176,7 +183,7 @@ class ForkedProcess:
 
 
 class ForkServers:
-    """A fork server for each set of environment variables. Use it as a context manager to end them."""
+    """One fork server for each set of environment variables. As a context manager, it ends all servers."""
 
     def __init__(self) -> None:
         self._servers: dict[frozenset[tuple[str, str]], ForkServer] = {}
@@ -191,7 +198,7 @@ class ForkServers:
     def find(self, environment: Mapping[str, str]) -> ForkServer:
         """Return the server whose variables are equal to ``environment``; start it if there is none.
 
-        If it has ended although it should not have, it is not started again.
+        A server that has ended unexpectedly is returned too: it is not started again.
 
         Raises:
             OSError: The server could not be started.
@@ -202,7 +209,7 @@ class ForkServers:
         return self._servers[key]
 
     def close(self) -> None:
-        """Let all servers end after they have served the requests that were sent."""
+        """Let all servers end after they have served the requests that were already sent."""
         for server in self._servers.values():
             server.close()
         self._closed += self._servers.values()
@@ -216,10 +223,10 @@ class ForkServers:
 
 
 def can_fork(nproc: int, gpus: Sequence[str]) -> bool:
-    """Return whether the phases of this machine can be started by fork servers.
+    """Return whether fork servers can start the phases on this machine.
 
-    Only on Linux can a process adopt orphans. Several ranks with GPUs use NCCL, which is not known to work in a process
-    that was forked after torch was imported.
+    This needs Linux, where a process can adopt orphans. Several ranks with GPUs use NCCL, which is not known to work in
+    a process that was forked after torch was imported.
 
     Args:
         nproc: Number of ranks of each phase.

@@ -1,7 +1,7 @@
-"""The process of a :class:`~bigincubate.launchers.fork_server.ForkServer`: import everything, then fork on request.
+"""Run as the process of a :class:`~bigincubate.launchers.fork_server.ForkServer`: import everything, fork on request.
 
-A forked process must not differ from one that has just been started. Therefore this process runs no torch operator (the
-threads of an operator do not exist after a fork), has a single thread, and does not initialize CUDA.
+A forked process must not differ from one that has just been started. Therefore this process runs no torch operator
+(whose threads would be missing after a fork), has a single thread, and does not initialize CUDA.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-# what a phase imports until its first step, apart from what its recipe names
+# what a phase imports before the end of its first step, apart from modules that its recipe names
 MODULES = (
     "bigincubate.__main__",
     "bigincubate.cli",
@@ -37,7 +37,7 @@ def main() -> None:
     arguments = serve(connection, initial)
     if arguments is not None:
         program = sys.modules["bigincubate.__main__"]
-        # as in a process of `python -m bigincubate`, also for its own child processes
+        # as in a process of `python -m bigincubate`; its own child processes read these too
         sys.modules["__main__"], sys.argv = program, [str(program.__file__), *arguments]
         program.main()
 
@@ -54,8 +54,8 @@ def serve(connection: socket.socket, initial: Mapping[str, str]) -> list[str] | 
     """
     stop_threads()
     gc.collect()
-    gc.freeze()  # the collector would write to the memory of all objects, and so copy it for each process
-    atexit.register(gc.unfreeze)  # at its end, an interpreter collects all objects
+    gc.freeze()  # otherwise the collector would write to the memory of all objects, and so copy it in each process
+    atexit.register(gc.unfreeze)  # an interpreter that ends as usual collects all objects
     while True:
         message, files, _, _ = socket.recv_fds(connection, 1, 3)
         if not message or not can_fork():
@@ -66,7 +66,7 @@ def serve(connection: socket.socket, initial: Mapping[str, str]) -> list[str] | 
             if os.fork() > 0:
                 os._exit(0)  # its child becomes a child of the launcher
             connection.close()
-            while os.getppid() == middle:
+            while os.getppid() == middle:  # until the launcher has adopted this process
                 time.sleep(0.001)
             return prepare(initial, *files)
         os.waitpid(middle, 0)
@@ -75,7 +75,10 @@ def serve(connection: socket.socket, initial: Mapping[str, str]) -> list[str] | 
 
 
 def stop_threads() -> None:
-    """Stop the threads that OpenBLAS started when NumPy was imported. It stops them before a fork; this is one."""
+    """Stop the threads that OpenBLAS started when NumPy was imported.
+
+    OpenBLAS itself stops them before a fork, so this forks a child, which exits at once.
+    """
     child = os.fork()
     if child == 0:
         os._exit(0)
@@ -94,7 +97,7 @@ def prepare(initial: Mapping[str, str], request_file: int, log: int, status: int
 
     Args:
         initial: The environment variables of the server before the imports.
-        request_file: File with the request.
+        request_file: File with the request: the arguments and the environment variables of the command.
         log: File to which output is appended.
         status: Pipe for the pid.
 
@@ -109,12 +112,12 @@ def prepare(initial: Mapping[str, str], request_file: int, log: int, status: int
     os.close(log)
     with os.fdopen(request_file, "rb") as file:
         request = json.load(file)
-    # only what differs, because imports set variables too
+    # change only what differs from the server's variables, because imports have also set some
     variables = request["environment"]
     for name in initial.keys() - variables.keys():
         del os.environ[name]
     os.environ.update({name: value for name, value in variables.items() if initial.get(name) != value})
-    np.random.seed()  # otherwise the legacy generator would be the same in all forked processes
+    np.random.seed()  # otherwise the legacy generator would have the same state in all forked processes
     os.write(status, b"%d" % os.getpid())
     os.close(status)
     arguments: list[str] = request["arguments"]

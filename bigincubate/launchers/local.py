@@ -72,9 +72,10 @@ def phase_environment(variables: Mapping[str, str], processes: int) -> dict[str,
 
     Args:
         variables: The environment variables of the run.
-        processes: Number of processes that share the cores of this machine, so that they do not compete.
+        processes: Number of processes that share the cores of this machine.
     """
     return {
+        # divide the cores among the processes, so that they do not compete
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)),
         # if another process is running, threads that spin while they wait make a step several times slower
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -99,7 +100,7 @@ class LocalRunner:
         variables: The environment variables of the phases.
         servers: The fork servers that start the phases; ended at the end of the run.
         stop_requested: Whether a stop signal has arrived.
-        stopping: Whether no more jobs start, because of a signal or because a job was stopped.
+        stopping: Whether to start no more jobs, because of a signal or because a job was stopped.
         patience: Number of remaining retries of phases whose directory is still owned by a killed attempt.
     """
 
@@ -118,7 +119,10 @@ class LocalRunner:
     patience: int = 20
 
     def start_server(self) -> None:
-        """Start the fork server of the first phase, so that it imports while the run is being planned."""
+        """Start the fork server of the first phase, so that it imports while the run is being planned.
+
+        With several GPUs, the variables of a phase depend on the GPUs that it gets, which are not known yet.
+        """
         if len(list_visible_gpus()) < 2:
             self._find_starter(phase_environment(self.variables, self.nproc))
 
@@ -132,7 +136,7 @@ class LocalRunner:
             return self._run_jobs(graph)
 
     def _run_jobs(self, graph: list[Job]) -> Exit:
-        """Run the jobs that are not done yet. Returns the value of :meth:`execute`."""
+        """Run the jobs that are not done yet, and return the exit code of :meth:`execute`."""
         done = {job.key for job in graph if self._phase_dir(job).result is not None}
         failed: dict[str, int] = {}
         waiting = [job for job in graph if job.key not in done]
@@ -217,7 +221,7 @@ class LocalRunner:
     def _find_starter(self, environment: Mapping[str, str]) -> StartProcess:
         """Return the function that starts a process with these environment variables."""
         if can_fork(self.nproc, list_visible_gpus()):
-            with suppress(OSError):  # without a server, the process needs less memory in total
+            with suppress(OSError):  # a process without a server may still start, because it needs less memory
                 return self.servers.find(environment).start_process
         return start_process
 
@@ -261,13 +265,13 @@ class LocalRunner:
         return self._phase_dir(job).path / "logs" / (f"train.{rank}.log" if rank else "train.log")
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
-        """Handle a stop signal. The loop of :meth:`execute` does the rest, so that nothing is interrupted midway."""
+        """Note a stop signal. The loop of :meth:`execute` stops the ranks, so that nothing is interrupted midway."""
         if not self.stop_requested:
             self.reporter.say("stopping: each running phase writes a checkpoint first")
         self.stop_requested = self.stopping = True
 
     def _stop_ranks(self) -> None:
-        """Ask all running processes to stop, and those that do not exist yet not to start."""
+        """Ask all processes to stop, and end the servers, so that processes that do not exist yet never start."""
         for ranks in self.running.values():
             ranks.stop()
         if self.helper is not None:

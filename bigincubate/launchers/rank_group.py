@@ -28,7 +28,10 @@ class RankProcess(Protocol):
         """The process id, or None if the process does not exist yet."""
 
     def poll(self) -> int | None:
-        """Return the exit code, or None if the process has not ended: minus the number of the signal that ended it."""
+        """Return the exit code, or None if the process has not ended.
+
+        If a signal ended the process, the code is minus the number of the signal.
+        """
 
     def send_signal(self, number: int, /) -> None:
         """Send a signal, unless the process has ended."""
