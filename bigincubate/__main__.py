@@ -3,12 +3,12 @@
 from .compat import interpreter_exit
 from .distributed import interrupts
 
-interrupts.install()  # first of all: what follows imports much, and Ctrl-C may come at any moment
+interrupts.install()  # as early as possible: the imports below take long, and Ctrl-C may come at any moment
 interpreter_exit.skip_teardown()
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C is one line at any moment, also during the imports."""
+    """Run the command line. Ctrl-C prints one line at any moment, also during the imports."""
     try:
         try:
             interrupts.raises = True

@@ -57,12 +57,15 @@ def report_lost_batches(describe: Callable[[Exception], Exception]) -> None:
 def read_flight_recorder(backend: str, *, stacks: bool) -> bytes:
     """Return the last collectives of this rank as torch's flight recorder stores them: a pickle for `torchfrtrace`.
 
-    Depending on the version of torch and on ``TORCH_DIST_USE_NCCL2``, the backend ``nccl`` has one of several
-    recorders. The others are empty, so the longest dump is the one to keep.
+    Depending on the version of torch and on ``TORCH_DIST_USE_NCCL2``, the backend ``nccl`` uses one of several
+    recorders. The others are empty, so the longest dump is returned.
 
     Args:
         backend: ``gloo`` or ``nccl``.
         stacks: Whether to include Python stacks. The first dump with stacks in a process takes several seconds.
+
+    Returns:
+        The pickle; empty if no recorder of this backend exists.
     """
     from torch._C import _distributed_c10d as c10d
 
@@ -75,7 +78,7 @@ def read_flight_recorder(backend: str, *, stacks: bool) -> bytes:
 
 
 def record_memory_history() -> None:
-    """Record allocations on the current GPU from now on, the last million of them, with Python stacks."""
+    """Start recording the last million allocations on the current GPU, with Python stacks."""
     torch.cuda.memory._record_memory_history(stacks="python", max_entries=1_000_000)
 
 

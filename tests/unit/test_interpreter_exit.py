@@ -1,4 +1,4 @@
-"""A command ends without removing all modules and objects, and loses no output, exit code or exit handler."""
+"""A command ends without tearing down its interpreter, and loses no output, exit code or exit handler."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def test_command_ends_with_its_output_code_and_handlers(
     assert says in ended.stdout + ended.stderr
     for part in ("thread has ended", "handler of Python"):
         assert part in ended.stdout
-    assert ("object removed" in ended.stdout) == (code == 1)  # after an error that is not ours, as usual
+    assert ("object removed" in ended.stdout) == (code == 1)  # an unexpected error ends the interpreter as usual
     if code != 1:
         assert "handler of C" in ended.stdout
