@@ -58,7 +58,7 @@ def serve(connection: socket.socket, initial: Mapping[str, str]) -> list[str] | 
     atexit.register(gc.unfreeze)  # an interpreter that ends as usual collects all objects
     while True:
         message, files, _, _ = socket.recv_fds(connection, 1, 3)
-        if not message or not can_fork():
+        if not message or not is_safe_to_fork():
             return None
         middle = os.fork()
         if middle == 0:
@@ -85,7 +85,7 @@ def stop_threads() -> None:
     os.waitpid(child, 0)
 
 
-def can_fork() -> bool:
+def is_safe_to_fork() -> bool:
     """Return whether this process has a single thread and has not initialized CUDA."""
     import torch
 

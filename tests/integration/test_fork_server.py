@@ -185,10 +185,10 @@ with Record():
         importlib.import_module(module)
 assert called == {"torchvision._cuda_version.default"}, called  # returns a number
 server.stop_threads()
-assert server.can_fork()
+assert server.is_safe_to_fork()
 import threading
 threading.Thread(target=threading.Event().wait, daemon=True).start()
-assert not server.can_fork()
+assert not server.is_safe_to_fork()
 """
     environment = {**VARIABLES, "OMP_NUM_THREADS": "2"}
     checked = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
