@@ -121,7 +121,7 @@ def _main(words: list[str], folder: Path, before: Before | None, env: dict[str, 
 
 
 def fork_ranks() -> None:
-    """From here on this process, a launcher, forks the ranks of its phases itself; not even a fork server imports."""
+    """From here on this process, a launcher, forks the ranks of its phases itself, without a fork server's imports."""
     from bigincubate.launchers import local
     from bigincubate.launchers import rank_group as ranks
 

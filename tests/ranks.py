@@ -63,7 +63,7 @@ def spoil(patch: pytest.MonkeyPatch, job: dict[str, Any]) -> None:
             os.kill(os.getpid(), signal.SIGUSR1)
         if self.state.step == job.get("take_over_at"):
             (self.folder.path / "owners" / "99.json").write_text("{}")
-            self.lease.is_held()  # as the next heartbeat finds out
+            self.lease.is_held()  # notice it now, not at the next heartbeat
         if self.state.step in job.get("poison", []):
             batch["images"][0, 0, 0, 0] = float("nan")
         return step(self, batch)
@@ -120,7 +120,7 @@ def watch(patch: pytest.MonkeyPatch, at: int, found: dict[str, Any]) -> None:
 
 
 def list_agreements(patch: pytest.MonkeyPatch, steps: list[int]) -> None:
-    """The numbers of steps after which the ranks agree on whether to stop: every ten, however long they take."""
+    """List after how many steps the ranks agree on whether to stop: every ten, however long these take."""
     step, reduce, done = trainer.Trainer.step, dist.all_reduce, 0
 
     def counted(self: trainer.Trainer, batch: Any) -> Any:
@@ -141,7 +141,7 @@ def list_agreements(patch: pytest.MonkeyPatch, steps: list[int]) -> None:
 
 
 def count_steps(patch: pytest.MonkeyPatch, first: int, last: int, found: dict[str, Any]) -> None:
-    """What the steps ``first`` to ``last`` read on the host, and the operators of each one's update."""
+    """Count the values that the host reads in the steps ``first`` to ``last``."""
     step, reads = trainer.Trainer.step, found.setdefault("reads", [])
 
     def counted(self: trainer.Trainer, batch: Any) -> Any:
@@ -150,7 +150,6 @@ def count_steps(patch: pytest.MonkeyPatch, first: int, last: int, found: dict[st
         with StepCounter() as counter:
             ended = step(self, batch)
         reads.append(dict(counter.reads))
-        found["operators"] = dict(counter.operators)
         return ended
 
     patch.setattr(trainer.Trainer, "step", counted)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# On a GPU, the host waits in these for the device: their results, or the shapes of them, depend on values.
+# On a GPU, the host waits for the device in these, because their results, or the shapes of these, depend on values.
 READS = {"_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2", "bincount", "repeat_interleave"}
 COPIES = {"cpu", "numpy", "tolist"}  # on the CPU these call no operator
 TORCH = str(Path(torch.__file__).parent)
@@ -67,7 +67,7 @@ class CopyCounter(TorchFunctionMode):
 
 
 def _has_mask(arguments: tuple[Any, ...]) -> bool:
-    """Return whether a boolean tensor selects elements, which needs their number."""
+    """Return whether a boolean tensor selects elements: the shape of the result then depends on its values."""
     indices = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], (list, tuple)) else ()
     return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in indices)
 

@@ -22,7 +22,7 @@ STEPS = 400
 
 
 def on_two_ranks(folder: Path, function: Callable[[], Any]) -> list[Any]:
-    """Run a function on two gloo ranks, which are forked, and return what it returns on each."""
+    """Run a function on two forked ranks with gloo, and return its value on each."""
     fork = multiprocessing.get_context("fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -42,7 +42,11 @@ def on_two_ranks(folder: Path, function: Callable[[], Any]) -> list[Any]:
 
 
 def agreements(env: DistributedContext, seconds: float, stop_at: int) -> dict[str, Any]:
-    """Poll once per step; rank 1 sets a flag. Returns the number of collective operations, and where it was seen."""
+    """Poll once per step; rank 1 sets a flag from the step ``stop_at`` on.
+
+    Returns:
+        The number of collective operations, and the step in which the flag was seen.
+    """
     now, counts, reduce = [0.0], [0], dist.all_reduce
 
     def counted(*arguments: Any, **options: Any) -> Any:
@@ -61,7 +65,9 @@ def agreements(env: DistributedContext, seconds: float, stop_at: int) -> dict[st
 
 
 @pytest.mark.parametrize(("seconds", "interval"), [(0.001, MAX_STEPS), (0.125, 8), (2.0, 1)])
-def test_ranks_agree_once_a_second_or_every_fifty_steps(seconds: float, interval: int, tmp_path: Path) -> None:
+def test_ranks_agree_about_once_a_second_and_at_least_every_fifty_steps(
+    seconds: float, interval: int, tmp_path: Path
+) -> None:
     def rank() -> list[dict[str, Any]]:
         env = DistributedContext.detect()
         return [agreements(env, seconds, stop_at) for stop_at in (0, 201, STEPS)]
@@ -80,7 +86,7 @@ def test_a_single_process_needs_no_agreement() -> None:
     assert [poll.any_rank(step, step == 3) for step in range(5)] == [(False,), (False,), (False,), (True,), (False,)]
 
 
-def test_restart_is_an_agreement(tmp_path: Path) -> None:
+def test_ranks_agree_in_the_next_step_after_a_restart(tmp_path: Path) -> None:
     def rank() -> list[Any]:
         poll = ControlPoll(DistributedContext.detect(), clock=lambda: 0.0)
         for step in range(60):
@@ -96,7 +102,7 @@ def test_restart_is_an_agreement(tmp_path: Path) -> None:
 
 EXPECTED = [0, 1, 11, 21]  # the first interval is one step
 DISK_FULL = {"spoiled_rank": 1, "disk_full": True}
-CASES: dict[str, tuple[int, dict[str, Any]]] = {  # steps between checkpoints, and what is spoiled
+CASES: dict[str, tuple[int, dict[str, Any]]] = {  # steps between checkpoints, and the fault
     "finished": (1000, {}),
     "stopped": (1000, {"spoiled_rank": 1, "signal_at": 13}),
     "stopped after the last agreement": (1000, {"spoiled_rank": 1, "signal_at": 23}),
@@ -121,7 +127,7 @@ class Phases:
         self.outcomes = dict(zip(jobs, launch(folder, list(jobs.values())), strict=True))
 
     def both(self, name: str, key: str) -> Any:
-        """What both ranks ended with, which must be the same."""
+        """The value of ``key`` that both ranks reported, which must be the same."""
         first, second = (outcome[key] for outcome in self.outcomes[name])
         assert first == second
         return first
@@ -159,7 +165,7 @@ def test_phase_that_ends_before_the_next_agreement_is_finished(phases: Phases) -
     [("disk full", 12), ("disk full after the last agreement", 23), ("disk full at the last step", 28)],
 )
 def test_failed_checkpoint_ends_both_ranks(phases: Phases, name: str, step: int) -> None:
-    """At the next agreement or save, or at the end of the phase."""
+    """They end at the next agreement or save, or at the end of the phase."""
     assert phases.both(name, "code") == 3
     assert f"checkpoint of step {step} not written" in phases.both(name, "err")
     assert phases.saved(name) == []

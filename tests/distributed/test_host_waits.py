@@ -19,11 +19,11 @@ pytest.importorskip("fairscale")
 Harnesses = Callable[..., Any]
 EVERYTHING = ["mixup.mixup=0.4", "mixup.cutmix=1.0", "drop_path.rate=0.3", "augment.erase=0.3", "ema.decay=0.9"]
 EVERYTHING += ["train.clip_grad=1.0", "train.micro_batch=8", "log.every_steps=100", "train.max_steps=5"]
-# their tensors are on the host: the batch before it is copied to the device, and step counters of LAMB
+# reads of tensors that are on the host: the batch before it is copied to the device, and the step counters of LAMB
 ON_THE_HOST = {"batch.py:micro_batch", "_helpers.py:_get_value", "flat_lamb.py:_update"}
 SKIP = "base.py:update_weights_unless"  # without a fused optimizer, the host decides whether to skip an update
-DEEPSPEED = "utils.py:is_invalid_grad_norm"  # in stages 1 and 2 for all gradients and again for each parameter group
-GROUPS = {"adamw": 2, "lamb": 32}  # with and without weight decay; LAMB has one per parameter
+DEEPSPEED = "utils.py:is_invalid_grad_norm"  # for all gradients; in stages 1 and 2, again for each parameter group
+GROUPS = {"adamw": 2, "lamb": 32}  # one with and one without weight decay; with LAMB, one per parameter
 EXPECTED: dict[tuple[str, str], dict[str, int]] = {
     ("none", "adamw"): {},
     ("ddp", "adamw"): {},
@@ -44,7 +44,7 @@ Reads = dict[tuple[str, str], list[dict[str, int]]]
 
 @pytest.fixture(scope="module")
 def reads(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> Reads:
-    """What steps 2 and 3 of the meta model read on the host, on every rank."""
+    """The values that the host reads in steps 2 and 3 of the meta model, on every rank."""
     folder = tmp_path_factory.mktemp("counts")
     found: Reads = {}
     for world in (1, 2):
@@ -73,7 +73,7 @@ def skipped(harness: Harnesses, tmp_path_factory: pytest.TempPathFactory) -> dic
 
 @pytest.mark.parametrize("strategy", ["fsdp2", "oss"])
 def test_update_that_is_skipped_on_the_device_changes_nothing(skipped: dict[str, Any], strategy: str) -> None:
-    """Neither weights nor averages nor step counts: everything after it is as under DDP."""
+    """Weights, averages and step counts stay the same, so everything after that step is as under DDP."""
     expected, found = skipped["ddp"].log("pretrain"), skipped[strategy].log("pretrain")
     assert [row["train/skipped"] for row in found] == [0, 0, 1, 1, 1]
     later = [3, 4]

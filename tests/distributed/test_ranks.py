@@ -202,7 +202,7 @@ class Together:
     """A run of two ranks under FSDP2: stopped, its checkpoint rewritten, one rank killed, finished."""
 
     def __init__(self, harness: Harnesses, folder: Path) -> None:
-        # ranks agree on a stop once a second or every 50 steps: each attempt must still be training then
+        # ranks may agree on a stop only 50 steps later: each attempt must still be training then
         sets = [*LOUD, f"pretrain.train.max_steps={STEPS}"]
         self.single = harness(*sets)
         for phase, module in PHASES:
@@ -245,7 +245,7 @@ class Together:
         return Command("run", run.recipe_file, "--run-dir", run.path, "--jobs", 2, "--nproc", 2, before=nameless)
 
     def wait_for_steps(self, command: Command, count: int) -> None:
-        """Until an attempt has logged ``count`` steps after the checkpoint that it resumed from."""
+        """Wait until an attempt has logged ``count`` steps after the checkpoint that it resumed from."""
         saved = [int(folder.name.removeprefix("step-")) for folder in self.phase.checkpoints.glob("step-*")]
         step = max(saved, default=0) + count
         reached = command.until(lambda: any(row["step"] >= step for row in self.double.log("pretrain")))

@@ -37,7 +37,7 @@ def compare_often() -> None:
 
 
 def slow_loader() -> None:
-    """Rank 1 may wait for each batch."""
+    """Rank 1 gets each batch late while the file exists."""
     compare_often()
     from bigincubate.data.streams import TrainStream
 
@@ -53,7 +53,7 @@ def slow_loader() -> None:
 
 
 def slow_forward() -> None:
-    """Rank 1 may compute for longer."""
+    """Rank 1 needs longer for each forward pass while the file exists."""
     compare_often()
     from bigincubate.tasks.image_classification.task import ImageClassification
 
@@ -68,7 +68,7 @@ def slow_forward() -> None:
 
 
 def events(run: Any) -> list[list[int]]:
-    """The ranks that were named, each time they changed."""
+    """The ranks that were named in each event."""
     rows = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
     return [[each["rank"] for each in row["stragglers"]] for row in rows if row["event"] == "stragglers"]
 

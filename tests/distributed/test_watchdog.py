@@ -77,7 +77,7 @@ def test_stopped_rank_is_named_by_the_other(harness: Harnesses) -> None:
 
 
 def check_dumps(folder: Path, ranks: list[int], *, pending: bool = True) -> None:
-    """The dumps of these ranks: with stacks, and with a collective that is still pending."""
+    """Exactly these ranks have written dumps, with stacks and, if ``pending``, with an unfinished collective."""
     assert sorted(file.name for file in folder.iterdir()) == [f"gloo_{rank}" for rank in ranks]
     for rank in ranks:
         entries = pickle.loads((folder / f"gloo_{rank}").read_bytes())["entries"]
@@ -117,7 +117,7 @@ def test_stopped_host_of_the_store_is_named(harness: Harnesses) -> None:
 
 
 def hung_training() -> None:
-    """A collective may take three seconds, and rank 1 stops in its training thread; its watchdog still counts."""
+    """A collective may take three seconds, and the training thread of rank 1 hangs; its watchdog still counts."""
     from bigincubate.distributed import process_group
     from bigincubate.training.trainer import Trainer
 

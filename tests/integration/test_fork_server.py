@@ -1,4 +1,4 @@
-"""Phases that are copies of a process that has imported everything: like new ones, and not lost with it."""
+"""Phases that are forked from a process that has imported everything: like new processes, and independent of it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fo
 Harnesses = Callable[..., Any]
 VARIABLES = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
-# what a process that has just been started looks like: one line of JSON
+# prints the state of a process that has just been started, as one line of JSON
 DESCRIBE = """
 import json, os, signal, sys, threading, torch
 names = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGCHLD", "SIGPIPE")
@@ -170,7 +170,7 @@ def test_forked_phase_computes_the_same_bits(
 
 
 def test_server_runs_no_operator_and_has_one_thread() -> None:
-    """Two threads for OpenBLAS, which starts them when NumPy is imported."""
+    """OpenBLAS gets two threads, which it starts when NumPy is imported."""
     code = """
 import importlib, os, torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -195,7 +195,7 @@ assert not server.is_safe_to_fork()
     assert checked.returncode == 0, checked.stderr
 
 
-def test_server_with_a_second_thread_starts_nothing(described: dict[str, str], tmp_path: Path) -> None:
+def test_server_with_a_second_thread_forks_nothing(described: dict[str, str], tmp_path: Path) -> None:
     tmp_path.joinpath("sitecustomize.py").write_text(THREAD)
     variables = {**described, "PYTHONPATH": f"{tmp_path}:{described['PYTHONPATH']}"}
     server = ForkServer.start(variables)
@@ -206,7 +206,7 @@ def test_server_with_a_second_thread_starts_nothing(described: dict[str, str], t
     server.kill()
 
 
-def test_process_starts_without_a_server_that_ends_early(described: dict[str, str], tmp_path: Path) -> None:
+def test_process_starts_as_a_new_one_if_the_server_ends_early(described: dict[str, str], tmp_path: Path) -> None:
     server = ForkServer.start(described)
     asked_before = server.start_process([*COMMAND, "--version"], described, tmp_path / "before")
     server.process.kill()
@@ -239,7 +239,7 @@ def test_process_that_is_stopped_before_it_exists_never_runs(described: dict[str
     assert tmp_path.joinpath("log").read_text() == ""
 
 
-def test_environment_that_differs_needs_its_own_server(described: dict[str, str]) -> None:
+def test_each_environment_has_its_own_server(described: dict[str, str]) -> None:
     servers = ForkServers()
     one = servers.find(described)
     assert servers.find(dict(described)) is one
@@ -248,7 +248,7 @@ def test_environment_that_differs_needs_its_own_server(described: dict[str, str]
     assert one.process.returncode is not None
 
 
-def test_ranks_with_gpus_are_started_anew() -> None:
+def test_several_ranks_with_gpus_are_not_forked() -> None:
     assert can_fork(1, ["0"])
     assert can_fork(2, [])
     assert not can_fork(2, ["0", "1"])
@@ -259,7 +259,7 @@ def test_ranks_with_gpus_are_started_anew() -> None:
 
 @pytest.fixture
 def interpreters(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """A file with a line for each Python interpreter of ours that starts, and the variables for it."""
+    """A file to which each interpreter that runs bigincubate adds a line, and the variables that make it do so."""
     tmp_path.joinpath("sitecustomize.py").write_text(STARTED)
     file = tmp_path / "interpreters"
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
@@ -310,7 +310,7 @@ def test_run_that_is_stopped_early_leaves_no_process(
 
 
 def processes_that_log_to(run: Path) -> list[str]:
-    """The processes that have a log of the run open."""
+    """The pids of the processes whose output goes to a log of the run."""
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdecimal():
@@ -323,7 +323,7 @@ def processes_that_log_to(run: Path) -> list[str]:
     return found
 
 
-def test_phase_of_a_killed_launcher_saves_and_exits(harness: Harnesses) -> None:
+def test_forked_phase_of_a_killed_launcher_saves_and_exits(harness: Harnesses) -> None:
     long = harness("train.max_steps=100000", "log.every_steps=1")
     command = Command("run", long.run.recipe_file, "--run-dir", long.run.path, env={"OMP_NUM_THREADS": "1"})
     wait_for(lambda: long.log("pretrain"))
@@ -334,8 +334,8 @@ def test_phase_of_a_killed_launcher_saves_and_exits(harness: Harnesses) -> None:
     assert attempt["state"] == "preempted"
 
 
-def test_orphans_are_adopted_only_by_a_run(harness: Harnesses) -> None:
-    """A program that calls the library keeps its own relation to the orphans of its other children."""
+def test_orphans_are_adopted_only_during_a_run(harness: Harnesses) -> None:
+    """Before and after ``bi.run``, a program does not adopt the orphans that its other children leave behind."""
     code = """
 import os, subprocess, sys
 import bigincubate as bi

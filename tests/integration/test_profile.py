@@ -101,7 +101,7 @@ def test_interrupted_phase_writes_what_it_has_and_traces_the_rest_when_it_resume
     ("chosen", "says"),
     [("[1, 2]", "these steps are already done"), ("[7, 9]", "the phase has only 6 steps")],
 )
-def test_steps_that_are_not_trained_are_named_in_the_log(
+def test_log_says_why_no_step_is_profiled(
     chosen: str, says: str, harness: Harnesses, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = harness(*SETS)
@@ -146,7 +146,7 @@ def test_memory_is_recorded_on_a_gpu_only(harness: Harnesses, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("value", ["[3]", "[3, 2]", "[0, 2]", "[1, 2, 3]", "[]", "[1.5, 2]", "3", '"3-4"', "true"])
-def test_value_that_is_no_range_is_refused_in_one_line(value: str) -> None:
+def test_value_that_is_not_a_range_is_refused_in_one_line(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("digits", [f"train.profile={value}"])
     assert "train.profile" in str(caught.value)

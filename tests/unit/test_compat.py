@@ -47,7 +47,7 @@ def test_torch_fused_step_is_skipped_if_flag_is_set(optimizer: type[torch.optim.
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """A process group of this process."""
+    """A process group of this process alone."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

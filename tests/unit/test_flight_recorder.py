@@ -1,4 +1,4 @@
-"""torch's flight recorder: its variables, and which recorders a rank dumps."""
+"""torch's flight recorder: its environment variables, and which recorders a rank dumps."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_dump_of_nccl_after_a_timeout_goes_to_the_folder(unset: pytest.MonkeyPat
         assert found() == {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "/mine"}
 
 
-def test_each_backend_is_dumped_once_without_stacks_before_with_them(
+def test_each_backend_is_dumped_once_first_without_stacks_then_with_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[str, bool]] = []

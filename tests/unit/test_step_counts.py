@@ -1,4 +1,4 @@
-"""The operators of an update: as many for a deep model as for a shallow one, and none that waits for the device."""
+"""The operators of an update: as many for a deep model as for a shallow one; fused ones do not wait for the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which ranks are named as slower than the others, given what each rank has done."""
+"""Which ranks are named as slow, given the work that each rank has done."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Ranks:
         return [straggler.rank for straggler in self.detector.named]
 
 
-def test_rank_is_named_after_several_comparisons_and_until_it_is_as_fast_as_the_others() -> None:
+def test_rank_is_named_after_several_slow_comparisons_until_several_that_are_not() -> None:
     ranks = Ranks(4)
     slow, equal = (0.1, 0.1, 0.3, 0.1), (0.1, 0.11, 0.14, 0.1)
     found = [ranks.work(*slow) for _ in range(COMPARISONS + 2)] + [ranks.work(*equal) for _ in range(COMPARISONS)]
