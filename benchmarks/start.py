@@ -1,4 +1,4 @@
-"""Measure what a phase needs before its first step, as ratios to ``import torch, timm``, in turns.
+"""Measure what a phase needs before its first step, as ratios to ``import torch, timm``, measured alternately.
 
 ``python benchmarks/start.py --turns 10`` prints medians and ranges of CPU seconds and peak memory of new processes: of
 ``import torch, timm``, of the imports of a phase, and of a phase of ``digits`` until the first step has ended.

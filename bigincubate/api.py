@@ -133,7 +133,8 @@ def run(
     """Run all phases on this machine: meta model, modules, assembly, fine-tuning, export. Call it again to resume.
 
     Each phase runs in separate processes, which log to ``logs/`` in the folder of the phase. Call this from the main
-    thread, so that every phase writes a checkpoint on SIGINT or SIGTERM.
+    thread, so that every phase writes a checkpoint on SIGINT or SIGTERM. On Linux, orphans of child processes become
+    children of this process until the phases have ended.
 
     Args:
         recipe: The recipe.
