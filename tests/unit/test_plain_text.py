@@ -24,8 +24,16 @@ TOP1 = Metric("top1", "top-1", "%")
 
 
 def status(text: str) -> Any:
+    return status_of(text, {"error": text, "stragglers": None})
+
+
+def status_of_slow_rank(text: str) -> Any:
+    return status_of("phase", {"error": None, "stragglers": [{"rank": 1, "host": text, "ratio": 2.0}]})
+
+
+def status_of(text: str, last: dict[str, Any]) -> Any:
     row: dict[str, Any] = {
-        **{"title": text, "state": text, "job": text, "queue": text, "node": text, "error": text, "phase": "p"},
+        **{"title": text, "state": text, "job": text, "queue": text, "node": text, "phase": "p", **last},
         **{"step": 1, "steps": 2, "percent": 50.0, "loss": None, "metrics": {}, "headline": "top1", "unit": text},
         **{"samples_per_sec": None, "eta_seconds": None, "restarts": 0, "checkpoint": None, "partial": None},
     }
@@ -78,7 +86,7 @@ def cluster(text: str) -> Any:
     return tables.cluster_table({"gpus": 1, "phases": phases, "seconds": 1.0, "gpu_seconds": 1.0})
 
 
-TABLES = [status, checkpoints, comparison, summary, plan, sharding, cluster]
+TABLES = [status, status_of_slow_rank, checkpoints, comparison, summary, plan, sharding, cluster]
 
 
 def printed(show: Callable[[Console], object], *, terminal: bool) -> str:
