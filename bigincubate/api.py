@@ -176,7 +176,7 @@ def run(
     with ProgressReporter(console or Console(quiet=True)) as reporter, ForkServers() as servers:
         runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper, servers=servers)
         if directory.phase("pretrain").result is None:
-            runner.start_server()
+            runner.start_server(baseline=baseline)
         from .interchange.export import export  # these two import torch, while the server does too
         from .planning.context import open_run
 

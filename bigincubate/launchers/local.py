@@ -118,13 +118,16 @@ class LocalRunner:
     stopping: bool = False
     patience: int = 20
 
-    def start_server(self) -> None:
+    def start_server(self, *, baseline: bool) -> None:
         """Start the fork server of the first phase, so that it imports while the run is being planned.
 
         With several GPUs, the variables of a phase depend on the GPUs that it gets, which are not known yet.
+
+        Args:
+            baseline: Whether the end-to-end baseline starts at the same time.
         """
         if len(list_visible_gpus()) < 2:
-            self._find_starter(phase_environment(self.variables, self.nproc))
+            self._find_starter(phase_environment(self.variables, min(self.jobs, 1 + baseline) * self.nproc))
 
     def execute(self, graph: list[Job]) -> Exit:
         """Run the jobs that are not done yet.

@@ -15,11 +15,15 @@ from typing import Any
 import pytest
 import torch
 from forked import Command
+from rich.console import Console
 
 from bigincubate.distributed.parent_death import adopt_orphans
 from bigincubate.launchers.fork_server import COMMAND, ForkServer, ForkServers, can_fork
+from bigincubate.launchers.local import LocalRunner
+from bigincubate.launchers.progress import ProgressReporter
 from bigincubate.launchers.rank_group import RankProcess, start_process
 from bigincubate.storage.lease import process_start_time
+from bigincubate.storage.run_directory import RunDir
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork servers need Linux")
 Harnesses = Callable[..., Any]
@@ -277,6 +281,23 @@ def test_run_starts_one_interpreter(nproc: int, harness: Harnesses, interpreters
     assert " -m bigincubate.launchers.fork_server_process " in line
     pids = [short.run.phase(*key).read_attempts()[0]["pid"] for key in PHASES]
     assert len(set(pids)) == len(PHASES)
+
+
+@pytest.mark.parametrize(("jobs", "baseline", "parallel"), [(1, True, 1), (2, False, 1), (2, True, 2), (8, True, 2)])
+def test_first_server_has_the_threads_of_the_first_phase(
+    jobs: int, baseline: bool, parallel: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The meta model shares the cores with the baseline if both run at the same time."""
+    asked: list[dict[str, str]] = []
+
+    def refuse(environment: dict[str, str]) -> ForkServer:
+        asked.append(environment)
+        raise OSError
+
+    monkeypatch.setattr(ForkServer, "start", refuse)
+    runner = LocalRunner(RunDir(tmp_path), jobs, ProgressReporter(Console(quiet=True)), variables={})
+    runner.start_server(baseline=baseline)
+    assert [variables["OMP_NUM_THREADS"] for variables in asked] == [str(max(1, (os.cpu_count() or 1) // parallel))]
 
 
 PHASES: list[tuple[Any, ...]] = [("pretrain",), ("incubate", 0), ("incubate", 1), ("finetune",)]
