@@ -1,9 +1,11 @@
-"""The benchmarks for one GPU at toy size on the CPU: their rows are measured, kept, and not measured twice."""
+"""The tests and benchmarks for GPUs, at toy size on the CPU. A benchmark measures each row once and keeps it."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+REPOSITORY = Path(__file__).parents[2]
+BENCHMARKS = REPOSITORY / "benchmarks"
 
 
 @pytest.fixture
@@ -78,3 +81,14 @@ def test_step_of_a_module_is_measured_in_a_process(gpu: Any, tmp_path: Path) -> 
     assert [line["contestant"] for line in found["lines"]] == ["plain", "skipping"]
     assert all(line["images/s"] > 0 for line in found["lines"])
     assert {line.get("as") for line in found["lines"]} == {"skipping", None}
+
+
+def test_tests_for_gpus_pass_on_the_cpu(tmp_path: Path) -> None:
+    """At toy size, without those that compile blocks, which take minutes."""
+    words = ["-m", "pytest", str(REPOSITORY / "tests" / "gpu"), "--device", "cpu", "-k", "not compiled", "-rN"]
+    words += ["--basetemp", str(tmp_path / "gpu"), "-p", "no:cacheprovider"]
+    ended = subprocess.run([sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    passed = re.search(r"(\d+) passed", ended.stdout)
+    assert passed is not None, ended.stdout
+    assert int(passed[1]) >= 40  # those of Triton's kernels are skipped
