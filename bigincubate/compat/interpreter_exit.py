@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import atexit
-import sys
+import gc
+import io
 from contextlib import suppress
 
+FILES = {io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom}  # the classes that buffer output
 exit_code: int | None = None  # of the command; None: tear down the interpreter as usual
 
 
 def skip_teardown() -> None:
     """Skip the teardown when the interpreter ends, if :data:`exit_code` is set by then.
 
-    Must be called before anything else registers an exit handler, because handlers run in reverse order. Exit handlers
-    of Python and C still run, because profilers need them to write their files; only modules and objects are not
-    removed.
+    Exit handlers of Python and C still run, because profilers need them to write their files, and open files are
+    flushed; only modules and objects are not removed. Handlers run in reverse order, and the one that is registered
+    here does not return. Therefore it is not registered if there already are others, such as those of a tracer that
+    ``sitecustomize`` starts.
     """
-    atexit.register(_exit)
+    if atexit._ncallbacks() == 0:
+        atexit.register(_exit)
 
 
 def _exit() -> None:
     if exit_code is None:
         return
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # the stream is closed or None
-            stream.flush()
+    # the teardown would flush files that are still open, such as the log of a plug-in
+    for file in [thing for thing in gc.get_objects() if type(thing) in FILES]:
+        with suppress(OSError, ValueError):  # the file is closed
+            file.flush()
     import ctypes
 
     ctypes.PyDLL(None).exit(exit_code)  # PyDLL keeps the interpreter's lock, so that no other thread runs Python code

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -51,3 +53,21 @@ def test_command_ends_with_its_output_code_and_handlers(
     assert ("object removed" in ended.stdout) == (code == 1)  # an unexpected error ends the interpreter as usual
     if code != 1:
         assert "handler of C" in ended.stdout
+
+
+def test_file_that_is_still_open_is_flushed(tmp_path: Path) -> None:
+    change = f"file = open({str(tmp_path / 'file')!r}, 'w'); binary = open({str(tmp_path / 'binary')!r}, 'w+b')"
+    change += "; file.write('text'); binary.write(b'bytes')"
+    text = CODE.replace("{arguments}", "['--version']").replace("{change}", change)
+    subprocess.run([sys.executable, "-c", text], capture_output=True, check=True, timeout=50)
+    assert tmp_path.joinpath("file").read_text() == "text"
+    assert tmp_path.joinpath("binary").read_text() == "bytes"
+
+
+def test_handler_that_is_registered_before_the_command_starts_runs(tmp_path: Path) -> None:
+    """Such as that of a tracer or of a coverage measurement, which begin in ``sitecustomize``."""
+    tmp_path.joinpath("sitecustomize.py").write_text("import atexit; atexit.register(print, 'first handler')")
+    variables = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path.cwd()}"}
+    command = [sys.executable, "-m", "bigincubate", "--version"]
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, check=True, timeout=50)
+    assert "first handler" in ended.stdout
