@@ -84,8 +84,8 @@ class ForkServer:
         os.set_blocking(status, False)
         try:
             with (
+                os.fdopen(written_status, "wb") as answer,  # first, so that it is closed in any case
                 log.open("ab") as output,
-                os.fdopen(written_status, "wb") as answer,
                 os.fdopen(os.memfd_create("request"), "w+b") as file,
             ):
                 file.write(json.dumps(request).encode())
@@ -141,8 +141,11 @@ class ForkedProcess:
         if self._new is not None:
             return self._new.poll()
         if self._pid is not None and self._code is None:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-            self._code = os.waitstatus_to_exitcode(status) if pid else None
+            try:
+                pid, status = os.waitpid(self._pid, os.WNOHANG)
+                self._code = os.waitstatus_to_exitcode(status) if pid else None
+            except ChildProcessError:  # another part of the program has waited for it; subprocess.Popen does the same
+                self._code = 0
         return self._code
 
     def send_signal(self, number: int) -> None:
@@ -156,9 +159,14 @@ class ForkedProcess:
         if self._new is not None:
             self._new.send_signal(number)
         elif self._pid is not None:
-            os.kill(self._pid, number)
+            self._kill(self._pid, number)
         else:
             self._signal = number
+
+    @staticmethod
+    def _kill(pid: int, number: int) -> None:
+        with suppress(ProcessLookupError):  # another part of the program has waited for it
+            os.kill(pid, number)
 
     def _receive_pid(self) -> None:
         """Read the pid if it has been sent. Start the process without the server if the server has ended."""
@@ -170,7 +178,7 @@ class ForkedProcess:
         if text:
             self._pid = int(text)
             if self._signal is not None:
-                os.kill(self._pid, self._signal)
+                self._kill(self._pid, self._signal)
         elif self._signal is not None:
             self._code = -self._signal
         else:

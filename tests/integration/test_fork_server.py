@@ -151,6 +151,27 @@ def test_signal_that_ends_a_forked_process_is_its_exit_code(
     assert process.poll() == -signal.SIGKILL
 
 
+def test_process_that_another_part_of_the_program_has_waited_for_has_ended(
+    server: ForkServer, described: dict[str, str], tmp_path: Path
+) -> None:
+    """Such as a handler of SIGCHLD that waits for all children."""
+    process = server.start_process([*COMMAND, "--version"], described, tmp_path / "log")
+    wait_for(lambda: process.poll() is not None or process.pid)
+    assert process.pid is not None
+    os.waitpid(process.pid, 0)
+    process.send_signal(signal.SIGTERM)  # nothing happens
+    assert process.poll() == 0
+
+
+def test_log_that_cannot_be_opened_leaves_no_open_file(
+    server: ForkServer, described: dict[str, str], tmp_path: Path
+) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(FileNotFoundError):
+        server.start_process([*COMMAND, "--version"], described, tmp_path / "missing" / "log")
+    assert os.listdir("/proc/self/fd") == before
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_forked_phase_computes_the_same_bits(
     workers: int, server: ForkServer, described: dict[str, str], harness: Harnesses, tmp_path: Path
