@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from subprocess import DEVNULL, Popen
 
+from ..distributed.parent_death import PARENT_VARIABLE
 from ..errors import Exit
 from .rank_group import RankProcess, start_process
 
@@ -26,7 +27,8 @@ class ForkServer:
 
     Attributes:
         process: The server.
-        connection: Socket over which requests are sent. When it is closed, the server ends.
+        connection: Socket over which requests are sent. The server ends when it is closed, and when this process ends,
+            even if a child of this process still has the socket open.
     """
 
     def __init__(self, process: Popen[bytes], connection: socket.socket) -> None:
@@ -49,7 +51,7 @@ class ForkServer:
                 command = [sys.executable, "-m", "bigincubate.launchers.fork_server_process", str(theirs.fileno())]
                 process = Popen(
                     command,
-                    env=dict(environment),
+                    env={**environment, PARENT_VARIABLE: str(os.getpid())},
                     stdin=DEVNULL,
                     stdout=DEVNULL,
                     stderr=DEVNULL,

@@ -17,6 +17,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..distributed.parent_death import stop_with_parent
+
 # what a phase imports before the end of its first step, apart from modules that its recipe names
 MODULES = (
     "bigincubate.__main__",
@@ -31,6 +33,7 @@ MODULES = (
 
 def main() -> None:
     """Serve requests. In a forked process, run the requested command."""
+    stop_with_parent()
     connection, initial = socket.socket(fileno=int(sys.argv[1])), dict(os.environ)
     for module in MODULES:
         importlib.import_module(module)

@@ -264,6 +264,28 @@ def test_process_that_is_stopped_before_it_exists_never_runs(described: dict[str
     assert tmp_path.joinpath("log").read_text() == ""
 
 
+def test_server_ends_with_a_killed_launcher(described: dict[str, str]) -> None:
+    """Also if a child of the launcher, such as a worker that prepares data, still has the connection open."""
+    code = """
+import os, signal, time
+from bigincubate.launchers.fork_server import ForkServer
+server = ForkServer.start(dict(os.environ))
+child = os.fork()
+if child == 0:
+    time.sleep(300)
+print(server.process.pid, child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], env=described, stdout=subprocess.PIPE, text=True) as launcher:
+        assert launcher.stdout is not None
+        server, child = map(int, launcher.stdout.readline().split())
+        try:
+            wait_for(lambda: os.waitpid(server, os.WNOHANG)[0])  # this process has adopted it
+        finally:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+
+
 def test_each_environment_has_its_own_server(described: dict[str, str]) -> None:
     servers = ForkServers()
     one = servers.find(described)
