@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -154,7 +155,8 @@ class ForkedProcess:
         """Send a signal, unless the process has ended.
 
         A process that does not exist yet receives the last of its signals as soon as it does. If the server ends before
-        that, the process is not started, as if this signal had ended it.
+        that, the process is not started, as if this signal had ended it. After SIGKILL, it
+        never runs, even if this object is deleted before the server answers.
         """
         if self.poll() is not None:
             return
@@ -162,6 +164,9 @@ class ForkedProcess:
             self._new.send_signal(number)
         elif self._pid is not None:
             self._kill(self._pid, number)
+        elif number == signal.SIGKILL:
+            os.close(self._status)  # the process exits when it cannot announce its pid
+            self._code = -number
         else:
             self._signal = number
 

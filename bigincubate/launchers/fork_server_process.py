@@ -121,7 +121,10 @@ def prepare(initial: Mapping[str, str], request_file: int, log: int, status: int
         del os.environ[name]
     os.environ.update({name: value for name, value in variables.items() if initial.get(name) != value})
     np.random.seed()  # otherwise the legacy generator would have the same state in all forked processes
-    os.write(status, b"%d" % os.getpid())
+    try:
+        os.write(status, b"%d" % os.getpid())
+    except BrokenPipeError:  # the launcher has ended, or has killed this process before it existed
+        os._exit(1)
     os.close(status)
     arguments: list[str] = request["arguments"]
     return arguments

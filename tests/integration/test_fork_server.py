@@ -264,6 +264,18 @@ def test_process_that_is_stopped_before_it_exists_never_runs(described: dict[str
     assert tmp_path.joinpath("log").read_text() == ""
 
 
+def test_process_that_is_killed_before_it_exists_never_runs(described: dict[str, str], tmp_path: Path) -> None:
+    """Even if the server serves the request; such as rank 0 when rank 1 could not be started."""
+    server = ForkServer.start(described)
+    killed = server.start_process([*COMMAND, "--version"], described, tmp_path / "killed")
+    killed.send_signal(signal.SIGKILL)
+    assert killed.poll() == -signal.SIGKILL
+    later = server.start_process([*COMMAND, "--version"], described, tmp_path / "later")
+    assert ended(later) == 0
+    assert tmp_path.joinpath("killed").read_text() == ""
+    server.kill()
+
+
 def test_server_ends_with_a_killed_launcher(described: dict[str, str]) -> None:
     """Also if a child of the launcher, such as a worker that prepares data, still has the connection open."""
     code = """
