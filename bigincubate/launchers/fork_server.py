@@ -155,8 +155,8 @@ class ForkedProcess:
         """Send a signal, unless the process has ended.
 
         A process that does not exist yet receives the last of its signals as soon as it does. If the server ends before
-        that, the process is not started, as if this signal had ended it. After SIGKILL, it
-        never runs, even if this object is deleted before the server answers.
+        that, the process is not started, as if this signal had ended it. After SIGKILL, it never runs, even if this
+        object is deleted before the server answers.
         """
         if self.poll() is not None:
             return
