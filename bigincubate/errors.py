@@ -96,6 +96,12 @@ def format_command(*words: object) -> str:
     return shlex.join(["bigincubate", *map(str, words)])
 
 
+def format_os_error(error: OSError) -> str:
+    """Return the reason of an error of the operating system, with the file if there is one."""
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
 def check_integer(name: str, value: object, least: int = 1) -> None:
     """Check an argument of the Python API.
 

@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from ..distributed.interrupts import INTERRUPTED
-from ..errors import BigincubateError, Exit
+from ..errors import BigincubateError, Exit, format_os_error
 
 from . import training, slurm as cluster, inspect as looking, report as reporting, models, checkpoint as checkpoints  # isort: skip # importing them adds their commands, in this order
 from .app import app, discard_unread_output, fail
@@ -33,7 +33,7 @@ def _run() -> NoReturn:
     except KeyboardInterrupt:
         fail(INTERRUPTED, Exit.INTERRUPTED)
     except OSError as error:
-        fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), Exit.ENVIRONMENT)
+        fail(format_os_error(error), Exit.ENVIRONMENT)
     except MemoryError:
         fail("not enough memory on this machine; use smaller models, images or batches", Exit.ENVIRONMENT)
     except Exception as error:

@@ -28,7 +28,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import ConfigError, DataError, SystemResourceError, check_integer
+from ..errors import ConfigError, DataError, SystemResourceError, check_integer, format_os_error
 from ..files import fsync_path, link_or_copy, quote_path, write_text
 from .chunk_records import RECORDS, Chunk, ChunkRecord, has_same_contents, is_unchanged, read_record
 from .chunks import write_chunk, write_description
@@ -112,7 +112,7 @@ def prepare_dataset(
         with folder_lock(out, PREPARE_SECONDS):
             return _prepare(read_source(source, val_fraction), out, partition, options)
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        what = format_os_error(error)
         raise SystemResourceError(
             f"cannot prepare {source}: {what}; fix the problem, then run the same command again to resume"
         ) from None

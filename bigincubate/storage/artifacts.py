@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from ..config import ModelConfig, TaskConfig, describe_changes
-from ..errors import ArtifactError, LockedError, NonFiniteError
+from ..errors import ArtifactError, LockedError, NonFiniteError, format_os_error
 from ..files import fsync_path, hash_file, make_folder, quote_path, regular_file_size, write_and_hash, write_text
 from .checkpoint_manager import COMMIT_MARKER, read_committed_manifest
 from .lease import Lease
@@ -145,7 +145,7 @@ def load_manifest(folder: Path) -> ArtifactManifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"no artifact in {quote_path(folder)}: {error.filename} is missing") from None
     except OSError as error:
-        raise ArtifactError(f"{error.filename}: {error.strerror}") from None
+        raise ArtifactError(format_os_error(error)) from None
     except ValidationError as error:
         raise ArtifactError(f"{current / 'manifest.json'}: {error.errors()[0]['msg']}") from None
 
