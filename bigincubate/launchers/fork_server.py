@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from subprocess import DEVNULL, Popen
+from subprocess import DEVNULL, Popen, TimeoutExpired
 
 from ..distributed.parent_death import PARENT_VARIABLE
-from ..errors import Exit
-from .rank_group import RankProcess, start_process
+from ..errors import Exit, format_os_error
+from .rank_group import GRACE_SECONDS, RankProcess, start_process
 
 COMMAND = (sys.executable, "-m", "bigincubate")  # the beginning of each command that a server can run
 
@@ -28,12 +28,14 @@ class ForkServer:
 
     Attributes:
         process: The server.
+        started: The processes that were requested and may have left other processes behind.
         connection: Socket over which requests are sent. The server ends when it is closed, and when this process ends,
             even if a child of this process still has the socket open.
     """
 
     def __init__(self, process: Popen[bytes], connection: socket.socket) -> None:
         self.process, self.connection = process, connection
+        self.started: list[ForkedProcess] = []
 
     @classmethod
     def start(cls, environment: Mapping[str, str]) -> ForkServer:
@@ -100,7 +102,15 @@ class ForkServer:
         except OSError:
             os.close(status)
             raise
-        return ForkedProcess(status, start_new, log)
+        self.started.append(ForkedProcess(status, start_new, log))
+        return self.started[-1]
+
+    def reap_orphans(self) -> None:
+        """Wait for processes that have ended after the process that started them: workers of a phase that was killed.
+
+        This process has adopted them, so they would remain zombies.
+        """
+        self.started = [process for process in self.started if not process.reap_group()]
 
     def close(self) -> None:
         """Let the server end after it has served the requests that were already sent."""
@@ -110,7 +120,9 @@ class ForkServer:
         """End the server at once. The processes that it has started continue."""
         self.close()
         self.process.kill()
-        self.process.wait()
+        with suppress(TimeoutExpired):  # the kernel waits for its storage
+            self.process.wait(GRACE_SECONDS)
+        self.reap_orphans()
 
 
 class ForkedProcess:
@@ -150,6 +162,22 @@ class ForkedProcess:
             except ChildProcessError:  # another part of the program has waited for it; subprocess.Popen does the same
                 self._code = 0
         return self._code
+
+    def reap_group(self) -> bool:
+        """Wait for those of the processes it has left behind that have ended.
+
+        Returns:
+            Whether it has ended and none of them is left.
+        """
+        if self.poll() is None:
+            return False
+        if self._pid is None:
+            return True
+        with suppress(ChildProcessError):
+            while os.waitpid(-self._pid, os.WNOHANG)[0]:  # it leads its process group
+                pass
+            return False
+        return True
 
     def send_signal(self, number: int) -> None:
         """Send a signal, unless the process has ended.
@@ -193,7 +221,7 @@ class ForkedProcess:
                 self._new = self._start_new()
             except OSError as error:
                 with suppress(OSError), self._log.open("a") as log:
-                    log.write(f"bigincubate: {error.filename}: {error.strerror}\n")
+                    log.write(f"bigincubate: {format_os_error(error)}\n")
                 self._code = Exit.ENVIRONMENT
 
 
@@ -222,6 +250,11 @@ class ForkServers:
         if key not in self._servers:
             self._servers[key] = ForkServer.start(environment)
         return self._servers[key]
+
+    def reap_orphans(self) -> None:
+        """See :meth:`ForkServer.reap_orphans`."""
+        for server in (*self._servers.values(), *self._closed):
+            server.reap_orphans()
 
     def close(self) -> None:
         """Let all servers end after they have served the requests that were already sent."""

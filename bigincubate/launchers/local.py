@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from ..distributed.parent_death import adopt_orphans
-from ..errors import Exit
+from ..errors import Exit, format_os_error
 from ..planning.job_graph import Job
 from ..storage.run_directory import PhaseDir, RunDir
 from .fork_server import COMMAND, ForkServers, can_fork
@@ -159,7 +159,7 @@ class LocalRunner:
                         self._start_job(job, parallel=min(self.jobs, sum(other.needs == job.needs for other in graph)))
                     except OSError as error:
                         failed[job.key] = Exit.ENVIRONMENT
-                        reason = f"{error.filename}: {error.strerror}"
+                        reason = format_os_error(error)
                         self.reporter.failed(job, Exit.ENVIRONMENT, reason, self._log_file(job, 0))
                 if not waiting:
                     self.servers.close()
@@ -178,6 +178,7 @@ class LocalRunner:
                     else:
                         failed[job.key] = code
                         self.reporter.failed(job, code, ranks.reason, ranks.log)
+                self.servers.reap_orphans()
                 self.check_helper(waiting)
                 running = [(job, self._phase_dir(job)) for job in graph if job.key in self.running]
                 self.reporter.update(running)
@@ -237,7 +238,7 @@ class LocalRunner:
             helper.start(self.run.path / "modules" / "logs", self.nproc, modules)
         except OSError as error:
             self.helper = None
-            reason = f"{error.filename}: {error.strerror}"
+            reason = format_os_error(error)
             self.reporter.say(f"{helper.title}: could not be started ({reason}); {helper.fallback}")
 
     def check_helper(self, waiting: list[Job]) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,42 @@ def test_log_that_cannot_be_opened_leaves_no_open_file(
     with pytest.raises(FileNotFoundError):
         server.start_process([*COMMAND, "--version"], described, tmp_path / "missing" / "log")
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_workers_of_a_killed_phase_are_no_zombies(
+    server: ForkServer,
+    described: dict[str, str],
+    harness: Harnesses,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    long = harness("train.max_steps=100000", "log.every_steps=1", "data.workers=2")
+    process = server.start_process([*COMMAND, *map(str, long.command("pretrain"))], described, tmp_path / "log")
+    request.addfinalizer(lambda: process.send_signal(signal.SIGKILL))
+    wait_for(lambda: process.poll() is not None or long.log("pretrain"))
+    pid = process.pid
+    assert pid is not None
+    assert len(members(pid)) >= 3
+    process.send_signal(signal.SIGKILL)
+    assert ended(process) == -signal.SIGKILL
+
+    def reaped() -> bool:
+        server.reap_orphans()
+        return not members(pid)
+
+    wait_for(reaped)
+
+
+def members(group: int) -> list[int]:
+    """The processes of a process group, also those that have ended."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdecimal():
+            with suppress(OSError):
+                fields = (process / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[2]) == group:
+                    found.append(int(process.name))
+    return found
 
 
 @pytest.mark.parametrize("workers", [0, 2])
