@@ -71,7 +71,7 @@ LAYERS: dict[str, set[str]] = {
         ),
         *("planning", "report", "storage", "tasks", "training"),
     },
-    "__main__": {"cli", "distributed"},
+    "__main__": {"cli", "compat", "distributed"},
 }
 HEAVY = {"torch", "timm", "streaming", "torchvision", "numpy", "sklearn", "tensorboard", "PIL", "matplotlib"}
 
