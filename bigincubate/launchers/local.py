@@ -184,7 +184,7 @@ class LocalRunner:
                 self.reporter.update(running)
                 for line in self.estimate(running):
                     self.reporter.say(line)
-                time.sleep(0.2)
+                self._pause()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -273,6 +273,13 @@ class LocalRunner:
         if not self.stop_requested:
             self.reporter.say("stopping: each running phase writes a checkpoint first")
         self.stop_requested = self.stopping = True
+
+    def _pause(self) -> None:
+        """Wait for a fifth of a second, or until a stop signal arrives."""
+        before = self.stop_requested
+        for _ in range(10):
+            if self.stop_requested == before:
+                time.sleep(0.02)
 
     def _stop_ranks(self) -> None:
         """Ask all processes to stop, and end the servers, so that processes that do not exist yet never start."""
