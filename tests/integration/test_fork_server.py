@@ -334,6 +334,7 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert launcher.stdout is not None
         server, child = map(int, launcher.stdout.readline().split())
         try:
+            assert launcher.wait(60) == -signal.SIGKILL
             wait_for(lambda: os.waitpid(server, os.WNOHANG)[0])  # this process has adopted it
         finally:
             os.kill(child, signal.SIGKILL)
