@@ -7,6 +7,7 @@ how it is computed (sharding, workers, micro-batch, logging). The identity of a 
 """
 
 from .keys import RecipeKey, format_recipe_keys, list_recipe_keys
+from .modules import MetaConfig
 from .reading import list_shipped_recipes, load_recipe
 from .recipe import Recipe, describe_changes, differences, is_execution
 from .sections import (
@@ -14,7 +15,6 @@ from .sections import (
     AugmentConfig,
     DataConfig,
     Fsdp2Config,
-    MetaConfig,
     MixupConfig,
     ModelConfig,
     OptimConfig,

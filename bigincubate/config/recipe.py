@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from . import sections
+from . import modules, sections
 from .schema import iterate_fields
 from .sections import Phase, PhaseConfig, Settings
 from .slurm import SlurmConfig
@@ -23,8 +23,8 @@ class Recipe(Settings):
     description: str = execution_field("")
     """Description of the experiment."""
     data: sections.DataConfig = sections.DataConfig()
-    plan: sections.PlanConfig
-    meta: sections.MetaConfig = sections.MetaConfig()
+    plan: modules.PlanConfig
+    meta: modules.MetaConfig = modules.MetaConfig()
     pretrain: PhaseConfig = PhaseConfig()
     incubate: sections.IncubateConfig = sections.IncubateConfig()
     finetune: PhaseConfig = PhaseConfig()
