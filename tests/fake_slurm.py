@@ -64,7 +64,7 @@ class FakeSlurm:
     Attributes:
         run: The run directory.
         seed: Draws all faults.
-        modules: Number of modules of the run.
+        modules: Numbers of the modules that the run incubates.
         submit_limit: Tasks that may be in the queue.
         max_array_size: Slurm's ``MaxArraySize``.
         fault: Probability of each kind of fault.
@@ -72,7 +72,7 @@ class FakeSlurm:
 
     run: RunDir
     seed: int
-    modules: int
+    modules: Sequence[int]
     submit_limit: int = 10**9
     max_array_size: int = 1001
     fault: float = 0.03
@@ -198,7 +198,8 @@ class FakeSlurm:
         if job.kind == "incubate":
             assert self.done("pretrain"), f"{key} has started without a meta model"
         if job.kind == "finetune":
-            assert all(self.done(f"incubate/{module}") for module in range(self.modules)), "a module is missing"
+            assert self.done("pretrain"), "the meta model is missing"
+            assert all(self.done(f"incubate/{module}") for module in self.modules), "a module is missing"
         for fault in ("crash", "requeue", "hold"):
             if self.draw(fault):
                 task.outcome = fault

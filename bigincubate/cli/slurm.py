@@ -103,7 +103,7 @@ def preview_submission(recipe: Any, run: RunDir, *, baseline: bool) -> None:
     size, reachable = DEFAULT_MAX_ARRAY_SIZE, False
     with contextlib.suppress(ExternalError):  # Slurm is not installed here
         size, reachable = query_max_array_size(), True
-    modules = make_plan(recipe).modules
+    modules = make_plan(recipe).incubated
     say(format_submission(recipe, run, modules, baseline=baseline, size=size))
     refused = []
     for kind, command in plan_submission(recipe, run, modules, baseline=baseline, size=size) if reachable else ():

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from .schema import PathMark
-from .tables import ConfigTable, Count, StageDepths
+from .tables import ConfigTable, Count, Depth, StageDepths
+
+
+def _check_incubated(modules: Any) -> Any:
+    """Return which modules are incubated. Every other value has the same message, whatever its type."""
+    numbers = isinstance(modules, list) and all(type(module) is int for module in modules)
+    if modules not in ("all", "none") and not (numbers and _is_ascending(modules)):
+        raise ValueError('expected "all", "none", or numbers of modules in ascending order, counted from 0: [1, 3]')
+    return modules
 
 
 class PlanConfig(ConfigTable):
@@ -22,11 +30,21 @@ class PlanConfig(ConfigTable):
     meta_depths: StageDepths | None = None
     """Number of blocks of each module of the meta model, in the same form. None: the smallest possible numbers.
     Unit: blocks."""
+    incubate: Annotated[Literal["all", "none"] | list[Depth], BeforeValidator(_check_incubated)] = "all"
+    """Modules that are incubated: `"all"`, `"none"` (depth expansion), or a list of their numbers, counted from 0.
+    Fine-tuning starts with the others as `expand.init` makes them from the meta model."""
 
     @property
     def number(self) -> int:
         """Return the number of modules."""
         return self.modules or len(self.target_depths or ())
+
+    @property
+    def incubated(self) -> list[int]:
+        """Return the numbers of the modules that are incubated."""
+        if isinstance(self.incubate, list):
+            return self.incubate
+        return list(range(self.number)) if self.incubate == "all" else []
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanConfig:
@@ -36,6 +54,8 @@ class PlanConfig(ConfigTable):
             raise ValueError(f"modules = {self.modules}, but target_depths lists {len(self.target_depths)}")
         if not self.modules and not self.target_depths:
             raise ValueError("set target_depths, or modules for balanced FLOPs")
+        if self.incubated and self.incubated[-1] >= self.number:
+            raise ValueError(f"incubate lists module {self.incubated[-1]}, but the modules are 0 to {self.number - 1}")
         return self
 
 
@@ -67,3 +87,10 @@ def _is_ascending(select: Any) -> bool:
     if isinstance(select[0], list):
         return all(map(_is_ascending, select))
     return select[0] >= 0 and all(before < after for before, after in pairwise(select))
+
+
+class ExpandConfig(ConfigTable):
+    """The modules that are not incubated, because ``plan.incubate`` does not list them."""
+
+    init: Literal["fresh", "boundary", "grow"] = "grow"
+    """Weights with which a module that is not incubated enters fine-tuning: the same choices as for `incubate.init`."""

@@ -27,6 +27,7 @@ class Recipe(Settings):
     meta: modules.MetaConfig = modules.MetaConfig()
     pretrain: PhaseConfig = PhaseConfig()
     incubate: sections.IncubateConfig = sections.IncubateConfig()
+    expand: modules.ExpandConfig = modules.ExpandConfig()
     finetune: PhaseConfig = PhaseConfig()
     end_to_end: sections.EndToEndConfig = sections.EndToEndConfig()
     log: sections.LogConfig = sections.LogConfig()

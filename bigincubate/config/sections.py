@@ -350,7 +350,8 @@ class EndToEndConfig(PhaseConfig):
     """The end-to-end baseline."""
 
     budget: Literal["equal_flops", "epochs"] = "equal_flops"
-    """Length of the end-to-end baseline: the training FLOPs of the whole incubation, or `end_to_end.train.epochs`."""
+    """Length of the end-to-end baseline: the training FLOPs of an incubation of all modules (whichever
+    `plan.incubate` lists), or `end_to_end.train.epochs`."""
 
 
 class LogConfig(ConfigTable):

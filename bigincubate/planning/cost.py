@@ -7,7 +7,7 @@ in training, and runs a forward and a backward pass under ``torch.utils.flop_cou
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -173,12 +173,15 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
 
 
 def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
-    """Return every phase with its cost and length, for a training split of ``samples`` samples."""
+    """Return every phase with its cost and length, for a training split of ``samples`` samples.
+
+    Equal FLOPs are those of an incubation of all modules, also if the plan incubates only some of them.
+    """
     rows: list[PlannedRow] = []
     counters: dict[Phase, CostCounter] = {}
     for settings in {s.model.model_dump_json(): s for s in map(recipe.settings, PHASES)}.values():
         phase_model(plan.row("end_to_end"), settings, plan.family, device="meta")  # checks blocks at every index
-    for row in plan.rows():
+    for row in replace(plan, expanded=frozenset()).rows():
         settings = recipe.settings(row.phase)
         task = task_class(settings.task.name)
         cost = counters.setdefault(row.phase, CostCounter(settings, plan)).count(row)
@@ -203,7 +206,7 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
                 total_flops=seen * cost.training_flops,
             )
         )
-    return rows
+    return [row for row in rows if row.module not in plan.expanded]
 
 
 def plan_json(recipe: Recipe, plan: Plan, rows: list[PlannedRow]) -> dict[str, Any]:

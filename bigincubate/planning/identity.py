@@ -43,7 +43,8 @@ def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, steps: int) -> di
         default.
     """
     settings = recipe.settings(row.phase)
-    keys = (*ORDER_KEYS, *PHASE_KEYS.get(row.phase, ()), f"{row.phase}.export")
+    expand = ["expand.init"] if any(slot.source == "expand" for slot in row.slots) else []
+    keys = (*ORDER_KEYS, *PHASE_KEYS.get(row.phase, ()), *expand, f"{row.phase}.export")
     values, defaults = recipe.flat(), Recipe(plan=recipe.plan).flat()
     used = {key: values[key] for key in keys if values.get(key) != defaults.get(key)}
     defaults = Settings().flat()
@@ -94,12 +95,14 @@ def invalidated_rows(before: Sequence[PlannedRow], after: Sequence[PlannedRow]) 
         after: The phases of the changed recipe.
 
     Returns:
-        The rows of ``before`` that differ in ``after``, or that read the artifact of an invalidated phase.
+        The rows of ``before`` that differ in ``after``, or that read the artifact of an invalidated phase. A phase that
+        ``after`` does not have, such as a module that is no longer incubated, does not become invalid by that.
     """
     now = {row.key: (row.identity, row.data) for row in after}
     invalid: dict[str, PlannedRow] = {}
     for row in before:
         reads = {source.key for source in phase_inputs(row.identity).values()}
-        if now.get(row.key) != (row.identity, row.data) or not reads.isdisjoint(invalid):
+        own = (row.identity, row.data)
+        if now.get(row.key, own) != own or not reads.isdisjoint(invalid):
             invalid[row.key] = row
     return list(invalid.values())

@@ -23,12 +23,13 @@ class Job(PlannedRow):
 def build_job_graph(rows: Sequence[PlannedRow], *, baseline: bool) -> list[Job]:
     """Return the jobs of a plan with their dependencies.
 
-    Modules need the meta model, fine-tuning needs all modules, and the end-to-end baseline needs no other job.
+    Modules need the meta model, fine-tuning needs the meta model and all modules that are incubated, and the end-to-end
+    baseline needs no other job.
 
     Args:
         rows: The planned phases.
         baseline: Whether to include the end-to-end baseline.
     """
-    modules = tuple(row.key for row in rows if row.phase == "incubate")
-    needs: dict[Phase, tuple[str, ...]] = {"pretrain": (), "incubate": ("pretrain",), "finetune": modules}
+    modules = [row.key for row in rows if row.phase == "incubate"]
+    needs: dict[Phase, tuple[str, ...]] = {"incubate": ("pretrain",), "finetune": ("pretrain", *modules)}
     return [Job(**vars(row), needs=needs.get(row.phase, ())) for row in rows if baseline or row.phase != "end_to_end"]

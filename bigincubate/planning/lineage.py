@@ -47,7 +47,7 @@ def phase_inputs(identity: Mapping[str, Any]) -> dict[str, PhaseInput]:
     inputs: dict[str, PhaseInput] = {}
     first = 0
     for slot in identity["slots"]:
-        if slot["source"] == "meta":
+        if slot["source"] in ("meta", "expand"):
             inputs["meta"] = PhaseInput("pretrain", None)
         elif slot["source"] == "module":
             inputs |= {f"module/{k}": PhaseInput("incubate", k) for k in range(first, first + slot["modules"])}

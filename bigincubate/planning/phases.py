@@ -5,7 +5,9 @@ phase                depths of the model           initial weights         train
 ==================== ============================= ======================= ===========
 ``pretrain``         meta                          fresh, or `meta.init`   all
 ``incubate`` k       meta, module k at target      meta, module k by init  module k
-``finetune``         target                        the K modules           all
+``finetune``         target                        the K modules, or meta  all
+                                                   by init if a module is
+                                                   not incubated
 ``end_to_end``       target                        fresh                   all
 ==================== ============================= ======================= ===========
 """
@@ -30,12 +32,15 @@ from ..models.partition import Partition, check_depths, default_meta_depths, fin
 from ..models.surgery import freeze_other_modules
 from ..tasks.registry import make_task
 
-Source = Literal["fresh", "meta", "module"]
+Source = Literal["fresh", "meta", "module", "expand"]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One module of a phase's model: its number of blocks per stage, and the source of its initial weights."""
+    """One module of a phase's model: its number of blocks per stage, and the source of its initial weights.
+
+    ``expand`` means its counterpart in the meta model, from which ``expand.init`` makes a module of the target.
+    """
 
     depths: tuple[int, ...]
     source: Source
@@ -68,33 +73,51 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a recipe's model is divided into modules, and the phases that follow from it."""
+    """How a recipe's model is divided into modules, and the phases that follow from it.
+
+    Attributes:
+        family: The family of the model.
+        target: Depths of the target.
+        meta: Depths of the meta model.
+        expanded: Modules that are not incubated, which fine-tuning makes from the meta model.
+    """
 
     family: ModelFamily
     target: Depths
     meta: Depths
+    expanded: frozenset[int] = frozenset()
 
     @property
     def modules(self) -> int:
         """The number of modules."""
         return len(self.target)
 
+    @property
+    def incubated(self) -> list[int]:
+        """The modules that are incubated."""
+        return [module for module in range(self.modules) if module not in self.expanded]
+
     def row(self, phase: Phase, module: int | None = None) -> PhasePlan:
         """Return a phase.
 
         Raises:
-            ConfigError: ``incubate`` without a valid module index, or another phase with a module index.
+            ConfigError: ``incubate`` without the index of an incubated module, or another phase with a module index.
         """
         if phase == "incubate":
             if module is None or not 0 <= module < self.modules:
                 raise ConfigError(f"--phase incubate needs --module 0 to {self.modules - 1}, or auto (given: {module})")
+            if module in self.expanded:
+                listed = ", ".join(map(str, self.incubated)) or "no module"
+                raise ConfigError(f"--module {module} is not incubated: plan.incubate lists {listed}")
             meta = self._meta_slots
             slots = (*meta[:module], Slot(self.target[module], "fresh"), *meta[module + 1 :])
         elif module is not None:
             raise ConfigError(f"--module {module} is only for --phase incubate, not for {phase}; remove it")
         else:
-            source: Source = "module" if phase == "finetune" else "fresh"
-            slots = tuple(Slot(depths, source) for depths in (self.meta if phase == "pretrain" else self.target))
+            sources: list[Source] = ["fresh"] * self.modules
+            if phase == "finetune":
+                sources = ["expand" if k in self.expanded else "module" for k in range(self.modules)]
+            slots = tuple(map(Slot, self.meta if phase == "pretrain" else self.target, sources))
         return PhasePlan(phase, module, slots)
 
     @cached_property
@@ -111,7 +134,7 @@ class Plan:
 
     def rows(self) -> list[PhasePlan]:
         """Return all phases, each after the phases that it depends on."""
-        modules = [self.row("incubate", module) for module in range(self.modules)]
+        modules = [self.row("incubate", module) for module in self.incubated]
         return [self.row("pretrain"), *modules, self.row("finetune"), self.row("end_to_end")]
 
 
@@ -152,7 +175,7 @@ def make_plan(recipe: Recipe) -> Plan:
             checked.append(settings.model)
         if ":" in (name := settings.optim.lr_scaling):
             load_object(name, key="optim.lr_scaling")
-    return Plan(family, target, meta)
+    return Plan(family, target, meta, frozenset(range(len(target))).difference(config.incubated))
 
 
 def phase_model(row: PhasePlan, settings: Settings, family: ModelFamily, *, device: str = "cpu") -> nn.Module:

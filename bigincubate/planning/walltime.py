@@ -117,7 +117,7 @@ def estimate_walltime(
 
     modules = {row.key: row for row in rows if row.phase == "incubate"}
     shares, choices = dict.fromkeys(modules, 1), {key: usable(row) for key, row in modules.items()}
-    while True:  # give more GPUs to the slowest module until there are not enough left
+    while modules:  # give more GPUs to the slowest module until there are not enough left
         slowest = max(modules, key=lambda key: seconds(modules[key], shares[key]))
         larger = [n for n in choices[slowest] if n > shares[slowest]]
         if not larger or sum(shares.values()) - shares[slowest] + larger[0] > cluster.gpus:
@@ -135,7 +135,7 @@ def critical_path_seconds(estimates: Sequence[PhaseEstimate], gpus: int) -> floa
     """
     modules = [phase for phase in estimates if phase.key.startswith("incubate/")]
     if sum(phase.gpus for phase in modules) <= gpus:
-        incubation = max(phase.seconds for phase in modules)
+        incubation = max((phase.seconds for phase in modules), default=0.0)
     else:
         busy_until = [0.0] * gpus
         for phase in sorted(modules, key=lambda phase: -phase.seconds):

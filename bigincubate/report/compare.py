@@ -1,4 +1,4 @@
-"""Compare runs, with one row for each route (incubation or end-to-end training) of each run."""
+"""Compare runs, with one row for each route (incubation, expansion or end-to-end training) of each run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def label_routes(runs: Sequence[RunData]) -> LabeledRoutes:
     paths = [run.run.path.resolve() for run in runs]
     base = Path(os.path.commonpath([path.parent for path in paths]))
     return [
-        (f"{path.relative_to(base)}{'' if route.name == 'incubated' else ', end to end'}", route)
+        (f"{path.relative_to(base)}{'' if route.meta else ', end to end'}", route)
         for path, run in zip(paths, runs, strict=True)
         for route in run.routes
     ]

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from ..config import Recipe
 from ..errors import format_command
 from ..tasks.metric import Metric
 from . import figures, html
 from .accounting import JobUsage
-from .console_tables import common_unit, format_depths, metric_columns
+from .console_tables import common_unit, format_depths, format_ranges, metric_columns
 from .html import NONE, Markup, cost_numbers, figure, flops_number, join_markup, number, score_number, table, tag
 from .run_data import PhaseData, RunData, TrainingRoute
 from .timeline import TimelineEvent, build_timeline
@@ -29,12 +30,14 @@ def render_report(run_data: RunData, findings: Sequence[Finding], usage: Mapping
     """
     timeline = build_timeline(run_data)
     title = f"{run_data.recipe.name}: {run_data.run.path.resolve().name}"
-    incubated = run_data.route("incubated")
+    from_meta = run_data.from_meta
     sections = {
         "Model and data": _model_section(run_data),
         "Phases": _phases_section(run_data),
         "Curves": _curves_section(run_data),
-        "Do the modules fit together?": _compatibility_section(incubated) if incubated else None,
+        "Do the modules fit together?": (
+            _compatibility_section(from_meta) if from_meta and from_meta.modules else None
+        ),
         "Cost": _cost_section(run_data),
         "Slurm jobs": _usage_section(run_data, usage) if usage else None,
         "Events": _timeline_section(timeline),
@@ -61,7 +64,7 @@ def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
     tiles = []
     for route in run_data.routes:
         if route.last.result:
-            name = "fine-tuned" if route.modules else "end to end"
+            name = "fine-tuned" if route.meta else "end to end"
             tiles.append(_score_tile(route.last.headline, route.last.result, name))
         if route.assembled:
             tiles.append(_score_tile(route.last.headline, route.assembled, "assembled, not fine-tuned"))
@@ -84,7 +87,7 @@ def _tile(value: object, name: str) -> Markup:
 def _model_section(run_data: RunData) -> Markup:
     recipe, plan = run_data.recipe, run_data.plan
     rows = {row["key"]: row for row in plan["rows"]}
-    settings = recipe.settings("finetune" if run_data.route("incubated") else "end_to_end")
+    settings = recipe.settings("finetune" if run_data.from_meta else "end_to_end")
 
     def model(row: dict[str, Any], blocks: list[list[int]]) -> Markup:
         cost, depth = row["cost"], sum(map(sum, blocks))
@@ -100,10 +103,22 @@ def _model_section(run_data: RunData) -> Markup:
     parts = "; module k is trained only on partition k" if recipe.data.decentralized else ""
     data = join_markup(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts)
     pairs: dict[str, object] = {"model": described, "target": model(rows["end_to_end"], plan["target_depths"])}
-    if run_data.route("incubated"):
+    if run_data.from_meta:
         pairs["meta model"] = model(rows["pretrain"], plan["meta_depths"])
-        pairs["modules"] = f"{len(plan['target_depths'])}, initialized: {recipe.incubate.init}"
+        pairs["modules"] = _describe_modules(recipe)
     return html.definitions({**pairs, "data": data, "seed": settings.train.seed})
+
+
+def _describe_modules(recipe: Recipe) -> str:
+    """Return the number of modules and how they are initialized."""
+    number, incubated = recipe.plan.number, recipe.plan.incubated
+    if len(incubated) == number:
+        return f"{number}, initialized: {recipe.incubate.init}"
+    expanded = f"made from the meta model: {recipe.expand.init}"
+    if not incubated:
+        return f"{number}, not incubated, {expanded}"
+    own = f"{format_ranges(incubated)} incubated, initialized: {recipe.incubate.init}"
+    return f"{number}; {own}; the others {expanded}"
 
 
 def _phases_section(run_data: RunData) -> Markup:
@@ -188,9 +203,9 @@ def _compatibility_section(route: TrainingRoute) -> Markup:
 
 
 def _cost_section(run_data: RunData) -> Markup:
-    incubated, baseline = run_data.route("incubated"), run_data.route("end to end")
+    from_meta, baseline = run_data.from_meta, run_data.baseline
     planned = next(row for row in run_data.plan["rows"] if row["key"] == "end_to_end")["total_flops"]
-    bars = {"incubated": _bar(incubated, "planned")} if incubated else {}
+    bars = {from_meta.name: _bar(from_meta, "planned")} if from_meta else {}
     bars["end to end"] = _bar(baseline, "end_to_end planned") if baseline else [("end_to_end planned", planned)]
     longest = max(sum(amount for _, amount in parts) for parts in bars.values()) or 1.0
     lines = []
@@ -220,29 +235,29 @@ def _bar(route: TrainingRoute, rest: str) -> list[tuple[str, float]]:
 
 def _cost_summary(run_data: RunData) -> Markup:
     """Return a summary of the costs in sentences."""
-    incubated, baseline = run_data.route("incubated"), run_data.route("end to end")
+    from_meta, baseline = run_data.from_meta, run_data.baseline
     words = []
-    if incubated and len(incubated.modules) > 1:
-        share = incubated.last.spent["flops"] / (incubated.spent["flops"] or 1)
+    if from_meta and len(from_meta.modules) > 1:
+        share = from_meta.last.spent["flops"] / (from_meta.spent["flops"] or 1)
         words.append(
-            f"Training takes {format_duration(incubated.spent['seconds'])} with one phase after another, and"
-            f" {format_duration(incubated.path_seconds)} with all modules in parallel."
+            f"Training takes {format_duration(from_meta.spent['seconds'])} with one phase after another, and"
+            f" {format_duration(from_meta.path_seconds)} with all modules in parallel."
             f" Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
         )
-    if incubated and baseline and incubated.last.score is not None and baseline.last.score is not None:
-        metric, samples = incubated.last.headline, (incubated.last.result or {})["samples"]
-        gap = incubated.last.score - baseline.last.score
+    if from_meta and baseline and from_meta.last.score is not None and baseline.last.score is not None:
+        metric, samples = from_meta.last.headline, (from_meta.last.result or {})["samples"]
+        gap = from_meta.last.score - baseline.last.score
         score, baseline_score, difference = (
-            format_metric(metric, x, samples) for x in (incubated.last.score, baseline.last.score, abs(gap))
+            format_metric(metric, x, samples) for x in (from_meta.last.score, baseline.last.score, abs(gap))
         )
         unit = f" {metric.unit}".rstrip()
         points = " points" if metric.unit == "%" else unit
-        ratio = incubated.spent["flops"] / (baseline.spent["flops"] or 1)
+        ratio = from_meta.spent["flops"] / (baseline.spent["flops"] or 1)
         words.append(
-            f"Incubated {score}{unit}, end to end {baseline_score}{unit}: {difference}{points}"
+            f"{from_meta.name.capitalize()} {score}{unit}, end to end {baseline_score}{unit}: {difference}{points}"
             f" {'more' if gap >= 0 else 'less'}, for {ratio:.2f} times the FLOPs. One seed each."
         )
-    elif incubated and not baseline:
+    elif from_meta and not baseline:
         words.append(
             "This run has no end-to-end baseline; its planned cost is shown (`bigincubate run --baseline` trains one)."
         )

@@ -141,10 +141,10 @@ class PhaseData:
 
 @dataclass(frozen=True)
 class TrainingRoute:
-    """One of the two ways to train the model of a run: incubation or end-to-end training.
+    """A way to train the model of a run: from the meta model (incubation or expansion), or end to end.
 
     Attributes:
-        name: ``incubated`` or ``end to end``.
+        name: ``incubated``, ``expanded`` (no module is incubated) or ``end to end``.
         phases: The phases in order.
         assembled: The result of the assembled model, or None.
     """
@@ -166,7 +166,7 @@ class TrainingRoute:
     @property
     def meta(self) -> PhaseData | None:
         """Return the phase of the meta model, or None in end-to-end training."""
-        return self.phases[0] if self.modules else None
+        return next((phase for phase in self.phases if phase.planned["phase"] == "pretrain"), None)
 
     @property
     def hybrid_range(self) -> list[PhaseData]:
@@ -217,9 +217,15 @@ class RunData:
         """Return the phases of all routes."""
         return [phase for route in self.routes for phase in route.phases]
 
-    def route(self, name: str) -> TrainingRoute | None:
-        """Return the route with this name, or None."""
-        return next((route for route in self.routes if route.name == name), None)
+    @property
+    def from_meta(self) -> TrainingRoute | None:
+        """Return the route that starts with the meta model, or None if it was not started."""
+        return next((route for route in self.routes if route.meta), None)
+
+    @property
+    def baseline(self) -> TrainingRoute | None:
+        """Return the route of end-to-end training, or None if it was not started."""
+        return next((route for route in self.routes if not route.meta), None)
 
 
 def read_run(run: RunDir) -> RunData:
@@ -233,7 +239,8 @@ def read_run(run: RunDir) -> RunData:
     recipe, plan, status = run.load_recipe(), read_plan(run), {row["phase"]: row for row in run_status(run)}
     phases = {row["key"]: _phase(run, row, status[row["key"]]) for row in plan["rows"] if row["key"] in status}
     baseline = phases.pop("end_to_end", None)
-    routes = [TrainingRoute("incubated", list(phases.values()), run.assembled.result)]
+    name = "incubated" if any(row["phase"] == "incubate" for row in plan["rows"]) else "expanded"
+    routes = [TrainingRoute(name, list(phases.values()), run.assembled.result)]
     if baseline is not None:
         routes.append(TrainingRoute("end to end", [baseline], None))
     started = [route for route in routes if any(phase.started for phase in route.phases)]

@@ -251,11 +251,16 @@ class RunDir:
         return self.path / "data"
 
     def update_summary(self) -> dict[str, Any]:
-        """Return the results so far (None for a phase that is not done), and update ``summary.json``."""
-        modules = sorted((self.path / "modules").glob("[0-9]*"))
+        """Return the results so far (None for a phase that is not done), and update ``summary.json``.
+
+        The result of module k is at index k of ``modules``. It is None for a module that the plan does not incubate.
+        """
+        rows = (read_json(self.path / "plan.json") or {}).get("rows", [])
+        modules = [self.phase("incubate", row["module"]) for row in rows if row["phase"] == "incubate"]
+        found = {int(folder.path.name): folder.result for folder in modules if folder.path.exists()}
         results: dict[str, Any] = {
             "meta": self.phase("pretrain").result,
-            "modules": [PhaseDir(folder).result for folder in modules],
+            "modules": [found.get(module) for module in range(max(found, default=-1) + 1)],
             "assembled": self.assembled.result,
             "finetune": self.phase("finetune").result,
             "end_to_end": self.phase("end_to_end").result,

@@ -145,24 +145,27 @@ def build_model(
     inputs: dict[str, ArtifactManifest] = {}
     if sources != {"fresh"}:
         _require_meta_model(context.run)
-    if "meta" in sources:
+    if sources & {"meta", "expand"}:
         meta, inputs["meta"] = load_artifact(context.run.phase("pretrain").artifact)
         meta = family.adapt_state(meta, model)
         if others := [module for module, slot in enumerate(row.slots) if slot.source == "meta"]:
             insert(model, partition, extract(meta, context.meta_partition, *others), context.meta_partition)
-        assert row.module is not None
-        initialize(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
+        if row.module is not None:
+            initialize(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
+        for module in (module for module, slot in enumerate(row.slots) if slot.source == "expand"):
+            initialize(model, partition, module, meta, context.meta_partition, recipe.expand.init)
     if "module" in sources:
         modules = _load_modules(context)
-        inputs = {f"module/{module}": manifest for module, (_, manifest) in enumerate(modules)}
+        inputs |= {f"module/{module}": manifest for module, (_, manifest) in modules.items()}
         # names only: adapt_state may change shapes
-        assembled = assemble([tensors for tensors, _ in modules], list(model.state_dict()))
-        model.load_state_dict(family.adapt_state(assembled, model))
+        names = list(extract(model.state_dict(), partition, *modules))
+        assembled = assemble([tensors for tensors, _ in modules.values()], names)
+        insert(model, partition, family.adapt_state(assembled, model), partition)
     if start is None and row.phase == "pretrain" and recipe.meta.init is not None:
         start = pretrained_meta(recipe.meta, settings.model, partition, model.state_dict())
     if start is not None:
-        names = partition if row.module is None else context.target_partition
-        insert(model, partition, family.adapt_state(start, model), names)
+        source = partition if row.module is None else context.target_partition
+        insert(model, partition, family.adapt_state(start, model), source)
     return model, inputs
 
 
@@ -214,13 +217,13 @@ def _require_meta_model(run: RunDir) -> None:
         raise ArtifactError(f"the meta model is missing in {quote_path(run.path)}; train it with: {train}") from None
 
 
-def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], ArtifactManifest]]:
-    """Return the tensors and the manifest of every module."""
+def _load_modules(context: PhaseContext) -> dict[int, tuple[dict[str, Tensor], ArtifactManifest]]:
+    """Return the tensors and the manifest of every module that is incubated."""
     run = context.run
-    folders = [run.phase("incubate", module).artifact for module in range(context.plan.modules)]
+    folders = {module: run.phase("incubate", module).artifact for module in context.plan.incubated}
     problems = {
         module: problem
-        for module, folder in enumerate(folders)
+        for module, folder in folders.items()
         if (problem := check_artifact_lineage(folder, expected_lineage(run, "incubate", module)))
     }
     if problems:
@@ -232,4 +235,4 @@ def _load_modules(context: PhaseContext) -> list[tuple[dict[str, Tensor], Artifa
         raise ArtifactError(
             f"cannot assemble: {listed}; remove {folders[first].parent} if it exists, then train it with: {train}"
         )
-    return [load_artifact(folder) for folder in folders]
+    return {module: load_artifact(folder) for module, folder in folders.items()}

@@ -80,6 +80,8 @@ def import_part(
     plan = make_plan(recipe)
     wanted, what = (plan.meta, "meta model") if part == "meta" else (plan.target, "target")
     rows = [plan.row("pretrain")] if part == "meta" else [row for row in plan.rows() if row.phase == "incubate"]
+    if not rows:
+        raise ConfigError('plan.incubate = "none": there is no module to import; list the modules to import in it')
     if len(files) == 1 and files[0].is_dir():
         tensors, sources = _read_run(RunDir(files[0]), rows, wanted, what)
         imported = {key: _describe_files({f"{files[0]}: {key}": digest}) for key, digest in sources.items()}

@@ -31,7 +31,7 @@ def finished_modules(context: PhaseContext) -> list[int]:
     """Return the finished modules: those whose artifact is valid and has the lineage that this run expects."""
     run = context.run
     found = []
-    for module in range(context.plan.modules):
+    for module in context.plan.incubated:
         with contextlib.suppress(ArtifactError):  # missing or damaged
             manifest = verify_artifact(run.phase("incubate", module).artifact)
             if check_lineage(manifest, expected_lineage(run, "incubate", module)) is None:

@@ -294,7 +294,7 @@ def test_graph_is_meta_model_then_modules_then_fine_tuning(plain: Any) -> None:
     assert list(graph) == ["pretrain", "incubate/0", "incubate/1", "finetune", "end_to_end"]
     assert graph["pretrain"].needs == graph["end_to_end"].needs == ()
     assert graph["incubate/1"].needs == ("pretrain",)
-    assert graph["finetune"].needs == ("incubate/0", "incubate/1")
+    assert graph["finetune"].needs == ("pretrain", "incubate/0", "incubate/1")
     assert "end_to_end" not in {job.key for job in build_job_graph(plain.rows, baseline=False)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from bigincubate.planning.planned_row import Cost, PlannedRow
 from bigincubate.storage.run_directory import RunDir
 
 
-def make_graph(modules: int) -> list[Job]:
-    """The jobs of a run with this many modules."""
+def make_graph(modules: Iterable[int]) -> list[Job]:
+    """The jobs of a run that incubates these modules."""
     phases: list[tuple[Phase, int | None]] = [("pretrain", None), ("finetune", None)]
-    phases[1:1] = [("incubate", module) for module in range(modules)]
+    phases[1:1] = [("incubate", module) for module in modules]
     numbers = {"batch_size": 1, "steps": 1, "epochs": 1.0, "seen": 1, "total_flops": 1}
     about: dict[str, Any] = {"metrics": (), "unit": "images", "cost": Cost(*[1] * 7), **numbers}
     rows = [
@@ -33,9 +34,9 @@ def make_graph(modules: int) -> list[Job]:
 def run_to_the_end(seed: int, modules: int, fast: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     draw = random.Random(f"limits {seed}")
     submit_limit, size = draw.choice([modules // 8, modules // 2, 10**9]), draw.choice([modules // 4, 10**6, 0])
-    slurm = FakeSlurm(RunDir(folder), seed, modules if size else modules // 5, submit_limit, size)
+    slurm = FakeSlurm(RunDir(folder), seed, range(modules if size else modules // 5), submit_limit, size)
     calls = slurm.complete(load_recipe(str(fast)), make_graph(slurm.modules), monkeypatch)
-    print(f"{slurm.modules} modules, {len(slurm.jobs)} jobs, {calls} calls of a user, {dict(slurm.faults)}")
+    print(f"{len(slurm.modules)} modules, {len(slurm.jobs)} jobs, {calls} calls of a user, {dict(slurm.faults)}")
     return slurm
 
 
@@ -45,6 +46,15 @@ def test_modules_are_trained_once_whatever_happens(
 ) -> None:
     """With refusals, crashes, requeues, held tasks, lost gates and answers, slow Epilogs, and limits."""
     assert sum(run_to_the_end(seed, 100, fast, tmp_path, monkeypatch).faults.values()) > 0
+
+
+@pytest.mark.parametrize("modules", [[], [1, 3]])
+def test_fine_tuning_follows_the_meta_model_and_the_modules_that_are_incubated(
+    modules: list[int], fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = FakeSlurm(RunDir(tmp_path), 0, modules, fault=0)
+    assert slurm.complete(load_recipe(str(fast)), make_graph(modules), monkeypatch) == 1
+    assert slurm.finished == {"pretrain", *(f"incubate/{module}" for module in modules), "finetune"}
 
 
 @pytest.mark.full

@@ -47,7 +47,7 @@ def test_commands_and_scripts_are_the_golden_ones(fast: Path, tmp_path: Path, mo
         "slurm.ranks=4",
     ]
     recipe = load_recipe(str(fast), [*sets, 'slurm.extra=["--exclusive"]', "slurm.setup_script=/site/set up.sh"])
-    text = format_submission(recipe, RunDir(tmp_path / "a run"), 2, baseline=True)
+    text = format_submission(recipe, RunDir(tmp_path / "a run"), [0, 1], baseline=True)
     text = text.replace(str(tmp_path), "/TMP").replace(str(find_script("gate").parent), "/SCRIPTS")
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.parent.mkdir(exist_ok=True)
@@ -161,6 +161,20 @@ def test_job_without_progress_is_requeued_three_times(tmp_path: Path, requeued: 
     assert (
         "; requeued" in handle_job_exit(folder, "9_1", 137)[1]
     )  # a job that a person submitted afterwards counts anew
+
+
+@pytest.mark.parametrize(("incubate", "array"), [("[1, 3]", ["--array=1,3"]), ("none", [])])
+def test_dry_run_shows_only_the_modules_that_are_incubated(
+    incubate: str, array: list[str], fast: Path, tmp_path: Path, call: Any
+) -> None:
+    sets = ["plan.target_depths=[1, 1, 1, 1]", "plan.meta_depths=[1, 1, 1, 1]", f"plan.incubate={incubate}"]
+    code, out, err = call("submit", fast, "--run-dir", tmp_path / "r", "--dry-run", *(f"--set={each}" for each in sets))
+    assert code == 0, err
+    commands = [line for line in out.splitlines() if line.startswith("sbatch ")]
+    assert [word for line in commands for word in line.split() if word.startswith("--array")] == array
+    gate = next(line for line in commands if "-gate" in line)
+    assert ("--dependency=afterany:PRETRAIN:INCUBATE" in gate) == bool(array)
+    assert "--dependency=afterany:PRETRAIN" in gate
 
 
 # ------------------------------------------------------------------------------------------------ many modules

@@ -67,6 +67,8 @@ TABLE = {
     "plan.modules": "",  # target_depths has as many
     "plan.target_depths": "IFE",
     "plan.meta_depths": "PIFE",
+    "plan.incubate": "F",
+    "expand.init": "",  # every module is incubated
     "meta.init": "P",
     "meta.select": "P",
     "incubate.init": "I",
@@ -124,6 +126,7 @@ VALUES = {
     "plan.modules": "2",
     "plan.target_depths": "[2, 3]",
     "plan.meta_depths": "[1, 2]",
+    "plan.incubate": '"none"',
     "meta.init": '"timm:deit_tiny_patch16_224"',
     "meta.select": "[0, 1]",
     "train.max_steps": "7",

@@ -39,7 +39,7 @@ def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
         run = RunDir(run_dir)
         opened = open_run(recipe, run)
         steps = max(row.steps for row in opened.rows if row.phase == "incubate")
-        with opened.phase("incubate", 0).with_local_data() as context:
+        with opened.phase("incubate", opened.plan.incubated[0]).with_local_data() as context:
             stream = context.task.train_stream(context.data, rank=rank, world=world)
             digest = batch_digest(context, rank, world)
             server = SharedLoaderServer(listener, stream, digest, clients=clients, steps=steps)

@@ -127,14 +127,14 @@ def script_variables(recipe: Recipe, kind: str, offset: int = 0) -> list[str]:
 
 
 def format_submission(
-    recipe: Recipe, run: RunDir, modules: int, *, baseline: bool, size: int = DEFAULT_MAX_ARRAY_SIZE
+    recipe: Recipe, run: RunDir, modules: Sequence[int], *, baseline: bool, size: int = DEFAULT_MAX_ARRAY_SIZE
 ) -> str:
     """Return the commands and scripts of a whole run as text, without submitting them.
 
     Args:
         recipe: The recipe of the run.
         run: The run directory; it need not exist.
-        modules: Number of modules.
+        modules: Numbers of the modules that are incubated.
         baseline: Whether to include the end-to-end baseline.
         size: Slurm's MaxArraySize.
     """
@@ -146,26 +146,26 @@ def format_submission(
 
 
 def plan_submission(
-    recipe: Recipe, run: RunDir, modules: int, *, baseline: bool, size: int = DEFAULT_MAX_ARRAY_SIZE
+    recipe: Recipe, run: RunDir, modules: Sequence[int], *, baseline: bool, size: int = DEFAULT_MAX_ARRAY_SIZE
 ) -> Iterator[tuple[str, list[str]]]:
     """Yield the kinds and the commands of a whole run, with names in place of the ids of other jobs.
 
     Args:
         recipe: The recipe of the run.
         run: The run directory; it need not exist.
-        modules: Number of modules.
+        modules: Numbers of the modules that are incubated.
         baseline: Whether to include the end-to-end baseline.
         size: Slurm's MaxArraySize.
     """
     yield "pretrain", build_sbatch_command(recipe, run, "pretrain")
-    for offset, group in split_into_arrays(range(modules), size):
+    for offset, group in split_into_arrays(modules, size):
         yield (
             "incubate",
             build_sbatch_command(
                 recipe, run, "incubate", modules=group if size else (), offset=offset, after_success=["PRETRAIN"]
             ),
         )
-    yield "gate", build_sbatch_command(recipe, run, "gate", after=["PRETRAIN", "INCUBATE"])
+    yield "gate", build_sbatch_command(recipe, run, "gate", after=["PRETRAIN", *(["INCUBATE"] if modules else [])])
     yield "finetune", build_sbatch_command(recipe, run, "finetune")
     if baseline:
         yield "end_to_end", build_sbatch_command(recipe, run, "end_to_end")

@@ -118,7 +118,7 @@ class JobSubmitter:
             jobs = [job for job in missing if job.phase == phase and job.key not in self.active]
             if phase == "incubate" and "pretrain" in absent and "pretrain" not in self.active:
                 continue
-            if phase == "finetune" and any(key.startswith("incubate/") for key in absent):
+            if phase == "finetune" and not all(absent.isdisjoint(job.needs) for job in jobs):
                 continue
             allowed = [job for job in jobs if self._submissions(job) < self.recipe.slurm.max_submissions]
             try:

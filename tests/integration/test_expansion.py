@@ -1,0 +1,212 @@
+"""Runs that incubate only some modules or none: fine-tuning makes the others from the meta model."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import Command, fork_ranks, run
+
+from bigincubate import api
+from bigincubate.config import load_recipe
+from bigincubate.errors import ConfigError
+from bigincubate.files import read_json
+from bigincubate.planning.context import open_run
+from bigincubate.planning.job_graph import build_job_graph
+from bigincubate.report.console_tables import summary_table
+from bigincubate.report.page import render_report
+from bigincubate.report.run_data import read_run
+from bigincubate.report.status import run_status
+from bigincubate.report.verify import Verdict, verify_run
+from bigincubate.storage.artifacts import load_manifest
+from bigincubate.training.builder import build_model
+
+Harnesses = Callable[..., Any]
+SHORT = "train.max_steps=4"
+
+
+def keys(harness: Any) -> list[str]:
+    return [row.key for row in harness.rows]
+
+
+def final_inputs(harness: Any) -> dict[str, str]:
+    return load_manifest(harness.run.phase("finetune").artifact).inputs
+
+
+def digest(harness: Any, phase: str, module: int | None = None) -> str:
+    return load_manifest(harness.run.phase(phase, module).artifact).digest
+
+
+def check_reports(harness: Any, *titles: str) -> str:
+    """Check that every report shows these phases and no others; return the page."""
+    done = harness.run.update_summary()
+    with_assembled = [*titles[:-1], "assembled", titles[-1]]
+    assert [row["title"] for row in run_status(harness.run)] == list(titles)
+    table = summary_table("name", done, harness.rows)
+    shown = [str(cell).removesuffix(" (as a hybrid)") for cell in table.columns[0].cells]
+    assert shown == [{"fine-tuning": "fine-tuned"}.get(title, title) for title in with_assembled]
+    findings = list(verify_run(harness.run))
+    assert {each.verdict for each in findings} <= {Verdict.GOOD, Verdict.UNFINISHED}, findings
+    return render_report(read_run(harness.run), findings)
+
+
+# ------------------------------------------------------------------------------------------------ no module
+
+
+@pytest.fixture(scope="module")
+def expanded(harness: Harnesses) -> Any:
+    made = harness(SHORT, "plan.incubate=none")
+    made.train("pretrain")
+    made.train("finetune")
+    return made
+
+
+def test_expanded_model_starts_as_the_function_of_the_meta_model(expanded: Any) -> None:
+    """With `expand.init = "grow"`, its default."""
+    meta, assembled = expanded.run.phase("pretrain").result, expanded.run.assembled.result
+    assert assembled["metrics"] == pytest.approx(meta["metrics"], abs=1e-4)
+    model, inputs = build_model(expanded.context("finetune"))
+    state, source = model.state_dict(), expanded.weights("pretrain")
+    for here, there in ((0, 0), (2, 1)):
+        assert torch.equal(state[f"blocks.{here}.mlp.fc1.weight"], source[f"blocks.{there}.mlp.fc1.weight"])
+        assert state[f"blocks.{here + 1}.mlp.fc2.weight"].count_nonzero() == 0
+        assert state[f"blocks.{here + 1}.mlp.fc1.weight"].count_nonzero() > 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert list(inputs) == ["meta"]
+
+
+def test_expansion_has_no_phases_of_modules(expanded: Any) -> None:
+    assert keys(expanded) == ["pretrain", "finetune", "end_to_end"]
+    assert final_inputs(expanded) == {"meta": digest(expanded, "pretrain")}
+    assert not (expanded.run.path / "modules").exists()
+    assert build_job_graph(expanded.rows, baseline=False)[1].needs == ("pretrain",)
+    page = check_reports(expanded, "meta model", "fine-tuning")
+    assert "2, not incubated, made from the meta model: grow" in page
+    assert "Do the modules fit together?" not in page
+    route = read_run(expanded.run).from_meta
+    assert route is not None
+    assert (route.name, route.meta, route.modules) == ("expanded", route.phases[0], [])
+
+
+def test_cost_and_duration_are_planned_without_modules(expanded: Any) -> None:
+    costs = api.plan(expanded.recipe, cluster="nodes=1,gpus=2,tflops=1")
+    rows = {row["key"]: row["total_flops"] for row in costs["rows"]}
+    assert costs["incubation_flops"] == rows["pretrain"] + rows["finetune"]
+    assert costs["cluster"]["seconds"] == pytest.approx((rows["pretrain"] + rows["finetune"]) / 2e12)
+
+
+def test_baseline_has_the_flops_of_an_incubation_of_all_modules(expanded: Any, harness: Harnesses) -> None:
+    assert expanded.rows[-1] == harness(SHORT).rows[-1]
+
+
+def test_killed_and_resumed_expansion_exports_the_same_bits(fast: Path, tmp_path: Path) -> None:
+    """Ctrl-C in fine-tuning, then kill -9, then the same command."""
+    sets = ["train.max_steps=60", "checkpoint.every_steps=5", "plan.incubate=none"]
+    words = [fast, "--jobs", "2", *(f"--set={each}" for each in sets)]
+    whole = run("run", *words, "--run-dir", tmp_path / "whole")
+    assert whole.wait(240) == 0, whole.out + whole.err
+    assert "meta model" in whole.out
+    assert "module 0" not in whole.out
+
+    folder = tmp_path / "killed"
+    for number, step in ((signal.SIGINT, 10), (signal.SIGKILL, 30)):
+        launched = Command("run", *words, "--run-dir", folder, before=shell)
+        reached = partial(has_saved, folder / "finetune" / "checkpoints", step)
+        assert launched.until(reached, pause=0.01), launched.out + launched.err
+        os.killpg(launched.pid, number)
+        assert launched.wait() in (75, -signal.SIGKILL)
+    assert not (folder / "finetune" / "DONE").exists()
+    last = run("run", *words, "--run-dir", folder)
+    assert last.wait(240) == 0, last.out + last.err
+    weights = [path / "export" / "model.safetensors" for path in (tmp_path / "whole", folder)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def shell() -> None:
+    """A shell gives a command its own process group; the phases of this one are spared the imports."""
+    os.setpgrp()
+    fork_ranks()
+
+
+def has_saved(checkpoints: Path, step: int) -> bool:
+    """Return whether there is a complete checkpoint of this step or a later one."""
+    return any(int(path.parent.name[5:]) >= step for path in checkpoints.glob("step-*/COMMITTED"))
+
+
+# ------------------------------------------------------------------------------------------------ some modules
+
+
+@pytest.fixture(scope="module")
+def partly(harness: Harnesses) -> Any:
+    """Module 1 of three is incubated."""
+    depths = ("plan.target_depths=[2, 2, 3]", "plan.meta_depths=[1, 1, 1]")
+    made = harness(SHORT, *depths, "plan.incubate=[1]")
+    for phase, module in (("pretrain", None), ("incubate", 1), ("finetune", None)):
+        made.train(phase, module)
+    return made
+
+
+def test_fine_tuning_joins_incubated_and_expanded_modules(partly: Any) -> None:
+    model, inputs = build_model(partly.context("finetune"))
+    state, meta, module = model.state_dict(), partly.weights("pretrain"), partly.weights("incubate", 1)
+    assert all(torch.equal(state[name], tensor) for name, tensor in module.items())
+    assert {name.split(".")[1] for name in module} == {"2", "3"}
+    for here, there in ((0, 0), (4, 2)):
+        assert torch.equal(state[f"blocks.{here}.attn.qkv.weight"], meta[f"blocks.{there}.attn.qkv.weight"])
+    for grown in (1, 5, 6):
+        assert state[f"blocks.{grown}.attn.proj.weight"].count_nonzero() == 0
+    for name in ("pos_embed", "head.weight", "norm.bias"):
+        assert torch.equal(state[name], meta[name])
+    assert {name: manifest.digest for name, manifest in inputs.items()} == final_inputs(partly)
+    assert final_inputs(partly) == {"meta": digest(partly, "pretrain"), "module/1": digest(partly, "incubate", 1)}
+
+
+def test_reports_show_a_module_under_its_own_number(partly: Any) -> None:
+    assert keys(partly) == ["pretrain", "incubate/1", "finetune", "end_to_end"]
+    page = check_reports(partly, "meta model", "module 1", "fine-tuning")
+    assert "3; 1 incubated, initialized: boundary; the others made from the meta model: grow" in page
+    summary = read_json(partly.run.path / "summary.json")
+    assert summary is not None
+    assert [result is not None for result in summary["modules"]] == [False, True]
+    scored = partly.run.phase("incubate", 1).partial
+    assert (scored["joined"], scored["modules"]) == ([1], 3)
+    # the other modules compute what their counterparts in the meta model do
+    assert partly.run.assembled.result["metrics"] == pytest.approx(scored["metrics"], abs=1e-4)
+
+
+def test_module_that_is_not_incubated_cannot_be_trained(partly: Any) -> None:
+    with pytest.raises(ConfigError, match=r"--module 0 is not incubated: plan\.incubate lists 1$"):
+        partly.context("incubate", 0)
+
+
+# ------------------------------------------------------------------------------------------------ a changed choice
+
+
+def test_meta_model_and_modules_stay_valid_when_fewer_are_incubated(partly: Any, tmp_path: Path) -> None:
+    other = partly.copy(tmp_path / "run", ["meta", "modules"])
+    recipe = load_recipe(other.run.recipe_file, ["plan.incubate=none"])
+    assert [phase.key for phase in api.fork(other.run.path, tmp_path / "fork", recipe).phases if phase.taken] == [
+        "pretrain"
+    ]
+    open_run(recipe, other.run)  # fine-tuning has not begun
+    assert [row["phase"] for row in run_status(other.run)] == ["pretrain", "finetune"]
+    assert other.run.update_summary()["modules"] == []
+    with pytest.raises(ConfigError, match=r'plan\.incubate: \[1\] -> "none" would invalidate fine-tuning;'):
+        open_run(recipe, partly.copy(tmp_path / "begun").run)
+
+
+def test_initialization_of_expanded_modules_matters_only_where_there_are_some(harness: Harnesses) -> None:
+    def identity(*sets: str) -> dict[str, Any]:
+        found: dict[str, Any] = next(row.identity for row in harness(SHORT, *sets).rows if row.phase == "finetune")
+        return found
+
+    assert identity() == identity("expand.init=boundary") == identity("plan.incubate=[0, 1]")
+    some = identity("plan.incubate=[0]", "expand.init=boundary")
+    assert some == identity("plan.incubate=[0]") | {"expand.init": "boundary"}
+    assert [slot["source"] for slot in some["slots"]] == ["module", "expand"]
