@@ -143,7 +143,7 @@ def hybrid(case: Case, module: int, init: Init, meta: nn.Module) -> nn.Module:
     model = drawn(case, own)
     for other in set(range(shallow.modules)) - {module}:
         insert(model, own, extract(meta.state_dict(), shallow, other), shallow)
-    initialize(model, own, module, meta.state_dict(), shallow, init)
+    initialize(model, own, [module], meta.state_dict(), shallow, init)
     return model
 
 

@@ -92,5 +92,6 @@ def _is_ascending(select: Any) -> bool:
 class ExpandConfig(ConfigTable):
     """The modules that are not incubated, because ``plan.incubate`` does not list them."""
 
-    init: Literal["fresh", "boundary", "grow"] = "grow"
-    """Weights with which a module that is not incubated enters fine-tuning: the same choices as for `incubate.init`."""
+    init: Literal["fresh", "boundary", "grow", "stack", "g_stack"] = "grow"
+    """Weights with which a module that is not incubated enters fine-tuning: as for `incubate.init`, or g_stack (all
+    blocks of the meta model, repeated in their order across modules, as in G_stack, arXiv 2405.15319)."""

@@ -341,9 +341,10 @@ class PhaseConfig(PhaseTables):
 class IncubateConfig(PhaseConfig):
     """The incubation of the modules, and their initial weights."""
 
-    init: Literal["fresh", "boundary", "grow"] = "fresh"
+    init: Literal["fresh", "boundary", "grow", "stack"] = "fresh"
     """Initial weights of a module: fresh (random, as in the paper), boundary (stem, down-sampling, norm and head of the
-    meta model) or grow (also the blocks of the meta model; new blocks start as the identity)."""
+    meta model), grow (also the blocks of the meta model; new blocks start as the identity) or stack (each block of the
+    meta model several times in a row)."""
 
 
 class EndToEndConfig(PhaseConfig):

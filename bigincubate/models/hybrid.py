@@ -153,9 +153,7 @@ def grow(
         >>> hybrid = bi.build_hybrid(target, meta, module=0)
     """
     partition, meta_partition = _match(target, meta, partition, meta_partition)
-    state = meta.state_dict()
-    for module in range(partition.modules):
-        initialize(target, partition, module, state, meta_partition, "grow")
+    initialize(target, partition, range(partition.modules), meta.state_dict(), meta_partition, "grow")
 
 
 def _is_drop_path(path: str) -> bool:

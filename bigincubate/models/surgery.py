@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, ConfigError
-from .partition import Partition
+from .partition import BlockRef, Partition
 
-Init = Literal["fresh", "boundary", "grow"]
+Init = Literal["fresh", "boundary", "grow", "stack", "g_stack"]
 
 
 def extract(state_dict: Mapping[str, Tensor], partition: Partition, *modules: int) -> dict[str, Tensor]:
@@ -90,26 +90,31 @@ def assemble(parts: Sequence[Mapping[str, Tensor]], expected: Iterable[str] | nn
 
 def initialize(
     model: nn.Module,
-    hybrid_partition: Partition,
-    module: int,
+    partition: Partition,
+    modules: Collection[int],
     meta_state: Mapping[str, Tensor],
     meta_partition: Partition,
     init: Init,
 ) -> None:
-    """Initialize the trained module of a hybrid that has new random weights.
+    """Initialize modules, of a hybrid or of the target, that have new random weights.
 
     ``"fresh"`` keeps the random weights (as in the paper). ``"boundary"`` copies the layers outside of blocks (stem,
-    down-sampling, final norm, head) from the meta model. ``"grow"`` also copies the meta module's blocks to the
-    module's first blocks in each stage and makes its other blocks the identity: with the frozen modules inserted, the
-    hybrid then computes the same function as the meta model.
+    down-sampling, final norm, head) from the meta model. All others copy blocks too:
+
+    - ``"grow"`` copies the meta module's blocks to the module's first blocks in each stage and makes its other blocks
+      the identity: if all other modules are the meta model's, or grown too, the model computes the same function as the
+      meta model.
+    - ``"stack"`` copies each of the meta module's blocks several times in a row: blocks 0, 1 become 0, 0, 1, 1.
+    - ``"g_stack"`` repeats all blocks of a stage of the meta model in order, across modules (blocks 0, 1 become
+      0, 1, 0, 1), as in G_stack (arXiv 2405.15319). It depends on the position of a module in the target.
 
     Args:
-        model: The hybrid.
-        hybrid_partition: Its partition.
-        module: The module that is trained.
+        model: The hybrid or the target.
+        partition: Its partition.
+        modules: The modules.
         meta_state: The meta model's state dict.
-        meta_partition: Its partition.
-        init: How to initialize the module.
+        meta_partition: The meta model's partition.
+        init: How to initialize the modules.
 
     Raises:
         ArtifactError: The meta model's tensors do not fit; the message names them.
@@ -117,25 +122,48 @@ def initialize(
     """
     if init == "fresh":
         return
-    meta_depths = meta_partition.depths[module] if init == "grow" else (0,) * meta_partition.family.stages
-
-    def is_copied(name: str, partition: Partition) -> bool:
-        block = partition.block_of(name)
-        return block is None or block.index_in_module < meta_depths[block.stage]
-
-    source = {n: t for n, t in extract(meta_state, meta_partition, module).items() if is_copied(n, meta_partition)}
-    own = extract(model.state_dict(), hybrid_partition, module)
-    own = {name: tensor for name, tensor in own.items() if is_copied(name, hybrid_partition)}
+    chosen = set(modules)
+    blocks = [block for block in partition.blocks() if block.module in chosen]
+    sources = ((block.path, _find_source(block, init, partition, meta_partition)) for block in blocks)
+    copied = {path: source for path, source in sources if source is not None}
     outputs = [
         output
-        for block in hybrid_partition.blocks()
-        if init == "grow" and block.module == module and block.index_in_module >= meta_depths[block.stage]
-        for output in hybrid_partition.family.residual_outputs(model.get_submodule(block.path))
+        for block in blocks
+        if init == "grow" and block.path not in copied
+        for output in partition.family.residual_outputs(model.get_submodule(block.path))
     ]
-    _copy(rename_tensors(source, meta_partition, hybrid_partition), own)
+    own = extract(model.state_dict(), partition, *chosen)
+    own = {name: own[name] for name in own if (of := partition.block_of(name)) is None or of.path in copied}
+    tensors: dict[str, Tensor] = {}
+    of_block: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in meta_state.items():
+        if (of := meta_partition.block_of(name)) is not None:
+            of_block.setdefault(of.path, {})[name.removeprefix(of.path)] = tensor
+        elif meta_partition.owner(name) in chosen:
+            tensors[name] = tensor
+    for path, source in copied.items():
+        tensors |= {path + rest: tensor for rest, tensor in of_block.get(source, {}).items()}
+    _copy(tensors, own)
     for output in outputs:
         for parameter in output.parameters():
             nn.init.zeros_(parameter)
+
+
+def _find_source(block: BlockRef, init: Init, partition: Partition, meta_partition: Partition) -> str | None:
+    """Return the path of the block of the meta model that a block is a copy of, or None if it is not a copy."""
+    depth, meta_depth = (each.depths[block.module][block.stage] for each in (partition, meta_partition))
+    if init == "grow" and block.index_in_module < meta_depth:
+        return meta_partition.block_path(block.module, block.stage, block.index_in_module)
+    if init == "stack":
+        step = partition.family.parity  # what blocks compute depends on their index modulo this number
+        groups, meta_groups = -(-depth // step), -(-meta_depth // step)
+        group, rest = divmod(block.index_in_module, step)
+        index = min(group * meta_groups // groups * step + rest, meta_depth - 1)
+        return meta_partition.block_path(block.module, block.stage, index)
+    if init == "g_stack":
+        index = block.index_in_stage % meta_partition.stage_depths[block.stage]
+        return meta_partition.family.block_path(block.stage, index)
+    return None
 
 
 def freeze_other_modules(model: nn.Module, partition: Partition, module: int | None) -> None:

@@ -151,9 +151,9 @@ def build_model(
         if others := [module for module, slot in enumerate(row.slots) if slot.source == "meta"]:
             insert(model, partition, extract(meta, context.meta_partition, *others), context.meta_partition)
         if row.module is not None:
-            initialize(model, partition, row.module, meta, context.meta_partition, recipe.incubate.init)
-        for module in (module for module, slot in enumerate(row.slots) if slot.source == "expand"):
-            initialize(model, partition, module, meta, context.meta_partition, recipe.expand.init)
+            initialize(model, partition, [row.module], meta, context.meta_partition, recipe.incubate.init)
+        if expanded := [module for module, slot in enumerate(row.slots) if slot.source == "expand"]:
+            initialize(model, partition, expanded, meta, context.meta_partition, recipe.expand.init)
     if "module" in sources:
         modules = _load_modules(context)
         inputs |= {f"module/{module}": manifest for module, (_, manifest) in modules.items()}

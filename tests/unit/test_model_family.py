@@ -72,7 +72,7 @@ def test_modules_move_between_depths_and_grow_starts_as_the_meta_model() -> None
         depths = tuple((TARGET if k == module else META)[k] for k in range(2))
         own, hybrid = Partition(FAMILY, depths), disturb(build(depths, seed=2))
         insert(hybrid, own, extract(meta.state_dict(), shallow, 1 - module), shallow)
-        initialize(hybrid, own, module, meta.state_dict(), shallow, "grow")
+        initialize(hybrid, own, [module], meta.state_dict(), shallow, "grow")
         assert torch.equal(hybrid(inputs), meta(inputs))
         insert(hybrid, own, extract(target.state_dict(), deep, module), deep)
         parts.append(rename_tensors(extract(hybrid.state_dict(), own, module), own, deep))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import timm
 import torch
 from small_models import CASES, Case, build_timm, disturb, drawn, each_case, hybrid
+from torch import Tensor
 
 from bigincubate.config import ModelConfig, load_recipe
 from bigincubate.errors import ArtifactError, ConfigError
+from bigincubate.models.base import Depths
 from bigincubate.models.library import find_family
-from bigincubate.models.partition import hybrid_depths
+from bigincubate.models.partition import Partition, hybrid_depths
 from bigincubate.models.surgery import Init, assemble, extract, freeze_other_modules, initialize, insert, rename_tensors
 from bigincubate.models.vision.build import TimmFamily
 from bigincubate.planning.phases import make_plan
@@ -134,6 +138,77 @@ def test_boundary_and_fresh_start_where_they_say(case: Case) -> None:
                 assert torch.equal(tensor, copied[name] if from_meta else fresh[name]), name
 
 
+def copied_blocks(state: Mapping[str, Tensor], meta: Mapping[str, Tensor], case: Case, depths: Depths) -> list[int]:
+    """For each block in ``state``, the index in its stage of the meta model's block that it is a copy of."""
+    own, shallow = case.partition(depths), case.partition(case.meta)
+
+    def blocks(tensors: Mapping[str, Tensor], partition: Partition) -> dict[str, dict[str, Tensor]]:
+        found: dict[str, dict[str, Tensor]] = {block.path: {} for block in partition.blocks()}
+        for name, tensor in tensors.items():
+            if block := partition.block_of(name):
+                found[block.path][name.removeprefix(block.path)] = tensor
+        return found
+
+    theirs, sources = blocks(meta, shallow), {block.path: block.index_in_stage for block in shallow.blocks()}
+    copies = []
+    for tensors in blocks(state, own).values():
+        equal = [
+            sources[path]
+            for path, other in theirs.items()
+            if other.keys() == tensors.keys() and all(torch.equal(other[name], tensors[name]) for name in tensors)
+        ]
+        copies.append(equal[0])
+    return copies
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "meta", "stack", "whole"),
+    [
+        ("vit_tiny_patch16_224", [3, 2, 1], [1, 1, 1], [0, 0, 0, 1, 1, 2], [0, 1, 2, 0, 1, 2]),
+        ("vit_tiny_patch16_224", [5, 4], [2, 3], [0, 0, 0, 1, 1, 2, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 2, 3]),
+        # a copy has the parity of its source: every second block of Swin shifts its windows
+        (
+            "swin_tiny_patch4_window7_224",
+            [[2, 2, 4, 0], [0, 0, 6, 2]],
+            [[2, 2, 2, 0], [0, 0, 4, 1]],
+            [*[0, 1], *[0, 1], *[0, 1, 0, 1, 2, 3, 2, 3, 4, 5], *[0, 0]],
+            [*[0, 1], *[0, 1], *[0, 1, 2, 3, 4, 5, 0, 1, 2, 3], *[0, 0]],
+        ),
+        (
+            "convnext_atto",
+            [[1, 2, 3, 0], [0, 0, 2, 2]],
+            [[1, 1, 1, 0], [0, 0, 1, 1]],
+            [*[0], *[0, 0], *[0, 0, 0, 1, 1], *[0, 0]],
+            [*[0], *[0, 0], *[0, 1, 0, 1, 0], *[0, 0]],
+        ),
+    ],
+)
+def test_stack_repeats_blocks_in_a_row_and_g_stack_the_whole_model(
+    name: str, target: Any, meta: Any, stack: list[int], whole: list[int]
+) -> None:
+    known = next(case for case in CASES if case.name == name)
+    case = replace(known, target=target, meta=meta)
+    source, shallow, deep = disturb(case.build(meta)), case.partition(meta), case.partition(target)
+    inits: tuple[tuple[Init, list[int]], ...] = (("stack", stack), ("g_stack", whole))
+    for init, expected in inits:
+        model = drawn(case, deep)
+        initialize(model, deep, range(deep.modules), source.state_dict(), shallow, init)
+        assert copied_blocks(model.state_dict(), source.state_dict(), case, deep.depths) == expected
+        others = {n: tensor for n, tensor in model.state_dict().items() if deep.block_of(n) is None}
+        assert others
+        assert all(torch.equal(tensor, source.state_dict()[n]) for n, tensor in others.items())
+
+
+@each_case
+def test_stack_of_equal_depth_starts_as_the_meta_model(case: Case) -> None:
+    meta, shallow = disturb(case.build(case.meta)), case.partition(case.meta)
+    inits: tuple[Init, ...] = ("stack", "g_stack", "grow")
+    for init in inits:
+        model = drawn(case, shallow)
+        initialize(model, shallow, range(shallow.modules), meta.state_dict(), shallow, init)
+        assert torch.equal(model(case.images()), meta(case.images()))
+
+
 def test_grow_refuses_a_block_it_does_not_know() -> None:
     case = CASES[0]
     meta, shallow = case.build(case.meta), case.partition(case.meta)
@@ -143,7 +218,7 @@ def test_grow_refuses_a_block_it_does_not_know() -> None:
     block.__class__ = type("StrangeBlock", (type(block),), {})
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ConfigError, match=r"StrangeBlock.*'boundary' or 'fresh'"):
-        initialize(model, own, 1, meta.state_dict(), shallow, "grow")
+        initialize(model, own, [1], meta.state_dict(), shallow, "grow")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
