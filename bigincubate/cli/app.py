@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO, get_args
 
 import typer
 from typer import Argument, Option
 
 from .. import __version__
 from ..distributed.rank_logging import LEVEL_VARIABLE, LogLevel
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from ..storage.run_directory import RunDir
@@ -63,6 +64,15 @@ RunDirOption = Annotated[
 SetOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Override a recipe key: --set train.lr=1e-3")
 ]
+Method = Literal["incubate", "expand"]
+MethodOption = Annotated[
+    Method | None,
+    Option(
+        "--method",
+        metavar="METHOD",
+        help='incubate: all modules; expand: no module, same as --set plan.incubate="none" (default: the recipe\'s).',
+    ),
+]
 LogLevelOption = Annotated[
     LogLevel,
     Option(
@@ -92,6 +102,20 @@ def _options(
     version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Accept the options that come before a command."""
+
+
+def add_method(sets: list[str] | None, method: Method | None) -> list[str]:
+    """Return the values of ``--set`` with what ``--method`` stands for.
+
+    Raises:
+        ConfigError: ``--set`` has the same key.
+    """
+    given = list(sets or ())
+    if method is None:
+        return given
+    if any(item.partition("=")[0].strip() == "plan.incubate" for item in given):
+        raise ConfigError(f"--method {method} stands for --set plan.incubate=…, which is given too; omit one of them")
+    return [*given, f"plan.incubate={'none' if method == 'expand' else 'all'}"]
 
 
 def console() -> Any:

@@ -16,7 +16,19 @@ from ..errors import (
     SystemResourceError,
     format_command,
 )
-from .app import RecipeArgument, RunArgument, RunDir, RunDirOption, SetOption, app, console, parse_path, say
+from .app import (
+    MethodOption,
+    RecipeArgument,
+    RunArgument,
+    RunDir,
+    RunDirOption,
+    SetOption,
+    add_method,
+    app,
+    console,
+    parse_path,
+    say,
+)
 
 # keys that submit takes from the variables of sbatch if the recipe leaves them open
 SHELL_DEFAULTS = {
@@ -33,6 +45,7 @@ def submit(
     recipe: RecipeArgument,
     run: RunDirOption,
     sets: SetOption = None,
+    method: MethodOption = None,
     baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
     partition: Annotated[str | None, Option(help="Same as --set slurm.partition=…")] = None,
     account: Annotated[str | None, Option(help="Same as --set slurm.account=…")] = None,
@@ -51,10 +64,11 @@ def submit(
     """Submit a run to Slurm: meta model, modules, fine-tuning. Run it again to submit missing phases."""
     from ..config import load_recipe
 
-    given = [f"slurm.{key}={value}" for key, value in (("partition", partition), ("account", account)) if value]
-    loaded = load_recipe(recipe, [*(sets or ()), *given])
+    given = add_method(sets, method)
+    given += [f"slurm.{key}={value}" for key, value in (("partition", partition), ("account", account)) if value]
+    loaded = load_recipe(recipe, given)
     if defaults := shell_defaults(loaded):
-        loaded = load_recipe(recipe, [*(sets or ()), *given, *defaults])
+        loaded = load_recipe(recipe, [*given, *defaults])
     if dry_run:
         preview_submission(loaded, run, baseline=baseline)
         return

@@ -15,10 +15,12 @@ from ..errors import ConfigError, Preempted, format_command
 from .app import (
     JsonOption,
     LogLevelOption,
+    MethodOption,
     RecipeArgument,
     RunDir,
     RunDirOption,
     SetOption,
+    add_method,
     app,
     console,
     parse_run_dir,
@@ -39,6 +41,7 @@ NUMBER = r"0|[1-9][0-9]{0,8}"
 def plan(
     recipe: RecipeArgument,
     sets: SetOption = None,
+    method: MethodOption = None,
     world: Annotated[
         str | None, Option(metavar="N,N,…", help="Numbers of ranks for --sharding (default: 1, 2 and 8).")
     ] = None,
@@ -60,7 +63,7 @@ def plan(
     """
     from ..config import load_recipe
 
-    loaded = load_recipe(recipe, sets or ())
+    loaded = load_recipe(recipe, add_method(sets, method))
     if world is not None and not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", world):
         raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
     from ..api import plan as count_costs
@@ -79,8 +82,9 @@ def plan(
     own, baseline = costs["incubation_flops"], costs["end_to_end_flops"]
     unit, (shown, shown_baseline) = format_flops_column([own, baseline])
     ratio = f"{own / baseline:.3f} times the" if baseline else "compared with the"
+    way = "incubation" if loaded.plan.incubated else "expansion"
     say(
-        f"incubation: {shown} {unit} in total, {100 * costs['finetune_share']:.1f}% of them for fine-tuning;"
+        f"{way}: {shown} {unit} in total, {100 * costs['finetune_share']:.1f}% of them for fine-tuning;"
         f" {ratio} {shown_baseline} {unit} of end-to-end training"
     )
     if cluster is not None:
@@ -101,6 +105,7 @@ def run(
     ] = None,
     nproc: Annotated[int, Option(min=1, metavar="N", help="Number of ranks that train each phase.")] = 1,
     sets: SetOption = None,
+    method: MethodOption = None,
     baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
     small: Annotated[
         bool, Option("--smoke", help="Run a small version of the recipe on generated data; takes two minutes.")
@@ -115,7 +120,7 @@ def run(
     from ..config import load_recipe
     from ..planning.smoke import smoke
 
-    loaded = load_recipe(recipe, sets or (), smoke if small else None)
+    loaded = load_recipe(recipe, add_method(sets, method), smoke if small else None)
     os.environ[LEVEL_VARIABLE] = log_level  # for the processes of the phases
     setup_logging(log_level)
     helper = None

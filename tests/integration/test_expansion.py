@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -92,6 +93,18 @@ def test_expansion_has_no_phases_of_modules(expanded: Any) -> None:
     route = read_run(expanded.run).from_meta
     assert route is not None
     assert (route.name, route.meta, route.modules) == ("expanded", route.phases[0], [])
+
+
+@pytest.mark.parametrize(("init", "blocks"), [("stack", [0, 0, 1, 1]), ("g_stack", [0, 1, 0, 1])])
+def test_expanded_model_repeats_the_blocks_of_the_meta_model(
+    init: str, blocks: list[int], expanded: Any, tmp_path: Path
+) -> None:
+    other = expanded.copy(tmp_path / "run", ["meta"])
+    opened = open_run(load_recipe(other.run.recipe_file, [f"expand.init={init}"]), other.run)
+    state, meta = build_model(opened.phase("finetune"))[0].state_dict(), expanded.weights("pretrain")
+    for here, there in enumerate(blocks):
+        assert torch.equal(state[f"blocks.{here}.mlp.fc1.weight"], meta[f"blocks.{there}.mlp.fc1.weight"])
+    assert torch.equal(state["head.weight"], meta["head.weight"])
 
 
 def test_cost_and_duration_are_planned_without_modules(expanded: Any) -> None:
@@ -210,3 +223,45 @@ def test_initialization_of_expanded_modules_matters_only_where_there_are_some(ha
     some = identity("plan.incubate=[0]", "expand.init=boundary")
     assert some == identity("plan.incubate=[0]") | {"expand.init": "boundary"}
     assert [slot["source"] for slot in some["slots"]] == ["module", "expand"]
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.mark.parametrize(("method", "phases"), [("expand", ["pretrain", "finetune"]), ("incubate", None)])
+def test_method_is_short_for_which_modules_are_incubated(
+    method: str, phases: list[str] | None, fast: Path, tmp_path: Path, call: Any
+) -> None:
+    code, out, err = call("plan", fast, "--method", method, "--set", "data.train_samples=416", "--json")
+    assert code == 0, err
+    found = [row["key"] for row in json.loads(out)["rows"] if row["key"] != "end_to_end"]
+    assert found == (phases or ["pretrain", "incubate/0", "incubate/1", "finetune"])
+    code, out, err = call("submit", fast, "--run-dir", tmp_path / "r", "--dry-run", "--method", method)
+    assert code == 0, err
+    commands = [line for line in out.splitlines() if line.startswith("sbatch ")]
+    assert any("--array=" in line for line in commands) == (phases is None)
+
+
+def test_expansion_runs_from_the_command_line_alone_and_again(fast: Path, tmp_path: Path) -> None:
+    words = ["run", fast, "--run-dir", tmp_path / "run", "--method", "expand", "--set", "train.max_steps=2"]
+    first = run(*words)
+    assert first.wait(240) == 0, first.out + first.err
+    assert load_recipe(tmp_path / "run" / "recipe.toml").plan.incubate == "none"
+    again = run(*words)
+    assert again.wait() == 0, again.err
+    assert "is already done" in again.out
+    # the recipe of the run says which method it is
+    again = run("run", tmp_path / "run" / "recipe.toml", "--run-dir", tmp_path / "run")
+    assert again.wait() == 0, again.err
+    assert "is already done" in again.out
+
+
+@pytest.mark.parametrize("command", ["run", "submit", "plan"])
+def test_method_and_its_key_cannot_both_be_given(command: str, fast: Path, tmp_path: Path, call: Any) -> None:
+    where = [] if command == "plan" else ["--run-dir", tmp_path / "r"]
+    code, _, err = call(command, fast, *where, "--method", "expand", "--set", "plan.incubate=all")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--method expand stands for --set plan.incubate=" in err
+    code, _, err = call(command, fast, *where, "--method", "grow")
+    assert (code, err.count("\n")) == (2, 1)
+    assert not (tmp_path / "r").exists()
