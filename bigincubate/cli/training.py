@@ -73,7 +73,7 @@ def plan(
     if as_json:
         say_json(costs)
         return
-    from ..report.console_tables import cluster_table, plan_table, sharding_tables
+    from ..report.console_tables import cluster_table, describe_unused_flops, plan_table, sharding_tables
     from ..report.units import format_flops_column
 
     console().print(plan_table(costs), "")
@@ -87,6 +87,8 @@ def plan(
         f"{way}: {shown} {unit} in total, {100 * costs['finetune_share']:.1f}% of them for fine-tuning;"
         f" {ratio} {shown_baseline} {unit} of end-to-end training"
     )
+    if unused := describe_unused_flops(costs):
+        say(unused)
     if cluster is not None:
         console().print("", cluster_table(costs["cluster"]))
 

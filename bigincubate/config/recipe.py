@@ -28,7 +28,7 @@ class Recipe(Settings):
     pretrain: PhaseConfig = PhaseConfig()
     incubate: sections.IncubateConfig = sections.IncubateConfig()
     expand: modules.ExpandConfig = modules.ExpandConfig()
-    finetune: PhaseConfig = PhaseConfig()
+    finetune: sections.FinetuneConfig = sections.FinetuneConfig()
     end_to_end: sections.EndToEndConfig = sections.EndToEndConfig()
     log: sections.LogConfig = sections.LogConfig()
     checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()

@@ -347,10 +347,21 @@ class IncubateConfig(PhaseConfig):
     meta model several times in a row)."""
 
 
+Budget = Literal["equal_flops", "epochs"]
+
+
+class FinetuneConfig(PhaseConfig):
+    """The fine-tuning of the assembled model."""
+
+    budget: Budget = "equal_flops"
+    """Length of fine-tuning if `plan.incubate` omits modules: so many steps that the run has the training FLOPs of an
+    incubation of all modules, or `finetune.train.epochs`. If all modules are incubated, both are the same."""
+
+
 class EndToEndConfig(PhaseConfig):
     """The end-to-end baseline."""
 
-    budget: Literal["equal_flops", "epochs"] = "equal_flops"
+    budget: Budget = "equal_flops"
     """Length of the end-to-end baseline: the training FLOPs of an incubation of all modules (whichever
     `plan.incubate` lists), or `end_to_end.train.epochs`."""
 

@@ -175,9 +175,11 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
 def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
     """Return every phase with its cost and length, for a training split of ``samples`` samples.
 
-    Equal FLOPs are those of an incubation of all modules, also if the plan incubates only some of them.
+    Equal FLOPs are those of an incubation of all modules, also if the plan incubates only some of them: fine-tuning
+    then gets the FLOPs of the other modules too. Lengths are rounded down to whole steps.
     """
     rows: list[PlannedRow] = []
+    incubation = omitted = 0  # FLOPs of an incubation of all modules, and of those that this plan does not incubate
     counters: dict[Phase, CostCounter] = {}
     for settings in {s.model.model_dump_json(): s for s in map(recipe.settings, PHASES)}.values():
         phase_model(plan.row("end_to_end"), settings, plan.family, device="meta")  # checks blocks at every index
@@ -186,9 +188,18 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
         task = task_class(settings.task.name)
         cost = counters.setdefault(row.phase, CostCounter(settings, plan)).count(row)
         steps, per_epoch = phase_steps(settings, samples)
-        if row.phase == "end_to_end" and recipe.end_to_end.budget == "equal_flops":
-            budget = sum(planned.total_flops for planned in rows)
-            steps = math.floor(budget / (cost.training_flops * settings.train.batch_size))
+        step_flops = cost.training_flops * settings.train.batch_size
+        budget = None
+        if row.phase == "end_to_end":
+            budget = incubation if recipe.end_to_end.budget == "equal_flops" else None
+        elif row.phase == "finetune" and recipe.finetune.budget == "equal_flops":
+            budget = steps * step_flops + omitted
+        incubation += steps * step_flops
+        if row.module in plan.expanded:
+            omitted += steps * step_flops
+            continue
+        if budget is not None:
+            steps = budget // step_flops
         seen = steps * settings.train.batch_size
         rows.append(
             PlannedRow(
@@ -204,9 +215,10 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
                 epochs=round(steps / per_epoch, 4),
                 seen=seen,
                 total_flops=seen * cost.training_flops,
+                unused_flops=None if budget is None else budget - steps * step_flops,
             )
         )
-    return [row for row in rows if row.module not in plan.expanded]
+    return rows
 
 
 def plan_json(recipe: Recipe, plan: Plan, rows: list[PlannedRow]) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class PlannedRow:
         epochs: Number of passes over the training split.
         seen: Number of samples in all steps; each view of a sample counts.
         total_flops: Training FLOPs of all steps.
+        unused_flops: FLOPs of the phase's budget that are not enough for another step; None if it has no budget.
         identity: The settings that determine the result (`phase_identity`); empty outside of a run.
         data: Digest of the data that the phase trains on; empty outside of a run.
     """
@@ -68,6 +69,7 @@ class PlannedRow:
     epochs: float
     seen: int
     total_flops: int
+    unused_flops: int | None = None
     identity: dict[str, Any] = field(default_factory=dict)
     data: str = ""
 

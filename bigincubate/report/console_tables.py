@@ -102,6 +102,16 @@ def plan_table(plan: dict[str, Any]) -> Table:
     return table
 
 
+def describe_unused_flops(plan: dict[str, Any]) -> str:
+    """Return how much of its budget each phase with equal FLOPs leaves, as its steps are whole; empty if none does."""
+    shares = []
+    for row in plan["rows"]:
+        if unused := row["unused_flops"]:
+            total = plan["end_to_end_flops"] if row["phase"] == "end_to_end" else plan["incubation_flops"]
+            shares.append(f"{row['title']} {100 * unused / (total + unused):.3f}%")
+    return f"not used of equal FLOPs, because steps are whole: {', '.join(shares)}" if shares else ""
+
+
 def sharding_tables(plan: dict[str, Any]) -> list[Table]:
     """Return two tables, memory per rank and communication per step, by strategy and number of ranks.
 

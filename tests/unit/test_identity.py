@@ -72,6 +72,7 @@ TABLE = {
     "meta.init": "P",
     "meta.select": "P",
     "incubate.init": "I",
+    "finetune.budget": "",  # every module is incubated
     "end_to_end.budget": "E",
     "pretrain.export": "P",
     "incubate.export": "I",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,31 @@ def test_baseline_has_the_flops_of_the_incubation() -> None:
     budget = sum(row.total_flops for row in incubation)
     one_step = baseline.cost.training_flops * baseline.batch_size
     assert budget - one_step < baseline.total_flops <= budget
+
+
+@pytest.mark.parametrize("expanded", [{0, 1, 2, 3}, {0, 2}])
+def test_fine_tuning_gets_the_flops_of_modules_that_are_not_incubated(expanded: set[int]) -> None:
+    recipe = load_recipe("digits")
+    plan = make_plan(recipe)
+    *rows, baseline = cost_plan(recipe, replace(plan, expanded=frozenset(expanded)), samples=50000)
+    budget = sum(row.total_flops for row in cost_plan(recipe, plan, samples=50000)[:-1])
+    for total, last in ((sum(row.total_flops for row in rows), rows[-1]), (baseline.total_flops, baseline)):
+        assert last.unused_flops is not None
+        assert total + last.unused_flops == budget
+        assert last.unused_flops < min(last.cost.training_flops * last.batch_size, 0.005 * budget)
+
+
+def test_length_of_fine_tuning_can_be_set_in_epochs() -> None:
+    sets = ["plan.incubate=none", "finetune.train.epochs=7", "finetune.budget=epochs"]
+    recipe = load_recipe("digits", sets)
+    row = cost_plan(recipe, make_plan(recipe), samples=1437)[1]
+    assert (row.key, row.epochs, row.unused_flops) == ("finetune", 7.0, None)
+
+
+def test_budget_changes_nothing_if_all_modules_are_incubated() -> None:
+    recipe, other = load_recipe("digits"), load_recipe("digits", ["finetune.budget=epochs"])
+    rows, others = (cost_plan(each, make_plan(each), samples=1437) for each in (recipe, other))
+    assert [row.steps for row in rows] == [row.steps for row in others]
 
 
 def test_balanced_cut_takes_the_models_own_depth() -> None:
