@@ -51,7 +51,7 @@ def compare_json(routes: LabeledRoutes) -> list[dict[str, Any]]:
             "assembled": _metrics(route.assembled),
             "unit": route.last.unit,
             **route.spent,
-            "path_seconds": route.path_seconds,
+            "path_seconds": route.path("seconds"),
         }
         for label, route in routes
     ]

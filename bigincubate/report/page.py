@@ -218,7 +218,7 @@ def _cost_section(run_data: RunData) -> Markup:
     kinds = {"pretrain": "meta model", "incubate": "modules", "finetune": "fine-tuning", "end_to_end": "end to end"}
     keys = join_markup(*(tag("span", title, class_=f"key {kind}") for kind, title in kinds.items()))
     key = tag("p", keys, tag("span", "\u2002pale: planned, not spent", class_="soft"))
-    return join_markup(tag("div", *lines, class_="bars"), key, _cost_summary(run_data))
+    return join_markup(tag("div", *lines, class_="bars"), key, _cost_summary(run_data), _ways_table(run_data))
 
 
 def _bar(route: TrainingRoute, rest: str) -> list[tuple[str, float]]:
@@ -241,7 +241,7 @@ def _cost_summary(run_data: RunData) -> Markup:
         share = from_meta.last.spent["flops"] / (from_meta.spent["flops"] or 1)
         words.append(
             f"Training takes {format_duration(from_meta.spent['seconds'])} with one phase after another, and"
-            f" {format_duration(from_meta.path_seconds)} with all modules in parallel."
+            f" {format_duration(from_meta.path('seconds'))} with all modules in parallel."
             f" Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
         )
     if from_meta and baseline and from_meta.last.score is not None and baseline.last.score is not None:
@@ -262,6 +262,26 @@ def _cost_summary(run_data: RunData) -> Markup:
             "This run has no end-to-end baseline; its planned cost is shown (`bigincubate run --baseline` trains one)."
         )
     return join_markup(*(tag("p", sentence) for sentence in words))
+
+
+def _ways_table(run_data: RunData) -> Markup:
+    """Return what each way has cost so far, with the same columns as `plan --ways`."""
+    head = ["way", "FLOPs", "on the critical path", "memory before", "memory last", "sent before", "sent last"]
+    rows = []
+    for route in run_data.routes:
+        before = route.phases[:-1]
+        memory = [max((phase.peak_memory for phase in before), default=0.0), route.last.peak_memory]
+        sent = [sum(phase.sent_gradients for phase in before), route.last.sent_gradients]
+        cells = [number(size, format_quantity(size, "B")) if size else NONE for size in (*memory, *sent)]
+        rows.append(
+            [route.name, *(flops_number(flops) for flops in (route.spent["flops"], route.path("flops"))), *cells]
+        )
+    note = (
+        "On the critical path, only the largest module counts, because modules can be trained in parallel. Memory is"
+        " the peak of rank 0, and what was sent are the gradients of phases with several ranks, both before and in the"
+        " last phase. `bigincubate plan --ways` compares these costs with those of other ways."
+    )
+    return join_markup(table(head, rows), tag("p", note, class_="soft"))
 
 
 def _usage_section(run_data: RunData, usage: Mapping[str, JobUsage]) -> Markup:

@@ -125,6 +125,18 @@ class PhaseData:
         return self.points[-1].cost if self.points else NO_COST
 
     @property
+    def peak_memory(self) -> float:
+        """Return the largest memory of rank 0 that was logged, in bytes; 0 if none was."""
+        return 2**30 * max((row.get("memory/peak_gib", 0.0) for row in self.rows), default=0.0)
+
+    @property
+    def sent_gradients(self) -> float:
+        """Return the bytes of gradients that each rank has passed to all-reduce; 0 if there was one rank."""
+        several = any(attempt.get("world", 1) > 1 for attempt in self.attempts)
+        steps = self.spent["seen"] / self.planned["batch_size"]
+        return steps * self.planned["cost"]["allreduce_bytes"] if several else 0.0
+
+    @property
     def device_seconds(self) -> tuple[float, str] | None:
         """Return the seconds multiplied by the number of GPUs or CPU cores in use, and ``"GPU"`` or ``"core"``.
 
@@ -187,11 +199,10 @@ class TrainingRoute:
         """Return the cost of all phases so far."""
         return {key: sum(phase.spent[key] for phase in self.phases) for key in COSTS}
 
-    @property
-    def path_seconds(self) -> float:
-        """Return the training time in seconds if all modules are trained in parallel."""
-        modules = [phase.spent["seconds"] for phase in self.modules]
-        return self.spent["seconds"] - sum(modules) + max(modules, default=0.0)
+    def path(self, cost: str) -> float:
+        """Return a cost so far, one of ``COSTS``, on the critical path: of all modules, only the largest counts."""
+        modules = [phase.spent[cost] for phase in self.modules]
+        return self.spent[cost] - sum(modules) + max(modules, default=0.0)
 
 
 @dataclass(frozen=True)

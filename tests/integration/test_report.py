@@ -72,7 +72,7 @@ class Page(HTMLParser):
     def row(self, title: str) -> dict[str, float | str]:
         """The first line that begins so, by the head of its table: numbers in full where there are any."""
         at = next(index for index, row in enumerate(self.rows) if row[0] == title)
-        head = max(i for i in range(at) if self.rows[i][0] in ("phase", "run", "in order of completion"))
+        head = max(i for i in range(at) if self.rows[i][0] in ("phase", "run", "way", "in order of completion"))
         cells = enumerate(zip(self.rows[head], self.rows[at], strict=True))
         return {name: self.numbers.get((at, cell), shown) for cell, (name, shown) in cells}
 
@@ -125,6 +125,27 @@ def test_numbers_on_the_page_are_those_of_the_summary(done: Any) -> None:
     core_seconds = page.row("meta model")["device time"]
     assert core_seconds == summary["meta"]["seconds"]  # one rank, one thread
     assert "core-s" in page.text
+
+
+def test_page_says_what_each_way_has_cost(done: Any) -> None:
+    page, flops = page_of(done.run), {row.key: row.total_flops for row in done.rows}
+    page.rows = page.rows[next(at for at, row in enumerate(page.rows) if row[0] == "way") :]
+    page.numbers = {}
+    found = {title: page.row(title) for title in ("incubated", "end to end")}
+    assert [row["sent last"] for row in found.values()] == ["\u2013", "\u2013"]  # one rank
+    assert flops.pop("end_to_end") > 0
+    routes = {route.name: route for route in read_run(done.run).routes}
+    assert routes["incubated"].spent["flops"] == sum(flops.values())
+    assert routes["incubated"].path("flops") == sum(flops.values()) - min(flops["incubate/0"], flops["incubate/1"])
+    assert routes["end to end"].path("flops") == routes["end to end"].spent["flops"]
+    assert all(route.last.peak_memory > 2**27 for route in routes.values())  # torch alone is larger
+
+
+def test_gradients_are_sent_only_between_several_ranks(done: Any) -> None:
+    phase = read_run(done.run).routes[0].phases[0]
+    assert phase.sent_gradients == 0
+    two = replace(phase, attempts=[{**attempt, "world": 2} for attempt in phase.attempts])
+    assert two.sent_gradients == 6 * phase.planned["cost"]["allreduce_bytes"]
 
 
 def test_page_is_one_file_that_loads_nothing(done: Any) -> None:
