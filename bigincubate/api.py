@@ -41,7 +41,9 @@ def _check_recipe(recipe: object) -> None:
         raise ConfigError(f"recipe is a {type(recipe).__name__}; pass a Recipe, such as load_recipe('digits')")
 
 
-def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None = None) -> dict[str, Any]:
+def plan(
+    recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None = None, ways: bool = False
+) -> dict[str, Any]:
     """Compute the cost of each phase of a recipe. Needs neither data nor a GPU.
 
     Args:
@@ -50,10 +52,12 @@ def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None
             that divide the batch sizes.
         cluster: Cluster for which to estimate the training time: ``"nodes=8,gpus=8,tflops=200"``, or
             ``"...,rates=RUN_DIR"`` to use the measured throughput of the phases of a run.
+        ways: Whether to compare the recipe with other ways to train its target.
 
     Returns:
         A dict that can be written as JSON: ``rows`` (one dict per phase: depths, parameters, steps, FLOPs, bytes per
-        strategy), ``incubation_flops``, ``end_to_end_flops``, ``finetune_share``, and ``cluster`` if it is given.
+        strategy), ``incubation_flops``, ``end_to_end_flops``, ``finetune_share``, and, if asked for, ``cluster`` and
+        ``ways`` (one dict per way: FLOPs, FLOPs on the critical path, bytes per worker).
 
     Raises:
         ConfigError: An argument is invalid, the model is not supported, the depths do not fit it, or
@@ -66,33 +70,35 @@ def plan(recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None
     _check_recipe(recipe)
     for ranks in world_sizes:
         check_integer("world_sizes", ranks)
-    from .planning.cost import cost_plan, plan_json
+    from .planning.cost import cost_plan, count_costs, plan_json
     from .planning.memory import all_batches_divisible, batch_divisible, estimate_footprints
     from .planning.phases import make_plan
     from .planning.prepare_run import expected_samples
+    from .planning.walltime import critical_path_seconds, estimate_walltime, parse_cluster
+    from .planning.ways import compare_ways
 
     worlds = list(world_sizes) or [ranks for ranks in (1, 2, 8) if all_batches_divisible(recipe, ranks)]
-    phases = make_plan(recipe)
-    rows = cost_plan(recipe, phases, expected_samples(recipe))
+    phases, samples = make_plan(recipe), expected_samples(recipe)
+    counted = count_costs(recipe, phases)
+    rows = cost_plan(recipe, phases, samples, counted)
     costs = plan_json(recipe, phases, rows)
     footprints = estimate_footprints(recipe, phases, rows, worlds)
     for row in costs["rows"]:
         row["sharding"] = [asdict(footprint) for footprint in footprints[row["key"]]]
-    if cluster is not None:
-        from .planning.walltime import critical_path_seconds, estimate_walltime, parse_cluster
-
-        machines = parse_cluster(cluster)
+    machines = parse_cluster(cluster) if cluster is not None else None
+    if machines is not None:
         estimates = estimate_walltime(
             rows, machines, lambda row, ranks: batch_divisible(recipe.settings(row.phase), ranks)
         )
+        own = [estimate for estimate in estimates if estimate.key != "end_to_end"]
         costs["cluster"] = {
             "gpus": machines.gpus,
             "phases": [asdict(estimate) for estimate in estimates],
-            "seconds": critical_path_seconds(estimates, machines.gpus),
-            "gpu_seconds": sum(
-                estimate.gpus * estimate.seconds for estimate in estimates if estimate.key != "end_to_end"
-            ),
+            "seconds": critical_path_seconds(own, machines.gpus),
+            "gpu_seconds": sum(estimate.gpus * estimate.seconds for estimate in own),
         }
+    if ways:
+        costs["ways"] = [asdict(way) for way in compare_ways(recipe, phases, samples, counted, machines)]
     return costs
 
 

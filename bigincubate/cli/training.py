@@ -55,11 +55,15 @@ def plan(
             help="Also estimate the time on a cluster, at X TFLOP/s per GPU, or with rates=RUN at a run's throughput.",
         ),
     ] = None,
+    ways: Annotated[
+        bool, Option("--ways", help="Also compare with expansion, end-to-end training and the meta model alone.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the cost of each phase: depths, parameters, FLOPs, memory, length. Needs no data.
 
-    With --sharding or --world, also memory and communication per rank, for each sharding strategy.
+    With --sharding or --world, also memory and communication per rank, for each sharding strategy. With --ways, also
+    what each way to train the target costs with as many workers as modules.
     """
     from ..config import load_recipe
 
@@ -69,11 +73,11 @@ def plan(
     from ..api import plan as count_costs
 
     world_sizes = [int(ranks) for ranks in world.split(",")] if world else []
-    costs = count_costs(loaded, world_sizes=world_sizes, cluster=cluster)
+    costs = count_costs(loaded, world_sizes=world_sizes, cluster=cluster, ways=ways)
     if as_json:
         say_json(costs)
         return
-    from ..report.console_tables import cluster_table, describe_unused_flops, plan_table, sharding_tables
+    from ..report.console_tables import cluster_table, describe_unused_flops, plan_table, sharding_tables, ways_table
     from ..report.units import format_flops_column
 
     console().print(plan_table(costs), "")
@@ -91,6 +95,14 @@ def plan(
         say(unused)
     if cluster is not None:
         console().print("", cluster_table(costs["cluster"]))
+    if ways:
+        console().print("", ways_table(costs))
+        say(
+            "path: FLOPs on the critical path; MiB: memory of a worker, before and in the last phase. The workers are"
+            " separate, without a network: each trains a module, and one of them trains everything else.\n"
+            "DP: the workers are connected, and also share the batches of all other phases (data parallelism); GB: what"
+            " each of them passes to collectives."
+        )
 
 
 @app.command()

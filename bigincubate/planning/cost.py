@@ -7,6 +7,7 @@ in training, and runs a forward and a backward pass under ``torch.utils.flop_cou
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import PHASES, Phase, Recipe, Settings
+from ..config import PHASES, Recipe, Settings
 from ..data.epoch_layout import EpochLayout
 from ..models.base import explain_argument_errors
 from ..optim.state_size import trainable_param_info
@@ -172,21 +173,33 @@ def phase_steps(settings: Settings, samples: int) -> tuple[int, int]:
     return steps if settings.train.max_steps is None else min(steps, settings.train.max_steps), layout.steps
 
 
-def cost_plan(recipe: Recipe, plan: Plan, samples: int) -> list[PlannedRow]:
+def count_costs(recipe: Recipe, plan: Plan) -> dict[str, Cost]:
+    """Return the cost of every phase by its key, including those of modules that the plan does not incubate."""
+    for settings in {s.model.model_dump_json(): s for s in map(recipe.settings, PHASES)}.values():
+        phase_model(plan.row("end_to_end"), settings, plan.family, device="meta")  # checks blocks at every index
+    counters = {phase: CostCounter(recipe.settings(phase), plan) for phase in PHASES}
+    return {row.key: counters[row.phase].count(row) for row in replace(plan, expanded=frozenset()).rows()}
+
+
+def cost_plan(recipe: Recipe, plan: Plan, samples: int, costs: Mapping[str, Cost] | None = None) -> list[PlannedRow]:
     """Return every phase with its cost and length, for a training split of ``samples`` samples.
 
     Equal FLOPs are those of an incubation of all modules, also if the plan incubates only some of them: fine-tuning
     then gets the FLOPs of the other modules too. Lengths are rounded down to whole steps.
+
+    Args:
+        recipe: The recipe.
+        plan: Its plan.
+        samples: Number of samples of the training split.
+        costs: The costs of the phases if they have been counted before (`count_costs`).
     """
+    costs = count_costs(recipe, plan) if costs is None else costs
     rows: list[PlannedRow] = []
     incubation = omitted = 0  # FLOPs of an incubation of all modules, and of those that this plan does not incubate
-    counters: dict[Phase, CostCounter] = {}
-    for settings in {s.model.model_dump_json(): s for s in map(recipe.settings, PHASES)}.values():
-        phase_model(plan.row("end_to_end"), settings, plan.family, device="meta")  # checks blocks at every index
     for row in replace(plan, expanded=frozenset()).rows():
         settings = recipe.settings(row.phase)
         task = task_class(settings.task.name)
-        cost = counters.setdefault(row.phase, CostCounter(settings, plan)).count(row)
+        cost = costs[row.key]
         steps, per_epoch = phase_steps(settings, samples)
         step_flops = cost.training_flops * settings.train.batch_size
         budget = None

@@ -6,7 +6,7 @@ step of the optimizer on fake tensors. DeepSpeed and fairscale are not imported.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -106,9 +106,13 @@ def phase_tensors(row: PhasePlan, settings: Settings, plan: Plan) -> PhaseTensor
 
 
 def estimate_footprints(
-    recipe: Recipe, plan: Plan, rows: Iterable[PlannedRow], worlds: Iterable[int]
+    recipe: Recipe,
+    plan: Plan,
+    rows: Iterable[PlannedRow],
+    worlds: Iterable[int],
+    strategies: Collection[str] = STRATEGY_NAMES,
 ) -> dict[str, list[RankFootprint]]:
-    """Return the footprints of each phase by its key, for each world size and each strategy that supports it.
+    """Return the footprints of each phase by its key, for each world size and each of the strategies that supports it.
 
     Raises:
         ConfigError: The batch size of a phase is not divisible by a world size.
@@ -124,7 +128,7 @@ def estimate_footprints(
             of_shape[shape] = [
                 _estimate_footprint(name, settings, planned, tensors, world)
                 for world in worlds
-                for name in STRATEGY_NAMES
+                for name in strategies
                 if tensors.flat is not None or not name.startswith("zero")
             ]
         found[planned.key] = [_replace_activations(footprint, planned) for footprint in of_shape[shape]]

@@ -128,10 +128,10 @@ def estimate_walltime(
 
 
 def critical_path_seconds(estimates: Sequence[PhaseEstimate], gpus: int) -> float:
-    """Return the seconds from the first step of the meta model to the last step of fine-tuning.
+    """Return the seconds from the first step of the first phase to the last step of the last one.
 
-    Modules train in parallel. If there are fewer GPUs than modules, the longest remaining module starts on the next
-    free GPU.
+    Modules train in parallel, all other phases one after another. If there are fewer GPUs than modules, the longest
+    remaining module starts on the next free GPU.
     """
     modules = [phase for phase in estimates if phase.key.startswith("incubate/")]
     if sum(phase.gpus for phase in modules) <= gpus:
@@ -141,4 +141,4 @@ def critical_path_seconds(estimates: Sequence[PhaseEstimate], gpus: int) -> floa
         for phase in sorted(modules, key=lambda phase: -phase.seconds):
             heapq.heapreplace(busy_until, busy_until[0] + phase.seconds)
         incubation = max(busy_until)
-    return incubation + sum(phase.seconds for phase in estimates if phase.key in ("pretrain", "finetune"))
+    return incubation + sum(phase.seconds for phase in estimates if phase not in modules)

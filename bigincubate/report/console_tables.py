@@ -152,6 +152,28 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f}"
 
 
+def ways_table(plan: dict[str, Any]) -> Table:
+    """Return a table of the ways to train the target; see :mod:`bigincubate.planning.ways`."""
+    ways = plan["ways"]
+    connected = any(way["connected_path_flops"] is not None for way in ways)
+    timed = any(way["seconds"] is not None for way in ways)
+    keys = ["flops", "separate_path_flops", *(["connected_path_flops"] if connected else [])]
+    unit, amounts = format_flops_column([way[key] for way in ways for key in keys])
+    unit = unit.removesuffix("LOPs")
+    heads = [f"total {unit}", f"path {unit}", "MiB before", "MiB last"]
+    heads += [f"path {unit}, DP", "GB before, DP", "GB last, DP"] if connected else []
+    heads += ["GPU-hours", "h:mm:ss"] if timed else []
+    table = TextTable(f"{plan['recipe']}: ways to train the target with {ways[0]['workers']} workers", ["way", *heads])
+    for way, *flops in zip(ways, *(amounts[at :: len(keys)] for at in range(len(keys))), strict=True):
+        cells = [way["title"], *flops[:2], _mib(way["memory_before"]), _mib(way["memory_last"])]
+        if connected:
+            cells += [flops[2], *(f"{way[key] / 1e9:,.2f}" for key in ("sent_before", "sent_last"))]
+        if timed:
+            cells += [f"{way['gpu_seconds'] / 3600:,.2f}", _duration(way["seconds"])]
+        table.add_row(*cells)
+    return table
+
+
 def cluster_table(cluster: dict[str, Any]) -> Table:
     """Return a table of the estimated durations on a cluster."""
     title = f"on {cluster['gpus']:,} GPUs: training only, assuming linear scaling"

@@ -41,7 +41,7 @@ def test_gpus_go_where_the_flops_are(rows: list[Any]) -> None:
     planned = {row.key: row for row in rows}
     assert found["pretrain"].gpus == found["finetune"].gpus == 64
     assert found["pretrain"].seconds == pytest.approx(planned["pretrain"].total_flops / 100e12 / 64)
-    path = critical_path_seconds(list(found.values()), 64)
+    path = critical_path_seconds([found[key] for key in found if key != "end_to_end"], 64)
     assert path == pytest.approx(found["pretrain"].seconds + max(times) + found["finetune"].seconds)
 
 
@@ -56,13 +56,16 @@ def test_batch_that_cannot_be_cut_so_leaves_gpus_idle(rows: list[Any]) -> None:
 
 def test_modules_take_turns_on_fewer_gpus(rows: list[Any]) -> None:
     cluster = parse_cluster("gpus=2,tflops=100")
-    found = estimate_walltime(rows, cluster, lambda row, ranks: True)
+    found = estimate_walltime(rows[:-1], cluster, lambda row, ranks: True)
     seconds = {each.key: each.seconds for each in found}
     alone = [seconds[f"incubate/{k}"] for k in range(4)]
     path = critical_path_seconds(found, 2) - seconds["pretrain"] - seconds["finetune"]
     assert max(path, sum(alone) / 2) == path
     assert path == pytest.approx(alone[0] + alone[3])  # the longest first: 0 and 1, then 2 and 3
-    assert critical_path_seconds(estimate_walltime(rows, parse_cluster("gpus=1,tflops=100"), lambda *_: True), 1) > path
+    assert (
+        critical_path_seconds(estimate_walltime(rows[:-1], parse_cluster("gpus=1,tflops=100"), lambda *_: True), 1)
+        > path
+    )
 
 
 @pytest.mark.parametrize(

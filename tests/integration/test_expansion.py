@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -112,6 +113,17 @@ def test_cost_and_duration_are_planned_without_modules(expanded: Any) -> None:
     rows = {row["key"]: row["total_flops"] for row in costs["rows"]}
     assert costs["incubation_flops"] == rows["pretrain"] + rows["finetune"]
     assert costs["cluster"]["seconds"] == pytest.approx((rows["pretrain"] + rows["finetune"]) / 2e12)
+
+
+def test_ways_are_compared_in_a_table(fast: Path, call: Any) -> None:
+    words = ["plan", fast, "--ways", "--cluster", "gpus=2,tflops=1"]
+    code, out, err = call(*words, "--set", "data.train_samples=416", "--set", "plan.incubate=[1]")
+    assert code == 0, err
+    table = out.split("ways to train the target with 2 workers")[1].splitlines()[1:7]
+    titles = ["way", "incubation", "incubation of 1", "expansion", "end to end", "meta model alone"]
+    assert [line.split("  ")[0].strip() for line in table] == titles
+    assert len({len(re.split(r"\s{2,}", line.strip())) for line in table}) == 1
+    assert "separate" in out
 
 
 def test_baseline_has_the_flops_of_an_incubation_of_all_modules(expanded: Any, harness: Harnesses) -> None:

@@ -26,9 +26,9 @@ def finished(done: Any, tmp_path: Path) -> Path:
 
 def test_plan_is_that_of_the_command(counted: None, fast: Path, call: Call, capsys: pytest.CaptureFixture[str]) -> None:
     sets = ["data.train_samples=1149"]
-    costs = bi.plan(bi.load_recipe(fast, sets), world_sizes=[1, 4], cluster="nodes=1,gpus=4,tflops=1")
+    costs = bi.plan(bi.load_recipe(fast, sets), world_sizes=[1, 4], cluster="nodes=1,gpus=4,tflops=1", ways=True)
     assert capsys.readouterr() == ("", "")
-    options = ["--world", "1,4", "--cluster", "nodes=1,gpus=4,tflops=1", "--json"]
+    options = ["--world", "1,4", "--cluster", "nodes=1,gpus=4,tflops=1", "--ways", "--json"]
     assert json.loads(json.dumps(costs)) == json.loads(call("plan", fast, "--set", *sets, *options)[1])
     assert [row["key"] for row in costs["rows"]] == ["pretrain", "incubate/0", "incubate/1", "finetune", "end_to_end"]
 

@@ -13,10 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from bigincubate.config import Settings, list_shipped_recipes, load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.models.base import Depths
-from bigincubate.planning.cost import CostCounter, cost_plan, count_cost
+from bigincubate.planning.cost import CostCounter, cost_plan, count_cost, count_costs
 from bigincubate.planning.memory import PhaseTensors, estimate_footprints, phase_tensors
 from bigincubate.planning.phases import PhasePlan, Plan, make_plan, phase_model
 from bigincubate.planning.planned_row import Cost
+from bigincubate.planning.walltime import parse_cluster
+from bigincubate.planning.ways import compare_ways
 
 # GFLOPs an image of end to end, the meta model, and modules 0 to 3 when nothing is wasted
 TABLE = {
@@ -129,6 +131,41 @@ def test_fine_tuning_gets_the_flops_of_modules_that_are_not_incubated(expanded: 
         assert last.unused_flops is not None
         assert total + last.unused_flops == budget
         assert last.unused_flops < min(last.cost.training_flops * last.batch_size, 0.005 * budget)
+
+
+def test_ways_have_equal_flops_and_different_paths() -> None:
+    recipe = load_recipe("digits")
+    plan = make_plan(recipe)
+    costs = count_costs(recipe, plan)
+    rows = {row.key: row for row in cost_plan(recipe, plan, 1437, costs)}
+    flops = {key: row.total_flops for key, row in rows.items()}
+    cluster = parse_cluster("gpus=4,tflops=1")
+    ways = {way.key: way for way in compare_ways(recipe, plan, 1437, costs, cluster)}
+    assert list(ways) == ["incubate", "expand", "end_to_end", "meta"]
+    whole = sum(flops.values()) - flops["end_to_end"]
+    assert ways["incubate"].flops == whole
+    for key in ("expand", "end_to_end", "meta"):
+        assert 0.995 * whole < ways[key].flops == ways[key].separate_path_flops <= whole
+        assert ways[key].connected_path_flops == ways[key].flops / 4
+    own = flops["pretrain"] + flops["finetune"]
+    assert ways["incubate"].separate_path_flops == own + flops["incubate/0"]
+    assert ways["incubate"].connected_path_flops == own / 4 + flops["incubate/0"]
+    assert ways["incubate"].seconds == pytest.approx((own / 4 + flops["incubate/0"]) / 1e12)
+    # all gradients of the model are sent in each step of the meta model and of the last phase, none by modules
+    sent = {key: rows[key].steps * rows[key].cost.allreduce_bytes for key in ("pretrain", "finetune")}
+    assert ways["incubate"].sent_before == ways["expand"].sent_before == sent["pretrain"]
+    assert ways["incubate"].sent_last == sent["finetune"]
+    assert ways["incubate"].memory_last == ways["end_to_end"].memory_last > ways["incubate"].memory_before > 0
+
+
+def test_ways_include_the_modules_that_the_recipe_lists() -> None:
+    recipe = load_recipe("digits", ["plan.incubate=[1, 3]", "finetune.train.batch_size=126"])
+    plan = make_plan(recipe)
+    ways = {way.key: way for way in compare_ways(recipe, plan, 1437, count_costs(recipe, plan))}
+    assert ways["recipe"].title == "incubation of 1, 3"
+    path = [ways[key].separate_path_flops for key in ("incubate", "recipe", "expand")]
+    assert path == sorted(path)
+    assert {(way.connected_path_flops, way.sent_last, way.seconds) for way in ways.values()} == {(None, None, None)}
 
 
 def test_length_of_fine_tuning_can_be_set_in_epochs() -> None:
