@@ -1,5 +1,7 @@
 """A Slurm in this process whose faults are drawn: refusals, lost answers, crashes, held jobs, lost gates, slow Epilogs.
 
+A test can also plan the faults of certain jobs.
+
 It replaces ``run_slurm_command``, so that the scheduler, the log of submissions and the reader of the queue are real.
 What jobs do is simulated.
 """
@@ -12,10 +14,11 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import cast
 
 import pytest
 
-from bigincubate.config import Recipe
+from bigincubate.config import Phase, Recipe
 from bigincubate.errors import ArtifactError, BigincubateError, SystemResourceError
 from bigincubate.launchers.slurm import client, scheduler, submission_log
 from bigincubate.planning.job_graph import Job
@@ -68,6 +71,10 @@ class FakeSlurm:
         submit_limit: Tasks that may be in the queue.
         max_array_size: Slurm's ``MaxArraySize``.
         fault: Probability of each kind of fault.
+        answers: Faults of the next submissions of a kind of job, by kind, besides those that are drawn. An item may
+            name several, such as ``"answer lost, comment overwritten"``.
+        outcomes: How a phase ends the next times that it starts, by key: ``"well"``, ``"crash"``, ``"requeue"``,
+            ``"hold"``, or ``"stop"`` (with a newer checkpoint, at a site that does not let jobs requeue themselves).
     """
 
     run: RunDir
@@ -76,6 +83,8 @@ class FakeSlurm:
     submit_limit: int = 10**9
     max_array_size: int = 1001
     fault: float = 0.03
+    answers: dict[str, list[str]] = field(default_factory=dict)
+    outcomes: dict[str, list[str]] = field(default_factory=dict)
     jobs: dict[str, FakeJob] = field(default_factory=dict)
     running: set[str] = field(default_factory=set)
     finished: set[str] = field(default_factory=set)
@@ -111,7 +120,8 @@ class FakeSlurm:
         if "--array" in options:
             indices = [int(index) for index in options["--array"].partition("%")[0].split(",")]
             assert all(index < self.max_array_size for index in indices if index is not None)
-        if self.draw("refused"):
+        planned = self.answers[found[1]].pop(0) if self.answers.get(found[1]) else ""
+        if self.draw("refused") or "refused" in planned:
             raise SystemResourceError("sbatch failed: invalid partition specified: gpu; Batch job submission failed")
         if self.waiting() + len(indices) > self.submit_limit:
             self.faults["at the limit"] += 1
@@ -123,7 +133,7 @@ class FakeSlurm:
         job = FakeJob(
             found[1],
             options["--job-name"],
-            "a plugin's" if self.draw("comment overwritten") else options["--comment"],
+            "a plugin's" if self.draw("comment overwritten") or "comment" in planned else options["--comment"],
             options["--output"],
             int(found[2] or 0),
             depends.get("afterany", []),
@@ -132,9 +142,11 @@ class FakeSlurm:
         )
         number = str(len(self.jobs) + 100)
         self.jobs[number] = job
-        if self.draw("answer lost"):
+        if self.draw("answer lost") or "answer lost" in planned:
             raise SystemResourceError("sbatch failed: Batch job submission failed: Socket timed out on send/recv")
-        return "the site thanks you" if self.draw("no id") else f"*** 120 nodes ***\n{number}"
+        if self.draw("no id") or "no id" in planned:
+            return "the site thanks you"
+        return f"*** 120 nodes ***\n{number}"
 
     def waiting(self) -> int:
         return sum(task.state not in OVER for job in self.jobs.values() for task in job.tasks.values())
@@ -203,11 +215,13 @@ class FakeSlurm:
         for fault in ("crash", "requeue", "hold"):
             if self.draw(fault):
                 task.outcome = fault
+        if planned := self.outcomes.get(key):
+            task.outcome = planned.pop(0)
 
     def end(self, job: FakeJob, index: int | None, task: Task) -> bool:
         """End a task, or its Epilog. Return whether a gate does its work now."""
         if task.state == "COMPLETING":
-            task.state = "FAILED" if task.outcome == "crash" else "COMPLETED"
+            task.state = "FAILED" if task.outcome in ("crash", "stop") else "COMPLETED"
             return False
         self.running.discard(self.key(job, index))
         if task.outcome == "requeue":
@@ -220,6 +234,8 @@ class FakeSlurm:
             if task.outcome == "lost":
                 task.state = "FAILED"
             return task.outcome == "well"
+        if task.outcome == "stop":
+            self.write_checkpoint(self.key(job, index))
         if task.outcome == "well":
             self.finished.add(self.key(job, index))
         self.finish(task)
@@ -227,6 +243,13 @@ class FakeSlurm:
 
     def finish(self, task: Task) -> None:
         task.state, task.left = "COMPLETING", self.random.randint(1, 8) if self.draw("slow Epilog") else 0
+
+    def write_checkpoint(self, key: str) -> None:
+        phase, _, module = key.partition("/")
+        checkpoints = self.run.phase(cast(Phase, phase), int(module) if module else None).checkpoints
+        marker = checkpoints / f"step-{1 + len(list(checkpoints.glob('*'))):08d}" / "COMMITTED"
+        marker.parent.mkdir(parents=True)
+        marker.touch()
 
     def key(self, job: FakeJob, index: int | None) -> str:
         return job.kind if job.kind != "incubate" else f"incubate/{job.offset + (index or 0)}"
@@ -236,15 +259,18 @@ class FakeSlurm:
 
     # ------------------------------------------------------------------------------------- a whole run
 
-    def complete(self, recipe: Recipe, graph: Sequence[Job], monkeypatch: pytest.MonkeyPatch) -> int:
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Replace Slurm's programs and the artifacts of the phases in this process."""
+        for module in (client, scheduler, submission_log):
+            monkeypatch.setattr(module, "run_slurm_command", self.command)
+        monkeypatch.setattr(scheduler, "_is_valid", lambda job, run: self.done(job.key))
+
+    def complete(self, recipe: Recipe, graph: Sequence[Job]) -> int:
         """Submit a run and let time pass until it is done. Whenever nothing is in the queue, a user calls ``resume``.
 
         Returns:
             How often a user had to call it.
         """
-        for module in (client, scheduler, submission_log):
-            monkeypatch.setattr(module, "run_slurm_command", self.command)
-        monkeypatch.setattr(scheduler, "_is_valid", lambda job, run: self.done(job.key))
         calls = 0
         for _ in range(5000):
             if all(self.done(job.key) for job in graph):

@@ -35,7 +35,8 @@ def run_to_the_end(seed: int, modules: int, fast: Path, folder: Path, monkeypatc
     draw = random.Random(f"limits {seed}")
     submit_limit, size = draw.choice([modules // 8, modules // 2, 10**9]), draw.choice([modules // 4, 10**6, 0])
     slurm = FakeSlurm(RunDir(folder), seed, range(modules if size else modules // 5), submit_limit, size)
-    calls = slurm.complete(load_recipe(str(fast)), make_graph(slurm.modules), monkeypatch)
+    slurm.install(monkeypatch)
+    calls = slurm.complete(load_recipe(str(fast)), make_graph(slurm.modules))
     print(f"{len(slurm.modules)} modules, {len(slurm.jobs)} jobs, {calls} calls of a user, {dict(slurm.faults)}")
     return slurm
 
