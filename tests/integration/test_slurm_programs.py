@@ -97,6 +97,25 @@ def test_programs_do_not_get_the_variables_of_the_shell(submitted: RunDir, progr
     assert programs.variables == {"SLURM_CONF"}
 
 
+def test_all_calls_go_to_the_cluster_that_has_accepted_the_first_job(submitted: RunDir, programs: Programs) -> None:
+    """Other clusters do not know the jobs on which later ones depend."""
+    first, *others = programs.calls
+    assert first.startswith("sbatch ")
+    assert "--clusters" not in first
+    assert [call for call in others if "--clusters=west" not in call.split()] == []
+    assert {call.split()[0] for call in others} == {"sbatch", "squeue", "scancel", "scontrol"}
+
+
+def test_one_of_several_clusters_is_used_for_jobs_that_depend_on_each_other(
+    programs: Programs, smoke: Path, tmp_path: Path
+) -> None:
+    programs.add(sbatch=SBATCH, scontrol=CONFIG)
+    recipe = load_recipe(str(smoke), ['slurm.extra=["--clusters=east,west"]'])
+    submit_missing_jobs(recipe, make_graph(2), RunDir(tmp_path / "run"), say=lambda text: None)
+    asked = [[word for word in call.split() if word.startswith("--clusters=")] for call in programs.calls]
+    assert asked == [["--clusters=east,west"], *[["--clusters=west"]] * 3]
+
+
 def test_job_that_may_not_be_requeued_says_so(programs: Programs, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     programs.add(squeue="echo RUNNING", scontrol="echo 'Requested operation is presently disabled' >&2; exit 1")

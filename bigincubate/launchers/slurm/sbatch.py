@@ -37,6 +37,7 @@ def build_sbatch_command(
     offset: int = 0,
     after: Sequence[str] = (),
     after_success: Sequence[str] = (),
+    cluster: str | None = None,
 ) -> list[str]:
     """Return the command that submits a job, as a list of words.
 
@@ -48,6 +49,7 @@ def build_sbatch_command(
         offset: Difference between the number of a module and its index in the array.
         after: Ids of jobs that must have ended first, successfully or not.
         after_success: Ids of jobs that must have succeeded. If one fails, Slurm cancels this job.
+        cluster: The cluster to submit to, instead of ``--clusters`` in the recipe.
 
     Raises:
         ConfigError: If a word contains a control character, which could start a new line of a script.
@@ -61,7 +63,9 @@ def build_sbatch_command(
         value, option = getattr(job, key), f"--{OPTION_NAMES.get(key, key)}"
         if key != "extra" and value not in (None, 0) and not given & {option, *REPLACED_BY.get(key, ())}:
             words.append(f"{option}={value}")
-    words += job.extra
+    words += [option for option in job.extra if cluster is None or not option.startswith("--clusters=")]
+    if cluster is not None:
+        words.append(f"--clusters={cluster}")
     if modules:
         limit = f"%{slurm.array_parallelism}" if slurm.array_parallelism else ""
         words.append(f"--array={','.join(str(module - offset) for module in modules)}{limit}")

@@ -201,7 +201,8 @@ class JobSubmitter:
         """
         if not modules:
             return
-        size, parallel = query_max_array_size(), self.recipe.slurm.array_parallelism
+        meta, parallel = self.active.get("pretrain"), self.recipe.slurm.array_parallelism
+        size = query_max_array_size(self._cluster("incubate", [meta] if meta else []))
         # with a limit of parallel tasks, arrays run one after another; jobs without an array wait for an earlier job
         lag = 0 if parallel is None else 1 if size else parallel
         waiting, accepted, limit = list(split_into_arrays(modules, size)), list[Submission](), ""
@@ -268,6 +269,8 @@ class JobSubmitter:
         """
         meta = self.active.get("pretrain") if kind == "incubate" else None
         after = [job for job in after if job != meta]
+        needs = (*([meta] if meta else []), *after)
+        cluster = self._cluster(kind, needs)
         command = build_sbatch_command(
             self.recipe,
             self.run,
@@ -276,11 +279,10 @@ class JobSubmitter:
             offset=offset,
             after=after,
             after_success=[meta] if meta else [],
+            cluster=cluster,
         )
-        needs = (*([meta] if meta else []), *after)
         name = job_name(self.run, kind, offset)
         self.lease.check()
-        cluster = next((word.partition("=")[2] for word in command if word.startswith("--clusters=")), None)
         entry = Submission(
             kind,
             name,
@@ -306,6 +308,17 @@ class JobSubmitter:
         waits = f", after {', '.join(needs)}" if needs else ""
         self.say(f"{kind}{which}: job {entry.job}{waits}")
         return entry
+
+    def _cluster(self, kind: str, needs: Sequence[str]) -> str | None:
+        """Return the cluster to which a job is submitted: that of the jobs it waits for, or that of the recipe.
+
+        Args:
+            kind: The phase, or ``gate``.
+            needs: Ids of jobs that must have ended first. Other clusters do not know them.
+        """
+        home = next((entry.cluster for entry in reversed(self.log.jobs) if entry.job in needs), None)
+        chosen = (option for option in self.recipe.slurm.job(kind).extra if option.startswith("--clusters="))
+        return home or next((option.partition("=")[2] for option in chosen), None)
 
     def _find_job_without_id(self, name: str) -> Submission:
         """Return the last job with the id that it has in the queue; ``sbatch`` printed none.
