@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,33 @@ def test_restart_hashes_only_what_changed(copy: DatasetInfo, monkeypatch: pytest
     assert read_all(reader(copy)) == expected
     assert hashed == [str(shard)]
     assert json.loads((copy.path / VERIFIED).read_text())["train"]["00005/shard.00000.mds"][1] == 1
+
+
+@pytest.mark.parametrize("changed", ["size", "time", "inode"])
+def test_shard_that_differs_in_one_respect_is_hashed_again(
+    changed: str, copy: DatasetInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_all(reader(copy))
+    gc.collect()  # the job has ended
+    shard = copy.path / "train" / "00005" / "shard.00000.mds"
+    before = shard.stat()
+    if changed == "size":
+        with shard.open("ab") as file:
+            file.write(b"x")
+    elif changed == "inode":
+        shutil.copy(shard, copy.path / "new")
+        os.replace(copy.path / "new", shard)
+    os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + (changed == "time")))
+    after = shard.stat()
+    assert [
+        after.st_size != before.st_size,
+        after.st_mtime_ns != before.st_mtime_ns,
+        after.st_ino != before.st_ino,
+    ] == [changed == each for each in ("size", "time", "inode")]
+    hashed = counted_hashes(monkeypatch)
+    with suppress(DataError):  # with another size it is damaged
+        read_all(reader(copy))
+    assert hashed == [str(shard)]
 
 
 def _verify_all(info: DatasetInfo, start: Any, count: Any) -> None:
