@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from bigincubate.config import load_recipe
 from bigincubate.launchers.slurm.job_logs import count_gate_failures, read_job_trace
-from bigincubate.launchers.slurm.sbatch import find_script
+from bigincubate.launchers.slurm.sbatch import build_sbatch_command, find_script
 from bigincubate.storage.run_directory import RunDir
 
 
@@ -61,10 +62,38 @@ def test_job_that_ends_before_python_leaves_a_trace(kind: str, setup: str, says:
         assert read_job_trace(run, key) == ""
 
 
-def test_site_functions_may_use_variables_that_are_not_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["pretrain", "incubate", "gate"])
+def test_job_needs_nothing_but_its_arguments(
+    kind: str, smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``SBATCH_EXPORT=NONE`` it has no environment, and ``srun`` would not pass on what the script sets."""
+    monkeypatch.setenv("PYTHONPATH", "/a checkout")
+    bin_folder, run = tmp_path / "bin", RunDir(tmp_path / "a run")
+    sets = [f"slurm.python={bin_folder}/python", f"slurm.host_python={bin_folder}/host-python"]
+    sets += [f"slurm.setup_script={tmp_path}/setup.sh", 'slurm.srun=["--cpu-bind=cores"]']
+    modules = [3] if kind == "incubate" else []
+    words = build_sbatch_command(load_recipe(str(smoke), sets), run, kind, modules=modules)
+    arguments = words[words.index(str(find_script(kind))) + 1 :]
+    ended = start_script(tmp_path, kind, setup="export SITE=5", arguments=arguments)
+    host = (tmp_path / "host").read_text()
+    assert host.startswith(f"{bin_folder}/host-python -m bigincubate "), ended.stderr
+    assert "SITE=5" in host
+    assert "PYTHONPATH=/a checkout" in host
+    if kind != "gate":
+        ranks = (tmp_path / "ranks").read_text()
+        module = "--module\n3\n" if modules else ""
+        train = f"train\n{run.recipe_file}\n--run-dir\n{run.path}\n--phase\n{kind}\n{module}"
+        assert f"--cpu-bind=cores\n{bin_folder}/python\n-m\nbigincubate\n{train}" in ranks
+        assert "--export=ALL\n" in ranks
+        assert "PYTHONPATH=/a checkout" in ranks
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "gate"])
+def test_site_functions_may_use_variables_that_are_not_set(kind: str, tmp_path: Path) -> None:
     """As RHEL's /etc/bashrc does, which kills a script under ``set -u``."""
-    ended = start_script(tmp_path, "pretrain", setup='if [ "$BASHRCSOURCED" != Y ]; then export SITE=$nothing; fi')
-    assert "SITE=set" in (tmp_path / "ranks").read_text().split(), ended.stderr
+    ended = start_script(tmp_path, kind, setup='if [ "$BASHRCSOURCED" != Y ]; then export SITE=$nothing; fi')
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "SITE=set" in (tmp_path / "host").read_text().split()
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "gate"])
@@ -93,6 +122,8 @@ def test_setup_script_chooses_the_rendezvous(tmp_path: Path) -> None:
     start_script(tmp_path, "pretrain", setup=setup, given={"MASTER_PORT": "1", "RANK": "3"})
     assert {"ADDR=n1i", "RANK="} <= set((tmp_path / "ranks").read_text().split())
     assert "PORT=1" not in (tmp_path / "ranks").read_text().split()  # of the shell that submitted
+    start_script(tmp_path, "pretrain", setup="export MASTER_PORT=2345")
+    assert {"ADDR=n1", "PORT=2345"} <= set((tmp_path / "ranks").read_text().split())
 
 
 def test_options_of_srun_and_the_container_are_those_of_the_ranks_alone(tmp_path: Path) -> None:
@@ -131,29 +162,47 @@ def start_script(
     ranks: str = "",
     options: Sequence[str] = (),
     given: Mapping[str, str] | None = None,
+    arguments: Sequence[str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a job script with programs that write down how they were called: `srun` to "ranks", Python to "host"."""
+    """Run a job script with programs that write down how they were called: `srun` to "ranks", Python to "host".
+
+    Args:
+        folder: Where the files are.
+        kind: Kind of the job.
+        setup: Content of the setup script.
+        more: More variables, as arguments of the script.
+        host: What the Python of the script does.
+        ranks: What `srun` does.
+        options: More options of the ranks.
+        given: Variables of the job's environment.
+        arguments: All arguments of the script; by default those of a job with this setup script.
+    """
     tools = folder / "bin"
     tools.mkdir(exist_ok=True)
     programs = {
         "srun": f'for word; do echo "$word"; done >{folder}/ranks\n'
-        f'echo "SITE=${{SITE-}}${{SITE+set}} ADDR=$MASTER_ADDR PORT=$MASTER_PORT RANK=${{RANK-}}" >>{folder}/ranks\n'
+        f'echo "ADDR=$MASTER_ADDR PORT=$MASTER_PORT RANK=${{RANK-}} PYTHONPATH=${{PYTHONPATH-}}" >>{folder}/ranks\n'
         f"{ranks}",
         "scontrol": f'echo "$*" >>{folder}/scontrol; if [ "$1" = show ]; then echo n1; fi',
-        "python": f'if [ "$3" != --version ]; then echo "$* INSIDE=${{INSIDE-}}" >{folder}/host\n{host}\nfi',
+        "python": 'if [ "$3" = --version ]; then exit; fi\n'
+        'echo "$0 $* INSIDE=${INSIDE-} SITE=${SITE-}${SITE+set} PYTHONPATH=${PYTHONPATH-}"'
+        f" >{folder}/host\n{host}",
     }
+    programs["host-python"] = programs["python"]
     for name, text in programs.items():
         (tools / name).write_text(f"#!/bin/bash\n{text}\n")
         (tools / name).chmod(0o755)
     (folder / "setup.sh").write_text(setup)
     run = folder / "a run"
-    arguments = [run] if kind == "gate" else [kind, folder / "recipe.toml", run]
-    variables = [f"PYTHON={tools}/python", f"BIGINCUBATE_SETUP_SCRIPT={folder}/setup.sh", *more]
+    if arguments is None:
+        variables = [f"PYTHON={tools}/python", f"BIGINCUBATE_SETUP_SCRIPT={folder}/setup.sh", *more]
+        phase = [] if kind == "gate" else [kind, f"{folder}/recipe.toml"]
+        arguments = [*variables, *phase, str(run), *options]
     names = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
     if kind == "incubate":
         names |= {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     return subprocess.run(
-        ["bash", str(find_script(kind)), *variables, *map(str, arguments), *options],
+        ["bash", str(find_script(kind)), *arguments],
         env={"PATH": f"{tools}:{os.environ['PATH']}", **names, **(given or {})},
         capture_output=True,
         text=True,
