@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +344,13 @@ def test_options_of_sbatch_reach_the_jobs_that_need_them(fast: Path, tmp_path: P
     assert not set(common[1:]) & set(gate)
 
 
+@pytest.mark.parametrize("option", ["--mem-per-cpu=1G", "--gres=gpu:8", "--gpus=8", "--gpus-per-task=1", "--mem=0"])
+def test_option_replaces_the_key_of_the_same_meaning(option: str, fast: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(str(fast), ["slurm.gpus=4", "slurm.memory=2G", f'slurm.extra=["{option}"]'])
+    words = build_sbatch_command(recipe, RunDir(tmp_path), "pretrain")
+    assert ("--mem=2G" in words, "--gpus-per-node=4" in words) == ("gpu" in option, "gpu" not in option)
+
+
 def test_ranks_may_run_in_a_container_and_the_scripts_outside_of_it(fast: Path, tmp_path: Path) -> None:
     sets = ['slurm.srun=["--container-image=a b.sqsh", "--cpu-bind=cores"]', "slurm.python=python3"]
     recipe = load_recipe(str(fast), sets)
@@ -364,11 +371,11 @@ def test_log_is_written_to_the_run_directory_whatever_its_name(fast: Path, tmp_p
 
 
 def test_status_asks_slurm_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, answers, times = [0.0], iter([["a"], ["b"], ["b"], ["b"], None]), list[float]()
+    now, answers, times = [0.0], iter([["a"], ["b"], ["b"], ["b"]]), list[float]()
 
     def answer(run: RunDir) -> Any:
         times.append(now[0])
-        return next(answers)
+        return next(answers, None)
 
     monkeypatch.setattr(status, "read_queue", answer)
     reader = status.QueueReader(RunDir(tmp_path), clock=lambda: now[0])
@@ -440,6 +447,9 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
     assert shown()["gate"][:3] == ["queued", "6", "PENDING (Dependency)"]
     assert shown()["finetune"][0] == "held"
     assert shown()["finetune"][-1] == "held: scontrol release 7"
+    queued[2] = replace(queued[2], reason="JobHeldAdmin")
+    assert shown()["gate"][0] == "held"
+    queued[2] = replace(queued[2], reason="Dependency")
     (run.path / "slurm" / "gate.exits").write_text("3\n3\n3\n")
     assert shown()["gate"][0] == "looping"
     del queued[2:]

@@ -14,6 +14,8 @@ from bigincubate.distributed import rendezvous
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import BigincubateError, ConfigError, SystemResourceError
 
+RESOLVE_SECONDS = rendezvous.RESOLVE_SECONDS  # the fixture changes it
+
 
 @pytest.fixture
 def rank(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
@@ -48,6 +50,7 @@ def test_name_that_does_not_resolve_is_refused(rank: pytest.MonkeyPatch, name: s
     assert f"MASTER_ADDR, {name!r}, does not resolve on {socket.gethostname()} (" in text
     assert "setup_script in the recipe" in text
     assert "GLOO_SOCKET_IFNAME" in text
+    assert RESOLVE_SECONDS < 30
 
 
 @pytest.fixture
