@@ -154,6 +154,7 @@ def test_job_whose_answer_was_lost_is_found_in_the_queue(
         submit()
     submit()
     assert sorted(kinds(slurm)) == ["gate", "incubate", "pretrain"]
+    assert submit() == ["in the queue already: 100, 101, 102"]
     assert all(job.comment != str(slurm.run.path) for job in slurm.jobs.values() if job.kind == kind and comment)
 
 
@@ -163,6 +164,12 @@ def test_job_without_an_id_is_found_in_the_queue(comment: str, slurm: FakeSlurm,
     submit()
     assert kinds(slurm) == ["pretrain", "incubate", "gate"]
     assert slurm.jobs["101"].after_success == ["100"]
+    assert submit() == ["in the queue already: 100, 101, 102"]
+
+
+def test_jobs_whose_comments_were_overwritten_are_not_doubled(slurm: FakeSlurm, submit: Submit) -> None:
+    slurm.answers = {kind: ["comment overwritten"] for kind in ("pretrain", "incubate", "gate")}
+    submit()
     assert submit() == ["in the queue already: 100, 101, 102"]
 
 
