@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -63,17 +64,24 @@ def plan(
     """Show the cost of each phase: depths, parameters, FLOPs, memory, length. Needs no data.
 
     With --sharding or --world, also memory and communication per rank, for each sharding strategy. With --ways, also
-    what each way to train the target costs with as many workers as modules.
+    what each way to train the target costs with as many workers as modules. For the recipe of a run (DIR/recipe.toml),
+    the costs are read from the plan of the run.
     """
     from ..config import load_recipe
 
     loaded = load_recipe(recipe, add_method(sets, method))
     if world is not None and not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", world):
         raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
-    from ..api import plan as count_costs
+    from ..planning.planned_row import stored_plan
 
-    world_sizes = [int(ranks) for ranks in world.split(",")] if world else []
-    costs = count_costs(loaded, world_sizes=world_sizes, cluster=cluster, ways=ways)
+    run = parse_run_dir(str(Path(recipe).parent))
+    only_table = Path(recipe).name == run.recipe_file.name and not (as_json or sharding or world or cluster or ways)
+    costs = stored_plan(run, loaded) if only_table else None  # that of the run, which needs no torch
+    if costs is None:
+        from ..api import plan as count_costs
+
+        world_sizes = [int(ranks) for ranks in world.split(",")] if world else []
+        costs = count_costs(loaded, world_sizes=world_sizes, cluster=cluster, ways=ways)
     if as_json:
         say_json(costs)
         return

@@ -79,7 +79,13 @@ def load_planned_rows(stored: Sequence[dict[str, Any]]) -> list[PlannedRow]:
     return [PlannedRow(**{**row, "metrics": planned_metrics(row), "cost": Cost(**row["cost"])}) for row in stored]
 
 
+def stored_plan(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
+    """Return the content of a run's ``plan.json``, or None if it is missing or is the plan of another recipe."""
+    stored: dict[str, Any] = read_json(run.path / "plan.json") or {}
+    return stored if stored.get("settings") == recipe.identity else None
+
+
 def stored_rows(run: RunDir, recipe: Recipe) -> list[PlannedRow] | None:
     """Return the phases of a run from its ``plan.json``, or None if it is missing or is the plan of another recipe."""
-    stored = read_json(run.path / "plan.json") or {}
-    return load_planned_rows(stored["rows"]) if stored.get("settings") == recipe.identity else None
+    stored = stored_plan(run, recipe)
+    return None if stored is None else load_planned_rows(stored["rows"])

@@ -36,6 +36,17 @@ def test_help_and_version(call: Called) -> None:
     assert call("train", "-h")[0] == 0
 
 
+def test_plan_of_a_run_is_read_from_its_files(done: Any, call: Called, tmp_path: Path) -> None:
+    run = done.copy(tmp_path / "run", []).run
+    assert (run.path / "plan.json").exists()
+    read = call("plan", run.recipe_file)
+    assert read == call("plan", run.recipe_file, "--set", "data.workers=3")  # which does not affect results
+    fewer = call("plan", run.recipe_file, "--set", "train.max_steps=1")
+    (run.path / "plan.json").unlink()
+    assert read == call("plan", run.recipe_file)
+    assert fewer == call("plan", run.recipe_file, "--set", "train.max_steps=1") != read
+
+
 def test_plan_prints_every_phase(call: Called) -> None:
     code, out, _ = call("plan", "digits", "--json")
     assert code == 0
