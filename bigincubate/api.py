@@ -42,7 +42,12 @@ def _check_recipe(recipe: object) -> None:
 
 
 def plan(
-    recipe: Recipe, *, world_sizes: Sequence[int] = (), cluster: str | None = None, ways: bool = False
+    recipe: Recipe,
+    *,
+    world_sizes: Sequence[int] = (),
+    cluster: str | None = None,
+    sharding: bool = True,
+    ways: bool = False,
 ) -> dict[str, Any]:
     """Compute the cost of each phase of a recipe. Needs neither data nor a GPU.
 
@@ -52,6 +57,7 @@ def plan(
             that divide the batch sizes.
         cluster: Cluster for which to estimate the training time: ``"nodes=8,gpus=8,tflops=200"``, or
             ``"...,rates=RUN_DIR"`` to use the measured throughput of the phases of a run.
+        sharding: Whether to estimate memory and communication per rank for each sharding strategy.
         ways: Whether to compare the recipe with other ways to train its target.
 
     Returns:
@@ -82,9 +88,9 @@ def plan(
     counted = count_costs(recipe, phases)
     rows = cost_plan(recipe, phases, samples, counted)
     costs = plan_json(recipe, phases, rows)
-    footprints = estimate_footprints(recipe, phases, rows, worlds)
+    footprints = estimate_footprints(recipe, phases, rows, worlds) if sharding else {}
     for row in costs["rows"]:
-        row["sharding"] = [asdict(footprint) for footprint in footprints[row["key"]]]
+        row["sharding"] = [asdict(footprint) for footprint in footprints.get(row["key"], ())]
     machines = parse_cluster(cluster) if cluster is not None else None
     if machines is not None:
         estimates = estimate_walltime(

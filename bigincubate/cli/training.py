@@ -75,13 +75,14 @@ def plan(
     from ..planning.planned_row import stored_plan
 
     run = parse_run_dir(str(Path(recipe).parent))
-    only_table = Path(recipe).name == run.recipe_file.name and not (as_json or sharding or world or cluster or ways)
-    costs = stored_plan(run, loaded) if only_table else None  # that of the run, which needs no torch
+    sharding = sharding or world is not None
+    stored = Path(recipe).name == run.recipe_file.name and not (as_json or sharding or cluster or ways)
+    costs = stored_plan(run, loaded) if stored else None  # needs no torch
     if costs is None:
         from ..api import plan as count_costs
 
         world_sizes = [int(ranks) for ranks in world.split(",")] if world else []
-        costs = count_costs(loaded, world_sizes=world_sizes, cluster=cluster, ways=ways)
+        costs = count_costs(loaded, world_sizes=world_sizes, cluster=cluster, sharding=sharding or as_json, ways=ways)
     if as_json:
         say_json(costs)
         return
@@ -89,7 +90,7 @@ def plan(
     from ..report.units import format_flops_column
 
     console().print(plan_table(costs), "")
-    for table in sharding_tables(costs) if sharding or world else ():
+    for table in sharding_tables(costs) if sharding else ():
         console().print(table, "")
     own, baseline = costs["incubation_flops"], costs["end_to_end_flops"]
     unit, (shown, shown_baseline) = format_flops_column([own, baseline])

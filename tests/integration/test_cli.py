@@ -22,6 +22,8 @@ from bigincubate import __version__
 from bigincubate.cli.app import discard_unread_output, say
 from bigincubate.config import list_shipped_recipes
 from bigincubate.distributed import process_group
+from bigincubate.errors import ConfigError
+from bigincubate.planning import memory
 
 Harnesses = Callable[..., Any]
 Called = Callable[..., Any]
@@ -45,6 +47,16 @@ def test_plan_of_a_run_is_read_from_its_files(done: Any, call: Called, tmp_path:
     (run.path / "plan.json").unlink()
     assert read == call("plan", run.recipe_file)
     assert fewer == call("plan", run.recipe_file, "--set", "train.max_steps=1") != read
+
+
+def test_plan_estimates_memory_of_ranks_only_if_it_is_shown(call: Called, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise ConfigError("memory was estimated")
+
+    monkeypatch.setattr(memory, "estimate_footprints", refuse)
+    assert call("plan", "digits")[0] == 0
+    for option in (["--sharding"], ["--world", "2"], ["--json"]):
+        assert call("plan", "digits", *option)[2] == "bigincubate: memory was estimated\n"
 
 
 def test_plan_prints_every_phase(call: Called) -> None:
