@@ -1,6 +1,6 @@
-"""Measure what planning a run with many modules costs, above the imports of torch and timm.
+"""Measure what planning a run costs, above the imports of torch and timm: of a recipe, or with many modules.
 
-python benchmarks/plan_scale.py --modules 4 1000
+python benchmarks/plan_scale.py imagenet-vit-b 4 1000
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ meta_depths = {meta}
 """
 
 
-def measure(modules: int) -> None:
-    """Plan one run in this process, and print its row of the table."""
+def measure(what: str) -> None:
+    """Plan one run in this process, and print its row of the table.
+
+    Args:
+        what: Name of a recipe, or number of modules of two blocks.
+    """
     import timm  # noqa: F401  the costs of these imports are not counted
     import torch  # noqa: F401
 
@@ -37,28 +41,31 @@ def measure(modules: int) -> None:
     from bigincubate.planning.identity import phase_identity
     from bigincubate.planning.phases import make_plan
 
+    name, label = what, what
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "recipe.toml")
-        file.write_text(RECIPE.format(target=[2] * modules, meta=[1] * modules))
-        recipe = load_recipe(file)
+        if what.isdecimal():
+            modules, label = int(what), f"{int(what):,} modules of two blocks"
+            name = f"{folder}/recipe.toml"
+            Path(name).write_text(RECIPE.format(target=[2] * modules, meta=[1] * modules))
+        recipe = load_recipe(name)
     plan = make_plan(recipe)
     for row in cost_plan(recipe, plan, samples=1_281_167):
         phase_identity(recipe, plan, plan.row(row.phase, row.module), row.steps)
-    print(f"| {modules:,} | {time.process_time() - seconds:.1f} | {peak_mib() - mib:.0f} |")
+    print(f"| {label} | {time.process_time() - seconds:.1f} | {peak_mib() - mib:.0f} |")
 
 
 def main() -> None:
-    """Print a table with one row per number of modules, each measured in a new process."""
+    """Print a table with one row per run, each measured in a new process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modules", type=int, nargs="+", default=[4, 1000])
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("runs", nargs="*", default=["imagenet-vit-b", "4", "1000"], metavar="RECIPE|MODULES")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         measure(args.one)
         return
-    print("| modules of two blocks | CPU seconds | MiB |\n| ---: | ---: | ---: |", flush=True)
-    for modules in args.modules:
-        subprocess.run([sys.executable, __file__, "--one", str(modules)], check=True)
+    print("| run | CPU seconds | MiB |\n| --- | ---: | ---: |", flush=True)
+    for run in args.runs:
+        subprocess.run([sys.executable, __file__, "--one", run], check=True)
 
 
 if __name__ == "__main__":
