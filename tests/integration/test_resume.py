@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -223,6 +226,21 @@ def test_signal_means_checkpoint_and_exit_75(reference: Reference, number: signa
     assert run(*other.command(phase, module)).wait() == 0
     assert [attempt["state"] for attempt in attempts(other, phase, module)] == ["preempted", "done"]
     check_same(other, reference, phase, module)
+
+
+def test_signal_to_all_processes_of_a_job_step_ends_the_log_in_one_line(reference: Reference) -> None:
+    """Slurm also sends it to the loader workers and to the process that tracks shared memory."""
+    other = reference.fresh("pretrain", "step")
+    words = map(str, other.command("pretrain", None, "--set", "data.workers=2", "--set", "train.max_steps=20000"))
+    command = [sys.executable, "-m", "bigincubate", *words]
+    rank = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not reached(other, 7, "pretrain")():
+        assert rank.poll() is None
+        time.sleep(0.01)
+    os.killpg(rank.pid, signal.SIGUSR2)
+    _, err = rank.communicate(timeout=120)
+    assert (rank.returncode, err.count("\n")) == (75, 1), err
+    assert " with a checkpoint" in err
 
 
 def test_second_signal_does_not_spoil_the_checkpoint_of_the_first(reference: Reference) -> None:
