@@ -43,7 +43,10 @@ WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # the command, and
     "not incubated": (("run", "--jobs", "1"), ("incubate.train.max_steps=0",)),  # modules keep their initial weights
     "decentralized": (("run", "--jobs", "1"), ("data.decentralized=true",)),
     "end-to-end": (END_TO_END, ()),
-    "layer-scale": (END_TO_END, ("model.args.init_values=1e-4",)),  # end to end, with LayerScale
+    # end to end: with LayerScale, with residual branches scaled by depth, with mimetic initialization
+    "layer-scale": (END_TO_END, ("model.args.init_values=1e-4",)),
+    "scaled": (END_TO_END, ('end_to_end.init="scaled"',)),
+    "mimetic": (END_TO_END, ('end_to_end.init="mimetic"',)),
 }
 
 

@@ -17,6 +17,7 @@ from .sections import (
     Fsdp2Config,
     MixupConfig,
     ModelConfig,
+    ModelInit,
     OptimConfig,
     Phase,
     ScheduleConfig,

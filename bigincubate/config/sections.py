@@ -348,6 +348,7 @@ class IncubateConfig(PhaseConfig):
 
 
 Budget = Literal["equal_flops", "epochs"]
+ModelInit = Literal["plain", "scaled", "mimetic"]
 
 
 class FinetuneConfig(PhaseConfig):
@@ -364,6 +365,10 @@ class EndToEndConfig(PhaseConfig):
     budget: Budget = "equal_flops"
     """Length of the end-to-end baseline: the training FLOPs of an incubation of all modules (whichever
     `plan.incubate` lists), or `end_to_end.train.epochs`."""
+    init: ModelInit = "plain"
+    """Initial weights of the baseline: plain (the library's), scaled (the last layer of each residual branch divided by
+    the square root of the number of branches, as in GPT-2) or mimetic (attention that resembles that of pretrained
+    ViTs, and sinusoidal position embeddings, arXiv 2305.09828; only for ViT and DeiT)."""
 
 
 class LogConfig(ConfigTable):

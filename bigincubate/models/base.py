@@ -99,15 +99,23 @@ class ModelFamily(ABC):
         del model
 
     def residual_outputs(self, block: nn.Module) -> list[nn.Module]:
-        """Return the submodules to set to zero so that a block is the identity.
+        """Return the last layers of the residual branches: a block is the identity if they are set to zero.
 
         Raises:
             ConfigError: The family does not define them for this block.
         """
         raise ConfigError(
-            f"incubate.init = 'grow' is not supported for blocks of class {type(block).__name__} ({self.name}):"
-            " choose 'boundary' or 'fresh'"
+            f"init = 'grow' or 'scaled' is not supported for blocks of class {type(block).__name__} ({self.name}):"
+            " choose 'boundary' or 'fresh', and 'plain' for end_to_end.init"
         )
+
+    def initialize_mimetic(self, model: nn.Module, partition: Partition) -> None:
+        """Initialize attention so that it resembles that of pretrained models (arXiv 2305.09828).
+
+        Raises:
+            ConfigError: The model does not support it.
+        """
+        raise ConfigError(f'end_to_end.init = "mimetic" is not supported for {self.name} models; choose "plain"')
 
     def adapt_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return a model's tensors, adapted to ``model``, which may have a different input size."""

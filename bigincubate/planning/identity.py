@@ -24,7 +24,11 @@ SCHEMA_VERSION = 1
 RESOLVED_KEYS = {"train.epochs", "train.max_steps", "drop_path.rate", "drop_path.ramp_over"}
 # keys outside the settings of a phase that affect its result
 ORDER_KEYS = ("data.shuffle", "data.canonical_nodes", "data.shuffle_block_size")
-PHASE_KEYS: dict[Phase, tuple[str, ...]] = {"pretrain": ("meta.init", "meta.select"), "incubate": ("incubate.init",)}
+PHASE_KEYS: dict[Phase, tuple[str, ...]] = {
+    "pretrain": ("meta.init", "meta.select"),
+    "incubate": ("incubate.init",),
+    "end_to_end": ("end_to_end.init",),
+}
 
 
 def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, steps: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ phase                depths of the model           initial weights         train
 ``finetune``         target                        the K modules, or meta  all
                                                    by init if a module is
                                                    not incubated
-``end_to_end``       target                        fresh                   all
+``end_to_end``       target                        fresh, by init          all
 ==================== ============================= ======================= ===========
 """
 
@@ -21,12 +21,13 @@ from typing import Literal
 
 from torch import nn
 
-from ..config import PHASES, ModelConfig, Phase, Recipe, Settings
+from ..config import PHASES, ModelConfig, ModelInit, Phase, Recipe, Settings
 from ..config.objects import load_object
 from ..config.seeds import phase_key
 from ..errors import ConfigError
 from ..models.base import Depths, ModelFamily
 from ..models.checks import check_model
+from ..models.initialization import initialize_model
 from ..models.library import find_family
 from ..models.partition import Partition, check_depths, default_meta_depths, find_balanced_cut, normalize_depths
 from ..models.surgery import freeze_other_modules
@@ -48,11 +49,19 @@ class Slot:
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One row of the table above. ``module`` is the module that is trained; None if all are."""
+    """One row of the table above.
+
+    Attributes:
+        phase: The phase.
+        module: The module that is trained; None if all are.
+        slots: The modules.
+        init: How the new random weights are changed before any others are inserted.
+    """
 
     phase: Phase
     module: int | None
     slots: tuple[Slot, ...]
+    init: ModelInit = "plain"
 
     @property
     def key(self) -> str:
@@ -80,12 +89,14 @@ class Plan:
         target: Depths of the target.
         meta: Depths of the meta model.
         expanded: Modules that are not incubated, which fine-tuning makes from the meta model.
+        baseline_init: How the end-to-end baseline is initialized.
     """
 
     family: ModelFamily
     target: Depths
     meta: Depths
     expanded: frozenset[int] = frozenset()
+    baseline_init: ModelInit = "plain"
 
     @property
     def modules(self) -> int:
@@ -118,7 +129,7 @@ class Plan:
             if phase == "finetune":
                 sources = ["expand" if k in self.expanded else "module" for k in range(self.modules)]
             slots = tuple(map(Slot, self.meta if phase == "pretrain" else self.target, sources))
-        return PhasePlan(phase, module, slots)
+        return PhasePlan(phase, module, slots, self.baseline_init if phase == "end_to_end" else "plain")
 
     @cached_property
     def _meta_slots(self) -> tuple[Slot, ...]:
@@ -175,18 +186,20 @@ def make_plan(recipe: Recipe) -> Plan:
             checked.append(settings.model)
         if ":" in (name := settings.optim.lr_scaling):
             load_object(name, key="optim.lr_scaling")
-    return Plan(family, target, meta, frozenset(range(len(target))).difference(config.incubated))
+    expanded = frozenset(range(len(target))).difference(config.incubated)
+    return Plan(family, target, meta, expanded, recipe.end_to_end.init)
 
 
 def phase_model(row: PhasePlan, settings: Settings, family: ModelFamily, *, device: str = "cpu") -> nn.Module:
     """Build a phase's model with new random weights, and freeze the modules that the phase does not train.
 
     Raises:
-        ConfigError: The model cannot be built, or its modules cannot be trained separately.
+        ConfigError: The model cannot be built or initialized, or its modules cannot be trained separately.
     """
     model = family.build(settings.model, row.depths, device=device)
     partition = Partition(family, row.depths)
     check_model(model, partition)
+    initialize_model(model, partition, row.init)
     freeze_other_modules(model, partition, row.module)
     if settings.train.subset_drop_path:
         family.use_subset_drop_path(model, partition)

@@ -106,6 +106,8 @@ def _model_section(run_data: RunData) -> Markup:
     if run_data.from_meta:
         pairs["meta model"] = model(rows["pretrain"], plan["meta_depths"])
         pairs["modules"] = _describe_modules(recipe)
+    if run_data.baseline and recipe.end_to_end.init != "plain":
+        pairs["end to end"] = f"initialized: {recipe.end_to_end.init}"
     return html.definitions({**pairs, "data": data, "seed": settings.train.seed})
 
 

@@ -74,6 +74,7 @@ TABLE = {
     "incubate.init": "I",
     "finetune.budget": "",  # every module is incubated
     "end_to_end.budget": "E",
+    "end_to_end.init": "E",
     "pretrain.export": "P",
     "incubate.export": "I",
     "finetune.export": "F",
@@ -280,6 +281,7 @@ def test_identity_has_resolved_facts_and_no_defaults(base: Path) -> None:
 def test_default_that_is_written_down_changes_no_identity(base: Path) -> None:
     settings = [f"{key}={json.dumps(value)}" for key, value in Settings().flat().items() if key not in LOADED_KEYS]
     settings += ["incubate.init=fresh", "data.shuffle=py1e", "finetune.export=raw", "end_to_end.budget=equal_flops"]
+    settings += ["end_to_end.init=plain"]
     assert [row.identity for row in rows(base, *settings)] == [row.identity for row in ROWS]
 
 

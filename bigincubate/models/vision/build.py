@@ -18,6 +18,7 @@ from ...errors import ConfigError
 from ..base import Depths, ModelFamily, SkipMetaInitialization, explain_argument_errors
 from ..drop_path import replace_drop_path
 from ..partition import Partition
+from .mimetic import initialize_mimetic
 from .subset_drop_path import compute_last_block_for_cls_token_only, use_subset_drop_path
 
 # arguments of `timm.create_model` that `model.args` must not have: other keys set them, or they are not supported
@@ -98,12 +99,12 @@ class TimmFamily(ModelFamily):
             )
 
     def residual_outputs(self, block: nn.Module) -> list[nn.Module]:
-        """Return the submodules to set to zero; see `ModelFamily.residual_outputs`."""
+        """Return the last layers of the residual branches; see `ModelFamily.residual_outputs`."""
         kind = type(block).__name__
         if kind not in self.zeroed_outputs:
             raise ConfigError(
-                f"incubate.init = 'grow' does not support blocks of class {kind} (it supports"
-                f" {', '.join(self.zeroed_outputs)}): choose 'boundary' or 'fresh'"
+                f"init = 'grow' or 'scaled' does not support blocks of class {kind} (it supports"
+                f" {', '.join(self.zeroed_outputs)}): choose 'boundary' or 'fresh', and 'plain' for end_to_end.init"
             )
         outputs = []
         for pattern in self.zeroed_outputs[kind]:
@@ -111,6 +112,10 @@ class TimmFamily(ModelFamily):
             assert found, f"timm's {kind} has no {pattern}"
             outputs += found
         return outputs
+
+    def initialize_mimetic(self, model: nn.Module, partition: Partition) -> None:
+        """Initialize attention and position embeddings; see `ModelFamily.initialize_mimetic`."""
+        initialize_mimetic(model, partition)
 
     def adapt_state(self, tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         """Return the tensors, with learned position embeddings resampled to the patch grid of ``model``.
