@@ -116,7 +116,7 @@ def dataset_digest_for_module(recipe: Recipe, data: DatasetInfo, module: int | N
         parts = f"{len(data.parts)} parts" if data.parts else "no parts"
         raise ConfigError(
             f"{data.path} has {parts}, but with data.decentralized module {module} trains only on part {module}; "
-            "prepare it with --parts, with at least one part per module"
+            f"prepare it with --parts {module + 1} or more"
         )
     return data.parts[module]
 

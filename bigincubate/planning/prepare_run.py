@@ -52,7 +52,8 @@ def ensure_data(
         prepare_dataset(recipe.data.source, path, partition=divide)
     only_partition = recipe.data.decentralized and module is not None
     data = (describe_dataset if only_partition else open_dataset)(path, recipe.data.remote)
-    dataset_digest_for_module(recipe, data, modules - 1)  # raises an error if there are too few partitions
+    for module in recipe.plan.incubated[-1:]:
+        dataset_digest_for_module(recipe, data, module)  # raises an error if there are too few partitions
     for phase in PHASES:
         make_task(recipe.settings(phase), recipe.data).check_dataset(data)
     return data

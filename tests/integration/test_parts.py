@@ -324,3 +324,27 @@ def test_made_up_data_is_partitioned_for_the_modules(tmp_path: Path) -> None:
     sets = ["data.source=made-up", "data.decentralized=true"]
     data = ensure_data(load_recipe(str(tmp_path / "smoke.toml"), sets), RunDir(tmp_path / "run"))
     assert (data.samples, len(data.parts)) == ({"train": 256, "val": 64}, 2)
+
+
+def test_only_modules_that_are_incubated_need_their_partitions(
+    recipe: Path, mine: Path, tmp_path: Path, counted: None
+) -> None:
+    """Module 1 of four on data in three partitions: it reads its own, and the others are not missed."""
+    depths = ("plan.target_depths=[2, 2, 1, 1]", "plan.meta_depths=[1, 1, 1, 1]")
+    short = ("train.max_steps=2", "schedule.warmup_epochs=0")
+    harness = TrainingHarness(recipe, tmp_path / "run", *depths, "plan.incubate=[1]", *short)
+    for phase, module in (("pretrain", None), ("incubate", 1), ("finetune", None)):
+        harness.train(phase, module)
+    assert load_manifest(harness.run.phase("incubate", 1).artifact).data == harness.data.parts[1]
+    for whole in ("pretrain", "finetune"):
+        assert load_manifest(harness.run.phase(whole).artifact).data == harness.data.digest
+    assert {finding.verdict for finding in verify_run(harness.run)} == {Verdict.GOOD}
+    with pytest.raises(BigincubateError, match=r"has 3 parts, .*module 3 trains only on part 3"):
+        TrainingHarness(recipe, tmp_path / "other", *depths, "plan.incubate=[1, 3]")
+
+
+def test_expansion_needs_no_partitions(recipe: Path, digits: Path, tmp_path: Path, counted: None) -> None:
+    sets = ("plan.incubate=none", f"data.path={digits}", "train.max_steps=2", "schedule.warmup_epochs=0")
+    harness = TrainingHarness(recipe, tmp_path / "run", *sets)
+    harness.train("pretrain")
+    assert harness.train("finetune")["metrics"]
