@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 from forked import Command, fork_ranks, run
+from timm.layers import resample_abs_pos_embed
 
 from bigincubate import api
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.files import read_json
+from bigincubate.interchange.export import load_model
 from bigincubate.planning.context import open_run
 from bigincubate.planning.job_graph import build_job_graph
 from bigincubate.report.console_tables import summary_table
@@ -164,6 +166,26 @@ def has_saved(checkpoints: Path, step: int) -> bool:
     return any(int(path.parent.name[5:]) >= step for path in checkpoints.glob("step-*/COMMITTED"))
 
 
+def test_larger_images_are_fine_tuned_from_an_expanded_meta_model(expanded: Any, tmp_path: Path) -> None:
+    """As ImageNet models are fine-tuned with 384 after 224 pixels."""
+    other = expanded.copy(tmp_path / "run", ["meta"])
+    sets = [SHORT, "plan.incubate=none", "finetune.model.img_size=12"]
+    larger = type(other)(other.run.recipe_file, other.run.path, *sets)
+    model, _ = build_model(larger.context("finetune"))
+    state, meta = model.state_dict(), larger.weights("pretrain")
+    assert (meta["pos_embed"].shape, state["pos_embed"].shape) == ((1, 17, 24), (1, 37, 24))
+    assert torch.equal(state["pos_embed"][:, 0], meta["pos_embed"][:, 0])  # of the class token
+    resampled = resample_abs_pos_embed(meta["pos_embed"], new_size=[6, 6], num_prefix_tokens=1)
+    assert torch.equal(state["pos_embed"], resampled)
+    assert state["blocks.1.mlp.fc2.weight"].count_nonzero() == 0
+    assert larger.train("finetune")["metrics"]
+    exported, spec = load_model(larger.run.phase("finetune").artifact)
+    assert spec.model.img_size == 12
+    assert exported(torch.zeros(1, 3, 12, 12)).shape == (1, 10)
+    # larger images cost more: fewer steps for the FLOPs of the modules
+    assert larger.rows[1].steps < expanded.rows[1].steps
+
+
 # ------------------------------------------------------------------------------------------------ some modules
 
 
@@ -208,6 +230,40 @@ def test_reports_show_a_module_under_its_own_number(partly: Any) -> None:
 def test_module_that_is_not_incubated_cannot_be_trained(partly: Any) -> None:
     with pytest.raises(ConfigError, match=r"--module 0 is not incubated: plan\.incubate lists 1$"):
         partly.context("incubate", 0)
+
+
+def test_expanded_and_incubated_runs_are_compared(
+    expanded: Any, partly: Any, harness: Harnesses, tmp_path: Path, call: Any
+) -> None:
+    whole = harness(SHORT)
+    for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None)):
+        whole.train(phase, module)
+    folders = [one.copy(tmp_path / name).run.path for one, name in ((expanded, "a"), (whole, "b"), (partly, "c"))]
+    code, out, err = call("compare", *folders, "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [(row["run"], row["route"], row["missing"]) for row in rows] == [
+        ("a", "expanded", []),
+        ("b", "incubated", []),
+        ("c", "incubated", []),
+    ]
+    assert [len(row["hybrids"]) for row in rows] == [0, 2, 1]
+    for row, one in zip(rows, (expanded, whole, partly), strict=True):
+        assert row["metrics"] == one.run.phase("finetune").result["metrics"]
+        assert row["meta"] == one.run.phase("pretrain").result["metrics"]
+        assert row["assembled"] == one.run.assembled.result["metrics"]
+    # the same FLOPs but for what is left of one step, and no module in parallel with another
+    assert rows[0]["flops"] <= rows[1]["flops"]
+    assert rows[1]["flops"] - rows[0]["flops"] == expanded.rows[1].unused_flops
+    assert rows[0]["path_seconds"] == pytest.approx(rows[0]["seconds"])
+    code, out, err = call("compare", *folders, "--out", tmp_path / "drawn")
+    assert code == 0, err
+    assert all(any(line.startswith(f"{name} ") for line in out.splitlines()) for name in "abc"), out
+    for drawing in ("progress", "before-after", "modules"):
+        assert (tmp_path / "drawn" / f"{drawing}.png").stat().st_size > 1000
+    code, _, err = call("compare", folders[0], "--out", tmp_path / "alone")
+    assert code == 0, err
+    assert not (tmp_path / "alone" / "modules.png").exists()
 
 
 # ------------------------------------------------------------------------------------------------ a changed choice

@@ -24,6 +24,7 @@ from bigincubate.interchange.export import export_official, load_model
 from bigincubate.interchange.official_format import read_stages
 from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_artifact, load_manifest
+from bigincubate.storage.run_directory import RunDir
 from bigincubate.training.import_official import Part, import_model, import_part
 
 Harnesses = Callable[..., Any]
@@ -57,6 +58,22 @@ def save(file: Path, modules: list[dict[str, Tensor]]) -> Path:
     optimizer = {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     torch.save({"model": flat, "model_stages": modules, "optimizer": optimizer, "epoch": 299, "scaler": {}}, file)
     return file
+
+
+Called = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Called:
+    """Exit code, and all that a command says."""
+
+    def called(*words: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["bigincubate", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return int(end.value.code or 0), "".join(capsys.readouterr())
+
+    return called
 
 
 @pytest.fixture
@@ -138,6 +155,23 @@ def test_import_cuts_a_whole_model_into_modules(empty: Any, tmp_path: Path) -> N
     assert torch.equal(tensors["pos_embed"], modules[0]["pos_embed"])
 
 
+def test_official_meta_model_is_expanded_and_modules_are_refused(fast: Path, tmp_path: Path, call: Called) -> None:
+    meta = save(tmp_path / "meta.pth", stages([1, 1], seed=0))
+    hybrids = [save(tmp_path / f"{k}.pth", stages([2, 1] if k == 0 else [1, 2], seed=1 + k)) for k in range(2)]
+    to = ("--to", tmp_path / "run", "--set", "plan.incubate=none", "--set", "train.max_steps=2")
+    code, out = call("import", fast, meta, "--as", "meta", *to)
+    assert code == 0, out
+    for files in (hybrids, [save(tmp_path / "vit.pth", stages([2, 2], seed=3))], [tmp_path / "run"]):
+        code, out = call("import", fast, *files, "--as", "modules", *to)
+        line = 'bigincubate: plan.incubate = "none": there is no module to import; list the modules to import in it\n'
+        assert (code, out) == (2, line)
+    assert not (tmp_path / "run" / "modules").exists()
+    code, out = call("train", tmp_path / "run" / "recipe.toml", "--run-dir", tmp_path / "run", "--phase", "finetune")
+    assert code == 0, out
+    manifest = load_manifest(RunDir(tmp_path / "run").phase("finetune").artifact)
+    assert manifest.model.initial_weights == f"{meta} (SHA-256 {hash_file(meta)})"
+
+
 class Code:
     """Unpickling it writes a file."""
 
@@ -189,22 +223,6 @@ def test_model_without_official_form_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="only plain ViTs"):
             export_official(tmp_path / name, tmp_path / "out.pth")
     assert not (tmp_path / "out.pth").exists()
-
-
-Called = Callable[..., tuple[int, str]]
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Called:
-    """Exit code, and all that a command says."""
-
-    def called(*words: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["bigincubate", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return int(end.value.code or 0), "".join(capsys.readouterr())
-
-    return called
 
 
 def test_import_and_export_commands(fast: Path, tmp_path: Path, call: Called) -> None:

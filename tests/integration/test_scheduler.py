@@ -13,6 +13,7 @@ from fake_slurm import FakeSlurm
 
 from bigincubate.config import Phase, load_recipe
 from bigincubate.config.seeds import phase_key
+from bigincubate.planning.context import open_run
 from bigincubate.planning.job_graph import Job, build_job_graph
 from bigincubate.planning.planned_row import Cost, PlannedRow
 from bigincubate.storage.run_directory import RunDir
@@ -54,8 +55,29 @@ def test_fine_tuning_follows_the_meta_model_and_the_modules_that_are_incubated(
     modules: list[int], fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slurm = FakeSlurm(RunDir(tmp_path), 0, modules, fault=0)
-    assert slurm.complete(load_recipe(str(fast)), make_graph(modules), monkeypatch) == 1
+    slurm.install(monkeypatch)
+    assert slurm.complete(load_recipe(str(fast)), make_graph(modules)) == 1
     assert slurm.finished == {"pretrain", *(f"incubate/{module}" for module in modules), "finetune"}
+
+
+def test_submitted_expansion_is_done_without_its_user_though_fine_tuning_crashes(
+    fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any
+) -> None:
+    run = RunDir(tmp_path / "run")
+    slurm = FakeSlurm(run, 0, [], fault=0, outcomes={"finetune": ["crash"]})
+    slurm.install(monkeypatch)
+    code, out, err = call("submit", fast, "--run-dir", run.path, "--method", "expand")
+    assert code == 0, out + err
+    opened = open_run(run.load_recipe(), run)
+    assert slurm.complete(opened.recipe, build_job_graph(opened.rows, baseline=False)) == 0
+    assert slurm.finished == {"pretrain", "finetune"}
+    kinds = [job.kind for job in slurm.jobs.values()]
+    assert "incubate" not in kinds
+    fine_tuning = [job for job in slurm.jobs.values() if job.kind == "finetune"]
+    assert [job.tasks[None].outcome for job in fine_tuning] == ["crash", "well"]
+    # both were submitted by a gate, which had waited for the meta model and for the job that crashed
+    assert kinds[:2] == ["pretrain", "gate"]
+    assert kinds.count("gate") >= 3
 
 
 @pytest.mark.full

@@ -75,7 +75,7 @@ def submitted(programs: Programs, smoke: Path, tmp_path: Path, monkeypatch: pyte
     variables = ("SQUEUE_PARTITION", "SBATCH_ARRAY_INX", "SRUN_NTASKS", "SLURM_JOB_ID", "SCANCEL_PARTITION")
     for name in (*variables, "SLURM_CONF"):
         monkeypatch.setenv(name, "nowhere")
-    run, recipe, graph = RunDir(tmp_path / "run"), load_recipe(str(smoke)), make_graph(2)
+    run, recipe, graph = RunDir(tmp_path / "run"), load_recipe(str(smoke)), make_graph(range(2))
     programs.add(sbatch=SBATCH, squeue="cat {queue}", scancel=": >{queue}", scontrol=CONFIG)
     said: list[str] = []
     submit_missing_jobs(recipe, graph, run, say=said.append)
@@ -111,7 +111,7 @@ def test_one_of_several_clusters_is_used_for_jobs_that_depend_on_each_other(
 ) -> None:
     programs.add(sbatch=SBATCH, scontrol=CONFIG)
     recipe = load_recipe(str(smoke), ['slurm.extra=["--clusters=east,west"]'])
-    submit_missing_jobs(recipe, make_graph(2), RunDir(tmp_path / "run"), say=lambda text: None)
+    submit_missing_jobs(recipe, make_graph(range(2)), RunDir(tmp_path / "run"), say=lambda text: None)
     asked = [[word for word in call.split() if word.startswith("--clusters=")] for call in programs.calls]
     assert asked == [["--clusters=east,west"], *[["--clusters=west"]] * 3]
 

@@ -22,7 +22,7 @@ Submit = Callable[..., list[str]]
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """A Slurm without drawn faults, for a run of four modules."""
-    made = FakeSlurm(RunDir(tmp_path / "run"), 0, 4, fault=0)
+    made = FakeSlurm(RunDir(tmp_path / "run"), 0, range(4), fault=0)
     made.install(monkeypatch)
     return made
 
@@ -179,7 +179,7 @@ def test_jobs_whose_comments_were_overwritten_are_not_doubled(slurm: FakeSlurm, 
 def test_limit_cuts_arrays_and_leaves_room_for_the_gate(
     slurm: FakeSlurm, submit: Submit, complete: Callable[[], int]
 ) -> None:
-    slurm.modules, slurm.submit_limit = 40, 6
+    slurm.modules, slurm.submit_limit = range(40), 6
     said = submit()
     assert (
         len([line for line in said if "of 40 modules wait for the gate, because of a limit (QOSMaxSubmitJob" in line])
