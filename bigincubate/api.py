@@ -115,9 +115,9 @@ class RunResult:
     Attributes:
         path: The run directory.
         export: The folder with the final model, for ``timm.create_model(f"local-dir:{export}", pretrained=True)``.
-        results: The result of each phase: ``meta``, ``modules`` (a list), ``assembled``, ``finetune`` and
-            ``end_to_end`` (None if it was not trained). A result has ``metrics``, ``steps``, ``seen``, ``flops``,
-            ``seconds``.
+        results: The result of each phase: ``meta``, ``modules`` (a list; None for a module that is not incubated),
+            ``assembled``, ``finetune`` and ``end_to_end`` (None if it was not trained). A result has ``metrics``,
+            ``steps``, ``seen``, ``flops``, ``seconds``.
         load_code: Python code that loads the final model; None if an earlier call exported it.
         already_done: Whether the run was complete before the call.
         context: The recipe, data and plan of the run.
