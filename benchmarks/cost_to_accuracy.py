@@ -41,6 +41,7 @@ WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # the command, and
     "boundary": (("run", "--jobs", "1"), ('incubate.init="boundary"',)),
     "grow": (("run", "--jobs", "1"), ('incubate.init="grow"',)),
     "not incubated": (("run", "--jobs", "1"), ("incubate.train.max_steps=0",)),  # modules keep their initial weights
+    "expanded": (("run", "--jobs", "1"), ('plan.incubate="none"',)),  # depth expansion
     "decentralized": (("run", "--jobs", "1"), ("data.decentralized=true",)),
     "end-to-end": (END_TO_END, ()),
     # end to end: with LayerScale, with residual branches scaled by depth, with mimetic initialization
@@ -76,11 +77,12 @@ def train(trial: Trial, recipe: Recipe, args: argparse.Namespace) -> dict[str, A
     )
     found = RunDir(folder).update_summary()
     is_incubated = "end_to_end" not in command
-    phases = [found["meta"], *found["modules"], found["finetune"]] if is_incubated else [found["end_to_end"]]
+    modules = [module for module in found["modules"] if module]  # without those that are not incubated
+    phases = [found["meta"], *modules, found["finetune"]] if is_incubated else [found["end_to_end"]]
     on_the_way = {}
     if is_incubated:
         scores = {key: found[key]["metrics"] for key in ("meta", "assembled")}
-        on_the_way = {**scores, "hybrids": [module["metrics"] for module in found["modules"]]}
+        on_the_way = {**scores, "hybrids": [module["metrics"] for module in modules]}
     return {
         **asdict(trial),
         "metrics": phases[-1]["metrics"],
@@ -109,7 +111,9 @@ def table(trials: list[dict[str, Any]], metrics: Sequence[Metric]) -> str:
         group = [trial for trial in trials if (trial["way"], trial["budget"]) == (way, budget)]
         incubated = [trial for trial in group if "assembled" in trial]
         assembled = [trial["assembled"][headline.name] for trial in incubated]
-        hybrids = [worst(scores[headline.name] for scores in trial["hybrids"]) for trial in incubated]
+        hybrids = [
+            worst(scores[headline.name] for scores in trial["hybrids"]) for trial in incubated if trial["hybrids"]
+        ]
         cells = [
             *(way, f"{budget:g}"),
             *(spread([trial["metrics"][metric.name] for trial in group], metric) for metric in shown),
