@@ -125,6 +125,22 @@ def test_co_training_two_ranks_have_one_server_each(harness: Harnesses, tmp_path
     assert done.leaves_no_shared_memory()
 
 
+def test_co_training_with_one_of_three_modules_incubated(harness: Harnesses, tmp_path: Path) -> None:
+    depths = ("plan.target_depths=[2, 2, 2]", "plan.meta_depths=[1, 1, 1]", "plan.incubate=[1]")
+    plain = harness("train.max_steps=6", "finetune.budget=epochs", *depths)
+    plain.train("pretrain")
+    other = plain.copy(tmp_path / "run")
+    plain.train("incubate", 1)
+    done = CoTrained(other, tmp_path)
+    assert done.command.wait() == 0, done.command.out + done.command.err
+    assert same_weights(plain, other, 1)
+    assert done.served == [(6, 6)]
+    assert OWN_LOADER not in done.log(1)
+    assert sorted(folder.name for folder in (other.run.path / "modules").iterdir()) == ["01", "logs"]
+    assert other.run.phase("finetune").result["steps"] == 6
+    assert done.leaves_no_shared_memory()
+
+
 def test_co_training_resumes_modules_at_different_steps(plain: Any, other: Any, tmp_path: Path) -> None:
     ahead = Command(*other.command("incubate", 1))
     assert ahead.until(lambda: any(row["step"] >= 30 for row in other.log("incubate", 1)))
@@ -216,6 +232,7 @@ def test_co_training_server_that_cannot_start_modules_use_their_own_loader(
     [
         (["--jobs", 1], "--co-train: 2 modules train in parallel; use --jobs 2, or omit --co-train"),
         (["--jobs", 2, "--baseline"], "--co-train: 2 modules and the baseline train in parallel; use --jobs 3,"),
+        (["--method", "expand"], '--co-train: plan.incubate = "none", so no modules share a loader; omit --co-train'),
         (["--set", "data.decentralized=true"], "--co-train: with data.decentralized, each module has its own data"),
     ],
 )
