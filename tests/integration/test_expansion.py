@@ -232,6 +232,11 @@ def test_module_that_is_not_incubated_cannot_be_trained(partly: Any) -> None:
         partly.context("incubate", 0)
 
 
+def test_logs_of_a_module_that_is_not_incubated_are_not_awaited(partly: Any, call: Any) -> None:
+    code, _, err = call("logs", partly.run.path, "--module", 0)
+    assert (code, err) == (2, "bigincubate: --module 0 is not incubated (plan.incubate), so it has no logs\n")
+
+
 def test_expanded_and_incubated_runs_are_compared(
     expanded: Any, partly: Any, harness: Harnesses, tmp_path: Path, call: Any
 ) -> None:
