@@ -195,11 +195,12 @@ def test_unfinished_run_has_a_page_that_says_what_is_missing(harness: Harnesses)
 
 
 def test_run_that_is_only_end_to_end_has_no_modules_on_its_page(harness: Harnesses, done: Any) -> None:
-    made = harness(*SETS, "end_to_end.budget=epochs")
+    made = harness(*SETS, "end_to_end.budget=epochs", "end_to_end.init=scaled")
     made.train("end_to_end")
     page = page_of(made.run)
     assert page.row("end to end")["top-1 %"] == made.run.phase("end_to_end").result["metrics"]["top1"]
     assert "Missing: " not in page.text
+    assert "initialized: scaled" in page.text
     assert not {"meta model", "module 0", "fine-tuning"} & {row[0] for row in page.rows}
     routes = label_routes([read_run(done.run), read_run(made.run)])
     assert [row["route"] for row in compare_json(routes)] == ["incubated", "end to end", "end to end"]
