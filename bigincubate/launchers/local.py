@@ -165,6 +165,7 @@ class LocalRunner:
                     self.servers.close()
                 if not self.running and not self._ready_jobs(waiting, done):
                     break  # the remaining jobs depend on a failed job, or the run is stopping
+                self._pause()
                 for job, ranks, code in self._pop_finished(graph):
                     if code == 0:
                         done.add(job.key)
@@ -184,7 +185,6 @@ class LocalRunner:
                 self.reporter.update(running)
                 for line in self.estimate(running):
                     self.reporter.say(line)
-                self._pause()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -275,10 +275,10 @@ class LocalRunner:
         self.stop_requested = self.stopping = True
 
     def _pause(self) -> None:
-        """Wait for a fifth of a second, or until a stop signal arrives."""
+        """Wait for a fifth of a second, or until a job has ended or a stop signal arrives."""
         before = self.stop_requested
         for _ in range(10):
-            if self.stop_requested == before:
+            if self.stop_requested == before and all(ranks.poll() is None for ranks in self.running.values()):
                 time.sleep(0.02)
 
     def _stop_ranks(self) -> None:

@@ -353,6 +353,17 @@ def test_exit_code_is_that_of_the_first_that_failed(
     assert len(everything) == started
 
 
+def test_next_job_starts_without_waiting(harness: Harnesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher sleeps only while jobs run: not between a job that has ended and the next one, nor at the end."""
+
+    def asleep(seconds: float) -> None:
+        pytest.fail("every job ends at once")
+
+    monkeypatch.setattr(local.time, "sleep", asleep)
+    assert executed(harness(), monkeypatch, jobs=1) is Exit.DONE
+    assert len(everything) == 4
+
+
 def test_resumed_phase_computes_with_as_many_threads(harness: Harnesses, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their number may change the last bit of a sum: it follows from the graph, not from what happens to run."""
     monkeypatch.delenv("OMP_NUM_THREADS")
