@@ -9,6 +9,7 @@ from contextlib import suppress
 
 FILES = {io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom}  # the classes that buffer output
 exit_code: int | None = None  # of the command; None: tear down the interpreter as usual
+_frozen_files: list[io.IOBase] = []  # open files that the garbage collector does not visit any more
 
 
 def skip_teardown() -> None:
@@ -23,11 +24,26 @@ def skip_teardown() -> None:
         atexit.register(_exit)
 
 
+def freeze_objects() -> None:
+    """Exclude all objects from garbage collection, so that processes that are forked from this one share their memory.
+
+    They remain excluded if the teardown is skipped, because visiting them would copy the memory of all of them.
+    """
+    gc.collect()
+    _frozen_files.extend(_find_files())
+    gc.freeze()
+
+
+def _find_files() -> list[io.IOBase]:
+    return [thing for thing in gc.get_objects() if type(thing) in FILES]
+
+
 def _exit() -> None:
     if exit_code is None:
+        gc.unfreeze()  # the teardown removes all objects
         return
     # the teardown would flush files that are still open, such as the log of a plug-in
-    for file in [thing for thing in gc.get_objects() if type(thing) in FILES]:
+    for file in (*_frozen_files, *_find_files()):
         with suppress(OSError, ValueError):  # the file is closed
             file.flush()
     import ctypes

@@ -6,8 +6,6 @@ A forked process must not differ from one that has just been started. Therefore 
 
 from __future__ import annotations
 
-import atexit
-import gc
 import importlib
 import json
 import os
@@ -17,6 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from ..compat.interpreter_exit import freeze_objects
 from ..distributed.parent_death import stop_with_parent
 
 # what a phase imports before the end of its first step, apart from modules that its recipe names
@@ -56,9 +55,7 @@ def serve(connection: socket.socket, initial: Mapping[str, str]) -> list[str] | 
         In a forked process, the arguments of its command; in this process, None.
     """
     stop_threads()
-    gc.collect()
-    gc.freeze()  # otherwise the collector would write to the memory of all objects, and so copy it in each process
-    atexit.register(gc.unfreeze)  # an interpreter that ends as usual collects all objects
+    freeze_objects()  # otherwise the collector would write to the memory of all objects, and so copy it in each process
     while True:
         message, files, _, _ = socket.recv_fds(connection, 1, 3)
         if not message or not is_safe_to_fork():

@@ -46,6 +46,11 @@ print(json.dumps({
     "buffered": sys.stdout.line_buffering,
 }))
 """
+COUNT_FROZEN = """
+import ctypes, gc
+handler = ctypes.CFUNCTYPE(None)(lambda: print("frozen objects:", gc.get_freeze_count(), flush=True))
+ctypes.CDLL(None).__cxa_atexit(handler, None, None)
+"""
 THREAD = """
 import sys, threading, time
 if "fork_server" in " ".join(sys.orig_argv):
@@ -113,6 +118,17 @@ def test_forked_process_is_like_a_new_one(server: ForkServer, described: dict[st
     assert found["new"]["environment"].items() >= own.items()
     assert found["new"]["parent"] == os.getpid()
     assert set(found["new"]["files"]) == {"0", "1", "2"}
+
+
+def test_forked_process_ends_without_visiting_the_objects_of_the_server(
+    server: ForkServer, described: dict[str, str], tmp_path: Path
+) -> None:
+    """Visiting them would copy their memory."""
+    folder, log = Path(described["PYTHONPATH"].split(":")[0]), tmp_path / "log"
+    folder.joinpath("count_frozen.py").write_text(COUNT_FROZEN)
+    command = [*COMMAND, "plan", "digits", "--set", 'model.library="count_frozen:nothing"']
+    assert ended(server.start_process(command, described, log)) == 2  # the module has no function of that name
+    assert int(log.read_text().split("frozen objects:")[1]) > 100_000
 
 
 def test_output_is_appended_to_the_log(server: ForkServer, described: dict[str, str], tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ class Object:
     def __del__(self):
         print("object removed", flush=True)
 import atexit, threading, time
-held, cycle = Object(), []
-cycle.append(cycle)
+cycle = []
+cycle += [cycle, Object()]  # only the garbage collector removes them
 atexit.register(print, "handler of Python")
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread has ended"))).start()
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
@@ -30,6 +30,7 @@ import ctypes
 handler = ctypes.CFUNCTYPE(None)(lambda: print("handler of C", flush=True))
 ctypes.CDLL(None).__cxa_atexit(handler, None, None)
 """
+FREEZE = "program.interpreter_exit.freeze_objects()"
 FAILING = "import bigincubate.cli; bigincubate.cli.main = lambda: {}['missing']"
 
 
@@ -39,6 +40,7 @@ FAILING = "import bigincubate.cli; bigincubate.cli.main = lambda: {}['missing']"
         (["--version"], C_HANDLER, 0, "bigincubate "),
         (["no-such-command"], C_HANDLER, 2, "no-such-command"),
         ([], FAILING, 1, "KeyError: 'missing'"),
+        ([], f"{FREEZE}; {FAILING}", 1, "KeyError: 'missing'"),
     ],
 )
 def test_command_ends_with_its_output_code_and_handlers(
@@ -55,9 +57,11 @@ def test_command_ends_with_its_output_code_and_handlers(
         assert "handler of C" in ended.stdout
 
 
-def test_file_that_is_still_open_is_flushed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("freeze", ["pass", FREEZE])
+def test_file_that_is_still_open_is_flushed(freeze: str, tmp_path: Path) -> None:
+    """Also one that was opened before all objects were frozen."""
     change = f"file = open({str(tmp_path / 'file')!r}, 'w'); binary = open({str(tmp_path / 'binary')!r}, 'w+b')"
-    change += "; file.write('text'); binary.write(b'bytes')"
+    change += f"\n{freeze}\nfile.write('text'); binary.write(b'bytes')"
     text = CODE.replace("{arguments}", "['--version']").replace("{change}", change)
     subprocess.run([sys.executable, "-c", text], capture_output=True, check=True, timeout=50)
     assert tmp_path.joinpath("file").read_text() == "text"
