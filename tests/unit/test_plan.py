@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from bigincubate.config import Settings, list_shipped_recipes, load_recipe
@@ -186,6 +187,26 @@ def test_balanced_cut_takes_the_models_own_depth() -> None:
     free = recipe.model_copy(update={"plan": type(recipe.plan)(modules=4)})
     plan = make_plan(free)
     assert (plan.target, plan.meta) == (((3,),) * 4, ((1,),) * 4)
+
+
+class Recorded(TorchDispatchMode):
+    """Notes the names of all operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_plan_is_made_without_initializing_models() -> None:
+    """Every phase of a run makes the plan again."""
+    with Recorded() as ran:  # a model that no other test has planned in this process
+        make_plan(load_recipe("digits", ["model.name=deit_tiny_patch16_224.fb_in1k"]))
+    assert "empty" in ran.names
+    assert not ran.names & {"erfinv_", "clamp_"}  # timm draws most weights with these, which are slow without a device
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import timm
 from torch import nn
 
 from ...errors import ConfigError
+from ..base import SkipMetaInitialization
 from .build import TimmFamily
 
 FAMILIES: tuple[TimmFamily, ...] = (
@@ -102,4 +103,5 @@ def _find_class_name(name: str) -> str:
         near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "`timm.list_models()` lists all names"
         raise ConfigError(f"timm has no model {name!r}; {hint}")
-    return type(timm.create_model(timm.models.get_arch_name(name), device="meta")).__name__
+    with SkipMetaInitialization():
+        return type(timm.create_model(timm.models.get_arch_name(name), device="meta")).__name__
