@@ -175,7 +175,6 @@ def run(
         check_integer("jobs", jobs)
     from rich.console import Console
 
-    from .data.verification import hash_all_shards
     from .launchers.fork_server import ForkServers
     from .launchers.local import LocalRunner
     from .launchers.progress import ProgressReporter
@@ -189,7 +188,8 @@ def run(
         runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper, servers=servers)
         if directory.phase("pretrain").result is None:
             runner.start_server(baseline=baseline)
-        from .interchange.export import export  # these two import torch, while the server does too
+        from .data.verification import hash_all_shards  # these import NumPy or torch, while the server does too
+        from .interchange.export import export
         from .planning.context import open_run
 
         opened = open_run(recipe, directory, report=reporter.say)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import PHASES, Recipe, Settings
-from ..models.library import find_family
 
 SAMPLES = 256  # size of the generated training split
 
 
 def smoke(recipe: Recipe) -> dict[str, Any]:
     """Return recipe tables that make a recipe small, including those of each phase."""
+    from ..models.library import find_family  # imports torch
+
     family = find_family(recipe.model)
     phases = {phase: recipe.settings(phase) for phase in PHASES}
 

@@ -58,6 +58,20 @@ def test_run_starts_one_interpreter(nproc: int, harness: Harnesses, interpreters
     assert len(set(pids)) == len(PHASES)
 
 
+def test_first_server_starts_before_the_launcher_imports_large_libraries(fast: Path, tmp_path: Path) -> None:
+    """Both import them at the same time; otherwise the run would wait for one after the other."""
+    code = """
+import sys
+from bigincubate.cli import main
+from bigincubate.launchers.fork_server import ForkServer
+ForkServer.start = lambda environment: sys.exit(f"imported: {[*{'torch', 'timm', 'numpy'} & sys.modules.keys()]}")
+main()
+"""
+    words = ["run", fast, "--run-dir", tmp_path / "run"]
+    ended = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=False)
+    assert ended.stderr == "imported: []\n"
+
+
 @pytest.mark.parametrize(("jobs", "baseline", "parallel"), [(1, True, 1), (2, False, 1), (2, True, 2), (8, True, 2)])
 def test_first_server_has_the_threads_of_the_first_phase(
     jobs: int, baseline: bool, parallel: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
