@@ -94,7 +94,6 @@ def saved_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
 
 Runs = tuple[tuple[int, ...], ...]  # number of blocks per stage, before the trained module, in it, and after it
 
-SMALL = 24  # number of blocks up to which a model is counted as it is
 SHORTEST = 2  # a run keeps both ends: its first block may get no gradient of its input, its last may compute less
 
 
@@ -103,8 +102,8 @@ class CostCounter:
 
     All blocks of a stage that have the same role (frozen before the trained module, trained, or frozen after it) cost
     the same, except for those at the ends of a run of such blocks. The cost of a phase is therefore an affine function
-    of the length of each run. Long runs are counted at two short lengths and extrapolated, which is exact if blocks do
-    not depend on their index (`check_model`).
+    of the length of each run, and the slopes are the same in all phases. Long runs are counted at two short lengths
+    and extrapolated, which is exact if blocks do not depend on their index (`check_model`).
 
     Args:
         settings: Settings of the phases.
@@ -114,22 +113,31 @@ class CostCounter:
     def __init__(self, settings: Settings, plan: Plan) -> None:
         self.settings, self.plan = settings, plan
         self._counted: dict[tuple[Runs, int | None], Cost] = {}
+        self._slopes: dict[tuple[int, int], dict[str, int]] = {}  # by role (-1, 0 or 1) and stage
 
     def count(self, row: PhasePlan) -> Cost:
         """Return the cost of a phase; the same as `count_cost`."""
         runs, module = _merge_modules(row)
-        step = self.plan.family.parity
-        small = sum(map(sum, runs)) <= SMALL
-        short = runs if small else tuple(tuple(_shorten(depth, step) for depth in run) for run in runs)
+        step, trained = self.plan.family.parity, module or 0
+        short = tuple(tuple(_shorten(depth, step) for depth in run) for run in runs)
+        times = {
+            (at, stage): (depth - short[at][stage]) // step
+            for at, run in enumerate(runs)
+            for stage, depth in enumerate(run)
+            if depth > short[at][stage]
+        }
+        unknown = {place for place in times if (place[0] - trained, place[1]) not in self._slopes}
+        longer = {(at, stage): _lengthen(short, at, stage, step) for at, stage in unknown}
+        if _count_blocks(runs) < sum(map(_count_blocks, (short, *longer.values()))):
+            return self._count_runs(row, runs, module)
         base = asdict(self._count_runs(row, short, module))
-        total = dict(base)
-        for at, run in enumerate(runs):
-            for stage, depth in enumerate(run):
-                if times := (depth - short[at][stage]) // step:
-                    longer = asdict(self._count_runs(row, _lengthen(short, at, stage, step), module))
-                    for name in total:
-                        total[name] += times * (longer[name] - base[name])
-        return Cost(**total)
+        for (at, stage), lengthened in longer.items():
+            cost = asdict(self._count_runs(row, lengthened, module))
+            self._slopes[at - trained, stage] = {name: cost[name] - base[name] for name in base}
+        for (at, stage), factor in times.items():
+            slope = self._slopes[at - trained, stage]
+            base = {name: base[name] + factor * slope[name] for name in base}
+        return Cost(**base)
 
     def _count_runs(self, row: PhasePlan, runs: Runs, module: int | None) -> Cost:
         if (runs, module) not in self._counted:
@@ -144,6 +152,10 @@ def _merge_modules(row: PhasePlan) -> tuple[Runs, int | None]:
         return (_sum_depths(row.depths),), None
     parts = row.depths[: row.module], row.depths[row.module : row.module + 1], row.depths[row.module + 1 :]
     return tuple(_sum_depths(part) for part in parts if part), min(row.module, 1)
+
+
+def _count_blocks(runs: Runs) -> int:
+    return sum(map(sum, runs))
 
 
 def _sum_depths(depths: Runs) -> tuple[int, ...]:

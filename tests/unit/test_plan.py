@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bigincubate.config import Settings, list_shipped_recipes, load_recipe
+from bigincubate.config import PHASES, Settings, list_shipped_recipes, load_recipe
 from bigincubate.errors import ConfigError
 from bigincubate.models.base import Depths
 from bigincubate.planning.cost import CostCounter, cost_plan, count_cost, count_costs
@@ -255,6 +255,7 @@ meta_depths = {meta}
     [
         ("vit_tiny_patch16_224", [3] * 10, [1] * 10, ["train.subset_drop_path=true", "train.last_block_cls_only=true"]),
         ("vit_tiny_patch16_224", [30, 1], [2, 1], ["optim.name=lamb", "optim.layer_decay=0.7"]),
+        ("vit_tiny_patch16_224", [8, 4, 1, 5], [1] * 4, ["model.img_size=32"]),
         (
             "swin_tiny_patch4_window7_224",
             [[2, 2, 8, 0], [0, 0, 7, 0], [0, 0, 5, 2]],
@@ -277,9 +278,9 @@ def test_extrapolated_costs_equal_counted_costs(
             assert counter.count(row) == count_cost(row, settings, plan), row.key
 
 
-def test_number_of_counted_models_does_not_grow_with_the_modules(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Depths]:
+    """The depths of the models that are counted."""
     counted: list[Depths] = []
 
     def count_and_note(row: PhasePlan, settings: Settings, plan: Plan) -> Cost:
@@ -287,6 +288,23 @@ def test_number_of_counted_models_does_not_grow_with_the_modules(
         return count_cost(row, settings, plan)
 
     monkeypatch.setattr("bigincubate.planning.cost.count_cost", count_and_note)
+    return counted
+
+
+def test_modules_share_the_cost_of_a_further_block(counted: list[Depths]) -> None:
+    recipe = load_recipe("digits")
+    counters = {phase: CostCounter(recipe.settings(phase), make_plan(recipe)) for phase in PHASES}
+    blocks = {}
+    for row in make_plan(recipe).rows():
+        counters[row.phase].count(row)
+        blocks[row.key] = sum(sum(map(sum, depths)) for depths in counted)
+        counted.clear()
+    # of 4, 11 and 32 blocks; the longer ones are counted with 2 and 3 blocks in the run that is trained
+    modules = {"incubate/0": 5 + 6, "incubate/1": 5, "incubate/2": 5, "incubate/3": 5}
+    assert blocks == {"pretrain": 4, **modules, "finetune": 2 + 3, "end_to_end": 2 + 3}
+
+
+def test_number_of_counted_models_does_not_grow_with_the_modules(tmp_path: Path, counted: list[Depths]) -> None:
     numbers = []
     for modules in (30, 60):
         model = DEEP.format(model="vit_tiny_patch16_224", target=[2] * modules, meta=[1] * modules)
