@@ -41,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
         "tasks",
     },
     "interchange": {"compat", "config", "errors", "files", "models", "storage"},
-    "launchers": {"config", "distributed", "errors", "files", "planning", "storage"},
+    "launchers": {"compat", "config", "distributed", "errors", "files", "planning", "storage"},
     "report": {"config", "data", "errors", "files", "launchers", "planning", "storage", "tasks"},
     "training": {
         *("compat", "config", "data", "distributed", "errors", "files", "interchange", "models", "optim", "planning"),
