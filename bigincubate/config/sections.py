@@ -158,14 +158,19 @@ class OptimConfig(ConfigTable):
 class ScheduleConfig(ConfigTable):
     """The learning-rate schedule of a phase."""
 
-    name: Literal["cosine", "constant"] = "cosine"
-    """Shape of the learning rate after warm-up."""
+    name: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    """Shape of the learning rate after warm-up: cosine, constant, linear (a line down to `min_lr`) or wsd
+    (warm-up-stable-decay: constant until it decays at the end)."""
+    decay: Literal["linear", "sqrt"] = "linear"
+    """How wsd decays to `min_lr`: along a line, or along 1 - sqrt (arXiv 2405.18392)."""
+    decay_share: Unit = 0.2
+    """Share of the steps, at the end, in which wsd decays."""
     warmup_epochs: NonNegative = 0
     """Length of the linear warm-up. Unit: epochs."""
     warmup_lr: NonNegative = 1e-6
     """Learning rate at the start of the warm-up."""
     min_lr: NonNegative = 1e-6
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the decay."""
 
 
 class AugmentConfig(ConfigTable):

@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule of a phase, both from timm."""
+"""The optimizer of a phase, from timm."""
 
 from __future__ import annotations
 
@@ -6,23 +6,12 @@ from typing import Any
 
 from timm.optim import Lamb, OptimInfo, create_optimizer_v2, get_optimizer_info
 from timm.optim.kron import Kron
-from timm.scheduler import CosineLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from torch.optim import Optimizer
 
 from ..config import Settings
 from ..errors import ConfigError
-
-
-def scaled_lr(settings: Settings) -> float:
-    """Return the peak learning rate: ``train.lr`` times a factor that depends on ``optim.lr_scaling``.
-
-    The factor is ``batch_size / lr_base_batch`` for "linear", its square root for "sqrt", and 1 for "none" and for a
-    learning-rate hook, which scales the result in each step.
-    """
-    ratio = settings.train.batch_size / settings.optim.lr_base_batch
-    return settings.train.lr * {"linear": ratio, "sqrt": ratio**0.5}.get(settings.optim.lr_scaling, 1.0)
+from .schedule import scaled_lr
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
@@ -65,29 +54,3 @@ def _unsupported(info: OptimInfo, betas: int) -> str | None:
     if info.has_betas and info.num_betas != betas:
         return f"it takes {info.num_betas} betas, but optim.betas has {betas}"
     return None
-
-
-def make_schedule(optimizer: Optimizer, settings: Settings, total: int, steps_per_epoch: int) -> Scheduler:
-    """Return the learning-rate schedule, a pure function of the optimizer step: ``schedule.step_update(step)``.
-
-    Args:
-        optimizer: The optimizer whose learning rates are set.
-        settings: Settings of the phase.
-        total: Optimizer steps of the phase.
-        steps_per_epoch: Optimizer steps of an epoch.
-
-    Raises:
-        ConfigError: The warm-up is at least as long as the phase.
-    """
-    warmup = round(settings.schedule.warmup_epochs * steps_per_epoch)
-    if warmup and warmup >= total > 0:
-        raise ConfigError(f"schedule.warmup_epochs is {warmup} steps, but the phase has only {total}; lower it")
-    constant = settings.schedule.name == "constant"
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(total, 1),
-        lr_min=scaled_lr(settings) if constant else settings.schedule.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=settings.schedule.warmup_lr,
-        t_in_epochs=False,
-    )

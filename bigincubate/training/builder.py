@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
 
 from ..config.seeds import INIT, stable_seed
@@ -22,7 +21,8 @@ from ..models.compilation import compile_blocks
 from ..models.drop_path import find_drop_paths, set_drop_path_rates
 from ..models.surgery import assemble, extract, initialize, insert
 from ..optim.ema import Ema
-from ..optim.optimizer import make_optimizer, make_schedule
+from ..optim.optimizer import make_optimizer
+from ..optim.schedule import Schedule, make_schedule
 from ..planning.context import PhaseContext
 from ..planning.cost import phase_steps
 from ..planning.lineage import expected_lineage
@@ -61,7 +61,7 @@ class PhaseComponents:
     sharding: Sharding
     lr_hook: LearningRateHook | None
     ema: Ema
-    schedule: Scheduler
+    schedule: Schedule
     train_stream: TrainBatches
     eval_stream: EvalBatches
     steps_per_epoch: int
@@ -108,7 +108,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         sharding=sharding,
         lr_hook=lr_hook,
         ema=Ema(sharding.local_shards(), settings.ema.decay),
-        schedule=make_schedule(sharding.optimizer, settings, context.planned.steps, steps_per_epoch),
+        schedule=make_schedule(settings, context.planned.steps, steps_per_epoch),
         eval_stream=task.eval_stream(context.data, "val", rank=env.rank, world=env.world),
         train_stream=apply_batch_source(task.train_stream(context.data, rank=env.rank, world=env.world), context),
         steps_per_epoch=steps_per_epoch,

@@ -241,7 +241,7 @@ class Trainer:
 
     def step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Run one optimizer step. Return the loss of this rank and the norm of the gradient, both on the device."""
-        self.parts.schedule.step_update(self.state.step)
+        self.parts.schedule.set_rates(self.sharding.optimizer, self.state.step)
         loss = self.forward_backward(batch)
         norm, skipped = self.sharding.step(self.settings.train.clip_grad)
         self.skipped += skipped

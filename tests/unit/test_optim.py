@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from small_models import build_timm
 from timm.optim import list_optimizers
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
 from bigincubate.config import ModelConfig, OptimConfig, ScheduleConfig, Settings, TrainConfig
@@ -19,7 +21,8 @@ from bigincubate.models.library import find_family
 from bigincubate.models.partition import Partition
 from bigincubate.models.surgery import freeze_other_modules
 from bigincubate.optim.ema import Ema
-from bigincubate.optim.optimizer import make_optimizer, make_schedule, scaled_lr
+from bigincubate.optim.optimizer import make_optimizer
+from bigincubate.optim.schedule import Schedule, make_schedule, scaled_lr
 from bigincubate.sharding.ddp import Replicated
 from bigincubate.storage.sharded_tensors import (
     ShardedTensorReader,
@@ -114,7 +117,7 @@ def test_layer_decay_scales_the_rate_by_depth() -> None:
     model = vit()
     config = settings(lr=0.1, layer_decay=0.5)
     optimizer = make_optimizer(model, config)
-    make_schedule(optimizer, config, total=10, steps_per_epoch=5).step_update(0)
+    make_schedule(config, total=10, steps_per_epoch=5).set_rates(optimizer, 0)
     rates = {name: group["lr"] for name, group in by_name(model, optimizer).items()}
     assert rates["head.weight"] == pytest.approx(0.1)
     assert rates["blocks.1.attn.qkv.weight"] == pytest.approx(0.05)
@@ -128,17 +131,12 @@ def test_rate_scales_with_the_batch(scaling: str, factor: float) -> None:
     config = settings(lr=5e-4, batch_size=2048, lr_scaling=scaling, lr_base_batch=512)
     assert scaled_lr(config) == pytest.approx(5e-4 * factor)
     optimizer = make_optimizer(vit(), config)
-    make_schedule(optimizer, config, total=100, steps_per_epoch=10).step_update(0)
+    make_schedule(config, total=100, steps_per_epoch=10).set_rates(optimizer, 0)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([5e-4 * factor] * 2)
 
 
 def rate(step: int, *, total: int = 100, steps_per_epoch: int = 10, **schedule: Any) -> float:
-    config = settings(lr=0.1, schedule=schedule)
-    optimizer = make_optimizer(nn.Linear(2, 2), config)
-    make_schedule(optimizer, config, total, steps_per_epoch).step_update(step)
-    rates = {group["lr"] for group in optimizer.param_groups}
-    assert len(rates) == 1
-    return rates.pop()
+    return make_schedule(settings(lr=0.1, schedule=schedule), total, steps_per_epoch).learning_rate(step)
 
 
 def test_warm_up_is_a_line_and_then_comes_a_cosine() -> None:
@@ -162,19 +160,51 @@ def test_constant_schedule_is_constant_after_its_warm_up() -> None:
     assert [rate(step, **options) for step in range(10, 100, 10)] == pytest.approx([0.1] * 9)
 
 
-def test_rate_is_a_function_of_the_step_alone() -> None:
-    config = settings(lr=0.1, schedule={"warmup_epochs": 1})
-    optimizer = make_optimizer(nn.Linear(2, 2), config)
-    schedule = make_schedule(optimizer, config, 100, 10)
+@pytest.mark.parametrize("name", ["cosine", "constant"])
+@pytest.mark.parametrize("warmup_epochs", [0, 0.7])
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
+def test_cosine_and_constant_are_the_same_bits_as_those_of_timm(
+    name: str, warmup_epochs: float, layer_decay: float | None
+) -> None:
+    options = {"name": name, "warmup_epochs": warmup_epochs, "warmup_lr": 1e-6, "min_lr": 3e-6}
+    config = settings(lr=1.7e-3, layer_decay=layer_decay, schedule=options)
+    own, theirs = (make_optimizer(vit(), config) for _ in range(2))
+    schedule = make_schedule(config, total=97, steps_per_epoch=13)
+    timm_schedule = CosineLRScheduler(
+        theirs,
+        t_initial=97,
+        lr_min=1.7e-3 if name == "constant" else 3e-6,
+        warmup_t=schedule.warmup,
+        warmup_lr_init=1e-6,
+        t_in_epochs=False,
+    )
+    for step in range(97):
+        schedule.set_rates(own, step)
+        timm_schedule.step_update(step)
+        assert [group["lr"] for group in own.param_groups] == [group["lr"] for group in theirs.param_groups], step
 
-    def at(step: int) -> float:
-        schedule.step_update(step)
-        return float(optimizer.param_groups[0]["lr"])
 
-    forwards = [at(step) for step in range(100)]
-    assert [at(step) for step in reversed(range(100))] == forwards[::-1]
-    assert [at(step) for step in (57, 3, 57)] == [forwards[57], forwards[3], forwards[57]]
-    assert len(set(forwards)) > 90
+def test_linear_schedule_is_a_line_from_the_end_of_the_warm_up() -> None:
+    options: dict[str, Any] = {"name": "linear", "warmup_epochs": 2, "min_lr": 1e-3}
+    for step in range(20, 100):
+        assert rate(step, **options) == pytest.approx(1e-3 + (0.1 - 1e-3) * (100 - step) / 80), step
+
+
+@pytest.mark.parametrize(("decay", "shape"), [("linear", lambda x: 1 - x), ("sqrt", lambda x: 1 - math.sqrt(x))])
+def test_wsd_is_stable_and_then_decays(decay: str, shape: Callable[[float], float]) -> None:
+    options: dict[str, Any] = {"name": "wsd", "decay": decay, "warmup_epochs": 1, "min_lr": 1e-3, "decay_share": 0.3}
+    assert rate(5, **options) == pytest.approx(0.05, rel=1e-3)
+    assert {rate(step, **options) for step in range(10, 70)} == {0.1}
+    for step in range(70, 100):
+        assert rate(step, **options) == pytest.approx(1e-3 + (0.1 - 1e-3) * shape((step - 70) / 30)), step
+
+
+@pytest.mark.parametrize(("share", "start"), [(0.0, 100), (0.2, 80), (0.95, 10), (1.0, 10)])
+def test_wsd_decays_after_the_warm_up_at_the_earliest(share: float, start: int) -> None:
+    config = settings(lr=0.1, schedule={"name": "wsd", "warmup_epochs": 1, "decay_share": share})
+    schedule = Schedule.of(config, 100, 10)
+    assert (schedule.decay_start, schedule.stable_steps) == (start, start)
+    assert Schedule.of(config, 100, 10, start=30).stable_steps == max(0, start - 30)
 
 
 @pytest.mark.parametrize("warmup_epochs", [10, 11])
