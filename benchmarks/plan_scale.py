@@ -50,7 +50,7 @@ def measure(what: str) -> None:
         recipe = load_recipe(name)
     plan = make_plan(recipe)
     for row in cost_plan(recipe, plan, samples=1_281_167):
-        phase_identity(recipe, plan, plan.row(row.phase, row.module), row.steps)
+        phase_identity(recipe, plan, plan.row(row.phase, row.module), row)
     print(f"| {label} | {time.process_time() - seconds:.1f} | {peak_mib() - mib:.0f} |")
 
 

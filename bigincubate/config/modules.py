@@ -95,3 +95,7 @@ class ExpandConfig(ConfigTable):
     init: Literal["fresh", "boundary", "grow", "stack", "g_stack"] = "grow"
     """Weights with which a module that is not incubated enters fine-tuning: as for `incubate.init`, or g_stack (all
     blocks of the meta model, repeated in their order across modules, as in G_stack, arXiv 2405.15319)."""
+    schedule: Literal["own", "continue"] = "own"
+    """Learning rate of fine-tuning, if `plan.incubate` omits modules: its own schedule (with a warm-up, it warms up
+    again; without, it keeps the peak), or one schedule over the steps of the meta model and of fine-tuning, which it
+    continues. For the latter, `train.lr` and `schedule` must be the same in both phases."""

@@ -71,6 +71,11 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
         settings = validate(Settings, merged, phase, where)
         if own.export == "ema" and not settings.ema.decay:
             raise ConfigError(f'{where}: {phase}.export = "ema" needs {phase}.ema.decay (or ema.decay) above 0')
+    if recipe.pretrain.handover == "before_decay" and (shape := recipe.settings("pretrain").schedule.name) != "wsd":
+        raise ConfigError(
+            f'{where}: pretrain.handover = "before_decay" needs pretrain.schedule.name = "wsd" (or schedule.name):'
+            f" {shape} has no stable part"
+        )
     return recipe
 
 

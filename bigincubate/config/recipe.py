@@ -25,7 +25,7 @@ class Recipe(Settings):
     data: sections.DataConfig = sections.DataConfig()
     plan: modules.PlanConfig
     meta: modules.MetaConfig = modules.MetaConfig()
-    pretrain: PhaseConfig = PhaseConfig()
+    pretrain: sections.PretrainConfig = sections.PretrainConfig()
     incubate: sections.IncubateConfig = sections.IncubateConfig()
     expand: modules.ExpandConfig = modules.ExpandConfig()
     finetune: sections.FinetuneConfig = sections.FinetuneConfig()

@@ -343,6 +343,14 @@ class PhaseConfig(PhaseTables):
     """Weights that are saved in the artifact of the phase: the trained weights, or their moving average."""
 
 
+class PretrainConfig(PhaseConfig):
+    """The training of the meta model."""
+
+    handover: Literal["end", "before_decay"] = "end"
+    """When the meta model is handed on to the next phases: at the end, or before the decay of its schedule, which must
+    be wsd; its training then ends there. A fork of the run takes over the steps before the decay in both cases."""
+
+
 class IncubateConfig(PhaseConfig):
     """The incubation of the modules, and their initial weights."""
 

@@ -20,10 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..config import PHASES, Recipe, Settings
 from ..data.epoch_layout import EpochLayout
 from ..models.base import explain_argument_errors
+from ..optim.schedule import Schedule
 from ..optim.state_size import trainable_param_info
 from ..tasks.registry import task_class
 from .phases import PhasePlan, Plan, Slot, phase_model
 from .planned_row import Cost, PlannedRow
+from .schedules import plan_schedules
 
 
 def _convolution_backward_flops(
@@ -204,6 +206,10 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int, costs: Mapping[str, Cost
         plan: Its plan.
         samples: Number of samples of the training split.
         costs: The costs of the phases if they have been counted before (`count_costs`).
+
+    Raises:
+        ConfigError: The batch size is larger than the training split, or the learning rates of two phases do not fit
+            together.
     """
     costs = count_costs(recipe, plan) if costs is None else costs
     rows: list[PlannedRow] = []
@@ -213,6 +219,9 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int, costs: Mapping[str, Cost
         task = task_class(settings.task.name)
         cost = costs[row.key]
         steps, per_epoch = phase_steps(settings, samples)
+        schedule_steps = None
+        if row.phase == "pretrain" and recipe.pretrain.handover == "before_decay":
+            schedule_steps, steps = steps, Schedule.of(settings, steps, per_epoch).decay_start
         step_flops = cost.training_flops * settings.train.batch_size
         budget = None
         if row.phase == "end_to_end":
@@ -241,9 +250,10 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int, costs: Mapping[str, Cost
                 seen=seen,
                 total_flops=seen * cost.training_flops,
                 unused_flops=None if budget is None else budget - steps * step_flops,
+                schedule_steps=schedule_steps,
             )
         )
-    return rows
+    return plan_schedules(recipe, rows, lambda settings: phase_steps(settings, samples)[1])
 
 
 def plan_json(recipe: Recipe, plan: Plan, rows: list[PlannedRow]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ SCHEMA_VERSION = 1
 RESOLVED_KEYS = {"train.epochs", "train.max_steps", "drop_path.rate", "drop_path.ramp_over"}
 # keys outside the settings of a phase that affect its result
 ORDER_KEYS = ("data.shuffle", "data.canonical_nodes", "data.shuffle_block_size")
+# keys that matter only in the decay of a warm-up-stable-decay schedule
+DECAY_KEYS = {"schedule.decay", "schedule.decay_share", "schedule.min_lr"}
 PHASE_KEYS: dict[Phase, tuple[str, ...]] = {
     "pretrain": ("meta.init", "meta.select"),
     "incubate": ("incubate.init",),
@@ -31,20 +33,21 @@ PHASE_KEYS: dict[Phase, tuple[str, ...]] = {
 }
 
 
-def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, steps: int) -> dict[str, Any]:
+def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, planned: PlannedRow) -> dict[str, Any]:
     """Return what determines the result of a phase, apart from its data and the artifacts that it reads.
 
     Args:
         recipe: The recipe.
         plan: The plan of the run.
         row: The phase.
-        steps: Its number of optimizer steps.
+        planned: Its length, and its place in its learning-rate schedule.
 
     Returns:
         JSON values by key: ``schema_version``, ``phase`` (its key, which the seed of the initial weights depends on),
         ``steps``, ``slots`` (depths and source of the modules, once for each run of equal modules), ``drop_path`` (the
-        rate of each block that has one) and every identity key that the phase uses and whose value differs from the
-        default.
+        rate of each block that has one), ``schedule_start`` and ``schedule_total`` if the learning-rate schedule does
+        not span the steps of the phase, ``schedule_ends = "before_decay"`` if a warm-up-stable-decay schedule does not
+        decay in the phase, and every identity key that the phase uses and whose value differs from the default.
     """
     settings = recipe.settings(row.phase)
     expand = ["expand.init"] if any(slot.source == "expand" for slot in row.slots) else []
@@ -55,10 +58,16 @@ def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, steps: int) -> di
     for key, value in settings.flat().items():
         if value != defaults.get(key) and key not in RESOLVED_KEYS and not is_execution(key):
             used[key] = value
+    if planned.schedule_start:
+        used["schedule_start"] = planned.schedule_start
+    if planned.ends_before_decay:
+        used = {key: value for key, value in used.items() if key not in DECAY_KEYS} | {"schedule_ends": "before_decay"}
+    elif planned.schedule_total != planned.steps:
+        used["schedule_total"] = planned.schedule_total
     return {
         "schema_version": SCHEMA_VERSION,
         "phase": row.key,
-        "steps": steps,
+        "steps": planned.steps,
         "slots": [
             {"modules": len(list(equal)), "depths": list(slot.depths), "source": slot.source}
             for slot, equal in groupby(row.slots)

@@ -53,6 +53,9 @@ class PlannedRow:
         seen: Number of samples in all steps; each view of a sample counts.
         total_flops: Training FLOPs of all steps.
         unused_flops: FLOPs of the phase's budget that are not enough for another step; None if it has no budget.
+        schedule_start: Step of the learning-rate schedule at which the phase begins.
+        schedule_steps: Steps of the learning-rate schedule; None: those of the phase.
+        stable_steps: Steps before the decay of a warm-up-stable-decay schedule; 0 for other schedules.
         identity: The settings that determine the result (`phase_identity`); empty outside of a run.
         data: Digest of the data that the phase trains on; empty outside of a run.
     """
@@ -70,8 +73,21 @@ class PlannedRow:
     seen: int
     total_flops: int
     unused_flops: int | None = None
+    schedule_start: int = 0
+    schedule_steps: int | None = None
+    stable_steps: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
     data: str = ""
+
+    @property
+    def schedule_total(self) -> int:
+        """The number of steps of the learning-rate schedule."""
+        return self.steps if self.schedule_steps is None else self.schedule_steps
+
+    @property
+    def ends_before_decay(self) -> bool:
+        """Whether the schedule is warm-up-stable-decay, and the phase ends before the decay."""
+        return 0 < self.steps == self.stable_steps
 
 
 def load_planned_rows(stored: Sequence[dict[str, Any]]) -> list[PlannedRow]:

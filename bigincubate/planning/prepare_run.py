@@ -198,7 +198,7 @@ def count_rows(recipe: Recipe, plan: Plan, data: DatasetInfo) -> list[PlannedRow
     return [
         replace(
             row,
-            identity=phase_identity(recipe, plan, plan.row(row.phase, row.module), row.steps),
+            identity=phase_identity(recipe, plan, plan.row(row.phase, row.module), row),
             data=dataset_digest_for_module(recipe, data, row.module),
         )
         for row in cost_plan(recipe, plan, data.samples["train"])

@@ -99,6 +99,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
     lr_hook = make_learning_rate_hook(model, settings, sharding, env, micro_batches)
     wrapped = sharding.prepare(model, blocks, lambda built: make_optimizer(built, settings))
     _, steps_per_epoch = phase_steps(settings, context.data.epoch)
+    planned = context.planned
     paths = find_drop_paths(model)
     return PhaseComponents(
         model=model,
@@ -108,7 +109,7 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         sharding=sharding,
         lr_hook=lr_hook,
         ema=Ema(sharding.local_shards(), settings.ema.decay),
-        schedule=make_schedule(settings, context.planned.steps, steps_per_epoch),
+        schedule=make_schedule(settings, planned.schedule_total, steps_per_epoch, planned.schedule_start),
         eval_stream=task.eval_stream(context.data, "val", rank=env.rank, world=env.world),
         train_stream=apply_batch_source(task.train_stream(context.data, rank=env.rank, world=env.world), context),
         steps_per_epoch=steps_per_epoch,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -45,6 +46,8 @@ batch_size = 32
 epochs = 2
 [drop_path]
 rate = 0.1
+[schedule]
+name = "wsd"
 [ema]
 decay = 0.9
 """
@@ -68,12 +71,13 @@ TABLE = {
     "plan.target_depths": "IFE",
     "plan.meta_depths": "PIFE",
     "plan.incubate": "F",
-    "expand.init": "",  # every module is incubated
+    "expand": "",  # every module is incubated
     "meta.init": "P",
     "meta.select": "P",
     "incubate.init": "I",
     "finetune.budget": "",  # every module is incubated
     "end_to_end.budget": "E",
+    "pretrain.handover": "PE",  # the baseline at equal FLOPs is as much shorter
     "end_to_end.init": "E",
     "pretrain.export": "P",
     "incubate.export": "I",
@@ -253,7 +257,8 @@ def test_setting_of_one_phase_invalidates_it_and_what_reads_it(base: Path, phase
 def test_identity_has_resolved_facts_and_no_defaults(base: Path) -> None:
     recipe = load_recipe(str(base), ["train.seed=0", "finetune.train.lr=0.5", "finetune.export=ema"])
     plan = make_plan(recipe)
-    assert phase_identity(recipe, plan, plan.row("finetune"), 26) == {
+    found = phase_identity(recipe, plan, plan.row("finetune"), replace(ROWS[-2], steps=26))
+    assert found == {
         "schema_version": 1,
         "phase": "finetune",
         "steps": 26,
@@ -267,10 +272,11 @@ def test_identity_has_resolved_facts_and_no_defaults(base: Path) -> None:
         "model.img_size": 8,
         "model.name": "vit_tiny_patch16_224",
         "model.num_classes": 10,
+        "schedule.name": "wsd",
         "train.batch_size": 32,
         "train.lr": 0.5,
     }
-    module = phase_identity(recipe, plan, plan.row("incubate", 1), 26)
+    module = phase_identity(recipe, plan, plan.row("incubate", 1), replace(ROWS[2], steps=26))
     assert module["slots"] == [
         {"modules": 1, "depths": [1], "source": "meta"},
         {"modules": 1, "depths": [2], "source": "fresh"},
@@ -280,13 +286,19 @@ def test_identity_has_resolved_facts_and_no_defaults(base: Path) -> None:
 
 def test_default_that_is_written_down_changes_no_identity(base: Path) -> None:
     settings = [f"{key}={json.dumps(value)}" for key, value in Settings().flat().items() if key not in LOADED_KEYS]
-    settings += ["incubate.init=fresh", "data.shuffle=py1e", "finetune.export=raw", "end_to_end.budget=equal_flops"]
+    settings += [
+        "incubate.init=fresh",
+        "pretrain.handover=end",
+        "data.shuffle=py1e",
+        "finetune.export=raw",
+        "end_to_end.budget=equal_flops",
+    ]
     settings += ["end_to_end.init=plain"]
     assert [row.identity for row in rows(base, *settings)] == [row.identity for row in ROWS]
 
 
 LOADED_KEYS = {"model.name", "model.img_size", "model.num_classes", "train.batch_size", "train.epochs"}
-LOADED_KEYS |= {"drop_path.rate", "ema.decay"}
+LOADED_KEYS |= {"drop_path.rate", "ema.decay", "schedule.name"}
 
 
 def test_digest_depends_on_identity_data_and_inputs() -> None:
