@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from ..storage.artifacts import check_artifact_lineage
 from ..storage.checkpoint_manager import COMMIT_MARKER
 from ..storage.lease import NO_JOBS, JobQueue, current_owner, lease_generation
 from ..storage.run_directory import PhaseDir, RunDir
-from .identity import phase_digest
+from .identity import checkpoint_digest
 from .lineage import expected_lineage, phase_inputs
 from .planned_row import PlannedRow
 from .prepare_run import ensure_data, ensure_plan
@@ -172,17 +172,25 @@ def _take_phase(
     if missing := [other.title for other in others if other.key in inputs and not _is_finished(other)]:
         return decide(False, f"needs {', '.join(missing)}")
     lineage = expected_lineage(new, row.phase, row.module)
-    if folder.result is not None:
-        problem = check_artifact_lineage(folder.artifact, lineage)
-        steps = []
-    else:
-        digest = phase_digest(lineage.identity, lineage.data, lineage.inputs)
-        manifests = list(map(read_json, folder.checkpoints.glob("step-*/manifest.json")))
-        steps = [manifest["step"] for manifest in manifests if manifest and manifest.get("digest") == digest]
-        problem = "not trained yet" if not manifests else None if steps else "saved with other settings or data"
+    finished = folder.result is not None
+    problem = check_artifact_lineage(folder.artifact, lineage) if finished else None
+    steps: dict[int, Path] = {}
+    if problem or not finished:
+        files = folder.checkpoints.glob("step-*/manifest.json")
+        manifests = {file.parent: manifest for file in files if (manifest := read_json(file))}
+        for path, manifest in manifests.items():
+            if manifest.get("digest") == checkpoint_digest(lineage, row.stable_steps, manifest["step"]):
+                steps[manifest["step"]] = path
+        if row.phase == "finetune" and (finished or len(steps) < len(manifests)):
+            steps = {}  # it begins with the assembled model, whose artifact has the same identity
+        unfinished = "saved with other settings or data" if manifests else "not trained yet"
+        problem = None if steps else problem or unfinished
     if problem:
         keys = [change for change in changes if _concerns(change, row.phase)]
         return decide(False, problem if problem == "not trained yet" else "; ".join(keys) or problem)
+    if steps and (finished or len(steps) < len(manifests)):  # only the part before a decay that changed
+        copier.copy_checkpoints(folder, target, list(steps.values()))
+        return decide(True, f"unfinished, from step {max(steps)}")
     copier.copy_phase(folder, target)
     if row.phase == "finetune" and source.assembled.result is not None:
         copier.copy_phase(source.assembled, new.assembled)
@@ -250,6 +258,13 @@ class _Copier:
                 self.copy_folder(path, other, link=path.name in LINKED)
             elif path.is_file() and not path.name.startswith("."):
                 self.copy_file(path, other, link=False)
+
+    def copy_checkpoints(self, folder: PhaseDir, target: PhaseDir, checkpoints: Sequence[Path]) -> None:
+        """Copy checkpoints of a phase and its metrics, whose later steps are removed when training resumes."""
+        for path in checkpoints:
+            self.copy_folder(path, target.checkpoints / path.name, link=True)
+        if folder.metrics.exists():
+            self.copy_file(folder.metrics, target.metrics, link=False)
 
     def copy_folder(self, folder: Path, target: Path, *, link: bool) -> None:
         """Copy the regular files of a folder and its subfolders."""

@@ -15,6 +15,7 @@ from typing import Any
 from ..config import Phase, Recipe, Settings, is_execution
 from ..models.drop_path import block_drop_path_rates
 from ..models.partition import Partition
+from ..storage.artifacts import Lineage
 from .lineage import phase_inputs
 from .phases import PhasePlan, Plan
 from .planned_row import PlannedRow
@@ -98,6 +99,24 @@ def phase_digest(identity: Mapping[str, Any], data_digest: str, inputs: Mapping[
     """
     text = json.dumps([identity, data_digest, inputs], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def checkpoint_digest(lineage: Lineage, stable_steps: int, step: int) -> str:
+    """Return the digest that a resume checkpoint of a phase must have.
+
+    Before the decay of a warm-up-stable-decay schedule, neither the length of the phase nor the decay matters, so
+    phases that differ only in these share their checkpoints.
+
+    Args:
+        lineage: What the phase is trained from.
+        stable_steps: Number of steps before the decay; see `PlannedRow`.
+        step: Number of completed optimizer steps.
+    """
+    identity = lineage.identity
+    if step <= stable_steps > 0:
+        unused = DECAY_KEYS | {"steps", "schedule_total", "schedule_ends"}
+        identity = {key: value for key, value in identity.items() if key not in unused}
+    return phase_digest(identity, lineage.data, lineage.inputs)
 
 
 def invalidated_rows(before: Sequence[PlannedRow], after: Sequence[PlannedRow]) -> list[PlannedRow]:

@@ -26,7 +26,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 STEP_PATTERN = re.compile(r"step-(\d{8,})")
 COMMIT_MARKER = "COMMITTED"
 STATE_FILE = "state.json"
+Digest = str | Callable[[int], str]
 FileName = Annotated[str, Field(pattern=r"^(rank-[0-9]{5,}\.safetensors|state\.json)$")]  # never a path
 
 
@@ -96,8 +97,10 @@ class CheckpointManager:
         folder: The phase's ``checkpoints`` directory.
         env: The ranks.
         save_env: The same ranks with a separate control group, so that messages of saves and training do not mix.
-        digest: Digest of the phase. A checkpoint with another digest is refused.
+        digest: Digest of the phase, or a function that returns it for a step. A checkpoint with another digest is
+            refused.
         keep: Number of committed checkpoints to keep (at least 2).
+        kept_step: A step whose checkpoint is kept too.
         lease: Lease on the phase directory. Once it is lost, nothing is committed or removed.
     """
 
@@ -107,19 +110,28 @@ class CheckpointManager:
         env: DistributedContext,
         save_env: DistributedContext,
         *,
-        digest: str,
+        digest: Digest,
         keep: int,
         lease: Lease,
+        kept_step: int = 0,
     ) -> None:
         self.folder, self.env, self._save_env = folder, env, save_env
-        self.digest, self.keep, self.lease = digest, keep, lease
+        self.digest: Callable[[int], str] = digest if callable(digest) else lambda step: digest
+        self.keep, self.lease, self.kept_step = keep, lease, kept_step
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._metrics: dict[str, float] = {}
 
     @classmethod
     def open(
-        cls, folder: Path, env: DistributedContext, *, digest: str, keep: int = 2, lease: Lease | None = None
+        cls,
+        folder: Path,
+        env: DistributedContext,
+        *,
+        digest: Digest,
+        keep: int = 2,
+        lease: Lease | None = None,
+        kept_step: int = 0,
     ) -> CheckpointManager:
         """Open the checkpoints of a phase directory, and remove incomplete ones of previous attempts.
 
@@ -128,7 +140,8 @@ class CheckpointManager:
         Raises:
             LockedError: The lease is lost.
         """
-        manager = cls(folder, env, env.clone_control_group(), digest=digest, keep=keep, lease=lease or Lease())
+        control, lease = env.clone_control_group(), lease or Lease()
+        manager = cls(folder, env, control, digest=digest, keep=keep, lease=lease, kept_step=kept_step)
         with env.main_process_first():
             if env.is_main:
                 manager.lease.check()
@@ -245,7 +258,8 @@ class CheckpointManager:
             if not problem:
                 if final.exists():  # damaged, because training resumed from an earlier checkpoint
                     shutil.rmtree(final)
-                commit_checkpoint(temporary, final, step=step, digest=self.digest, world=self.env.world, files=files)
+                digest = self.digest(step)
+                commit_checkpoint(temporary, final, step=step, digest=digest, world=self.env.world, files=files)
                 self._prune(step)
         except OSError as error:
             problem = describe_os_error(error, final)
@@ -256,11 +270,12 @@ class CheckpointManager:
             )
 
     def _prune(self, newest: int) -> None:
-        """Remove all but the last ``keep`` checkpoints up to step ``newest``.
+        """Remove all but the last ``keep`` checkpoints up to step ``newest``, and that of ``kept_step``.
 
         Later checkpoints are damaged, because training would have resumed from them otherwise.
         """
-        kept = [step for step in self.committed_steps() if step <= newest][-self.keep :]
+        kept = [step for step in self.committed_steps() if step <= newest]
+        kept = [*kept[-self.keep :], *(step for step in kept if step == self.kept_step)]
         for step in set(self.committed_steps()).difference(kept):
             self.lease.check()
             remove_checkpoint(self._step_path(step))
@@ -290,7 +305,7 @@ class CheckpointManager:
             return None
         folder = self._step_path(step)
         manifest = CheckpointManifest.model_validate_json(read_small_file(folder / "manifest.json"))
-        if manifest.digest != self.digest:
+        if manifest.digest != self.digest(step):
             raise ArtifactError(
                 f"{folder} was saved with other settings, data, meta model or modules;"
                 f" remove {self.folder} to train the phase from its start, or use another --run-dir"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,10 +26,20 @@ from ..optim.optimizer import make_optimizer
 from ..optim.schedule import Schedule, make_schedule
 from ..planning.context import PhaseContext
 from ..planning.cost import phase_steps
+from ..planning.identity import checkpoint_digest
 from ..planning.lineage import expected_lineage
 from ..planning.phases import phase_model
 from ..sharding import Sharding, make_sharding
-from ..storage.artifacts import ArtifactManifest, ModelSpec, check_artifact_lineage, load_artifact, load_manifest
+from ..storage.artifacts import (
+    ArtifactManifest,
+    Lineage,
+    ModelSpec,
+    check_artifact_lineage,
+    load_artifact,
+    load_manifest,
+)
+from ..storage.checkpoint_manager import CheckpointManager
+from ..storage.lease import Lease
 from ..storage.run_directory import RunDir
 from ..tasks.base import EvalBatches, Task, TrainBatches
 from .hooks import LearningRateHook, apply_batch_source, make_learning_rate_hook
@@ -115,6 +126,25 @@ def build_phase(context: PhaseContext, start: Mapping[str, Tensor] | None = None
         steps_per_epoch=steps_per_epoch,
         micro_batches=micro_batches,
         num_drop_paths=len(paths) if any(path.active for path in paths) else 0,
+    )
+
+
+def open_checkpoints(context: PhaseContext, inputs: dict[str, str], lease: Lease) -> CheckpointManager:
+    """Open the resume checkpoints of a phase. Must be called on all ranks.
+
+    Args:
+        context: The phase.
+        inputs: Digests of the artifacts that it reads.
+        lease: Lease on its folder.
+    """
+    lineage, stable_steps = Lineage(context.planned.identity, context.data.digest, inputs), context.planned.stable_steps
+    return CheckpointManager.open(
+        context.folder.checkpoints,
+        context.env,
+        digest=partial(checkpoint_digest, lineage, stable_steps),
+        keep=context.recipe.checkpoint.keep,
+        lease=lease,
+        kept_step=stable_steps,
     )
 
 

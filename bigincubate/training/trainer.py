@@ -25,14 +25,13 @@ from ..errors import ArtifactError, NonFiniteError, Preempted
 from ..models.drop_path import apply_masks, draw_masks
 from ..models.surgery import extract, rename_tensors
 from ..planning.context import PhaseContext
-from ..planning.identity import phase_digest
 from ..storage.artifacts import ArtifactManifest, Lineage, check_artifact_lineage, save_artifact
 from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
 from ..storage.lease import Lease
 from ..storage.run_directory import PhaseDir
 from ..storage.sharded_tensors import TensorShard
 from ..tasks.metric import check_finite_metrics
-from .builder import PhaseComponents, build_phase, describe_model
+from .builder import PhaseComponents, build_phase, describe_model, open_checkpoints
 from .control import ControlPoll
 from .determinism import deterministic_algorithms
 from .finite_checks import check_skipped_steps, check_training
@@ -118,13 +117,7 @@ class Trainer:
         """
         lease = lease or Lease()
         parts = build_phase(context, start)
-        checkpoints = CheckpointManager.open(
-            context.folder.checkpoints,
-            context.env,
-            digest=phase_digest(context.planned.identity, context.data.digest, parts.inputs),
-            keep=context.recipe.checkpoint.keep,
-            lease=lease,
-        )
+        checkpoints = open_checkpoints(context, parts.inputs, lease)
         return cls(context, parts, checkpoints, stop, lease, stragglers)
 
     # ------------------------------------------------------------------------------------------ the run
@@ -197,6 +190,7 @@ class Trainer:
         step_flops = self.settings.train.batch_size * self.planned.cost.training_flops
         start_rate = StartRate(self.folder if self.env.is_main else None, step_flops)
         clock, poll = time.perf_counter(), ControlPoll(self.env)
+        ends = (self.planned.stable_steps, self.total)  # a fork may end the phase where this one begins to decay
         while state.step < self.total:
             stop, failed, lost = poll.any_rank(state.step, bool(self.stop), self.checkpoints.failed, self.lease.lost)
             if failed or lost:
@@ -223,10 +217,11 @@ class Trainer:
             start_rate.finish_step(loss)
 
             values: dict[str, float] = {}
-            if state.step % log.every_steps == 0 or state.step == self.total:
+            if state.step % log.every_steps == 0 or state.step in ends:
                 values = self.measure(loss, norm, meter)
-            if state.step == self.total:
+            if state.step in ends:
                 state.last = values
+            if state.step == self.total:
                 break
             if log.eval_every_epochs and state.step % (log.eval_every_epochs * self.parts.steps_per_epoch) == 0:
                 values |= self.validation_tags(self.evaluate())
@@ -235,7 +230,7 @@ class Trainer:
             if values:
                 self.log(values)
                 self.check_skipped()
-            if state.step % every == 0:
+            if state.step % every == 0 or state.step in ends:
                 clock = self.save(clock)
         self.save(clock)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bigincubate import api
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError
+from bigincubate.planning.context import open_run
+from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_manifest
 
 Harnesses = Callable[..., Any]
@@ -133,3 +139,91 @@ def test_schedule_without_a_stable_part_cannot_be_left_before_its_decay(shape: s
 def test_decay_cannot_be_both_omitted_and_continued(harness: Harnesses) -> None:
     with pytest.raises(ConfigError, match=r"remove pretrain\.handover"):
         harness(*EXPAND, *WSD, "pretrain.handover=before_decay", "expand.schedule=continue")
+
+
+# ------------------------------------------------------------------------------------------------ forks
+
+
+def fork(made: Any, harness: Harnesses, folder: Path, *sets: str) -> tuple[Any, list[tuple[bool, str]]]:
+    """Fork a run with other settings; return the new run, and what became of the phases."""
+    forked = api.fork(made.run.path, folder, load_recipe(made.run.recipe_file, sets))
+    other = copy.copy(made)
+    opened = open_run(forked.run.load_recipe(), forked.run)
+    other.run, other.recipe, other.rows = forked.run, opened.recipe, opened.rows
+    return other, [(phase.taken, phase.reason) for phase in forked.phases]
+
+
+def same(first: Any, second: Any, phase: str = "pretrain") -> bool:
+    one, two = first.weights(phase), second.weights(phase)
+    return all(torch.equal(one[name], two[name]) for name in one.keys() | two.keys())
+
+
+@pytest.fixture(scope="module")
+def decayed(harness: Harnesses) -> Any:
+    """Twelve steps, of which the last three decay; checkpoints of steps 8, 9 (the end of the stable part) and 12."""
+    made = harness(*EXPAND, *WSD, "checkpoint.every_steps=2")
+    made.train("pretrain")
+    return made
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ("pretrain.handover=before_decay",),
+        ("schedule.decay=linear",),
+        ("pretrain.train.max_steps=20", "schedule.min_lr=0.0"),
+        ("schedule.decay_share=0.0",),
+        ("expand.schedule=continue",),
+    ],
+)
+def test_forks_share_the_steps_before_the_decay(
+    sets: tuple[str, ...], decayed: Any, harness: Harnesses, tmp_path: Path
+) -> None:
+    steps = sorted(path.name for path in decayed.run.phase("pretrain").checkpoints.iterdir())
+    assert steps == ["step-00000009", "step-00000010", "step-00000012"]
+    forked, phases = fork(decayed, harness, tmp_path / "fork", *sets)
+    assert phases[0] == (True, "unfinished, from step 9")
+    forked.train("pretrain")
+    whole = harness(*EXPAND, *WSD, "checkpoint.every_steps=2", *sets)
+    whole.train("pretrain")
+    assert same(forked, whole)
+    assert rates(forked, "pretrain") == rates(whole, "pretrain")
+    assert not same(forked, decayed)
+    found = [finding for finding in verify_run(forked.run) if finding.part == "pretrain"]
+    assert {finding.verdict for finding in found} == {Verdict.GOOD}, found
+
+
+def test_decay_is_trained_in_a_fork_of_a_run_that_stopped_before_it(
+    decayed: Any, harness: Harnesses, tmp_path: Path
+) -> None:
+    early = harness(*EXPAND, *WSD, "checkpoint.every_steps=2", "pretrain.handover=before_decay")
+    early.train("pretrain")
+    late, phases = fork(early, harness, tmp_path / "late", "pretrain.handover=end")
+    assert phases[0] == (True, "unfinished, from step 9")
+    late.train("pretrain")
+    assert same(late, decayed)
+    # the stable part alone is finished, whatever the decay would have been
+    _, phases = fork(early, harness, tmp_path / "other", "schedule.decay=linear")
+    assert phases[0] == (True, "finished")
+
+
+def test_run_that_stopped_in_its_decay_is_forked_from_before_it(
+    decayed: Any, harness: Harnesses, tmp_path: Path
+) -> None:
+    stopped = decayed.copy(tmp_path / "stopped")
+    folder = stopped.run.phase("pretrain")
+    (folder.path / "DONE").unlink()
+    shutil.rmtree(folder.checkpoints / "step-00000012")
+    _, phases = fork(stopped, harness, tmp_path / "same", "finetune.train.lr=0.5")
+    assert phases[0] == (True, "unfinished, from step 10")
+    forked, phases = fork(stopped, harness, tmp_path / "other", "schedule.decay=linear")
+    assert phases[0] == (True, "unfinished, from step 9")
+    forked.train("pretrain")
+
+
+@pytest.mark.parametrize("sets", [("train.lr=0.5",), ("schedule.warmup_epochs=0.1",), ("schedule.decay_share=0.5",)])
+def test_what_changes_the_stable_part_is_trained_again(
+    sets: tuple[str, ...], decayed: Any, harness: Harnesses, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no phase of"):
+        fork(decayed, harness, tmp_path / "fork", *sets)
