@@ -99,3 +99,7 @@ class ExpandConfig(ConfigTable):
     """Learning rate of fine-tuning, if `plan.incubate` omits modules: its own schedule (with a warm-up, it warms up
     again; without, it keeps the peak), or one schedule over the steps of the meta model and of fine-tuning, which it
     continues. For the latter, `train.lr` and `schedule` must be the same in both phases."""
+    optimizer: Literal["fresh", "kept"] = "fresh"
+    """Optimizer state with which fine-tuning starts, if `plan.incubate` omits modules: none, or for each tensor that is
+    copied from the meta model the state that it has in the last checkpoint there. Not for DeepSpeed's ZeRO, and not for
+    optimizers that count the steps of all tensors together (lamb)."""

@@ -123,13 +123,11 @@ def initialize(
     if init == "fresh":
         return
     chosen = set(modules)
-    blocks = [block for block in partition.blocks() if block.module in chosen]
-    sources = ((block.path, _find_source(block, init, partition, meta_partition)) for block in blocks)
-    copied = {path: source for path, source in sources if source is not None}
+    copied = _find_sources(partition, chosen, meta_partition, init)
     outputs = [
         output
-        for block in blocks
-        if init == "grow" and block.path not in copied
+        for block in partition.blocks()
+        if init == "grow" and block.module in chosen and block.path not in copied
         for output in partition.family.residual_outputs(model.get_submodule(block.path))
     ]
     own = extract(model.state_dict(), partition, *chosen)
@@ -147,6 +145,39 @@ def initialize(
     for output in outputs:
         for parameter in output.parameters():
             nn.init.zeros_(parameter)
+
+
+def find_copied_tensors(
+    names: Iterable[str], partition: Partition, modules: Collection[int], meta_partition: Partition, init: Init
+) -> dict[str, str]:
+    """Return which tensors `initialize` copies: their names in the meta model by their names in the model.
+
+    Args:
+        names: Names of tensors of the model.
+        partition: Its partition.
+        modules: The modules that are initialized.
+        meta_partition: The meta model's partition.
+        init: How they are initialized.
+    """
+    if init == "fresh":
+        return {}
+    chosen = set(modules)
+    sources = _find_sources(partition, chosen, meta_partition, init)
+    copied: dict[str, str] = {}
+    for name in names:
+        block = partition.block_of(name)
+        if block is None and partition.owner(name) in chosen:
+            copied[name] = name
+        elif block is not None and block.path in sources:
+            copied[name] = sources[block.path] + name.removeprefix(block.path)
+    return copied
+
+
+def _find_sources(partition: Partition, modules: set[int], meta_partition: Partition, init: Init) -> dict[str, str]:
+    """Return the paths of the blocks of the meta model by the paths of their copies in these modules."""
+    blocks = (block for block in partition.blocks() if block.module in modules)
+    found = ((block.path, _find_source(block, init, partition, meta_partition)) for block in blocks)
+    return {path: source for path, source in found if source is not None}
 
 
 def _find_source(block: BlockRef, init: Init, partition: Partition, meta_partition: Partition) -> str | None:

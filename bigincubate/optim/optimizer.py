@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.optim import Lamb, OptimInfo, create_optimizer_v2, get_optimizer_info
 from timm.optim.kron import Kron
 from torch import nn
@@ -43,6 +44,17 @@ def make_optimizer(model: nn.Module, settings: Settings) -> Optimizer:
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"optim.name = {optim.name!r}: {str(error) or 'timm has no such optimizer'}") from None
+
+
+def counts_steps_together(settings: Settings) -> bool:
+    """Return whether the optimizer counts the steps of all parameters of a group together, as timm's LAMB does."""
+    optim = settings.optim.model_copy(update={"layer_decay": None})
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, settings.model_copy(update={"optim": optim}))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return any("step" in group for group in optimizer.param_groups)
 
 
 def _unsupported(info: OptimInfo, betas: int) -> str | None:

@@ -51,7 +51,7 @@ def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, planned: PlannedR
         decay in the phase, and every identity key that the phase uses and whose value differs from the default.
     """
     settings = recipe.settings(row.phase)
-    expand = ["expand.init"] if any(slot.source == "expand" for slot in row.slots) else []
+    expand = ["expand.init", "expand.optimizer"] if any(slot.source == "expand" for slot in row.slots) else []
     keys = (*ORDER_KEYS, *PHASE_KEYS.get(row.phase, ()), *expand, f"{row.phase}.export")
     values, defaults = recipe.flat(), Recipe(plan=recipe.plan).flat()
     used = {key: values[key] for key in keys if values.get(key) != defaults.get(key)}

@@ -31,6 +31,7 @@ from ..models.initialization import initialize_model
 from ..models.library import find_family
 from ..models.partition import Partition, check_depths, default_meta_depths, find_balanced_cut, normalize_depths
 from ..models.surgery import freeze_other_modules
+from ..optim.optimizer import counts_steps_together
 from ..tasks.registry import make_task
 
 Source = Literal["fresh", "meta", "module", "expand"]
@@ -187,7 +188,34 @@ def make_plan(recipe: Recipe) -> Plan:
         if ":" in (name := settings.optim.lr_scaling):
             load_object(name, key="optim.lr_scaling")
     expanded = frozenset(range(len(target))).difference(config.incubated)
+    if expanded and recipe.expand.optimizer == "kept":
+        _check_kept_optimizer(recipe.settings("pretrain"), recipe.settings("finetune"))
     return Plan(family, target, meta, expanded, recipe.end_to_end.init)
+
+
+def _check_kept_optimizer(meta: Settings, fine: Settings) -> None:
+    """Check that fine-tuning can start with optimizer state of the meta model.
+
+    Raises:
+        ConfigError: It cannot: the optimizers differ, or new tensors cannot start at step 0 beside copied ones.
+    """
+    key, instead = 'expand.optimizer = "kept"', 'or expand.optimizer = "fresh"'
+    name, strategy = fine.optim.name, fine.sharding.strategy
+    if meta.optim.name != name:
+        raise ConfigError(
+            f"{key}: finetune.optim.name = {name!r}, but that of the meta model is {meta.optim.name!r}; use the same,"
+            f" {instead}"
+        )
+    if strategy.startswith("zero"):
+        raise ConfigError(
+            f"{key}: DeepSpeed counts the steps of all tensors together, but new tensors start at step 0; use"
+            f' finetune.sharding.strategy = "ddp", "fsdp2" or "oss" (given: "{strategy}"), {instead}'
+        )
+    if counts_steps_together(fine):
+        raise ConfigError(
+            f"{key}: {name} counts the steps of all tensors together, but new tensors start at step 0; use another"
+            f' optim.name, such as "adamw", {instead}'
+        )
 
 
 def phase_model(row: PhasePlan, settings: Settings, family: ModelFamily, *, device: str = "cpu") -> nn.Module:

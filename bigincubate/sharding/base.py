@@ -141,6 +141,31 @@ class Sharding(ABC):
         """Restore weights and optimizer state that any strategy saved at any world size."""
         for name, shard in self.local_shards().items():
             tensors.copy_to_shard(f"model/{name}", shard)
+        self._load_optimizer(tensors)
+        self.sync_weights_from_master()
+
+    @torch.no_grad()
+    def load_optimizer_state(self, tensors: ShardedTensorReader, sources: Mapping[str, str]) -> None:
+        """Load the optimizer state of some parameters from a checkpoint of another model.
+
+        Parameters whose shape differs are left out. The optimizer must count the steps of each parameter by itself.
+
+        Args:
+            tensors: The checkpoint, of the same optimizer.
+            sources: Names of parameters in the other model by name in this one.
+        """
+        targets: dict[str, list[str]] = {}
+        for name, source in sources.items():
+            if tensors.shapes.get(f"model/{source}") == tuple(self.trainable[name].shape):
+                targets.setdefault(source, []).append(name)
+        renamed: dict[str, str] = {}
+        for path in tensors:
+            kind, _, rest = path.removeprefix(NUMBER_PREFIX).partition("/")
+            source = {"model": rest, "optim": rest.partition("/")[2]}.get(kind, "")
+            renamed |= {path.removesuffix(source) + name: path for name in targets.get(source, ())}
+        self._load_optimizer(tensors.renamed(renamed))
+
+    def _load_optimizer(self, tensors: ShardedTensorReader) -> None:
         optimizer, updated, groups = self.inner_optimizer, self.updated_tensors(), self._groups_by_index()
         for path, shape in tensors.shapes.items():
             kind, _, rest = path.removeprefix(NUMBER_PREFIX).partition("/")
@@ -160,7 +185,6 @@ class Sharding(ABC):
                     raise ValueError(f"{path}: there are {len(groups)} parameter groups")
                 for group in groups[int(name)]:
                     group["step"] = _unpack_value(path, tensors[path])
-        self.sync_weights_from_master()
 
     def full_state_dict(self) -> dict[str, Tensor]:
         """Return all parameters and persistent buffers, unsharded, in fp32 on the CPU. Collective."""

@@ -115,6 +115,7 @@ class ShardedTensorReader(Mapping[str, "Tensor"]):
 
     def __init__(self, files: Iterable[Path]) -> None:
         self._ranges: dict[str, list[tuple[int, int, Path]]] = {}  # offset, length, file
+        self._stored: dict[str, str] = {}  # names in the files, of tensors that have others here
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._open: dict[Path, Any] = {}
         for file in files:
@@ -146,6 +147,19 @@ class ShardedTensorReader(Mapping[str, "Tensor"]):
         shape = self.shapes[key]
         return self.read_range(key, 0, math.prod(shape)).view(shape)
 
+    def renamed(self, names: Mapping[str, str]) -> ShardedTensorReader:
+        """Return a reader of some of the tensors under other names.
+
+        Args:
+            names: Names in this reader by new name. Several new names may stand for the same tensor.
+        """
+        other = ShardedTensorReader(())
+        other.shapes = {new: self.shapes[old] for new, old in names.items()}
+        other._ranges = {new: self._ranges[old] for new, old in names.items()}
+        other._stored = {new: self._stored.get(old, old) for new, old in names.items()}
+        other._open = self._open
+        return other
+
     def read_range(self, key: str, offset: int, length: int) -> Tensor:
         """Return ``length`` elements of the flattened tensor ``key``, starting at ``offset``; shape [length]."""
         found: list[tuple[int, Tensor]] = []
@@ -171,7 +185,7 @@ class ShardedTensorReader(Mapping[str, "Tensor"]):
         import torch
 
         _, _, file = self._ranges[key][0]
-        name = self._handle(file).get_slice(key).get_dtype()
+        name = self._handle(file).get_slice(self._stored.get(key, key)).get_dtype()
         dtype: torch.dtype = getattr(torch, next(dtype for dtype, known in DTYPES.items() if known == name))
         return dtype
 
@@ -187,7 +201,7 @@ class ShardedTensorReader(Mapping[str, "Tensor"]):
         shard.tensor.copy_(part.view(shard.tensor.shape))
 
     def _read_slice(self, file: Path, key: str, low: int, high: int) -> Tensor:
-        handle = self._handle(file)
+        handle, key = self._handle(file), self._stored.get(key, key)
         view = handle.get_slice(key)
         if len(view.get_shape()) == 1:
             part: Tensor = view[low:high]

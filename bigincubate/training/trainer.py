@@ -35,6 +35,7 @@ from .builder import PhaseComponents, build_phase, describe_model, open_checkpoi
 from .control import ControlPoll
 from .determinism import deterministic_algorithms
 from .finite_checks import check_skipped_steps, check_training
+from .kept_state import load_kept_state
 from .metrics_writer import MetricsWriter, StartRate, ThroughputMeter
 from .partial_assembly import score_partial_assembly
 from .profiling import StepProfiler
@@ -128,6 +129,7 @@ class Trainer:
             self.restore(checkpoint)
         elif self.row.phase == "finetune":
             self.finish_assembly()
+            load_kept_state(self.context, self.sharding)
         self.metrics = self.open_metrics()
         if self.state.step == 0:
             self.metrics.add_text("recipe", f"```\n{self.recipe.toml()}\n```")
