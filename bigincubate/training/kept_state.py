@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from ..errors import ArtifactError, format_command
+from ..files import read_json
 from ..models.surgery import find_copied_tensors
 from ..planning.context import PhaseContext
 from ..planning.identity import checkpoint_digest
-from ..planning.planned_row import stored_rows
+from ..planning.planned_row import load_planned_rows
 from ..sharding import Sharding
 from ..storage.artifacts import Lineage
 from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
@@ -44,10 +45,10 @@ def _load_last_meta_checkpoint(context: PhaseContext) -> Checkpoint:
     Raises:
         ArtifactError: It is missing or damaged.
     """
-    run = context.run
-    meta = next((row for row in stored_rows(run, context.recipe) or () if row.phase == "pretrain"), None)
-    assert meta is not None, "a phase is trained only with the recipe of its run"
-    lineage, folder = Lineage(meta.identity, meta.data, {}), run.phase("pretrain")
+    run, folder = context.run, context.run.phase("pretrain")
+    stored = load_planned_rows((read_json(run.path / "plan.json") or {}).get("rows", []))
+    meta = next(row for row in stored if row.phase == "pretrain")
+    lineage = Lineage(meta.identity, meta.data, {})
     digest = partial(checkpoint_digest, lineage, meta.stable_steps)
     reader = CheckpointManager(folder.checkpoints, context.env, context.env, digest=digest, keep=2, lease=Lease())
     checkpoint = reader.load_latest()
