@@ -1,0 +1,202 @@
+"""Compare ways to train the same model: incubation, depth expansion, end-to-end training, the meta model alone.
+
+    python benchmarks/ways.py digits --plan                # trials, FLOPs and core-hours, before anything runs
+    python benchmarks/ways.py digits --tune --jobs 2       # random search on the development split
+    python benchmarks/ways.py digits --choose              # write the settings file; commit it
+    python benchmarks/ways.py digits --final --jobs 2      # each trial on the validation split, once
+    python benchmarks/ways.py digits --write               # tables and plot in docs/results.md
+
+The study is a TOML file in benchmarks/ways_study/, which describes the protocol. Its log (trials-NAME.jsonl) and the
+chosen settings (settings-NAME.toml) are beside it and belong into the repository. Finished trials are not repeated, and
+interrupted ones resume, with the same --out. Each trial uses one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
+
+from ways_study.definition import Study, load_study
+from ways_study.lengths import Costs
+from ways_study.log import (
+    Entry,
+    Trial,
+    TrialLog,
+    check_once,
+    check_protocol,
+    choose_settings,
+    final_trials,
+    read_chosen,
+    tuning_trials,
+    write_chosen,
+)
+from ways_study.page import Results, draw_frontier, markdown, write_between_markers
+from ways_study.trial import Commands, Runner, Stopped
+
+from bigincubate.errors import BigincubateError, Exit
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
+
+
+def measured_rates(study: Study, entries: Iterable[Entry]) -> dict[str, float]:
+    """Return the FLOP/s of one core by kind of way, from the log; those of other kinds are missing."""
+    flops: dict[str, float] = defaultdict(float)
+    seconds: dict[str, float] = defaultdict(float)
+    for entry in entries:
+        if "metrics" in entry and entry["way"] in study.ways:
+            kind = study.ways[entry["way"]].kind
+            flops[kind] += entry["flops"]
+            seconds[kind] += entry["seconds"]
+    return {kind: flops[kind] / seconds[kind] for kind in flops if seconds[kind]}
+
+
+def describe_plan(costs: Costs, log: TrialLog, rate: float | None) -> str:
+    """Return the number of trials, those left, and the FLOPs and core-hours of those left, by part and way."""
+    study, results = costs.study, log.results()
+    rates = {} if rate else measured_rates(study, log.read())
+    chosen, digest = None, "not chosen yet: lengths of point 0"
+    if found := read_chosen(study):
+        chosen, digest = found
+    lines = [f"{study.name}: budget 1 is {costs.reference['flops'] / 1e12:.3f} TFLOPs of an incubation in total and"]
+    lines[0] += f" {costs.reference['path'] / 1e12:.3f} on its critical path with {study.workers} workers"
+    for title, trials in (
+        ("tuning", tuning_trials(costs)),
+        (f"final, settings {digest}", final_trials(costs, chosen)),
+    ):
+        lines.append(f"\n{title}\n{'way':<20}{'trials':>8}{'left':>8}{'TFLOPs left':>14}{'core-hours left':>18}")
+        sums = [0.0] * 4
+        for way in dict.fromkeys(trial.way.name for trial in trials):
+            mine = [trial for trial in trials if trial.way.name == way]
+            left = [trial for trial in mine if trial.key not in results]
+            flops = sum(trial.plan.flops for trial in left)
+            hours = flops / (rate or rates.get(mine[0].way.kind, study.rate)) / 3600
+            row = [len(mine), len(left), flops / 1e12, hours]
+            sums = [total + value for total, value in zip(sums, row, strict=True)]
+            lines.append(_plan_row(way, row))
+        lines.append(_plan_row("all", sums))
+    source = f"--rate {rate:g}" if rate else "the log" if rates else "the definition"
+    return "\n".join([*lines, f"\nFLOP/s of a core: from {source}. Shared meta models are counted in each trial."])
+
+
+def _plan_row(name: str, row: list[float]) -> str:
+    trials, left, tera, hours = row
+    return f"{name:<20}{trials:>8.0f}{left:>8.0f}{tera:>14.1f}{hours:>18.2f}"
+
+
+def run_trials(trials: list[Trial], runner: Runner, log: TrialLog, jobs: int, digest: str | None = None) -> bool:
+    """Run the trials that the log does not have, and return whether all of them have a result now.
+
+    SIGINT and SIGTERM stop all commands after they have written a checkpoint.
+
+    Args:
+        trials: The trials.
+        runner: Runs a trial.
+        log: The log.
+        jobs: Number of trials in parallel.
+        digest: The digest of the chosen settings, for trials on the validation split.
+    """
+    results = log.results()
+    left = [trial for trial in trials if trial.key not in results]
+    print(f"{len(trials)} trials, {len(left)} left", flush=True)
+    complete = True
+    commands = runner.commands
+    before = {number: signal.signal(number, lambda *_: commands.stop()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with ThreadPoolExecutor(jobs) as pool:
+            running = {pool.submit(runner.run, trial): trial for trial in left}
+            for done in as_completed(running):
+                name = running[done].name
+                try:
+                    entry = done.result()
+                except Stopped:
+                    complete = False
+                    continue
+                except BaseException:
+                    commands.stop()
+                    raise
+                log.append({**entry, **({} if digest is None else {"settings_digest": digest})})
+                complete &= "metrics" in entry or bool(entry.get("diverged"))
+                scores = ", ".join(f"{key} {value:.4g}" for key, value in entry.get("metrics", {}).items())
+                print(f"{name}: {scores or entry['error']}", flush=True)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return complete
+
+
+def write_page(study: Study, log: TrialLog, page: Path) -> None:
+    """Write the tables and the plot of a study."""
+    results = Results(study, log.read())
+    plot = page.with_name(f"ways_{study.name.replace('-', '_')}.png")
+    drawn = draw_frontier(results, plot)
+    write_between_markers(page, study.name, markdown(results, plot.name if drawn else None))
+    print(page)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", help="a definition in benchmarks/ways_study/, or a .toml file")
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--plan", action="store_true", help="print the trials and what they cost")
+    action.add_argument("--tune", action="store_true", help="run the random search")
+    action.add_argument("--choose", action="store_true", help="write the best settings, to be committed")
+    action.add_argument("--final", action="store_true", help="run the trials on the validation split")
+    action.add_argument("--write", action="store_true", help="write the tables and the plot")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", default=None, help="only these ways (default: all)")
+    parser.add_argument("--budgets", nargs="+", type=float, default=None, help="only these budgets (default: all)")
+    parser.add_argument("--out", type=Path, default=None, help="folder of data and runs (default: runs/ways/STUDY)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of trials in parallel")
+    parser.add_argument("--keep", action="store_true", help="keep the run directories of finished trials")
+    parser.add_argument("--rate", type=float, default=None, help="FLOP/s of a core for --plan (default: from the log)")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page for --write")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_arguments()
+    try:
+        raise SystemExit(run_action(args))
+    except BigincubateError as error:
+        sys.exit(f"error: {error}")
+
+
+def run_action(args: argparse.Namespace) -> int:
+    """Do what the arguments ask for, and return the exit code."""
+    study = load_study(args.study)
+    costs, log = Costs(study), TrialLog(study.log_file)
+    if args.plan:
+        print(describe_plan(costs, log, args.rate))
+    elif args.choose:
+        write_chosen(study, choose_settings(costs, log.results()), log.read())
+        print(f"{study.settings_file}: commit it before --final")
+    elif args.write:
+        write_page(study, log, args.page)
+    else:
+        chosen, digest = (args.final and read_chosen(study)) or (None, None)
+        if args.final:
+            check_protocol(study, digest, log.read())
+        trials = final_trials(costs, chosen) if args.final else tuning_trials(costs)
+        if args.final:
+            check_once(trials, log.results())
+        wanted = [
+            trial
+            for trial in trials
+            if (not args.ways or trial.way.name in args.ways) and (not args.budgets or trial.budget in args.budgets)
+        ]
+        runner = Runner(costs, args.out or Path("runs/ways") / study.name, Commands(), keep=args.keep)
+        if not run_trials(wanted, runner, log, args.jobs, digest):
+            print("not all trials have a result; run the same command again to resume")
+            return int(Exit.PREEMPTED)
+    return int(Exit.DONE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The trials of a study, the log that all of them are appended to, and the settings that are chosen from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from bigincubate.errors import ConfigError
+from bigincubate.files import append_json_line, read_json_lines, write_text
+
+from .definition import Settings, SplitName, Study, Way
+from .lengths import Costs, TrialPlan, nearest_budget, plan_trial
+
+Entry = dict[str, Any]
+"""A line of the log."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial: a way with a budget and settings, trained once.
+
+    Attributes:
+        way: The way.
+        split: The split on which it is evaluated.
+        budget: The budget, as a multiple of the recipe's own incubation.
+        seed: The seed.
+        index: The number of the point in the random search; None for a final trial.
+        settings: The settings.
+        plan: The lengths of its stages.
+        recipe: Name of the recipe.
+    """
+
+    way: Way
+    split: SplitName
+    budget: float
+    seed: int
+    index: int | None
+    settings: Settings
+    plan: TrialPlan
+    recipe: str
+
+    @property
+    def name(self) -> str:
+        """Return a name for folders and messages."""
+        end = "" if self.index is None else f"-point-{self.index}"
+        return f"{self.split}-{self.way.name}-{self.budget:g}-seed-{self.seed}{end}"
+
+    @property
+    def digest(self) -> str:
+        """Return a digest of everything that the definition and the settings determine."""
+        content = [self.recipe, self.way.kind, self.plan.sets, self.settings]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Return what identifies the trial in the log."""
+        return self.split, self.way.name, self.budget, self.seed, self.index, self.digest
+
+
+def key_of(entry: Entry) -> tuple[Any, ...]:
+    """Return what identifies the trial of a line of the log."""
+    return tuple(entry[name] for name in ("split", "way", "budget", "seed", "index", "sets_digest"))
+
+
+class TrialLog:
+    """The log of a study. Lines are only ever appended; several processes may do so.
+
+    Args:
+        file: The file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def read(self) -> list[Entry]:
+        """Return all lines."""
+        return read_json_lines(self.file)
+
+    def append(self, entry: Entry) -> None:
+        """Append a line."""
+        append_json_line(self.file, dict(sorted(entry.items())))
+
+    def results(self) -> dict[tuple[Any, ...], Entry]:
+        """Return the result of each trial: the first that is final, since a trial that has one is not repeated.
+
+        A trial that diverged has a final result without metrics. Other failures are repeated, and are not returned.
+        """
+        found: dict[tuple[Any, ...], Entry] = {}
+        for entry in self.read():
+            if "metrics" in entry or entry.get("diverged"):
+                found.setdefault(key_of(entry), entry)
+        return found
+
+
+def tuning_trials(costs: Costs) -> list[Trial]:
+    """Return all trials of the random search."""
+    study = costs.study
+    return [
+        _make_trial(costs, way, "development", budget, study.tuning_seed, index, study.draw(way, index))
+        for index in range(max((way.points for way in study.tuned_ways), default=0))
+        for way in study.tuned_ways
+        if index < way.points
+        for budget in study.tuning_budgets
+    ]
+
+
+def final_trials(costs: Costs, chosen: dict[str, Any] | None) -> list[Trial]:
+    """Return all trials on the validation split.
+
+    Args:
+        costs: Counted costs.
+        chosen: The chosen settings; None to estimate costs with point 0 before they are chosen.
+    """
+    study = costs.study
+    trials = []
+    for way in study.ways.values():
+        for budget in way.budgets:
+            settings = final_settings(costs, way, budget, chosen)
+            trials += [
+                _make_trial(costs, way, "validation", budget, seed, None, settings)
+                for seed in study.seeds_of(way, budget)
+            ]
+    return sorted(trials, key=lambda trial: trial.seed)
+
+
+def _make_trial(
+    costs: Costs, way: Way, split: SplitName, budget: float, seed: int, index: int | None, settings: Settings
+) -> Trial:
+    plan = plan_trial(costs, way, settings, budget, split)
+    return Trial(way, split, budget, seed, index, settings, plan, Path(costs.study.recipe).name)
+
+
+def final_settings(costs: Costs, way: Way, budget: float, chosen: dict[str, Any] | None) -> Settings:
+    """Return the settings of a way at a budget: those chosen at the nearest tuned budget.
+
+    Raises:
+        ConfigError: The file of the chosen settings does not have the way.
+    """
+    study = costs.study
+    tuned = study.ways[way.tuned_as or way.name]
+    if chosen is None:
+        return study.draw(tuned, 0)
+    if tuned.name not in chosen:
+        raise ConfigError(f"{study.settings_file} has no settings of {tuned.name}; remove it, then --choose again")
+    found: dict[str, Any] = chosen[tuned.name]
+    nearest = nearest_budget(costs, way, budget, tuned, [float(text) for text in found])
+    settings: Settings = found[f"{nearest:g}"]["settings"]
+    return settings
+
+
+def choose_settings(costs: Costs, results: dict[tuple[Any, ...], Entry]) -> str:
+    """Return the content of the settings file: the point with the lowest development loss, by way and budget.
+
+    Raises:
+        ConfigError: Trials are missing, or all of a way diverged.
+    """
+    study, trials = costs.study, tuning_trials(costs)
+    if study.settings_of:
+        raise ConfigError(f"{study.name} uses the settings of {study.settings_of}; choose them there")
+    if missing := [trial for trial in trials if trial.key not in results]:
+        raise ConfigError(f"{len(missing)} of {len(trials)} tuning trials are missing; run --tune first")
+    chosen: dict[str, Any] = {}
+    for way in study.tuned_ways:
+        for budget in study.tuning_budgets:
+            mine = [trial for trial in trials if (trial.way, trial.budget) == (way, budget)]
+            scored = [(results[t.key]["metrics"]["loss"], t) for t in mine if "metrics" in results[t.key]]
+            if not scored:
+                raise ConfigError(f"all {len(mine)} points of {way.name} diverged at budget {budget:g}")
+            loss, best = min(scored, key=lambda pair: (pair[0], pair[1].index))
+            row = {"index": best.index, "loss": loss, "points": len(mine), "settings": best.settings}
+            chosen.setdefault(way.name, {})[f"{budget:g}"] = row
+    head = "# Written by `benchmarks/ways.py --choose`: the point with the lowest loss on the development split.\n"
+    return head + tomli_w.dumps(chosen)
+
+
+def write_chosen(study: Study, text: str, results: Iterable[Entry]) -> None:
+    """Write the settings file, unless trials on the validation split have been run with other settings.
+
+    Raises:
+        ConfigError: They have.
+    """
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    if others := {entry["settings_digest"] for entry in results if entry["split"] == "validation"} - {digest}:
+        raise ConfigError(
+            f"{study.log_file.name} has validation trials with the settings {', '.join(sorted(others))}; settings are"
+            " chosen before the first of them"
+        )
+    write_text(study.settings_file, text)
+
+
+def read_chosen(study: Study) -> tuple[dict[str, Any], str] | None:
+    """Return the chosen settings and their digest, or None before they are chosen."""
+    if not study.settings_file.is_file():
+        return None
+    text = study.settings_file.read_text()
+    return tomllib.loads(text), hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def check_protocol(study: Study, digest: str | None, entries: Iterable[Entry]) -> None:
+    """Check that trials on the validation split may be run.
+
+    Args:
+        study: The study.
+        digest: The digest of the chosen settings; None if they are missing.
+        entries: The lines of the log.
+
+    Raises:
+        ConfigError: The settings are missing, they or the definition are not committed, or the log has validation
+            trials with other settings.
+    """
+    file = study.settings_file
+    if digest is None:
+        raise ConfigError(f"{file} is missing: run --tune, then --choose, then commit it")
+    for path in (file, study.file):
+        if _git(path, "ls-files", "--error-unmatch") is None or _git(path, "status", "--porcelain"):
+            raise ConfigError(f"{path} is not committed; commit it before a run on the validation split")
+    used = {entry["settings_digest"] for entry in entries if entry["split"] == "validation"}
+    if others := used - {digest}:
+        raise ConfigError(
+            f"{study.log_file.name} has validation trials with the settings {', '.join(sorted(others))}, but"
+            f" {file.name} is {digest}; each way is run on the validation split with one choice of settings only"
+        )
+
+
+def check_once(trials: Iterable[Trial], results: Mapping[tuple[Any, ...], Entry]) -> None:
+    """Check that no trial on the validation split would be run a second time.
+
+    Raises:
+        ConfigError: The log has a result of one that follows from another definition.
+    """
+    finished = {key[:-1] for key in results}
+    for trial in trials:
+        if trial.key not in results and trial.key[:-1] in finished:
+            raise ConfigError(
+                f"{trial.name} has been run with other recipe changes; restore the definition, because each trial on"
+                " the validation split runs once"
+            )
+
+
+def _git(path: Path, *words: str) -> str | None:
+    """Return the output of a git command on a file, or None if it fails."""
+    done = subprocess.run(["git", *words, "--", path.name], cwd=path.parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,240 @@
+"""The study of ways to train: budgets, random points, log, protocol and statistics, without training."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bigincubate.errors import ConfigError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+MODULES = ("definition", "lengths", "log", "page", "paired")
+
+
+@pytest.fixture(scope="module")
+def parts() -> Iterator[Any]:
+    """The modules of the study, with nothing left behind in `sys.path`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield SimpleNamespace(**{name: importlib.import_module(f"ways_study.{name}") for name in MODULES})
+
+
+@pytest.fixture(scope="module")
+def costs(parts: Any) -> Any:
+    return parts.lengths.Costs(parts.definition.load_study("digits"))
+
+
+@pytest.fixture
+def own(parts: Any, tmp_path: Path) -> Any:
+    """A copy of the definition for digits in a repository of its own, with one point per way."""
+    text = (BENCHMARKS / "ways_study" / "digits.toml").read_text().replace("points = 12", "points = 1")
+    (tmp_path / "digits.toml").write_text(text)
+    _git(tmp_path, "init", "-q")
+    _commit(tmp_path)
+    return parts.definition.load_study(str(tmp_path / "digits.toml"))
+
+
+def _git(folder: Path, *words: str) -> None:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    subprocess.run(["git", *identity, *words], cwd=folder, check=True)
+
+
+def _commit(folder: Path) -> None:
+    _git(folder, "add", ".")
+    _git(folder, "commit", "-q", "-m", "Add files")
+
+
+def _entry(trial: Any, loss: float = 1.0, **more: Any) -> dict[str, Any]:
+    return {
+        **{"split": trial.split, "way": trial.way.name, "budget": trial.budget, "seed": trial.seed},
+        **{"index": trial.index, "sets_digest": trial.digest, "metrics": {"loss": loss}, **more},
+    }
+
+
+def test_every_trial_uses_its_budget(parts: Any, costs: Any) -> None:
+    study = costs.study
+    trials = [*parts.log.tuning_trials(costs), *parts.log.final_trials(costs, None)]
+    assert {trial.way.name for trial in trials} == set(study.ways)
+    for trial in trials:
+        assert 0 <= trial.plan.remainder < 0.005, trial.name
+        used = trial.plan.flops if trial.way.measure == "flops" else trial.plan.path_flops
+        assert used == trial.plan.used_flops
+        assert trial.plan.budget_flops == int(trial.budget * costs.reference[trial.way.measure])
+
+
+def test_recipe_changes_give_the_planned_lengths(parts: Any, costs: Any) -> None:
+    from bigincubate.planning.cost import phase_steps
+
+    study = costs.study
+    for way in study.tuned_ways:
+        plan = parts.lengths.plan_trial(costs, way, study.draw(way, 0), 0.5, "development")
+        recipe = study.load_recipe("development", plan.sets)
+        for stage in plan.stages:
+            if stage.name != "workers":
+                settings = recipe.settings(stage.phase)
+                steps, epoch = phase_steps(settings, 1149)
+                assert steps == stage.steps
+                assert settings.schedule.warmup_epochs * epoch <= min(2 * epoch, 0.1 * steps) + 0.01
+
+
+def test_budget_one_is_the_incubation_of_the_recipe(costs: Any) -> None:
+    # the FLOPs and the critical path that `bigincubate plan digits --ways --json` prints
+    assert costs.reference == {"flops": 8_719_250_817_024, "path": 5_649_590_943_744}
+
+
+def test_budget_that_too_large_a_share_of_remains_unused_is_refused(parts: Any, costs: Any) -> None:
+    way = costs.study.ways["end_to_end"]
+    with pytest.raises(ConfigError, match="of the budget remain"):
+        parts.lengths.plan_trial(costs, way, costs.study.draw(way, 0), 0.0011, "development")
+
+
+def test_points_are_reproducible_and_differ(parts: Any, costs: Any) -> None:
+    study = costs.study
+    points = [study.draw(study.ways["expand"], index) for index in range(12)]
+    assert points == [parts.definition.load_study("digits").draw(study.ways["expand"], n) for n in range(12)]
+    assert len({point["finetune.train.lr"] for point in points}) == 12
+    assert {point["expand.init"] for point in points} == {"grow", "stack", "g_stack"}
+    assert all(2e-4 <= point["pretrain.train.lr"] <= 8e-3 for point in points)
+    assert points[0] == {
+        "pretrain.train.lr": 0.0015,
+        "finetune.train.lr": 0.00091,
+        "share.pretrain": 0.686,
+        "meta_depth": 1,
+        "expand.init": "stack",
+    }
+
+
+def test_every_tuned_way_has_the_same_number_of_points(parts: Any) -> None:
+    for name in ("digits", "cifar20"):
+        assert {way.points for way in parts.definition.load_study(name).tuned_ways} == {12}
+
+
+def test_other_budgets_use_the_nearest_tuned_one(parts: Any, costs: Any) -> None:
+    ways, budgets = costs.study.ways, costs.study.tuning_budgets
+    expand = ways["expand"]
+    assert parts.lengths.nearest_budget(costs, expand, 0.25, expand, budgets) == 0.5
+    assert parts.lengths.nearest_budget(costs, expand, 2, expand, budgets) == 2
+    # a critical path of 2 x 5.65 TFLOPs is nearer to 17.4 than to 4.4 TFLOPs in total
+    assert parts.lengths.nearest_budget(costs, ways["expand_path"], 2, expand, budgets) == 2
+    assert parts.lengths.nearest_budget(costs, ways["expand_path"], 1, expand, budgets) == 0.5
+
+
+def test_log_keeps_every_attempt_and_the_first_result(parts: Any, tmp_path: Path) -> None:
+    log = parts.log.TrialLog(tmp_path / "trials.jsonl")
+    key = {"split": "development", "way": "expand", "budget": 0.5, "seed": 0, "index": 0, "sets_digest": "a"}
+    log.append({**key, "error": "no space left", "diverged": False})
+    assert log.results() == {}
+    log.append({**key, "metrics": {"loss": 1.0}})
+    log.append({**key, "metrics": {"loss": 2.0}})
+    log.append({**key, "index": 1, "error": "not finite", "diverged": True})
+    assert len(log.read()) == 4
+    first, diverged = log.results().values()
+    assert first["metrics"] == {"loss": 1.0}
+    assert diverged["index"] == 1
+
+
+def test_settings_are_chosen_from_complete_trials_only(parts: Any, own: Any, costs: Any) -> None:
+    costs = _with_study(parts, costs, own)
+    trials = parts.log.tuning_trials(costs)
+    results = {trial.key: _entry(trial) for trial in trials[1:]}
+    with pytest.raises(ConfigError, match=f"1 of {len(trials)} tuning trials are missing"):
+        parts.log.choose_settings(costs, results)
+    results[trials[0].key] = _entry(trials[0])
+    parts.log.write_chosen(own, parts.log.choose_settings(costs, results), [])
+    chosen, _ = parts.log.read_chosen(own)
+    assert chosen["expand"]["2"]["settings"] == own.draw(own.ways["expand"], 0)
+
+
+def test_point_with_the_lowest_loss_is_chosen(parts: Any, costs: Any) -> None:
+    trials = parts.log.tuning_trials(costs)
+    results = {trial.key: _entry(trial, 1 + abs(trial.index - 7)) for trial in trials}
+    best = next(t for t in trials if (t.way.name, t.budget, t.index) == ("expand", 0.5, 7))
+    results[best.key] = {**_entry(best), "diverged": True}
+    del results[best.key]["metrics"]
+    text = parts.log.choose_settings(costs, results)
+    chosen = parts.log.tomllib.loads(text)
+    assert chosen["incubate"]["0.5"]["index"] == 7
+    assert chosen["expand"]["0.5"]["index"] == 6  # point 7 diverged
+
+
+def test_validation_trials_need_committed_settings_that_do_not_change(parts: Any, own: Any) -> None:
+    def check(entries: list[dict[str, Any]]) -> None:
+        found = parts.log.read_chosen(own)
+        parts.log.check_protocol(own, found and found[1], entries)
+
+    with pytest.raises(ConfigError, match="is missing"):
+        check([])
+    own.settings_file.write_text("[expand]\n")
+    with pytest.raises(ConfigError, match=r"settings-digits\.toml is not committed"):
+        check([])
+    _commit(own.file.parent)
+    check([])
+    _, digest = parts.log.read_chosen(own)
+    check([{"split": "validation", "settings_digest": digest}])
+    with pytest.raises(ConfigError, match="validation trials with the settings other"):
+        check([{"split": "validation", "settings_digest": "other"}])
+    with pytest.raises(ConfigError, match="validation trials with the settings other"):
+        parts.log.write_chosen(own, "[expand]\n", [{"split": "validation", "settings_digest": "other"}])
+    own.file.write_text(own.file.read_text() + "# changed\n")
+    with pytest.raises(ConfigError, match=r"digits\.toml is not committed"):
+        check([])
+
+
+def test_validation_trial_is_not_repeated_with_another_definition(parts: Any, costs: Any) -> None:
+    trial = parts.log.final_trials(costs, None)[0]
+    parts.log.check_once([trial], {trial.key: {}})
+    with pytest.raises(ConfigError, match="runs once"):
+        parts.log.check_once([trial], {(*trial.key[:-1], "other"): {}})
+
+
+def test_paired_interval_is_that_of_students_t(parts: Any) -> None:
+    # differences -0.1, -0.2, -0.3: mean -0.2, standard deviation 0.1, t(2) = 4.303, so -0.2 ± 4.303 * 0.1 / sqrt(3)
+    way, rival = {0: 0.9, 1: 0.8, 2: 0.7, 5: 9.0}, {0: 1.0, 1: 1.0, 2: 1.0, 6: 0.0}
+    found = parts.paired.compare_paired(way, rival, 0.02)
+    assert (found.pairs, found.rival) == (3, 1.0)
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.2, -0.44844, 0.04844), abs=1e-5)
+    assert found.verdict == "undecided"
+    assert parts.paired.compare_paired({0: 1.0}, {0: 2.0}, 0.02) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-0.2, -0.1, "ahead"),
+        (-0.1, 0.01, "not behind"),
+        (0.005, 0.015, "not behind"),
+        (0.01, 0.03, "behind"),
+        (-0.01, 0.03, "undecided"),
+    ],
+)
+def test_verdict_follows_from_the_interval(parts: Any, low: float, high: float, verdict: str) -> None:
+    difference = parts.paired.PairedDifference(3, (low + high) / 2, low, high, rival=1.0, margin=0.02)
+    assert difference.verdict == verdict
+
+
+def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, tmp_path: Path) -> None:
+    empty = parts.page.markdown(parts.page.Results(costs.study, []), None)
+    assert empty.startswith("Not measured yet.")
+    page = tmp_path / "page.md"
+    page.write_text(
+        "before\n<!-- ways digits: written by benchmarks/ways.py -->\nold\n<!-- ways digits: end -->\nafter\n"
+    )
+    parts.page.write_between_markers(page, "digits", empty)
+    assert "old" not in page.read_text()
+    assert page.read_text().startswith("before\n")
+    assert page.read_text().endswith("\nafter\n")
+    with pytest.raises(ConfigError, match="no markers of the study other"):
+        parts.page.write_between_markers(page, "other", empty)
+
+
+def _with_study(parts: Any, costs: Any, study: Any) -> Any:
+    """Return costs for another study, which share what has been counted."""
+    other = parts.lengths.Costs(study)
+    other._steps, other.__dict__["reference"] = costs._steps, costs.reference
+    return other
