@@ -50,7 +50,7 @@ class Commands:
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[str]] = set()
-        self._lock, self._stopped = threading.Lock(), False
+        self._lock, self._stopped = threading.RLock(), False  # `stop` may interrupt itself
 
     def run(self, log: Path, *words: object) -> None:
         """Run a command, with its output in a file.

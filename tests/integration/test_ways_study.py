@@ -1,0 +1,150 @@
+"""The study of ways to train, from the random search to the page, at toy size. A stopped search is resumed."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TWO_WAYS = """
+[ways.end_to_end]
+kind = "end_to_end"
+title = "end to end"
+space = { "end_to_end.train.lr" = { log = [1e-3, 2e-3] } }
+
+[ways.meta_alone]
+kind = "meta_alone"
+title = "shallow meta model alone"
+space = { "pretrain.train.lr" = { log = [1e-3, 2e-3] } }
+"""
+PAGE = "<!-- ways toy: written by benchmarks/ways.py -->\n<!-- ways toy: end -->\n"
+
+
+def _definition(budget: float, ways: str, comparisons: list[list[Any]]) -> str:
+    return f"""
+name = "toy"
+recipe = "digits"
+workers = 4
+warmup = {{ epochs = 2, share = 0.1 }}
+max_remainder = 0.5
+rate = 1e9
+
+[splits]
+development = ["data.source=digits-dev", "data.train_samples=1149", "plan.target_depths=[2,2,2,2]"]
+validation = ["data.source=digits", "data.train_samples=1437", "plan.target_depths=[2,2,2,2]"]
+
+[tuning]
+points = 1
+budgets = [{budget}]
+seed = 100
+
+[final]
+budgets = [{budget}]
+seeds = [0]
+
+[primary]
+seeds = [0, 1]
+margin = 0.02
+comparisons = {json.dumps(comparisons)}
+{ways}"""
+
+
+@pytest.fixture
+def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the program in this process; return what it printed. The folder is a repository, for the definition."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    program = importlib.import_module("ways")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    (tmp_path / ".gitignore").write_text("out\n")
+
+    def run(*words: object, code: int = 0) -> str:
+        given = ["ways.py", str(tmp_path / "toy.toml"), *map(str, words), "--out", str(tmp_path / "out"), "--jobs", "1"]
+        monkeypatch.setattr(sys, "argv", given)
+        with pytest.raises(SystemExit) as ended:
+            program.main()
+        assert ended.value.code == code
+        return capsys.readouterr().out
+
+    return run
+
+
+def _commit(folder: Path) -> None:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    for words in (("add", "."), ("commit", "-q", "-m", "Add files")):
+        subprocess.run(["git", *identity, *words], cwd=folder, check=True)
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "trials-toy.jsonl").read_text().splitlines()]
+
+
+def _stop_when(path: Path, pattern: str) -> None:
+    """Send SIGTERM to this process as soon as there is a file."""
+
+    def wait() -> None:
+        while not any(path.glob(pattern)):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_study_from_search_to_page(study: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "toy.toml").write_text(_definition(0.01, TWO_WAYS, []))
+    assert "not chosen yet" in study("--plan")
+    _stop_when(tmp_path / "out", "trials/*/*.log")
+    assert "run the same command again to resume" in study("--tune", code=75)
+    assert not (tmp_path / "trials-toy.jsonl").exists()
+    assert "2 trials, 2 left" in study("--tune")
+    assert "2 trials, 0 left" in study("--tune")
+    assert "commit it before --final" in study("--choose")
+    _commit(tmp_path)
+    study("--final")
+    log = _read(tmp_path)
+    assert Counter((entry["split"], entry["way"]) for entry in log) == Counter(
+        [(split, way) for split in ("development", "validation") for way in ("end_to_end", "meta_alone")]
+    )
+    for entry in log:
+        assert entry["trained_flops"] == entry["flops"] <= entry["budget_flops"]
+        assert str(tmp_path) not in json.dumps(entry)
+    assert not any((tmp_path / "out" / "trials").iterdir())
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    study("--write", "--page", page)
+    loss = next(entry for entry in log if entry["split"] == "validation")["metrics"]["loss"]
+    assert f"| end to end | 0.01 (flops) | 1 | {loss:.3f} |" in page.read_text()
+    assert "Missing: nothing." in page.read_text()
+    assert (tmp_path / "ways_toy.png").stat().st_size > 0
+
+
+@pytest.mark.full
+def test_every_way_of_digits_is_trained(study: Callable[..., str], tmp_path: Path) -> None:
+    ways = (BENCHMARKS / "ways_study" / "digits.toml").read_text()
+    ways = ways[ways.index("[ways.incubate]") :]
+    primary = [["incubate_path", "expand_average", 0.02], ["incubate_path", "expand_best", 0.02]]
+    (tmp_path / "toy.toml").write_text(_definition(0.02, ways, primary))
+    _commit(tmp_path)
+    study("--tune")
+    study("--choose")
+    _commit(tmp_path)
+    study("--final")
+    log = _read(tmp_path)
+    assert len(log) == 6 + 8 + 3
+    for entry in log:
+        assert entry["trained_flops"] == entry["flops"], entry["way"]
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    study("--write", "--page", page)
+    assert "Missing: nothing." in page.read_text()
