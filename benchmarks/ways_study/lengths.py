@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from bigincubate.config import PHASES, Phase, Recipe
+from bigincubate.config import Phase, Recipe
 from bigincubate.data.epoch_layout import EpochLayout
 from bigincubate.errors import ConfigError
-from bigincubate.planning.cost import CostCounter, cost_plan, count_costs
+from bigincubate.planning.cost import CostCounter
 from bigincubate.planning.memory import RankFootprint, batch_divisible, estimate_footprints
 from bigincubate.planning.phases import Plan, make_plan
+from bigincubate.planning.planned_row import Cost, PlannedRow
 
 from .definition import Kind, Measure, Settings, SplitName, Study, Way
 
@@ -106,7 +107,7 @@ class Costs:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self._steps: dict[str, tuple[int, ...]] = {}
+        self._counted: dict[str, dict[str, Cost]] = {}
         self._footprints: dict[str, dict[str, list[RankFootprint]]] = {}
 
     @cached_property
@@ -122,33 +123,56 @@ class Costs:
 
     def step_flops(self, recipe: Recipe, phase: Phase) -> tuple[int, ...]:
         """Return the training FLOPs of a step of a phase, of every module for ``incubate``."""
-        key = json.dumps([phase, recipe.plan.meta_depths, _shape(recipe, phase)])
-        if key not in self._steps:
-            plan, settings = make_plan(recipe), recipe.settings(phase)
-            counter = CostCounter(settings, plan)
-            rows = [plan.row(phase, k) for k in plan.incubated] if phase == "incubate" else [plan.row(phase)]
-            self._steps[key] = tuple(counter.count(row).training_flops * settings.train.batch_size for row in rows)
-        return self._steps[key]
+        batch = recipe.settings(phase).train.batch_size
+        return tuple(cost.training_flops * batch for cost in self.costs(recipe, phase).values())
 
-    def footprints(self, recipe: Recipe) -> dict[str, list[RankFootprint]]:
-        """Return memory and communication of every phase, for one rank, and for K ranks if they can share a batch."""
-        key = json.dumps([recipe.plan.meta_depths, *(_shape(recipe, phase) for phase in PHASES)])
-        if key not in self._footprints:
-            plan = make_plan(recipe)
-            whole = Plan(plan.family, plan.target, plan.meta)
-            rows = cost_plan(recipe, whole, steps_samples(recipe), count_costs(recipe, whole))
-            workers = self.study.workers
-            shared = all(batch_divisible(recipe.settings(phase), workers) for phase in PHASES)
-            self._footprints[key] = estimate_footprints(recipe, whole, rows, [1, workers] if shared else [1], ("ddp",))
-        return self._footprints[key]
+    def footprints(self, recipe: Recipe, phases: Collection[Phase]) -> dict[str, list[RankFootprint]]:
+        """Return memory and communication of some phases, for one rank, and for K ranks if they can share a batch."""
+        found: dict[str, list[RankFootprint]] = {}
+        for phase in phases:
+            key = _shape(recipe, phase)
+            if key not in self._footprints:
+                settings, plan = recipe.settings(phase), _whole_plan(recipe)
+                rows = [
+                    PlannedRow(
+                        **{"key": name, "phase": phase, "title": name, "metrics": (), "unit": "", "cost": cost},
+                        module=module if phase == "incubate" else None,
+                        batch_size=settings.train.batch_size,
+                        **{"steps": 0, "epochs": 0.0, "seen": 0, "total_flops": 0},
+                    )
+                    for module, (name, cost) in enumerate(self.costs(recipe, phase).items())
+                ]
+                ranks = [1, self.study.workers] if batch_divisible(settings, self.study.workers) else [1]
+                self._footprints[key] = estimate_footprints(recipe, plan, rows, ranks, ("ddp",))
+            found |= self._footprints[key]
+        return found
+
+    def costs(self, recipe: Recipe, phase: Phase) -> dict[str, Cost]:
+        """Return the cost of a phase by its key, or those of all modules."""
+        key = _shape(recipe, phase)
+        if key not in self._counted:
+            plan = _whole_plan(recipe)
+            counter = CostCounter(recipe.settings(phase), plan)
+            rows = [plan.row(phase, k) for k in range(plan.modules)] if phase == "incubate" else [plan.row(phase)]
+            self._counted[key] = {row.key: counter.count(row) for row in rows}
+        return self._counted[key]
 
 
-def _shape(recipe: Recipe, phase: Phase) -> list[Any]:
+def _whole_plan(recipe: Recipe) -> Plan:
+    """Return the plan of a recipe in which all modules are incubated."""
+    return replace(make_plan(recipe), expanded=frozenset())
+
+
+def _shape(recipe: Recipe, phase: Phase) -> str:
+    """Return a text that is equal for phases of equal cost."""
     settings = recipe.settings(phase)
-    return [settings.model.model_dump(), settings.task.model_dump(), settings.train.batch_size, settings.optim.name]
+    tables = [settings.model.model_dump(), settings.task.model_dump(), settings.optim.name]
+    # the depth of the meta model matters to phases that contain it
+    meta = recipe.plan.meta_depths if phase in ("pretrain", "incubate") else None
+    return json.dumps([phase, recipe.plan.target_depths, meta, settings.train.batch_size, *tables])
 
 
-def steps_samples(recipe: Recipe) -> int:
+def training_samples(recipe: Recipe) -> int:
     """Return the size of the training split that the recipe expects.
 
     Raises:
@@ -162,7 +186,7 @@ def steps_samples(recipe: Recipe) -> int:
 def steps_per_epoch(recipe: Recipe, phase: Phase) -> int:
     """Return the number of optimizer steps of an epoch."""
     settings = recipe.settings(phase)
-    return EpochLayout(steps_samples(recipe), settings.train.batch_size, settings.augment.repeated_aug).steps
+    return EpochLayout(training_samples(recipe), settings.train.batch_size, settings.augment.repeated_aug).steps
 
 
 def plan_trial(
@@ -249,7 +273,7 @@ def describe_cost(costs: Costs, way: Way, plan: TrialPlan) -> dict[str, Any]:
     """
     study = costs.study
     recipe = study.load_recipe(plan.split, plan.sets)
-    found = costs.footprints(recipe)
+    found = costs.footprints(recipe, {stage.phase for stage in plan.stages})
     *before, last = plan.stages
     separate = any(stage.name == "workers" for stage in plan.stages)
     connected = len(found[last.keys[0]]) > 1 and not separate

@@ -32,7 +32,7 @@ space = { "pretrain.train.lr" = { log = [1e-3, 2e-3] } }
 PAGE = "<!-- ways toy: written by benchmarks/ways.py -->\n<!-- ways toy: end -->\n"
 
 
-def _definition(budget: float, ways: str, comparisons: list[list[Any]]) -> str:
+def _definition(budget: float, depths: str, ways: str, comparisons: list[list[Any]]) -> str:
     return f"""
 name = "toy"
 recipe = "digits"
@@ -42,8 +42,8 @@ max_remainder = 0.5
 rate = 1e9
 
 [splits]
-development = ["data.source=digits-dev", "data.train_samples=1149", "plan.target_depths=[2,2,2,2]"]
-validation = ["data.source=digits", "data.train_samples=1437", "plan.target_depths=[2,2,2,2]"]
+development = ["data.source=digits-dev", "data.train_samples=1149", "plan.target_depths={depths}"]
+validation = ["data.source=digits", "data.train_samples=1437", "plan.target_depths={depths}"]
 
 [tuning]
 points = 1
@@ -102,19 +102,19 @@ def _stop_when(path: Path, pattern: str) -> None:
 
 
 def test_study_from_search_to_page(study: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "toy.toml").write_text(_definition(0.01, TWO_WAYS, []))
+    (tmp_path / "toy.toml").write_text(_definition(0.01, "[1,1,1,1]", TWO_WAYS, []))
     assert "not chosen yet" in study("--plan")
     _stop_when(tmp_path / "out", "trials/*/*.log")
     assert "run the same command again to resume" in study("--tune", code=75)
     assert not (tmp_path / "trials-toy.jsonl").exists()
     assert "2 trials, 2 left" in study("--tune")
-    assert "2 trials, 0 left" in study("--tune")
     assert "commit it before --final" in study("--choose")
     _commit(tmp_path)
-    study("--final")
+    study("--final", "--ways", "end_to_end")
+    assert "1 trials, 0 left" in study("--final", "--ways", "end_to_end")
     log = _read(tmp_path)
     assert Counter((entry["split"], entry["way"]) for entry in log) == Counter(
-        [(split, way) for split in ("development", "validation") for way in ("end_to_end", "meta_alone")]
+        [("development", "end_to_end"), ("development", "meta_alone"), ("validation", "end_to_end")]
     )
     for entry in log:
         assert entry["trained_flops"] == entry["flops"] <= entry["budget_flops"]
@@ -125,7 +125,7 @@ def test_study_from_search_to_page(study: Callable[..., str], tmp_path: Path) ->
     study("--write", "--page", page)
     loss = next(entry for entry in log if entry["split"] == "validation")["metrics"]["loss"]
     assert f"| end to end | 0.01 (flops) | 1 | {loss:.3f} |" in page.read_text()
-    assert "Missing: nothing." in page.read_text()
+    assert "Missing: shallow meta model alone at budget 0.01: 1 of 1 seeds not run." in page.read_text()
     assert (tmp_path / "ways_toy.png").stat().st_size > 0
 
 
@@ -134,7 +134,7 @@ def test_every_way_of_digits_is_trained(study: Callable[..., str], tmp_path: Pat
     ways = (BENCHMARKS / "ways_study" / "digits.toml").read_text()
     ways = ways[ways.index("[ways.incubate]") :]
     primary = [["incubate_path", "expand_average", 0.02], ["incubate_path", "expand_best", 0.02]]
-    (tmp_path / "toy.toml").write_text(_definition(0.02, ways, primary))
+    (tmp_path / "toy.toml").write_text(_definition(0.02, "[2,2,2,2]", ways, primary))
     _commit(tmp_path)
     study("--tune")
     study("--choose")

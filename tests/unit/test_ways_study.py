@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bigincubate.config import PHASES
 from bigincubate.errors import ConfigError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -81,6 +82,22 @@ def test_recipe_changes_give_the_planned_lengths(parts: Any, costs: Any) -> None
                 steps, epoch = phase_steps(settings, 1149)
                 assert steps == stage.steps
                 assert settings.schedule.warmup_epochs * epoch <= min(2 * epoch, 0.1 * steps) + 0.01
+
+
+def test_cost_of_a_trial_is_that_of_plan_ways(parts: Any, costs: Any) -> None:
+    from bigincubate.planning.phases import make_plan
+    from bigincubate.planning.ways import compare_ways
+
+    way = costs.study.ways["incubate"]
+    plan = parts.lengths.plan_trial(costs, way, costs.study.draw(way, 0), 0.5, "validation")
+    recipe = costs.study.load_recipe("validation", plan.sets)
+    counted = {key: cost for phase in PHASES for key, cost in costs.costs(recipe, phase).items()}
+    wanted, *_ = compare_ways(recipe, make_plan(recipe), 1437, counted)
+    found = parts.lengths.describe_cost(costs, way, plan)
+    assert (found["flops"], found["path_flops"]) == (wanted.flops, wanted.separate_path_flops)
+    assert found["connected_path_flops"] == pytest.approx(wanted.connected_path_flops, abs=1)
+    for name in ("memory_before", "memory_last", "sent_before", "sent_last"):
+        assert found[name] == getattr(wanted, name)
 
 
 def test_budget_one_is_the_incubation_of_the_recipe(costs: Any) -> None:
@@ -236,5 +253,5 @@ def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, t
 def _with_study(parts: Any, costs: Any, study: Any) -> Any:
     """Return costs for another study, which share what has been counted."""
     other = parts.lengths.Costs(study)
-    other._steps, other.__dict__["reference"] = costs._steps, costs.reference
+    other._counted = costs._counted
     return other
