@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -174,6 +174,9 @@ def load_study(name: str) -> Study:
     table = tomllib.loads(file.read_text())
     tuning, final, primary = table["tuning"], table["final"], table["primary"]
     ways = {key: _read_way(key, value, tuning, final) for key, value in table["ways"].items()}
+    if other := table.get("settings_of"):  # the settings are points of the other study's spaces
+        spaces = load_study(str(file.with_name(f"{other}.toml"))).ways
+        ways = {name: replace(way, space=spaces[name].space) for name, way in ways.items()}
     local = (file.parent / table["recipe"]).resolve()
     study = Study(
         name=table["name"],

@@ -23,7 +23,8 @@ def parts() -> Iterator[Any]:
     """The modules of the study, with nothing left behind in `sys.path`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        yield SimpleNamespace(**{name: importlib.import_module(f"ways_study.{name}") for name in MODULES})
+        modules = {name: importlib.import_module(f"ways_study.{name}") for name in MODULES}
+        yield SimpleNamespace(program=importlib.import_module("ways"), **modules)
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +133,13 @@ def test_every_tuned_way_has_the_same_number_of_points(parts: Any) -> None:
         assert {way.points for way in parts.definition.load_study(name).tuned_ways} == {12}
 
 
+def test_study_with_the_settings_of_another_has_its_spaces_and_no_search(parts: Any) -> None:
+    wide, deep = (parts.definition.load_study(name) for name in ("cifar20", "cifar20-32"))
+    assert deep.settings_file == wide.settings_file
+    assert deep.tuned_ways == []
+    assert {name: way.space for name, way in deep.ways.items()} == {n: wide.ways[n].space for n in deep.ways}
+
+
 def test_other_budgets_use_the_nearest_tuned_one(parts: Any, costs: Any) -> None:
     ways, budgets = costs.study.ways, costs.study.tuning_budgets
     expand = ways["expand"]
@@ -154,6 +162,18 @@ def test_log_keeps_every_attempt_and_the_first_result(parts: Any, tmp_path: Path
     first, diverged = log.results().values()
     assert first["metrics"] == {"loss": 1.0}
     assert diverged["index"] == 1
+
+
+def test_plan_counts_what_is_left_at_the_rate_of_the_log(parts: Any, own: Any, costs: Any) -> None:
+    costs, log = _with_study(parts, costs, own), parts.log.TrialLog(own.log_file)
+    first = parts.log.tuning_trials(costs)[0]
+    assert (first.way.name, first.budget) == ("incubate", 0.5)
+    log.append(_entry(first, flops=first.plan.flops, seconds=first.plan.flops / 1e9))
+    lines = parts.program.describe_plan(costs, log, None).splitlines()
+    row = next(line for line in lines if line.startswith("incubate "))
+    # left: one point at budget 2, 17.4 TFLOPs, which take 4.84 hours at 1 GFLOP/s
+    assert row.split() == ["incubate", "2", "1", "17.4", "4.84"]
+    assert lines[-1].startswith("FLOP/s of a core: from the log.")
 
 
 def test_settings_are_chosen_from_complete_trials_only(parts: Any, own: Any, costs: Any) -> None:
