@@ -131,9 +131,7 @@ def memory_sentence(results: Results) -> str | None:
         lighter |= own[0]["memory_before"] < max(other[0]["memory_before"], other[0]["memory_last"])
     if won or not lighter:
         return None
-    return (
-        "**Incubation is ahead in no primary comparison: it wins on memory of a worker before the last phase alone.**"
-    )
+    return "**Incubation is ahead in no primary comparison: it only saves memory before the last phase.**"
 
 
 def markdown(results: Results, plot: str | None) -> str:
