@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from bigincubate.config import Phase, Recipe
@@ -229,9 +230,9 @@ def plan_trial(
         raise ConfigError(
             f"{way.name}, budget {budget:g}: {left / total:.2%} of the budget remain; use a larger budget"
         )
-    for stage in stages:
-        if stage.name == stage.phase:
-            sets += length_sets(study, recipe, stage.phase, stage.steps)
+    # before the settings, which may change the warm-up
+    lengths = [length_sets(study, recipe, stage.phase, stage.steps) for stage in stages if stage.name == stage.phase]
+    sets = [*chain.from_iterable(lengths), *sets]
     if way.kind in ("expand", "expand_average", "expand_best"):
         sets += ['plan.incubate="none"', 'finetune.budget="epochs"']
     if way.kind == "end_to_end":

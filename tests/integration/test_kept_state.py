@@ -41,7 +41,7 @@ def test_copied_tensors_keep_their_state_and_new_ones_have_none(
     made.train("pretrain")
     made.train("finetune")
     meta, fine = checkpoint(made, "pretrain", 5), checkpoint(made, "finetune", 0)
-    expected = {}
+    expected: dict[str, torch.Tensor] = {}
     for path in meta:
         if "optim/" not in path:
             continue

@@ -55,12 +55,12 @@ def products(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     pairs, outputs = [], []
     for name, layer in model.named_modules():
         if name.endswith("attn"):
-            query, key, value = layer.qkv.weight.detach().double().chunk(3)  # type: ignore[union-attr, operator]
+            query, key, value = layer.qkv.weight.detach().double().chunk(3)
             for q, k in zip(query.chunk(HEADS), key.chunk(HEADS), strict=True):
                 pairs.append(q.T @ k)
                 # both factors have the same scales
                 torch.testing.assert_close(q @ q.T, k @ k.T, atol=1e-5, rtol=1e-5)
-            outputs.append(value.T @ layer.proj.weight.detach().double().T)  # type: ignore[union-attr, operator]
+            outputs.append(value.T @ layer.proj.weight.detach().double().T)
     return pairs, outputs
 
 
