@@ -125,7 +125,7 @@ def test_points_are_reproducible_and_differ(parts: Any, costs: Any) -> None:
         "share.pretrain": 0.686,
         "meta_depth": 1,
         "expand.init": "stack",
-            "growth": "keep_peak",
+        "growth": "keep_peak",
     }
 
 
