@@ -110,6 +110,26 @@ def test_module_that_failed_is_submitted_again_by_the_gate_alone(
 
 
 @LONG
+def test_expanded_model_is_fine_tuned_on_two_nodes_and_exported(
+    slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
+) -> None:
+    sets = words("train.max_steps=4", "data.workers=1", "slurm.finetune.nodes=2", "finetune.sharding.strategy=fsdp2")
+    submitted = bigincubate("submit", fast, "--run-dir", run.path, "--method", "expand", *sets)
+    assert submitted.returncode == 0, submitted.stderr
+    assert kinds(run) == ["pretrain", "gate"]
+    slurm.wait(lambda: exported(run) and not list_queued_jobs(run))
+    assert kinds(run)[2] == "finetune"
+    assert "incubate" not in kinds(run)
+    assert [attempt["world"] for attempt in run.phase("finetune").read_attempts()] == [2]
+    assert [row["phase"] for row in json.loads(bigincubate("status", run.path, "--json").stdout)] == [
+        "pretrain",
+        "finetune",
+    ]
+    verified = bigincubate("verify", run.path)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
+
+
+@LONG
 def test_repeatedly_failing_module_is_given_up_and_resumed_by_hand(
     slurm: Cluster, run: RunDir, fast: Path, bigincubate: Command
 ) -> None:
