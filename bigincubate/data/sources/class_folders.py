@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ..errors import DataError
-from ..files import quote_path
+from ...errors import DataError
+from ...files import quote_path
+from ..samples import Sample, Source
+from ..splits import sort_by_name_hash, split_train_val
 from .image_files import ImageFinder, describe_files, is_image_file, walk_files
-from .samples import Sample, Source
-from .splits import sort_by_name_hash, split_train_val
 
 SPLIT_NAMES = {  # in lower case
     "train": ("train", "training"),

@@ -1,4 +1,4 @@
-"""Read the samples of a source: a folder of images, a CIFAR archive, scikit-learn's digits, or generated images."""
+"""Read the python archives of CIFAR-10 and CIFAR-100, packed or unpacked."""
 
 from __future__ import annotations
 
@@ -13,79 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DataError
-from ..files import quote_path
-from .image_files import UNREAD_FORMATS
-from .image_folders import read_image_folder
-from .samples import Sample, Source
-from .splits import sort_by_name_hash, split_train_val
+from ...errors import DataError
+from ..samples import Sample, Source
 
-EMBEDDED = ("digits", "digits-dev", "made-up")
 CIFAR = {  # files of the training split, of the test split and of the class names; key of the labels
     "cifar-10": ([f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "batches.meta", "label"),
     "cifar-100": (["train"], ["test"], "meta", "fine_label"),
 }
 
 
-def read_source(source: str, val_fraction: float) -> Source:
-    """Detect the kind of a source and list its samples.
-
-    Args:
-        source: A folder, an archive, or the name of built-in data.
-        val_fraction: Share of each class to hold out if a folder of images has no validation split.
+def read_cifar_archive(archive: Path) -> Source:
+    """Return the images of a packed CIFAR archive.
 
     Raises:
-        DataError: If the source is missing, empty, of an unknown kind, or damaged.
+        DataError: If it is damaged, or is another archive.
     """
-    if source == "made-up":
-        return _generate_images()
-    if source in EMBEDDED:
-        return _read_digits(development=source == "digits-dev")
-    path = Path(source)
-    if path.is_file() and tarfile.is_tarfile(path):
-        return _read_cifar_archive(path)
-    if path.is_dir():
-        return _read_cifar_folder(path) or read_image_folder(path, val_fraction)
-    known = "a folder of images by class, a CIFAR-10 or CIFAR-100 python archive, or " + " or ".join(EMBEDDED)
-    if not os.path.lexists(path):
-        raise DataError(f"no such source: {quote_path(path)}; expected {known}")
-    if path.suffix.lower() in UNREAD_FORMATS:
-        action = UNREAD_FORMATS[path.suffix.lower()]
-        raise DataError(f"{quote_path(path)}: {path.suffix} files are not read yet: {action}, in one folder per class")
-    raise DataError(f"{quote_path(path)}: unknown kind of source; expected {known}")
-
-
-# ------------------------------------------------------------------------------------------------ digits
-
-
-def _read_digits(*, development: bool) -> Source:
-    """Return scikit-learn's digits: 1,797 images of 8x8 pixels and 17 gray levels; 20% of each digit is held out.
-
-    The development set contains only the training samples of the full set, of which 20% are held out.
-    """
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
-    samples = [Sample(f"{n}", int(label), pixels[n]) for n, label in enumerate(data.target)]
-    splits = split_train_val(sort_by_name_hash(samples), 0.2)
-    if development:
-        splits = split_train_val(splits["train"], 0.2)
-    return Source("digits-dev" if development else "digits", [str(n) for n in range(10)], splits)
-
-
-def _generate_images() -> Source:
-    """Return colored noise: ten classes of different colors, with 32 images of 40x40 pixels each; 20% is held out."""
-    random = np.random.RandomState(0)  # the only generator whose output numpy guarantees never to change
-    colors, noise = random.randint(0, 128, (10, 1, 1, 3)), random.randint(0, 128, (320, 40, 40, 3))
-    samples = [Sample(f"{n}", n % 10, (noise[n] + colors[n % 10]).astype(np.uint8)) for n in range(320)]
-    return Source("made-up", [str(n) for n in range(10)], split_train_val(sort_by_name_hash(samples), 0.2))
-
-
-# ------------------------------------------------------------------------------------------------ CIFAR
-
-
-def _read_cifar_archive(archive: Path) -> Source:
     try:
         with tarfile.open(archive) as tar:
             members = {os.path.basename(member.name): member for member in tar if member.isfile()}
@@ -103,7 +45,8 @@ def _read_cifar_archive(archive: Path) -> Source:
     return source
 
 
-def _read_cifar_folder(root: Path) -> Source | None:
+def read_cifar_folder(root: Path) -> Source | None:
+    """Return the images of an unpacked CIFAR archive; None if the folder holds something else."""
     names = [entry.name for entry in root.iterdir() if entry.is_file()]
     return _read_cifar(names, lambda name: (root / name).read_bytes(), str(root))
 
