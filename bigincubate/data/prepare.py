@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ..errors import ConfigError, DataError, SystemResourceError, check_integer, format_os_error
@@ -345,13 +346,13 @@ def write_samples(chunk: Chunk) -> int:
 def _read_samples(chunk: Chunk, record: ChunkRecord) -> Iterator[dict[str, Any]]:
     """Yield the records of the samples that can be read, and complete the record of the chunk."""
     for sample in chunk.samples:
-        if not isinstance(sample.image, str):
+        if isinstance(sample.image, np.ndarray):
             record.contents.append(sample.content)
             yield {"image": encode_png(Image.fromarray(sample.image)), "label": sample.label}
             continue
         content = ""
         try:
-            data = Path(sample.image).read_bytes()
+            data = sample.read()
             content = hashlib.sha256(data).hexdigest()
             image = decode_image(data, max_pixels=chunk.max_pixels)
         except OSError as error:

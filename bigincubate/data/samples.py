@@ -7,9 +7,24 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+
+
+class StoredImage(Protocol):
+    """An image file inside another file. It can be pickled, and ``str`` says where it is.
+
+    Preparation lists all images before it reads the first one, so this holds only what is needed to read it.
+    """
+
+    def read(self, limit: int | None = None) -> bytes:
+        """Return the bytes of the image file, or only the first ``limit`` of them.
+
+        Raises:
+            ValueError: If they are damaged.
+            OSError: If the file that contains them cannot be read.
+        """
 
 
 class Sample(NamedTuple):
@@ -18,23 +33,33 @@ class Sample(NamedTuple):
     Attributes:
         name: Unique name in the source.
         label: Index of the class.
-        image: Path of an image file, or pixels [H, W] or [H, W, 3] uint8.
+        image: Path of an image file, an image file inside another file, or pixels [H, W] or [H, W, 3] uint8.
         stamp: Size in bytes and modification time in nanoseconds of the file; None for pixels.
     """
 
     name: str
     label: int
-    image: str | np.ndarray
+    image: str | StoredImage | np.ndarray
     stamp: tuple[int, int] | None = None
+
+    def read(self) -> bytes:
+        """Return the bytes of the image file.
+
+        Raises:
+            OSError: If it cannot be read.
+            ValueError: If it is stored inside another file that is damaged.
+        """
+        assert not isinstance(self.image, np.ndarray)
+        return Path(self.image).read_bytes() if isinstance(self.image, str) else self.image.read()
 
     @property
     def content(self) -> str:
         """Return the SHA-256 of the file or the pixels; an empty string if the file cannot be read."""
-        if not isinstance(self.image, str):
+        if isinstance(self.image, np.ndarray):
             return hashlib.sha256(repr(self.image.shape).encode() + self.image.tobytes()).hexdigest()
         try:
-            return hashlib.sha256(Path(self.image).read_bytes()).hexdigest()
-        except OSError:
+            return hashlib.sha256(self.read()).hexdigest()
+        except (OSError, ValueError):
             return ""
 
 

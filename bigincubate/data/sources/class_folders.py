@@ -1,4 +1,4 @@
-"""Read a folder of images: one folder per class, with or without folders for the splits."""
+"""Read a tree of images: one folder per class, with or without folders for the splits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ...errors import DataError
 from ...files import quote_path
 from ..samples import Sample, Source
 from ..splits import sort_by_name_hash, split_train_val
-from .image_files import ImageFinder, describe_files, is_image_file, walk_files
+from .image_files import ImageFinder, describe_files
 
 SPLIT_NAMES = {  # in lower case
     "train": ("train", "training"),
@@ -19,27 +19,24 @@ SPLIT_NAMES = {  # in lower case
 LAYOUT = "expected one folder per class, or such folders in train/ and val/"
 
 
-def read_image_folder(root: Path, val_fraction: float) -> Source:
-    """List the images of a folder.
+def read_class_folders(root: Path, finder: ImageFinder, val_fraction: float) -> Source:
+    """List the images of a tree of folders.
 
     Args:
-        root: The folder.
+        root: The absolute path of the tree.
+        finder: Lists the folders and files of the tree.
         val_fraction: Share of each class to hold out if there is no folder for validation.
 
     Raises:
         DataError: If the layout is not that of classes and splits, or a class has no training images.
     """
-    root = Path(os.path.abspath(root))
-    if (root / "dataset.json").exists():
-        raise DataError(f"{quote_path(root)} is prepared data already; use it with --set data.path={quote_path(root)}")
-    finder = ImageFinder()
     parts, unused = _find_splits(root, finder)
     classes = list(finder.subfolders(parts["train"]))
     _check_classes(parts["train"], classes, finder)
     folders: dict[tuple[str, int], Path] = {}
     for split, folder in parts.items():
         found = finder.subfolders(folder)
-        if unknown := [name for name in found if name not in classes and _holds_images(found[name])]:
+        if unknown := [name for name in found if name not in classes and finder.holds_images(found[name])]:
             raise DataError(
                 f"{quote_path(found[unknown[0]])}: this class has no training images (the classes are"
                 f" {', '.join(classes[:5])}{', …' if len(classes) > 5 else ''}); rename or remove the folder"
@@ -49,12 +46,14 @@ def read_image_folder(root: Path, val_fraction: float) -> Source:
     for folder in {root, *parts.values()}:
         finder.count_skipped(folder)
     if not any(files.values()):
-        raise DataError(f"no images in {quote_path(root)}: found {describe_files(root)}; {LAYOUT}")
+        raise DataError(f"no images in {quote_path(root)}: found {describe_files(finder.walk(root))}; {LAYOUT}")
     splits: dict[str, list[Sample]] = {split: [] for split in parts}
     for (split, label), images in files.items():
         if split == "train" and not images:
             raise DataError(_no_images(folders[split, label], finder))
-        splits[split] += [Sample(os.path.relpath(path, root), label, path, stamp) for path, stamp in images]
+        splits[split] += [
+            Sample(os.path.relpath(path, root), label, stored or path, stamp) for path, stamp, stored in images
+        ]
     if "val" not in splits:
         splits = _hold_out(root, splits["train"], val_fraction)
     if not splits["val"]:
@@ -89,12 +88,13 @@ def _find_splits(root: Path, finder: ImageFinder) -> tuple[dict[str, Path], list
         return {"train": root}, []
     train = folders[by_split["train"][0]]
     if not finder.subfolders(train):
-        if others and not held_out and _holds_images(train):
+        if others and not held_out and finder.holds_images(train):
             return {"train": root}, []  # a class of vehicles
         raise DataError(
-            f"{quote_path(train)} has no folders of classes: {_describe(train)}; expected {train.name}/CLASS/*.jpg"
+            f"{quote_path(train)} has no folders of classes: {_describe(train, finder)};"
+            f" expected {train.name}/CLASS/*.jpg"
         )
-    if images := [name for name in others if _holds_images(folders[name])]:
+    if images := [name for name in others if finder.holds_images(folders[name])]:
         raise DataError(
             f"{quote_path(root)} has {', '.join(f'{name}/' for name in images[:3])} beside {train.name}/: neither"
             f" training nor validation (val/ or test/). If it is a class, move it into {train.name}/; otherwise away"
@@ -110,8 +110,8 @@ def _check_classes(folder: Path, classes: list[str], finder: ImageFinder) -> Non
     Raises:
         DataError: If the folders in ``folder`` are not classes.
     """
-    if not classes or (len(classes) == 1 and not _holds_images(folder / classes[0])):
-        raise DataError(f"no images in {quote_path(folder)}: {_describe(folder)}; {LAYOUT}")
+    if not classes or (len(classes) == 1 and not finder.holds_images(folder / classes[0])):
+        raise DataError(f"no images in {quote_path(folder)}: {_describe(folder, finder)}; {LAYOUT}")
     for name in classes:
         inner = finder.subfolders(folder / name)
         splits = [entry for entry in inner if any(entry.lower() in names for names in SPLIT_NAMES.values())]
@@ -142,22 +142,19 @@ def _hold_out(root: Path, samples: list[Sample], fraction: float) -> dict[str, l
 
 def _no_images(folder: Path, finder: ImageFinder) -> str:
     linked = next((other for path, other in finder.linked if Path(path).is_relative_to(folder)), None)
-    found = f"what it leads to is counted as {linked} already" if linked else _describe(folder)
+    found = f"what it leads to is counted as {linked} already" if linked else _describe(folder, finder)
     return f"no images in {quote_path(folder)}: {found}; add images or remove the folder"
 
 
-def _describe(folder: Path) -> str:
+def _describe(folder: Path, finder: ImageFinder) -> str:
     """Return what a folder without classes holds."""
-    images = sum(is_image_file(str(entry)) for entry in folder.iterdir() if entry.is_file())
+    files = finder.files_in(folder)
+    images = sum(map(finder.is_image, files))
     if not images:
-        return f"found {describe_files(folder)}"
-    tables = [entry.name for entry in sorted(folder.iterdir()) if entry.suffix in (".csv", ".json", ".jsonl", ".txt")]
-    more = f" and {tables[0]}, but labels in a file are not read" if tables else ""
+        return f"found {describe_files(finder.walk(folder))}"
+    tables = [file for file in files if file.endswith((".csv", ".json", ".jsonl", ".txt"))]
+    more = f" and {os.path.basename(tables[0])}, but labels in a file are not read" if tables else ""
     return f"found {images:,} image{'s' * (images > 1)} without a folder of a class{more}"
-
-
-def _holds_images(folder: Path) -> bool:
-    return any(is_image_file(path) for path in walk_files(folder))
 
 
 def _names(folders: dict[str, Path]) -> str:

@@ -1,13 +1,16 @@
-"""Find the image files in folders. Each real folder and each real file counts once, however many links lead to it."""
+"""Find the image files of a source: those in folders of a file system, and what any source skips."""
 
 from __future__ import annotations
 
 import os
 import stat
+from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+
+from ..samples import StoredImage
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
 # the first bytes of image files; those of BMP and PPM are too short to tell them from text
@@ -30,16 +33,18 @@ class ImageFile(NamedTuple):
     """A file to read.
 
     Attributes:
-        path: Its path.
+        path: Its path; for a member of an archive, the path of the archive and its name in the archive.
         stamp: Its size in bytes and modification time in nanoseconds; (-1, -1) for a broken link.
+        stored: Where its bytes are, if the path is not that of a file.
     """
 
     path: str
     stamp: tuple[int, int]
+    stored: StoredImage | None = None
 
 
-class ImageFinder:
-    """Finds images in folders and counts what it skips.
+class ImageFinder(ABC):
+    """Finds images in a tree of folders and counts what it skips.
 
     Attributes:
         skipped: Number of skipped files by reason.
@@ -49,6 +54,41 @@ class ImageFinder:
     def __init__(self) -> None:
         self.skipped: Counter[str] = Counter()
         self.linked: list[tuple[str, str]] = []
+
+    @abstractmethod
+    def subfolders(self, folder: Path) -> dict[str, Path]:
+        """Return the folders in ``folder`` that may hold images, sorted by name."""
+
+    @abstractmethod
+    def find(self, folders: Mapping[Key, Path]) -> dict[Key, list[ImageFile]]:
+        """Return the image files below each folder, sorted by path."""
+
+    @abstractmethod
+    def count_skipped(self, folder: Path) -> None:
+        """Count what lies in ``folder`` but in none of its folders that may hold images."""
+
+    @abstractmethod
+    def files_in(self, folder: Path) -> list[str]:
+        """Return the paths of the files in ``folder``, without those in its folders."""
+
+    @abstractmethod
+    def walk(self, folder: Path) -> Iterator[str]:
+        """Yield the paths of all files below ``folder`` that are not hidden."""
+
+    @abstractmethod
+    def is_image(self, path: str) -> bool:
+        """Return whether a file is an image by its suffix, or by its first bytes if its suffix is another."""
+
+    def holds_images(self, folder: Path) -> bool:
+        """Return whether there is an image anywhere below ``folder``."""
+        return any(self.is_image(path) for path in self.walk(folder))
+
+
+class FolderFinder(ImageFinder):
+    """Finds images in folders. Each real folder and each real file counts once, however many links lead to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._seen: dict[tuple[int, int], str] = {}  # device and inode -> path
         self._links: deque[tuple[Hashable, str]] = deque()
 
@@ -85,7 +125,19 @@ class ImageFinder:
             elif is_image_file(entry.path) and not entry.name.startswith("."):
                 self.skipped["images outside of the class folders"] += 1
             else:
-                self.skipped[_reason(entry.name)] += 1
+                self.skipped[skip_reason(entry.name)] += 1
+
+    def files_in(self, folder: Path) -> list[str]:
+        """Return the paths of the files in ``folder``, without those in its folders."""
+        return [str(entry) for entry in sorted(folder.iterdir()) if entry.is_file()]
+
+    def walk(self, folder: Path) -> Iterator[str]:
+        """Yield the paths of all files below ``folder`` that are not hidden; links to folders are not followed."""
+        return walk_files(folder)
+
+    def is_image(self, path: str) -> bool:
+        """Return whether a file is an image by its suffix, or by its first bytes if its suffix is another."""
+        return is_image_file(path)
 
     def _walk(self, key: Key, folder: str, found: dict[Key, list[ImageFile]]) -> None:
         if self._is_known(folder, os.stat(folder)):
@@ -110,7 +162,7 @@ class ImageFinder:
         if status and not stat.S_ISREG(status.st_mode):
             self.skipped["pipes, sockets and devices"] += 1
         elif not is_image_file(path):
-            self.skipped[_reason(path)] += 1
+            self.skipped[skip_reason(path)] += 1
         elif status is None:
             found[key].append(ImageFile(path, (-1, -1)))  # cannot be read, which is reported later
         elif not self._is_known(path, status):
@@ -141,18 +193,27 @@ def is_skipped_folder(name: str) -> bool:
     return name.startswith(".") or name.lower() in SKIPPED_FOLDERS
 
 
+def has_image_suffix(path: str) -> bool:
+    """Return whether the name of a file ends as those of images do."""
+    return path.lower().endswith(SUFFIXES)
+
+
+def has_image_signature(head: bytes) -> bool:
+    """Return whether the first 12 bytes of a file are those of an image."""
+    return head.startswith(SIGNATURES) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
+
+
 def is_image_file(path: str) -> bool:
     """Return whether a file is an image by its suffix, or by its first bytes if the suffix is not that of an image."""
-    if path.lower().endswith(SUFFIXES):
+    if has_image_suffix(path):
         return True
     if not os.path.isfile(path):  # reading a pipe may never end
         return False
     try:
         with open(path, "rb") as file:
-            head = file.read(12)
+            return has_image_signature(file.read(12))
     except OSError:
         return False
-    return head.startswith(SIGNATURES) or (head[:4], head[8:]) == (b"RIFF", b"WEBP")
 
 
 def walk_files(folder: Path) -> Iterator[str]:
@@ -162,9 +223,9 @@ def walk_files(folder: Path) -> Iterator[str]:
         yield from (os.path.join(where, name) for name in sorted(names) if not name.startswith("."))
 
 
-def describe_files(folder: Path) -> str:
-    """Return what a folder without images holds, such as ``3 .parquet files, which are not read: …``."""
-    counts = Counter(_suffix(path) for path in walk_files(folder))
+def describe_files(paths: Iterable[str]) -> str:
+    """Return what files without images are, such as ``3 .heic files; .heic files are not read yet: …``."""
+    counts = Counter(_suffix(path) for path in paths)
     if not counts:
         return "no files at all"
     order = sorted(counts, key=lambda suffix: (suffix not in UNREAD_FORMATS, -counts[suffix], suffix))
@@ -177,7 +238,8 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower() or "suffixless"
 
 
-def _reason(path: str) -> str:
+def skip_reason(path: str) -> str:
+    """Return why a file that is no image is skipped: its suffix, or that it is hidden."""
     if os.path.basename(path).startswith("."):
         return "hidden files"
     suffix = _suffix(path)
