@@ -90,7 +90,7 @@ def test_digits_hold_out_a_fixed_fifth_of_each_digit(tmp_path: Path) -> None:
     stored = {(np.asarray(Image.open(io.BytesIO(png))).tobytes(), n) for png, n in samples(tmp_path / "digits", "val")}
     assert stored == {(np.asarray(sample.image).tobytes(), sample.label) for sample in source.splits["val"]}
     first = source.splits["val"][0]
-    assert np.array_equal(first.image, np.round(load_digits().images[int(first.name)] / 16 * 255))
+    assert np.array_equal(np.asarray(first.image), np.round(load_digits().images[int(first.name)] / 16 * 255))
 
 
 def test_development_digits_never_contain_the_held_out_part() -> None:

@@ -233,7 +233,7 @@ def test_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("images.zip", ".zip files are not read yet: unpack them"),
+        ("images.7z", ".7z files are not read yet: unpack them"),
         ("train.parquet", ".parquet files are not read yet"),
         ("notes.txt", "unknown kind of source"),
     ],

@@ -1,50 +1,68 @@
-"""Read the samples of a source: a folder of images, a CIFAR archive, scikit-learn's digits, or generated images."""
+"""Read the samples of a source, in any of the forms in `FORMS`.
+
+A form lists names and labels first, without reading any image; images are then read one by one, by processes that got
+only their place (`StoredImage`). To add a form, write a file with a function like the others, and add it to `FORMS`.
+"""
 
 from __future__ import annotations
 
 import os
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from ...errors import DataError
 from ...files import quote_path
 from ..samples import Source
 from .builtin import EMBEDDED, generate_images, read_digits
-from .cifar import read_cifar_archive, read_cifar_folder, safe_unpickle
-from .class_folders import read_class_folders
-from .image_files import UNREAD_FORMATS, FolderFinder
+from .cifar import read_cifar, safe_unpickle
+from .class_archives import read_class_archive
+from .class_folders import read_class_folder
+from .image_files import UNREAD_FORMATS
+from .request import SourceRequest
+
+
+class Form(NamedTuple):
+    """A form of data that can be prepared.
+
+    Attributes:
+        title: What it is, for help and messages.
+        read: Returns the source, or None if the path is of another form.
+    """
+
+    title: str
+    read: Callable[[SourceRequest], Source | None]
+
+
+FORMS = (  # the first that fits is used
+    Form("a CIFAR-10 or CIFAR-100 python archive", read_cifar),
+    Form("a tar or zip file of such folders", read_class_archive),
+    Form("a folder of images by class", read_class_folder),
+)
 
 
 def read_source(source: str, val_fraction: float) -> Source:
-    """Detect the kind of a source and list its samples.
+    """Detect the form of a source and list its samples.
 
     Args:
-        source: A folder, an archive, or the name of built-in data.
-        val_fraction: Share of each class to hold out if a folder of images has no validation split.
+        source: A folder, a file, or the name of built-in data.
+        val_fraction: Share of each class to hold out if there is no validation split.
 
     Raises:
-        DataError: If the source is missing, empty, of an unknown kind, or damaged.
+        DataError: If the source is missing, empty, of an unknown form, or damaged.
     """
     if source == "made-up":
         return generate_images()
     if source in EMBEDDED:
         return read_digits(development=source == "digits-dev")
-    path = Path(source)
-    if path.is_file() and tarfile.is_tarfile(path):
-        return read_cifar_archive(path)
-    if path.is_dir():
-        return read_cifar_folder(path) or _read_folder(path, val_fraction)
-    known = "a folder of images by class, a CIFAR-10 or CIFAR-100 python archive, or " + " or ".join(EMBEDDED)
+    request = SourceRequest(Path(source), val_fraction)
+    for form in FORMS:
+        if (found := form.read(request)) is not None:
+            return found
+    path, known = request.path, ", ".join(form.title for form in FORMS) + ", or " + " or ".join(EMBEDDED)
     if not os.path.lexists(path):
         raise DataError(f"no such source: {quote_path(path)}; expected {known}")
     if path.suffix.lower() in UNREAD_FORMATS:
         action = UNREAD_FORMATS[path.suffix.lower()]
         raise DataError(f"{quote_path(path)}: {path.suffix} files are not read yet: {action}, in one folder per class")
     raise DataError(f"{quote_path(path)}: unknown kind of source; expected {known}")
-
-
-def _read_folder(path: Path, val_fraction: float) -> Source:
-    root = Path(os.path.abspath(path))
-    if (root / "dataset.json").exists():
-        raise DataError(f"{quote_path(root)} is prepared data already; use it with --set data.path={quote_path(root)}")
-    return read_class_folders(root, FolderFinder(), val_fraction)

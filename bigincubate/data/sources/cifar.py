@@ -6,15 +6,15 @@ import io
 import os
 import pickle
 import tarfile
-import zlib
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...errors import DataError
 from ..samples import Sample, Source
+from .archives import DAMAGED, damaged_archive
+from .request import SourceRequest
 
 CIFAR = {  # files of the training split, of the test split and of the class names; key of the labels
     "cifar-10": ([f"data_batch_{n}" for n in range(1, 6)], ["test_batch"], "batches.meta", "label"),
@@ -22,33 +22,34 @@ CIFAR = {  # files of the training split, of the test split and of the class nam
 }
 
 
-def read_cifar_archive(archive: Path) -> Source:
-    """Return the images of a packed CIFAR archive.
+def read_cifar(request: SourceRequest) -> Source | None:
+    """Return the images of a CIFAR archive, packed or unpacked; None for anything else.
 
     Raises:
-        DataError: If it is damaged, or is another archive.
+        DataError: If it is damaged.
     """
+    path = request.path
+    if path.is_dir():
+        files = [entry.name for entry in path.iterdir() if entry.is_file()]
+        return _read_cifar(files, lambda name: (path / name).read_bytes(), str(path))
+    archive = request.archive
+    if archive is None or archive.form != "tar":
+        return None
+    names = {os.path.basename(member.name) for member in archive.members}
+    if not any(names >= {*train, *test, meta} for train, test, meta, _ in CIFAR.values()):
+        return None
     try:
-        with tarfile.open(archive) as tar:
-            members = {os.path.basename(member.name): member for member in tar if member.isfile()}
+        with tarfile.open(path) as tar:
+            by_name = {os.path.basename(member.name): member for member in tar if member.isfile()}
 
             def read(name: str) -> bytes:
-                file = tar.extractfile(members[name])
-                assert file is not None  # members contains only regular files
+                file = tar.extractfile(by_name[name])
+                assert file is not None  # contains only regular files
                 return file.read()
 
-            source = _read_cifar(members, read, str(archive))
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise DataError(f"{archive} is damaged: {error}; download it again") from None
-    if source is None:
-        raise DataError(f"{archive}: not a CIFAR-10 or CIFAR-100 python archive; unpack it and try again")
-    return source
-
-
-def read_cifar_folder(root: Path) -> Source | None:
-    """Return the images of an unpacked CIFAR archive; None if the folder holds something else."""
-    names = [entry.name for entry in root.iterdir() if entry.is_file()]
-    return _read_cifar(names, lambda name: (root / name).read_bytes(), str(root))
+            return _read_cifar(by_name, read, str(path))
+    except DAMAGED as error:
+        raise damaged_archive(path, str(error)) from None
 
 
 def _read_cifar(names: Iterable[str], read: Callable[[str], bytes], where: str) -> Source | None:

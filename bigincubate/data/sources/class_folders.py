@@ -9,7 +9,8 @@ from ...errors import DataError
 from ...files import quote_path
 from ..samples import Sample, Source
 from ..splits import sort_by_name_hash, split_train_val
-from .image_files import ImageFinder, describe_files
+from .image_files import FolderFinder, ImageFinder, describe_files
+from .request import SourceRequest
 
 SPLIT_NAMES = {  # in lower case
     "train": ("train", "training"),
@@ -17,6 +18,20 @@ SPLIT_NAMES = {  # in lower case
     "test": ("test", "testing"),
 }
 LAYOUT = "expected one folder per class, or such folders in train/ and val/"
+
+
+def read_class_folder(request: SourceRequest) -> Source | None:
+    """List the images of a folder with one folder per class; None for anything but a folder.
+
+    Raises:
+        DataError: If the layout is not that of classes and splits, or a class has no training images.
+    """
+    if not request.path.is_dir():
+        return None
+    root = Path(os.path.abspath(request.path))
+    if (root / "dataset.json").exists():
+        raise DataError(f"{quote_path(root)} is prepared data already; use it with --set data.path={quote_path(root)}")
+    return read_class_folders(root, FolderFinder(), request.val_fraction)
 
 
 def read_class_folders(root: Path, finder: ImageFinder, val_fraction: float) -> Source:
@@ -68,6 +83,11 @@ def read_class_folders(root: Path, finder: ImageFinder, val_fraction: float) -> 
     return Source("images", classes, splits, str(root), notes)
 
 
+def is_split_name(name: str) -> bool:
+    """Return whether a folder has the name of a split, in upper or lower case."""
+    return any(name.lower() in names for names in SPLIT_NAMES.values())
+
+
 def _find_splits(root: Path, finder: ImageFinder) -> tuple[dict[str, Path], list[str]]:
     """Return the folder of each split (only ``train`` if there is none for validation), and the unused folders."""
     folders = finder.subfolders(root)
@@ -114,7 +134,7 @@ def _check_classes(folder: Path, classes: list[str], finder: ImageFinder) -> Non
         raise DataError(f"no images in {quote_path(folder)}: {_describe(folder, finder)}; {LAYOUT}")
     for name in classes:
         inner = finder.subfolders(folder / name)
-        splits = [entry for entry in inner if any(entry.lower() in names for names in SPLIT_NAMES.values())]
+        splits = [entry for entry in inner if is_split_name(entry)]
         if splits and all(entry in splits for entry in inner):
             raise DataError(
                 f"{quote_path(folder / name)} has {', '.join(f'{entry}/' for entry in splits)}, so {name} is no class;"
