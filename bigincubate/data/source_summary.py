@@ -46,11 +46,9 @@ def summarize_source(source: Source, chunks: Iterable[tuple[str, Chunk, ChunkRec
 
 def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     """Return the summary as lines of text."""
-    counts, folders, lines = summary["counts"], summary.get("folders"), []
-    if folders:
-        origin = {split: f" from {folder}/" if folder != "." else "" for split, folder in folders.items()}
-        origin.setdefault("val", f", {summary['val_fraction']:.0%} of each class held out")
-        parts = [f"{split}: {sum(counts[split]):,} images{origin[split]}" for split in ("train", "val")]
+    counts, lines = summary["counts"], []
+    if origins := _describe_origins(summary):
+        parts = [f"{split}: {sum(counts[split]):,} images{origins[split]}" for split in ("train", "val")]
         lines.append("; ".join(parts))
     lines.append(_describe_classes(counts, classes))
     if missing := [name for name, count in zip(classes, counts["val"], strict=True) if not count]:
@@ -72,6 +70,16 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
             f'images with an EXIF orientation: {summary["turned"]:,}; augment.exif = "apply" turns them upright'
         )
     return lines
+
+
+def _describe_origins(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return where the images of each split come from; nothing for built-in data."""
+    folders, others = summary.get("folders", {}), summary.get("origins", {})
+    origins = {split: f" from {folder}/" if folder != "." else "" for split, folder in folders.items()}
+    origins |= {split: f" from {origin}" for split, origin in others.items()}
+    if origins and "val" not in origins:
+        origins["val"] = f", {summary['val_fraction']:.0%} of each class held out"
+    return origins
 
 
 def _describe_classes(counts: Mapping[str, Sequence[int]], classes: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from .cifar import read_cifar, safe_unpickle
 from .class_archives import read_class_archive
 from .class_folders import read_class_folder
 from .image_files import UNREAD_FORMATS
+from .imagenet import read_imagenet
 from .request import SourceRequest
 
 
@@ -36,6 +37,9 @@ class Form(NamedTuple):
 
 FORMS = (  # the first that fits is used
     Form("a CIFAR-10 or CIFAR-100 python archive", read_cifar),
+    Form(
+        "ImageNet as published (ILSVRC2012_img_train.tar, with the validation tar and devkit beside it)", read_imagenet
+    ),
     Form("a tar or zip file of such folders", read_class_archive),
     Form("a folder of images by class", read_class_folder),
 )
