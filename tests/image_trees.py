@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -30,3 +32,12 @@ def read_samples(folder: Path, split: str) -> list[tuple[bytes, int]]:
     index = json.loads((folder / split / "index.json").read_text())
     readers = [reader_from_json(str(folder), split, shard) for shard in index["shards"]]
     return [(item["image"], item["label"]) for reader in readers for item in reader]
+
+
+def read_pixels(folder: Path) -> Counter[tuple[str, bytes, int]]:
+    """Return how often each image occurs in prepared data: its split, pixels and label."""
+    return Counter(
+        (split, Image.open(io.BytesIO(image)).convert("RGB").tobytes(), label)
+        for split in ("train", "val")
+        for image, label in read_samples(folder, split)
+    )

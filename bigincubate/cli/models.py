@@ -25,6 +25,13 @@ from .app import (
 )
 
 
+def _parse_columns(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if any(not name or not column for name, _, column in pairs) or len({name for name, _, _ in pairs}) != len(pairs):
+        raise ConfigError(f"--columns {text}: expected image=NAME, label=NAME, or both with a comma")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
 def _parse_source(text: str) -> str:
     from ..data.sources import EMBEDDED
 
@@ -46,6 +53,9 @@ def data_prepare(
     val_fraction: Annotated[
         float, Option(metavar="X", help="Fraction of each class to hold out if there is no validation split.")
     ] = 0.2,
+    columns: Annotated[
+        str | None, Option(metavar="image=A,label=B", help="The columns to read, if not those with the usual names.")
+    ] = None,
     parts: Annotated[
         int | None,
         Option(
@@ -95,6 +105,7 @@ def data_prepare(
                 out,
                 jobs=jobs,
                 val_fraction=val_fraction,
+                columns=_parse_columns(columns) if columns is not None else None,
                 partition=divide,
                 max_pixels=max_pixels,
                 skip_bad=skip_bad,

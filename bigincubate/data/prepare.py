@@ -18,7 +18,8 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -40,11 +41,12 @@ from .partitions import PartitionFunction, partition_path
 from .samples import Sample, Source
 from .source_summary import UNREADABLE_FILES, summarize_source, summary_lines
 from .sources import EMBEDDED, read_source
-from .splits import hash_name, sort_by_name_hash
+from .splits import hash_name
 
 logger = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 2048  # on average
+MAX_BLOCK_CHUNKS = 4  # a block of samples that are read together, if it is larger, is in several chunks
 UNREADABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP)  # errors of one file, not of a disk
 CHUNK_SECONDS = 3600.0  # time without a finished chunk after which the processes count as stuck
 PREPARE_SECONDS = 86400.0  # limit for waiting for another process that prepares the same data
@@ -68,6 +70,7 @@ def prepare_dataset(
     *,
     jobs: int = 1,
     val_fraction: float = 0.2,
+    columns: Mapping[str, str] | None = None,
     partition: PartitionFunction | None = None,
     max_pixels: int | None = None,
     skip_bad: bool = False,
@@ -78,10 +81,11 @@ def prepare_dataset(
     """Write ``source`` as MDS shards to ``out``, unless they exist. Processes with the same ``out`` take turns.
 
     Args:
-        source: A folder of images by class, a CIFAR python archive (packed or unpacked), or the name of built-in data.
+        source: A file or folder of one of the forms in `sources.FORMS`, or the name of built-in data.
         out: A folder that is missing, empty, or completely or partly prepared from the same source.
         jobs: Number of processes, which does not affect the result.
-        val_fraction: Share of each class to hold out if a folder of images has no validation split.
+        val_fraction: Share of each class to hold out if the source has no validation split.
+        columns: Names of the columns that hold the ``image`` and the ``label``, where the usual names do not fit.
         partition: Divides the training samples into partitions, each of which is also written as a data set.
         max_pixels: Maximum number of pixels of an image. None: Pillow's limit, 179 million.
         skip_bad: Whether to leave out images that cannot be read.
@@ -94,7 +98,8 @@ def prepare_dataset(
         The description of the data set.
 
     Raises:
-        ConfigError: If ``out`` is inside the source, or ``jobs`` or ``val_fraction`` is invalid.
+        ConfigError: If ``out`` is inside the source, or ``jobs``, ``val_fraction`` or ``columns`` is invalid.
+        MissingDependencyError: If the form needs a package that is not installed.
         DataError: If the source does not exist, images cannot be read, or ``out`` contains other files.
         SystemResourceError: If a file cannot be written, or a process was killed.
     """
@@ -111,7 +116,7 @@ def prepare_dataset(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with folder_lock(out, PREPARE_SECONDS):
-            return _prepare(read_source(source, val_fraction), out, partition, options)
+            return _prepare(read_source(source, val_fraction, columns), out, partition, options)
     except OSError as error:
         what = format_os_error(error)
         raise SystemResourceError(
@@ -222,20 +227,29 @@ def _make_chunks(folder: Path, parts: list[list[Sample]], max_pixels: int | None
     """Return the chunks of a split; each contains samples of one partition, in the order of the hashes of their names.
 
     The chunk of a sample depends on its name and on the number of chunks, not on the other samples. It uses other bytes
-    of the hash than the order, because a split that was held out has only the last samples in this order.
+    of the hash than the order, because a split that was held out has only the last samples in this order. Samples that
+    are read together (`Sample.block`) are in one chunk unless they are too many, one after another.
     """
     chunks: list[Chunk] = []
     first = 0
     for part, samples in enumerate(parts):
         count = math.ceil(len(samples) / CHUNK_SAMPLES)
+        blocks = Counter(sample.block[0] for sample in samples if sample.block)
+        whole = {block for block, size in blocks.items() if size <= MAX_BLOCK_CHUNKS * CHUNK_SAMPLES}
         groups: list[list[Sample]] = [[] for _ in range(count)]
-        for sample in sort_by_name_hash(samples):
-            groups[int.from_bytes(hash_name(sample.name)[8:16], "big") * count >> 64].append(sample)
+        for sample in sorted(samples, key=_reading_order):
+            name = sample.block[0] if sample.block and sample.block[0] in whole else sample.name
+            groups[int.from_bytes(hash_name(name)[8:16], "big") * count >> 64].append(sample)
         chunks += [
             Chunk(folder / f"{first + n:05}", group, part, max_pixels) for n, group in enumerate(groups) if group
         ]
         first += count
     return chunks
+
+
+def _reading_order(sample: Sample) -> tuple[bytes, int]:
+    name, position = sample.block or (sample.name, 0)
+    return hash_name(name), position
 
 
 def _write_chunks(chunks: list[Chunk], out: Path, options: PrepareOptions) -> None:

@@ -35,12 +35,15 @@ class Sample(NamedTuple):
         label: Index of the class.
         image: Path of an image file, an image file inside another file, or pixels [H, W] or [H, W, 3] uint8.
         stamp: Size in bytes and modification time in nanoseconds of the file; None for pixels.
+        block: If an image cannot be read without those before it: the name of the part of a file in which it lies, and
+            its position there. Preparation then reads the images of a block together, in order.
     """
 
     name: str
     label: int
     image: str | StoredImage | np.ndarray
     stamp: tuple[int, int] | None = None
+    block: tuple[str, int] | None = None
 
     def read(self) -> bytes:
         """Return the bytes of the image file.

@@ -54,6 +54,9 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
     if missing := [name for name, count in zip(classes, counts["val"], strict=True) if not count]:
         more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
         lines.append(f"no validation images of: {', '.join(missing[:5])}{more}")
+    if empty := summary.get("empty_classes"):
+        more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
+        lines.append(f"classes without training images, left out: {', '.join(empty[:5])}{more}")
     if skipped := summary.get("skipped"):
         lines.append("skipped files: " + ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()))
     for path, other in summary.get("linked", [])[:1]:

@@ -147,9 +147,9 @@ def packages_of(extra: str) -> set[str]:
 
 def test_extra_all_has_what_users_want_and_no_test_tools() -> None:
     """Extra `dev` adds what developers need."""
-    wanted = set().union(*map(packages_of, ("report", "text", "deepspeed", "fairscale")))
+    wanted = set().union(*map(packages_of, ("report", "text", "deepspeed", "fairscale", "parquet")))
     assert packages_of("all") == wanted
-    assert {"matplotlib", "transformers", "deepspeed", "fairscale"} <= wanted
+    assert {"matplotlib", "transformers", "deepspeed", "fairscale", "pyarrow"} <= wanted
     assert packages_of("dev") - wanted >= {"pytest", "mypy", "ruff", "mkdocs", "codespell"}
     assert not wanted & {"pytest", "mypy", "ruff", "mkdocs"}
 

@@ -7,11 +7,11 @@ only their place (`StoredImage`). To add a form, write a file with a function li
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ...errors import DataError
+from ...errors import ConfigError, DataError
 from ...files import quote_path
 from ..samples import Source
 from .builtin import EMBEDDED, generate_images, read_digits
@@ -20,6 +20,7 @@ from .class_archives import read_class_archive
 from .class_folders import read_class_folder
 from .image_files import UNREAD_FORMATS
 from .imagenet import read_imagenet
+from .parquet import read_parquet
 from .request import SourceRequest
 
 
@@ -29,10 +30,12 @@ class Form(NamedTuple):
     Attributes:
         title: What it is, for help and messages.
         read: Returns the source, or None if the path is of another form.
+        columns: Whether it has columns, which can be given.
     """
 
     title: str
     read: Callable[[SourceRequest], Source | None]
+    columns: bool = False
 
 
 FORMS = (  # the first that fits is used
@@ -41,27 +44,34 @@ FORMS = (  # the first that fits is used
         "ImageNet as published (ILSVRC2012_img_train.tar, with the validation tar and devkit beside it)", read_imagenet
     ),
     Form("a tar or zip file of such folders", read_class_archive),
+    Form("Parquet files with a column of images and a column of labels", read_parquet, columns=True),
     Form("a folder of images by class", read_class_folder),
 )
 
 
-def read_source(source: str, val_fraction: float) -> Source:
+def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | None = None) -> Source:
     """Detect the form of a source and list its samples.
 
     Args:
         source: A folder, a file, or the name of built-in data.
         val_fraction: Share of each class to hold out if there is no validation split.
+        columns: Names of the columns that hold the ``image`` and the ``label``, where the usual names do not fit.
 
     Raises:
+        ConfigError: If the form has no columns, or not the given ones.
         DataError: If the source is missing, empty, of an unknown form, or damaged.
     """
+    if unknown := (columns or {}).keys() - {"image", "label"}:
+        raise ConfigError(f"--columns {min(unknown)}=…: expected image=NAME, label=NAME, or both with a comma")
     if source == "made-up":
         return generate_images()
     if source in EMBEDDED:
         return read_digits(development=source == "digits-dev")
-    request = SourceRequest(Path(source), val_fraction)
+    request = SourceRequest(Path(source), val_fraction, columns or {})
     for form in FORMS:
         if (found := form.read(request)) is not None:
+            if columns and not form.columns:
+                raise ConfigError(f"--columns: {quote_path(source)} is {form.title}, which has no columns")
             return found
     path, known = request.path, ", ".join(form.title for form in FORMS) + ", or " + " or ".join(EMBEDDED)
     if not os.path.lexists(path):

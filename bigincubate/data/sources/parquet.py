@@ -1,0 +1,267 @@
+"""Read Parquet files as data sets on the Hugging Face Hub have them: a column of image files and a column of labels.
+
+Only the labels are read at first. An image cannot be read without those before it in its row group, so the images of a
+row group are read together. Needs pyarrow (the extra ``parquet``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ...errors import ConfigError, DataError, MissingDependencyError
+from ...files import quote_path
+from ..samples import Source
+from .archives import damaged_archive
+from .labeled_rows import Row, Table, assign_splits, build_source
+from .request import SourceRequest
+from .slices import check_size
+
+SUFFIX = ".parquet"
+BATCH_ROWS = 16  # read at once: an image may have many megabytes
+BUFFER_BYTES = 2**20  # read at once from a row group, which may be as large as the file
+IMAGE_NAMES, LABEL_NAMES = ("image", "img", "jpg", "png", "picture"), ("label", "labels", "class", "target", "cls")
+
+
+class Columns(NamedTuple):
+    """The columns of a file.
+
+    Attributes:
+        image: Column of the bytes of image files; with a dot if they are in a field of the column.
+        label: Column of the labels.
+        names: Names of the classes, of which the labels are indexes; None if the file has none.
+    """
+
+    image: str
+    label: str
+    names: list[str] | None
+
+
+class ParquetImage(NamedTuple):
+    """An image file in a row of a Parquet file.
+
+    Attributes:
+        file: Path of the file.
+        column: The column.
+        group: The row group.
+        row: Number of the row in its group.
+    """
+
+    file: str
+    column: str
+    group: int
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file} (row group {self.group}, row {self.row})"
+
+    def read(self, limit: int | None = None) -> bytes:
+        """Return the bytes of the image file; fast if the last one that was read is shortly before it.
+
+        Raises:
+            ValueError: If they are damaged or missing.
+        """
+        import pyarrow
+
+        try:
+            modified = os.stat(self.file).st_mtime_ns
+            data = _group_reader(self.file, self.column, self.group, modified).read(self.row)
+        except pyarrow.ArrowException as error:
+            raise ValueError(f"the Parquet file is damaged here: {_first_line(error)}") from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise ValueError(f"the Parquet file is damaged here: {_first_line(error)}") from None
+        if data is None:
+            raise ValueError("there is no image in this row, but at most a path")
+        check_size(len(data))
+        return data[:limit]
+
+
+def read_parquet(request: SourceRequest) -> Source | None:
+    """Return the images of a Parquet file or a folder of them; None for anything else.
+
+    Raises:
+        ConfigError: If a given column does not exist.
+        DataError: If a file is damaged, or its columns are not those of images and labels.
+        MissingDependencyError: If pyarrow is not installed.
+    """
+    if request.path.is_file() and request.path.suffix.lower() == SUFFIX:
+        folder, files = request.path.parent, {"train": [request.path.name]}
+    elif found := request.holds(SUFFIX):
+        folder, files = request.path, assign_splits(found, request.path)
+    else:
+        return None
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        raise MissingDependencyError(
+            f"{quote_path(request.path)}: reading Parquet files needs pyarrow; install it with: pip install"
+            " 'bigincubate[parquet]'"
+        ) from None
+    table = Table("parquet")
+    for split, own in files.items():
+        if split == "test" and "val" in files:
+            table.skipped[".parquet files of the unused split test"] = len(own)
+            continue
+        table.origins[split] = own[0] if len(own) == 1 else f"{len(own):,} files"
+        table.splits[split] = []
+        for name in own:
+            names, rows = _list_rows(folder.absolute() / name, name, request.columns)
+            if table.names not in (None, names):
+                raise DataError(f"{quote_path(folder / name)} has other names of classes than the files before it")
+            table.names = names
+            table.splits[split] += rows
+    return build_source(table, request)
+
+
+def _list_rows(file: Path, name: str, columns: Mapping[str, str]) -> tuple[list[str] | None, list[Row]]:
+    """Return the names of the classes and the rows of a file, without reading its images."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    status, rows = file.stat(), list[Row]()
+    stamp = (status.st_size, status.st_mtime_ns)
+    try:
+        with ParquetFile(file) as opened:
+            found = _find_columns(file, opened.schema_arrow, columns)
+            for group in range(opened.num_row_groups):
+                labels = opened.read_row_group(group, columns=[found.label], use_threads=False).column(0).to_pylist()
+                block, path, first = f"{name}/{group}", str(file), len(rows)
+                rows += [
+                    Row(
+                        f"{name}/{first + row}", label, ParquetImage(path, found.image, group, row), stamp, (block, row)
+                    )
+                    for row, label in enumerate(labels)
+                ]
+    except pyarrow.ArrowException as error:
+        raise damaged_archive(file, _first_line(error)) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise damaged_archive(file, _first_line(error)) from None
+    return found.names, rows
+
+
+def _find_columns(file: Path, schema: Any, given: Mapping[str, str]) -> Columns:
+    """Return the columns of images and labels.
+
+    Args:
+        file: The file, for messages.
+        schema: Its Arrow schema.
+        given: The columns that the user named.
+
+    Raises:
+        ConfigError: If a given column does not exist or has another type.
+        DataError: If no column, or more than one, could be meant.
+    """
+    import pyarrow.types as types
+
+    def is_bytes(kind: Any) -> bool:
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    def is_label(kind: Any) -> bool:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return bool(types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind))
+
+    fields = {field.name: field.type for field in schema}
+    images = {name: name for name, kind in fields.items() if is_bytes(kind)}
+    for name, kind in fields.items():
+        if types.is_struct(kind) and any(inner.name == "bytes" and is_bytes(inner.type) for inner in kind):
+            images[name] = f"{name}.bytes"
+    labels = [name for name, kind in fields.items() if is_label(kind)]
+    features = _read_features(schema.metadata or {})
+    typed = {
+        kind: [name for name, feature in features.items() if feature.get("_type") == kind]
+        for kind in ("Image", "ClassLabel")
+    }
+    image = _choose("image", list(images), typed["Image"], IMAGE_NAMES, given, file, fields)
+    label = _choose("label", labels, typed["ClassLabel"], LABEL_NAMES, given, file, fields)
+    names = features.get(label, {}).get("names")
+    if not types.is_integer(fields[label]) or not isinstance(names, list) or len({*map(str, names)}) != len(names):
+        names = None
+    return Columns(images[image], label, names and list(map(str, names)))
+
+
+def _choose(
+    what: str,
+    possible: list[str],
+    typed: list[str],
+    usual: tuple[str, ...],
+    given: Mapping[str, str],
+    file: Path,
+    fields: Mapping[str, Any],
+) -> str:
+    """Return a column: the one that was given, has the type of Hugging Face, has a usual name, or is the only one."""
+    have = ", ".join(f"{name} ({kind})" for name, kind in list(fields.items())[:10])
+    if what in given:
+        if given[what] not in possible:
+            raise ConfigError(
+                f"--columns {what}={given[what]}: no such column of {what}s in {file.name}: it has {have}"
+            )
+        return given[what]
+    for names in (typed, [name for name in usual if name in fields], possible):
+        if len(found := [name for name in names if name in possible]) == 1:
+            return found[0]
+        if found:
+            raise DataError(
+                f"{quote_path(file)}: {', '.join(found)} may be the column of the {what}; choose one with --columns"
+                f" {what}=NAME"
+            )
+    kind = "bytes of image files" if what == "image" else "numbers or names of classes"
+    raise DataError(f"{quote_path(file)} has no column of {kind}: it has {have or 'no columns'}")
+
+
+def _read_features(metadata: Mapping[bytes, bytes]) -> dict[str, dict[str, Any]]:
+    """Return the features that the library `datasets` describes in the metadata of a schema."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {str(name): feature for name, feature in features.items() if isinstance(feature, dict)}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+# ------------------------------------------------------------------------------------------------ reading images
+
+
+class _GroupReader:
+    """Reads the images of a row group in order, a few rows at a time."""
+
+    def __init__(self, file: str, column: str, group: int) -> None:
+        self._place = (file, column, group)
+        self._batches = self._read_batches()
+        self._first, self._batch = 0, list[bytes | None]()
+
+    def read(self, row: int) -> bytes | None:
+        if row < self._first:
+            self._batches, self._first, self._batch = self._read_batches(), 0, []
+        while row >= self._first + len(self._batch):
+            self._first += len(self._batch)
+            batch = next(self._batches, None)
+            if batch is None:
+                raise ValueError("the Parquet file has fewer rows than before")
+            self._batch = batch
+        return self._batch[row - self._first]
+
+    def _read_batches(self) -> Iterator[list[bytes | None]]:
+        from pyarrow.parquet import ParquetFile
+
+        file, column, group = self._place
+        with ParquetFile(file, buffer_size=BUFFER_BYTES) as opened:
+            batches = opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False)
+            for batch in batches:
+                values = batch.column(0).to_pylist()
+                yield [value["bytes"] if isinstance(value, dict) else value for value in values]
+
+
+@lru_cache(maxsize=1)
+def _group_reader(file: str, column: str, group: int, modified: int) -> _GroupReader:
+    return _GroupReader(file, column, group)
