@@ -166,7 +166,9 @@ def test_columns_of_other_names_are_named_by_the_user(tree: Path, tmp_path: Path
     assert (
         "--columns label=color: no such column of labels in x.parquet: it has photo (binary), coarse (int64)" in message
     )
-    assert "image=fine: no column of images" in fault_of(file, ConfigError, columns={"image": "fine", "label": "fine"})
+    assert "image=fine: no such column of images" in fault_of(
+        file, ConfigError, columns={"image": "fine", "label": "fine"}
+    )
 
 
 def test_numbers_without_names_become_classes_in_their_order(tree: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from .image_files import UNREAD_FORMATS
 from .imagenet import read_imagenet
 from .parquet import read_parquet
 from .request import SourceRequest
+from .webdataset import read_webdataset
 
 
 class Form(NamedTuple):
@@ -40,11 +41,10 @@ class Form(NamedTuple):
 
 FORMS = (  # the first that fits is used
     Form("a CIFAR-10 or CIFAR-100 python archive", read_cifar),
-    Form(
-        "ImageNet as published (ILSVRC2012_img_train.tar, with the validation tar and devkit beside it)", read_imagenet
-    ),
+    Form("ImageNet as published (ILSVRC2012_img_train.tar; validation tar and devkit beside it)", read_imagenet),
+    Form("WebDataset shards (a folder, a shard, or a pattern such as 'train-{000..146}.tar')", read_webdataset, True),
     Form("a tar or zip file of such folders", read_class_archive),
-    Form("Parquet files with a column of images and a column of labels", read_parquet, columns=True),
+    Form("Parquet files with a column of images and a column of labels", read_parquet, True),
     Form("a folder of images by class", read_class_folder),
 )
 

@@ -22,7 +22,7 @@ from .archive_finder import ArchiveFinder
 from .archives import DAMAGED, Archive, Member, Window, damaged_archive, list_archive, list_tar
 from .class_folders import read_class_folders
 from .image_files import has_image_suffix
-from .request import SourceRequest
+from .request import LISTING_THREADS, SourceRequest
 from .slices import FileSlice
 
 TRAIN, VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -30,7 +30,6 @@ DEVKITS = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12.tar", "ILSVRC2
 META, GROUND_TRUTH = "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 VAL_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 MAX_FILE_BYTES = 2**26  # limit for a file of the development kit
-LISTING_THREADS = 8  # listing over a million headers waits for the disk, mostly
 
 
 class Devkit(NamedTuple):

@@ -19,6 +19,7 @@ from .class_folders import SPLIT_NAMES
 from .request import SourceRequest
 
 WORDS = re.compile(r"[^A-Za-z]+")  # what separates the words in the name of a file
+LABEL_NAMES = ("label", "labels", "class", "target", "cls")  # the usual names of a column
 NO_LABEL = "rows without a label"
 
 

@@ -17,14 +17,14 @@ from ...errors import ConfigError, DataError, MissingDependencyError
 from ...files import quote_path
 from ..samples import Source
 from .archives import damaged_archive
-from .labeled_rows import Row, Table, assign_splits, build_source
+from .labeled_rows import LABEL_NAMES, Row, Table, assign_splits, build_source
 from .request import SourceRequest
 from .slices import check_size
 
 SUFFIX = ".parquet"
 BATCH_ROWS = 16  # read at once: an image may have many megabytes
 BUFFER_BYTES = 2**20  # read at once from a row group, which may be as large as the file
-IMAGE_NAMES, LABEL_NAMES = ("image", "img", "jpg", "png", "picture"), ("label", "labels", "class", "target", "cls")
+IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 
 
 class Columns(NamedTuple):

@@ -11,6 +11,8 @@ from pathlib import Path
 from .archives import Archive, list_archive
 from .image_files import has_image_suffix, walk_files
 
+LISTING_THREADS = 8  # listing over a million headers waits for the disk, mostly
+
 
 @dataclass(frozen=True)
 class SourceRequest:
