@@ -28,7 +28,7 @@ from .app import (
 def _parse_columns(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split(",")]
     if any(not name or not column for name, _, column in pairs) or len({name for name, _, _ in pairs}) != len(pairs):
-        raise ConfigError(f"--columns {text}: expected image=NAME, label=NAME, or both with a comma")
+        raise ConfigError(f"--columns {text}: expected image=NAME,label=NAME")
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 

@@ -248,8 +248,8 @@ def test_missing_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_columns_on_the_command_line(tree: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]) -> None:
     words = ("data", "prepare", tree, "--out", tmp_path / "out", "--columns")
     for given, says in (
-        ("image", "--columns image: expected image=NAME, label=NAME, or both with a comma"),
-        ("image=a,image=b", "expected image=NAME, label=NAME"),
+        ("image", "--columns image: expected image=NAME,label=NAME"),
+        ("image=a,image=b", "expected image=NAME,label=NAME"),
         ("picture=a", "--columns picture=…: expected image=NAME"),
         ("image=a", "is a folder of images by class, which has no columns"),
     ):

@@ -18,8 +18,10 @@ from .builtin import EMBEDDED, generate_images, read_digits
 from .cifar import read_cifar, safe_unpickle
 from .class_archives import read_class_archive
 from .class_folders import read_class_folder
+from .csv_table import read_csv
 from .image_files import UNREAD_FORMATS
 from .imagenet import read_imagenet
+from .npz import read_npz
 from .parquet import read_parquet
 from .request import SourceRequest
 from .webdataset import read_webdataset
@@ -43,6 +45,8 @@ FORMS = (  # the first that fits is used
     Form("a CIFAR-10 or CIFAR-100 python archive", read_cifar),
     Form("ImageNet as published (ILSVRC2012_img_train.tar; validation tar and devkit beside it)", read_imagenet),
     Form("WebDataset shards (a folder, a shard, or a pattern such as 'train-{000..146}.tar')", read_webdataset, True),
+    Form("a .npz file with arrays of images and labels", read_npz, True),
+    Form("a .csv file with the columns path,label or path,label,split", read_csv, True),
     Form("a tar or zip file of such folders", read_class_archive),
     Form("Parquet files with a column of images and a column of labels", read_parquet, True),
     Form("a folder of images by class", read_class_folder),
@@ -61,8 +65,8 @@ def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | N
         ConfigError: If the form has no columns, or not the given ones.
         DataError: If the source is missing, empty, of an unknown form, or damaged.
     """
-    if unknown := (columns or {}).keys() - {"image", "label"}:
-        raise ConfigError(f"--columns {min(unknown)}=…: expected image=NAME, label=NAME, or both with a comma")
+    if unknown := (columns or {}).keys() - {"image", "label", "split"}:
+        raise ConfigError(f"--columns {min(unknown)}=…: expected image=NAME,label=NAME, and for CSV files split=NAME")
     if source == "made-up":
         return generate_images()
     if source in EMBEDDED:
