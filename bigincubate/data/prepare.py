@@ -42,6 +42,7 @@ from .samples import Sample, Source
 from .source_summary import UNREADABLE_FILES, summarize_source, summary_lines
 from .sources import EMBEDDED, read_source
 from .splits import hash_name
+from .unpacking import unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,14 @@ def _prepare(source: Source, out: Path, partition: PartitionFunction | None, opt
         (out / UNFINISHED).unlink(missing_ok=True)
         return info
     _resume(source, out)
+    with unpacked(source, out, options.report) as readable:
+        return _write(readable, out, parts and _same_samples(parts, readable), identity, options)
 
+
+def _write(
+    source: Source, out: Path, parts: list[list[Sample]] | None, identity: dict[str, Any], options: PrepareOptions
+) -> DatasetInfo:
+    """Write the chunks and the descriptions of the data."""
     whole = {"train": parts or [source.splits["train"]], "val": [source.splits["val"]]}
     chunks = {split: _make_chunks(out / split, groups, options.max_pixels) for split, groups in whole.items()}
     _write_chunks([*chunks["train"], *chunks["val"]], out, options)
@@ -161,6 +169,12 @@ def _prepare(source: Source, out: Path, partition: PartitionFunction | None, opt
     (out / UNFINISHED).unlink()
     _report_summary(summary, source.classes, options)
     return open_dataset(out)
+
+
+def _same_samples(parts: list[list[Sample]], source: Source) -> list[list[Sample]]:
+    """Return the samples of a source that have the names of those in partitions."""
+    by_name = {sample.name: sample for sample in source.splits["train"]}
+    return [[by_name[sample.name] for sample in part] for part in parts]
 
 
 def _contents(chunk: Chunk, record: ChunkRecord) -> Iterator[tuple[Sample, str]]:
@@ -186,8 +200,8 @@ def _reopen(source: Source, out: Path, identity: dict[str, Any], options: Prepar
             f"{quote_path(out)} holds data from another source or with other parts; delete it or use another folder"
         )
     if options.check or stored.get("fingerprint") != source.fingerprint:
-        samples = [sample for split in source.splits.values() for sample in split]
-        with ThreadPoolExecutor(options.jobs) as pool:
+        with unpacked(source, out, options.report) as readable, ThreadPoolExecutor(options.jobs) as pool:
+            samples = [sample for split in readable.splits.values() for sample in split]
             contents = source.content_hash(pool.map(lambda sample: sample.content, samples))
         if contents != stored.get("contents"):
             raise DataError(

@@ -76,6 +76,7 @@ class Source:
         splits: The samples of ``"train"`` and ``"val"``.
         folder: The absolute path of a folder of images; otherwise None.
         notes: What the description of the data says about how a folder was read (plain JSON values).
+        compressed: The path of the archive that must be unpacked before its images can be read; otherwise None.
     """
 
     kind: str
@@ -83,6 +84,7 @@ class Source:
     splits: dict[str, list[Sample]]
     folder: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    compressed: str | None = None
 
     @cached_property
     def fingerprint(self) -> str:

@@ -16,7 +16,7 @@ from image_trees import write_tree
 from bigincubate.data import prepare as preparing
 from bigincubate.data.prepare import prepare_dataset
 from bigincubate.data.sources import read_source
-from bigincubate.errors import DataError
+from bigincubate.errors import DataError, SystemResourceError
 
 
 @pytest.fixture
@@ -135,3 +135,58 @@ def test_images_are_not_read_before_all_names_are_listed(tmp_path: Path, monkeyp
             source = read_source(str(packed), 0.2)
             assert source.fingerprint
         assert [len(samples) for samples in source.splits.values()] == [12, 3]
+
+
+# ------------------------------------------------------------------------------------------------ compressed
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_compressed_tar_is_the_data_of_the_folder_and_leaves_nothing_unpacked(tmp_path: Path, mode: str) -> None:
+    tree = write_tree(tmp_path / "tree", 30)
+    packed = tmp_path / f"x.tar.{mode}"
+    with tarfile.open(packed, f"w:{mode}") as tar:  # type: ignore[call-overload]
+        tar.add(tree, arcname="images")
+    lines: list[str] = []
+    info = prepare_dataset(str(packed), tmp_path / "out", jobs=2, report=lines.append)
+    folder = prepare_dataset(str(tree), tmp_path / "folder")
+    assert info.digest == folder.digest
+    assert lines[0].startswith(f"x.tar.{mode} is compressed, so it is read twice, and takes 0.000 GB in ")
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "folder").keys()
+    lines.clear()
+    os.utime(packed)  # the contents are compared
+    assert prepare_dataset(str(packed), tmp_path / "out", report=lines.append) == info
+    assert "is read twice" in lines[0]
+    assert contents(tmp_path / "out").keys() == contents(tmp_path / "folder").keys()
+
+
+def test_compressed_tar_is_unpacked_once_and_named_in_messages(
+    tmp_path: Path, small_chunks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = write_tree(tmp_path / "tree", 60)
+    (tree / "b" / "0003.png").write_bytes(b"no image")
+    packed = tmp_path / "x.tgz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(tree, arcname=".")
+    cut = {"parts": lambda train: [list(train[::2]), list(train[1::2])]}
+    with pytest.raises(DataError, match=rf"1 image cannot be read: {packed}/b/0003\.png: "):
+        prepare_dataset(str(packed), tmp_path / "out", partition=cut["parts"])
+    monkeypatch.setattr("bigincubate.data.unpacking._unpack", lambda *_: pytest.fail("it was unpacked again"))
+    info = prepare_dataset(str(packed), tmp_path / "out", partition=cut["parts"], skip_bad=True)
+    assert len(info.parts) == 2
+    assert not (tmp_path / "out" / ".unpacked").exists()
+
+
+def test_compressed_tar_that_fits_nowhere_or_is_truncated_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = tmp_path / "x.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(write_tree(tmp_path / "tree", 30), arcname=".")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(SystemResourceError, match=r"is compressed and unpacks to 0\.000 GB, for which .* has no space"):
+        prepare_dataset(str(packed), tmp_path / "out")
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    packed.write_bytes(packed.read_bytes()[:-500])
+    with pytest.raises(DataError, match=r"x\.tar\.gz is damaged: "):
+        prepare_dataset(str(packed), tmp_path / "out")

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from ...errors import DataError
 from ...files import quote_path
@@ -147,6 +147,17 @@ def clean_name(name: str, file: Path) -> str:
     if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES or len(parts) > MAX_NAME_FOLDERS:
         raise DataError(f"{quote_path(file)} is refused: the name {shown} is too long; make it again")
     return "/".join(parts)
+
+
+def open_compressed(file: Path) -> IO[bytes]:
+    """Open a compressed file, to read what it unpacks to.
+
+    Raises:
+        ValueError: If it is not compressed.
+    """
+    if (opener := _decompressor(file)) is None:
+        raise ValueError("it is not compressed any more")
+    return cast("IO[bytes]", opener(file))
 
 
 class Window:

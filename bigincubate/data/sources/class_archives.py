@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ...errors import DataError
-from ...files import quote_path
+from dataclasses import replace
+
 from ..samples import Source
 from .archive_finder import ArchiveFinder
 from .class_folders import read_class_folders
@@ -18,7 +18,6 @@ def read_class_archive(request: SourceRequest) -> Source | None:
     """
     if (archive := request.archive) is None:
         return None
-    if archive.compressed:
-        raise DataError(f"{quote_path(archive.file)}: compressed tar files are not read yet; decompress it")
     finder = ArchiveFinder(archive)
-    return read_class_folders(finder.find_root(), finder, request.val_fraction)
+    source = read_class_folders(finder.find_root(), finder, request.val_fraction)
+    return replace(source, compressed=str(archive.file)) if archive.compressed else source

@@ -18,15 +18,17 @@ class FileSlice(NamedTuple):
         offset: Position of the first byte.
         size: Number of bytes.
         name: What they are called, such as the name of a member of an archive.
+        shown: Path to show instead of ``file``, if that is a temporary file.
     """
 
     file: str
     offset: int
     size: int
     name: str
+    shown: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file}/{self.name}"
+        return f"{self.shown or self.file}/{self.name}"
 
     def read(self, limit: int | None = None) -> bytes:
         """Return the bytes, or only the first ``limit``.
