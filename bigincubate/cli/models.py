@@ -79,6 +79,10 @@ def data_prepare(
     max_pixels: Annotated[
         int | None, Option(min=1, help="Maximum number of pixels of an image, if not Pillow's 179 million.")
     ] = None,
+    resize: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="Resize larger images: the shorter side gets N pixels (JPEG)."),
+    ] = None,
 ) -> None:
     """Convert images to hashed MDS shards for training. Run it again to resume.
 
@@ -108,6 +112,7 @@ def data_prepare(
                 columns=_parse_columns(columns) if columns is not None else None,
                 partition=divide,
                 max_pixels=max_pixels,
+                resize=resize,
                 skip_bad=skip_bad,
                 check=check,
                 on_progress=show,

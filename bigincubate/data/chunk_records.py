@@ -25,12 +25,14 @@ class Chunk(NamedTuple):
         samples: The samples.
         part: The partition they belong to.
         max_pixels: Maximum number of pixels of an image. None: Pillow's limit.
+        resize: Shorter side to which larger images are resized. None: images are stored as they are.
     """
 
     folder: Path
     samples: list[Sample]
     part: int = 0
     max_pixels: int | None = None
+    resize: int | None = None
 
     @property
     def record_file(self) -> Path:
@@ -42,7 +44,7 @@ class Chunk(NamedTuple):
     def key(self) -> str:
         """Return a SHA-256 of the names and labels of the samples and of what else decides what is written."""
         rows = [(sample.name, sample.label) for sample in self.samples]
-        return hashlib.sha256(repr((rows, self.max_pixels)).encode()).hexdigest()
+        return hashlib.sha256(repr((rows, self.max_pixels, self.resize)).encode()).hexdigest()
 
     @property
     def stamps(self) -> str:

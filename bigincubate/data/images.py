@@ -16,6 +16,7 @@ LABELLED_IMAGE_COLUMNS = {"image": "bytes", "label": "int"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "GIF", "TIFF")
 EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 MAX_VALUES_16_BIT = 65535
+RESIZE_FILTER, RESIZE_QUALITY = Image.Resampling.BICUBIC, 95  # of images that are made smaller when they are prepared
 ORIENTATION = 0x0112  # the EXIF tag
 # the transposition that undoes each EXIF orientation; 1 is upright
 TRANSPOSITIONS = {
@@ -29,16 +30,24 @@ TRANSPOSITIONS = {
 }
 
 
-def labelled_image_schema(classes: list[str], max_pixels: int | None = None) -> RecordSchema:
+def labelled_image_schema(classes: list[str], max_pixels: int | None = None, resize: int | None = None) -> RecordSchema:
     """Return the schema of images with one label each.
 
     Args:
         classes: Names of the classes; a label is an index into them.
         max_pixels: Limit on the size of an image if it is not Pillow's; stored, so that training uses it too.
+        resize: The shorter side that larger images were resized to; stored with how this was done.
     """
     metadata: dict[str, Any] = {"classes": classes}
     if max_pixels is not None:
         metadata["max_pixels"] = max_pixels
+    if resize is not None:
+        metadata["resize"] = {
+            "shorter_side": resize,
+            "filter": RESIZE_FILTER.name.lower(),
+            "format": "JPEG",
+            "quality": RESIZE_QUALITY,
+        }
     return RecordSchema(LABELLED_IMAGE, LABELLED_IMAGE_COLUMNS, metadata)
 
 
@@ -139,4 +148,21 @@ def encode_png(pixels: Image.Image) -> bytes:
     """Return an image as an uncompressed PNG, which is lossless, fast to read, and independent of the zlib version."""
     out = io.BytesIO()
     pixels.save(out, "PNG", compress_level=0)
+    return out.getvalue()
+
+
+def encode_resized(pixels: Image.Image, shorter_side: int, orientation: int = 1) -> bytes:
+    """Return an RGB image as a JPEG file whose shorter side has the given number of pixels.
+
+    Args:
+        pixels: The image.
+        shorter_side: The number of pixels.
+        orientation: EXIF orientation to note in the file, if it is not 1.
+    """
+    scale = shorter_side / min(pixels.size)
+    size = max(round(pixels.width * scale), 1), max(round(pixels.height * scale), 1)
+    exif, out = Image.Exif(), io.BytesIO()
+    if orientation != 1:
+        exif[ORIENTATION] = orientation
+    pixels.resize(size, RESIZE_FILTER).save(out, "JPEG", quality=RESIZE_QUALITY, exif=exif)
     return out.getvalue()

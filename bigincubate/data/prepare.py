@@ -36,7 +36,14 @@ from .chunk_records import RECORDS, Chunk, ChunkRecord, has_same_contents, is_un
 from .chunks import write_chunk, write_description
 from .dataset import DESCRIPTION, UNFINISHED, DatasetInfo, open_dataset, read_json, write_json
 from .file_locks import folder_lock
-from .images import LABELLED_IMAGE_COLUMNS, decode_image, encode_png, exif_orientation, labelled_image_schema
+from .images import (
+    LABELLED_IMAGE_COLUMNS,
+    decode_image,
+    encode_png,
+    encode_resized,
+    exif_orientation,
+    labelled_image_schema,
+)
 from .partitions import PartitionFunction, partition_path
 from .samples import Sample, Source
 from .source_summary import UNREADABLE_FILES, summarize_source, summary_lines
@@ -59,6 +66,7 @@ class PrepareOptions:
 
     jobs: int = 1
     max_pixels: int | None = None
+    resize: int | None = None
     skip_bad: bool = False
     check: bool = False
     on_progress: Callable[[int, int], None] = lambda done, total: None
@@ -74,6 +82,7 @@ def prepare_dataset(
     columns: Mapping[str, str] | None = None,
     partition: PartitionFunction | None = None,
     max_pixels: int | None = None,
+    resize: int | None = None,
     skip_bad: bool = False,
     check: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -89,6 +98,7 @@ def prepare_dataset(
         columns: Names of the columns that hold the ``image`` and the ``label``, where the usual names do not fit.
         partition: Divides the training samples into partitions, each of which is also written as a data set.
         max_pixels: Maximum number of pixels of an image. None: Pillow's limit, 179 million.
+        resize: Shorter side in pixels to which larger images are resized. None: images are stored as they are.
         skip_bad: Whether to leave out images that cannot be read.
         check: Whether to compare the contents of all files with what was prepared before, even if their sizes and
             modification times are the same.
@@ -105,6 +115,8 @@ def prepare_dataset(
         SystemResourceError: If a file cannot be written, or a process was killed.
     """
     check_integer("jobs", jobs)
+    if resize is not None:
+        check_integer("resize", resize)
     if not 0 <= val_fraction < 1:  # refuses nan as well
         raise ConfigError(f"val_fraction = {val_fraction}: expected a number from 0 to less than 1")
     out = Path(os.path.abspath(out))
@@ -112,7 +124,7 @@ def prepare_dataset(
         raise ConfigError(f"--out {quote_path(out)} is inside the source {quote_path(source)}; use a folder outside it")
     nothing = PrepareOptions()
     options = PrepareOptions(
-        jobs, max_pixels, skip_bad, check, on_progress or nothing.on_progress, report or nothing.report
+        jobs, max_pixels, resize, skip_bad, check, on_progress or nothing.on_progress, report or nothing.report
     )
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +144,8 @@ def prepare_dataset(
 def _prepare(source: Source, out: Path, partition: PartitionFunction | None, options: PrepareOptions) -> DatasetInfo:
     parts = partition(source.splits["train"]) if partition else None
     identity: dict[str, Any] = {"kind": source.kind}
+    if options.resize is not None:
+        identity["resize"] = options.resize
     if parts is not None:
         if not all(parts):
             raise DataError(f"part {parts.index([])} would have no samples; use fewer parts")
@@ -151,7 +165,7 @@ def _write(
 ) -> DatasetInfo:
     """Write the chunks and the descriptions of the data."""
     whole = {"train": parts or [source.splits["train"]], "val": [source.splits["val"]]}
-    chunks = {split: _make_chunks(out / split, groups, options.max_pixels) for split, groups in whole.items()}
+    chunks = {split: _make_chunks(out / split, groups, options) for split, groups in whole.items()}
     _write_chunks([*chunks["train"], *chunks["val"]], out, options)
     records = [(split, chunk, _read_own_record(chunk)) for split, own in chunks.items() for chunk in own]
     _report_unreadable(records, out, options)
@@ -195,9 +209,10 @@ def _reopen(source: Source, out: Path, identity: dict[str, Any], options: Prepar
         DataError: If it was prepared from another source, with other partitions, or from files that changed since.
     """
     stored = read_json(out / DESCRIPTION).get("source")
-    if not isinstance(stored, dict) or any(stored.get(key) != identity.get(key) for key in ("kind", "parts")):
+    if not isinstance(stored, dict) or any(stored.get(key) != identity.get(key) for key in ("kind", "parts", "resize")):
         raise DataError(
-            f"{quote_path(out)} holds data from another source or with other parts; delete it or use another folder"
+            f"{quote_path(out)} holds data from another source, with other parts or of another size; delete it or use"
+            " another folder"
         )
     if options.check or stored.get("fingerprint") != source.fingerprint:
         with unpacked(source, out, options.report) as readable, ThreadPoolExecutor(options.jobs) as pool:
@@ -237,7 +252,7 @@ def _resume(source: Source, out: Path) -> None:
         shutil.rmtree(leftover.rename(out / f".tmp-removed-{secrets.token_hex(4)}"))
 
 
-def _make_chunks(folder: Path, parts: list[list[Sample]], max_pixels: int | None) -> list[Chunk]:
+def _make_chunks(folder: Path, parts: list[list[Sample]], options: PrepareOptions) -> list[Chunk]:
     """Return the chunks of a split; each contains samples of one partition, in the order of the hashes of their names.
 
     The chunk of a sample depends on its name and on the number of chunks, not on the other samples. It uses other bytes
@@ -255,7 +270,9 @@ def _make_chunks(folder: Path, parts: list[list[Sample]], max_pixels: int | None
             name = sample.block[0] if sample.block and sample.block[0] in whole else sample.name
             groups[int.from_bytes(hash_name(name)[8:16], "big") * count >> 64].append(sample)
         chunks += [
-            Chunk(folder / f"{first + n:05}", group, part, max_pixels) for n, group in enumerate(groups) if group
+            Chunk(folder / f"{first + n:05}", group, part, options.max_pixels, options.resize)
+            for n, group in enumerate(groups)
+            if group
         ]
         first += count
     return chunks
@@ -323,7 +340,7 @@ def _write_descriptions(
     options: PrepareOptions,
 ) -> None:
     """Write the descriptions of the partitions and of the whole data set."""
-    schema = labelled_image_schema(source.classes, options.max_pixels)
+    schema = labelled_image_schema(source.classes, options.max_pixels, options.resize)
     digests, size, linked = [], sum(origin["summary"]["counts"]["train"]), True
     for number in range(parts):
         folder = Path(partition_path(out, number))
@@ -376,7 +393,8 @@ def _read_samples(chunk: Chunk, record: ChunkRecord) -> Iterator[dict[str, Any]]
     for sample in chunk.samples:
         if isinstance(sample.image, np.ndarray):
             record.contents.append(sample.content)
-            yield {"image": encode_png(Image.fromarray(sample.image)), "label": sample.label}
+            image = Image.fromarray(sample.image)
+            yield {"image": _resized(image, chunk) or encode_png(image), "label": sample.label}
             continue
         content = ""
         try:
@@ -391,8 +409,15 @@ def _read_samples(chunk: Chunk, record: ChunkRecord) -> Iterator[dict[str, Any]]
             record.unreadable[sample.name] = str(error)
         else:
             record.turned += exif_orientation(image) != 1
-            yield {"image": data, "label": sample.label}
+            yield {"image": _resized(image, chunk) or data, "label": sample.label}
         record.contents.append(content)
+
+
+def _resized(image: Image.Image, chunk: Chunk) -> bytes | None:
+    """Return an image as a smaller file; None if it is to be stored as it is."""
+    if chunk.resize is None or min(image.size) <= chunk.resize:
+        return None
+    return encode_resized(image.convert("RGB"), chunk.resize, exif_orientation(image))
 
 
 @contextmanager

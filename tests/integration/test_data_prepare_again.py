@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -237,3 +239,45 @@ def test_limit_on_pixels_is_stored_for_training(tmp_path: Path, monkeypatch: pyt
     task = make_task(Settings(model=ModelConfig(img_size=8, num_classes=3)), DataConfig())
     assert [len(batch) for batch in task.eval_stream(info, "val", batch_size=12)] == [12]
     assert "max_pixels" not in prepare_dataset("digits-dev", tmp_path / "digits").schema.metadata
+
+
+# ------------------------------------------------------------------------------------------------ resized
+
+
+def test_larger_images_are_resized_and_others_kept(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "tree", 20)
+    small = {file.read_bytes() for file in tree.rglob("*.png")}
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for name in ("a", "b", "c"):
+        for row, (mode, size) in enumerate((("RGB", (40, 90)), ("RGBA", (90, 40)), ("L", (33, 32)))):
+            Image.new(mode, size, row + 1).save(tree / name / f"large{row}.png", exif=exif)
+    info = prepare_dataset(str(tree), tmp_path / "out", resize=16)
+    stored = [image for split in ("train", "val") for image, _ in samples(tmp_path / "out", split)]
+    assert small < set(stored)
+    resized = [Image.open(io.BytesIO(image)) for image in stored if image not in small]
+    assert Counter(image.size for image in resized) == {(16, 36): 3, (36, 16): 3, (16, 16): 3}
+    assert {(image.format, image.mode, image.getexif()[0x0112]) for image in resized} == {("JPEG", "RGB", 6)}
+    settings = {"shorter_side": 16, "filter": "bicubic", "format": "JPEG", "quality": 95}
+    assert info.schema.metadata["resize"] == settings
+    assert prepare_dataset(str(tree), tmp_path / "out", resize=16) == info
+    assert prepare_dataset(str(tree), tmp_path / "again", resize=16, jobs=2).digest == info.digest
+    whole = prepare_dataset(str(tree), tmp_path / "whole")
+    assert prepare_dataset(str(tree), tmp_path / "none-larger", resize=100).digest != whole.digest
+    for out, side in (("out", None), ("out", 17), ("whole", 16)):
+        with pytest.raises(DataError, match="holds data from another source, with other parts or of another size"):
+            prepare_dataset(str(tree), tmp_path / out, resize=side)
+
+
+def test_resized_pixels_of_arrays_and_unfinished_data_of_another_size(
+    tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = ("data", "prepare", "digits-dev", "--out", tmp_path / "digits", "--resize", 4)
+    assert call(*words)[0] == 0
+    assert {Image.open(io.BytesIO(image)).size for image, _ in samples(tmp_path / "digits", "val")} == {(4, 4)}
+    tree = write_tree(tmp_path / "tree", 20)
+    spoil_images(tree)
+    with pytest.raises(DataError, match="--skip-bad"):
+        prepare_dataset(str(tree), tmp_path / "out", resize=4)
+    info = prepare_dataset(str(tree), tmp_path / "out", resize=5, skip_bad=True)
+    assert info.digest == prepare_dataset(str(tree), tmp_path / "fresh", resize=5, skip_bad=True).digest
