@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import math
 import multiprocessing
 import os
@@ -31,10 +30,11 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ConfigError, DataError, SystemResourceError, check_integer, format_os_error
-from ..files import fsync_path, link_or_copy, quote_path, write_text
+from ..files import quote_path, write_text
 from .chunk_records import RECORDS, Chunk, ChunkRecord, has_same_contents, is_unchanged, read_record
-from .chunks import write_chunk, write_description
+from .chunks import write_chunk
 from .dataset import DESCRIPTION, UNFINISHED, DatasetInfo, open_dataset, read_json, write_json
+from .descriptions import write_descriptions
 from .file_locks import folder_lock
 from .images import (
     LABELLED_IMAGE_COLUMNS,
@@ -44,14 +44,12 @@ from .images import (
     exif_orientation,
     labelled_image_schema,
 )
-from .partitions import PartitionFunction, partition_path
+from .partitions import PartitionFunction
 from .samples import Sample, Source
 from .source_summary import UNREADABLE_FILES, summarize_source, summary_lines
 from .sources import EMBEDDED, read_source
 from .splits import hash_name
 from .unpacking import unpacked
-
-logger = logging.getLogger(__name__)
 
 CHUNK_SAMPLES = 2048  # on average
 MAX_BLOCK_CHUNKS = 4  # a block of samples that are read together, if it is larger, is in several chunks
@@ -178,7 +176,8 @@ def _write(
         "fingerprint": source.fingerprint,
         "contents": source.content_hash(contents[s.name] for samples in source.splits.values() for s in samples),
     }
-    _write_descriptions(source, out, chunks, {**identity, "summary": summary}, len(parts or ()), options)
+    schema = labelled_image_schema(source.classes, options.max_pixels, options.resize)
+    write_descriptions(out, schema, chunks, {**identity, "summary": summary}, len(parts or ()))
     shutil.rmtree(out / RECORDS)
     (out / UNFINISHED).unlink()
     _report_summary(summary, source.classes, options)
@@ -329,47 +328,6 @@ def _report_unreadable(records: list[tuple[str, Chunk, ChunkRecord]], out: Path,
 def _report_summary(summary: Any, classes: list[str], options: PrepareOptions) -> None:
     for line in summary_lines(summary, classes):
         options.report(line.encode(errors="backslashreplace").decode())
-
-
-def _write_descriptions(
-    source: Source,
-    out: Path,
-    chunks: dict[str, list[Chunk]],
-    origin: dict[str, Any],
-    parts: int,
-    options: PrepareOptions,
-) -> None:
-    """Write the descriptions of the partitions and of the whole data set."""
-    schema = labelled_image_schema(source.classes, options.max_pixels, options.resize)
-    digests, size, linked = [], sum(origin["summary"]["counts"]["train"]), True
-    for number in range(parts):
-        folder = Path(partition_path(out, number))
-        own = {"train": [chunk for chunk in chunks["train"] if chunk.part == number], "val": chunks["val"]}
-        for split, split_chunks in own.items():
-            for chunk in split_chunks:
-                linked &= _link_folder(chunk.folder, folder / split / chunk.folder.name)
-        folders = {split: [chunk.folder for chunk in split_chunks] for split, split_chunks in own.items()}
-        digests.append(write_description(folder, schema, folders, origin, {"part": number, "of": size}))
-    if parts:
-        fsync_path(out / "parts")
-    if not linked:
-        logger.warning(
-            "%s: the file system has no hard links; the partitions are copies and take as much space again", out
-        )
-    folders = {split: [chunk.folder for chunk in split_chunks] for split, split_chunks in chunks.items()}
-    write_description(out, schema, folders, origin, {"parts": digests} if parts else {})
-
-
-def _link_folder(folder: Path, other: Path) -> bool:
-    """Hard-link the files of a folder into another one, or copy them if the file system has no hard links.
-
-    Returns:
-        Whether all files are links.
-    """
-    other.mkdir(parents=True)
-    linked = [link_or_copy(file, other / file.name) for file in folder.iterdir()]
-    fsync_path(other)
-    return all(linked)
 
 
 # ------------------------------------------------------------------------------------------------ one chunk
