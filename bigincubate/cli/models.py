@@ -45,7 +45,7 @@ def data_prepare(
         Argument(
             metavar="SOURCE",
             parser=_parse_source,
-            help="Folder with one folder per class, CIFAR archive, digits, made-up.",
+            help="A file or folder of one of the forms above, digits, or made-up.",
         ),
     ],
     out: Annotated[Path, Option(metavar="DIR", parser=parse_path, help="The output folder.")],
@@ -86,9 +86,21 @@ def data_prepare(
 ) -> None:
     """Convert images to hashed MDS shards for training. Run it again to resume.
 
-    A folder SOURCE has one folder per class; or such folders in train/ and, optionally, val/ (also: training, valid,
-    validation; test if there is no val). Without val/, a fraction of each class is held out. Hidden folders,
-    thumbnails and further links to the same file are skipped.
+    SOURCE is one of:
+
+    - a folder with one folder per class, or such folders in train/ and val/
+      (also: training, valid, validation; test if there is no val)
+    - a tar, tar.gz or zip file of such folders
+    - ImageNet as published: ILSVRC2012_img_train.tar, or the folder with it,
+      the validation tar and the devkit
+    - WebDataset shards: a folder, a shard, or 'train-{000..146}.tar' in quotes
+    - Parquet files of the Hugging Face Hub: a folder or a file (needs pyarrow)
+    - a .npz file with arrays such as x_train and y_train
+    - a .csv file with the columns path,label or path,label,split
+    - a CIFAR-10 or CIFAR-100 python archive; digits; made-up
+
+    Without a validation split, a fraction of each class is held out. Hidden folders, thumbnails and further links to
+    the same file are skipped.
     """
     from ..data.partitions import partition_by_class, partition_by_hash, partition_from_file
     from ..data.prepare import prepare_dataset

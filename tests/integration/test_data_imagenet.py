@@ -59,9 +59,7 @@ def jpeg(seed: int) -> bytes:
     return out.getvalue()
 
 
-@pytest.fixture
-def published(tmp_path: Path) -> Path:
-    folder = tmp_path / "published"
+def write_published(folder: Path) -> Path:
     folder.mkdir()
     with tarfile.open(folder / TRAIN, "w", format=tarfile.USTAR_FORMAT) as outer:
         for number, wnid in CLASSES.items():
@@ -75,6 +73,11 @@ def published(tmp_path: Path) -> Path:
             add(tar, f"ILSVRC2012_val_{row + 1:08}.JPEG", jpeg(row))
     write_devkit(folder, TRUTH)
     return folder
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    return write_published(tmp_path / "published")
 
 
 @pytest.fixture

@@ -134,7 +134,15 @@ LAYOUTS: dict[str, tuple[list[str], str]] = {
     "one class around the classes": (["all/a/1.png", "all/b/1.png"], "if a, b are the classes, prepare /"),
     "one class only": (["all/1.png"], "has only one class, all, but training needs at least two; add the others"),
     "no classes": (["1.png", "2.png"], "found 2 images without a folder of a class"),
-    "no classes but a table": (["1.png", "labels.csv"], "1 image without a folder of a class and labels.csv, but"),
+    "no classes but a table": (
+        ["1.png", "labels.csv"],
+        "1 image without a folder of a class and labels.csv; prepare",
+    ),
+    "no classes but a list": (
+        ["1.png", "labels.txt"],
+        "1 image without a folder of a class and labels.txt, but",
+    ),
+    "archive in a folder": (["images.zip"], "found 1 .zip file; .zip files in such a folder are not read: prepare the"),
     "no classes in train": (["train/1.png", "val/1.png"], "/train has no folders of classes: found 1 image without"),
     "no classes in val": (["train/a/1.png", "train/b/1.png", "val/1.png"], "/val: found 1 image without a folder"),
     "class only in val": (["train/a/1.png", "train/b/1.png", "val/c/1.png"], "/val/c: this class has no training"),
@@ -236,6 +244,7 @@ def test_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
         ("images.7z", ".7z files are not read yet: unpack them"),
         ("train.arrow", ".arrow files are not read yet"),
         ("notes.txt", "unknown kind of source"),
+        ("images.zip", "unknown kind of source"),
     ],
 )
 def test_file_that_is_no_source_is_named(tmp_path: Path, name: str, says: Any) -> None:

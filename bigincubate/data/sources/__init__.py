@@ -19,7 +19,7 @@ from .cifar import read_cifar, safe_unpickle
 from .class_archives import read_class_archive
 from .class_folders import read_class_folder
 from .csv_table import read_csv
-from .image_files import UNREAD_FORMATS
+from .image_files import ALONE, UNREAD_FORMATS
 from .imagenet import read_imagenet
 from .npz import read_npz
 from .parquet import read_parquet
@@ -80,7 +80,7 @@ def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | N
     path, known = request.path, ", ".join(form.title for form in FORMS) + ", or " + " or ".join(EMBEDDED)
     if not os.path.lexists(path):
         raise DataError(f"no such source: {quote_path(path)}; expected {known}")
-    if path.suffix.lower() in UNREAD_FORMATS:
-        action = UNREAD_FORMATS[path.suffix.lower()]
+    action = UNREAD_FORMATS.get(path.suffix.lower(), ALONE)
+    if action != ALONE:
         raise DataError(f"{quote_path(path)}: {path.suffix} files are not read yet: {action}, in one folder per class")
     raise DataError(f"{quote_path(path)}: unknown kind of source; expected {known}")

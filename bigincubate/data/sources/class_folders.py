@@ -173,7 +173,11 @@ def _describe(folder: Path, finder: ImageFinder) -> str:
     if not images:
         return f"found {describe_files(finder.walk(folder))}"
     tables = [file for file in files if file.endswith((".csv", ".json", ".jsonl", ".txt"))]
-    more = f" and {os.path.basename(tables[0])}, but labels in a file are not read" if tables else ""
+    more = ""
+    if tables:
+        name = os.path.basename(tables[0])
+        is_csv = name.endswith(".csv")
+        more = f" and {name}{'; prepare it if it lists labels' if is_csv else ', but labels in a file are not read'}"
     return f"found {images:,} image{'s' * (images > 1)} without a folder of a class{more}"
 
 

@@ -18,12 +18,14 @@ SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*
 # besides hidden folders; written by file systems and photo software
 SKIPPED_FOLDERS = ("@eadir", "__macosx", "__pycache__", "lost+found", "$recycle.bin", "thumbnails")
 CONVERT, UNPACK, EXTRACT = "convert them to PNG or JPEG", "unpack them", "write their images as files"
+ALONE = "prepare the file itself"
 UNREAD_FORMATS = {  # formats that hold images but are not read, and what to do
     **dict.fromkeys(
         (".avif", ".heic", ".heif", ".jxl", ".jp2", ".dcm", ".svg", ".ico", ".psd", ".exr", ".npy"), CONVERT
     ),
-    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"), UNPACK),
-    **dict.fromkeys((".parquet", ".arrow", ".tfrecord", ".h5", ".hdf5", ".lmdb", ".mdb", ".npz", ".rec"), EXTRACT),
+    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".parquet", ".npz"), ALONE),
+    **dict.fromkeys((".bz2", ".xz", ".7z", ".rar"), UNPACK),
+    **dict.fromkeys((".arrow", ".tfrecord", ".h5", ".hdf5", ".lmdb", ".mdb", ".rec"), EXTRACT),
     **dict.fromkeys((".mds", ".pkl", ".pickle", ".mat"), EXTRACT),
 }
 Key = TypeVar("Key", bound=Hashable)
@@ -231,7 +233,10 @@ def describe_files(paths: Iterable[str]) -> str:
     order = sorted(counts, key=lambda suffix: (suffix not in UNREAD_FORMATS, -counts[suffix], suffix))
     text = ", ".join(f"{counts[suffix]:,} {suffix} file{'s' * (counts[suffix] > 1)}" for suffix in order[:4])
     unread = [suffix for suffix in order if suffix in UNREAD_FORMATS]
-    return text + "".join(f"; {suffix} files are not read yet: {UNREAD_FORMATS[suffix]}" for suffix in unread[:1])
+    for suffix in unread[:1]:
+        when = "in such a folder are not read" if UNREAD_FORMATS[suffix] == ALONE else "are not read yet"
+        text += f"; {suffix} files {when}: {UNREAD_FORMATS[suffix]}"
+    return text
 
 
 def _suffix(path: str) -> str:

@@ -1,0 +1,116 @@
+"""Every command of the page "Your data" that prepares data works on small files of the form that it describes."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_data_imagenet import write_published
+from test_data_parquet import features, write_parquet
+from test_data_webdataset import write_with_tarfile
+
+PAGE = (Path(__file__).parents[2] / "docs" / "your_data.md").read_text()
+COMMANDS = re.findall(r"^bigincubate (data prepare .*)$", PAGE, re.MULTILINE)
+CLASSES = ["daisy", "tulip"]
+
+
+def write_everything(folder: Path) -> None:
+    """Write the files that the page names, in all forms, from the same photographs."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 3)):
+        for name in CLASSES:
+            (folder / "flowers" / split / name).mkdir(parents=True)
+            for row in range(count):
+                pixels = random.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "flowers" / split / name / f"{row}.jpg")
+    for suffix, mode in (("tar", "w"), ("tar.gz", "w:gz")):
+        with tarfile.open(folder / f"flowers.{suffix}", mode) as tar:  # type: ignore[call-overload]
+            tar.add(folder / "flowers", arcname="flowers")
+    shutil.make_archive(str(folder / "flowers"), "zip", folder, "flowers")
+    write_published(folder / "imagenet")
+    files = {split: sorted((folder / "flowers" / split).rglob("*.jpg")) for split in ("train", "val")}
+    for table, header in (("flowers.csv", "path,label,split"), ("photos.csv", "file_id,species,fold")):
+        rows = [f"{file.relative_to(folder)},{file.parent.name},{split}" for split in files for file in files[split]]
+        (folder / table).write_text("\n".join([header, *rows]))
+    arrays = {}
+    for split, name in (("train", "train"), ("val", "test")):
+        arrays[f"x_{name}"] = np.stack([np.asarray(Image.open(file)) for file in files[split]])
+        arrays[f"y_{name}"] = np.array([CLASSES.index(file.parent.name) for file in files[split]])
+    np.savez(folder / "flowers.npz", **arrays)
+    np.savez(folder / "cells.npz", photos=arrays["x_train"], stages=arrays["y_train"])
+    (folder / "shards").mkdir()
+    for shard, chosen in (
+        ("train-000", files["train"][::2]),
+        ("train-001", files["train"][1::2]),
+        ("val-000", files["val"]),
+    ):
+        samples = [
+            {
+                "__key__": f"{row:05}",
+                "jpg": file.read_bytes(),
+                "cls": CLASSES.index(file.parent.name),
+                "json": {"species": file.parent.name},
+            }
+            for row, file in enumerate(chosen)
+        ]
+        write_with_tarfile(folder / "shards" / f"flowers-{shard}.tar", samples)
+    if importlib.util.find_spec("pyarrow"):
+        for split, name in (("train", "train-00000-of-00001"), ("val", "validation-00000-of-00001")):
+            labels = [CLASSES.index(file.parent.name) for file in files[split]]
+            images = [file.read_bytes() for file in files[split]]
+            species = [file.parent.name for file in files[split]]
+            file = folder / "hub" / "data" / f"{name}.parquet"
+            write_parquet(file, images, labels, metadata=features(CLASSES), species=species)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("everything")
+    write_everything(folder)
+    return folder
+
+
+def test_page_has_a_command_for_each_form() -> None:
+    from bigincubate.data.sources import FORMS
+
+    sources = {shlex.split(command)[2].partition("/")[0] for command in COMMANDS}
+    assert len(sources) >= len(FORMS) + 2 - 1  # tar, tar.gz and zip are one form; CIFAR has no command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_of_the_page_works(
+    command: str, everything: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    words = shlex.split(command)
+    if words[2] == "hub" and not importlib.util.find_spec("pyarrow"):
+        pytest.skip("needs pyarrow: pip install 'bigincubate[parquet]'")
+    monkeypatch.chdir(everything)
+    code, out, err = call(*words)
+    assert (code, err) == (0, "")
+    pages_form = {"imagenet": "18 train, 6 val images of 3 classes", "cells.npz": "16 train, 4 val images of 2 classes"}
+    assert pages_form.get(words[2], "20 train, 6 val images of 2 classes") in out
+
+
+def test_help_lists_the_forms(call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = call("data", "prepare", "--help")
+    assert code == 0
+    for form in (
+        "folder per class",
+        "tar.gz or zip",
+        "ILSVRC2012",
+        "WebDataset",
+        "Parquet",
+        ".npz",
+        ".csv",
+        "CIFAR-100",
+    ):
+        assert form in out
