@@ -156,8 +156,8 @@ def test_what_is_no_shard_or_has_other_labels_is_refused(tree: Path, tmp_path: P
     samples = samples_of(tree / "train")
     for change, says in (
         ({"jpg": samples[0]["png"]}, "has the images png and jpg; choose one with --columns image=EXTENSION"),
-        ({"cls": b"\xff\xfe"}, "000000.cls cannot be read as a label: "),
-        ({"cls": b"7" * 2**21}, "000000.cls cannot be read as a label: it is too large"),
+        ({"cls": b"\xff\xfe"}, "'000000': the file cls cannot be read as a label: "),
+        ({"cls": b"7" * 2**21}, "'000000': the file cls cannot be read as a label: it is too large"),
     ):
         write_with_tarfile(shards / "my-train-0000.tar", [{**samples[0], **change}, *samples[1:]])
         assert says in fault_of(shards)

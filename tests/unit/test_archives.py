@@ -90,9 +90,9 @@ def test_name_that_occurs_twice_is_refused(tmp_path: Path) -> None:
     def again(opened: zipfile.ZipFile) -> None:
         opened.writestr("b/1.png", png("blue"))
 
-    assert "holds b/1.png twice" in fault_of(zip_of(tmp_path / "x.zip", GOOD, again))
-    assert "holds b/1.png twice" in fault_of(tar_of(tmp_path / "x.tar", {**GOOD, "./b//1.png": b"x"}))
-    assert "a/0.png is a file and a folder" in fault_of(tar_of(tmp_path / "y.tar", {**GOOD, "a/0.png/1.png": png()}))
+    assert "holds 'b/1.png' twice" in fault_of(zip_of(tmp_path / "x.zip", GOOD, again))
+    assert "holds 'b/1.png' twice" in fault_of(tar_of(tmp_path / "x.tar", {**GOOD, "./b//1.png": b"x"}))
+    assert "'a/0.png' is a file and a folder" in fault_of(tar_of(tmp_path / "y.tar", {**GOOD, "a/0.png/1.png": png()}))
 
 
 def test_long_and_odd_names_are_those_of_the_unpacked_files(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_damaged_header_inside_a_tar_is_not_taken_for_its_end(tmp_path: Path) ->
     (tmp_path / "x.tar").write_bytes(data)
     with tarfile.open(tmp_path / "x.tar") as tar:
         assert len(tar.getnames()) == 3  # Python's own reader
-    assert "x.tar is damaged: bad checksum in the header at byte 3,072" in fault_of(tmp_path / "x.tar")
+    assert "x.tar is damaged: bad checksum (header at byte 3,072)" in fault_of(tmp_path / "x.tar")
 
 
 def test_truncated_zip_is_refused_wherever_it_ends(tmp_path: Path) -> None:
@@ -251,7 +251,14 @@ def test_encrypted_and_oddly_compressed_zips_are_refused(tmp_path: Path) -> None
     assert "x.zip is encrypted" in fault_of(zip_of(tmp_path / "x.zip", GOOD, encrypt))
     with zipfile.ZipFile(tmp_path / "y.zip", "w", zipfile.ZIP_LZMA) as opened:
         opened.writestr("a/1.png", png())
-    assert "a/1.png is neither stored nor deflated" in fault_of(tmp_path / "y.zip")
+    assert "'a/1.png' is neither stored nor deflated" in fault_of(tmp_path / "y.zip")
+
+
+def test_zip_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    def remove_name(opened: zipfile.ZipFile) -> None:
+        opened.infolist()[0].filename = ""
+
+    assert "the name '' leads outside" in fault_of(zip_of(tmp_path / "x.zip", GOOD, remove_name))
 
 
 def test_zip_with_bytes_before_it_is_read(tmp_path: Path) -> None:

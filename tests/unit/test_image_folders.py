@@ -244,7 +244,7 @@ def test_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
         ("images.7z", ".7z files are not read yet: unpack them"),
         ("train.arrow", ".arrow files are not read yet"),
         ("notes.txt", "unknown kind of source"),
-        ("images.zip", "unknown kind of source"),
+        ("images.zip", "is damaged: it does not begin as a .zip file"),
     ],
 )
 def test_file_that_is_no_source_is_named(tmp_path: Path, name: str, says: Any) -> None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ...errors import ConfigError, DataError
 from ...files import quote_path
 from ..samples import Source
+from .archives import damaged_archive
 from .builtin import EMBEDDED, generate_images, read_digits
 from .cifar import read_cifar, safe_unpickle
 from .class_archives import read_class_archive
@@ -80,7 +81,9 @@ def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | N
     path, known = request.path, ", ".join(form.title for form in FORMS) + ", or " + " or ".join(EMBEDDED)
     if not os.path.lexists(path):
         raise DataError(f"no such source: {quote_path(path)}; expected {known}")
-    action = UNREAD_FORMATS.get(path.suffix.lower(), ALONE)
-    if action != ALONE:
+    action = UNREAD_FORMATS.get(path.suffix.lower())
+    if action == ALONE:
+        raise damaged_archive(path, f"it does not begin as a {path.suffix} file")
+    if action is not None:
         raise DataError(f"{quote_path(path)}: {path.suffix} files are not read yet: {action}, in one folder per class")
     raise DataError(f"{quote_path(path)}: unknown kind of source; expected {known}")

@@ -51,7 +51,7 @@ class ArchiveFinder(ImageFinder):
             folder.files[name] = member
         for where, folder in _walk(self._top, ""):
             if both := folder.folders.keys() & folder.files.keys():
-                name = f"{where}{min(both)}"
+                name = repr(where + min(both))
                 raise DataError(f"{quote_path(archive.file)} is refused: {name} is a file and a folder; make it again")
 
     def find_root(self) -> Path:

@@ -99,7 +99,8 @@ def list_archive(path: Path) -> Archive | None:
 
 def damaged_archive(file: Path | str, why: str) -> DataError:
     """Return the error for an archive that is damaged or truncated."""
-    return DataError(f"{quote_path(file)} is damaged: {why}; copy or download it again")
+    first = (why.splitlines() or [""])[0].rstrip(": ")  # Python's parsers list what they tried in further lines
+    return DataError(f"{quote_path(file)} is damaged: {first}; copy or download it again")
 
 
 def list_tar(data: SeekableFile, file: Path, skipped: Counter[str], start: int = 0, within: str = "") -> list[Member]:
@@ -211,7 +212,7 @@ def _list_zip(file: Path) -> Archive | None:
         if info.header_offset < end or info.compress_size < 0:
             raise DataError(f"{quote_path(file)} is refused: its members overlap; make it again")
         end = info.header_offset + 30 + info.compress_size
-        if info.is_dir():
+        if info.filename.endswith("/"):  # a folder
             continue
         name, kind = clean_name(info.filename, file), stat.S_IFMT(info.external_attr >> 16)
         if kind not in (0, stat.S_IFREG):
@@ -220,7 +221,7 @@ def _list_zip(file: Path) -> Archive | None:
         if info.flag_bits & 1:
             raise DataError(f"{quote_path(file)} is encrypted; make it without a password")
         if info.compress_type not in (STORED, DEFLATED):
-            raise DataError(f"{quote_path(file)}: {name} is neither stored nor deflated; make the zip file again")
+            raise DataError(f"{quote_path(file)}: {name!r} is neither stored nor deflated; make the zip file again")
         place = ZipSlice(
             *(str(file), info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type, name)
         )
@@ -236,5 +237,5 @@ def _refuse_duplicates(archive: Archive) -> None:
     seen: set[str] = set()
     for member in archive.members:
         if member.name in seen:
-            raise DataError(f"{quote_path(archive.file)} is refused: it holds {member.name} twice; make it again")
+            raise DataError(f"{quote_path(archive.file)} is refused: it holds {member.name!r} twice; make it again")
         seen.add(member.name)

@@ -58,6 +58,8 @@ def read_imagenet(request: SourceRequest) -> Source | None:
         if not (folder / TRAIN).is_file():
             return None
         train = list_archive(folder / TRAIN)
+        if train is None:
+            raise damaged_archive(folder / TRAIN, "it does not begin as a tar file")
     else:
         train = request.archive
     if train is None or train.compressed or not _holds_tars(train):
@@ -72,7 +74,7 @@ def read_imagenet(request: SourceRequest) -> Source | None:
     if (folder / VAL).is_file():
         devkit, val = _read_devkit(folder), list_archive(folder / VAL)
         if val is None:
-            raise damaged_archive(folder / VAL, "it is not a tar file")
+            raise damaged_archive(folder / VAL, "it does not begin as a tar file")
         merged.members += _label_validation(val, devkit)
         merged.skipped += val.skipped
         merged.modified += val.modified  # changes if one of them does

@@ -125,7 +125,7 @@ def build_source(table: Table, request: SourceRequest) -> Source:
     index: dict[int | str | None, int] = {label: number for number, label in enumerate(labels)}
     if unknown := [row for row in splits.get("val", []) if row.label not in index]:
         raise DataError(
-            f"{where}: the label {unknown[0].label!r} of {unknown[0].name} occurs in validation, but not in training"
+            f"{where}: the label {unknown[0].label!r} of {unknown[0].name!r} occurs in validation, but not in training"
         )
     samples = {
         split: [Sample(row.name, index[row.label], row.image, row.stamp, row.block) for row in rows]
@@ -154,7 +154,7 @@ def _name_labels(rows: list[Row], names: Sequence[str], where: str) -> list[Row]
         label = None if row.label == -1 else row.label
         if isinstance(label, int):
             if not 0 <= label < len(names):
-                raise DataError(f"{where}: the label {label} of {row.name} is not among the {len(names):,} classes")
+                raise DataError(f"{where}: the label {label} of {row.name!r} is not among the {len(names):,} classes")
             label = names[label]
         named.append(row._replace(label=label))
     return named
@@ -177,5 +177,5 @@ def _refuse_duplicates(samples: dict[str, list[Sample]], where: str) -> None:
     for own in samples.values():
         for sample in own:
             if sample.name in seen:
-                raise DataError(f"{where} is refused: {sample.name} occurs twice; make it again without the second")
+                raise DataError(f"{where} is refused: {sample.name!r} occurs twice; make it again without the second")
             seen.add(sample.name)

@@ -74,7 +74,7 @@ def read_tar_headers(file: SeekableFile) -> Iterator[TarMember]:
         try:
             info = TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except (tarfile.HeaderError, ValueError) as error:
-            raise ValueError(f"{error} in the header at byte {position:,}") from None
+            raise ValueError(f"{error} (header at byte {position:,})") from None
         position += BLOCK
         if info.type in (EXTENDED, GLOBAL, LONG_NAME, LONG_LINK):
             content = _read_extended(file, info, position)

@@ -144,10 +144,11 @@ def _list_shard(folder: Path, columns: Mapping[str, str], name: str) -> tuple[li
             continue
         if len(images) > 1:
             raise DataError(
-                f"{archive.file}/{key} has the images {' and '.join(images)}; choose one with --columns image=EXTENSION"
+                f"{quote_path(archive.file)}: {key!r} has the images {' and '.join(images)}; choose one with --columns"
+                " image=EXTENSION"
             )
         member = files[images[0]]
-        label = _read_label(files, columns.get("label"), f"{archive.file}/{key}")
+        label = _read_label(files, columns.get("label"), f"{quote_path(archive.file)}: {key!r}")
         rows.append(Row(f"{name}/{key}", label, member.stored, (member.size, archive.modified)))
     return rows, skipped
 
@@ -178,9 +179,9 @@ def _read_label(files: Mapping[str, Member], column: str | None, where: str) -> 
         if isinstance(value, dict):
             value = value.get(key) if key else next((value[name] for name in LABEL_NAMES if name in value), None)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}.{extension} cannot be read as a label: {error}") from None
+        raise DataError(f"{where}: the file {extension} cannot be read as a label: {error}") from None
     if value is not None and type(value) not in (int, str):
-        raise DataError(f"{where}.{extension} has the label {str(value)[:50]}, which is neither a number nor text")
+        raise DataError(f"{where}: the label {str(value)[:50]!r} in the file {extension} is neither a number nor text")
     return value
 
 
