@@ -190,3 +190,15 @@ def test_compressed_tar_that_fits_nowhere_or_is_truncated_is_refused(
     packed.write_bytes(packed.read_bytes()[:-500])
     with pytest.raises(DataError, match=r"x\.tar\.gz is damaged: "):
         prepare_dataset(str(packed), tmp_path / "out")
+
+
+def test_checksum_of_a_compressed_tar_is_verified(tmp_path: Path) -> None:
+    packed = tmp_path / "x.tar.gz"
+    with tarfile.open(packed, "w:gz") as tar:
+        tar.add(write_tree(tmp_path / "tree", 30), arcname=".")
+    data = bytearray(packed.read_bytes())
+    data[-8] ^= 1  # of the checksum; Python's own reader of tar files does not read it
+    packed.write_bytes(data)
+    with pytest.raises(DataError, match=r"x\.tar\.gz is damaged: CRC check failed"):
+        prepare_dataset(str(packed), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

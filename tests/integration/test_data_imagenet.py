@@ -144,7 +144,7 @@ def test_validation_images_without_labels_are_refused(published: Path, tmp_path:
     write_devkit(published, [*TRUTH[:5], 9])
     assert "is not that of ImageNet 2012: KeyError(9)" in fault()
     kit = (published / DEVKITS[0]).read_bytes()
-    for damaged in (kit[:-100], kit[:3], b"", b"no archive", kit[:100] + bytes(200) + kit[300:]):
+    for damaged in (kit[:-8] + bytes(8), kit[:-100], kit[:3], b"", b"no archive", kit[:100] + bytes(200) + kit[300:]):
         (published / DEVKITS[0]).write_bytes(damaged)
         assert f"{DEVKITS[0]} is damaged: " in fault()
     (published / DEVKITS[0]).unlink()

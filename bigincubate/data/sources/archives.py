@@ -91,6 +91,8 @@ def list_archive(path: Path) -> Archive | None:
             if opener and not is_tar_header(data.read(BLOCK)):
                 return None
             archive.members = list_tar(data, file, archive.skipped)
+            while opener and data.read(BLOCK * 2048):
+                pass  # the checksum of a compressed file is at its end
     except DAMAGED as error:
         raise damaged_archive(file, str(error) or type(error).__name__) from None
     _refuse_duplicates(archive)

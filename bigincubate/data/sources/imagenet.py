@@ -159,6 +159,7 @@ def _read_devkit_archive(path: Path) -> dict[str, bytes]:
                 file = tar.extractfile(member)
                 assert file is not None  # a regular file
                 found[name] = file.read()
+    list_archive(path)  # reads on to the checksum at the end, which the loop above does not reach
     return found
 
 
