@@ -162,7 +162,7 @@ class ScheduleConfig(ConfigTable):
     """Shape of the learning rate after warm-up: cosine, constant, linear (a line down to `min_lr`) or wsd
     (warm-up-stable-decay: constant until it decays at the end)."""
     decay: Literal["linear", "sqrt"] = "linear"
-    """How wsd decays to `min_lr`: along a line, or along 1 - sqrt (arXiv 2405.18392)."""
+    """How wsd decays to `min_lr`: linear (along a line) or sqrt (as 1 - sqrt, arXiv 2405.18392)."""
     decay_share: Unit = 0.2
     """Share of the steps, at the end, in which wsd decays."""
     warmup_epochs: NonNegative = 0
@@ -368,7 +368,7 @@ class FinetuneConfig(PhaseConfig):
     """The fine-tuning of the assembled model."""
 
     budget: Budget = "equal_flops"
-    """Length of fine-tuning if `plan.incubate` omits modules: so many steps that the run has the training FLOPs of an
+    """Length of fine-tuning if `plan.incubate` omits modules: as many steps as give the run the training FLOPs of an
     incubation of all modules, or `finetune.train.epochs`. If all modules are incubated, both are the same."""
 
 
