@@ -96,10 +96,11 @@ class ExpandConfig(ConfigTable):
     """Weights with which a module that is not incubated enters fine-tuning: as for `incubate.init`, or g_stack (all
     blocks of the meta model, repeated in their order across modules, as in G_stack, arXiv 2405.15319)."""
     schedule: Literal["own", "continue"] = "own"
-    """Learning rate of fine-tuning, if `plan.incubate` omits modules: own (a schedule over the steps of fine-tuning, which
-    warms up again if it has a warm-up, and otherwise begins at the peak) or continue (one schedule over the steps of
-    the meta model and of fine-tuning). For the latter, both phases must have the same peak, warm-up and `schedule`."""
+    """Learning rate of fine-tuning, if `plan.incubate` omits modules: own (a schedule over the steps of fine-tuning,
+    which warms up again if it has a warm-up, and otherwise begins at the peak) or continue (one schedule over the steps
+    of the meta model and of fine-tuning). For the latter, both phases must have the same peak, warm-up and
+    `schedule`."""
     optimizer: Literal["fresh", "kept"] = "fresh"
-    """Optimizer state with which fine-tuning starts, if `plan.incubate` omits modules: fresh (none) or kept (each tensor
-    that is copied from the meta model has the state of the last checkpoint there). `"kept"` is refused for DeepSpeed's
-    ZeRO, and for optimizers that count the steps of all tensors together (lamb)."""
+    """Optimizer state with which fine-tuning starts, if `plan.incubate` omits modules: fresh (none) or kept (each
+    tensor that is copied from the meta model has the state of the last checkpoint there). `"kept"` is refused for
+    DeepSpeed's ZeRO, and for optimizers that count the steps of all tensors together (lamb)."""
