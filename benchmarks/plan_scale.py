@@ -1,4 +1,4 @@
-"""Measure what planning a run costs, above the imports of torch and timm: of a recipe, or with many modules.
+"""Measure what it costs to plan the run of a recipe, or a run with many modules, without the imports of torch and timm.
 
 python benchmarks/plan_scale.py imagenet-vit-b 4 1000
 """

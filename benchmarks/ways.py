@@ -7,8 +7,8 @@
     python benchmarks/ways.py digits --write               # tables and plot in docs/results.md
 
 The study is a TOML file in benchmarks/ways_study/, which describes the protocol. Its log (trials-NAME.jsonl) and the
-chosen settings (settings-NAME.toml) are beside it and belong into the repository. Finished trials are not repeated, and
-interrupted ones resume, with the same --out. Each trial uses one core.
+chosen settings (settings-NAME.toml) are in the same folder, and are committed. Finished trials are not repeated;
+interrupted trials resume if --out is the same. Each trial uses one core.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 
 
 def measured_rates(study: Study, entries: Iterable[Entry]) -> dict[str, float]:
-    """Return the FLOP/s of one core by kind of way, from the log; those of other kinds are missing."""
+    """Return the FLOP/s of one core by kind of way, for the kinds that have a finished trial in the log."""
     flops: dict[str, float] = defaultdict(float)
     seconds: dict[str, float] = defaultdict(float)
     for entry in entries:
@@ -142,6 +142,7 @@ def write_page(study: Study, log: TrialLog, page: Path) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", help="a definition in benchmarks/ways_study/, or a .toml file")
     action = parser.add_mutually_exclusive_group(required=True)
@@ -161,6 +162,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Run the program, and exit with its code."""
     args = parse_arguments()
     try:
         raise SystemExit(run_action(args))

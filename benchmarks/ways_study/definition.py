@@ -87,7 +87,7 @@ class Study:
 
     Attributes:
         name: Its name.
-        file: The file of the definition; the log and the chosen settings are beside it.
+        file: The file of the definition; the log and the chosen settings are in the same folder.
         recipe: Name or path of the recipe.
         splits: Recipe changes of the development and of the validation split.
         ways: The ways by name.
