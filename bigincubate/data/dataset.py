@@ -159,7 +159,7 @@ def _explain_missing(path: Path) -> str:
     if (path / UNFINISHED).exists():
         return "it is not complete; run the same `bigincubate data prepare` again to finish it"
     if (path / PARTS).is_dir() or any((path / split / INDEX).exists() for split in SPLITS):
-        return f"{DESCRIPTION} is missing beside the samples; copy it from where the data was prepared"
+        return f"{DESCRIPTION} is missing next to the samples; copy it from where the data was prepared"
     if below := [other.parent for other in sorted(path.glob(f"*/{DESCRIPTION}"))]:
         return f"it is not prepared data, but {', '.join(quote_path(folder) for folder in below[:3])} is"
     found = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))

@@ -48,7 +48,7 @@ def folder_lock(folder: Path, limit: float = LOCK_SECONDS) -> Iterator[None]:
     This is a file lock. On a file system without file locks, it is a lease, which needs none.
 
     Args:
-        folder: The folder, which may be missing. The files of the lock are beside it.
+        folder: The folder, which may be missing. The files of the lock are next to it.
         limit: Seconds to wait for the lock.
 
     Raises:

@@ -52,7 +52,7 @@ from .splits import hash_name
 from .unpacking import unpacked
 
 CHUNK_SAMPLES = 2048  # on average
-MAX_BLOCK_CHUNKS = 4  # a block of samples that are read together, if it is larger, is in several chunks
+MAX_BLOCK_CHUNKS = 4  # a block of samples that are read together is divided if it is larger than this many chunks
 UNREADABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP)  # errors of one file, not of a disk
 CHUNK_SECONDS = 3600.0  # time without a finished chunk after which the processes count as stuck
 PREPARE_SECONDS = 86400.0  # limit for waiting for another process that prepares the same data

@@ -75,7 +75,7 @@ class Source:
         classes: Names of the classes.
         splits: The samples of ``"train"`` and ``"val"``.
         folder: The absolute path of a folder of images; otherwise None.
-        notes: What the description of the data says about how a folder was read (plain JSON values).
+        notes: What the description of the data says about how the source was read (plain JSON values).
         compressed: The path of the archive that must be unpacked before its images can be read; otherwise None.
     """
 

@@ -1,4 +1,4 @@
-"""Which shards match their hashes: each is hashed once per node, and remembered in ``verified.json`` beside the data.
+"""Which shards match their hashes: each is hashed once per node, and remembered in ``verified.json`` next to the data.
 
     {"digest": "…", "train": {"00000/shard.00000.mds": [<size>, <modification time in ns>, <inode>], …}, "val": {…}}
 

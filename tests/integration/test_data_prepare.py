@@ -402,11 +402,11 @@ def test_missing_description_says_what_is_there_instead(prepared: Path, tree: Pa
             open_dataset(folder)
         assert says in str(fault.value)
     (whole / "dataset.json").unlink()
-    with pytest.raises(DataError, match=r"dataset\.json is missing beside the samples; copy it from where"):
+    with pytest.raises(DataError, match=r"dataset\.json is missing next to the samples; copy it from where"):
         open_dataset(whole)
     shutil.rmtree(whole / "train")
     shutil.rmtree(whole / "val")
-    with pytest.raises(DataError, match=r"dataset\.json is missing beside the samples"):
+    with pytest.raises(DataError, match=r"dataset\.json is missing next to the samples"):
         open_dataset(whole)  # a site that has only one partition
 
 

@@ -122,7 +122,7 @@ def test_class_may_be_called_train(tmp_path: Path, name: str) -> None:
 
 
 LAYOUTS: dict[str, tuple[list[str], str]] = {
-    "train beside a class": (["train/a/1.png", "train/b/1.png", "car/1.png"], "has car/ beside train/"),
+    "train beside a class": (["train/a/1.png", "train/b/1.png", "car/1.png"], "has car/ next to train/"),
     "two names for validation": (["train/a/1.png", "val/a/1.png", "valid/a/1.png"], "has val/ and valid/; keep one"),
     "validation only": (["valid/a/1.png", "valid/b/1.png"], "has valid/ but no train/"),
     "test beside classes": (["a/1.png", "b/1.png", "test/1.png"], "has test/ but no train/"),

@@ -1,7 +1,8 @@
 """Read the samples of a source, in any of the forms in `FORMS`.
 
-A form lists names and labels first, without reading any image; images are then read one by one, by processes that got
-only their place (`StoredImage`). To add a form, write a file with a function like the others, and add it to `FORMS`.
+A form first lists names and labels without reading any image. Images are then read one by one, by processes that
+receive only the place of each (`StoredImage`). To add a form, write a file with a function like the others, and add it
+to `FORMS`.
 """
 
 from __future__ import annotations
@@ -44,11 +45,14 @@ class Form(NamedTuple):
 
 FORMS = (  # the first that fits is used
     Form("a CIFAR-10 or CIFAR-100 python archive", read_cifar),
-    Form("ImageNet as published (ILSVRC2012_img_train.tar; validation tar and devkit beside it)", read_imagenet),
+    Form(
+        "ImageNet as published (ILSVRC2012_img_train.tar, in one folder with the validation tar and the devkit)",
+        read_imagenet,
+    ),
     Form("WebDataset shards (a folder, a shard, or a pattern such as 'train-{000..146}.tar')", read_webdataset, True),
     Form("a .npz file with arrays of images and labels", read_npz, True),
     Form("a .csv file with the columns path,label or path,label,split", read_csv, True),
-    Form("a tar or zip file of such folders", read_class_archive),
+    Form("a tar or zip file of folders of images by class", read_class_archive),
     Form("Parquet files with a column of images and a column of labels", read_parquet, True),
     Form("a folder of images by class", read_class_folder),
 )
@@ -65,6 +69,7 @@ def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | N
     Raises:
         ConfigError: If the form has no columns, or not the given ones.
         DataError: If the source is missing, empty, of an unknown form, or damaged.
+        MissingDependencyError: If the form needs a package that is not installed.
     """
     if unknown := (columns or {}).keys() - {"image", "label", "split"}:
         raise ConfigError(f"--columns {min(unknown)}=…: expected image=NAME,label=NAME, and for CSV files split=NAME")

@@ -28,13 +28,15 @@ from ..samples import StoredImage
 from .slices import DEFLATED, STORED, FileSlice, ZipSlice
 from .tar_headers import BLOCK, SeekableFile, is_tar_header, read_tar_headers
 
-# first bytes of compressed files and how to read them
+# first bytes of compressed files, and the class that reads them
 COMPRESSIONS: tuple[tuple[bytes, Callable[[Path], Any]], ...] = (
-    *((b"\x1f\x8b", gzip.GzipFile), (b"BZh", bz2.BZ2File), (b"\xfd7zXZ\0", lzma.LZMAFile)),
+    (b"\x1f\x8b", gzip.GzipFile),
+    (b"BZh", bz2.BZ2File),
+    (b"\xfd7zXZ\0", lzma.LZMAFile),
 )
 MAX_NAME_BYTES, MAX_NAME_FOLDERS = 4096, 200
 LINKS, DEVICES, SPARSE = "links in the archive", "pipes, sockets and devices", "sparse files in the archive"
-DAMAGED = (  # what the parsers raise for archives that are damaged or made to harm
+DAMAGED = (  # what the parsers raise for archives that are damaged, perhaps on purpose
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error),
     *(ValueError, OverflowError, RecursionError, NotImplementedError, MemoryError, gzip.BadGzipFile),
 )
@@ -159,7 +161,7 @@ def open_compressed(file: Path) -> IO[bytes]:
         ValueError: If it is not compressed.
     """
     if (opener := _decompressor(file)) is None:
-        raise ValueError("it is not compressed any more")
+        raise ValueError("it is no longer compressed")
     return cast("IO[bytes]", opener(file))
 
 

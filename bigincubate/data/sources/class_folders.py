@@ -116,7 +116,7 @@ def _find_splits(root: Path, finder: ImageFinder) -> tuple[dict[str, Path], list
         )
     if images := [name for name in others if finder.holds_images(folders[name])]:
         raise DataError(
-            f"{quote_path(root)} has {', '.join(f'{name}/' for name in images[:3])} beside {train.name}/: neither"
+            f"{quote_path(root)} has {', '.join(f'{name}/' for name in images[:3])} next to {train.name}/: neither"
             f" training nor validation (val/ or test/). If it is a class, move it into {train.name}/; otherwise away"
         )
     unused = [*others, *(by_split["test"] if by_split["val"] else [])]

@@ -25,7 +25,7 @@ USUAL_NAMES = {
 def read_csv(request: SourceRequest) -> Source | None:
     """Return the images that a CSV file lists; None for anything else.
 
-    Paths are relative to the folder of the file. Missing files are reported when they are read.
+    Paths are relative to the folder of the CSV file. Missing images are reported only when they are read.
 
     Raises:
         ConfigError: If a given column does not exist.

@@ -47,8 +47,8 @@ class Devkit(NamedTuple):
 def read_imagenet(request: SourceRequest) -> Source | None:
     """Return the images of ImageNet; None if the path is neither a tar of tars nor a folder with one.
 
-    The path is that of `TRAIN` or of a folder that holds it. `VAL` and the development kit lie in the same folder;
-    without `VAL`, a part of the training images is held out.
+    The path is that of `TRAIN` or of a folder that holds it. `VAL` and the development kit are in the same folder.
+    Without `VAL`, a part of the training images is held out.
 
     Raises:
         DataError: If an archive is damaged, or the labels of the validation images are missing or do not fit.

@@ -61,7 +61,7 @@ class Table:
 
 
 def split_of_path(path: Path | str) -> str | None:
-    """Return the split that the name of a file, or of a folder that holds it, says; None if it says none.
+    """Return the split that the name of a file or of a folder that holds it contains; None if none does.
 
     The file's own name goes before those of folders: ``data/train-00000-of-00002.parquet``, ``train/0000.parquet``.
     """
@@ -102,8 +102,8 @@ def assign_splits(paths: Iterable[str], where: Path) -> dict[str, list[str]]:
 def build_source(table: Table, request: SourceRequest) -> Source:
     """Return the source that consists of the rows of a table.
 
-    The classes are the given names that occur in training. Without names they are the labels that occur in training,
-    in the order of numbers or of the alphabet.
+    The classes are the given names that occur in training, in their order. Without names, they are the labels that
+    occur in training, in the order of numbers or of the alphabet.
 
     Raises:
         DataError: If labels do not fit, there are fewer than two classes, or a name occurs twice.

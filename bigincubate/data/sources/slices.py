@@ -1,4 +1,4 @@
-"""Image files inside other files, which are read by their offset."""
+"""Image files inside other files, which are read at their offset."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Read the headers of a tar file.
 
-Python's ``tarfile`` takes a damaged header for the end of the archive and keeps every header in memory; this reader
-refuses the former and yields the headers one by one. It knows the formats of POSIX (ustar, pax) and of GNU tar.
+Python's ``tarfile`` takes a damaged header for the end of the archive, and keeps every header in memory. This reader
+refuses damaged headers, and yields the headers one by one. It knows the formats of POSIX (ustar, pax) and of GNU tar.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 BLOCK = 512  # bytes; headers and contents are padded to it
 MAX_HEADER_BYTES = 2**20  # limit for an extended header, which may claim any size
-MAX_MEMBER_BYTES = 2**43  # file systems refuse to seek too far behind the end of a file
+MAX_MEMBER_BYTES = 2**43  # file systems refuse to seek too far beyond the end of a file
 NO_CONTENT = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
 EXTENDED, GLOBAL, LONG_NAME, LONG_LINK, SPARSE = b"x", b"g", b"L", b"K", b"S"  # types of headers
 

@@ -34,11 +34,11 @@ MAX_SHARDS, MAX_LABEL_BYTES = 10**5, 2**20
 
 
 def read_webdataset(request: SourceRequest) -> Source | None:
-    """Return the images of WebDataset shards; None if the path is neither a shard, a folder of them nor a pattern.
+    """Return the images of WebDataset shards; None if the path is not a shard, a folder of shards or a pattern.
 
     Raises:
-        ConfigError: If a given extension does not occur.
-        DataError: If a shard is missing or damaged, or has no images with labels.
+        ConfigError: If a pattern stands for too many files.
+        DataError: If a shard is missing or damaged, or no image has a label (with the given extensions).
     """
     if (found := _find_shards(request)) is None:
         return None
@@ -67,7 +67,7 @@ def expand_braces(pattern: str) -> list[str]:
     """Return the paths that a pattern stands for: ``{00..12}`` is a range of numbers, ``{a,b}`` a list.
 
     Raises:
-        ConfigError: If they are too many.
+        ConfigError: If there are too many.
     """
     if (match := BRACES.search(pattern)) is None:
         return [pattern]
@@ -105,7 +105,7 @@ def _find_shards(request: SourceRequest) -> tuple[Path, dict[str, list[str]]] | 
 
 
 def _is_shard(archive: Archive) -> bool:
-    """Return whether a tar file is a shard: images have labels beside them and do not lie in folders of classes."""
+    """Return whether a tar file is a shard: an image has a label, which is a ``cls`` file if it is in a folder."""
     for key, files in _samples(archive, Counter()):
         if any(f".{extension}" in SUFFIXES for extension in files):
             if "cls" in files:
