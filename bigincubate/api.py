@@ -57,7 +57,8 @@ def plan(
             that divide the batch sizes.
         cluster: Cluster for which to estimate the training time: ``"nodes=8,gpus=8,tflops=200"``, or
             ``"...,rates=RUN_DIR"`` to use the measured throughput of the phases of a run.
-        sharding: Whether to estimate memory and communication per rank for each sharding strategy.
+        sharding: Whether to estimate memory and communication per rank for each sharding strategy; if not,
+            ``world_sizes`` has no effect.
         ways: Whether to compare the recipe with other ways to train its target.
 
     Returns:
@@ -115,9 +116,9 @@ class RunResult:
     Attributes:
         path: The run directory.
         export: The folder with the final model, for ``timm.create_model(f"local-dir:{export}", pretrained=True)``.
-        results: The result of each phase: ``meta``, ``modules`` (a list; None for a module that is not incubated),
-            ``assembled``, ``finetune`` and ``end_to_end`` (None if it was not trained). A result has ``metrics``,
-            ``steps``, ``seen``, ``flops``, ``seconds``.
+        results: The result of each phase: ``meta``, ``modules`` (a list by number up to the last incubated module;
+            None for a module that is not incubated), ``assembled``, ``finetune`` and ``end_to_end`` (None if it was not
+            trained). A result has ``metrics``, ``steps``, ``seen``, ``flops``, ``seconds``.
         load_code: Python code that loads the final model; None if an earlier call exported it.
         already_done: Whether the run was complete before the call.
         context: The recipe, data and plan of the run.

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 FILES = {io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom}  # the classes that buffer output
 exit_code: int | None = None  # of the command; None: tear down the interpreter as usual
-_frozen_files: list[io.IOBase] = []  # open files that the garbage collector does not visit any more
+_frozen_files: list[io.IOBase] = []  # open files that the garbage collector no longer visits
 
 
 def skip_teardown() -> None:

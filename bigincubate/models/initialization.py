@@ -12,14 +12,14 @@ from .partition import Partition
 
 
 def initialize_model(model: nn.Module, partition: Partition, init: ModelInit) -> None:
-    """Change the library's random weights of a new model as ``init`` says.
+    """Change the random weights that the library gave a new model, as ``init`` says.
 
     - ``"plain"`` changes nothing.
     - ``"scaled"`` divides the last layer of each residual branch by the square root of the number of branches, 2·depth
       in a ViT, so that the branches together add as much as one does (as in GPT-2: Radford et al., 2019, section 2.3).
     - ``"mimetic"`` makes attention resemble that of pretrained ViTs (see `ModelFamily.initialize_mimetic`).
 
-    Random numbers come from torch's default generator, as those of the library do.
+    Random numbers come from torch's default generator, like those of the library.
 
     Args:
         model: A new model; on the meta device, this only checks that the model supports the initialization.

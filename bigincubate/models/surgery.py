@@ -96,10 +96,10 @@ def initialize(
     meta_partition: Partition,
     init: Init,
 ) -> None:
-    """Initialize modules, of a hybrid or of the target, that have new random weights.
+    """Initialize modules of a hybrid or of the target, which have new random weights.
 
     ``"fresh"`` keeps the random weights (as in the paper). ``"boundary"`` copies the layers outside of blocks (stem,
-    down-sampling, final norm, head) from the meta model. All others copy blocks too:
+    down-sampling, final norm, head) from the meta model. The following values also copy blocks:
 
     - ``"grow"`` copies the meta module's blocks to the module's first blocks in each stage and makes its other blocks
       the identity: if all other modules are the meta model's, or grown too, the model computes the same function as the

@@ -54,13 +54,13 @@ class Schedule:
 
     @property
     def decay_start(self) -> int:
-        """The step at which ``wsd`` and ``linear`` begin to decay: after the warm-up, at ``total`` at the latest."""
+        """The step at which ``wsd`` and ``linear`` begin to decay; not before the warm-up ends, nor after ``total``."""
         share = self.config.decay_share if self.config.name == "wsd" else 1.0
         return min(self.total, max(self.warmup, self.total - round(share * self.total)))
 
     @property
     def stable_steps(self) -> int:
-        """The number of steps of the phase before the decay of ``wsd``, which do not depend on ``total``."""
+        """The number of steps of the phase before ``wsd`` decays; 0 for other schedules."""
         return max(0, self.decay_start - self.start) if self.config.name == "wsd" else 0
 
     def learning_rate(self, step: int) -> float:
@@ -71,7 +71,7 @@ class Schedule:
         if config.name == "constant":
             return peak
         total = max(self.total, 1)
-        if config.name == "cosine":  # of all steps, as in timm: the warm-up replaces its beginning
+        if config.name == "cosine":  # over all steps, as in timm: the warm-up replaces its beginning
             return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * step / total))
         if step < self.decay_start:
             return peak

@@ -198,8 +198,8 @@ def count_costs(recipe: Recipe, plan: Plan) -> dict[str, Cost]:
 def cost_plan(recipe: Recipe, plan: Plan, samples: int, costs: Mapping[str, Cost] | None = None) -> list[PlannedRow]:
     """Return every phase with its cost and length, for a training split of ``samples`` samples.
 
-    Equal FLOPs are those of an incubation of all modules, also if the plan incubates only some of them: fine-tuning
-    then gets the FLOPs of the other modules too. Lengths are rounded down to whole steps.
+    Equal FLOPs are those of an incubation of all modules, even if the plan incubates only some of them: fine-tuning
+    then also gets the FLOPs of the other modules. Lengths are rounded down to whole steps.
 
     Args:
         recipe: The recipe.

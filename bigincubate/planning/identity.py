@@ -128,7 +128,7 @@ def invalidated_rows(before: Sequence[PlannedRow], after: Sequence[PlannedRow]) 
 
     Returns:
         The rows of ``before`` that differ in ``after``, or that read the artifact of an invalidated phase. A phase that
-        ``after`` does not have, such as a module that is no longer incubated, does not become invalid by that.
+        ``after`` does not have, such as a module that is no longer incubated, is not invalid for that reason.
     """
     now = {row.key: (row.identity, row.data) for row in after}
     invalid: dict[str, PlannedRow] = {}

@@ -5,9 +5,8 @@ phase                depths of the model           initial weights         train
 ==================== ============================= ======================= ===========
 ``pretrain``         meta                          fresh, or `meta.init`   all
 ``incubate`` k       meta, module k at target      meta, module k by init  module k
-``finetune``         target                        the K modules, or meta  all
-                                                   by init if a module is
-                                                   not incubated
+``finetune``         target                        modules; not incubated: all
+                                                   meta model, by init
 ``end_to_end``       target                        fresh, by init          all
 ==================== ============================= ======================= ===========
 """
@@ -197,7 +196,8 @@ def _check_kept_optimizer(meta: Settings, fine: Settings) -> None:
     """Check that fine-tuning can start with optimizer state of the meta model.
 
     Raises:
-        ConfigError: It cannot: the optimizers differ, or new tensors cannot start at step 0 beside copied ones.
+        ConfigError: It cannot: the optimizers differ, or the steps of new and of copied tensors cannot be counted
+            separately.
     """
     key, instead = 'expand.optimizer = "kept"', 'or expand.optimizer = "fresh"'
     name, strategy = fine.optim.name, fine.sharding.strategy

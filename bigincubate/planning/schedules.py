@@ -1,6 +1,6 @@
 """The place of each phase in its learning-rate schedule.
 
-A phase computes all of its schedule, the part before the decay, or a part of one schedule that it shares with another
+A phase spans all of its schedule, only the part before the decay, or a part of a schedule that it shares with another
 phase.
 """
 
@@ -21,7 +21,7 @@ RATE_KEYS = {"train.lr", "train.batch_size", "augment.repeated_aug", "optim.lr_s
 def plan_schedules(
     recipe: Recipe, rows: Sequence[PlannedRow], epoch_steps: Callable[[Settings], int]
 ) -> list[PlannedRow]:
-    """Return the phases with their places in their schedules.
+    """Return the phases, each with its place in its schedule.
 
     With ``expand.schedule = "continue"``, the meta model and fine-tuning share one schedule over the steps of both.
 
@@ -31,7 +31,7 @@ def plan_schedules(
         epoch_steps: Returns the number of optimizer steps of an epoch, for the settings of a phase.
 
     Raises:
-        ConfigError: Two phases are to share a schedule, but their settings describe different ones.
+        ConfigError: Two phases should share a schedule, but their settings describe different ones.
     """
     shared = recipe.expand.schedule == "continue" and len(recipe.plan.incubated) < recipe.plan.number
     lengths = {row.phase: row.steps for row in rows if row.phase in ("pretrain", "finetune")}
@@ -54,7 +54,7 @@ def _check_shared_schedule(recipe: Recipe, epoch_steps: Callable[[Settings], int
     """Check that the settings of the meta model and of fine-tuning describe the same schedule.
 
     Raises:
-        ConfigError: They do not; the message has the keys that differ.
+        ConfigError: They do not; the message lists the keys that differ.
     """
     if recipe.pretrain.handover == "before_decay":
         raise ConfigError(

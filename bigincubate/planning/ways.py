@@ -1,7 +1,7 @@
 """Compare the ways to train the target of a recipe: incubation, expansion, end-to-end training, the meta model alone.
 
-The workers are as many as the modules. *Separate* workers have no network between them: each trains a module, and one
-of them trains everything else. *Connected* workers also share the batches of every other phase (data parallelism).
+There are as many workers as modules. *Separate* workers have no network between them: each trains a module, and one of
+them trains everything else. *Connected* workers also share the batches of all other phases (data parallelism).
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class WayCost:
     """The cost of one way to train the target.
 
     Attributes:
-        key: ``incubate``, ``recipe`` (the modules that `plan.incubate` lists), ``expand``, ``end_to_end``, or ``meta``
-            (the meta model alone, with the FLOPs of an incubation of all modules).
+        key: ``incubate`` (all modules), ``recipe`` (the modules that `plan.incubate` lists), ``expand``,
+            ``end_to_end``, or ``meta`` (the meta model alone, with the FLOPs of an incubation of all modules).
         title: Name of the way in tables.
         workers: Number of workers, K.
         flops: Training FLOPs of all phases.
@@ -31,7 +31,8 @@ class WayCost:
         connected_path_flops: FLOPs on the critical path of K connected workers; None if they cannot share a batch.
         memory_before: Memory of the largest separate worker before the last phase, in bytes; 0 if there is one phase.
         memory_last: The same, in the last phase.
-        sent_before: Bytes that each connected worker passes to collectives before the last phase; None as above.
+        sent_before: Bytes that each connected worker passes to collectives before the last phase; None if they cannot
+            share a batch.
         sent_last: The same, in the last phase.
         gpu_seconds: Estimated GPU seconds on a cluster; None if no cluster is given.
         seconds: Estimated seconds on a cluster; None if no cluster is given.

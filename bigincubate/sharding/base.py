@@ -148,7 +148,8 @@ class Sharding(ABC):
     def load_optimizer_state(self, tensors: ShardedTensorReader, sources: Mapping[str, str]) -> None:
         """Load the optimizer state of some parameters from a checkpoint of another model.
 
-        Parameters whose shape differs are left out. The optimizer must count the steps of each parameter by itself.
+        Parameters whose shape differs are left out. The optimizer must count the steps of each parameter
+        separately.
 
         Args:
             tensors: The checkpoint, of the same optimizer.

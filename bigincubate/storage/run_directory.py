@@ -253,7 +253,8 @@ class RunDir:
     def update_summary(self) -> dict[str, Any]:
         """Return the results so far (None for a phase that is not done), and update ``summary.json``.
 
-        The result of module k is at index k of ``modules``. It is None for a module that the plan does not incubate.
+        The result of module k is at index k of ``modules``; it is None for a module that the plan does not incubate.
+        The list ends with the last module that has been started.
         """
         rows = (read_json(self.path / "plan.json") or {}).get("rows", [])
         modules = [self.phase("incubate", row["module"]) for row in rows if row["phase"] == "incubate"]

@@ -17,10 +17,10 @@ from ..storage.lease import Lease
 
 
 def load_kept_state(context: PhaseContext, sharding: Sharding) -> None:
-    """Load the optimizer state that ``expand.optimizer = "kept"`` keeps, if it is set. Must be called on all ranks.
+    """Load the optimizer state of the meta model if ``expand.optimizer`` is ``kept``. Must be called on all ranks.
 
-    A tensor that is copied several times gives its state to every copy. All other tensors start without state, also
-    those whose shape differs from that in the meta model.
+    A tensor that is copied several times gives its state to every copy. All other tensors start without state, and so
+    do copies whose shape differs from that in the meta model.
 
     Args:
         context: The phase; nothing is loaded if it makes no modules from the meta model.

@@ -2,8 +2,8 @@
 
 Trockman and Kolter, Mimetic Initialization of Self-Attention Layers, ICML 2023 (arXiv 2305.09828): in pretrained ViTs,
 the product of the weights of queries and keys resembles the identity, and the product of the weights of values and of
-the projection resembles the negative identity. Both products are drawn like that and factorized. As similarity of
-tokens then means similarity of positions, position embeddings start as sinusoids.
+the projection resembles the negative identity. Both products are drawn in this form and factorized. Tokens then attend
+to similar tokens, so position embeddings start as sinusoids, which are similar for near positions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError
 from ..partition import Partition
 
-# factors of the random matrix and of the identity, which are equal in the paper's setting for ViTs
+# factors of the random matrix and of the identity: both are the same number in the paper's setting for ViTs
 QUERY_KEY = 0.7
 VALUE_PROJECTION = 0.4
 
@@ -32,7 +32,7 @@ def initialize_mimetic(model: nn.Module, partition: Partition) -> None:
         partition: The model's partition.
 
     Raises:
-        ConfigError: The model has no such attention layers or position embeddings.
+        ConfigError: The model has no attention layers or position embeddings of the supported kind.
     """
     blocks = [model.get_submodule(block.path) for block in partition.blocks()]
     attentions = [[layer for layer in block.modules() if _is_supported(layer)] for block in blocks]
