@@ -52,11 +52,9 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
         lines.append("; ".join(parts))
     lines.append(_describe_classes(counts, classes))
     if missing := [name for name, count in zip(classes, counts["val"], strict=True) if not count]:
-        more = f" and {len(missing) - 5:,} more" if len(missing) > 5 else ""
-        lines.append(f"no validation images of: {', '.join(missing[:5])}{more}")
+        lines.append(f"no validation images of: {_list_some(missing)}")
     if empty := summary.get("empty_classes"):
-        more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
-        lines.append(f"classes without training images, left out: {', '.join(empty[:5])}{more}")
+        lines.append(f"classes without training images, left out: {_list_some(empty)}")
     if skipped := summary.get("skipped"):
         lines.append("skipped files: " + ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()))
     for path, other in summary.get("linked", [])[:1]:
@@ -73,6 +71,11 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
             f'images with an EXIF orientation: {summary["turned"]:,}; augment.exif = "apply" turns them upright'
         )
     return lines
+
+
+def _list_some(names: Sequence[str]) -> str:
+    """Return the first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
 def _describe_origins(summary: Mapping[str, Any]) -> dict[str, str]:

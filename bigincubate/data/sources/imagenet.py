@@ -57,9 +57,7 @@ def read_imagenet(request: SourceRequest) -> Source | None:
     if request.path.is_dir():
         if not (folder / TRAIN).is_file():
             return None
-        train = list_archive(folder / TRAIN)
-        if train is None:
-            raise damaged_archive(folder / TRAIN, "it does not begin as a tar file")
+        train: Archive | None = _list_tar_file(folder / TRAIN)
     else:
         train = request.archive
     if train is None or train.compressed or not _holds_tars(train):
@@ -72,9 +70,7 @@ def read_imagenet(request: SourceRequest) -> Source | None:
     origins = {"train": train.file.name}
     devkit = None
     if (folder / VAL).is_file():
-        devkit, val = _read_devkit(folder), list_archive(folder / VAL)
-        if val is None:
-            raise damaged_archive(folder / VAL, "it does not begin as a tar file")
+        devkit, val = _read_devkit(folder), _list_tar_file(folder / VAL)
         merged.members += _label_validation(val, devkit)
         merged.skipped += val.skipped
         merged.modified += val.modified  # changes if one of them does
@@ -85,6 +81,17 @@ def read_imagenet(request: SourceRequest) -> Source | None:
     if devkit:
         source.notes["class_words"] = devkit.words
     return source
+
+
+def _list_tar_file(path: Path) -> Archive:
+    """List the members of a file that must be a tar file.
+
+    Raises:
+        DataError: If it is not, or is damaged.
+    """
+    if (archive := list_archive(path)) is None:
+        raise damaged_archive(path, "it does not begin as a tar file")
+    return archive
 
 
 def _holds_tars(archive: Archive) -> bool:

@@ -70,12 +70,8 @@ class ParquetImage(NamedTuple):
         try:
             modified = os.stat(self.file).st_mtime_ns
             data = _group_reader(self.file, self.column, self.group, modified).read(self.row)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"the Parquet file is damaged here: {_first_line(error)}") from None
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise ValueError(f"the Parquet file is damaged here: {_first_line(error)}") from None
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"the Parquet file is damaged here: {_describe_damage(error)}") from None
         if data is None:
             raise ValueError("there is no image in this row, but at most a path")
         check_size(len(data))
@@ -138,12 +134,8 @@ def _list_rows(file: Path, name: str, columns: Mapping[str, str]) -> tuple[list[
                     )
                     for row, label in enumerate(labels)
                 ]
-    except pyarrow.ArrowException as error:
-        raise damaged_archive(file, _first_line(error)) from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise damaged_archive(file, _first_line(error)) from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise damaged_archive(file, _describe_damage(error)) from None
     return found.names, rows
 
 
@@ -225,7 +217,14 @@ def _read_features(metadata: Mapping[bytes, bytes]) -> dict[str, dict[str, Any]]
         return {}
 
 
-def _first_line(error: Exception) -> str:
+def _describe_damage(error: Exception) -> str:
+    """Return the first line of an error of pyarrow, which also raises OSError, then without a number.
+
+    Raises:
+        OSError: The error is one of the operating system, so the file need not be damaged.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
     return str(error).partition("\n")[0] or type(error).__name__
 
 
