@@ -148,14 +148,20 @@ def build_source(table: Table, request: SourceRequest) -> Source:
 
 
 def _name_labels(rows: list[Row], names: Sequence[str], where: str) -> list[Row]:
-    """Replace indexes into names by the names; -1 stands for no label."""
-    named = []
+    """Replace indexes into names by the names; -1 stands for no label.
+
+    Raises:
+        DataError: If a label is neither an index of a name nor a name.
+    """
+    named, known = [], set(names)
     for row in rows:
         label = None if row.label == -1 else row.label
         if isinstance(label, int):
             if not 0 <= label < len(names):
                 raise DataError(f"{where}: the label {label} of {row.name!r} is not among the {len(names):,} classes")
             label = names[label]
+        elif label is not None and label not in known:
+            raise DataError(f"{where}: the label {label!r} of {row.name!r} is not among the {len(names):,} classes")
         named.append(row._replace(label=label))
     return named
 
