@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from bigincubate import __version__
-from bigincubate.config import Phase, Recipe, load_recipe
+from bigincubate.config import PHASES, Phase, Recipe, load_recipe
 from bigincubate.config.sections import PhaseConfig
 from bigincubate.distributed.parent_death import PARENT_VARIABLE
 from bigincubate.errors import Exit
 from bigincubate.files import write_text
+from bigincubate.planning.cost import cost_plan
 from bigincubate.planning.identity import phase_identity
 from bigincubate.planning.phases import make_plan
 from bigincubate.storage.run_directory import PhaseDir, RunDir
 
 from .definition import Study
-from .lengths import Costs, describe_cost, length_sets
+from .lengths import Costs, describe_cost, length_sets, training_samples
 from .log import Entry, Trial
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +108,7 @@ class Runner:
         self.costs, self.out, self.commands, self.keep = costs, out.resolve(), commands, keep
         self.study: Study = costs.study
         self._locks: dict[Any, threading.Lock] = defaultdict(threading.Lock)  # of data and of shared meta models
-        self._footprints = threading.Lock()
+        self._counting = threading.Lock()
 
     def run(self, trial: Trial) -> Entry:
         """Run or resume a trial, and return its line for the log, also if it fails.
@@ -115,7 +116,7 @@ class Runner:
         Raises:
             Stopped: It was stopped.
         """
-        with self._footprints:
+        with self._counting:
             cost = describe_cost(self.costs, trial.way, trial.plan)
         entry: Entry = {
             "split": trial.split,
@@ -206,8 +207,11 @@ class Runner:
     def _train_meta(self, trial: Trial, sets: list[str]) -> RunDir:
         """Train the meta model of a trial, or return the run of another trial that has the same."""
         recipe = load_recipe(self.study.recipe, sets)
-        plan, stage = make_plan(recipe), trial.plan.stages[0]
-        identity = [trial.plan.split, phase_identity(recipe, plan, plan.row("pretrain"), stage.steps)]
+        plan = make_plan(recipe)
+        with self._counting:
+            counted = {key: cost for each in PHASES for key, cost in self.costs.costs(recipe, each).items()}
+        planned = cost_plan(recipe, plan, training_samples(recipe), counted)[0]
+        identity = [trial.plan.split, phase_identity(recipe, plan, plan.row("pretrain"), planned)]
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         run = RunDir(self.out / "meta" / digest)
         with self._locks[digest]:
