@@ -60,7 +60,10 @@ def checkpoint_prune(
     folder: Annotated[Path, Argument(metavar="DIR", parser=parse_path, help="A run directory or a phase's directory.")],
     keep: Annotated[int, Option(min=1, help="How many of the newest valid checkpoints to keep per phase.")] = 2,
 ) -> None:
-    """Remove old, damaged and unfinished checkpoints, except those of a phase that is being trained."""
+    """Remove old, damaged and unfinished checkpoints, except those of a phase that is being trained.
+
+    The checkpoint before the decay of a wsd schedule is kept as well: forks of the run start from it.
+    """
     from ..launchers.slurm.job_queue import SlurmQueue
     from ..storage.checkpoint_tools import prune_checkpoints
 

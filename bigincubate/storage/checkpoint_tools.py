@@ -20,6 +20,7 @@ from .checkpoint_manager import (
     verify_checkpoint,
 )
 from .lease import NO_JOBS, JobQueue, acquire_lease
+from .run_directory import RunDir
 from .sharded_tensors import ShardedTensorReader, TensorShard, write_sharded_tensors
 
 NAME_PATTERN = re.compile(r"(?:step|\.saving)-(\d{8,}).*")
@@ -76,7 +77,8 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any] | None:
 def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> list[Path]:
     """Remove all but the newest ``keep`` valid checkpoints of each phase in a run directory, or of one phase.
 
-    Damaged and incomplete checkpoints are removed too, unless all checkpoints of a phase are damaged.
+    Damaged and incomplete checkpoints are removed too, unless all checkpoints of a phase are damaged. The checkpoint
+    before the decay of a warm-up-stable-decay schedule is kept, because forks of the run start from it.
 
     Args:
         path: The run directory or the directory of a phase.
@@ -103,13 +105,26 @@ def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> li
             if not valid and any(row["committed"] for row in rows.values()):
                 all_damaged.append(str(folder))
                 continue
-            for checkpoint in rows.keys() - set(valid[-keep:]):
+            before_decay = _last_step_before_decay(folder.parent)
+            kept = {*valid[-keep:], *(checkpoint for checkpoint in valid if rows[checkpoint]["step"] == before_decay)}
+            for checkpoint in rows.keys() - kept:
                 lease.check()
                 remove_checkpoint(checkpoint)
                 removed.append(checkpoint)
     if all_damaged:
         raise DamagedError(f"every checkpoint is damaged in {', '.join(all_damaged)}; these were not removed")
     return sorted(removed)
+
+
+def _last_step_before_decay(phase: Path) -> int | None:
+    """Return the step after which a phase begins to decay, from the plan of its run; None if the plan has no phase."""
+    phase = phase.resolve()
+    for run in map(RunDir, phase.parents[:2]):  # modules are one folder deeper than other phases
+        for row in (read_json(run.path / "plan.json") or {}).get("rows", []):
+            if run.phase(row["phase"], row["module"]).path == phase:
+                steps: int = row["stable_steps"]
+                return steps
+    return None
 
 
 def convert_checkpoint(source: Path, out: Path, *, ranks: int = 1) -> None:

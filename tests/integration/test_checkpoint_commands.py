@@ -263,6 +263,22 @@ def test_prune_removes_old_damaged_and_unfinished_checkpoints(tmp_path: Path) ->
     assert same(dict(tensors_of(folder / "step-00000016")), LOGICAL)
 
 
+@pytest.mark.parametrize(("phase", "module", "folder"), [("pretrain", None, "meta"), ("incubate", 1, "modules/01")])
+def test_prune_keeps_the_checkpoint_before_the_decay(
+    tmp_path: Path, phase: str, module: int | None, folder: str
+) -> None:
+    """Forks of a run share the steps before a decay, so they start from that checkpoint."""
+    rows = [{"phase": "finetune", "module": None, "stable_steps": 4}]
+    rows += [{"phase": phase, "module": module, "stable_steps": 8}]
+    (tmp_path / "plan.json").write_text(json.dumps({"rows": rows}))
+    checkpoints = CheckpointManager.open(tmp_path / folder / "checkpoints", DistributedContext(), digest="d", keep=9)
+    for number in (4, 8, 12, 16):
+        checkpoints.save(number, LOGICAL, {"step": number})
+    for path in (tmp_path, tmp_path / folder):
+        assert run("checkpoint", "prune", path, "--keep", 1).wait() == 0
+        assert [row["step"] for row in list_checkpoints(path)] == [8, 16]
+
+
 def test_prune_keeps_everything_if_all_are_damaged(mine: Any) -> None:
     for number in (8, 12):
         flip_a_bit(step(mine, number) / "state.json")
