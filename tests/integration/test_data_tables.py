@@ -85,7 +85,8 @@ def test_gray_arrays_of_other_names_with_names_of_classes(tmp_path: Path) -> Non
         ({"x": np.zeros((4, 8, 8), np.uint8), "y": np.arange(5)}, "labels of x are int64 of the shape [5]; expected 4"),
         ({"x": np.zeros((4, 8, 8), np.uint8), "y": np.zeros(4)}, "the labels of x are float64"),
         ({"x": np.zeros((4, 8, 8), np.uint8)}, "has no pair of images and labels for train, but x; choose two arrays"),
-        ({"x": np.zeros((2, 8, 8), np.uint8), "y": np.array([1, "a"], object)}, "is damaged: "),
+        ({"x": np.zeros((2, 8, 8), np.uint8), "y": np.array([1, "a"], object)}, "has an array of Python objects"),
+        ({"x": np.zeros((4, 0, 8), np.uint8), "y": np.arange(4) % 2}, "x has the shape [4, 0, 8], so its images have"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, arrays: dict[str, np.ndarray], says: str) -> None:

@@ -41,6 +41,11 @@ def read_npz(request: SourceRequest) -> Source | None:
             pairs = _find_pairs(file, arrays.files, request.columns)
             loaded = {split: (name, arrays[name], arrays[label]) for split, (name, label) in pairs.items()}
     except DAMAGED as error:
+        if "allow_pickle" in str(error):  # numpy has no class of its own for this
+            raise DataError(
+                f"{quote_path(file)} has an array of Python objects, which is not read because it may hold any code;"
+                " save labels as numbers, or as text with labels.astype(str)"
+            ) from None
         raise damaged_archive(file, str(error)) from None
     for split, (name, images, labels) in loaded.items():
         pixels, values = _check_images(file, name, images), _check_labels(file, name, labels, len(images))
@@ -88,6 +93,8 @@ def _check_images(file: Path, name: str, images: np.ndarray) -> np.ndarray:
             f"{quote_path(file)}: {name} is {images.dtype} of the shape {list(images.shape)}; expected uint8 of the"
             " shape [N, H, W], [N, H, W, 3] or [N, 3, H, W]"
         )
+    if 0 in images.shape[1:]:
+        raise DataError(f"{quote_path(file)}: {name} has the shape {list(images.shape)}, so its images have no pixels")
     return images
 
 
