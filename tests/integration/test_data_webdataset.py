@@ -140,6 +140,15 @@ def test_single_shard_holds_out_a_part_and_other_extensions_are_given(tree: Path
     assert source.splits["train"][0].name.startswith("x.tar/dir/")
 
 
+@pytest.mark.parametrize("given", [{"image": "jpg"}, {"image": "png", "label": "json.kind"}, {"label": "kind"}])
+def test_extensions_that_do_not_occur_are_refused_as_options(tree: Path, tmp_path: Path, given: dict[str, str]) -> None:
+    shards = write_shards(tree, tmp_path / "shards")
+    column, name = list(given.items())[-1]
+    assert f"--columns {column}={name}: no sample has this file for the {column}" in fault_of(
+        shards, ConfigError, columns=given
+    )
+
+
 def test_images_beside_texts_in_class_folders_are_no_shard(tree: Path, tmp_path: Path) -> None:
     for file in (tree / "train").rglob("*.png"):
         file.with_suffix(".txt").write_text("a caption")

@@ -55,12 +55,28 @@ def read_webdataset(request: SourceRequest) -> Source | None:
             for rows, skipped in pool.map(partial(_list_shard, folder, request.columns), names):
                 table.splits[split] += rows
                 table.skipped += skipped
+    _check_columns(request.columns, table)
     if not any(table.splits.values()):
         raise DataError(
             f"{quote_path(request.path)} has tar files without images that have labels; expected class folders, or"
             " WebDataset shards with files such as 1.jpg and 1.cls (or other extensions: --columns image=jpg,label=cls)"
         )
     return build_source(table, request)
+
+
+def _check_columns(columns: Mapping[str, str], table: Table) -> None:
+    """Check that the given extensions occur.
+
+    Raises:
+        ConfigError: No sample has an image, or a label, with its extension.
+    """
+    rows = [row for rows in table.splits.values() for row in rows]
+    for column, found in (("image", bool(rows)), ("label", any(row.label is not None for row in rows))):
+        if column in columns and not found:
+            raise ConfigError(
+                f"--columns {column}={columns[column]}: no sample has this file for the {column}; give the extension of"
+                " a file of each sample, or json.KEY for a key of a JSON file"
+            )
 
 
 def expand_braces(pattern: str) -> list[str]:
