@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Phase, Recipe
+from ..config.seeds import phase_key
 from ..files import read_json
 from ..storage.run_directory import RunDir
 from ..tasks.metric import Metric, planned_metrics
+
+# besides the phases, what a plan.json has at least
+PLAN_KEYS = {"data", "incubation_flops", "end_to_end_flops", "finetune_share", "rows"}
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,24 @@ def load_planned_rows(stored: Sequence[dict[str, Any]]) -> list[PlannedRow]:
 
 
 def stored_plan(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
-    """Return the content of a run's ``plan.json``, or None if it is missing or is the plan of another recipe."""
-    stored: dict[str, Any] = read_json(run.path / "plan.json") or {}
-    return stored if stored.get("settings") == recipe.identity else None
+    """Return the content of a run's ``plan.json``, or None if it is missing, damaged, or the plan of another recipe."""
+    stored = read_json(run.path / "plan.json")
+    return stored if stored is not None and is_plan_of(stored, recipe) else None
+
+
+def is_plan_of(stored: dict[str, Any], recipe: Recipe) -> bool:
+    """Return whether the content of a ``plan.json`` is the complete plan of a recipe."""
+    if stored.get("settings") != recipe.identity or not stored.keys() >= PLAN_KEYS:
+        return False
+    try:
+        keys = [row.key for row in load_planned_rows(stored["rows"])]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+    modules = [phase_key("incubate", module) for module in recipe.plan.incubated]
+    return keys == ["pretrain", *modules, "finetune", "end_to_end"]
 
 
 def stored_rows(run: RunDir, recipe: Recipe) -> list[PlannedRow] | None:
-    """Return the phases of a run from its ``plan.json``, or None if it is missing or is the plan of another recipe."""
+    """Return the phases of a run from its ``plan.json``; None as for `stored_plan`."""
     stored = stored_plan(run, recipe)
     return None if stored is None else load_planned_rows(stored["rows"])

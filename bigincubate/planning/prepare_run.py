@@ -21,7 +21,7 @@ from ..tasks.registry import make_task
 from .cost import cost_plan, plan_json
 from .identity import invalidated_rows, phase_identity
 from .phases import Plan, make_plan
-from .planned_row import PlannedRow, load_planned_rows
+from .planned_row import PlannedRow, is_plan_of, load_planned_rows
 
 Report = Callable[[str], None]
 
@@ -101,12 +101,12 @@ def ensure_plan(
     plan, stored = make_plan(recipe), read_json(file) or None
     rows = _planned_rows(recipe, plan, data, stored)
     content = {**plan_json(recipe, plan, rows), "data": data.digest, "settings": recipe.identity}
-    if _is_stored(content, stored) and run.has_recipe(recipe):
+    if _is_stored(content, stored, recipe) and run.has_recipe(recipe):
         return plan, rows
     with acquire_lease_when_free(run.path):
         stored, untrained = read_json(file) or None, not run.begun
         _check_change(recipe, run, data, rows, stored)
-        if not _is_stored(content, stored):
+        if not _is_stored(content, stored, recipe):
             write_json(file, content)
             try:  # a phase may have begun meanwhile; once it has its lease, it checks the plan
                 _check_change(recipe, run, data, rows, stored)
@@ -144,9 +144,9 @@ def _is_planned(run: RunDir, planned: PlannedRow) -> bool:
     return (found.get("identity"), found.get("data")) == (planned.identity, planned.data)
 
 
-def _is_stored(content: dict[str, Any], stored: dict[str, Any] | None) -> bool:
-    """Return whether ``plan.json`` is valid for the data and the identity keys of a recipe."""
-    return stored is not None and all(stored.get(key) == content[key] for key in ("data", "settings"))
+def _is_stored(content: dict[str, Any], stored: dict[str, Any] | None, recipe: Recipe) -> bool:
+    """Return whether ``plan.json`` is complete, and valid for the data and the identity keys of a recipe."""
+    return stored is not None and stored.get("data") == content["data"] and is_plan_of(stored, recipe)
 
 
 def _check_change(
@@ -159,7 +159,7 @@ def _check_change(
     """
     if not run.begun:
         return
-    if stored is not None and stored["data"] != data.digest:
+    if stored is not None and "data" in stored and stored["data"] != data.digest:
         raise ConfigError(
             f"{quote_path(run.path)} was created with other data than {quote_path(data.path)}"
             f" (digest {stored['data'][:12]}…, now {data.digest[:12]}…); use another --run-dir, or the original data"
@@ -182,7 +182,7 @@ def _check_change(
 
 def _planned_rows(recipe: Recipe, plan: Plan, data: DatasetInfo, stored: dict[str, Any] | None) -> list[PlannedRow]:
     """Return the phases of a recipe, from ``plan.json`` if its identity keys are the same, and recomputed otherwise."""
-    if stored is not None and stored.get("settings") == recipe.identity and stored["data"] == data.digest:
+    if stored is not None and stored.get("data") == data.digest and is_plan_of(stored, recipe):
         return load_planned_rows(stored["rows"])
     return count_rows(recipe, plan, data)
 

@@ -24,6 +24,7 @@ from bigincubate.config import list_shipped_recipes
 from bigincubate.distributed import process_group
 from bigincubate.errors import ConfigError
 from bigincubate.planning import memory
+from bigincubate.planning.context import open_run
 
 Harnesses = Callable[..., Any]
 Called = Callable[..., Any]
@@ -47,6 +48,36 @@ def test_plan_of_a_run_is_read_from_its_files(done: Any, call: Called, tmp_path:
     (run.path / "plan.json").unlink()
     assert read == call("plan", run.recipe_file)
     assert fewer == call("plan", run.recipe_file, "--set", "train.max_steps=1") != read
+
+
+def _drop_a_cost(plan: dict[str, Any]) -> None:
+    del plan["rows"][0]["cost"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda plan: plan.pop("rows"),
+        lambda plan: plan.pop("end_to_end_flops"),
+        lambda plan: plan.pop("data"),
+        lambda plan: plan["rows"].pop(),
+        lambda plan: plan["rows"].append("text"),
+        lambda plan: plan.update(rows=None),
+        _drop_a_cost,
+    ],
+)
+def test_damaged_plan_of_a_run_is_computed_again(
+    done: Any, call: Called, tmp_path: Path, damage: Callable[[dict[str, Any]], Any]
+) -> None:
+    run = done.copy(tmp_path / "run", []).run
+    file = run.path / "plan.json"
+    read, whole = call("plan", run.recipe_file), json.loads(file.read_text())
+    damaged = json.loads(file.read_text())
+    damage(damaged)
+    file.write_text(json.dumps(damaged))
+    assert call("plan", run.recipe_file) == read
+    open_run(run.load_recipe(), run)
+    assert json.loads(file.read_text()) == whole
 
 
 def test_plan_estimates_memory_of_ranks_only_if_it_is_shown(call: Called, monkeypatch: pytest.MonkeyPatch) -> None:
