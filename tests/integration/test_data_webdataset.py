@@ -116,7 +116,7 @@ def test_names_of_classes_come_from_a_file(tree: Path, tmp_path: Path) -> None:
 def test_label_that_is_not_in_the_file_of_classes_is_named(tree: Path, tmp_path: Path) -> None:
     shards = write_shards(tree, tmp_path / "shards", label="txt")
     (shards / "classnames.txt").write_text("a\nb\n")
-    with pytest.raises(DataError, match="the label 'c' of .* is not among the 2 classes"):
+    with pytest.raises(DataError, match=r"the label 'c' of .* is not among the 2 classes"):
         read_source(str(shards), 0.2)
 
 
