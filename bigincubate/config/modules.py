@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -40,11 +41,11 @@ class PlanConfig(ConfigTable):
         return self.modules or len(self.target_depths or ())
 
     @property
-    def incubated(self) -> list[int]:
+    def incubated(self) -> Sequence[int]:
         """Return the numbers of the modules that are incubated."""
         if isinstance(self.incubate, list):
             return self.incubate
-        return list(range(self.number)) if self.incubate == "all" else []
+        return range(self.number if self.incubate == "all" else 0)  # no list: the number has not been checked yet
 
     @model_validator(mode="after")
     def _consistent(self) -> PlanConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from typing import Any
 
 from ..config import Phase, Recipe
@@ -113,8 +114,10 @@ def is_plan_of(stored: dict[str, Any], recipe: Recipe) -> bool:
         keys = [row.key for row in load_planned_rows(stored["rows"])]
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
-    modules = [phase_key("incubate", module) for module in recipe.plan.incubated]
-    return keys == ["pretrain", *modules, "finetune", "end_to_end"]
+    expected = chain(
+        ["pretrain"], (phase_key("incubate", k) for k in recipe.plan.incubated), ["finetune", "end_to_end"]
+    )
+    return all(key == other for key, other in zip_longest(keys, expected))
 
 
 def stored_rows(run: RunDir, recipe: Recipe) -> list[PlannedRow] | None:

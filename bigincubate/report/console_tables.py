@@ -308,7 +308,7 @@ def format_partial(partial: dict[str, Any] | None, headline: Metric) -> str:
     return f"{score} ({format_ranges(partial['joined'])} of {partial['modules']})" if partial else "-"
 
 
-def format_ranges(numbers: list[int]) -> str:
+def format_ranges(numbers: Sequence[int]) -> str:
     """Format ascending numbers: ``[0, 1, 2, 5]`` as ``0-2,5``."""
     starts = [n for n in numbers if n - 1 not in numbers]
     ends = [n for n in numbers if n + 1 not in numbers]

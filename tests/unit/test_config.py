@@ -9,6 +9,7 @@ import pytest
 
 from bigincubate.config import is_execution, list_shipped_recipes, load_recipe
 from bigincubate.config.keys import list_recipe_keys
+from bigincubate.config.modules import PlanConfig
 from bigincubate.errors import ConfigError
 from bigincubate.planning.phases import make_plan
 from bigincubate.storage.run_directory import RunDir
@@ -249,3 +250,10 @@ def test_run_directory_keeps_its_recipe_until_it_is_updated(smoke: Path, tmp_pat
     events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["created", "recipe_changed"]
     assert events[1]["changes"] == ["train.lr: 0.002 -> 0.5", "log.every_steps: 2 -> 3"]
+
+
+def test_number_of_modules_that_is_too_large_takes_no_memory() -> None:
+    """It is compared with the model's blocks only later."""
+    plan = PlanConfig(modules=10**15)
+    assert (len(plan.incubated), plan.incubated[-1]) == (10**15, 10**15 - 1)
+    assert list(PlanConfig(modules=10**15, incubate="none").incubated) == []
