@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def read_npz(request: SourceRequest) -> Source | None:
             pairs = _find_pairs(file, arrays.files, request.columns)
             loaded = {split: (name, arrays[name], arrays[label]) for split, (name, label) in pairs.items()}
     except DAMAGED as error:
-        if "allow_pickle" in str(error):  # numpy has no class of its own for this
+        # numpy has no class of its own for this, and takes a file that is not a zip file for a pickle
+        if "allow_pickle" in str(error) and zipfile.is_zipfile(file):
             raise DataError(
                 f"{quote_path(file)} has an array of Python objects, which is not read because it may hold any code;"
                 " save labels as numbers, or as text with labels.astype(str)"
