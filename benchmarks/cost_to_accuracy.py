@@ -157,7 +157,9 @@ def draw(trials: list[dict[str, Any]], metric: Metric, title: str, out: Path) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="the name of a recipe, or a .toml file")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["incubated", "expanded", "end-to-end", "layer-scale"])
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=["incubated", "expanded", "end-to-end", "layer-scale"]
+    )
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
