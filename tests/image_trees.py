@@ -6,9 +6,14 @@ import io
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
+
+from bigincubate.data.prepare import prepare_dataset
+from bigincubate.errors import BigincubateError, DataError
 
 
 def write_tree(root: Path, per_class: int, classes: str = "abc") -> Path:
@@ -41,3 +46,13 @@ def read_pixels(folder: Path) -> Counter[tuple[str, bytes, int]]:
         for split in ("train", "val")
         for image, label in read_samples(folder, split)
     )
+
+
+def fault_of(source: Path, kind: type[BigincubateError] = DataError, **options: Any) -> str:
+    """Prepare a source that is refused; return the one line that says why. Nothing that looks complete is left."""
+    out = source.parent / "fault"
+    with pytest.raises(kind) as fault:
+        prepare_dataset(str(source), out, **options)
+    assert "\n" not in str(fault.value)
+    assert not (out / "dataset.json").exists()
+    return str(fault.value)

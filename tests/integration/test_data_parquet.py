@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_trees import fault_of, read_pixels, write_tree
 from image_trees import read_contents as contents
-from image_trees import read_pixels, write_tree
 
 from bigincubate.data import prepare as preparing
 from bigincubate.data.prepare import prepare_dataset
 from bigincubate.data.sources import parquet as reading
 from bigincubate.data.sources import read_source
-from bigincubate.errors import BigincubateError, ConfigError, DataError, Exit, MissingDependencyError
+from bigincubate.errors import ConfigError, Exit, MissingDependencyError
 
 CLASSES = ["a", "b", "c"]
 
@@ -82,15 +82,6 @@ def hub(tree: Path, tmp_path: Path) -> Path:
     write_parquet(folder / "data" / "validation-00000-of-00001.parquet", *rows_of(tree / "val"), metadata=features())
     (folder / "README.md").write_text("a card")
     return folder
-
-
-def fault_of(source: Path, kind: type[BigincubateError] = DataError, **options: Any) -> str:
-    out = source.parent / "fault"
-    with pytest.raises(kind) as fault:
-        prepare_dataset(str(source), out, **options)
-    assert "\n" not in str(fault.value)
-    assert not (out / "dataset.json").exists()
-    return str(fault.value)
 
 
 # ------------------------------------------------------------------------------------------------ what is read

@@ -9,21 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from image_trees import read_pixels, write_tree
+from image_trees import fault_of, read_pixels, write_tree
 from PIL import Image
 
 from bigincubate.data.prepare import prepare_dataset
 from bigincubate.data.sources import read_source
-from bigincubate.errors import BigincubateError, ConfigError, DataError
-
-
-def fault_of(source: Path, kind: type[BigincubateError] = DataError, **options: Any) -> str:
-    out = source.parent / "fault"
-    with pytest.raises(kind) as fault:
-        prepare_dataset(str(source), out, **options)
-    assert "\n" not in str(fault.value)
-    assert not (out / "dataset.json").exists()
-    return str(fault.value)
+from bigincubate.errors import ConfigError
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from image_trees import fault_of, read_pixels, write_tree
 from image_trees import read_contents as contents
-from image_trees import read_pixels, write_tree
 
 from bigincubate.data import prepare as preparing
 from bigincubate.data.prepare import prepare_dataset
 from bigincubate.data.sources import read_source
 from bigincubate.data.sources.webdataset import expand_braces
-from bigincubate.errors import BigincubateError, ConfigError, DataError
+from bigincubate.errors import ConfigError, DataError
 
 Sample = dict[str, Any]  # as webdataset names it: extension -> value, and __key__
 
@@ -80,15 +80,6 @@ def write_shards(tree: Path, folder: Path, write: Any = write_with_tarfile, labe
         write(folder / f"my-train-{number:04}.tar", train[number * 30 : number * 30 + 30])
     write(folder / "my-val-0000.tar", samples_of(tree / "val", label))
     return folder
-
-
-def fault_of(source: Path, kind: type[BigincubateError] = DataError, **options: Any) -> str:
-    out = source.parent / "fault"
-    with pytest.raises(kind) as fault:
-        prepare_dataset(str(source), out, **options)
-    assert "\n" not in str(fault.value)
-    assert not (out / "dataset.json").exists()
-    return str(fault.value)
 
 
 @pytest.mark.parametrize("write", WRITERS)
