@@ -48,8 +48,8 @@ class ModelConfig(ConfigTable):
     """The model and the arguments of its constructor."""
 
     library: str = "timm"
-    """Library that the model comes from: `"timm"`, or `package.module:function`, which takes these settings and
-    returns a ModelFamily."""
+    """Library that the model comes from: `"timm"`, `"transformers"`, or `package.module:function`, which takes these
+    settings and returns a ModelFamily."""
     name: str = "vit_base_patch16_224"
     """Name of the model in its library."""
     args: Arguments = Field(default_factory=dict)
@@ -58,13 +58,15 @@ class ModelConfig(ConfigTable):
     """Side of the square input images. Unit: pixels."""
     num_classes: Count = 1000
     """Number of classes; must be equal to that of the data."""
+    context_length: Count = 1024
+    """Number of tokens of a window that a language model reads. Unit: tokens."""
 
 
 class TaskConfig(ConfigTable):
     """The task to learn."""
 
-    name: Annotated[str, one_of_or_object("image_classification")] = "image_classification"
-    """The task: `image_classification`, or `package.module:Class` for a class of your own."""
+    name: Annotated[str, one_of_or_object("image_classification", "causal_lm")] = "image_classification"
+    """The task: `image_classification`, `causal_lm`, or `package.module:Class` for a class of your own."""
     args: Arguments = Field(default_factory=dict)
     """Settings of a task that is not in this package."""
 
@@ -72,9 +74,10 @@ class TaskConfig(ConfigTable):
 class DataConfig(ConfigTable):
     """Location and order of the samples."""
 
-    source: Literal["digits", "digits-dev", "made-up"] | None = None
+    source: Literal["digits", "digits-dev", "made-up", "stdlib", "made-up-text"] | None = None
     """Built-in data, prepared if it is missing: scikit-learn's handwritten digits (`digits`), their training split
-    divided again for tuning (`digits-dev`), or generated images (`made-up`)."""
+    divided again for tuning (`digits-dev`), generated images (`made-up`); for language models, modules of Python's
+    standard library (`stdlib`) or generated text (`made-up-text`)."""
     path: PathText | None = execution_field(None)
     """Folder of the prepared data. None: the folder `data` of the run directory, only for built-in data."""
     remote: Annotated[str, PathMark(unless=r"[A-Za-z][\w+.-]*:.*")] | None = execution_field(None)
@@ -262,6 +265,19 @@ class LossConfig(ConfigTable):
     `package.module:function`."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is distributed evenly over all classes."""
+    chunk_tokens: Count = execution_field(1024)
+    """Number of tokens of a language model whose logits are computed at once. Unit: tokens."""
+
+
+class TextConfig(ConfigTable):
+    """How a language model reads and writes text."""
+
+    mask_documents: bool = False
+    """Let a token attend only to tokens of its own document, and count positions from the start of the document."""
+    prompt: str = execution_field("")
+    """Beginning of the example that the trained model completes."""
+    example_tokens: int = execution_field(256, ge=0)
+    """Length of the example; 0: none. Unit: tokens."""
 
 
 class EmaConfig(ConfigTable):
@@ -313,6 +329,7 @@ class Settings(ConfigTable):
     mixup: MixupConfig = MixupConfig()
     drop_path: DropPathConfig = DropPathConfig()
     loss: LossConfig = LossConfig()
+    text: TextConfig = TextConfig()
     ema: EmaConfig = EmaConfig()
     sharding: ShardingConfig = ShardingConfig()
 
