@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -57,3 +57,7 @@ class Batch:
         """Return a batch with ``function`` applied to every tensor."""
         columns = {name: function(column) for name, column in self.columns.items()}
         return Batch(columns, *map(function, (self.sample_ids, self.global_position, self.rank_sample_index)))
+
+    def with_column(self, name: str, column: Tensor) -> Batch:
+        """Return a batch with a further column ``[n, ...]``."""
+        return replace(self, columns={**self.columns, name: column})

@@ -234,7 +234,7 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int, costs: Mapping[str, Cost
             continue
         if budget is not None:
             steps = budget // step_flops
-        seen = steps * settings.train.batch_size
+        batch_units = settings.train.batch_size * task.sample_units(settings)
         rows.append(
             PlannedRow(
                 key=row.key,
@@ -245,10 +245,11 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int, costs: Mapping[str, Cost
                 unit=task.unit,
                 cost=cost,
                 batch_size=settings.train.batch_size,
+                batch_units=batch_units,
                 steps=steps,
                 epochs=round(steps / per_epoch, 4),
-                seen=seen,
-                total_flops=seen * cost.training_flops,
+                seen=steps * batch_units,
+                total_flops=steps * step_flops,
                 unused_flops=None if budget is None else budget - steps * step_flops,
                 schedule_steps=schedule_steps,
             )

@@ -50,12 +50,13 @@ class PlannedRow:
         module: The module that is trained; None if all are.
         title: Name of the phase in tables.
         metrics: Metrics of the phase's task; the first is the headline.
-        unit: Name of samples, such as ``"images"``.
+        unit: Name of what the task counts, such as ``"images"`` or ``"tokens"``.
         cost: Its sizes and costs.
         batch_size: Number of samples per optimizer step.
+        batch_units: Number of units per optimizer step; a sample may have several, such as the tokens of a window.
         steps: Number of optimizer steps.
         epochs: Number of passes over the training split.
-        seen: Number of samples in all steps; each view of a sample counts.
+        seen: Number of units in all steps; each view of a sample counts.
         total_flops: Training FLOPs of all steps.
         unused_flops: FLOPs of the phase's budget that are not enough for another step; None if it has no budget.
         schedule_start: Step of the learning-rate schedule at which the phase begins.
@@ -73,6 +74,7 @@ class PlannedRow:
     unit: str
     cost: Cost
     batch_size: int
+    batch_units: int
     steps: int
     epochs: float
     seen: int

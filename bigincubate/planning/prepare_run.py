@@ -45,11 +45,9 @@ def ensure_data(
     if recipe.data.path is None:
         _check_built_in_data(recipe, run, path)
     if recipe.data.source is not None and not (path / "dataset.json").exists():
-        from ..data.prepare import prepare_dataset
-
         report(f"preparing {recipe.data.source} in {path}")
         divide = partial(partition_by_class, parts=modules) if recipe.data.decentralized else None
-        prepare_dataset(recipe.data.source, path, partition=divide)
+        make_task(recipe.settings("pretrain"), recipe.data).prepare_data(recipe.data.source, path, divide)
     only_partition = recipe.data.decentralized and module is not None
     data = (describe_dataset if only_partition else open_dataset)(path, recipe.data.remote)
     for module in recipe.plan.incubated[-1:]:

@@ -16,6 +16,7 @@ SAMPLES = 256  # size of the generated training split
 def smoke(recipe: Recipe) -> dict[str, Any]:
     """Return recipe tables that make a recipe small, including those of each phase."""
     from ..models.library import find_family  # imports torch
+    from ..tasks.registry import task_class
 
     family = find_family(recipe.model)
     phases = {phase: recipe.settings(phase) for phase in PHASES}
@@ -40,7 +41,7 @@ def smoke(recipe: Recipe) -> dict[str, Any]:
     tables: dict[str, Any] = small(recipe)
     tables |= {phase: small(settings) for phase, settings in phases.items()}
     tables["meta"] = dict.fromkeys(("init", "select"))  # pretrained weights are wider
-    made_up = {"source": "made-up", "train_samples": SAMPLES, "workers": 0}
+    made_up = {"source": task_class(recipe.task.name).smoke_data(), "train_samples": SAMPLES, "workers": 0}
     tables["data"] = {**made_up, **dict.fromkeys(("path", "remote", "local_cache"))}
     tables["log"], tables["checkpoint"] = {"every_steps": 2}, {"every_steps": 4}
     return tables

@@ -84,7 +84,7 @@ def compare_ways(
 def _lengthen(row: PlannedRow, flops: int) -> PlannedRow:
     """Return a phase with as many steps as fit into these FLOPs."""
     step = row.batch_size * row.cost.training_flops
-    return replace(row, steps=flops // step, seen=flops // step * row.batch_size, total_flops=flops // step * step)
+    return replace(row, steps=flops // step, seen=flops // step * row.batch_units, total_flops=flops // step * step)
 
 
 def _share_batches(recipe: Recipe, workers: int) -> bool:

@@ -128,7 +128,8 @@ def sharding_tables(plan: dict[str, Any]) -> list[Table]:
             first = next(iter(found.values()))
             memory = [_mib(found[name]["total"] - first["activations"]) if name in found else "-" for name in names]
             sent = [_mib(found[name]["sent"]) if name in found else "-" for name in names]
-            lines[row["title"], world] = ([str(first["samples"]), *memory], sent)
+            units = first["samples"] * row["batch_units"] // row["batch_size"]
+            lines[row["title"], world] = ([str(units), *memory], sent)
     for table, side in ((memory_table, 0), (sent_table, 1)):
         for titles, world, cells in _merge_equal_phases({key: value[side] for key, value in lines.items()}):
             if side == 0 or world > 1:

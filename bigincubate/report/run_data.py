@@ -81,7 +81,7 @@ class PhaseData:
 
     @property
     def unit(self) -> str:
-        """Return the name of samples, such as ``"images"``."""
+        """Return the name of what the task counts, such as ``"images"``."""
         return str(self.planned["unit"])
 
     @property
@@ -101,7 +101,7 @@ class PhaseData:
         measured, last = 0.0, 0
         for row in self.rows:
             if rate := row.get(f"perf/{self.unit}_per_sec"):
-                measured += (row["step"] - last) * self.planned["batch_size"] / rate
+                measured += (row["step"] - last) * self.planned["batch_units"] / rate
                 last = row["step"]
             seconds.append(measured)
         scale = self.result["seconds"] / measured if self.result and measured else 1.0
@@ -113,9 +113,9 @@ class PhaseData:
 
     def cost(self, step: int) -> dict[str, float]:
         """Return the cost of a number of steps, except for the time."""
-        seen = step * self.planned["batch_size"]
         epochs = self.planned["epochs"] * step / max(1, self.planned["steps"])
-        return {"epochs": epochs, "seen": seen, "flops": seen * self.planned["cost"]["training_flops"]}
+        flops = step * self.planned["batch_size"] * self.planned["cost"]["training_flops"]
+        return {"epochs": epochs, "seen": step * self.planned["batch_units"], "flops": flops}
 
     @property
     def spent(self) -> dict[str, float]:
@@ -133,7 +133,7 @@ class PhaseData:
     def sent_gradients(self) -> float:
         """Return the bytes of gradients that each rank has passed to all-reduce; 0 if there was one rank."""
         several = any(attempt.get("world", 1) > 1 for attempt in self.attempts)
-        steps = self.spent["seen"] / self.planned["batch_size"]
+        steps = self.spent["seen"] / self.planned["batch_units"]
         return steps * self.planned["cost"]["allreduce_bytes"] if several else 0.0
 
     @property

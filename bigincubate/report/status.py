@@ -155,7 +155,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     rate = metrics.get(f"perf/{planned['unit']}_per_sec")
     measured = planned_metrics(planned)
     logged = {metric.name: metrics[tag] for metric in measured if (tag := f"val/{metric.name}") in metrics}
-    left = (planned["steps"] - step) * planned["batch_size"]
+    left = (planned["steps"] - step) * planned["batch_units"]
     return {
         "state": state,
         "step": step,

@@ -17,8 +17,11 @@ from ..errors import ConfigError
 from .metric import Metric
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..data.batch import Batch
     from ..data.dataset import DatasetInfo
+    from ..data.partitions import PartitionFunction
     from ..distributed.process_group import DistributedContext
 
 
@@ -50,7 +53,7 @@ class Task(ABC):
 
     Attributes:
         metrics: The metrics that :meth:`evaluate` returns; the first is the headline.
-        unit: Name of samples in results and rates, such as ``"images"``.
+        unit: Name of what results and rates count, such as ``"images"`` or ``"tokens"``; see :meth:`sample_units`.
         record_kind: The ``kind`` of data sets that the task can read.
     """
 
@@ -70,6 +73,29 @@ class Task(ABC):
         if info.schema.kind != self.record_kind:
             raise ConfigError(f"{info.path} has records of kind {info.schema.kind}; the task reads {self.record_kind}")
 
+    @classmethod
+    def sample_units(cls, settings: Settings) -> int:
+        """Return the number of units in a sample, such as the tokens of a window."""
+        return 1
+
+    def prepare_data(self, source: str, out: Path, divide: PartitionFunction | None) -> None:
+        """Prepare built-in data.
+
+        Args:
+            source: ``data.source``.
+            out: The folder to write.
+            divide: Divides the training samples into partitions; None without partitions.
+
+        Raises:
+            ConfigError: The task has no built-in data of this name.
+        """
+        raise ConfigError(f"data.source = {source!r} is not data of task.name = {self.settings.task.name!r}")
+
+    @classmethod
+    def smoke_data(cls) -> str:
+        """Return the ``data.source`` of a smoke test."""
+        return "made-up"
+
     @abstractmethod
     def train_stream(self, info: DatasetInfo, *, rank: int, world: int) -> TrainBatches:
         """Return the training batches of a rank."""
@@ -87,6 +113,13 @@ class Task(ABC):
             world: Number of ranks.
             batch_size: Batch size of this rank; None for the task's default.
         """
+
+    def prepare_batch(self, batch: Batch, env: DistributedContext) -> Batch:
+        """Return a training batch with what :meth:`loss` needs to know of the whole global batch.
+
+        Called once per step on every rank, before the batch is divided into micro-batches; may communicate.
+        """
+        return batch
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
@@ -122,7 +155,7 @@ class Task(ABC):
         Args:
             scores: The return value of :meth:`evaluate`.
             steps: Number of optimizer steps of the phase.
-            seen: Number of samples trained on; each view of a sample counts.
+            seen: Number of units trained on; each view of a sample counts.
             flops: Training FLOPs.
             seconds: Training time.
         """
@@ -136,6 +169,10 @@ class Task(ABC):
             "flops": flops,
             "seconds": seconds,
         }
+
+    def example_output(self, model: nn.Module, env: DistributedContext) -> str | None:
+        """Return an example of what the trained model puts out, as plain text, or None. Called on all ranks."""
+        return None
 
     def preview(self, batch: Batch) -> Tensor | None:
         """Return a training batch as images ``[n, 3, H, W]`` in [0, 1] for TensorBoard, or None."""

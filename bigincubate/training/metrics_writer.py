@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import textwrap
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -98,10 +99,10 @@ class MetricsWriter:
             scale = max(1, 64 // images.shape[-1])  # enlarge small images
             self.writer.add_images("inputs", images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), step)
 
-    def add_text(self, tag: str, text: str) -> None:
-        """Write Markdown to TensorBoard."""
+    def add_text(self, tag: str, text: str, step: int = 0) -> None:
+        """Write plain text to TensorBoard."""
         if self.writer is not None:
-            self.writer.add_text(tag, text, 0)
+            self.writer.add_text(tag, textwrap.indent(text, "    "), step)  # TensorBoard reads Markdown
 
     def flush(self) -> None:
         """Write buffered values to disk, so that they are not lost if the process stops after a checkpoint."""
@@ -136,7 +137,7 @@ def describe_step(planned: PlannedRow, step: int, values: dict[str, float]) -> s
         if (tag := f"val/{metric.name}") in values:
             parts.append(f"{metric.title} {metric.text(values[tag], unit=True)}")
     if values.get(rate):
-        left = (planned.steps - step) * planned.batch_size / values[rate]
+        left = (planned.steps - step) * planned.batch_units / values[rate]
         parts.append(f"ETA {timedelta(seconds=round(left))}")
     return f"{planned.title}: step {step} of {planned.steps}, " + ", ".join(parts)
 
@@ -174,17 +175,17 @@ class ThroughputMeter:
     """Measure throughput between two logged steps.
 
     Args:
-        flops_per_sample: Training FLOPs per sample.
-        unit: Name of samples, such as ``"images"``.
+        flops_per_unit: Training FLOPs per unit.
+        unit: Name of what is counted, such as ``"images"``.
         device: The device that the model runs on.
 
     Attributes:
         waited: Seconds spent waiting for data.
-        seen: Number of samples of all ranks.
+        seen: Number of units of all ranks.
     """
 
-    def __init__(self, flops_per_sample: int, unit: str, device: torch.device) -> None:
-        self.flops_per_sample, self.unit, self.device = flops_per_sample, unit, device
+    def __init__(self, flops_per_unit: float, unit: str, device: torch.device) -> None:
+        self.flops_per_unit, self.unit, self.device = flops_per_unit, unit, device
         self.peak = _peak_flops(device)
         self.restart()
 
@@ -196,18 +197,18 @@ class ThroughputMeter:
         """Return the metrics of the interval and start a new one.
 
         Returns:
-            Samples per second and GFLOP/s over all ranks, fraction of time spent waiting for data, peak memory in GiB
+            Units per second and GFLOP/s over all ranks, fraction of time spent waiting for data, peak memory in GiB
             and, if the peak FLOP/s of the accelerator is known, model FLOPs utilization.
         """
         seconds = time.perf_counter() - self.started
         rate = self.seen / seconds
         values = {
             f"perf/{self.unit}_per_sec": rate,
-            "perf/gflops": rate * self.flops_per_sample / 1e9,
+            "perf/gflops": rate * self.flops_per_unit / 1e9,
             "perf/data_wait": self.waited / seconds,
         }
         if self.peak:
-            values["perf/mfu"] = rate * self.flops_per_sample / self.peak
+            values["perf/mfu"] = rate * self.flops_per_unit / self.peak
         if self.device.type == "cuda":
             values["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         else:

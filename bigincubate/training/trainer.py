@@ -50,7 +50,7 @@ class TrainState:
 
     Attributes:
         step: Number of completed optimizer steps.
-        seen: Number of samples trained on; each view of a sample counts.
+        seen: Number of units (`Task.unit`) trained on; each view of a sample counts.
         seconds: Training time over all attempts.
         skipped: Number of steps skipped because their gradient was not finite.
         lr_hook: State of the learning-rate hook.
@@ -132,7 +132,7 @@ class Trainer:
             load_kept_state(self.context, self.sharding)
         self.metrics = self.open_metrics()
         if self.state.step == 0:
-            self.metrics.add_text("recipe", f"```\n{self.recipe.toml()}\n```")
+            self.metrics.add_text("recipe", self.recipe.toml())
         try:
             with deterministic_algorithms(self.env.device, self.settings.train.deterministic):
                 try:
@@ -147,8 +147,7 @@ class Trainer:
 
     def open_metrics(self) -> MetricsWriter:
         """Open the metrics log for the steps after the current one."""
-        # the last step is logged after its checkpoint, together with the evaluation
-        first = self.state.step + (0 < self.state.step < self.total)
+        first = self.state.step + (0 < self.state.step < self.total)  # the last step is logged with its evaluation
         fleet = self.run_dir.path / "fleet" / self.folder.path.relative_to(self.run_dir.path)
         return MetricsWriter.open(self.folder, first, self.planned, enabled=self.env.is_main, fleet=fleet)
 
@@ -188,8 +187,8 @@ class Trainer:
             LockedError: Another process has taken over the phase.
         """
         state, log, every = self.state, self.recipe.log, self.recipe.checkpoint.every_steps
-        meter = ThroughputMeter(self.planned.cost.training_flops, self.task.unit, self.env.device)
-        step_flops = self.settings.train.batch_size * self.planned.cost.training_flops
+        units, step_flops = self.planned.batch_units, self.step_flops
+        meter = ThroughputMeter(step_flops / units, self.task.unit, self.env.device)
         start_rate = StartRate(self.folder if self.env.is_main else None, step_flops)
         clock, poll = time.perf_counter(), ControlPoll(self.env)
         ends = (self.planned.stable_steps, self.total)  # a fork may end the phase where this one begins to decay
@@ -204,7 +203,7 @@ class Trainer:
                 raise Preempted(f"{self.row.title}: stopped at step {state.step} of {self.total} with a checkpoint")
             self.profiler.begin(state.step + 1)
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = self.task.prepare_batch(next(batches), self.env)
             waited = time.perf_counter() - waiting
             if state.step == 0 and log.images and (images := self.task.preview(batch.first(log.images))) is not None:
                 self.metrics.add_images(0, images)
@@ -214,8 +213,8 @@ class Trainer:
             self.profiler.end(state.step)
             self.timer.end_step(waited)
             meter.waited += waited
-            state.seen += self.settings.train.batch_size
-            meter.seen += self.settings.train.batch_size
+            state.seen += units
+            meter.seen += units
             start_rate.finish_step(loss)
 
             values: dict[str, float] = {}
@@ -302,6 +301,11 @@ class Trainer:
     def first_counted_step(self) -> int:
         """The step since which skipped steps are counted."""
         return self.rollback["to"] if self.rollback else 0
+
+    @property
+    def step_flops(self) -> int:
+        """The training FLOPs of an optimizer step."""
+        return self.settings.train.batch_size * self.planned.cost.training_flops
 
     def check_skipped(self) -> None:
         """Check that at most ``train.max_nonfinite`` steps were skipped; see :func:`check_skipped_steps`."""
@@ -393,6 +397,8 @@ class Trainer:
         self.log(self.state.last | self.validation_tags(scores))
         module = self.row.module
         with self.exported_weights():
+            if (text := self.task.example_output(self.model, self.env)) is not None:
+                self.metrics.add_text("example", text, self.state.step)
             tensors = self.sharding.full_state_dict()
             if module is not None:  # rename blocks to their indices in the target
                 partition = self.context.partition
@@ -403,8 +409,9 @@ class Trainer:
         if module is not None:
             self.score_partial(module)
         steps, seen, seconds = self.state.step, self.state.seen, round(self.state.seconds, 3)
-        flops = seen * self.planned.cost.training_flops
-        return self.task.make_result(scores, steps=steps, seen=seen, flops=flops, seconds=seconds)
+        flops = steps * self.step_flops
+        result = self.task.make_result(scores, steps=steps, seen=seen, flops=flops, seconds=seconds)
+        return result | ({} if text is None else {"example": text})
 
     def score_partial(self, module: int) -> None:
         """Evaluate this module together with the other finished modules; see :func:`score_partial_assembly`."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from ..base import EvalBatches, Task, TrainBatches
 from ..metric import Metric
 from .batch_transform import load_batch_transform
 from .mixup import TwoHot, blend
+
+if TYPE_CHECKING:
+    from ...data.partitions import PartitionFunction
 
 LOSS_ARGUMENTS = ("logits", "labels", "partners", "share", "label_smoothing")
 
@@ -56,6 +60,15 @@ class ImageClassification(Task):
             )
 
     # ------------------------------------------------------------------------------------------ data
+
+    def prepare_data(self, source: str, out: Path, divide: PartitionFunction | None) -> None:
+        """Prepare built-in images; see `Task.prepare_data`."""
+        from ...data.prepare import prepare_dataset
+        from ...data.sources import EMBEDDED
+
+        if source not in EMBEDDED:
+            super().prepare_data(source, out, divide)
+        prepare_dataset(source, out, partition=divide)
 
     def train_stream(self, info: DatasetInfo, *, rank: int, world: int) -> TrainBatches:
         """Return augmented images and their labels."""
