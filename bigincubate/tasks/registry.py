@@ -7,7 +7,10 @@ from ..config.objects import load_object
 from ..errors import ConfigError
 from .base import Task
 
-TASKS = {"image_classification": "bigincubate.tasks.image_classification.task:ImageClassification"}
+TASKS = {
+    "image_classification": "bigincubate.tasks.image_classification.task:ImageClassification",
+    "causal_lm": "bigincubate.tasks.causal_lm.task:CausalLanguageModeling",
+}
 
 
 def task_class(name: str) -> type[Task]:

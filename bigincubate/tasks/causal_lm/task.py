@@ -1,0 +1,225 @@
+"""Causal language modeling: predict each token of a text from the tokens before it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ...config import DataConfig, Settings
+from ...data.batch import Batch
+from ...data.dataset import DatasetInfo
+from ...data.text.records import TOKENS
+from ...data.text.tokenizers import Tokenizer, load_tokenizer
+from ...distributed.process_group import DistributedContext
+from ...errors import ConfigError
+from ...models.language.causal_lm import IGNORED
+from ..base import EvalBatches, Task, TrainBatches
+from ..metric import Metric
+from .generate import complete
+from .windows import TokenWindows
+
+if TYPE_CHECKING:
+    from ...data.partitions import PartitionFunction
+
+UNUSED_TABLES = ("augment", "mixup", "drop_path")  # tables of a recipe that this task does not read
+MEAN_TARGETS = "mean_targets"  # column with the number of targets per window, on average over the global batch
+
+
+class CausalLanguageModeling(Task):
+    """Predict the next token.
+
+    The headline is the cost of the text in bits per byte, which models with different vocabularies share. Separators
+    are predicted too, but their cost is reported separately, because they have no bytes.
+    """
+
+    metrics = (
+        Metric("bits_per_byte", "bits/byte", higher_is_better=False, format=".4f"),
+        Metric("loss", "loss", higher_is_better=False, format=".4f"),
+        Metric("perplexity", "perplexity", higher_is_better=False, in_tables=False),
+        Metric("accuracy", "next-token accuracy", "%", in_tables=False),
+        Metric("separator_bits", "separators, bits/byte", higher_is_better=False, format=".4f", in_tables=False),
+    )
+    unit = "tokens"
+    record_kind = TOKENS
+
+    def __init__(self, settings: Settings, data: DataConfig) -> None:
+        super().__init__(settings, data)
+        default = Settings()
+        for table in UNUSED_TABLES:
+            for key, value in getattr(settings, table).model_dump().items():
+                if value != getattr(getattr(default, table), key):
+                    raise ConfigError(f"{table}.{key} = {value!r} is not used by the task causal_lm; remove it")
+        for key in ("name", "label_smoothing"):
+            if (value := getattr(settings.loss, key)) != getattr(default.loss, key):
+                raise ConfigError(f"loss.{key} = {value!r} is not used by the task causal_lm; remove it")
+        self.tokenizer: Tokenizer | None = None
+        self.equal_windows = False  # whether all training windows have the same number of targets
+
+    @classmethod
+    def sample_units(cls, settings: Settings) -> int:
+        """Return the number of tokens of a window."""
+        return settings.model.context_length
+
+    @classmethod
+    def smoke_data(cls) -> str:
+        """Return the name of the generated text."""
+        return "made-up-text"
+
+    def check_dataset(self, info: DatasetInfo) -> None:
+        """Check the kind of the data, the length of its windows and its vocabulary."""
+        super().check_dataset(info)
+        model, metadata = self.settings.model, info.schema.metadata
+        if metadata["window"] != model.context_length:
+            raise ConfigError(
+                f"{info.path} has windows of {metadata['window']} tokens, but model.context_length ="
+                f" {model.context_length}: set it to {metadata['window']}, or prepare the data again with"
+                f" --window {model.context_length}"
+            )
+        if (size := int(model.args.get("vocab_size", 0))) < metadata["vocabulary"]:
+            raise ConfigError(
+                f"{info.path} has a vocabulary of {metadata['vocabulary']} tokens, but model.args.vocab_size = {size}:"
+                f" set it to {metadata['vocabulary']} or more"
+            )
+
+    # ------------------------------------------------------------------------------------------ data
+
+    def prepare_data(self, source: str, out: Path, divide: PartitionFunction | None) -> None:
+        """Prepare built-in text as windows of ``model.context_length`` bytes; see `Task.prepare_data`."""
+        from ...data.text.prepare import BUILT_IN_TEXT, prepare_text
+
+        if source not in BUILT_IN_TEXT:
+            super().prepare_data(source, out, divide)
+        prepare_text(source, out, window=self.settings.model.context_length, partition=divide)
+
+    def train_stream(self, info: DatasetInfo, *, rank: int, world: int) -> TrainBatches:
+        """Return windows in random order."""
+        from ...data.streams import TrainStream
+
+        train = self.settings.train
+        self.equal_windows = bool(info.schema.metadata.get("equal_windows"))
+        return TrainStream(
+            info,
+            self.data,
+            self._windows(info, scored=False),
+            seed=train.seed,
+            batch_size=train.batch_size,
+            rank=rank,
+            world=world,
+        )
+
+    def eval_stream(
+        self, info: DatasetInfo, split: str, *, rank: int = 0, world: int = 1, batch_size: int | None = None
+    ) -> EvalBatches:
+        """Return windows that overlap by one token, so that every token after the first is a target once."""
+        from ...data.streams import EvalStream
+
+        return EvalStream(
+            info,
+            split,
+            self._windows(info, scored=True),
+            batch_size=batch_size or max(1, self.settings.train.batch_size // world),
+            rank=rank,
+            world=world,
+            workers=self.data.workers,
+            remote=self.data.remote,
+        )
+
+    def _windows(self, info: DatasetInfo, *, scored: bool) -> TokenWindows:
+        self.tokenizer = load_tokenizer(info)
+        return TokenWindows(
+            info.schema.metadata["window"],
+            self.tokenizer.vocabulary,
+            self.tokenizer.separator,
+            mask_documents=self.settings.text.mask_documents,
+            byte_lengths=self.tokenizer.byte_lengths() if scored else None,
+        )
+
+    # ------------------------------------------------------------------------------------------ loss
+
+    def prepare_batch(self, batch: Batch, env: DistributedContext) -> Batch:
+        """Add the mean number of targets per window of the global batch, by which `loss` divides."""
+        count = (batch["targets"] != IGNORED).sum().double()
+        if not self.equal_windows:
+            count = env.sum_over_ranks(count.to(env.device)).cpu() / env.world
+        return batch.with_column(MEAN_TARGETS, (count / len(batch)).expand(len(batch)))
+
+    def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        """Return the sum over the targets, divided by the number of targets that this many windows have on average.
+
+        The mean of it over micro-batches and ranks is the mean over all targets of the global batch.
+        """
+        losses = model(batch["inputs"], batch["targets"], batch.columns.get("documents"))
+        return losses.sum() / batch[MEAN_TARGETS].sum().float()
+
+    # ------------------------------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def evaluate(
+        self, model: nn.Module, batches: EvalBatches, env: DistributedContext, *, pad_batches_across_ranks: bool = False
+    ) -> dict[str, float]:
+        """Return the metrics over the targets of all ranks, and their number as ``samples``."""
+        training = model.training
+        model.eval()
+        totals = torch.zeros(5, dtype=torch.float64)
+        autocast = self.settings.train.precision == "bf16"
+        for batch in batches:
+            batch = batch.to(env.device)
+            targets, lengths = batch["targets"], batch["bytes"]
+            with torch.autocast(env.device.type, torch.bfloat16, enabled=autocast):
+                losses, hits = model(batch["inputs"], targets, batch.columns.get("documents"), with_hits=True)
+            losses = losses.double()
+            sums = (losses.sum(), (losses * (lengths > 0)).sum(), hits.sum(), lengths.sum(), (targets != IGNORED).sum())
+            totals += torch.stack([value.double().cpu() for value in sums])
+        if pad_batches_across_ranks:
+            for _ in range(max(env.gather(len(batches))) - len(batches)):
+                model(batch["inputs"], batch["targets"], batch.columns.get("documents"), with_hits=True)
+        model.train(training)
+        if env.world > 1:
+            torch.distributed.all_reduce(totals, group=env.control)
+        nats, text_nats, hits, size, count = totals.tolist()
+        loss = nats / count
+        return {
+            "bits_per_byte": text_nats / math.log(2) / size,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),  # larger ones are not finite
+            "accuracy": 100 * hits / count,
+            "separator_bits": (nats - text_nats) / math.log(2) / size,
+            "samples": int(count),
+        }
+
+    @torch.no_grad()
+    def example_output(self, model: nn.Module, env: DistributedContext) -> str | None:
+        """Return ``text.prompt`` and how the model continues it."""
+        text, train = self.settings.text, self.settings.train
+        if self.tokenizer is None or not text.example_tokens:
+            return None
+        training = model.training
+        model.eval()
+        with torch.autocast(env.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+            tokens = complete(
+                model,
+                [self.tokenizer.separator, *self.tokenizer.encode(text.prompt).tolist()],
+                text.example_tokens,
+                window=self.settings.model.context_length,
+                vocabulary=self.tokenizer.vocabulary,
+                end=self.tokenizer.separator,
+                seed=train.seed,
+                env=env,
+            )
+        model.train(training)
+        return self.tokenizer.decode(tokens[1:])
+
+    # ------------------------------------------------------------------------------------------ artifacts
+
+    def artifact_metadata(self) -> dict[str, Any]:
+        """Return how documents are masked."""
+        return {"mask_documents": self.settings.text.mask_documents}
+
+    @classmethod
+    def artifact_settings(cls, model: Any, metadata: dict[str, Any]) -> Settings:
+        """Return settings that mask documents as in training."""
+        return Settings.model_validate({"model": model.model_dump(), "text": metadata})
