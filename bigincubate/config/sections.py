@@ -375,6 +375,9 @@ class IncubateConfig(PhaseConfig):
     """Initial weights of a module: fresh (random, as in the paper), boundary (stem, down-sampling, norm and head of the
     meta model), grow (also the blocks of the meta model; new blocks start as the identity) or stack (each block of the
     meta model several times in a row)."""
+    boundary: Literal["own", "meta"] = "own"
+    """Where the layers before the first and after the last block (embeddings; final norm and head) come from: own (the
+    first and the last module train them) or meta (those of the meta model, frozen in every hybrid)."""
 
 
 Budget = Literal["equal_flops", "epochs"]

@@ -228,6 +228,16 @@ class Partition:
             return owners[max(prefixes, key=len)]
         raise ArtifactError(f"tensor {name!r} is not part of a {self.family.name} model")
 
+    def is_boundary(self, name: str) -> bool:
+        """Return whether a tensor belongs to the stem or the tail: it lies in no block and in no stage.
+
+        Raises:
+            ArtifactError: A model of this family and depths has no such tensor.
+        """
+        self.owner(name)
+        stage_pattern = _patterns(self.family)[1]
+        return self.block_of(name) is None and not (stage_pattern and stage_pattern.fullmatch(name))
+
     def to_local_name(self, name: str) -> tuple[int, str]:
         """Return the module and local name of a tensor; local block indices start at the module's first block."""
         block = self.block_of(name)

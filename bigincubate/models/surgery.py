@@ -12,6 +12,7 @@ from ..errors import ArtifactError, ConfigError
 from .partition import BlockRef, Partition
 
 Init = Literal["fresh", "boundary", "grow", "stack", "g_stack"]
+Boundary = Literal["own", "meta"]
 
 
 def extract(state_dict: Mapping[str, Tensor], partition: Partition, *modules: int) -> dict[str, Tensor]:
@@ -197,10 +198,33 @@ def _find_source(block: BlockRef, init: Init, partition: Partition, meta_partiti
     return None
 
 
-def freeze_other_modules(model: nn.Module, partition: Partition, module: int | None) -> None:
-    """Make only the parameters of one module trainable, or all parameters if ``module`` is None."""
+def freeze_other_modules(
+    model: nn.Module, partition: Partition, module: int | None, boundary: Boundary = "own"
+) -> None:
+    """Make only the parameters of one module trainable, or all parameters if ``module`` is None.
+
+    Args:
+        model: The model.
+        partition: Its partition.
+        module: The module.
+        boundary: ``"own"``: the stem and the tail are parts of the first and the last module. ``"meta"``: they are
+            those of the meta model, and frozen too.
+    """
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(module is None or partition.owner(name) == module)
+        frozen = boundary == "meta" and partition.is_boundary(name)
+        parameter.requires_grad_(module is None or (partition.owner(name) == module and not frozen))
+
+
+def insert_boundary(
+    model: nn.Module, partition: Partition, meta_state: Mapping[str, Tensor], meta_partition: Partition
+) -> None:
+    """Copy the stem and the tail of the meta model into a hybrid.
+
+    Raises:
+        ArtifactError: The meta model's tensors do not fit; the message names them.
+    """
+    tensors = {name: tensor for name, tensor in meta_state.items() if meta_partition.is_boundary(name)}
+    _copy(tensors, {name: tensor for name, tensor in model.state_dict().items() if partition.is_boundary(name)})
 
 
 @torch.no_grad()

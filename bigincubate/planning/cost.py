@@ -144,7 +144,8 @@ class CostCounter:
     def _count_runs(self, row: PhasePlan, runs: Runs, module: int | None) -> Cost:
         if (runs, module) not in self._counted:
             slots = tuple(Slot(depths, "fresh") for depths in runs)
-            self._counted[runs, module] = count_cost(PhasePlan(row.phase, module, slots), self.settings, self.plan)
+            counted = PhasePlan(row.phase, module, slots, boundary=row.boundary)
+            self._counted[runs, module] = count_cost(counted, self.settings, self.plan)
         return self._counted[runs, module]
 
 

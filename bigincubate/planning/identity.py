@@ -29,7 +29,7 @@ ORDER_KEYS = ("data.shuffle", "data.canonical_nodes", "data.shuffle_block_size")
 DECAY_KEYS = {"schedule.decay", "schedule.decay_share", "schedule.min_lr"}
 PHASE_KEYS: dict[Phase, tuple[str, ...]] = {
     "pretrain": ("meta.init", "meta.select"),
-    "incubate": ("incubate.init",),
+    "incubate": ("incubate.init", "incubate.boundary"),
     "end_to_end": ("end_to_end.init",),
 }
 

@@ -29,7 +29,7 @@ from ..models.checks import check_model
 from ..models.initialization import initialize_model
 from ..models.library import find_family
 from ..models.partition import Partition, check_depths, default_meta_depths, find_balanced_cut, normalize_depths
-from ..models.surgery import freeze_other_modules
+from ..models.surgery import Boundary, freeze_other_modules
 from ..optim.optimizer import counts_steps_together
 from ..tasks.registry import make_task
 
@@ -56,12 +56,14 @@ class PhasePlan:
         module: The module that is trained; None if all are.
         slots: The modules.
         init: How the new random weights are changed before any others are inserted.
+        boundary: Whether the stem and the tail of a hybrid are trained or those of the meta model.
     """
 
     phase: Phase
     module: int | None
     slots: tuple[Slot, ...]
     init: ModelInit = "plain"
+    boundary: Boundary = "own"
 
     @property
     def key(self) -> str:
@@ -90,6 +92,7 @@ class Plan:
         meta: Depths of the meta model.
         expanded: Modules that are not incubated, which fine-tuning makes from the meta model.
         baseline_init: How the end-to-end baseline is initialized.
+        boundary: Whether the stem and the tail are trained with their modules or are those of the meta model.
     """
 
     family: ModelFamily
@@ -97,6 +100,7 @@ class Plan:
     meta: Depths
     expanded: frozenset[int] = frozenset()
     baseline_init: ModelInit = "plain"
+    boundary: Boundary = "own"
 
     @property
     def modules(self) -> int:
@@ -122,13 +126,13 @@ class Plan:
                 raise ConfigError(f"--module {module} is not incubated: plan.incubate lists {listed}")
             meta = self._meta_slots
             slots = (*meta[:module], Slot(self.target[module], "fresh"), *meta[module + 1 :])
-        elif module is not None:
+            return PhasePlan(phase, module, slots, boundary=self.boundary)
+        if module is not None:
             raise ConfigError(f"--module {module} is only for --phase incubate, not for {phase}; remove it")
-        else:
-            sources: list[Source] = ["fresh"] * self.modules
-            if phase == "finetune":
-                sources = ["expand" if k in self.expanded else "module" for k in range(self.modules)]
-            slots = tuple(map(Slot, self.meta if phase == "pretrain" else self.target, sources))
+        sources: list[Source] = ["fresh"] * self.modules
+        if phase == "finetune":
+            sources = ["expand" if k in self.expanded else "module" for k in range(self.modules)]
+        slots = tuple(map(Slot, self.meta if phase == "pretrain" else self.target, sources))
         return PhasePlan(phase, module, slots, self.baseline_init if phase == "end_to_end" else "plain")
 
     @cached_property
@@ -189,7 +193,7 @@ def make_plan(recipe: Recipe) -> Plan:
     expanded = frozenset(range(len(target))).difference(config.incubated)
     if expanded and recipe.expand.optimizer == "kept":
         _check_kept_optimizer(recipe.settings("pretrain"), recipe.settings("finetune"))
-    return Plan(family, target, meta, expanded, recipe.end_to_end.init)
+    return Plan(family, target, meta, expanded, recipe.end_to_end.init, recipe.incubate.boundary)
 
 
 def _check_kept_optimizer(meta: Settings, fine: Settings) -> None:
@@ -228,7 +232,7 @@ def phase_model(row: PhasePlan, settings: Settings, family: ModelFamily, *, devi
     partition = Partition(family, row.depths)
     check_model(model, partition)
     initialize_model(model, partition, row.init)
-    freeze_other_modules(model, partition, row.module)
+    freeze_other_modules(model, partition, row.module, row.boundary)
     if settings.train.subset_drop_path:
         family.use_subset_drop_path(model, partition)
     if settings.train.last_block_cls_only:

@@ -20,7 +20,7 @@ from ..models.activation_checkpointing import checkpoint_activations
 from ..models.base import Depths
 from ..models.compilation import compile_blocks
 from ..models.drop_path import find_drop_paths, set_drop_path_rates
-from ..models.surgery import assemble, extract, initialize, insert
+from ..models.surgery import assemble, extract, initialize, insert, insert_boundary
 from ..optim.ema import Ema
 from ..optim.optimizer import make_optimizer
 from ..optim.schedule import Schedule, make_schedule
@@ -183,6 +183,8 @@ def build_model(
             insert(model, partition, extract(meta, context.meta_partition, *others), context.meta_partition)
         if row.module is not None:
             initialize(model, partition, [row.module], meta, context.meta_partition, recipe.incubate.init)
+        if row.boundary == "meta":
+            insert_boundary(model, partition, meta, context.meta_partition)
         if expanded := [module for module, slot in enumerate(row.slots) if slot.source == "expand"]:
             initialize(model, partition, expanded, meta, context.meta_partition, recipe.expand.init)
     if "module" in sources:

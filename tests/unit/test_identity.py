@@ -75,6 +75,7 @@ TABLE = {
     "meta.init": "P",
     "meta.select": "P",
     "incubate.init": "I",
+    "incubate.boundary": "I",
     "finetune.budget": "",  # every module is incubated
     "end_to_end.budget": "E",
     "pretrain.handover": "PE",  # the baseline at equal FLOPs is as much shorter
@@ -103,6 +104,10 @@ TABLE = {
     "drop_path.rate": "PIFE",
     "drop_path.ramp_over": "I",  # where the whole model is trained, both ramps are the same
     "loss": "PIFE",
+    "loss.chunk_tokens": "",
+    "text": "PIFE",
+    "text.prompt": "",
+    "text.example_tokens": "",
     "ema": "PIFE",
     "sharding": "",
 }
