@@ -50,6 +50,8 @@ class ModelFamily(ABC):
         parity: What a block computes depends on its index in the stage modulo this number.
         drop_path_ramp: Whether the drop-path rate increases linearly from 0 over the blocks; if not, all blocks have
             the same rate.
+        scales_residual_outputs: Whether the library already divides the last layers of the residual branches by the
+            square root of their number.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ModelFamily(ABC):
     tail: tuple[str, ...]
     parity: int = 1
     drop_path_ramp: bool = True
+    scales_residual_outputs: bool = False
 
     @abstractmethod
     def build(self, model: ModelConfig, depths: Depths, *, device: str = "cpu") -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..config import ModelInit
+from ..errors import ConfigError
 from .partition import Partition
 
 
@@ -40,8 +41,13 @@ def scale_residual_outputs(model: nn.Module, partition: Partition) -> None:
     """Divide the last layer of each residual branch by the square root of the number of branches.
 
     Raises:
-        ConfigError: The family does not know the last layers of blocks of this class.
+        ConfigError: The family does not know the last layers of blocks of this class, or its library divides them.
     """
+    if partition.family.scales_residual_outputs:
+        raise ConfigError(
+            f'end_to_end.init = "scaled": new {partition.family.name} models are scaled in this way already; choose'
+            ' "plain"'
+        )
     blocks = [model.get_submodule(block.path) for block in partition.blocks()]
     outputs = [output for block in blocks for output in partition.family.residual_outputs(block)]
     for output in outputs:
