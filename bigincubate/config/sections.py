@@ -265,8 +265,6 @@ class LossConfig(ConfigTable):
     `package.module:function`."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is distributed evenly over all classes."""
-    chunk_tokens: Count = execution_field(1024)
-    """Number of tokens of a language model whose logits are computed at once. Unit: tokens."""
 
 
 class TextConfig(ConfigTable):

@@ -251,6 +251,7 @@ def cost_plan(recipe: Recipe, plan: Plan, samples: int, costs: Mapping[str, Cost
                 epochs=round(steps / per_epoch, 4),
                 seen=steps * batch_units,
                 total_flops=steps * step_flops,
+                approximate_flops=task.approximate_flops(cost.parameters, steps * batch_units),
                 unused_flops=None if budget is None else budget - steps * step_flops,
                 schedule_steps=schedule_steps,
             )

@@ -58,6 +58,7 @@ class PlannedRow:
         epochs: Number of passes over the training split.
         seen: Number of units in all steps; each view of a sample counts.
         total_flops: Training FLOPs of all steps.
+        approximate_flops: The usual estimate of these FLOPs (`Task.approximate_flops`), if the task has one.
         unused_flops: FLOPs of the phase's budget that are not enough for another step; None if it has no budget.
         schedule_start: Step of the learning-rate schedule at which the phase begins.
         schedule_steps: Steps of the learning-rate schedule; None: those of the phase.
@@ -79,6 +80,7 @@ class PlannedRow:
     epochs: float
     seen: int
     total_flops: int
+    approximate_flops: int | None = None
     unused_flops: int | None = None
     schedule_start: int = 0
     schedule_steps: int | None = None

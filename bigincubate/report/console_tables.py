@@ -83,8 +83,14 @@ def plan_table(plan: dict[str, Any]) -> Table:
     total_unit, total = format_flops_column([row["total_flops"] for row in plan["rows"]])
     flops = [f"fwd {forward_unit.removesuffix('LOPs')}", f"train {training_unit.removesuffix('LOPs')}"]  # GF for GFLOPs
     columns = ["phase", "depths", "params M", "train M", *flops, "act MiB", "opt MiB", "sync MiB", "steps", "epochs"]
-    table = TextTable(f"{plan['recipe']}: cost of each phase", [*columns, f"total {total_unit.removesuffix('LOPs')}"])
-    for row, cost, *cells in zip(plan["rows"], costs, forward, training, total, strict=True):
+    approximate: list[list[str]] = [[] for _ in costs]
+    total_column = f"total {total_unit.removesuffix('LOPs')}"
+    extra: list[str] = []
+    if all(row["approximate_flops"] for row in plan["rows"]):
+        unit, cells = format_flops_column([row["approximate_flops"] for row in plan["rows"]])
+        extra, approximate = [f"6ND {unit.removesuffix('LOPs')}"], [[cell] for cell in cells]
+    table = TextTable(f"{plan['recipe']}: cost of each phase", [*columns, total_column, *extra])
+    for row, cost, *cells, more in zip(plan["rows"], costs, forward, training, total, approximate, strict=True):
         table.add_row(
             row["title"],
             format_depths(row_depths(plan, row)),
@@ -98,6 +104,7 @@ def plan_table(plan: dict[str, Any]) -> Table:
             str(row["steps"]),
             f"{row['epochs']:g}",
             cells[2],
+            *more,
         )
     return table
 

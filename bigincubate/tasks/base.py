@@ -78,6 +78,16 @@ class Task(ABC):
         """Return the number of units in a sample, such as the tokens of a window."""
         return 1
 
+    @classmethod
+    def approximate_flops(cls, parameters: int, units: int) -> int | None:
+        """Return a usual estimate of the training FLOPs for comparison with those counted; None if there is none.
+
+        Args:
+            parameters: Number of parameters of the model.
+            units: Number of units trained on.
+        """
+        return None
+
     def prepare_data(self, source: str, out: Path, divide: PartitionFunction | None) -> None:
         """Prepare built-in data.
 

@@ -104,7 +104,6 @@ TABLE = {
     "drop_path.rate": "PIFE",
     "drop_path.ramp_over": "I",  # where the whole model is trained, both ramps are the same
     "loss": "PIFE",
-    "loss.chunk_tokens": "",
     "text": "PIFE",
     "text.prompt": "",
     "text.example_tokens": "",

@@ -93,6 +93,7 @@ class CausalLM(nn.Module):
         documents: Tensor | None = None,
         *,
         with_hits: bool = False,
+        position: int | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, or the losses of the targets; see `ChunkedHead.forward`.
 
@@ -102,6 +103,7 @@ class CausalLM(nn.Module):
             documents: The number of each token's document, not decreasing in a row, int64 ``[n, T]``: tokens then
                 attend only to their own document, and positions restart at each document.
             with_hits: Whether to return hits too.
+            position: Compute the logits of this position only, ``[n, V]``.
         """
         embedding, positions, blocks, norm = self._names
         places, mask = locate_tokens(tokens, documents)
@@ -114,6 +116,8 @@ class CausalLM(nn.Module):
         for block in self.model.get_submodule(blocks).children():
             output = block(hidden, **options)
             hidden = output[0] if isinstance(output, tuple) else output
+        if position is not None:
+            hidden = hidden[:, position]
         return self.lm_head(self.model.get_submodule(norm)(hidden), targets, with_hits)
 
     def no_weight_decay(self) -> set[str]:

@@ -65,6 +65,11 @@ class CausalLanguageModeling(Task):
         return settings.model.context_length
 
     @classmethod
+    def approximate_flops(cls, parameters: int, units: int) -> int:
+        """Return 6ND, without attention and with all N parameters (Kaplan et al., 2020, arXiv 2001.08361)."""
+        return 6 * parameters * units
+
+    @classmethod
     def smoke_data(cls) -> str:
         """Return the name of the generated text."""
         return "made-up-text"
