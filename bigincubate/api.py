@@ -385,6 +385,8 @@ def evaluate(
         env = DistributedContext.single_process()
         if probe is None:
             scores = task.evaluate(model.to(env.device), task.eval_stream(info, "val", batch_size=batch_size), env)
+        elif not hasattr(model, "forward_head"):
+            raise ConfigError(f"probe = {probe!r}: {spec.model.name} has no features to classify; leave it out")
         else:
             from .tasks.image_classification.probe import probe as score_features
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from bigincubate.data.chunks import write_chunk, write_description
 from bigincubate.data.dataset import RecordSchema
-from bigincubate.data.text.records import TOKENS
+from bigincubate.data.text.windows import TOKENS
 
 WINDOW, SEPARATOR = 16, 256
 RECIPE = """

@@ -207,6 +207,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def escape_control_characters(text: str) -> str:
+    """Return a text whose characters that do not print, among them line breaks, are escapes such as ``\\x1b``."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def say_json(value: Any) -> None:
     """Print a value as JSON."""
     print(json.dumps(value, indent=1))
@@ -218,7 +223,7 @@ def fail(message: str, code: int) -> NoReturn:
     Control characters are printed as escapes. The middle of a long line is left out, because a value that the message
     quotes may have any length.
     """
-    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in message)
+    line = escape_control_characters(message)
     if len(line) > MAX_LINE:
         line = f"{line[: 2 * MAX_LINE // 3]} … {line[-MAX_LINE // 3 :]}"
     print(f"bigincubate: {line}", file=sys.stderr, flush=True)

@@ -24,6 +24,7 @@ from .app import (
     add_method,
     app,
     console,
+    escape_control_characters,
     parse_run_dir,
     say,
     say_json,
@@ -172,6 +173,9 @@ def run(
     if result.already_done:
         say(f"{directory.path} is already done")
     console().print(summary_table(loaded.name, result.results, result.context.rows))
+    if example := (result.results["finetune"] or {}).get("example"):
+        say("\nexample of the model's output:")
+        say("\n".join(f"    {escape_control_characters(line)}" for line in str(example).splitlines()))
     say(f"\nmodel:   {result.export}" + (f"\n         {result.load_code}" if result.load_code else ""))
     say(f"curves:  tensorboard --logdir {shlex.quote(str(directory.path))}")
     say(f"next:    {format_command('evaluate', directory.path, '--data', result.context.data.path)}")

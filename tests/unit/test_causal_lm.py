@@ -145,9 +145,7 @@ def test_scores_depend_neither_on_ranks_nor_on_the_batch_size(
     assert parts == [1, 1]
 
 
-def test_masked_documents_are_scored_as_if_they_were_alone(
-    recipe: Recipe, data: DatasetInfo, model: nn.Module
-) -> None:
+def test_masked_documents_are_scored_as_if_they_were_alone(recipe: Recipe, data: DatasetInfo, model: nn.Module) -> None:
     masked = make_task(recipe, text=recipe.text.model_copy(update={"mask_documents": True}))
     batch = next(iter(masked.eval_stream(data, "val", batch_size=2)))
     assert batch["documents"][1, :5].tolist() == [1, 1, 1, 2, 2]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...config import DataConfig, Settings
 from ...data.batch import Batch
 from ...data.dataset import DatasetInfo
-from ...data.text.records import TOKENS
 from ...data.text.tokenizers import Tokenizer, load_tokenizer
+from ...data.text.windows import TOKENS
 from ...distributed.process_group import DistributedContext
 from ...errors import ConfigError
 from ...models.language.causal_lm import IGNORED
@@ -94,9 +94,10 @@ class CausalLanguageModeling(Task):
 
     def prepare_data(self, source: str, out: Path, divide: PartitionFunction | None) -> None:
         """Prepare built-in text as windows of ``model.context_length`` bytes; see `Task.prepare_data`."""
-        from ...data.text.prepare import BUILT_IN_TEXT, prepare_text
+        from ...data.text.files import EMBEDDED_TEXT
+        from ...data.text.prepare import prepare_text
 
-        if source not in BUILT_IN_TEXT:
+        if source not in EMBEDDED_TEXT:
             super().prepare_data(source, out, divide)
         prepare_text(source, out, window=self.settings.model.context_length, partition=divide)
 
@@ -134,7 +135,7 @@ class CausalLanguageModeling(Task):
         )
 
     def _windows(self, info: DatasetInfo, *, scored: bool) -> TokenWindows:
-        self.tokenizer = load_tokenizer(info)
+        self.tokenizer = load_tokenizer(info, self.data.remote)
         return TokenWindows(
             info.schema.metadata["window"],
             self.tokenizer.vocabulary,
