@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bigincubate.data.text.windows import TOKENS
 
 from bigincubate.data.chunks import write_chunk, write_description
 from bigincubate.data.dataset import RecordSchema
-from bigincubate.data.text.windows import TOKENS
 
 WINDOW, SEPARATOR = 16, 256
 RECIPE = """
@@ -21,7 +21,13 @@ name = "causal_lm"
 library = "transformers"
 name = "llama"
 context_length = 16
-args = { vocab_size = 257, hidden_size = 16, intermediate_size = 32, num_hidden_layers = 4, num_attention_heads = 2, num_key_value_heads = 2 }
+[model.args]
+vocab_size = 257
+hidden_size = 16
+intermediate_size = 32
+num_hidden_layers = 4
+num_attention_heads = 2
+num_key_value_heads = 2
 [data]
 source = "made-up-text"
 [plan]

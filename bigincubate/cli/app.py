@@ -208,7 +208,7 @@ def say(text: str) -> None:
 
 
 def escape_control_characters(text: str) -> str:
-    """Return a text whose characters that do not print, among them line breaks, are escapes such as ``\\x1b``."""
+    """Return a text in which characters that do not print, among them line breaks, are Python's escapes."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
