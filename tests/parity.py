@@ -50,12 +50,13 @@ class Parity:
         world: int = 2,
         sets: Iterable[str] = (),
         single: dict[tuple[str, str], Any] | None = None,
+        loud: Iterable[str] = LOUD,
     ) -> None:
         self.cases, self.world = list(cases), world
         self.single = dict(single or {})
         for kind in dict.fromkeys((case.optimizer, case.precision) for case in self.cases):
             if kind not in self.single:
-                one = self.single[kind] = harness(*LOUD, *OPTIMIZERS[kind[0]], f"train.precision={kind[1]}", *sets)
+                one = self.single[kind] = harness(*loud, *OPTIMIZERS[kind[0]], f"train.precision={kind[1]}", *sets)
                 for phase, module in PHASES:
                     one.train(phase, module)
         self.spread = {}

@@ -1,0 +1,117 @@
+"""A whole run of a language model, from built-in text to a model that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TrainingHarness
+from token_data import write_recipe
+
+from bigincubate.files import read_json
+from bigincubate.training.metrics_writer import read_metrics
+
+Command = Callable[..., Any]
+FOLDERS = ["meta", "modules/00", "modules/01", "assembled", "finetune", "end_to_end"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, bigincubate: Command) -> Path:
+    folder = recipe.parent / "run"
+    ended = bigincubate("run", recipe, "--run-dir", folder, "--jobs", 2, "--baseline")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "bits/byte" in ended.stdout
+    assert "example of the model's output:\n    a" in ended.stdout
+    return folder
+
+
+def test_every_phase_has_the_metrics_of_the_task(finished: Path) -> None:
+    results = [read_json(finished / folder / "DONE") for folder in FOLDERS]
+    for result in filter(None, results):
+        assert (result["headline"], result["unit"]) == ("bits_per_byte", "tokens")
+        assert 0 < result["metrics"]["bits_per_byte"] < 9
+    meta, tuned = results[0], results[4]
+    assert meta is not None
+    assert tuned is not None
+    assert meta["seen"] == meta["steps"] * 16 * 16  # windows of a batch, and tokens of a window
+    assert meta["metrics"]["bits_per_byte"] < 8
+    rows = read_metrics(finished / "finetune" / "metrics.jsonl")
+    assert rows[-1]["perf/tokens_per_sec"] > 0
+    assert rows[-1]["val/bits_per_byte"] == tuned["metrics"]["bits_per_byte"]
+    plan = {row["key"]: row for row in json.loads((finished / "plan.json").read_text())["rows"]}
+    for key, result in (("pretrain", meta), ("finetune", tuned)):
+        planned = plan[key]
+        assert (planned["seen"], planned["total_flops"]) == (result["seen"], result["flops"])
+        assert planned["approximate_flops"] == 6 * planned["cost"]["parameters"] * planned["seen"]
+
+
+def test_reports_show_tokens_and_bits_per_byte(finished: Path, bigincubate: Command) -> None:
+    for command in ("status", "compare", "report", "verify"):
+        ended = bigincubate(command, finished)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        if command in ("status", "compare"):
+            assert "bits/byte" in ended.stdout
+            assert "top-1" not in ended.stdout
+    page = (finished / "report.html").read_text()
+    assert "bits/byte" in page
+    assert "tokens" in page
+    planned = bigincubate("plan", finished / "recipe.toml", "--set", "data.train_samples=1000")
+    assert planned.returncode == 0, planned.stderr
+    assert "6ND" in planned.stdout
+
+
+def test_export_is_evaluated_to_the_same_score(finished: Path, bigincubate: Command) -> None:
+    expected = read_json(finished / "finetune" / "DONE")
+    assert expected is not None
+    for source in (finished, finished / "export"):
+        ended = bigincubate("evaluate", source, "--data", finished / "data", "--json")
+        assert ended.returncode == 0, ended.stderr
+        scores = json.loads(ended.stdout)
+        assert scores["bits_per_byte"] == pytest.approx(expected["metrics"]["bits_per_byte"], rel=1e-6)
+    refused = bigincubate("evaluate", finished, "--data", finished / "data", "--probe", "knn")
+    assert refused.returncode == 2
+    assert "probe" in refused.stderr
+
+
+def test_tensorboard_has_the_example(finished: Path, recipe: Path) -> None:
+    harness = TrainingHarness(recipe, finished)
+    assert "example/text_summary" in harness.events("finetune").Tags()["tensors"]
+
+
+def test_killed_phase_resumes_to_the_same_bits(recipe: Path, finished: Path, bigincubate: Command) -> None:
+    """It is killed after the step of its second checkpoint."""
+    folder = recipe.parent / "killed"
+    folder.mkdir()
+    shutil.copytree(finished / "data", folder / "data")
+    train = ("train", recipe, "--run-dir", folder, "--phase", "pretrain")
+    killer = recipe.parent / "killer"
+    killer.mkdir()
+    (killer / "sitecustomize.py").write_text(
+        "import os, signal, threading, time, pathlib\n"
+        f"mark = pathlib.Path({str(folder / 'meta' / 'checkpoints' / 'step-00000008' / 'COMMITTED')!r})\n"
+        "def watch():\n"
+        "    while not mark.exists():\n"
+        "        time.sleep(0.001)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "threading.Thread(target=watch, daemon=True).start()\n"
+    )
+    path = os.pathsep.join([str(killer), str(Path(__file__).parents[2])])
+    killed = bigincubate(*train, env={"PYTHONPATH": path})
+    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    assert not (folder / "meta" / "DONE").exists()
+    resumed = bigincubate(*train)
+    assert resumed.returncode == 0, resumed.stderr
+    manifests = [read_json(run / "meta" / "artifact" / "manifest.json") for run in (finished, folder)]
+    assert manifests[0]
+    assert manifests[0]["digest"] == manifests[1]["digest"]  # type: ignore[index]
