@@ -10,18 +10,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
-import multiprocessing
 import os
 import secrets
 import shutil
-import signal
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +40,7 @@ from .images import (
     labelled_image_schema,
 )
 from .partitions import PartitionFunction
+from .process_pool import run_in_processes
 from .samples import Sample, Source
 from .source_summary import UNREADABLE_FILES, summarize_source, summary_lines
 from .sources import EMBEDDED, read_source
@@ -54,7 +50,6 @@ from .unpacking import unpacked
 CHUNK_SAMPLES = 2048  # on average
 MAX_BLOCK_CHUNKS = 4  # a block of samples that are read together is divided if it is larger than this many chunks
 UNREADABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP)  # errors of one file, not of a disk
-CHUNK_SECONDS = 3600.0  # time without a finished chunk after which the processes count as stuck
 PREPARE_SECONDS = 86400.0  # limit for waiting for another process that prepares the same data
 
 
@@ -295,7 +290,7 @@ def _write_chunks(chunks: list[Chunk], out: Path, options: PrepareOptions) -> No
     total = sum(len(chunk.samples) for chunk in chunks)
     done = total - sum(len(chunk.samples) for chunk in missing)
     options.on_progress(done, total)
-    with _write_all(missing, options.jobs) as written:
+    with run_in_processes(write_samples, missing, options.jobs, "images") as written:
         for count in written:
             done += count
             options.on_progress(done, total)
@@ -376,51 +371,3 @@ def _resized(image: Image.Image, chunk: Chunk) -> bytes | None:
     if chunk.resize is None or min(image.size) <= chunk.resize:
         return None
     return encode_resized(image.convert("RGB"), chunk.resize, exif_orientation(image))
-
-
-@contextmanager
-def _write_all(chunks: list[Chunk], jobs: int) -> Iterator[Iterator[int]]:
-    """Write chunks in this process, or in ``jobs`` other processes. Yields an iterator over the sizes of the chunks."""
-    if jobs <= 1 or len(chunks) <= 1:
-        yield map(write_samples, chunks)
-        return
-    from ..compat import streaming_package  # noqa: F401  import it once, before the processes are forked
-
-    pool = ProcessPoolExecutor(
-        jobs,
-        mp_context=multiprocessing.get_context("fork"),
-        initializer=_exit_with_parent,
-        initargs=(os.getpid(),),
-    )
-    try:
-        futures = [pool.submit(write_samples, chunk) for chunk in chunks]
-        yield _results(pool, futures)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _results(pool: ProcessPoolExecutor, futures: Iterable[Future[int]]) -> Iterator[int]:
-    """Yield the results in the order in which they arrive."""
-    pending = set(futures)
-    while pending:
-        done, pending = wait(pending, timeout=CHUNK_SECONDS, return_when=FIRST_COMPLETED)
-        if not done:
-            for process in pool._processes.values():
-                process.kill()  # otherwise the shutdown of the pool would wait for them
-            raise SystemResourceError(
-                f"no process wrote any images for {CHUNK_SECONDS:g} s: check that the storage responds, and that no"
-                " process is suspended; run the same command again to resume"
-            )
-        yield from (future.result() for future in done)
-
-
-def _exit_with_parent(parent: int) -> None:
-    """Exit when the parent process has ended, even by SIGKILL, because this process also holds the parent's lock."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent process too, which stops this one
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()

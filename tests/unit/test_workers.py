@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from bigincubate.config import AugmentConfig, DataConfig
-from bigincubate.data import prepare, workers
+from bigincubate.data import prepare, process_pool, workers
 from bigincubate.data.dataset import open_dataset
 from bigincubate.data.file_locks import file_lock
 from bigincubate.data.streams import TrainStream
@@ -202,7 +202,7 @@ def test_lock_of_a_process_that_never_releases_it_is_an_error(tmp_path: Path) ->
 
 
 def test_processes_that_prepare_nothing_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "CHUNK_SECONDS", 0.5)
+    monkeypatch.setattr(process_pool, "CHUNK_SECONDS", 0.5)
     monkeypatch.setattr(prepare, "CHUNK_SAMPLES", 300)
     monkeypatch.setattr(prepare, "write_samples", _suspend)
     with pytest.raises(SystemResourceError, match=r"no process wrote any images for 0.5 s"):
