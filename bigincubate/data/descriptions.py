@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..files import fsync_path, link_or_copy
-from .chunk_records import Chunk
 from .chunks import write_description
 from .dataset import RecordSchema
 from .partitions import partition_path
@@ -15,8 +15,25 @@ from .partitions import partition_path
 logger = logging.getLogger(__name__)
 
 
+class WrittenChunk(Protocol):
+    """A chunk that is complete."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the shards."""
+
+    @property
+    def part(self) -> int:
+        """The partition that the samples belong to."""
+
+
 def write_descriptions(
-    out: Path, schema: RecordSchema, chunks: dict[str, list[Chunk]], origin: dict[str, Any], parts: int
+    out: Path,
+    schema: RecordSchema,
+    chunks: Mapping[str, Sequence[WrittenChunk]],
+    origin: dict[str, Any],
+    parts: int,
+    size: int,
 ) -> None:
     """Write the descriptions of the partitions and of the whole data set.
 
@@ -26,8 +43,9 @@ def write_descriptions(
         chunks: The chunks of each split, which are complete.
         origin: Where the data came from.
         parts: Number of partitions.
+        size: Number of training samples.
     """
-    digests, size, linked = [], sum(origin["summary"]["counts"]["train"]), True
+    digests, linked = [], True
     for number in range(parts):
         folder = Path(partition_path(out, number))
         own = {"train": [chunk for chunk in chunks["train"] if chunk.part == number], "val": chunks["val"]}

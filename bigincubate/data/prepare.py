@@ -11,12 +11,10 @@ import errno
 import hashlib
 import math
 import os
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +22,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..errors import ConfigError, DataError, SystemResourceError, check_integer, format_os_error
+from ..errors import ConfigError, DataError, check_integer
 from ..files import quote_path, write_text
 from .chunk_records import RECORDS, Chunk, ChunkRecord, has_same_contents, is_unchanged, read_record
 from .chunks import write_chunk
-from .dataset import DESCRIPTION, UNFINISHED, DatasetInfo, open_dataset, read_json, write_json
+from .dataset import DESCRIPTION, UNFINISHED, DatasetInfo, open_dataset, read_json
 from .descriptions import write_descriptions
-from .file_locks import folder_lock
 from .images import (
     LABELLED_IMAGE_COLUMNS,
     decode_image,
@@ -45,12 +42,12 @@ from .samples import Sample, Source
 from .source_summary import UNREADABLE_FILES, summarize_source, summary_lines
 from .sources import EMBEDDED, read_source
 from .splits import hash_name
+from .unfinished import begin_folder, preparing, refuse_inside
 from .unpacking import unpacked
 
 CHUNK_SAMPLES = 2048  # on average
 MAX_BLOCK_CHUNKS = 4  # a block of samples that are read together is divided if it is larger than this many chunks
 UNREADABLE = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP)  # errors of one file, not of a disk
-PREPARE_SECONDS = 86400.0  # limit for waiting for another process that prepares the same data
 
 
 @dataclass(frozen=True)
@@ -113,25 +110,14 @@ def prepare_dataset(
     if not 0 <= val_fraction < 1:  # refuses nan as well
         raise ConfigError(f"val_fraction = {val_fraction}: expected a number from 0 to less than 1")
     out = Path(os.path.abspath(out))
-    if source not in EMBEDDED and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-        raise ConfigError(f"--out {quote_path(out)} is inside the source {quote_path(source)}; use a folder outside it")
+    if source not in EMBEDDED:
+        refuse_inside(out, source)
     nothing = PrepareOptions()
     options = PrepareOptions(
         jobs, max_pixels, resize, skip_bad, check, on_progress or nothing.on_progress, report or nothing.report
     )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with folder_lock(out, PREPARE_SECONDS):
-            return _prepare(read_source(source, val_fraction, columns), out, partition, options)
-    except OSError as error:
-        what = format_os_error(error)
-        raise SystemResourceError(
-            f"cannot prepare {source}: {what}; fix the problem, then run the same command again to resume"
-        ) from None
-    except BrokenProcessPool:
-        raise SystemResourceError(
-            f"a process preparing {source} was killed (out of memory?); run the same command again to resume"
-        ) from None
+    with preparing(source, out):
+        return _prepare(read_source(source, val_fraction, columns), out, partition, options)
 
 
 def _prepare(source: Source, out: Path, partition: PartitionFunction | None, options: PrepareOptions) -> DatasetInfo:
@@ -148,7 +134,7 @@ def _prepare(source: Source, out: Path, partition: PartitionFunction | None, opt
         info = _reopen(source, out, identity, options)
         (out / UNFINISHED).unlink(missing_ok=True)
         return info
-    _resume(source, out)
+    begin_folder(out, source.kind, source.folder)
     with unpacked(source, out, options.report) as readable:
         return _write(readable, out, parts and _same_samples(parts, readable), identity, options)
 
@@ -172,7 +158,8 @@ def _write(
         "contents": source.content_hash(contents[s.name] for samples in source.splits.values() for s in samples),
     }
     schema = labelled_image_schema(source.classes, options.max_pixels, options.resize)
-    write_descriptions(out, schema, chunks, {**identity, "summary": summary}, len(parts or ()))
+    size = sum(summary["counts"]["train"])
+    write_descriptions(out, schema, chunks, {**identity, "summary": summary}, len(parts or ()), size)
     shutil.rmtree(out / RECORDS)
     (out / UNFINISHED).unlink()
     _report_summary(summary, source.classes, options)
@@ -220,30 +207,6 @@ def _reopen(source: Source, out: Path, identity: dict[str, Any], options: Prepar
     info = open_dataset(out)
     _report_summary(stored.get("summary"), source.classes, options)
     return info
-
-
-def _resume(source: Source, out: Path) -> None:
-    """Make the folder of the data set, or clean up in the one that an interrupted run has left.
-
-    Raises:
-        DataError: If the folder holds anything else.
-    """
-    mark = {"kind": source.kind, "folder": source.folder}
-    if (out / UNFINISHED).exists():
-        before = read_json(out / UNFINISHED).get("source")
-        if isinstance(before, dict) and any(before.get(key, value) != value for key, value in mark.items()):
-            where = before.get("folder") or before.get("kind")
-            raise DataError(
-                f"{quote_path(out)} holds data from another source, not yet complete: {where}; delete it or use another"
-                " folder"
-            )
-    elif out.exists() and any(out.iterdir()):
-        raise DataError(f"{quote_path(out)} holds other files; use a new or empty folder")
-    out.mkdir(exist_ok=True)
-    write_json(out / UNFINISHED, {"source": mark})
-    for leftover in (*out.glob(".tmp-*"), *out.glob("parts")):
-        # moved first, so that a process of a killed preparation that still writes it cannot complete it meanwhile
-        shutil.rmtree(leftover.rename(out / f".tmp-removed-{secrets.token_hex(4)}"))
 
 
 def _make_chunks(folder: Path, parts: list[list[Sample]], options: PrepareOptions) -> list[Chunk]:
