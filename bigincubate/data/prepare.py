@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import ConfigError, DataError, check_integer
-from ..files import quote_path, write_text
+from ..files import quote_path
 from .chunk_records import RECORDS, Chunk, ChunkRecord, has_same_contents, is_unchanged, read_record
 from .chunks import write_chunk
 from .dataset import DESCRIPTION, UNFINISHED, DatasetInfo, open_dataset, read_json
@@ -39,7 +39,7 @@ from .images import (
 from .partitions import PartitionFunction
 from .process_pool import run_in_processes
 from .samples import Sample, Source
-from .source_summary import UNREADABLE_FILES, summarize_source, summary_lines
+from .source_summary import report_unreadable, summarize_source, summary_lines
 from .sources import EMBEDDED, read_source
 from .splits import hash_name
 from .unfinished import begin_folder, preparing, refuse_inside
@@ -266,21 +266,8 @@ def _report_unreadable(records: list[tuple[str, Chunk, ChunkRecord]], out: Path,
         DataError: If there are any, unless they are to be left out.
     """
     paths = {sample.name: sample.image for _, chunk, _ in records for sample in chunk.samples}
-    bad = sorted((str(paths[name]), why) for _, _, record in records for name, why in record.unreadable.items())
-    file = out / UNREADABLE_FILES
-    if not bad:
-        file.unlink(missing_ok=True)
-        return
-    lines = [f"{path}: {why}".encode(errors="backslashreplace").decode() for path, why in bad]
-    write_text(file, "".join(f"{line}\n" for line in lines))
-    for line in lines:
-        options.report(f"unreadable: {line}")
-    if not options.skip_bad:
-        first = f"{len(bad):,} of {len(paths):,} images cannot be read" if len(bad) > 1 else "1 image cannot be read"
-        raise DataError(
-            f"{first}: {lines[0]}{', …' if len(bad) > 1 else ''}; repair or remove {'them' if len(bad) > 1 else 'it'},"
-            f" or add --skip-bad, then run the same command again to resume (list: {quote_path(file)})"
-        )
+    bad = [(str(paths[name]), why) for _, _, record in records for name, why in record.unreadable.items()]
+    report_unreadable(bad, len(paths), "image", out, options.report, skip=options.skip_bad)
 
 
 def _report_summary(summary: Any, classes: list[str], options: PrepareOptions) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..errors import DataError
+from ..files import quote_path, write_text
 from .chunk_records import Chunk, ChunkRecord
 from .samples import Source
 
@@ -44,13 +47,45 @@ def summarize_source(source: Source, chunks: Iterable[tuple[str, Chunk, ChunkRec
     }
 
 
+def report_unreadable(
+    bad: Iterable[tuple[str, str]], total: int, what: str, out: Path, report: Callable[[str], None], *, skip: bool
+) -> None:
+    """List what cannot be read, also in a file.
+
+    Args:
+        bad: Path and reason of each.
+        total: Number of all, also those that can be read.
+        what: What they are, such as ``image``.
+        out: The folder of the data.
+        report: Called with each line of the list.
+        skip: Whether they are to be left out.
+
+    Raises:
+        DataError: If there are any, unless they are to be left out.
+    """
+    file, bad = out / UNREADABLE_FILES, sorted(bad)
+    if not bad:
+        file.unlink(missing_ok=True)
+        return
+    lines = [f"{path}: {why}".encode(errors="backslashreplace").decode() for path, why in bad]
+    write_text(file, "".join(f"{line}\n" for line in lines))
+    for line in lines:
+        report(f"unreadable: {line}")
+    if not skip:
+        first = f"{len(bad):,} of {total:,} {what}s cannot be read" if len(bad) > 1 else f"1 {what} cannot be read"
+        raise DataError(
+            f"{first}: {lines[0]}{', …' if len(bad) > 1 else ''}; repair or remove {'them' if len(bad) > 1 else 'it'},"
+            f" or add --skip-bad, then run the same command again to resume (list: {quote_path(file)})"
+        )
+
+
 def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[str]:
     """Return the summary as lines of text."""
     counts, lines = summary["counts"], []
     if origins := _describe_origins(summary):
         parts = [f"{split}: {sum(counts[split]):,} images{origins[split]}" for split in ("train", "val")]
         lines.append("; ".join(parts))
-    lines.append(_describe_classes(counts, classes))
+    lines.append(describe_counts("classes", counts, classes))
     if missing := [name for name, count in zip(classes, counts["val"], strict=True) if not count]:
         lines.append(f"no validation images of: {_list_some(missing)}")
     if empty := summary.get("empty_classes"):
@@ -88,9 +123,10 @@ def _describe_origins(summary: Mapping[str, Any]) -> dict[str, str]:
     return origins
 
 
-def _describe_classes(counts: Mapping[str, Sequence[int]], classes: Sequence[str]) -> str:
+def describe_counts(what: str, counts: Mapping[str, Sequence[int]], classes: Sequence[str]) -> str:
+    """Return how many samples of each class there are, as a line of text that calls the classes ``what``."""
     pairs = list(zip(classes, counts["train"], counts["val"], strict=True))
-    text = "classes (training + validation): "
+    text = f"{what} (training + validation): "
     if len(pairs) <= MAX_LISTED_CLASSES:
         return text + ", ".join(f"{name} {train:,} + {val:,}" for name, train, val in pairs)
     pairs.sort(key=lambda pair: pair[1])
