@@ -1,0 +1,286 @@
+"""Prepare text: write the documents of a source as windows of tokens in MDS shards.
+
+The documents are extracted (:mod:`.extraction`) and divided into training and validation by the hashes of their names.
+If wanted, a tokenizer is trained on the training documents. Then the tokens are written in chunks (:mod:`.chunks`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ConfigError, DataError, check_integer
+from ...files import quote_path, write_text
+from .. import dataset
+from ..chunk_records import RECORDS
+from ..dataset import DESCRIPTION, UNFINISHED, DatasetInfo, open_dataset
+from ..descriptions import write_descriptions
+from ..partitions import PartitionFunction, partition_path
+from ..process_pool import run_in_processes
+from ..samples import Sample
+from ..source_summary import report_unreadable
+from ..splits import sort_by_name_hash, split_train_val
+from ..unfinished import begin_folder, preparing, refuse_inside
+from .chunks import TextChunk, document_bytes, make_chunks, write_text_chunk
+from .extraction import EXTRACTED, Extracted, extract
+from .files import EMBEDDED_TEXT, LINES, PARQUET, TextFile, TextSource, find_text
+from .stored_tokenizer import TokenizerChoice, choose_tokenizer, copy_tokenizer, store_tokenizer
+from .summary import summarize_text, text_summary_lines
+from .tokenizers import BYTES
+from .windows import token_schema
+
+DOCUMENTS = "documents.jsonl"  # name, domain, split and partition of each document; not part of the digest
+EXTRACTION_SHARE = 0.3  # of the progress
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How to prepare text; see `prepare_text`.
+
+    Attributes:
+        choice: The tokenizer that was chosen.
+    """
+
+    window: int
+    val_fraction: float
+    column: str
+    jobs: int
+    skip_bad: bool
+    check: bool
+    partition: PartitionFunction | None
+    on_progress: Callable[[int, int], None]
+    report: Callable[[str], None]
+    choice: TokenizerChoice
+
+    def identify(self, source: TextSource) -> dict[str, Any]:
+        """Return what decides which data is made of a source, besides its files and the partitions."""
+        identity: dict[str, Any] = {
+            "kind": source.kind,
+            "window": self.window,
+            "tokenizer": self.choice.identity,
+            "val_fraction": self.val_fraction,
+        }
+        if any(file.form in (LINES, PARQUET) for file in source.files):
+            identity["column"] = self.column
+        return identity
+
+
+def prepare_text(
+    source: str,
+    out: Path,
+    *,
+    window: int,
+    tokenizer: str = BYTES,
+    val_fraction: float = 0.05,
+    column: str = "text",
+    jobs: int = 1,
+    partition: PartitionFunction | None = None,
+    skip_bad: bool = False,
+    check: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> DatasetInfo:
+    """Write ``source`` as windows of tokens to ``out``, unless they exist. Processes with the same ``out`` take turns.
+
+    Args:
+        source: A folder or file of text, JSON lines or Parquet files; ``stdlib``, the standard library of the running
+            interpreter; or ``made-up-text``.
+        out: A folder that is missing, empty, or completely or partly prepared from the same source.
+        window: Number of tokens that a language model reads at once.
+        tokenizer: ``bytes``; ``bpe:N``, to train a tokenizer with N tokens on the training documents; or a file of a
+            byte-level tokenizer (``tokenizer.json``).
+        val_fraction: Share of the documents of each domain to hold out.
+        column: The field of JSON lines, or the column of Parquet files, that holds the text.
+        jobs: Number of processes, which does not affect the result.
+        partition: Divides the training documents into partitions, each of which is also written as a data set.
+        skip_bad: Whether to leave out documents that cannot be read.
+        check: Whether to compare the contents of all files with what was prepared before, even if their sizes and
+            modification times are the same.
+        on_progress: Called with the percentage that is done, and 100.
+        report: Called with each line of the summary, or with each document that cannot be read.
+
+    Returns:
+        The description of the data set.
+
+    Raises:
+        ConfigError: If ``out`` is inside the source, or an argument is invalid, or the tokenizer is refused.
+        MissingDependencyError: If the form or the tokenizer needs a package that is not installed.
+        DataError: If the source does not exist, documents cannot be read, or ``out`` contains other files.
+        SystemResourceError: If a file cannot be written, or a process was killed.
+    """
+    check_integer("jobs", jobs)
+    check_integer("window", window)
+    if not 0 < val_fraction < 1:
+        raise ConfigError(f"val_fraction = {val_fraction}: expected a number greater than 0 and less than 1")
+    out = Path(os.path.abspath(out))
+    if source not in EMBEDDED_TEXT:
+        refuse_inside(out, source)
+    options = TextOptions(
+        window,
+        val_fraction,
+        column,
+        jobs,
+        skip_bad,
+        check,
+        partition,
+        on_progress or (lambda done, total: None),
+        report or (lambda line: None),
+        choose_tokenizer(tokenizer, window),
+    )
+    with preparing(source, out):
+        found = find_text(source)
+        return (_reopen if (out / DESCRIPTION).exists() else _prepare)(found, out, options)
+
+
+def _prepare(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo:
+    begin_folder(out, source.kind, source.folder)
+    found = extract(
+        source.files,
+        out,
+        options.column,
+        jobs=options.jobs,
+        again=options.check,
+        on_progress=lambda share: options.on_progress(round(100 * EXTRACTION_SHARE * share), 100),
+    )
+    total = len(found.documents) + len(found.unreadable)
+    report_unreadable(found.unreadable.items(), total, "document", out, options.report, skip=options.skip_bad)
+    splits = split_train_val(sort_by_name_hash(found.documents), options.val_fraction)
+    for split, documents in splits.items():
+        if not documents:
+            raise DataError(
+                f"{quote_path(source.folder or source.kind)} has {len(found.documents):,} different documents with"
+                f" text, which leaves none for {'training' if split == 'train' else 'validation'}; add some"
+            )
+    parts = options.partition(splits["train"]) if options.partition else []
+    identity = options.identify(source) | _hash_parts(parts)
+    plan = store_tokenizer(out, splits["train"], found.contents, options.choice, options.jobs)
+    groups = {"train": parts or [splits["train"]], "val": [splits["val"]]}
+    chunks = {split: make_chunks(out / split, own, found.contents, plan) for split, own in groups.items()}
+    _write_chunks([*chunks["train"], *chunks["val"]], out, options)
+    for part, _ in enumerate(groups["train"]):
+        if not any(_counts(chunk)["windows"] for chunk in chunks["train"] if chunk.part == part):
+            where = f"part {part}" if parts else "the training split"
+            raise DataError(f"{where} has no {options.window + 1:,} tokens for one window; use a shorter --window")
+    counts = {split: [_counts(chunk) for chunk in own] for split, own in chunks.items()}
+    summary = summarize_text(source, found, splits, counts)
+    identity |= {"fingerprint": source.fingerprint, "contents": source.content_hash(found.files), "summary": summary}
+    _list_documents(out, groups, found)
+    for part, _ in enumerate(parts):
+        copy_tokenizer(plan, Path(partition_path(out, part)))
+    schema = token_schema(plan.window, plan.load(), plan.identity, found.domains)
+    write_descriptions(out, schema, chunks, identity, len(parts), summary["windows"]["train"])
+    _finish(out)
+    for line in text_summary_lines(summary, found.domains):
+        options.report(line)
+    return open_dataset(out)
+
+
+def _finish(out: Path) -> None:
+    """Remove what is only needed to resume."""
+    for name in (RECORDS, EXTRACTED):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / UNFINISHED).unlink(missing_ok=True)
+
+
+def _counts(chunk: TextChunk) -> dict[str, int]:
+    counts = chunk.counts()
+    if counts is None:
+        raise DataError(f"{quote_path(chunk.folder)} was changed by another process; run the same command again")
+    return counts
+
+
+def _hash_parts(parts: Sequence[Sequence[Sample]]) -> dict[str, str]:
+    """Return what identifies partitions; nothing if there are none.
+
+    Raises:
+        DataError: If a partition is empty.
+    """
+    if not parts:
+        return {}
+    if not all(parts):
+        raise DataError(f"part {next(n for n, part in enumerate(parts) if not part)} would be empty; use fewer parts")
+    names = [sorted(document.name for document in part) for part in parts]
+    return {"parts": hashlib.sha256(repr(names).encode()).hexdigest()}
+
+
+def _write_chunks(chunks: list[TextChunk], out: Path, options: TextOptions) -> None:
+    """Write the chunks that are missing, or were made of other documents."""
+    folders = {chunk.folder for chunk in chunks}
+    for split in {folder.parent for folder in folders}:
+        split.mkdir(exist_ok=True)
+        for folder in split.iterdir():
+            if folder not in folders and folder.is_dir():  # of a source that had more documents
+                shutil.rmtree(folder)
+    (out / RECORDS).mkdir(exist_ok=True)
+    missing = [chunk for chunk in chunks if chunk.counts() is None]
+    total = sum(document_bytes(document) for chunk in chunks for document in chunk.documents)
+    done = total - sum(document_bytes(document) for chunk in missing for document in chunk.documents)
+    with run_in_processes(write_text_chunk, missing, options.jobs, "tokens") as written:
+        for size in written:
+            done += size
+            options.on_progress(round(100 * (EXTRACTION_SHARE + (1 - EXTRACTION_SHARE) * done / total)), 100)
+    options.on_progress(100, 100)
+
+
+def _list_documents(out: Path, groups: dict[str, list[list[Sample]]], found: Extracted) -> None:
+    """Write which document belongs to which split and partition."""
+    rows = sorted(
+        (document.name, found.domains[document.label], split, part)
+        for split, parts in groups.items()
+        for part, documents in enumerate(parts)
+        for document in documents
+    )
+    keys = ("name", "domain", "split", "part")
+    write_text(out / DOCUMENTS, "".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
+
+
+# ------------------------------------------------------------------------------------------------ once more
+
+
+def _reopen(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo:
+    """Return the data set in ``out`` if it was prepared from the same source.
+
+    Raises:
+        DataError: If it was prepared from another source, in another way, or from files that changed since.
+    """
+    stored = dataset.read_json(out / DESCRIPTION).get("source")
+    hint = "delete it or use another folder"
+    if not isinstance(stored, dict) or stored.get("kind") != source.kind:
+        raise DataError(f"{quote_path(out)} holds data from another source; {hint}")
+    for key, value in options.identify(source).items():
+        if stored.get(key) != value:
+            raise DataError(f"{quote_path(out)} was prepared with {key} {stored.get(key)}, not {value}; {hint}")
+    info = open_dataset(out)
+    if _identify_parts(info, options.partition) != stored.get("parts"):
+        raise DataError(f"{quote_path(out)} was prepared with other parts; {hint}")
+    if options.check or stored.get("fingerprint") != source.fingerprint:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            contents = source.content_hash(pool.map(TextFile.hash, source.files))
+        if contents != stored.get("contents"):
+            raise DataError(
+                f"{quote_path(out)} holds data from another source: files were added, removed or changed since; {hint}"
+            )
+    _finish(out)
+    for line in text_summary_lines(stored["summary"], info.schema.metadata["domains"]):
+        options.report(line)
+    return info
+
+
+def _identify_parts(info: DatasetInfo, partition: PartitionFunction | None) -> str | None:
+    """Return what identifies the partitions of the training documents of a data set."""
+    if partition is None:
+        return None
+    labels = {domain: label for label, domain in enumerate(info.schema.metadata["domains"])}
+    try:
+        rows = [json.loads(line) for line in (info.path / DOCUMENTS).read_text().splitlines()]
+        documents = [Sample(row["name"], labels[row["domain"]], "") for row in rows if row["split"] == "train"]
+    except (OSError, *dataset.INVALID_JSON_ERRORS):
+        raise DataError(f"{info.path / DOCUMENTS} is missing or damaged; {dataset.REPREPARE_HINT}") from None
+    return _hash_parts(partition(sort_by_name_hash(documents))).get("parts")

@@ -1,0 +1,70 @@
+"""What the description of prepared text says about its source: counts, and what was left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..samples import Sample
+from ..source_summary import UNREADABLE_FILES, describe_counts
+from .chunks import document_bytes
+from .extraction import Extracted
+from .files import TextSource
+
+
+def summarize_text(
+    source: TextSource,
+    found: Extracted,
+    splits: Mapping[str, Sequence[Sample]],
+    counts: Mapping[str, Sequence[Mapping[str, int]]],
+) -> dict[str, Any]:
+    """Return the summary of text that was prepared, as plain JSON values.
+
+    Args:
+        source: The source.
+        found: Its documents.
+        splits: The documents of each split.
+        counts: The numbers of tokens and windows of the chunks of each split.
+    """
+    labels = {split: Counter(document.label for document in own) for split, own in splits.items()}
+    return {
+        **source.notes,
+        "documents": {split: [own[label] for label in range(len(found.domains))] for split, own in labels.items()},
+        "bytes": {split: sum(map(document_bytes, own)) for split, own in splits.items()},
+        **{
+            key: {split: sum(count[key] for count in own) for split, own in counts.items()}
+            for key in ("tokens", "windows")
+        },
+        "duplicates": found.duplicates,
+        "empty": found.empty,
+        "unreadable": len(found.unreadable),
+    }
+
+
+def text_summary_lines(summary: Mapping[str, Any], domains: Sequence[str]) -> list[str]:
+    """Return the summary as lines of text."""
+    lines = []
+    for split, documents in summary["documents"].items():
+        size, tokens, windows = (summary[key][split] for key in ("bytes", "tokens", "windows"))
+        lines.append(f"{split}: {sum(documents):,} documents, {size:,} bytes, {tokens:,} tokens, {windows:,} windows")
+    if len(domains) > 1:
+        lines.append(describe_counts("domains", summary["documents"], domains))
+    if "interpreter" in summary:
+        lines.append(f"modules of {summary['interpreter']}")
+    left_out = [
+        _count(summary["duplicates"], "duplicate"),
+        _count(summary["empty"], "empty document"),
+        _count(summary["unreadable"], "unreadable document", f", listed in {UNREADABLE_FILES}"),
+        _count(summary.get("missing_modules", 0), "module", " that this interpreter lacks"),
+    ]
+    if any(left_out):
+        lines.append("left out: " + "; ".join(filter(None, left_out)))
+    if skipped := summary.get("skipped"):
+        lines.append("skipped files: " + ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.items()))
+    return [line.encode(errors="backslashreplace").decode() for line in lines]
+
+
+def _count(count: int, what: str, more: str = "") -> str:
+    """Return a number of things; an empty string if there are none."""
+    return f"{count:,} {what}{'s' * (count != 1)}{more}" if count else ""
