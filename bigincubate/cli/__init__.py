@@ -10,7 +10,15 @@ from typing import NoReturn
 from ..distributed.interrupts import INTERRUPTED
 from ..errors import BigincubateError, Exit, format_os_error
 
-from . import training, slurm as cluster, inspect as looking, report as reporting, models, checkpoint as checkpoints  # isort: skip # importing them adds their commands, in this order
+from . import (
+    training,
+    slurm as cluster,
+    inspect as looking,
+    report as reporting,
+    data,
+    models,
+    checkpoint as checkpoints,
+)  # isort: skip # importing them adds their commands, in this order
 from .app import app, discard_unread_output, fail
 
 
