@@ -9,16 +9,23 @@ from typing import NoReturn
 
 from ..distributed.interrupts import INTERRUPTED
 from ..errors import BigincubateError, Exit, format_os_error
-
 from . import (
-    training,
-    slurm as cluster,
-    inspect as looking,
-    report as reporting,
+    checkpoint as checkpoints,
+)
+from . import (
     data,
     models,
-    checkpoint as checkpoints,
+    training,
 )  # isort: skip # importing them adds their commands, in this order
+from . import (
+    inspect as looking,
+)
+from . import (
+    report as reporting,
+)
+from . import (
+    slurm as cluster,
+)
 from .app import app, discard_unread_output, fail
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import TrainingHarness
+from forked import die_before, run
 from token_data import write_recipe
 
 from bigincubate.files import read_json
@@ -89,29 +90,17 @@ def test_tensorboard_has_the_example(finished: Path, recipe: Path) -> None:
     assert "example/text_summary" in harness.events("finetune").Tags()["tensors"]
 
 
-def test_killed_phase_resumes_to_the_same_bits(recipe: Path, finished: Path, bigincubate: Command) -> None:
-    """It is killed after the step of its second checkpoint."""
+def test_killed_phase_resumes_to_the_same_bits(recipe: Path, finished: Path) -> None:
     folder = recipe.parent / "killed"
     folder.mkdir()
     shutil.copytree(finished / "data", folder / "data")
     train = ("train", recipe, "--run-dir", folder, "--phase", "pretrain")
-    killer = recipe.parent / "killer"
-    killer.mkdir()
-    (killer / "sitecustomize.py").write_text(
-        "import os, signal, threading, time, pathlib\n"
-        f"mark = pathlib.Path({str(folder / 'meta' / 'checkpoints' / 'step-00000008' / 'COMMITTED')!r})\n"
-        "def watch():\n"
-        "    while not mark.exists():\n"
-        "        time.sleep(0.001)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "threading.Thread(target=watch, daemon=True).start()\n"
-    )
-    path = os.pathsep.join([str(killer), str(Path(__file__).parents[2])])
-    killed = bigincubate(*train, env={"PYTHONPATH": path})
-    assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
+    place = ("bigincubate.training.trainer", "Trainer.finish")
+    assert run(*train, before=partial(die_before, *place)).wait() == -signal.SIGKILL
+    shutil.rmtree(folder / "meta" / "checkpoints" / "step-00000012", ignore_errors=True)
     assert not (folder / "meta" / "DONE").exists()
-    resumed = bigincubate(*train)
-    assert resumed.returncode == 0, resumed.stderr
-    manifests = [read_json(run / "meta" / "artifact" / "manifest.json") for run in (finished, folder)]
+    resumed = run(*train)
+    assert resumed.wait() == 0, resumed.err
+    manifests = [read_json(each / "meta" / "artifact" / "manifest.json") for each in (finished, folder)]
     assert manifests[0]
     assert manifests[0]["digest"] == manifests[1]["digest"]  # type: ignore[index]

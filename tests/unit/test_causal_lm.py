@@ -88,7 +88,7 @@ def test_gradient_is_that_of_the_mean_over_all_targets(
         for index in range(micro_batches):
             loss = task.loss(model, prepared.micro_batch(index, micro_batches), 0)
             (loss / micro_batches / ranks).backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    found = {name: grad.clone() for name, p in model.named_parameters() if (grad := p.grad) is not None}
 
     model.zero_grad()
     rows = [row for batch in batches for row in zip(batch["inputs"], batch["targets"], strict=True)]
@@ -159,7 +159,7 @@ def test_masked_documents_are_scored_as_if_they_were_alone(recipe: Recipe, data:
 
 
 def test_example_is_a_function_of_the_seed_and_reads_the_last_window(model: nn.Module) -> None:
-    options = {"window": WINDOW, "vocabulary": 257, "end": SEPARATOR, "env": ONE}
+    options: Any = {"window": WINDOW, "vocabulary": 257, "end": SEPARATOR, "env": ONE}
     start = [SEPARATOR, 97]
     with torch.no_grad():
         texts = [complete(model, start, 40, seed=seed, **options) for seed in (0, 0, 1)]

@@ -29,6 +29,7 @@ def token_schema(window: int, tokenizer: Tokenizer, identity: dict[str, Any], do
         "tokenizer": identity,
         "vocabulary": tokenizer.vocabulary,
         "separator": tokenizer.separator,
+        "equal_windows": True,  # in the training split
         "domains": domains,
     }
     return RecordSchema(TOKENS, {"tokens": f"ndarray:{kind}"}, metadata)
