@@ -9,23 +9,10 @@ from typing import NoReturn
 
 from ..distributed.interrupts import INTERRUPTED
 from ..errors import BigincubateError, Exit, format_os_error
-from . import (
-    checkpoint as checkpoints,
-)
-from . import (
-    data,
-    models,
-    training,
-)  # isort: skip # importing them adds their commands, in this order
-from . import (
-    inspect as looking,
-)
-from . import (
-    report as reporting,
-)
-from . import (
-    slurm as cluster,
-)
+
+# importing these adds their commands, in this order
+from . import training, slurm as cluster, inspect as looking, report as reporting, data  # isort: skip
+from . import models, checkpoint as checkpoints  # isort: skip
 from .app import app, discard_unread_output, fail
 
 

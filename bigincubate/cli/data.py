@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
 from ..errors import ConfigError
 from ..files import quote_path
 from .app import MAX_COUNT, data_app, parse_path, progress_display, say
+
+if TYPE_CHECKING:
+    from ..data.dataset import DatasetInfo
+    from ..data.partitions import PartitionFunction
 
 
 def _parse_columns(text: str) -> dict[str, str]:
@@ -23,8 +28,9 @@ def _parse_columns(text: str) -> dict[str, str]:
 
 def _parse_source(text: str) -> str:
     from ..data.sources import EMBEDDED
+    from ..data.text.files import EMBEDDED_TEXT
 
-    return text if text in EMBEDDED else str(parse_path(text))
+    return text if text in (*EMBEDDED, *EMBEDDED_TEXT) else str(parse_path(text))
 
 
 @data_app.command("prepare")
@@ -34,14 +40,19 @@ def data_prepare(
         Argument(
             metavar="SOURCE",
             parser=_parse_source,
-            help="A file or folder of one of the forms above, digits, or made-up.",
+            help="A file or folder of one of the forms above, or the name of built-in data.",
         ),
     ],
     out: Annotated[Path, Option(metavar="DIR", parser=parse_path, help="The output folder.")],
     jobs: Annotated[int, Option(min=1, max=MAX_COUNT, metavar="N", help="Number of processes.")] = os.cpu_count() or 1,
     val_fraction: Annotated[
-        float, Option(metavar="X", help="Fraction of each class to hold out if there is no validation split.")
-    ] = 0.2,
+        float | None,
+        Option(
+            metavar="X",
+            help="Fraction of each class to hold out if there is no validation split (default: 0.2); of text, of the"
+            " documents of each domain (default: 0.05).",
+        ),
+    ] = None,
     columns: Annotated[
         str | None, Option(metavar="image=A,label=B", help="The columns to read, if not those with the usual names.")
     ] = None,
@@ -51,17 +62,21 @@ def data_prepare(
             min=1,
             max=MAX_COUNT,
             metavar="N",
-            help="Also divide the training images into N partitions, for data.decentralized.",
+            help="Also divide the training split into N partitions, for data.decentralized.",
         ),
     ] = None,
     balanced: Annotated[
-        str, Option(help="How to divide the images: class (each class evenly) or hash (by the hash of their names).")
+        str,
+        Option(
+            help="How to divide it: class (each class or domain evenly), hash (by the hash of the names), or for text,"
+            " domain (a partition for each domain)."
+        ),
     ] = "class",
     by: Annotated[
         Path | None,
         Option(metavar="FILE", parser=parse_path, help="Partition of each sample: CSV sample,part, or JSON lines."),
     ] = None,
-    skip_bad: Annotated[bool, Option("--skip-bad", help="Leave out images that cannot be read.")] = False,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Leave out images or documents that cannot be read.")] = False,
     check: Annotated[
         bool, Option("--check", help="Compare the contents of all files with what was prepared, not only their times.")
     ] = False,
@@ -72,8 +87,23 @@ def data_prepare(
         int | None,
         Option(min=1, metavar="N", help="Resize larger images: the shorter side gets N pixels (JPEG)."),
     ] = None,
+    window: Annotated[
+        int | None,
+        Option(min=1, max=MAX_COUNT, metavar="N", help="SOURCE is text: store it as windows of N tokens."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        Option(
+            metavar="bytes|bpe:N|FILE",
+            help="Of text: bytes (the default), a BPE tokenizer with N tokens that is trained on it, or a"
+            " tokenizer.json.",
+        ),
+    ] = None,
+    column: Annotated[
+        str | None, Option(metavar="NAME", help="Field of JSON lines or column of Parquet files with the text (text).")
+    ] = None,
 ) -> None:
-    """Convert images to hashed MDS shards for training. Run it again to resume.
+    """Convert images or text to hashed MDS shards for training. Run it again to resume.
 
     SOURCE is one of:
 
@@ -87,44 +117,68 @@ def data_prepare(
     - a .npz file with arrays such as x_train and y_train
     - a .csv file with the columns path,label or path,label,split
     - a CIFAR-10 or CIFAR-100 python archive; digits; made-up
+    - with --window, text for language models: a folder of text, Markdown, HTML
+      or source files, a .txt file, .jsonl, .jsonl.gz, .jsonl.zst or Parquet
+      files (or a folder of them); stdlib; made-up-text
 
     Without a validation split, a fraction of each class is held out. Hidden folders, thumbnails and further links to
     the same file are skipped.
     """
-    from ..data.partitions import partition_by_class, partition_by_hash, partition_from_file
     from ..data.prepare import prepare_dataset
+    from ..data.text.prepare import prepare_text
 
-    if not 0 < val_fraction <= 0.9:
+    if val_fraction is not None and not 0 < val_fraction <= 0.9:
         raise ConfigError(f"--val-fraction {val_fraction}: expected a fraction greater than 0 and at most 0.9")
-    ways = {"class": partition_by_class, "hash": partition_by_hash}
-    if balanced not in ways:
-        raise ConfigError(f"--balanced {balanced}: expected class or hash")
-    if by is not None and parts is not None:
-        raise ConfigError("--by and --parts: use only one of them; the file of --by defines the partitions")
-    divide = partial(partition_from_file, file=by) if by else partial(ways[balanced], parts=parts) if parts else None
+    of_images = {"--columns": columns, "--max-pixels": max_pixels, "--resize": resize}
+    of_text = {"--tokenizer": tokenizer, "--column": column, "--balanced domain": balanced == "domain" or None}
+    for option, value in (of_text if window is None else of_images).items():
+        if value is not None:
+            what, advice = ("text", "add --window N") if window is None else ("images", "omit it, or omit --window")
+            raise ConfigError(f"{option} is for {what}: {advice}")
+    options: dict[str, Any] = {
+        "jobs": jobs,
+        "partition": _choose_partition(parts, balanced, by),
+        "skip_bad": skip_bad,
+        "check": check,
+    }
+    prepare: Callable[..., DatasetInfo]
+    if window is not None:
+        options |= {"window": window, "tokenizer": tokenizer or "bytes", "column": column or "text"}
+        prepare = partial(prepare_text, val_fraction=val_fraction or 0.05, **options)
+    else:
+        pairs = _parse_columns(columns) if columns is not None else None
+        options |= {"columns": pairs, "max_pixels": max_pixels, "resize": resize}
+        prepare = partial(prepare_dataset, val_fraction=val_fraction or 0.2, **options)
     lines: list[str] = []  # printed below the progress
     try:
-        with progress_display("preparing", "images") as show:
-            info = prepare_dataset(
-                source,
-                out,
-                jobs=jobs,
-                val_fraction=val_fraction,
-                columns=_parse_columns(columns) if columns is not None else None,
-                partition=divide,
-                max_pixels=max_pixels,
-                resize=resize,
-                skip_bad=skip_bad,
-                check=check,
-                on_progress=show,
-                report=lines.append,
-            )
+        with progress_display("preparing", "images" if window is None else "percent") as show:
+            info = prepare(source, out, on_progress=show, report=lines.append)
     finally:
         for line in lines:
             say(line)
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
-    counts += f", {len(info.parts)} partitions" if info.parts else ""
-    path = quote_path(out)
-    say(
-        f"{path}: {counts} images of {len(info.schema.metadata['classes'])} classes; use it with --set data.path={path}"
-    )
+    partitions = f", {len(info.parts)} partitions" if info.parts else ""
+    found, path = info.schema.metadata, quote_path(out)
+    if window is None:
+        text = f"{counts}{partitions} images of {len(found['classes'])} classes"
+    else:
+        text = f"{counts} windows of {window:,} tokens, a vocabulary of {found['vocabulary']:,}{partitions}"
+    say(f"{path}: {text}; use it with --set data.path={path}")
+
+
+def _choose_partition(parts: int | None, balanced: str, by: Path | None) -> PartitionFunction | None:
+    """Return what divides the training split; None if it is not divided."""
+    from ..data.partitions import partition_by_class, partition_by_domain, partition_by_hash, partition_from_file
+
+    ways: dict[str, Callable[..., Any]] = {
+        "class": partition_by_class,
+        "hash": partition_by_hash,
+        "domain": partition_by_domain,
+    }
+    if balanced not in ways:
+        raise ConfigError(f"--balanced {balanced}: expected class, hash or domain")
+    if by is not None and parts is not None:
+        raise ConfigError("--by and --parts: use only one of them; the file of --by defines the partitions")
+    if by is not None:
+        return partial(partition_from_file, file=by)
+    return partial(ways[balanced], parts=parts) if parts or balanced == "domain" else None

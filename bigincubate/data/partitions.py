@@ -40,6 +40,22 @@ def partition_by_hash(samples: Sequence[Sample], parts: int) -> list[list[Sample
     return partitions
 
 
+def partition_by_domain(samples: Sequence[Sample], parts: int | None = None) -> list[list[Sample]]:
+    """Partition documents by their domains: partition k has the documents of domain k.
+
+    Args:
+        samples: The training documents; the label is the number of the domain.
+        parts: The expected number of domains; None if any is accepted.
+
+    Raises:
+        ConfigError: If there is another number of domains.
+    """
+    domains = 1 + max(sample.label for sample in samples)
+    if parts is not None and parts != domains:
+        raise ConfigError(f"--parts {parts}: the text has {domains} domains; use --parts {domains} or omit it")
+    return [[sample for sample in samples if sample.label == domain] for domain in range(domains)]
+
+
 def partition_from_file(samples: Sequence[Sample], file: Path) -> list[list[Sample]]:
     """Partition samples as listed in a file.
 

@@ -28,6 +28,8 @@ from .parquet import read_parquet
 from .request import SourceRequest
 from .webdataset import read_webdataset
 
+TEXT_HINT = "to prepare text for a language model, add --window 256"
+
 
 class Form(NamedTuple):
     """A form of data that can be prepared.
@@ -77,7 +79,13 @@ def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | N
         return generate_images()
     if source in EMBEDDED:
         return read_digits(development=source == "digits-dev")
+    from ..text.files import EMBEDDED_TEXT, holds_only_text
+
     request = SourceRequest(Path(source), val_fraction, columns or {})
+    is_text = source in EMBEDDED_TEXT or holds_only_text(request.path)
+    if is_text and not request.path.is_file():
+        name = source if source in EMBEDDED_TEXT else quote_path(source)
+        raise DataError(f"{name} is text, not images; {TEXT_HINT}")
     for form in FORMS:
         if (found := form.read(request)) is not None:
             if columns and not form.columns:
@@ -91,4 +99,5 @@ def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | N
         raise damaged_archive(path, f"it does not begin as a {path.suffix} file")
     if action is not None:
         raise DataError(f"{quote_path(path)}: {path.suffix} files are not read yet: {action}, in one folder per class")
-    raise DataError(f"{quote_path(path)}: unknown kind of source; expected {known}")
+    hint = f"; {TEXT_HINT}" if is_text else ""
+    raise DataError(f"{quote_path(path)}: unknown kind of source; expected {known}{hint}")
