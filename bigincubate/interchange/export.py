@@ -1,10 +1,12 @@
-"""Load the model of an artifact, and export it as a folder that timm loads."""
+"""Load the model of an artifact, and export it as a folder that the model's library loads."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
@@ -20,8 +22,46 @@ from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact
 from ..storage.run_directory import EXPORTED_FILES, RunDir, is_complete_export
 from .official_format import write_official
 from .timm_format import timm_snippet, write_timm_files
+from .tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer_files
+from .transformers_format import read_transformers_tensors, transformers_snippet, write_transformers_files
 
 SPEC = "bigincubate"  # key of the ModelSpec in an exported config.json
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+class ExportFormat(NamedTuple):
+    """The format of exported models of one library.
+
+    Attributes:
+        write: Writes ``model.safetensors`` to a new folder and returns the content of ``config.json``.
+        read: Reads ``model.safetensors`` with the names of tensors that the model has here.
+        snippet: Returns Python code that loads the model from a folder.
+    """
+
+    write: Callable[[nn.Module, ModelSpec, Path], dict[str, Any]]
+    read: Callable[[Path, ModelSpec], dict[str, Tensor]]
+    snippet: Callable[[ModelSpec, Path], str]
+
+
+def _write_tensors(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    folder.mkdir(parents=True)
+    save_file(model.state_dict(), folder / WEIGHTS_FILE)
+    return {}
+
+
+def _read_tensors(file: Path, spec: ModelSpec) -> dict[str, Tensor]:
+    return load_file(file)
+
+
+def _tensors_snippet(spec: ModelSpec, folder: Path) -> str:
+    return f"import safetensors.torch; tensors = safetensors.torch.load_file({str(folder / WEIGHTS_FILE)!r})"
+
+
+OTHER_FORMAT = ExportFormat(_write_tensors, _read_tensors, _tensors_snippet)
+FORMATS = {
+    "timm": ExportFormat(write_timm_files, _read_tensors, timm_snippet),
+    "transformers": ExportFormat(write_transformers_files, read_transformers_tensors, transformers_snippet),
+}
 
 
 def best_artifact(run: RunDir) -> Path:
@@ -43,7 +83,7 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
     Raises:
         ArtifactError: There is no complete model.
     """
-    if (path / "config.json").exists():
+    if (path / CONFIG_FILE).exists():
         return _load_exported(path)
     recipe = None
     if (path / "recipe.toml").exists():
@@ -88,32 +128,33 @@ def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> n
 
 
 def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
-    config = read_json(path / "config.json")
+    config = read_json(path / CONFIG_FILE)
     try:
         spec = ModelSpec.model_validate((config or {})[SPEC])
     except (KeyError, ValidationError):
-        raise ArtifactError(f"{path / 'config.json'} was not written by `bigincubate export`") from None
-    file = path / "model.safetensors"
+        raise ArtifactError(f"{path / CONFIG_FILE} was not written by `bigincubate export`") from None
+    file = path / WEIGHTS_FILE
     _check_trusted_code(spec, file, None)
     try:
         regular_file_size(file)
-        return with_weights(spec, load_file(file), file), spec
+        return with_weights(spec, _format_of(spec).read(file, spec), file), spec
     except (OSError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{file} does not hold the model of its config.json: {reason}") from None
 
 
 def export(source: Path, out: Path) -> str:
-    """Export the model of ``source`` as a folder. A model from timm can be loaded with timm.
+    """Export the model of ``source`` as a folder, which timm or transformers loads if the model is one of theirs.
 
     Returns:
         Python code that loads the model.
 
     Raises:
-        ArtifactError: There is no complete model in ``source``.
+        ArtifactError: There is no complete model in ``source``, or the tokenizer of its data is missing.
         ConfigError: ``out`` contains other files.
     """
-    return write_folder(*load_model(source), out)
+    model, spec = load_model(source)
+    return write_folder(model, spec, out, find_tokenizer(source, spec))
 
 
 def export_official(source: Path, out: Path) -> None:
@@ -131,8 +172,14 @@ def _has_only_exported_files(folder: Path) -> bool:
     return folder.is_dir() and {file.name for file in folder.iterdir()} <= set(EXPORTED_FILES)
 
 
-def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
-    """Write a model as ``model.safetensors`` and ``config.json``, in timm's format for a timm model.
+def write_folder(model: nn.Module, spec: ModelSpec, out: Path, tokenizer: TokenizerSource | None = None) -> str:
+    """Write a model as ``model.safetensors`` and ``config.json`` in the format of its library.
+
+    Args:
+        model: The model.
+        spec: Its description.
+        out: The folder.
+        tokenizer: The tokenizer of its data, which is written too.
 
     Returns:
         Python code that loads the model.
@@ -145,22 +192,24 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path) -> str:
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
     temporary = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
-    timm = spec.model.library == "timm"
-    if timm:
-        config = write_timm_files(model, spec, temporary)
-    else:
-        temporary.mkdir(parents=True)
-        config = {}
-        save_file(model.state_dict(), temporary / EXPORTED_FILES[0])
-    (temporary / EXPORTED_FILES[1]).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
-    shutil.copymode(temporary / EXPORTED_FILES[1], temporary / EXPORTED_FILES[0])  # safetensors ignores the umask
+    config = _format_of(spec).write(model, spec, temporary)
+    if tokenizer is not None:
+        separator, window = spec.records["separator"], spec.model.context_length
+        write_tokenizer_files(tokenizer, temporary, separator=separator, window=window)
+    (temporary / CONFIG_FILE).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
+    shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors ignores the umask
     out.mkdir(exist_ok=True)
     for name in EXPORTED_FILES:
-        (temporary / name).replace(out / name)
+        if (temporary / name).exists():
+            (temporary / name).replace(out / name)
+        else:
+            (out / name).unlink(missing_ok=True)
     temporary.rmdir()
-    if timm:
-        return timm_snippet(spec, out)
-    return f"import safetensors.torch; tensors = safetensors.torch.load_file({str(out / EXPORTED_FILES[0])!r})"
+    return _format_of(spec).snippet(spec, out)
+
+
+def _format_of(spec: ModelSpec) -> ExportFormat:
+    return FORMATS.get(spec.model.library, OTHER_FORMAT)
 
 
 def partition_of(spec: ModelSpec) -> Partition:

@@ -135,8 +135,8 @@ class PhaseDir:
         write_json(self.path / "attempts" / f"{number}.json", {"attempt": number, "time": time.time(), **fields})
 
 
-# files of an exported model, in the order in which they are written
-EXPORTED_FILES = ("model.safetensors", "config.json")
+# files of an exported model, in the order in which they are written; only language models have a tokenizer
+EXPORTED_FILES = ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json")
 
 
 def is_complete_export(folder: Path) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from ...errors import ConfigError
+from ...errors import ConfigError, MissingDependencyError
 from ..base import Depths, ModelFamily, SkipMetaInitialization, explain_argument_errors
 from ..partition import Partition
 from .causal_lm import CausalLM
@@ -86,7 +86,7 @@ class TransformersFamily(ModelFamily):
         (depth,) = Partition(self, depths).stage_depths
         config = self.configuration(model, depth)
         (target_depth,) = self.default_depths(model)
-        base = getattr(_transformers(), f"{self.classes}Model")
+        base = getattr(import_transformers(), f"{self.classes}Model")
         with explain_argument_errors(model.name), SkipMetaInitialization(), torch.device(device):
             built = CausalLM(
                 base(config),
@@ -110,7 +110,7 @@ class TransformersFamily(ModelFamily):
         Raises:
             ConfigError: An argument is missing, unknown, not supported or rejected by transformers.
         """
-        config_class = getattr(_transformers(), f"{self.classes}Config")
+        config_class = getattr(import_transformers(), f"{self.classes}Config")
         self._check_arguments(model.args, config_class)
         arguments = copy.deepcopy(model.args)  # transformers changes some values in place
         if self.positions is None:
@@ -154,6 +154,11 @@ class TransformersFamily(ModelFamily):
     def exported_name(self, name: str) -> str:
         """Return transformers' name of a tensor."""
         return self.exported_prefix + name.removeprefix("model.") if name.startswith("model.") else name
+
+    def own_name(self, name: str) -> str:
+        """Return the name here of a tensor of transformers; the inverse of `exported_name`."""
+        prefix = self.exported_prefix
+        return f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
 
     @property
     def exported_class(self) -> str:
@@ -220,16 +225,17 @@ def _layer_types(config: Any) -> list[str]:
     return getattr(config, "layer_types", None) or []
 
 
-def _transformers() -> Any:
+def import_transformers() -> Any:
     """Import transformers, which other models do not need.
 
     Raises:
-        ConfigError: It is not installed.
+        MissingDependencyError: It is not installed.
     """
     try:
         import transformers
-    except ImportError as error:
-        raise ConfigError(
-            f'model.library = "transformers" needs transformers ({error}): pip install "bigincubate[text]"'
+    except ImportError:
+        raise MissingDependencyError(
+            'model.library = "transformers" needs the library transformers; install it with: pip install'
+            " 'bigincubate[text]'"
         ) from None
     return transformers

@@ -1,0 +1,50 @@
+"""Write causal language models in the format of transformers, and read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..models.language.families import find_transformers_family
+from ..storage.artifacts import ModelSpec
+from .tokenizer_files import TOKENIZER_FILE
+
+
+def write_transformers_files(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[str, Any]:
+    """Write ``model.safetensors`` as transformers does, and return the content of ``config.json``.
+
+    The first and last token of a text is the separator of the data, if that is known.
+    """
+    family = find_transformers_family(spec.model.name)
+    config = family.configuration(spec.model, sum(stages[0] for stages in spec.depths))
+    tensors = {family.exported_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    separator = spec.records.get("separator")
+    return {
+        **config.to_diff_dict(),
+        "architectures": [family.exported_class],
+        "dtype": str(next(iter(tensors.values())).dtype).removeprefix("torch."),
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        **({} if separator is None else {"bos_token_id": separator, "eos_token_id": separator}),
+    }
+
+
+def read_transformers_tensors(file: Path, spec: ModelSpec) -> dict[str, Tensor]:
+    """Read ``model.safetensors`` with names as in this package."""
+    family = find_transformers_family(spec.model.name)
+    return {family.own_name(name): tensor for name, tensor in load_file(file).items()}
+
+
+def transformers_snippet(spec: ModelSpec, folder: Path) -> str:
+    """Return the Python code that loads an exported model, and its tokenizer if it has one."""
+    code = (
+        f"from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    )
+    if (folder / TOKENIZER_FILE).exists():
+        code += f"; from transformers import AutoTokenizer; tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
+    return code
