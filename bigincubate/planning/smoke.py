@@ -10,8 +10,6 @@ from typing import Any
 
 from ..config import PHASES, Recipe, Settings
 
-SAMPLES = 256  # size of the generated training split
-
 
 def smoke(recipe: Recipe) -> dict[str, Any]:
     """Return recipe tables that make a recipe small, including those of each phase."""
@@ -19,6 +17,7 @@ def smoke(recipe: Recipe) -> dict[str, Any]:
     from ..tasks.registry import task_class
 
     family = find_family(recipe.model)
+    source, samples = task_class(recipe.task.name).smoke_data()
     phases = {phase: recipe.settings(phase) for phase in PHASES}
 
     def input_size(settings: Settings) -> int:
@@ -28,7 +27,7 @@ def smoke(recipe: Recipe) -> dict[str, Any]:
 
     def small(settings: Settings) -> dict[str, dict[str, Any]]:
         batch = 16
-        warmup = min(settings.schedule.warmup_epochs, 2 * batch / SAMPLES)  # two steps
+        warmup = min(settings.schedule.warmup_epochs, 2 * batch / samples)  # two steps
         # repeated augmentation needs 256 samples, more than a partition of the generated data has
         augment = {"augment": {"repeated_aug": 1}} if recipe.data.decentralized else {}
         return {
@@ -41,7 +40,7 @@ def smoke(recipe: Recipe) -> dict[str, Any]:
     tables: dict[str, Any] = small(recipe)
     tables |= {phase: small(settings) for phase, settings in phases.items()}
     tables["meta"] = dict.fromkeys(("init", "select"))  # pretrained weights are wider
-    made_up = {"source": task_class(recipe.task.name).smoke_data(), "train_samples": SAMPLES, "workers": 0}
+    made_up = {"source": source, "train_samples": samples, "workers": 0}
     tables["data"] = {**made_up, **dict.fromkeys(("path", "remote", "local_cache"))}
     tables["log"], tables["checkpoint"] = {"every_steps": 2}, {"every_steps": 4}
     return tables

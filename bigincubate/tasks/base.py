@@ -102,9 +102,9 @@ class Task(ABC):
         raise ConfigError(f"data.source = {source!r} is not data of task.name = {self.settings.task.name!r}")
 
     @classmethod
-    def smoke_data(cls) -> str:
-        """Return the ``data.source`` of a smoke test."""
-        return "made-up"
+    def smoke_data(cls) -> tuple[str, int]:
+        """Return the ``data.source`` of a smoke test, and the number of samples in its training split."""
+        return "made-up", 256
 
     @abstractmethod
     def train_stream(self, info: DatasetInfo, *, rank: int, world: int) -> TrainBatches:

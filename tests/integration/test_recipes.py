@@ -199,10 +199,10 @@ def test_smoke_size_is_the_same_experiment_and_each_phase_of_it_can_be_built(nam
     assert (small.settings("finetune").model.img_size > small.settings("pretrain").model.img_size) == larger
     for phase in ("pretrain", "finetune"):
         settings = small.settings(phase)
-        assert (settings.train.max_steps, settings.model.num_classes) == (6, 10)
+        assert settings.train.max_steps == 6
         model = phase_model(cut.row(phase), settings, cut.family, device="meta")
-        size = settings.model.img_size
-        assert model(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
+        outputs = model(cut.family.example_inputs(settings.model, 2, "meta"))
+        assert outputs.shape == ((2, 10) if settings.model.library == "timm" else (2, 32, 257))
         assert sum(p.numel() for p in model.parameters()) < 3e6
 
 

@@ -62,7 +62,10 @@ from bigincubate.storage.run_directory import RunDir
         ("plan.incubate=[1, 4]", "plan: incubate lists module 4, but the modules are 0 to 3"),
         ("incubate.export=ema", "needs incubate.ema.decay"),
         ("augment.repeated_aug=0", "augment.repeated_aug: Input should be greater than or equal to 1"),
-        ("data.source=imagenet", "data.source: Input should be 'digits', 'digits-dev' or 'made-up'"),
+        (
+            "data.source=imagenet",
+            "data.source: Input should be 'digits', 'digits-dev', 'made-up'",
+        ),
         ("train=3", "train: Input should be a valid dictionary"),
         ("train.lr", "expected KEY=VALUE"),
     ],

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ...data.partitions import PartitionFunction
 
 UNUSED_TABLES = ("augment", "mixup", "drop_path")  # tables of a recipe that this task does not read
+BUILT_IN_VALIDATION = 0.02  # share of the documents: each evaluation of a small model then takes seconds
 MEAN_TARGETS = "mean_targets"  # column with the number of targets per window, on average over the global batch
 
 
@@ -70,9 +71,9 @@ class CausalLanguageModeling(Task):
         return 6 * parameters * units
 
     @classmethod
-    def smoke_data(cls) -> str:
-        """Return the name of the generated text."""
-        return "made-up-text"
+    def smoke_data(cls) -> tuple[str, int]:
+        """Return the name of the generated text, and its number of windows of 32 tokens."""
+        return "made-up-text", 3648
 
     def check_dataset(self, info: DatasetInfo) -> None:
         """Check the kind of the data, the length of its windows and its vocabulary."""
@@ -99,7 +100,8 @@ class CausalLanguageModeling(Task):
 
         if source not in EMBEDDED_TEXT:
             super().prepare_data(source, out, divide)
-        prepare_text(source, out, window=self.settings.model.context_length, partition=divide)
+        length = self.settings.model.context_length
+        prepare_text(source, out, window=length, val_fraction=BUILT_IN_VALIDATION, partition=divide)
 
     def train_stream(self, info: DatasetInfo, *, rank: int, world: int) -> TrainBatches:
         """Return windows in random order."""
