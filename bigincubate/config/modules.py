@@ -63,17 +63,18 @@ class PlanConfig(ConfigTable):
 class MetaConfig(ConfigTable):
     """Initial weights of the meta model, which the phase ``pretrain`` then trains."""
 
-    init: Annotated[str, PathMark(unless="timm:.*")] | None = None
+    init: Annotated[str, PathMark(unless="(timm|transformers):.*")] | None = None
     """Pretrained weights of the meta model: `"timm:NAME"`, which timm may download, or the path of a run, an export,
-    a .safetensors file or a .pth file. None: random weights."""
+    a .safetensors file or a .pth file. For a language model: `"transformers:NAME"` of a hub, or the path of a run, an
+    export or a folder that transformers wrote. None: random weights."""
     select: str | list[int] | list[list[int]] | None = None
     """Indices of the blocks to take from `meta.init` (one list per stage if there are several). `"even"` or None:
     the first and the last block and evenly spaced blocks between them."""
 
     @model_validator(mode="after")
     def _consistent(self) -> MetaConfig:
-        if self.init in ("", "timm:"):
-            raise ValueError('init is a path, or "timm:" with the name of a model')
+        if self.init in ("", "timm:", "transformers:"):
+            raise ValueError('init is a path, or "timm:" or "transformers:" with the name of a model')
         if self.select is not None and self.init is None:
             raise ValueError("select chooses blocks of init, which is not set; set init too")
         if self.select not in (None, "even") and not _is_ascending(self.select):

@@ -1,4 +1,4 @@
-"""Initialize a meta model from some of the blocks of a pretrained timm model."""
+"""Initialize a meta model from some of the blocks of a pretrained model of timm or transformers."""
 
 from __future__ import annotations
 
@@ -14,21 +14,20 @@ from torch import Tensor, nn
 from ..config import MetaConfig, ModelConfig
 from ..errors import ArtifactError, ConfigError, DataError
 from ..files import check_is_file
+from ..models.language.build import TransformersFamily
 from ..models.partition import Partition
 from ..models.vision.build import TimmFamily
 from ..models.vision.families import find_timm_family
 from ..storage.artifacts import check_finite_weights
 from .export import load_model
 from .official_format import is_state_dict, join_stages, read_torch, stages_of
+from .pretrained_causal import load_causal_state
 
 
 def pretrained_meta(
     meta: MetaConfig, settings: ModelConfig, partition: Partition, fresh: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the state dict of a meta model that is initialized from a pretrained model.
-
-    timm adapts position embeddings, patch embeddings and window sizes. If the pretrained model has no classifier, or
-    one of another number of classes, the meta model's fresh classifier is kept.
 
     Args:
         meta: The pretrained model (``init``, which must be set) and the blocks to take from it.
@@ -37,20 +36,22 @@ def pretrained_meta(
         fresh: State dict of the meta model with fresh weights.
 
     Raises:
-        ConfigError: timm has no such weights, the family or the width differs, or ``meta.select`` does not fit.
+        ConfigError: There are no such weights, the family or the width differs, or ``meta.select`` does not fit.
         ArtifactError: The file or folder is missing or damaged.
         NonFiniteError: A weight is not finite.
         DataError: The weights cannot be downloaded.
     """
     assert meta.init is not None
-    if not isinstance(partition.family, TimmFamily):
-        raise ConfigError(f"meta.init = {meta.init!r} is for timm models, not for model.library = {settings.library!r}")
-    source = _load_pretrained(meta.init, settings, partition.family)
-    if (family := find_timm_family(meta.init, source)) != partition.family:
+    family = partition.family
+    if isinstance(family, TimmFamily):
+        state = _load_timm_state(meta.init, settings, family, fresh)
+    elif isinstance(family, TransformersFamily):
+        state = load_causal_state(meta.init, settings, family)
+    else:
         raise ConfigError(
-            f"meta.init = {meta.init!r} is a {family.name} model, but model.name is a {partition.family.name} model"
+            f"meta.init = {meta.init!r} is for models of timm and transformers, not for model.library ="
+            f" {settings.library!r}"
         )
-    state = source.state_dict()
     check_finite_weights(state, f"meta.init = {meta.init!r}")
     depths = family.count_blocks(state)
     blocks = choose_blocks(meta.select, depths, partition.stage_depths, family.parity)
@@ -63,9 +64,6 @@ def pretrained_meta(
             tensors[name] = tensor
         elif (new := new_index.get((block.stage, block.index_in_stage))) is not None:
             tensors[family.block_path(block.stage, new) + name[len(block.path) :]] = tensor
-    for name in _classifier_names(source.pretrained_cfg):  # type: ignore[arg-type]
-        if name in fresh and (name not in tensors or tensors[name].shape != fresh[name].shape):
-            tensors[name] = fresh[name]
     return tensors
 
 
@@ -120,6 +118,24 @@ def choose_blocks(
 
 def _stage_suffix(stage: int, stages: tuple[int, ...]) -> str:
     return f" in stage {stage}" if len(stages) > 1 else ""
+
+
+def _load_timm_state(
+    init: str, settings: ModelConfig, family: TimmFamily, fresh: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors of a pretrained timm model of any depth.
+
+    timm adapts position embeddings, patch embeddings and window sizes. If the pretrained model has no classifier, or
+    one of another number of classes, it is the meta model's fresh one.
+    """
+    source = _load_pretrained(init, settings, family)
+    if (found := find_timm_family(init, source)) != family:
+        raise ConfigError(f"meta.init = {init!r} is a {found.name} model, but model.name is a {family.name} model")
+    state = dict(source.state_dict())
+    for name in _classifier_names(source.pretrained_cfg):  # type: ignore[arg-type]
+        if name in fresh and (name not in state or state[name].shape != fresh[name].shape):
+            state[name] = fresh[name]
+    return state
 
 
 def _load_pretrained(init: str, settings: ModelConfig, family: TimmFamily) -> nn.Module:
