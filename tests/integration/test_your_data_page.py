@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -16,6 +18,9 @@ from PIL import Image
 from test_data_imagenet import write_published
 from test_data_parquet import features, write_parquet
 from test_data_webdataset import write_with_tarfile
+from text_files import make_text, write_texts
+
+from bigincubate.data.text.tokenizers import train_bpe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your_data.md").read_text()
 COMMANDS = re.findall(r"^bigincubate (data prepare .*)$", PAGE, re.MULTILINE)
@@ -69,6 +74,26 @@ def write_everything(folder: Path) -> None:
             species = [file.parent.name for file in files[split]]
             file = folder / "hub" / "data" / f"{name}.parquet"
             write_parquet(file, images, labels, metadata=features(CLASSES), species=species)
+    write_text_sources(folder)
+
+
+def write_text_sources(folder: Path) -> None:
+    """Write the text that the page names, in all forms."""
+    write_texts(folder / "manuals")
+    texts = [make_text(number) for number in range(40)]
+    (folder / "book.txt").write_text("\n\n".join(texts * 20))
+    (folder / "stories.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (folder / "crawl").mkdir()
+    with gzip.open(folder / "crawl" / "000.jsonl.gz", "wt") as lines:
+        lines.writelines(json.dumps({"body": text}) + "\n" for text in texts)
+    if importlib.util.find_spec("pyarrow"):
+        import pyarrow
+        from pyarrow.parquet import write_table
+
+        (folder / "pages").mkdir()
+        write_table(pyarrow.table({"text": texts}), folder / "pages" / "000.parquet")
+    if importlib.util.find_spec("tokenizers"):
+        train_bpe(texts, 300, folder / "tokenizer.json")
 
 
 @pytest.fixture(scope="module")
@@ -90,11 +115,16 @@ def test_command_of_the_page_works(
     command: str, everything: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     words = shlex.split(command)
-    if words[2] == "hub" and not importlib.util.find_spec("pyarrow"):
+    if words[2] in ("hub", "pages") and not importlib.util.find_spec("pyarrow"):
         pytest.skip("needs pyarrow: pip install 'bigincubate[parquet]'")
+    if "--tokenizer" in words and not importlib.util.find_spec("tokenizers"):
+        pytest.skip("needs tokenizers: pip install 'bigincubate[text]'")
     monkeypatch.chdir(everything)
     code, out, err = call(*words)
     assert (code, err) == (0, "")
+    if "--window" in words:
+        assert re.search(r"[\d,]+ train, [\d,]+ val windows of (256|64) tokens, a vocabulary of \d+", out)
+        return
     pages_form = {"imagenet": "18 train, 6 val images of 3 classes", "cells.npz": "16 train, 4 val images of 2 classes"}
     assert pages_form.get(words[2], "20 train, 6 val images of 2 classes") in out
 
@@ -112,5 +142,7 @@ def test_help_lists_the_forms(call: Callable[..., tuple[int, str, str]], monkeyp
         ".npz",
         ".csv",
         "CIFAR-100",
+        ".jsonl.zst",
+        "made-up-text",
     ):
         assert form in out
