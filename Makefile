@@ -1,4 +1,5 @@
 # make demo      install, then run the whole pipeline on real images
+# make demo-text install, then run the whole pipeline with a language model on text
 # make test      install with the test extras, then run the tests (what CI runs)
 # make test-gpu tests on a GPU (docs/gpu.md has results). DEVICE=cpu: at toy size, on the CPU
 # make test-full only the long tests; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
@@ -17,11 +18,14 @@ MINUTES ?= 60
 SECONDS ?= 3600
 SEED ?= 1000000
 
-.PHONY: demo test test-gpu test-full fuzz test-slurm test-faults lint format clean
+.PHONY: demo demo-text test test-gpu test-full fuzz test-slurm test-faults lint format clean
 
 # one thread per process on every machine: the layout that the README's numbers come from
 demo: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/bigincubate run digits --run-dir $(RUN) --jobs $(JOBS)
+
+demo-text: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/bigincubate run stdlib-llama --run-dir runs/stdlib --jobs $(JOBS)
 
 test: $(VENV)/.installed-dev lint
 	$(BIN)/python -m pytest -m "not full and not faults and not slurm and not gpu" -n $(TEST_JOBS) --dist loadfile
