@@ -139,6 +139,7 @@ class Costs:
                         **{"key": name, "phase": phase, "title": name, "metrics": (), "unit": "", "cost": cost},
                         module=module if phase == "incubate" else None,
                         batch_size=settings.train.batch_size,
+                        batch_units=settings.train.batch_size,
                         **{"steps": 0, "epochs": 0.0, "seen": 0, "total_flops": 0},
                     )
                     for module, (name, cost) in enumerate(self.costs(recipe, phase).items())
