@@ -144,6 +144,7 @@ def make_trainer(
             unit="images",
             cost=cost,
             batch_size=chosen.train.batch_size,
+            batch_units=chosen.train.batch_size,
             steps=STEPS,
             epochs=1.0,
             seen=seen,

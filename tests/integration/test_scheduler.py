@@ -23,7 +23,7 @@ def make_graph(modules: Iterable[int]) -> list[Job]:
     """The jobs of a run that incubates these modules."""
     phases: list[tuple[Phase, int | None]] = [("pretrain", None), ("finetune", None)]
     phases[1:1] = [("incubate", module) for module in modules]
-    numbers = {"batch_size": 1, "steps": 1, "epochs": 1.0, "seen": 1, "total_flops": 1}
+    numbers = {"batch_size": 1, "batch_units": 1, "steps": 1, "epochs": 1.0, "seen": 1, "total_flops": 1}
     about: dict[str, Any] = {"metrics": (), "unit": "images", "cost": Cost(*[1] * 7), **numbers}
     rows = [
         PlannedRow(key=phase_key(phase, module), phase=phase, module=module, title=f"{phase} {module}", **about)
