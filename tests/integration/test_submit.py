@@ -325,7 +325,13 @@ def test_status_asks_slurm_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path / "run")
     rows = [("pretrain", None), ("incubate/0", 0), ("incubate/1", 1), ("finetune", None)]
-    about = {"steps": 10, "batch_size": 8, "batch_units": 8, "unit": "images", "metrics": [asdict(Metric("top1", "top-1", "%"))]}
+    about = {
+        "steps": 10,
+        "batch_size": 8,
+        "batch_units": 8,
+        "unit": "images",
+        "metrics": [asdict(Metric("top1", "top-1", "%"))],
+    }
     write_json(
         run.path / "plan.json",
         {

@@ -72,13 +72,16 @@ def plan(text: str) -> Any:
         "steps": 1,
         "epochs": 1.0,
         "total_flops": 1,
+        "approximate_flops": None,
     }
     return tables.plan_table({"recipe": text, "target_depths": [[1]], "meta_depths": [[1]], "rows": [row]})
 
 
 def sharding(text: str) -> Any:
     each = {"strategy": text, "world": 2, "samples": 1, "total": 1, "activations": 0, "sent": 1}
-    return tables.sharding_tables({"rows": [{"title": text, "unit": text, "sharding": [each]}]})[0]
+    return tables.sharding_tables(
+        {"rows": [{"title": text, "unit": text, "batch_size": 1, "batch_units": 1, "sharding": [each]}]}
+    )[0]
 
 
 def cluster(text: str) -> Any:
