@@ -74,12 +74,10 @@ def write_tokenizer_files(tokenizer: TokenizerSource, folder: Path, *, separator
         assert isinstance(tokenizer, Path)
         shutil.copyfile(tokenizer, file)
     content: dict[str, Any] = read_json(file) or {}
-    found = next((token for token in content.get("added_tokens", []) if token["id"] == separator), None)
-    if found is None:
+    name = next((token["content"] for token in content.get("added_tokens", []) if token["id"] == separator), None)
+    if name is None:
         raise ArtifactError(f"{tokenizer} has no special token {separator}, which is the separator of the data")
-    found["special"] = True  # otherwise it would be found in text
     content |= dict.fromkeys(("truncation", "padding", "post_processor"))  # these remove and add tokens
-    name = found["content"]
     file.write_text(json.dumps(content, ensure_ascii=False) + "\n")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -14,6 +14,7 @@ from language_models import FAMILIES, LENGTH, build, random_tokens, settings
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch._inductor import compile_fx
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -173,8 +174,17 @@ def test_logits_of_all_tokens_are_never_held_in_float32(precision: str) -> None:
     model.lm_head.weight.requires_grad_(True)  # its gradient is smaller than the logits
     model.lm_head.chunk_tokens = 16
     tokens = random_tokens(8)
+    saved: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
     with LargestFloat() as largest, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        model(tokens, tokens).sum().backward()
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = model(tokens, tokens)
+        losses.sum().backward()
+    assert 0 < sum(saved) < tokens.numel() * 4096 / 10  # the backward pass computes the logits of a chunk again
     assert largest.elements == max(16 * 4096, 32 * 4096)  # logits of a chunk; gradient of the weight
     with LargestFloat() as largest:
         model(tokens)
