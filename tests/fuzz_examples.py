@@ -146,7 +146,7 @@ GOOD: dict[str, list[str]] = {
     "checkpoint": ["{run}/meta/checkpoints/step-00000002"],
     "folder": ["{run}", "{run}/meta", "{run}/meta/checkpoints/step-00000002"],
     "runs": ["{run}", "{part}", "{odd}"],
-    "form": ["timm", "official"],
+    "form": ["library", "official"],
     "probe": ["linear", "knn"],
     "balanced": ["class", "hash"],
     "world": ["1", "1,2,8"],

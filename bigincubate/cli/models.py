@@ -58,11 +58,11 @@ def export_weights(
     out: Annotated[
         Path, Option(metavar="PATH", parser=parse_path, help="The output folder; with --as official, the output file.")
     ],
-    form: Annotated[str, Option("--as", help="timm (a folder) or official (a .pth file).")] = "timm",
+    form: Annotated[str, Option("--as", help="library (a folder) or official (a .pth file).")] = "library",
 ) -> None:
-    """Write a finished model as a folder that timm loads, or as a checkpoint of the official implementation."""
-    if form not in ("timm", "official"):
-        raise ConfigError(f"--as {form}: expected timm or official")
+    """Write a finished model as a folder that its library loads (timm, transformers), or as an official checkpoint."""
+    if form not in ("library", "official"):
+        raise ConfigError(f"--as {form}: expected library or official")
     from ..interchange.export import export, export_official
 
     if form == "official":
