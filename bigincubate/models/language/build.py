@@ -184,6 +184,8 @@ class TransformersFamily(ModelFamily):
                 raise ConfigError(
                     f"model.args.{key} = {json.dumps(value, default=str)} is not supported: {reason}; remove it"
                 )
+            if key in (self.depth_key, self.length_key, "vocab_size") and (type(value) is not int or value < 1):
+                raise ConfigError(f"model.args.{key} = {json.dumps(value, default=str)}: expected a positive integer")
         if "vocab_size" not in arguments:
             raise ConfigError("model.args.vocab_size is missing: set it to the size of the tokenizer's vocabulary")
 
