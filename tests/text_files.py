@@ -12,6 +12,7 @@ import numpy as np
 
 from bigincubate.data.dataset import open_dataset
 from bigincubate.data.shards import Shards
+from bigincubate.data.text.windows import read_tokens
 
 WORDS = ("tide", "boat", "naïve", "東京", "🙂", "rope", "gull", "<|endoftext|>", "net", "\t", "\r\n", "keel")
 
@@ -37,7 +38,7 @@ class WindowDecoder:
 
     def decode(self, record: dict[str, Any]) -> np.ndarray:
         """Return the tokens."""
-        return record["tokens"]
+        return read_tokens(record["tokens"])
 
     def compact(self, sample: np.ndarray) -> tuple[np.ndarray, int]:
         """Return the tokens and their size."""

@@ -47,6 +47,7 @@ import_streaming()
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset  # noqa: E402
 from streaming.base import shared  # noqa: E402
 from streaming.base.batching import generate_work  # noqa: E402
+from streaming.base.format import reader_from_json  # noqa: E402
 from streaming.base.storage import CloudDownloader  # noqa: E402
 from streaming.base.util import retry  # noqa: E402
 from streaming.base.world import World  # noqa: E402
@@ -59,6 +60,7 @@ __all__ = [
     "StreamingDataset",
     "World",
     "generate_work",
+    "reader_from_json",
     "retry",
     "shared",
 ]

@@ -22,7 +22,9 @@ from .made_up import list_made_up
 
 EMBEDDED_TEXT = ("stdlib", "made-up-text")
 ONE_DOMAIN, TOP = "text", "."  # the domain of a source without folders, and of files next to folders
-PLAIN, PIECES, HTML, LINES, PARQUET, MADE_UP = "plain", "pieces", "html", "lines", "parquet", "made-up"
+PLAIN, PIECES, HTML, LINES, PARQUET, MADE_UP, TOKEN_SHARD = (
+    *("plain", "pieces", "html", "lines", "parquet", "made-up", "token-shard"),
+)
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
 CODE = (
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".cs", ".go"),
@@ -156,7 +158,7 @@ def _take_file(path: Path) -> TextSource:
     if form is None:
         raise DataError(f"{quote_path(path)}: unknown kind of text; expected {EXPECTED}")
     form = PIECES if form == PLAIN else form
-    return TextSource("text", [TextFile(path.name, str(path), ONE_DOMAIN, form, _stamp(str(path)))], str(path))
+    return TextSource("text", [TextFile(path.name, str(path), ONE_DOMAIN, form, file_stamp(str(path)))], str(path))
 
 
 def _walk_folder(root: Path) -> TextSource:
@@ -176,7 +178,7 @@ def _walk_folder(root: Path) -> TextSource:
         raise DataError(f"no text in {quote_path(root)}: found {found}; expected {EXPECTED}")
     folders = {name.partition("/")[0] for name in kept if "/" in name}
     files = [
-        TextFile(name, str(root / name), _domain(name, folders), str(form_of(name)), _stamp(str(root / name)))
+        TextFile(name, str(root / name), _domain(name, folders), str(form_of(name)), file_stamp(str(root / name)))
         for name in sorted(kept)
     ]
     return TextSource("text", files, str(root), {"skipped": dict(sorted(skipped.items()))})
@@ -188,10 +190,11 @@ def _domain(name: str, folders: set[str]) -> str:
     return name.partition("/")[0] if "/" in name else TOP
 
 
-def _stamp(path: str) -> tuple[int, int]:
+def file_stamp(path: str) -> tuple[int, int]:
+    """Return the size of a file in bytes and its modification time in nanoseconds; (-1, -1) for a broken link."""
     try:
         status = os.stat(path)
-    except OSError:  # a broken link
+    except OSError:
         return -1, -1
     return status.st_size, status.st_mtime_ns
 
@@ -200,7 +203,7 @@ def _find_stdlib() -> TextSource:
     """Return the modules of the running interpreter's standard library that are on the list of this package."""
     folder = sysconfig.get_path("stdlib")
     names = resources.files(__package__).joinpath("stdlib_modules.txt").read_text().split()
-    files = [TextFile(name, path := os.path.join(folder, name), "stdlib", PLAIN, _stamp(path)) for name in names]
+    files = [TextFile(name, path := os.path.join(folder, name), "stdlib", PLAIN, file_stamp(path)) for name in names]
     found = [file for file in files if file.stamp[0] >= 0]
     if not found:
         raise DataError(f"{quote_path(folder)} has no modules of Python's standard library; use another source")

@@ -40,6 +40,15 @@ def token_type(vocabulary: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
 
 
+def read_tokens(value: NDArray[Any] | bytes) -> NDArray[Any]:
+    """Return the tokens of a record: an array, or the bytes of 64-bit integers as llm-foundry may store them.
+
+    Raises:
+        ValueError: If the number of bytes is not a multiple of eight.
+    """
+    return np.frombuffer(value, np.int64) if isinstance(value, bytes) else value
+
+
 def join_documents(texts: Iterable[str], tokenizer: Tokenizer) -> NDArray[Any]:
     """Return the tokens of documents, each of which begins with the separator."""
     kind = token_type(tokenizer.vocabulary)
