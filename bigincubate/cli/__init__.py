@@ -12,7 +12,7 @@ from ..errors import BigincubateError, Exit, format_os_error
 
 # importing these adds their commands, in this order
 from . import training, slurm as cluster, inspect as looking, report as reporting, data  # isort: skip
-from . import models, checkpoint as checkpoints  # isort: skip
+from . import track, models, checkpoint as checkpoints  # isort: skip
 from .app import app, discard_unread_output, fail
 
 

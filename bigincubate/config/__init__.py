@@ -24,6 +24,7 @@ from .sections import (
     Settings,
     ShardingConfig,
     TaskConfig,
+    TrackerName,
     TrainConfig,
 )
 from .slurm import SlurmJobConfig

@@ -20,6 +20,7 @@ from .tables import (
 
 Phase = Literal["pretrain", "incubate", "finetune", "end_to_end"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
+TrackerName = Literal["wandb", "mlflow", "csv"]
 
 # timm's options of a RandAugment policy, without those that only other versions of timm know
 RAND_AUGMENT = re.compile(
@@ -415,6 +416,10 @@ class LogConfig(ConfigTable):
     """A rank is reported as slow if its own work in a step (waiting for data, forward passes) takes longer than the
     median of all ranks by more than this share of the median, and by more than a tenth of the step; 0: ranks are not
     compared."""
+    trackers: list[TrackerName] = execution_field([])
+    """Trackers that a phase is sent to while it trains, by a process of its own ([trackers](trackers.md)): `"wandb"`
+    (offline, unless the variable `WANDB_MODE` says otherwise), `"mlflow"` (to the variable `MLFLOW_TRACKING_URI`) or
+    `"csv"`."""
 
 
 class CheckpointConfig(ConfigTable):

@@ -29,6 +29,7 @@
       fleet/                progress of each phase for TensorBoard, under the same tags
       partial/              the scores in partial.json for TensorBoard, over the number of modules
       report.html           written by `bigincubate report`
+      trackers/             files of `bigincubate track` and `log.trackers`, by default
       slurm/  jobs.json     logs of jobs and their ranks; submitted jobs and numbers of submissions
       slurm/PHASE.error     why the last job of a phase, or the gate, could not start bigincubate
       owners/               the process that is changing recipe.toml and plan.json

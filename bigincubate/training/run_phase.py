@@ -13,6 +13,7 @@ from ..data.workers import explain_worker_failures
 from ..distributed.signals import StopFlag
 from ..distributed.watchdog import watch_ranks
 from ..errors import BigincubateError, ExternalError, Preempted
+from ..interchange.trackers.background import track_in_background
 from ..planning.context import PhaseContext
 from ..planning.prepare_run import check_plan_unchanged
 from ..storage.lease import NO_JOBS, JobQueue, acquire_lease
@@ -60,34 +61,36 @@ def train_phase(
         record("running")
         if env.is_main:
             folder.write_stragglers([])  # removes those of an earlier attempt
-        try:
-            with watch_ranks(
-                env,
-                f"{folder.path}/{attempt}",
-                about,
-                lambda reason: note("failed", error=reason),
-                folder.path / "flight_recorder" / str(attempt),
-                context.recipe.log.straggler_share,
-            ) as stragglers:
-                try:
-                    with explain_worker_failures():
-                        result = Trainer.build(context, stop, lease, start, stragglers).run()
-                except (OSError, ExternalError):
-                    lease.check()  # the error may be due to a new owner that removed files
-                    raise
-        except Preempted:
-            record("preempted")
-            raise
-        except BaseException as error:
-            record("failed", error=str(error) if isinstance(error, BigincubateError) else repr(error))
-            raise
-        with env.main_process_first():
+        trackers = context.recipe.log.trackers if env.is_main else ()
+        with track_in_background(run, folder, context.row.key, trackers):
+            try:
+                with watch_ranks(
+                    env,
+                    f"{folder.path}/{attempt}",
+                    about,
+                    lambda reason: note("failed", error=reason),
+                    folder.path / "flight_recorder" / str(attempt),
+                    context.recipe.log.straggler_share,
+                ) as stragglers:
+                    try:
+                        with explain_worker_failures():
+                            result = Trainer.build(context, stop, lease, start, stragglers).run()
+                    except (OSError, ExternalError):
+                        lease.check()  # the error may be due to a new owner that removed files
+                        raise
+            except Preempted:
+                record("preempted")
+                raise
+            except BaseException as error:
+                record("failed", error=str(error) if isinstance(error, BigincubateError) else repr(error))
+                raise
+            with env.main_process_first():
+                if env.is_main:
+                    lease.check()
+                    folder.write_result(result)
             if env.is_main:
-                lease.check()
-                folder.write_result(result)
-        if env.is_main:
-            summary = {key: result[key] for key in ("metrics", "steps", "seconds")}
-            run.log_event("done", phase=context.row.key, **summary)
-        record("done")
+                summary = {key: result[key] for key in ("metrics", "steps", "seconds")}
+                run.log_event("done", phase=context.row.key, **summary)
+            record("done")
         env.barrier()
     return result

@@ -154,6 +154,7 @@ VALUES = {
     "augment.batch_transform": '"bigincubate.experimental.device_augment.transform:DeviceAugment"',
     "loss.name": '"bce"',
     "sharding.deepspeed_config": '"zero2"',
+    "log.trackers": '["csv"]',
     **{f"slurm.{kind}": "{ nodes = 2 }" for kind in (*PHASES, "gate")},
     **{f"slurm.{key}": "2" for key in ("cpus", "array_parallelism")},
     "slurm.umask": '"007"',

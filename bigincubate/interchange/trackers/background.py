@@ -1,0 +1,199 @@
+"""Send a phase to trackers while it trains (``log.trackers``), without a way to disturb the training.
+
+Each tracker is a process of its own that replays ``metrics.jsonl``, at low priority. Why a process and not a thread:
+the packages of trackers are large, hold the interpreter lock, start threads and processes, and may wait for a network
+for minutes; in a process of its own, they cannot delay a step, and whatever they raise, use up or wait for does not
+concern the trainer. Why the log and not a queue: the log has every step already, so nothing is lost if a tracker is
+slow or fails, there is no queue that can fill up, and the next attempt, or ``bigincubate track``, sends what is
+missing.
+
+The trainer starts the processes and does not look at them again until the result is written. Then it waits for them,
+at most ``PATIENCE_S``, because a batch system ends all processes of a job with the trainer. After a failure or a stop
+signal it does not wait. A tracker that fails or is late gives one warning.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from ...config import TrackerName
+from ...errors import BigincubateError, Exit, format_command
+from ...storage.run_directory import PhaseDir, RunDir
+from .registry import PACKAGES, make_tracker
+from .replay import Replay, follow
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 8.0  # that the trainer waits for after the result
+GRACE_S = 60.0  # after the end of the trainer, for a last update
+INTERVAL_S = 5.0  # between updates
+
+
+@contextmanager
+def track_in_background(run: RunDir, folder: PhaseDir, key: str, names: Sequence[TrackerName]) -> Iterator[None]:
+    """Send a phase to trackers while the block runs. Never raises an error of its own.
+
+    Args:
+        run: The run directory.
+        folder: The phase's directory.
+        key: Key of the phase.
+        names: Names of the trackers.
+    """
+    started = [process for name in dict.fromkeys(names) if (process := _start(run, folder, key, name))]
+    try:
+        yield
+    except BaseException:
+        for process in started:
+            process.stop()
+        raise
+    for process in started:
+        process.stop()
+    deadline = time.monotonic() + PATIENCE_S
+    for process in started:
+        process.wait(max(0.0, deadline - time.monotonic()))
+
+
+class TrackerProcess:
+    """The process of one tracker.
+
+    Args:
+        name: Name of the tracker.
+        process: The process, which ends when its standard input is closed.
+        log: File of its output.
+        hint: Command that sends what is missing.
+    """
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path, hint: str) -> None:
+        self.name, self.process, self.log, self.hint = name, process, log, hint
+        self._given_up = False
+        self._watcher = threading.Thread(target=self._report, name=f"tracker {name}", daemon=True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Ask the process to end after one more update."""
+        with suppress(OSError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the end of the process; kill it if it takes longer."""
+        self._watcher.join(seconds)
+        if not self._watcher.is_alive():
+            return
+        self._given_up = True
+        with suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        _warn(self.name, f"not finished {PATIENCE_S:.0f} s after the phase", self.hint)
+
+    def _report(self) -> None:
+        code = self.process.wait()
+        if code and not self._given_up:
+            lines = [line for line in self._read_log() if line.strip()]
+            reason = lines[-1].removeprefix("bigincubate: ") if lines else "no message"
+            _warn(self.name, f"ended with code {code}: {reason}", self.hint)
+
+    def _read_log(self) -> list[str]:
+        try:
+            return self.log.read_text(errors="replace").splitlines()
+        except OSError:
+            return []
+
+
+def _warn(name: str, problem: str, hint: str) -> None:
+    logger.warning("log.trackers: %s: %s; training is not affected; send what is missing with: %s", name, problem, hint)
+
+
+def _start(run: RunDir, folder: PhaseDir, key: str, name: TrackerName) -> TrackerProcess | None:
+    """Start the process of a tracker. Return None, after a warning, if that is not possible."""
+    hint = format_command("track", run.path, "--to", name)
+    try:
+        package = PACKAGES[name]
+        # a folder of this name, such as W&B creates, is a package without a file
+        if package is not None and getattr(importlib.util.find_spec(package), "origin", None) is None:
+            _warn(name, f"the package is not installed (pip install {package})", hint)
+            return None
+        log = folder.path / "logs" / f"tracker-{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "bigincubate.interchange.trackers.background",
+                    str(run.path),
+                    key,
+                    name,
+                    str(os.getpid()),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return TrackerProcess(name, process, log, hint)
+    except Exception as error:
+        _warn(name, str(error), hint)
+        return None
+
+
+# ------------------------------------------------------------------------------------------ in the process of a tracker
+
+
+class _Ending:
+    """Is set when the trainer has closed the pipe or has ended, or on SIGTERM; ends the process after a time."""
+
+    def __init__(self, parent: int) -> None:
+        self.parent, self.event = parent, threading.Event()
+        signal.signal(signal.SIGTERM, self._set)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for target in (self._await_pipe, self._await_parent):
+            threading.Thread(target=target, daemon=True).start()
+
+    def wait(self) -> bool:
+        return self.event.wait(INTERVAL_S)
+
+    def _set(self, _number: int, _frame: FrameType | None) -> None:
+        self.event.set()
+
+    def _await_pipe(self) -> None:
+        while os.read(0, 1):
+            pass
+        self.event.set()
+
+    def _await_parent(self) -> None:
+        """Also notice the end of the trainer while a process that it forked keeps the pipe open."""
+        while not self.event.wait(1) and os.getppid() == self.parent:
+            pass
+        self.event.set()
+        time.sleep(GRACE_S)
+        print(f"bigincubate: not finished {GRACE_S:.0f} s after the phase", file=sys.stderr, flush=True)
+        os._exit(Exit.ENVIRONMENT)
+
+
+def main(directory: str, key: str, name: TrackerName, parent: str) -> int:
+    """Replay one phase until it is finished or the trainer ends. Return the exit code."""
+    os.nice(19)
+    run, ending = RunDir(Path(directory)), _Ending(int(parent))
+    try:
+        # the process of an attempt that was killed may need its last update first
+        with Replay(run, name, make_tracker(name, run), [key], patience=2 * GRACE_S) as replay:
+            follow(replay, ending.wait)
+    except BigincubateError as error:
+        print(f"bigincubate: {error}", file=sys.stderr, flush=True)
+        return error.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))  # type: ignore[arg-type]
