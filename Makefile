@@ -3,6 +3,7 @@
 # make test      install with the test extras, then run the tests (what CI runs)
 # make test-gpu tests on a GPU (docs/gpu.md has results). DEVICE=cpu: at toy size, on the CPU
 # make test-full only the long tests; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
+# make test-extras the trackers against the real W&B and MLflow, in .venv-extras
 # make fuzz      odd values of every option and recipe key, for SECONDS from the seed SEED; prints what fails
 # make test-slurm runs on a real Slurm on this machine, 20 of them with faults (docs/reliability.md); run again, it resumes
 # make test-faults all trials of every fault, then docs/reliability.md; run again, it resumes. MINUTES: limit per scenario
@@ -11,6 +12,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+EXTRAS := .venv-extras
 RUN ?= runs/digits
 JOBS ?= 2
 TEST_JOBS ?= 2
@@ -18,7 +20,7 @@ MINUTES ?= 60
 SECONDS ?= 3600
 SEED ?= 1000000
 
-.PHONY: demo demo-text test test-gpu test-full fuzz test-slurm test-faults lint format clean
+.PHONY: demo demo-text test test-gpu test-full fuzz test-slurm test-faults test-extras lint format clean
 
 # one thread per process on every machine: the layout that the README's numbers come from
 demo: $(VENV)/.installed
@@ -28,13 +30,16 @@ demo-text: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/bigincubate run stdlib-llama --run-dir runs/stdlib --jobs $(JOBS)
 
 test: $(VENV)/.installed-dev lint
-	$(BIN)/python -m pytest -m "not full and not faults and not slurm and not gpu" -n $(TEST_JOBS) --dist loadfile
+	$(BIN)/python -m pytest -m "not full and not faults and not slurm and not gpu and not extras" -n $(TEST_JOBS) --dist loadfile
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests/gpu $(if $(DEVICE),--device $(DEVICE))
 
 test-full: $(VENV)/.installed-dev
 	BIGINCUBATE_CIFAR100="$(DATA)" $(BIN)/python -m pytest -m full
+
+test-extras: $(EXTRAS)/.installed
+	PYTHONPATH=. $(EXTRAS)/bin/python -m pytest -m extras tests/extras
 
 fuzz: $(VENV)/.installed-dev
 	FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/integration/test_fuzz.py -k random_round
@@ -77,5 +82,12 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]' $(SHORTEN)
 	@touch $@
 
+# programs that bigincubate does not depend on, in their newest versions, without torch
+$(EXTRAS)/.installed: tests/extras/requirements.txt
+	@$(PYTHON) -m venv $(EXTRAS)
+	@echo "installing W&B and MLflow in $(EXTRAS), in one to three minutes"
+	@$(EXTRAS)/bin/python -m pip install --no-color --requirement $< | $(PROGRESS)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(EXTRAS) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,1 +1,4 @@
-"""Import and export models: exported folders, checkpoints of the official implementation, pretrained models."""
+"""Exchange with other programs.
+
+Exported folders, checkpoints of the official implementation, pretrained models; metrics for experiment trackers.
+"""

@@ -130,7 +130,7 @@ def _start(run: RunDir, folder: PhaseDir, key: str, name: TrackerName) -> Tracke
                 [
                     sys.executable,
                     "-m",
-                    "bigincubate.interchange.trackers.background",
+                    __name__,
                     str(run.path),
                     key,
                     name,
