@@ -418,8 +418,8 @@ class LogConfig(ConfigTable):
     compared."""
     trackers: list[TrackerName] = execution_field([])
     """Trackers that a phase is sent to while it trains, by a process of its own ([trackers](trackers.md)): `"wandb"`
-    (offline, unless the variable `WANDB_MODE` says otherwise), `"mlflow"` (to the variable `MLFLOW_TRACKING_URI`) or
-    `"csv"`."""
+    (offline, unless the variable `WANDB_MODE` says otherwise), `"mlflow"` (to the server in the variable
+    `MLFLOW_TRACKING_URI`) or `"csv"`."""
 
 
 class CheckpointConfig(ConfigTable):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.machinery
 import json
 import logging
 import shutil
@@ -343,6 +344,20 @@ def test_tracker_that_fails_gives_one_warning(
     assert warning.startswith(f"log.trackers: wandb: {problem}; training is not affected; send what is missing with:")
     assert result["steps"] == 4
     assert [attempt["state"] for attempt in trained.run.phase("pretrain").read_attempts()] == ["done"]
+
+
+def test_mlflow_needs_a_server_while_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(
+        background.importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None, origin="x")
+    )
+    with background.track_in_background(run, phase_of(run, "pretrain"), "pretrain", ["mlflow"]):
+        pass
+    (warning,) = warnings(caplog)
+    assert "mlflow: the variable MLFLOW_TRACKING_URI is not set" in warning
 
 
 def test_failed_phase_does_not_wait_for_its_tracker(

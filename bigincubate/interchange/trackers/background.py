@@ -30,7 +30,7 @@ from types import FrameType
 from ...config import TrackerName
 from ...errors import BigincubateError, Exit, format_command
 from ...storage.run_directory import PhaseDir, RunDir
-from .registry import PACKAGES, make_tracker
+from .registry import PACKAGES, URI_VARIABLE, make_tracker
 from .replay import Replay, follow
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,10 @@ def _start(run: RunDir, folder: PhaseDir, key: str, name: TrackerName) -> Tracke
         # a folder of this name, such as W&B creates, is a package without a file
         if package is not None and getattr(importlib.util.find_spec(package), "origin", None) is None:
             _warn(name, f"the package is not installed (pip install {package})", hint)
+            return None
+        if name == "mlflow" and not os.environ.get(URI_VARIABLE):
+            # phases may run in parallel, and MLflow cannot repair a database whose creation was interrupted
+            _warn(name, f"the variable {URI_VARIABLE} is not set, to the URI of a server", hint)
             return None
         log = folder.path / "logs" / f"tracker-{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from .replay import FOLDER
 PROJECT = "bigincubate"
 PACKAGES: dict[TrackerName, str | None] = {"wandb": "wandb", "mlflow": "mlflow", "csv": None}
 PROJECT_VARIABLES = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
 URI = re.compile(r"(https?://|file:|sqlite:).*")
 
 
@@ -62,7 +63,7 @@ def _folder(run: RunDir, out: str | None, name: str) -> Path:
 
 
 def _tracking_uri(run: RunDir, out: str | None) -> str:
-    uri = out or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.path / FOLDER / 'mlflow.db'}"
+    uri = out or os.environ.get(URI_VARIABLE) or f"sqlite:///{run.path / FOLDER / 'mlflow.db'}"
     if not URI.fullmatch(uri):
         raise ConfigError(
             f"{uri}: MLflow takes a tracking URI: http://HOST:5000, sqlite:////folder/mlflow.db or file:/folder"

@@ -100,9 +100,9 @@ class Replay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for position in self.positions.values():
-            with explain_errors(self.name):
-                self._close(position)
+        with explain_errors(self.name), ExitStack() as stack:  # closes all, also if one of them fails
+            for position in self.positions.values():
+                stack.callback(self._close, position)
 
     def update(self) -> None:
         """Send what the logs have and the tracker does not.
