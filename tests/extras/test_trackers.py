@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb_server
 from tracked_runs import KEYS, finish, finished_run, log, logged, make_run, phase_of
 
 from bigincubate.files import append_json_line, write_text
@@ -157,6 +158,25 @@ def test_wandb_file_of_a_killed_process_is_continued(tmp_path: Path) -> None:
     assert [step for step, _ in wandb_points(run, "pretrain")] == list(range(1, 201))
     write_text(file, "something else")
     assert "not a file of W&B; move its folder away" in track(run, "--to", "wandb", code=3)
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_wandb_server_gets_each_step_once(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploaded after each replay or, offline, also several folders of one run at once."""
+    run = make_run(tmp_path / "run")
+    with wandb_server.serve() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+        if mode == "online":
+            monkeypatch.setenv("WANDB_MODE", mode)
+        for steps, upload in (((2, 4), True), ((6,), False), ((8, 10), True), ((), True)):
+            log(run, "pretrain", *steps)
+            out = track(run, "--to", "wandb")
+            if mode == "offline" and upload:
+                command = out.splitlines()[-1].partition("upload with: ")[2]
+                subprocess.run(f"{PROGRAMS}/{command}", shell=True, capture_output=True, timeout=120, check=True)
+        assert server.steps(id_of(run, "pretrain")) == [2, 4, 6, 8, 10]
+        assert server.groups == {id_of(run, "pretrain"): f"run-{id_of(run, 'pretrain')[:10]}"}
 
 
 # ------------------------------------------------------------------------------------------------ MLflow

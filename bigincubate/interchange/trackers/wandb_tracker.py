@@ -53,7 +53,7 @@ class WandbRecord:
     """The W&B run of one phase. W&B accepts only increasing steps, so a step up to the last recorded one is left out.
 
     Offline, the last step is read from the files of earlier replays. Each replay that has something to add writes
-    one more folder with the same run id, and ``wandb sync`` uploads them one after the other. Otherwise W&B
+    one more folder with the same run id, and ``wandb sync`` appends them to the run one after the other. Otherwise W&B
     resumes the run and says which step is next.
 
     Args:
@@ -122,7 +122,7 @@ class WandbRecord:
                 config=dict(self.phase.config),
                 dir=str(self.folder),
                 mode=self.mode,
-                resume=None if self.mode == "offline" else "allow",
+                resume="allow",
                 reinit="create_new",
                 settings=quiet_settings(),
             )
