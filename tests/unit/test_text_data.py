@@ -211,14 +211,19 @@ def test_folder_without_folders_is_one_domain(tmp_path: Path) -> None:
 
 
 def test_source_without_text_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "x.png").write_bytes(b"x")
-    (tmp_path / "data").mkdir()
+    for name in ("images", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "images" / "x.png").write_bytes(b"x")
     (tmp_path / "data" / "dataset.json").write_text("{}")
+    for name in ("train", "validation"):
+        (tmp_path / "splits" / name).mkdir(parents=True)
+        (tmp_path / "splits" / name / "a.txt").write_text(name)
     for name, says in (
-        ("", "no text in .*: found 1 .png, 1 .json; expected a folder"),
-        ("x.png", "unknown kind of text"),
+        ("images", "no text in .*: found 1 .png; expected a folder"),
+        ("images/x.png", "unknown kind of text"),
         ("none", "no such source"),
         ("data", "is prepared data already"),
+        ("splits", "has train/, validation/, but text is divided by the names of its documents"),
     ):
         with pytest.raises(DataError, match=says):
             find_text(str(tmp_path / name))

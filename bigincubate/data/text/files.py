@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from ...errors import DataError
 from ...files import quote_path
 from ..dataset import DESCRIPTION
+from ..sources.class_folders import is_split_name
 from ..sources.image_files import walk_files
 from .made_up import list_made_up
 
@@ -177,6 +178,12 @@ def _walk_folder(root: Path) -> TextSource:
         found = ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.most_common(4)) or "no files at all"
         raise DataError(f"no text in {quote_path(root)}: found {found}; expected {EXPECTED}")
     folders = {name.partition("/")[0] for name in kept if "/" in name}
+    if len(folders) > 1 and all(map(is_split_name, folders)):
+        found = ", ".join(f"{name}/" for name in sorted(folders))
+        raise DataError(
+            f"{quote_path(root)} has {found}, but text is divided by the names of its documents; prepare the folder for"
+            " training alone, or move all into one folder"
+        )
     files = [
         TextFile(name, str(root / name), _domain(name, folders), str(form_of(name)), file_stamp(str(root / name)))
         for name in sorted(kept)

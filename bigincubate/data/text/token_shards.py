@@ -12,11 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from numpy.typing import NDArray
+
 from ...errors import ConfigError, DataError
 from ...files import fsync_path, hash_file, link_or_copy, quote_path, read_json
 from ..chunks import write_description
 from ..dataset import INDEX, INVALID_JSON_ERRORS, SPLITS, write_json
 from ..process_pool import run_in_processes
+from ..shards import check_offsets
 from ..sources.archives import damaged_archive
 from ..sources.class_folders import SPLIT_NAMES
 from .files import ONE_DOMAIN, TOKEN_SHARD, TextFile, TextSource, file_stamp
@@ -130,6 +133,10 @@ def link_token_shards(
     return summary
 
 
+def _lists_shards(folder: Path) -> bool:
+    return "shards" in (read_json(folder / INDEX) or {})
+
+
 def _read_index(folder: Path) -> list[dict[str, Any]]:
     """Return what an index says about its shards."""
     shards = (read_json(folder / INDEX) or {}).get("shards")
@@ -172,19 +179,29 @@ def _link_shard(shard: _Shard) -> tuple[Path, str, str, int]:
     name = shard.entry["raw_data"]["basename"]
     file = shard.folder / name
     link_or_copy(file.resolve(), shard.out / name)
-    count, is_train = 0, shard.out.parent.name == "train"
-    for record in reader_from_json(str(shard.out), None, shard.entry):
-        tokens = read_tokens(record[TOKENS])
-        least = shard.window + 1 if is_train else 2
-        if tokens.ndim != 1 or not least <= len(tokens) <= shard.window + 1:
-            raise ConfigError(
-                f"--window {shard.window}: {quote_path(file)} has a sample of {len(tokens):,} tokens; use --window"
-                f" {len(tokens) - 1} if all have as many"
-            )
-        if tokens.min() < 0 or tokens.max() >= shard.vocabulary:
-            raise DataError(
-                f"{quote_path(file)} has the token {max(tokens.max(), -tokens.min())}, but the tokenizer has"
-                f" {shard.vocabulary:,}; give the tokenizer.json that the tokens were made with"
-            )
-        count += len(tokens)
-    return shard.out, name, hash_file(shard.out / name), count
+    try:
+        check_offsets(shard.out / name, shard.entry["samples"])
+        counts = [
+            _check_tokens(read_tokens(record[TOKENS]), shard, str(file))
+            for record in reader_from_json(str(shard.out), None, shard.entry)
+        ]
+    except (ValueError, LookupError, TypeError) as error:  # what streaming raises depends on the damage
+        raise damaged_archive(file, str(error)) from None
+    return shard.out, name, hash_file(shard.out / name), sum(counts)
+
+
+def _check_tokens(tokens: NDArray[Any], shard: _Shard, file: str) -> int:
+    """Refuse a sample of another length, or with tokens that the tokenizer does not have; return its length."""
+    least = shard.window + 1 if shard.out.parent.name == "train" else 2
+    if tokens.ndim != 1 or not least <= len(tokens) <= shard.window + 1:
+        raise ConfigError(
+            f"--window {shard.window}: {quote_path(file)} has a sample of {len(tokens):,} tokens; use --window"
+            f" {len(tokens) - 1} if all have as many"
+        )
+    if tokens.min() < 0 or tokens.max() >= shard.vocabulary:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise DataError(
+            f"{quote_path(file)} has the token {wrong}, but the tokenizer has {shard.vocabulary:,}; give the"
+            " tokenizer.json that the tokens were made with"
+        )
+    return len(tokens)
