@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...data.text.windows import read_tokens
 from ...models.language.causal_lm import IGNORED
 
 
@@ -43,11 +44,12 @@ class TokenWindows:
         Raises:
             ValueError: There are too few or too many, or one is not in the vocabulary.
         """
-        tokens: np.ndarray = record["tokens"]
+        tokens = read_tokens(record["tokens"])
         if tokens.ndim != 1 or not 2 <= len(tokens) <= self.window + 1:
             raise ValueError(f"a window of shape {tokens.shape}; expected 2 to {self.window + 1} tokens")
-        if (largest := int(tokens.max())) >= self.vocabulary:
-            raise ValueError(f"token {largest} is not in 0 to {self.vocabulary - 1}")
+        for token in (int(tokens.min()), int(tokens.max())):
+            if not 0 <= token < self.vocabulary:
+                raise ValueError(f"token {token} is not in 0 to {self.vocabulary - 1}")
         return tokens
 
     def compact(self, sample: np.ndarray) -> tuple[np.ndarray, int]:
