@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import Annotated, get_args
 
 from typer import Option
 
-from ..config import TrackerName
+from ..errors import ConfigError
 from .app import RunArgument, app, say
 
 FOLLOW_SECONDS = 5.0
@@ -16,7 +16,7 @@ FOLLOW_SECONDS = 5.0
 @app.command()
 def track(
     run: RunArgument,
-    to: Annotated[TrackerName, Option(help="The tracker: wandb, mlflow or csv.", metavar="TRACKER")],
+    to: Annotated[str, Option(help="wandb, mlflow or csv.", metavar="TRACKER")],
     out: Annotated[
         str | None,
         Option(metavar="DIR|URI", help="Folder for W&B's offline files or the CSV files, or MLflow's tracking URI."),
@@ -25,6 +25,7 @@ def track(
     follow: Annotated[bool, Option("--follow", help="Continue until the run is finished.")] = False,
 ) -> None:
     """Send the metrics of a run, finished or not, to an experiment tracker. Run it again to send what is missing."""
+    from ..config import TrackerName
     from ..interchange.trackers.registry import make_tracker
     from ..interchange.trackers.replay import Replay
     from ..interchange.trackers.replay import follow as follow_run
@@ -34,8 +35,11 @@ def track(
         time.sleep(FOLLOW_SECONDS)
         return False
 
+    names: dict[str, TrackerName] = {name: name for name in get_args(TrackerName)}
+    if to not in names:
+        raise ConfigError(f"--to {to}: expected one of {', '.join(names)}")
     read_plan(run)
-    tracker = make_tracker(to, run, out, project)
+    tracker = make_tracker(names[to], run, out, project)
     with Replay(run, to, tracker) as replay:
         if follow:
             say(tracker.describe(replay.group))

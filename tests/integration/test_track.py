@@ -269,7 +269,8 @@ def test_missing_package_is_one_line_with_the_command(
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("--to", "tensorboard"), 2, "'tensorboard'"),
+        (("--to", "tensorboard"), 2, "--to tensorboard: expected one of wandb, mlflow, csv"),
+        ((), 2, "Missing option '--to'. (see --help)"),
         (("--to", "csv", "--out", "http://localhost:5000"), 2, "csv takes a folder, not a URI"),
         (("--to", "csv", "--out", __file__), 2, "is a file; give a folder with --out"),
         (("--to", "mlflow", "--out", "folder"), 2, "folder: MLflow takes a tracking URI"),
