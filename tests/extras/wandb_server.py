@@ -50,14 +50,16 @@ class WandbServer:
     def _bucket(self, run: str) -> dict[str, Any]:
         project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "me"}}
         lines = len(self.history.get(run, {}))
-        return {"id": "b", "name": run, "config": "{}", "project": project, "tags": [], "historyLineCount": lines}
+        about = {"id": "b", "name": run, "displayName": run, "config": "{}", "project": project, "tags": []}
+        return {**about, "historyLineCount": lines}
 
     def _upsert(self, values: dict[str, Any]) -> dict[str, Any]:
         run = values.get("name") or ""
+        new = run not in self.history
         self.history.setdefault(run, {})
         if values.get("groupName"):
             self.groups[run] = values["groupName"]
-        return {"upsertBucket": {"bucket": self._bucket(run), "inserted": True}}
+        return {"upsertBucket": {"bucket": self._bucket(run), "inserted": new}}
 
     def _resume(self, values: dict[str, Any]) -> dict[str, Any]:
         model: dict[str, Any] = {"id": "p", "name": "project", "internalId": "1", "entity": {"id": "e", "name": "me"}}

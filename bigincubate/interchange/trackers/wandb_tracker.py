@@ -52,9 +52,8 @@ class WandbTracker:
 class WandbRecord:
     """The W&B run of one phase. W&B accepts only increasing steps, so a step up to the last recorded one is left out.
 
-    Offline, the last step is read from the files of earlier replays. Each replay that has something to add writes
-    one more folder with the same run id, and ``wandb sync`` appends them to the run one after the other. Otherwise W&B
-    resumes the run and says which step is next.
+    The last step is read from the files of earlier replays, online also from the server. Each replay that has something
+    to add writes one more folder with the same run id; ``wandb sync`` appends them to the run one after the other.
 
     Args:
         phase: The phase.
@@ -70,13 +69,9 @@ class WandbRecord:
         self.phase, self.folder, self.project, self.mode = phase, folder, project, mode
         self.run: Any = None
         self.last, self.summary = -1, set[str]()
-        if mode != "offline":
-            run = self._start()
-            self.last = run.step - 1 if run.resumed else -1
-            return
         from ...compat.wandb import read_recorded
 
-        for file in folder.glob(f"wandb/offline-run-*-{phase.id}/run-{phase.id}.wandb"):
+        for file in folder.glob(f"wandb/*run-*-{phase.id}/run-{phase.id}.wandb"):
             try:
                 last, keys = read_recorded(file)
             except (OSError, ValueError) as error:
@@ -85,6 +80,8 @@ class WandbRecord:
 
     def append(self, rows: Sequence[Row]) -> int:
         """Record the rows after the last recorded step."""
+        if self.mode != "offline" and any(row["step"] > self.last for row in rows):
+            self.last = max(self.last, self._start().step - 1)  # the server may have steps of other machines
         missing = [row for row in rows if row["step"] > self.last]
         for row in missing:
             values = {key: value for key, value in row.items() if key != "step"}
