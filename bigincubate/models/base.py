@@ -124,6 +124,13 @@ class ModelFamily(ABC):
         """Return a model's tensors, adapted to ``model``, which may have a different input size."""
         return dict(tensors)
 
+    def workspace_bytes(self, model: ModelConfig, samples: int) -> int:
+        """Return the bytes of temporary tensors that a pass over a micro-batch needs besides the saved activations.
+
+        Only tensors that may be larger than all activations count, such as the logits of a language model.
+        """
+        return 0
+
     def smoke_overrides(self, model: ModelConfig, *, larger_inputs: bool) -> dict[str, Any]:
         """Return values for the recipe's ``[model]`` table that make the model small enough for a smoke test.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..config import PHASES, Recipe, Settings, ShardingConfig
 from ..errors import ConfigError
+from ..models.base import ModelFamily
 from ..models.partition import Partition
 from ..optim.state_size import ParamInfo, trainable_param_info
 from ..sharding.communication import LocalNumel, StrategyLayout, replicated, strategy_layouts
@@ -41,7 +42,8 @@ class RankFootprint:
         buckets: DeepSpeed's gradient buckets of fixed size (``reduce_bucket_size``), and the copy of the bucket that
             is being reduced.
         gathered: Complete weights gathered during forward and backward passes, in addition to the shards.
-        activations: Activations saved for the backward pass of a micro-batch.
+        activations: Activations saved for the backward pass of a micro-batch, and large temporary tensors
+            (`ModelFamily.workspace_bytes`).
         total: Sum of all parts; an upper bound, because they are not all in memory at the same time.
         collectives: Payload per step for each kind of collective.
         sent: Total payload per step.
@@ -126,12 +128,15 @@ def estimate_footprints(
         if shape not in of_shape:
             tensors = phase_tensors(row, settings, plan)
             of_shape[shape] = [
-                _estimate_footprint(name, settings, planned, tensors, world)
+                _estimate_footprint(name, settings, planned, tensors, world, plan.family)
                 for world in worlds
                 for name in strategies
                 if tensors.flat is not None or not name.startswith("zero")
             ]
-        found[planned.key] = [_replace_activations(footprint, planned) for footprint in of_shape[shape]]
+        found[planned.key] = [
+            _replace_activations(footprint, planned, plan.family.workspace_bytes(settings.model, footprint.samples))
+            for footprint in of_shape[shape]
+        ]
     return found
 
 
@@ -144,9 +149,9 @@ def _tensor_shapes(row: PhasePlan) -> object:
     return row.phase, row.depths[row.module], row.module == 0, row.module == last, tuple(frozen)
 
 
-def _replace_activations(footprint: RankFootprint, planned: PlannedRow) -> RankFootprint:
+def _replace_activations(footprint: RankFootprint, planned: PlannedRow, workspace: int) -> RankFootprint:
     """Return the footprint of a phase with tensors of the same shapes, whose activations may be larger or smaller."""
-    activations = planned.cost.activation_bytes * footprint.samples
+    activations = planned.cost.activation_bytes * footprint.samples + workspace
     return replace(footprint, activations=activations, total=footprint.total - footprint.activations + activations)
 
 
@@ -161,13 +166,14 @@ def batch_divisible(settings: Settings, world: int) -> bool:
 
 
 def _estimate_footprint(
-    name: str, settings: Settings, planned: PlannedRow, tensors: PhaseTensors, world: int
+    name: str, settings: Settings, planned: PlannedRow, tensors: PhaseTensors, world: int, family: ModelFamily
 ) -> RankFootprint:
     train = settings.train
     if not batch_divisible(settings, world):
         raise ConfigError(f"--world {world}: train.batch_size = {train.batch_size} is not divisible by {world} ranks")
     local_batch = train.batch_size // world
     micro_batches = -(-local_batch // (train.micro_batch or local_batch))
+    samples = local_batch // micro_batches
     section = zero_section(settings.sharding, name)
     layout = strategy_layouts(section, planned.phase, micro_batches)[name] if world > 1 else StrategyLayout()
     trainable = (tensors.flat if name.startswith("zero") else tensors.trainable) or []
@@ -197,7 +203,7 @@ def _estimate_footprint(
         "average": max_bytes(layout.average, trainable, fp32) if settings.ema.decay else 0,
         "buckets": FP32_BYTES * (layout.bucket_numel + copied),
         "gathered": FP32_BYTES * layout.gathered(all_tensors, tensors.units, world),
-        "activations": planned.cost.activation_bytes * (local_batch // micro_batches),
+        "activations": planned.cost.activation_bytes * samples + family.workspace_bytes(settings.model, samples),
     }
     collectives: dict[str, int] = {}
     for cost in layout.collectives:
@@ -208,7 +214,7 @@ def _estimate_footprint(
         strategy=name,
         world=world,
         micro_batches=micro_batches,
-        samples=local_batch // micro_batches,
+        samples=samples,
         total=sum(parts.values()),
         collectives=collectives,
         sent=sum(collectives.values()),

@@ -217,9 +217,8 @@ class Trainer:
             meter.seen += units
             start_rate.finish_step(loss)
 
-            values: dict[str, float] = {}
-            if state.step % log.every_steps == 0 or state.step in ends:
-                values = self.measure(loss, norm, meter)
+            logged = state.step % log.every_steps == 0 or state.step in ends
+            values = self.measure(loss, norm, meter) if logged else {}
             if state.step in ends:
                 state.last = values
             if state.step == self.total:
@@ -397,7 +396,8 @@ class Trainer:
         self.log(self.state.last | self.validation_tags(scores))
         module = self.row.module
         with self.exported_weights():
-            if (text := self.task.example_output(self.model, self.env)) is not None:
+            text = self.task.example_output(self.model, self.env) if module is None else None
+            if text is not None:
                 self.metrics.add_text("example", text, self.state.step)
             tensors = self.sharding.full_state_dict()
             if module is not None:  # rename blocks to their indices in the target

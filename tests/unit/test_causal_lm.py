@@ -19,8 +19,11 @@ from bigincubate.config import Recipe, load_recipe
 from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError, DataError
-from bigincubate.models.language.causal_lm import IGNORED
+from bigincubate.models.language.causal_lm import CHUNK_TOKENS, IGNORED
 from bigincubate.models.library import find_family
+from bigincubate.planning.cost import cost_plan
+from bigincubate.planning.memory import estimate_footprints
+from bigincubate.planning.phases import make_plan
 from bigincubate.tasks.causal_lm.generate import complete
 from bigincubate.tasks.causal_lm.task import CausalLanguageModeling
 
@@ -202,3 +205,21 @@ def test_damaged_window_is_named(recipe: Recipe, tmp_path: Path, window: Any) ->
     data = open_dataset(write_windows(tmp_path / "data", [[1, 2]], [window]))
     with pytest.raises(DataError, match="val sample 0"):
         next(iter(make_task(recipe).eval_stream(data, "val")))
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_planned_memory_has_the_logits_of_a_chunk_and_never_those_of_a_batch(recipe: Recipe) -> None:
+    plan = make_plan(recipe)
+    found = {}
+    for size in (257, 10_000):
+        args = recipe.model.args | {"vocab_size": size}
+        larger = recipe.model_copy(update={"model": recipe.model.model_copy(update={"args": args})})
+        rows = cost_plan(larger, plan, 1000)
+        (footprint,) = estimate_footprints(larger, plan, rows[:1], [1], ["ddp"])["pretrain"]
+        found[size] = footprint.activations
+    tokens = 16 * WINDOW  # of a batch; fewer than those of a chunk
+    assert found[10_000] - found[257] == 12 * tokens * (10_000 - 257)
+    family = find_family(recipe.model)
+    assert family.workspace_bytes(recipe.model, 10**6) == 12 * CHUNK_TOKENS * 257

@@ -18,7 +18,7 @@ from ...config import ModelConfig
 from ...errors import ConfigError, MissingDependencyError
 from ..base import Depths, ModelFamily, SkipMetaInitialization, explain_argument_errors
 from ..partition import Partition
-from .causal_lm import CausalLM
+from .causal_lm import CHUNK_TOKENS, CausalLM
 
 # arguments with only one supported value: the value, and why there is no other
 FIXED: dict[str, tuple[Any, str]] = {
@@ -139,6 +139,10 @@ class TransformersFamily(ModelFamily):
     def residual_outputs(self, block: nn.Module) -> list[nn.Module]:
         """Return the last layers of the residual branches; see `ModelFamily.residual_outputs`."""
         return [block.get_submodule(path) for path in self.zeroed_outputs]
+
+    def workspace_bytes(self, model: ModelConfig, samples: int) -> int:
+        """Return the bytes of the fp32 logits of a chunk of tokens, their exponentials and their gradient."""
+        return 3 * 4 * min(CHUNK_TOKENS, samples * model.context_length) * int(model.args["vocab_size"])
 
     def smoke_overrides(self, model: ModelConfig, *, larger_inputs: bool) -> dict[str, Any]:
         """Return settings for a narrow model of bytes with windows of 32 tokens (64 with ``larger_inputs``)."""
