@@ -182,10 +182,12 @@ def run(
     from .planning.job_graph import build_job_graph
     from .report.run_cost import TimeEstimate, describe_cost
     from .storage.run_directory import RunDir, is_complete_export
+    from .tasks.names import modules_to_preload
 
     directory = RunDir(expand_path(run_dir))
     exported = directory.exported
-    with ProgressReporter(console or Console(quiet=True)) as reporter, ForkServers() as servers:
+    servers = ForkServers(modules_to_preload(recipe.task.name))
+    with ProgressReporter(console or Console(quiet=True)) as reporter, servers:
         runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper, servers=servers)
         if directory.phase("pretrain").result is None:
             runner.start_server(baseline=baseline)

@@ -38,12 +38,13 @@ class ForkServer:
         self.started: list[ForkedProcess] = []
 
     @classmethod
-    def start(cls, environment: Mapping[str, str]) -> ForkServer:
+    def start(cls, environment: Mapping[str, str], modules: Sequence[str] = ()) -> ForkServer:
         """Start a server, which then begins to import.
 
         Args:
             environment: All environment variables of the server. Libraries read some of them when they are imported,
                 so the server must start only phases with the same variables.
+            modules: Modules to import besides those that all phases need.
 
         Raises:
             OSError: The server could not be started.
@@ -51,7 +52,8 @@ class ForkServer:
         own, theirs = socket.socketpair()
         try:
             with theirs:
-                command = [sys.executable, "-m", "bigincubate.launchers.fork_server_process", str(theirs.fileno())]
+                program = "bigincubate.launchers.fork_server_process"
+                command = [sys.executable, "-m", program, str(theirs.fileno()), *modules]
                 process = Popen(
                     command,
                     env={**environment, PARENT_VARIABLE: str(os.getpid())},
@@ -226,9 +228,14 @@ class ForkedProcess:
 
 
 class ForkServers:
-    """One fork server for each set of environment variables. As a context manager, it ends all servers."""
+    """One fork server for each set of environment variables. As a context manager, it ends all servers.
 
-    def __init__(self) -> None:
+    Args:
+        modules: Modules that the servers import besides those that all phases need.
+    """
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
+        self._modules = modules
         self._servers: dict[frozenset[tuple[str, str]], ForkServer] = {}
         self._closed: list[ForkServer] = []
 
@@ -248,7 +255,7 @@ class ForkServers:
         """
         key = frozenset(environment.items())
         if key not in self._servers:
-            self._servers[key] = ForkServer.start(environment)
+            self._servers[key] = ForkServer.start(environment, self._modules)
         return self._servers[key]
 
     def reap_orphans(self) -> None:

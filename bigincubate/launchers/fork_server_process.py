@@ -18,7 +18,7 @@ from pathlib import Path
 from ..compat.interpreter_exit import freeze_objects
 from ..distributed.parent_death import stop_with_parent
 
-# what a phase imports before the end of its first step, apart from modules that its recipe names
+# what a phase of any task imports before the end of its first step
 MODULES = (
     "bigincubate.__main__",
     "bigincubate.cli",
@@ -26,7 +26,6 @@ MODULES = (
     "bigincubate.training.run_phase",
     "bigincubate.data.streams",
     "bigincubate.launchers.slurm.environment",
-    "bigincubate.tasks.image_classification.task",
 )
 
 
@@ -34,7 +33,7 @@ def main() -> None:
     """Serve requests. In a forked process, run the requested command."""
     stop_with_parent()
     connection, initial = socket.socket(fileno=int(sys.argv[1])), dict(os.environ)
-    for module in MODULES:
+    for module in (*MODULES, *sys.argv[2:]):  # and those of the task
         importlib.import_module(module)
     arguments = serve(connection, initial)
     if arguments is not None:

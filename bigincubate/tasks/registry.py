@@ -6,11 +6,7 @@ from ..config import DataConfig, Settings
 from ..config.objects import load_object
 from ..errors import ConfigError
 from .base import Task
-
-TASKS = {
-    "image_classification": "bigincubate.tasks.image_classification.task:ImageClassification",
-    "causal_lm": "bigincubate.tasks.causal_lm.task:CausalLanguageModeling",
-}
+from .names import TASKS
 
 
 def task_class(name: str) -> type[Task]:

@@ -19,6 +19,7 @@ import torch
 from bigincubate.distributed.parent_death import adopt_orphans
 from bigincubate.launchers.fork_server import COMMAND, ForkServer, ForkServers, can_fork
 from bigincubate.launchers.rank_group import RankProcess, start_process
+from bigincubate.tasks.names import TASKS, modules_to_preload
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="fork servers need Linux")
 Harnesses = Callable[..., Any]
@@ -129,6 +130,19 @@ def test_forked_process_ends_without_visiting_the_objects_of_the_server(
     command = [*COMMAND, "plan", "digits", "--set", 'model.library="count_frozen:nothing"']
     assert ended(server.start_process(command, described, log)) == 2  # the module has no function of that name
     assert int(log.read_text().split("frozen objects:")[1]) > 100_000
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_server_forks_after_it_has_imported_what_a_task_needs(
+    task: str, described: dict[str, str], tmp_path: Path
+) -> None:
+    server = ForkServer.start(described, modules_to_preload(task))
+    try:
+        process = server.start_process(DESCRIBED, described, tmp_path / "log")
+        assert "fork_server_process" in program_of(process)
+        assert ended(process) == 2
+    finally:
+        server.kill()
 
 
 def test_output_is_appended_to_the_log(server: ForkServer, described: dict[str, str], tmp_path: Path) -> None:
