@@ -74,7 +74,7 @@ def decode_image(data: bytes, *, apply_exif: bool = False, max_pixels: int | Non
     try:
         image = _open(data, max_pixels)
         image.load()
-        rgb = _to_rgb(image)
+        rgb = to_rgb(image)
         if apply_exif and (turn := exif_orientation(image)) in TRANSPOSITIONS:
             return rgb.transpose(TRANSPOSITIONS[turn])
         return rgb
@@ -111,8 +111,12 @@ def _open(data: bytes, max_pixels: int | None) -> Image.Image:
     return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded image to RGB with 8 bits per channel."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image to RGB with 8 bits per channel.
+
+    Raises:
+        ValueError: If its mode or the range of its values is not supported.
+    """
     if image.mode == "RGB":  # convert() copies even an RGB image, which may take as long as decoding
         return image
     if image.mode == "La":  # Pillow has no direct conversion
