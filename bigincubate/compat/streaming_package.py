@@ -47,7 +47,10 @@ import_streaming()
 from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset  # noqa: E402
 from streaming.base import shared  # noqa: E402
 from streaming.base.batching import generate_work  # noqa: E402
+from streaming.base.compression import decompress, is_compression  # noqa: E402
 from streaming.base.format import reader_from_json  # noqa: E402
+from streaming.base.format.mds.encodings import mds_decode  # noqa: E402
+from streaming.base.hashing import get_hash, is_hash  # noqa: E402
 from streaming.base.storage import CloudDownloader  # noqa: E402
 from streaming.base.util import retry  # noqa: E402
 from streaming.base.world import World  # noqa: E402
@@ -59,7 +62,12 @@ __all__ = [
     "StreamingDataLoader",
     "StreamingDataset",
     "World",
+    "decompress",
     "generate_work",
+    "get_hash",
+    "is_compression",
+    "is_hash",
+    "mds_decode",
     "reader_from_json",
     "retry",
     "shared",

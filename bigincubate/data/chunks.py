@@ -60,19 +60,49 @@ def write_description(
     Returns:
         The digest of the data set.
     """
-    merged = {split: _merge_indexes(folder / split, chunks) for split, chunks in splits.items()}
-    digest = compute_dataset_digest(schema, merged, more)
-    description = {"format": FORMAT, **asdict(schema), "source": source, "splits": merged}
-    write_json(folder / DESCRIPTION, {**description, **more, "digest": digest})
+    return describe_shards(
+        folder, schema, {split: _list_shards(chunks) for split, chunks in splits.items()}, source, more
+    )
+
+
+def describe_shards(
+    folder: Path,
+    schema: RecordSchema,
+    shards: Mapping[str, Sequence[dict[str, Any]]],
+    source: dict[str, Any],
+    more: dict[str, Any],
+    folders: dict[str, str] | None = None,
+) -> str:
+    """Write the indexes and the description of a data set, given the entry of each shard in the index.
+
+    Args:
+        folder: The folder of the data set.
+        schema: Schema of the records.
+        shards: The entries of each split, in order.
+        source: Where the data came from; not part of the digest.
+        more: Values of the keys in `dataset.OPTIONAL_KEYS`, if any.
+        folders: For an adopted data set, the folder of the shards of each split; not part of the digest.
+
+    Returns:
+        The digest of the data set.
+    """
+    splits = {}
+    for split, entries in shards.items():
+        index = write_json(folder / split / INDEX, {"version": 2, "shards": entries})
+        splits[split] = {"samples": sum(shard["samples"] for shard in entries), "index": index}
+    digest = compute_dataset_digest(schema, splits, more)
+    description = {"format": FORMAT, **asdict(schema), "source": source, "splits": splits, **more}
+    if folders is not None:
+        description["folders"] = folders
+    write_json(folder / DESCRIPTION, {**description, "digest": digest})
     return digest
 
 
-def _merge_indexes(folder: Path, chunks: Sequence[Path]) -> dict[str, Any]:
-    """Write one index of all chunks of a split to ``folder``, which contains the chunks."""
+def _list_shards(chunks: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the entries of the shards of all chunks, for the index of the folder that contains the chunks."""
     shards = []
     for chunk in chunks:
         for shard in read_json(chunk / INDEX)["shards"]:
             shard["raw_data"]["basename"] = f"{chunk.name}/{shard['raw_data']['basename']}"
             shards.append(shard)
-    samples = sum(shard["samples"] for shard in shards)
-    return {"samples": samples, "index": write_json(folder / INDEX, {"version": 2, "shards": shards})}
+    return shards

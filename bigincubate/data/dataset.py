@@ -9,6 +9,9 @@
 
 `dataset.json` contains the SHA-256 of both indexes, and an index contains those of its shards. Therefore the digest of
 the data set covers every byte.
+
+An adopted data set (`adopt`) has the same description and indexes, but its shards are those of mosaicml-streaming, in
+the folders that `dataset.json` names under `folders`. They may be compressed, and their columns may have other names.
 """
 
 from __future__ import annotations
@@ -17,8 +20,9 @@ import difflib
 import hashlib
 import json
 import os
+import posixpath
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,9 +38,11 @@ DESCRIPTION = "dataset.json"
 UNFINISHED = ".preparing.json"  # in place of the description until the data is complete
 INDEX = "index.json"
 # optional keys of dataset.json: digests of the partitions; or for a partition, its number and the size of the whole
-OPTIONAL_KEYS = ("parts", "part", "of")
+# or for an adopted data set, the name that each column has in the shards
+OPTIONAL_KEYS = ("parts", "part", "of", "stored_columns")
 MISSING = -1  # instead of the size of a file
 REPREPARE_HINT = "delete the folder and prepare the data again"
+UNSAFE_ENCODING = "pkl"
 # raised when JSON has an unexpected structure
 INVALID_JSON_ERRORS = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
@@ -68,6 +74,9 @@ class DatasetInfo:
         parts: Digests of the partitions of the training samples; empty without partitions.
         part: For a partition, its number; otherwise None.
         of: For a partition, the number of training samples in the whole data set; otherwise None.
+        stored_columns: For an adopted data set, the name that each column has in the shards; otherwise None.
+        folders: For an adopted data set, the folder of the shards of each split: absolute, or relative to ``path`` (or
+            to the URL that the data set is downloaded from); otherwise None.
     """
 
     path: Path
@@ -77,6 +86,35 @@ class DatasetInfo:
     parts: Sequence[str] = ()
     part: int | None = None
     of: int | None = None
+    stored_columns: dict[str, str] | None = None
+    folders: dict[str, str] | None = None
+
+    @property
+    def adopted(self) -> bool:
+        """Return whether the shards were written by mosaicml-streaming."""
+        return self.folders is not None
+
+    @property
+    def repair_hint(self) -> str:
+        """Return what to do if a stored file is damaged."""
+        if self.adopted:
+            return f"restore it, or delete {quote_path(self.path)} and run `bigincubate data adopt` again"
+        return REPREPARE_HINT
+
+    def stored_folder(self, split: str, remote: str | None = None) -> str:
+        """Return the path or URL of the folder in which the shards of a split are stored.
+
+        Args:
+            split: The split.
+            remote: URL from which the data set is downloaded.
+        """
+        if self.folders is None:
+            return f"{remote or self.path}/{split}"
+        folder = self.folders[split]
+        if remote and "://" in remote and not os.path.isabs(folder):
+            scheme, _, path = remote.partition("://")
+            return f"{scheme}://{posixpath.normpath(posixpath.join(path, folder))}"
+        return os.path.realpath(os.path.join(remote or self.path, folder))
 
     @property
     def epoch(self) -> int:
@@ -100,7 +138,7 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
     info, splits = _read_description(path)
     try:
         for split in SPLITS:
-            _check_index(path / split, splits[split], info.schema.columns, present=remote is None)
+            _check_index(info, split, splits[split], present=remote is None)
     except INVALID_JSON_ERRORS:
         raise DataError(f"{path}: the description or an index is damaged; {REPREPARE_HINT}") from None
     return info
@@ -135,12 +173,29 @@ def _read_description(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
         splits, digest = description["splits"], description["digest"]
         more = {key: description[key] for key in OPTIONAL_KEYS if key in description}
         expected = compute_dataset_digest(schema, splits, more)
-        info = DatasetInfo(path, schema, {split: splits[split]["samples"] for split in SPLITS}, digest, **more)
+        folders = _checked_names(description["folders"], SPLITS) if "folders" in description else None
+        if ("stored_columns" in more) != (folders is not None):
+            raise ValueError("only adopted data has both")
+        if folders is not None:
+            _checked_names(more["stored_columns"], schema.columns)
+        samples = {split: splits[split]["samples"] for split in SPLITS}
+        info = DatasetInfo(path, schema, samples, digest, **more, folders=folders)
     except INVALID_JSON_ERRORS:
         raise DataError(f"{path}: the description is damaged; {REPREPARE_HINT}") from None
     if digest != expected:
         raise DataError(f"{path / DESCRIPTION} is damaged: its digest does not match; {REPREPARE_HINT}")
     return info, splits
+
+
+def _checked_names(value: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Return a mapping of exactly these keys to text, as it was read from JSON.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if isinstance(value, dict) and value.keys() == set(keys) and all(isinstance(name, str) for name in value.values()):
+        return value
+    raise ValueError(f"{value!r} has other keys or values")
 
 
 def _explain_missing(path: Path) -> str:
@@ -158,10 +213,14 @@ def _explain_missing(path: Path) -> str:
         return "it is not a folder; name the folder that `bigincubate data prepare SOURCE --out DIR` has written"
     if (path / UNFINISHED).exists():
         return "it is not complete; run the same `bigincubate data prepare` again to finish it"
-    if (path / PARTS).is_dir() or any((path / split / INDEX).exists() for split in SPLITS):
-        return f"{DESCRIPTION} is missing next to the samples; copy it from where the data was prepared"
     if below := [other.parent for other in sorted(path.glob(f"*/{DESCRIPTION}"))]:
         return f"it is not prepared data, but {', '.join(quote_path(folder) for folder in below[:3])} is"
+    if (path / PARTS).is_dir() or any((path / split / INDEX).exists() for split in SPLITS):
+        adopt = format_command("data", "adopt", path)
+        return (
+            f"{DESCRIPTION} is missing next to the samples; copy it from where the data was prepared, or if"
+            f" mosaicml-streaming has written them, use: {adopt}"
+        )
     found = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     if not found:
         return f"the folder is empty; {prepare}"
@@ -182,37 +241,64 @@ def compute_dataset_digest(schema: RecordSchema, splits: dict[str, dict[str, Any
     return hashlib.sha256(json.dumps(contents, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _check_index(folder: Path, split: dict[str, Any], columns: dict[str, str], *, present: bool) -> None:
+def _check_index(info: DatasetInfo, split: str, expected: dict[str, Any], *, present: bool) -> None:
     """Refuse an index that names files outside its folder or was changed after it was written.
 
     Metadata is slow on a parallel file system: each shard and each folder of shards takes one call.
     """
-    file, lookup = folder / INDEX, _Lookup(folder)
-    content = _read_content(file)
-    index = _parse_json(file, content)
+    file = info.path / split / INDEX
+    folder = Path(info.stored_folder(split)) if present else info.path / split
+    lookup, content = _Lookup(folder), _read_content(file)
+    index, hint = _parse_json(file, content), info.repair_hint
     for shard in index["shards"]:
         raw = shard["raw_data"]
-        size = lookup.size(raw["basename"])
+        stored = (shard["zip_data"] or raw) if info.adopted else raw
+        size = lookup.size(stored["basename"])
         if size is None:
-            raise DataError(f"{file}: shard {raw['basename']!r} lies outside its folder; refused")
-        layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
-        foreign = shard["format"] != "mds" or shard["compression"] or shard["zip_data"]
-        if foreign or layout != columns or "sha256" not in raw["hashes"]:
-            raise DataError(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data prepare`")
+            raise DataError(f"{file}: shard {stored['basename']!r} lies outside its folder; refused")
+        if not (_is_adopted_shard if info.adopted else _is_own_shard)(shard, info):
+            command = "adopt" if info.adopted else "prepare"
+            raise DataError(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data {command}`")
         # a sample takes at least 4 bytes of its shard
         if not 0 <= int(shard["samples"]) <= int(raw["bytes"]) // 4:
             raise DataError(
                 f"{file}: shard {raw['basename']!r} cannot hold {shard['samples']} samples; {REPREPARE_HINT}"
             )
         if present and size == MISSING:
-            raise DataError(f"{folder / raw['basename']} is missing; {REPREPARE_HINT}")
-        if present and size != raw["bytes"]:
+            raise DataError(f"{folder / stored['basename']} is missing; {hint}")
+        if present and size != stored["bytes"]:
             raise DataError(
-                f"{folder / raw['basename']} is damaged: {size} bytes, expected {raw['bytes']}; {REPREPARE_HINT}"
+                f"{folder / stored['basename']} is damaged: {size} bytes, expected {stored['bytes']}; {hint}"
             )
     digest = hashlib.sha256(content).hexdigest()
-    if digest != split["index"] or split["samples"] != sum(shard["samples"] for shard in index["shards"]):
-        raise DataError(f"{file} is damaged: SHA-256 {digest}, expected {split['index']}; {REPREPARE_HINT}")
+    if digest != expected["index"] or expected["samples"] != sum(shard["samples"] for shard in index["shards"]):
+        raise DataError(f"{file} is damaged: SHA-256 {digest}, expected {expected['index']}; {hint}")
+
+
+def _is_own_shard(shard: dict[str, Any], info: DatasetInfo) -> bool:
+    layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+    foreign = shard["format"] != "mds" or shard["compression"] or shard["zip_data"]
+    return not foreign and layout == info.schema.columns and "sha256" in shard["raw_data"]["hashes"]
+
+
+def _is_adopted_shard(shard: dict[str, Any], info: DatasetInfo) -> bool:
+    layout = dict(zip(shard["column_names"], shard["column_encodings"], strict=True))
+    files = [file for file in (shard["raw_data"], shard["zip_data"]) if file]
+    columns = info.schema.columns.items()
+    return (
+        shard["format"] == "mds"
+        and UNSAFE_ENCODING not in layout.values()
+        and all(layout.get((info.stored_columns or {})[name]) == encoding for name, encoding in columns)
+        and bool(shard["compression"]) == bool(shard["zip_data"])
+        # an unpacked shard is written, so its path must not lead elsewhere
+        and all("sha256" in file["hashes"] and is_plain_name(file["basename"]) for file in files)
+    )
+
+
+def is_plain_name(name: str) -> bool:
+    """Return whether a path is relative and does not lead upward."""
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 class _Lookup:
@@ -224,9 +310,9 @@ class _Lookup:
 
     def size(self, name: str) -> int | None:
         """Return the size of the regular file ``name``, `MISSING`, or None if it is outside of the folder."""
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts:
+        if not is_plain_name(name):
             return self._resolved_size(name)
+        path = PurePosixPath(name)
         mode, size = self._mode_and_size(name)
         if stat.S_ISLNK(mode) or not all(self._is_own_folder(str(parent)) for parent in path.parents):
             return self._resolved_size(name)

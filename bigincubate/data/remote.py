@@ -14,13 +14,14 @@ from ..files import hash_file
 DAMAGED_HINT = "delete it and prepare or download it again"
 
 
-def check_hash(file: Path, expected: str, *, name: str) -> None:
+def check_hash(file: Path, expected: str, *, name: str, hint: str = DAMAGED_HINT) -> None:
     """Check the SHA-256 of a file.
 
     Args:
         file: The file.
         expected: Its SHA-256 in hexadecimal.
         name: Name of the file in error messages.
+        hint: What to do if it is damaged.
 
     Raises:
         DataError: If the file cannot be read or has another hash.
@@ -28,9 +29,9 @@ def check_hash(file: Path, expected: str, *, name: str) -> None:
     try:
         found = hash_file(file)
     except OSError as error:
-        raise DataError(f"{name}: {error.strerror}; {DAMAGED_HINT}") from None
+        raise DataError(f"{name}: {error.strerror}; {hint}") from None
     if found != expected:
-        raise DataError(f"{name} is damaged: SHA-256 {found}, expected {expected}; {DAMAGED_HINT}")
+        raise DataError(f"{name} is damaged: SHA-256 {found}, expected {expected}; {hint}")
 
 
 @contextmanager

@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..compat.streaming import IsolatedStreamingDataset
 from ..errors import DataError
 from .dataset import REPREPARE_HINT, DatasetInfo
 from .file_locks import file_lock, runtime_dir
 from .open_shards import FileStamp, OpenShard, OpenShards
-from .remote import DAMAGED_HINT, check_hash, download
+from .remote import check_hash
 from .shared_memory import claim_memory_prefix
+from .stored_records import RecordReader
+from .stored_shards import StoredShards
 from .verification import VerifiedShards
 
 DECODED_CACHE_BYTES = 64 << 20  # per process; a split that needs more is not kept decoded
@@ -81,7 +84,8 @@ class Shards(IsolatedStreamingDataset):
     ) -> None:
         self.memory_prefix, release = claim_memory_prefix()
         self.folder, self.kind, self.decoder = info.path / split, info.schema.kind, decoder
-        self.source = f"{remote}/{split}" if remote else None
+        self._stored = StoredShards(info, split, remote)
+        self._records = RecordReader(info.schema, info.stored_columns)
         super().__init__(str(info.path), split, prefix=self.memory_prefix, release=release, **order)
         self._files = OpenShards()
         self._remembered = VerifiedShards(info, split, [shard.raw_data.basename for shard in self.shards])
@@ -109,7 +113,8 @@ class Shards(IsolatedStreamingDataset):
         number, row = self.spanner[sample]
         number = int(number)
         try:
-            return self.decoder.decode(self.shards[number].decode_sample(self._read_record(number, row)))
+            shard, data = self.shards[number], self._read_record(number, row)
+            return self.decoder.decode(self._records.read(data, shard.column_names, shard.column_sizes))
         except (ValueError, IndexError) as error:
             what = self.kind.replace("_", " ")
             raise DataError(
@@ -142,31 +147,28 @@ class Shards(IsolatedStreamingDataset):
         raise DataError(f"{self._file(number)} changes while it is read; stop what writes it")
 
     def _file(self, number: int) -> Path:
-        return self.folder / self.shards[number].raw_data.basename
+        return self._stored.file(self.shards[number])
 
     def verify_shard(self, shard_id: int) -> None:
-        """Download a shard if it is missing, and check its hash, in one process of the node while the others wait.
+        """Copy a shard if that is necessary, and check its hash, in one process of the node while the others wait.
 
         Raises:
-            DataError: If the shard cannot be downloaded or read, or is damaged.
+            DataError: If the shard cannot be downloaded, unpacked or read, or is damaged.
         """
-        file, raw = self._file(shard_id), self.shards[shard_id].raw_data
+        file, shard = self._file(shard_id), self.shards[shard_id]
         stripe = zlib.crc32(os.fsencode(file.resolve())) % 16
         with file_lock(runtime_dir() / f"cache-{stripe}.lock"):
             if self.verified[shard_id]:
                 return
-            missing = self.source is not None and not file.exists()
-            if missing:
-                with download(f"{self.source}/{raw.basename}", file) as temporary:
-                    check_hash(temporary, raw.hashes["sha256"], name=f"{self.source}/{raw.basename}")
+            copied = self._stored.copy_if_missing(shard)
             try:
                 stamp = FileStamp.of(file)
             except OSError as error:
-                raise DataError(f"{file}: {error.strerror}; {DAMAGED_HINT}") from None
+                raise DataError(f"{file}: {error.strerror}; {self._stored.hint}") from None
             if stamp != self._remembered.stamp(shard_id):
-                if not missing:
-                    check_hash(file, raw.hashes["sha256"], name=str(file))
-                check_offsets(file, self.shards[shard_id].samples)
+                if not copied:
+                    check_hash(file, shard.raw_data.hashes["sha256"], name=str(file), hint=self._stored.hint)
+                check_offsets(file, shard.samples)
                 self._remembered.record(shard_id, stamp)
             self.verified[shard_id] = 1
 
@@ -177,6 +179,11 @@ def check_offsets(file: Path, samples: int) -> None:
     Raises:
         DataError: If records are outside the file or out of order.
     """
-    begins = np.fromfile(file, np.uint32, samples + 2)[1:].astype(np.int64)
-    if len(begins) <= samples or begins[-1] != file.stat().st_size or (np.diff(begins) < 0).any():
+    if not are_offsets(np.fromfile(file, np.uint32, samples + 2)[1:], samples, file.stat().st_size):
         raise DataError(f"{file} is not a shard of {samples} samples; {REPREPARE_HINT}")
+
+
+def are_offsets(begins: NDArray[np.uint32], samples: int, size: int) -> bool:
+    """Return whether these are the offsets of the records of a shard of ``size`` bytes, and the offset of its end."""
+    ends = begins.astype(np.int64)
+    return len(ends) == samples + 1 and ends[-1] == size and bool((np.diff(ends) >= 0).all())

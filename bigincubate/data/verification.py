@@ -131,8 +131,8 @@ def _checked_stamp(value: Any) -> list[int]:
 def find_damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
     """Hash every shard, and yield each damaged one with the reason. Missing shards are skipped.
 
-    This includes the partitions that are present; a hard link is hashed only once. Shards that match their hashes are
-    remembered as verified, and damaged ones no longer are.
+    This includes the partitions that are present, and compressed shards as stored and as unpacked; a hard link is
+    hashed only once. Shards that match their hashes are remembered as verified, and damaged ones no longer are.
     """
     hashes: dict[FileStamp, str] = {}
     yield from _find_damaged(info, hashes)
@@ -147,9 +147,11 @@ def find_damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
 
 def _find_damaged(info: DatasetInfo, hashes: dict[FileStamp, str]) -> Iterator[tuple[Path, str]]:
     for split in SPLITS:
-        shards = [shard["raw_data"] for shard in read_json(info.path / split / INDEX)["shards"]]
+        entries = read_json(info.path / split / INDEX)["shards"]
+        shards = [entry["raw_data"] for entry in entries]
         verified = VerifiedShards(info, split, [raw["basename"] for raw in shards])
-        files = [info.path / split / raw["basename"] for raw in shards]
+        stored = Path(info.stored_folder(split))
+        files = [_readable_file(info.path / split, stored, entry) for entry in entries]
         with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing releases the interpreter lock
             found = pool.map(lambda file, raw: _compare_hash(file, raw["hashes"]["sha256"], hashes), files, shards)
             for number, (stamp, problem) in enumerate(found):
@@ -158,7 +160,28 @@ def _find_damaged(info: DatasetInfo, hashes: dict[FileStamp, str]) -> Iterator[t
                     yield files[number], problem
                 elif stamp is not None:
                     verified.record(number, stamp)
+            packed = [entry["zip_data"] for entry in entries if entry["zip_data"]]
+            files = [stored / file["basename"] for file in packed]
+            found = pool.map(
+                lambda file, packed: _compare_hash(file, packed["hashes"]["sha256"], hashes), files, packed
+            )
+            for file, (_, problem) in zip(files, found, strict=True):
+                if problem is not None:
+                    yield file, problem
         verified.save()
+
+
+def _readable_file(folder: Path, stored: Path, entry: dict[str, Any]) -> Path:
+    """Return the file that a shard is read from: where it is stored, or its copy.
+
+    Args:
+        folder: The folder of copies.
+        stored: The folder of the shards as stored.
+        entry: The entry of the shard in the index.
+    """
+    name = entry["raw_data"]["basename"]
+    copied = entry["zip_data"] or (folder / name).exists()
+    return (folder if copied else stored) / name
 
 
 def hash_all_shards(info: DatasetInfo) -> None:
