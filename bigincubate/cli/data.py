@@ -166,6 +166,69 @@ def data_prepare(
     say(f"{path}: {text}; use it with --set data.path={path}")
 
 
+@data_app.command("adopt")
+def data_adopt(
+    source: Annotated[
+        Path,
+        Argument(metavar="DIR", parser=parse_path, help="A folder with the splits train and val, or of one split."),
+    ],
+    val: Annotated[
+        Path | None, Option(metavar="DIR", parser=parse_path, help="The validation split, if it is not DIR/val.")
+    ] = None,
+    columns: Annotated[
+        str | None, Option(metavar="image=A,label=B", help="The names of the columns, if not image and label.")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        Option(
+            metavar="FILE",
+            parser=parse_path,
+            help="Names of the classes, one per line or a JSON list; needed if the labels are text.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        Option(metavar="DIR", parser=parse_path, help="The folder of the description (default: DIR/adopted)."),
+    ] = None,
+    parts: Annotated[
+        int,
+        Option(min=0, max=MAX_COUNT, metavar="N", help="Also describe N partitions of whole shards or subfolders."),
+    ] = 0,
+    jobs: Annotated[int, Option(min=1, max=MAX_COUNT, metavar="N", help="Number of processes.")] = os.cpu_count() or 1,
+) -> None:
+    """Train on MDS shards of mosaicml-streaming as they are.
+
+    The shards may be compressed, and have any columns but pickles. They are read once, to hash them and to check the
+    labels, and not changed. Run it again to check that the data is still the same.
+    """
+    from ..data.adopt import adopt_dataset
+
+    lines: list[str] = []  # printed below the progress
+    try:
+        with progress_display("reading", "images") as show:
+            info = adopt_dataset(
+                source,
+                out,
+                val=val,
+                columns=_parse_columns(columns) if columns is not None else None,
+                classes=classes,
+                parts=parts,
+                jobs=jobs,
+                on_progress=show,
+                report=lines.append,
+            )
+    finally:
+        for line in lines:
+            say(line)
+    counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
+    partitions = f", {len(info.parts)} partitions" if info.parts else ""
+    path = quote_path(info.path)
+    say(
+        f"{path}: {counts}{partitions} images of {len(info.schema.metadata['classes'])} classes; use it with --set"
+        f" data.path={path}"
+    )
+
+
 def _choose_partition(parts: int | None, balanced: str, by: Path | None) -> PartitionFunction | None:
     """Return what divides the training split; None if it is not divided."""
     from ..data.partitions import partition_by_class, partition_by_domain, partition_by_hash, partition_from_file

@@ -1,0 +1,148 @@
+"""The indexes of data that mosaicml-streaming has written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError, format_command
+from ..files import quote_path
+from .dataset import (
+    DESCRIPTION,
+    INDEX,
+    INVALID_JSON_ERRORS,
+    SPLITS,
+    UNSAFE_ENCODING,
+    is_plain_name,
+    read_json,
+)
+
+
+@dataclass(frozen=True)
+class MdsSplit:
+    """The shards of one split.
+
+    Attributes:
+        folder: The folder that the paths in ``shards`` are relative to.
+        shards: The entries of the index.
+        layout: Encoding of each column.
+        digest: SHA-256 (hexadecimal) of ``shards``.
+    """
+
+    folder: Path
+    shards: list[dict[str, Any]]
+    layout: dict[str, str]
+    digest: str
+
+
+def read_splits(source: Path, val: Path | None) -> dict[str, MdsSplit]:
+    """Read the indexes of the training and the validation split.
+
+    Args:
+        source: The folder of the training split, or of the splits ``train`` and ``val``.
+        val: The folder of the validation split, if it is not ``val`` in ``source``.
+
+    Raises:
+        DataError: If there is no MDS data, or it cannot be read safely.
+    """
+    if not source.is_dir():
+        raise DataError(f"no MDS data in {quote_path(source)}: no such folder on this machine")
+    if (source / DESCRIPTION).exists():
+        raise DataError(f"{quote_path(source)} needs no adoption; use it with --set data.path={quote_path(source)}")
+    train, default = source / "train", source / "val"
+    if val is None and not (train.is_dir() and default.is_dir()):
+        command = format_command("data", "adopt", source, "--val", "DIR")
+        raise DataError(
+            f"{quote_path(source)} has no folders train and val; name the folder of the validation split: {command}"
+        )
+    folders = (train if train.is_dir() else source, default if val is None else val.absolute())
+    return {split: _read_split(folder) for split, folder in zip(SPLITS, folders, strict=True)}
+
+
+def _read_split(folder: Path) -> MdsSplit:
+    """Read the index of a folder, or those of its subfolders in the order of their names."""
+    subfolders = sorted(f"{file.parent.name}/" for file in folder.glob(f"*/{INDEX}"))
+    names = [""] if (folder / INDEX).exists() else subfolders
+    if not names:
+        raise DataError(f"{quote_path(folder)} holds no MDS data: it has no {INDEX}, and neither have its folders")
+    try:
+        shards = [shard for name in names for shard in _read_shards(folder, name)]
+        layouts = [dict(zip(shard["column_names"], shard["column_encodings"], strict=True)) for shard in shards]
+    except INVALID_JSON_ERRORS:
+        raise DataError(f"{quote_path(folder)}: an {INDEX} is damaged; copy it again") from None
+    if not any(shard["samples"] for shard in shards):
+        raise DataError(f"{quote_path(folder)} holds no samples")
+    if any(layout != layouts[0] for layout in layouts):
+        raise DataError(f"{quote_path(folder)}: the shards have different columns; adopt those with the same columns")
+    for name, encoding in layouts[0].items():
+        if encoding == UNSAFE_ENCODING:
+            raise DataError(
+                f"{quote_path(folder)}: column {name!r} holds pickles, and reading a pickle can run any program; write"
+                " the data again with another encoding"
+            )
+    content = json.dumps(shards, sort_keys=True).encode()
+    return MdsSplit(folder, shards, layouts[0], hashlib.sha256(content).hexdigest())
+
+
+def _read_shards(folder: Path, subfolder: str) -> list[dict[str, Any]]:
+    """Return the entries of one index, with paths relative to ``folder``.
+
+    Args:
+        folder: The folder of the split.
+        subfolder: Where the index is: empty, or a name that ends with a slash.
+    """
+    from ..compat.streaming_package import is_compression
+
+    file, shards = folder / subfolder / INDEX, []
+    index = read_json(file)
+    if index["version"] != 2:
+        raise DataError(f"{file}: version {index['version']!r} of MDS, but only version 2 can be read")
+    for shard in index["shards"]:
+        if shard["format"] != "mds":
+            raise DataError(f"{file}: the shards have the format {shard['format']!r}; only mds can be read")
+        if bool(shard["compression"]) != bool(shard["zip_data"]):
+            raise ValueError("a compressed shard without its size, or the reverse")
+        if shard["compression"] and not is_compression(shard["compression"]):
+            raise DataError(f"{file}: the compression {shard['compression']!r} is unknown")
+        numbers = [shard["samples"], *(size or 0 for size in shard["column_sizes"])]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise ValueError(f"{numbers} are not numbers of samples and of bytes")
+        entry = dict(shard)
+        for key in ("raw_data", "zip_data"):
+            if described := shard[key]:
+                if not isinstance(described["hashes"], dict):
+                    raise ValueError("no hashes")
+                if not is_plain_name(described["basename"]):
+                    raise DataError(f"{file}: shard {described['basename']!r} lies outside its folder; refused")
+                entry[key] = {**described, "basename": subfolder + described["basename"]}
+        shards.append(entry)
+    return shards
+
+
+def read_class_names(file: Path) -> list[str]:
+    """Read the names of classes, one per line or as a JSON list.
+
+    Raises:
+        DataError: If the file cannot be read, or does not list names, each once.
+    """
+    try:
+        text = file.read_text()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: {getattr(error, 'strerror', None) or 'not a text file'}") from None
+    try:
+        names = json.loads(text) if file.suffix == ".json" else text.split("\n")
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{file}: expected the names of the classes, one per line, or a JSON list in a .json file")
+    names = [name.strip() for name in names]
+    while names and not names[-1]:
+        names.pop()
+    if not names or not all(names):
+        raise DataError(f"{file}: expected a name in each line")
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise DataError(f"{file} lists {twice[0]!r} twice")
+    return names
