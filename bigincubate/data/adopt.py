@@ -289,7 +289,7 @@ def _describe(
         more: dict[str, Any] = {"part": number, "of": labels["train"].total(), **stored}
         digests.append(_write(folder, source, plan, schema, own, origin, more))
         samples = sum(int(entry["samples"]) for entry in own["train"])
-        report(f"part {number}: {len(chosen)} shards, {samples:,} images")
+        report(f"part {number}: {len(chosen)} shard{'s' * (len(chosen) != 1)}, {samples:,} images")
     if digests:
         report("parts are whole shards, so their sizes and classes differ; `data prepare --parts` makes balanced ones")
     more = {"parts": digests, **stored} if digests else stored

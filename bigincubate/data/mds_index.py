@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError, format_command
-from ..files import quote_path
+from ..files import check_is_file, quote_path
 from .dataset import (
     DESCRIPTION,
     INDEX,
@@ -129,6 +129,7 @@ def read_class_names(file: Path) -> list[str]:
         DataError: If the file cannot be read, or does not list names, each once.
     """
     try:
+        check_is_file(file)
         text = file.read_text()
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: {getattr(error, 'strerror', None) or 'not a text file'}") from None

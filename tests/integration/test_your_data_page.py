@@ -1,9 +1,10 @@
-"""Every command of the page "Your data" that prepares data works on small files of the form that it describes."""
+"""Every command of the page "Your data" that prepares or adopts data works on small files of its form."""
 
 from __future__ import annotations
 
 import gzip
 import importlib.util
+import io
 import json
 import re
 import shlex
@@ -11,9 +12,11 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from mds_files import write_mds
 from PIL import Image
 from test_data_imagenet import write_published
 from test_data_parquet import features, write_parquet
@@ -24,7 +27,7 @@ from bigincubate.compat.streaming_package import MDSWriter
 from bigincubate.data.text.tokenizers import train_bpe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your_data.md").read_text()
-COMMANDS = re.findall(r"^bigincubate (data prepare .*)$", PAGE, re.MULTILINE)
+COMMANDS = re.findall(r"^bigincubate (data (?:prepare|adopt) .*)$", PAGE, re.MULTILINE)
 CLASSES = ["daisy", "tulip"]
 
 
@@ -75,7 +78,25 @@ def write_everything(folder: Path) -> None:
             species = [file.parent.name for file in files[split]]
             file = folder / "hub" / "data" / f"{name}.parquet"
             write_parquet(file, images, labels, metadata=features(CLASSES), species=species)
+    for name in ("mds", "mds-names"):
+        for split in ("train", "val"):
+            write_mds(
+                folder / name / split,
+                [(file.read_bytes(), CLASSES.index(file.parent.name)) for file in files[split]],
+                columns={"img": "jpeg", "y": "int"} if name == "mds" else {"image": "bytes", "label": "str"},
+                describe=_describe_mds if name == "mds" else _describe_named_mds,
+                size_limit=30_000,
+            )
+    (folder / "classes.txt").write_text("\n".join(CLASSES))
     write_text_sources(folder)
+
+
+def _describe_mds(number: int, image: bytes, label: int) -> dict[str, Any]:
+    return {"img": Image.open(io.BytesIO(image)), "y": label}
+
+
+def _describe_named_mds(number: int, image: bytes, label: int) -> dict[str, Any]:
+    return {"image": image, "label": CLASSES[label]}
 
 
 def write_text_sources(folder: Path) -> None:
@@ -113,6 +134,7 @@ def test_page_has_a_command_for_each_form() -> None:
 
     sources = {shlex.split(command)[2].partition("/")[0] for command in COMMANDS}
     assert len(sources) >= len(FORMS) + 2 - 1  # tar, tar.gz and zip are one form; CIFAR has no command
+    assert "mds" in sources
 
 
 @pytest.mark.parametrize("command", COMMANDS)
