@@ -223,8 +223,8 @@ def data_adopt(
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
     partitions = f", {len(info.parts)} partitions" if info.parts else ""
     path = quote_path(info.path)
-    classes = len(info.schema.metadata["classes"])
-    say(f"{path}: {counts} images of {classes} classes{partitions}; use it with --set data.path={path}")
+    number = len(info.schema.metadata["classes"])
+    say(f"{path}: {counts} images of {number} classes{partitions}; use it with --set data.path={path}")
 
 
 def _choose_partition(parts: int | None, balanced: str, by: Path | None) -> PartitionFunction | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError, format_command
+from ..errors import ConfigError, DataError, format_command
 from ..files import check_is_file, quote_path
 from .dataset import (
     DESCRIPTION,
@@ -120,6 +121,32 @@ def _read_shards(folder: Path, subfolder: str) -> list[dict[str, Any]]:
                 entry[key] = {**described, "basename": subfolder + described["basename"]}
         shards.append(entry)
     return shards
+
+
+def find_encodings(splits: Mapping[str, MdsSplit], stored: Mapping[str, str]) -> dict[str, str]:
+    """Return the encoding of each column of the records.
+
+    Args:
+        splits: The splits.
+        stored: The name that each column has in the shards.
+
+    Raises:
+        ConfigError: If a column is missing, or the splits differ.
+    """
+    found: dict[str, str] = {}
+    for split, mds in splits.items():
+        for name, column in stored.items():
+            encoding = mds.layout.get(column)
+            if encoding is None:
+                columns = ", ".join(f"{other} ({kind})" for other, kind in mds.layout.items())
+                expected = ",".join(f"{key}=NAME" for key in stored)
+                raise ConfigError(
+                    f"{mds.folder} has no column {column!r}, but {columns}; name the right ones with: --columns"
+                    f" {expected}"
+                )
+            if found.setdefault(name, encoding) != encoding:
+                raise ConfigError(f"column {column!r} is {found[name]} in {SPLITS[0]}, but {encoding} in {split}")
+    return found
 
 
 def read_class_names(file: Path) -> list[str]:
