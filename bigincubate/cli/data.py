@@ -176,7 +176,8 @@ def data_adopt(
         Path | None, Option(metavar="DIR", parser=parse_path, help="The validation split, if it is not DIR/val.")
     ] = None,
     columns: Annotated[
-        str | None, Option(metavar="image=A,label=B", help="The names of the columns, if not image and label.")
+        str | None,
+        Option(metavar="image=A,label=B", help="The names of the columns, if not image and label; tokens=A for text."),
     ] = None,
     classes: Annotated[
         Path | None,
@@ -185,6 +186,9 @@ def data_adopt(
             parser=parse_path,
             help="Names of the classes, one per line or a JSON list; needed if the labels are text.",
         ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, Option(metavar="bytes|FILE", help="Of tokens: the tokenizer.json that made them, or bytes.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -205,13 +209,14 @@ def data_adopt(
 
     lines: list[str] = []  # printed below the progress
     try:
-        with progress_display("reading", "images") as show:
+        with progress_display("reading", "samples") as show:
             info = adopt_dataset(
                 source,
                 out,
                 val=val,
                 columns=_parse_columns(columns) if columns is not None else None,
                 classes=classes,
+                tokenizer=tokenizer,
                 parts=parts,
                 jobs=jobs,
                 on_progress=show,
@@ -223,8 +228,11 @@ def data_adopt(
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
     partitions = f", {len(info.parts)} partitions" if info.parts else ""
     path = quote_path(info.path)
-    number = len(info.schema.metadata["classes"])
-    say(f"{path}: {counts} images of {number} classes{partitions}; use it with --set data.path={path}")
+    found = info.schema.metadata
+    what = (
+        f"images of {len(found['classes'])} classes" if "classes" in found else f"windows of {found['window']} tokens"
+    )
+    say(f"{path}: {counts} {what}{partitions}; use it with --set data.path={path}")
 
 
 def _choose_partition(parts: int | None, balanced: str, by: Path | None) -> PartitionFunction | None:

@@ -41,20 +41,23 @@ def adopt_dataset(
     val: Path | None = None,
     columns: Mapping[str, str] | None = None,
     classes: Path | None = None,
+    tokenizer: str | None = None,
     parts: int = 0,
     jobs: int = 1,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> DatasetInfo:
-    """Describe an MDS data set of labeled images, unless that was done before.
+    """Describe an MDS data set of labeled images or windows of tokens, unless that was done before.
 
     Args:
         source: The folder of the training split, or of the splits ``train`` and ``val``.
         out: The folder of the description, which is missing or empty, or has the description of the same data. None:
             ``adopted`` in ``source``.
         val: The folder of the validation split, if it is not ``val`` in ``source``.
-        columns: The names of the columns of the ``image`` and the ``label``, if they are different.
+        columns: The names of the columns of the ``image`` and the ``label``, if they are different; or that of the
+            ``tokens`` of text.
         classes: A file with the names of the classes: one per line, or a JSON list. None: the labels as text.
+        tokenizer: The tokenizer that made the tokens: ``bytes``, or the path of a ``tokenizer.json``.
         parts: Number of partitions of the training samples, each of whole shards. 0: none.
         jobs: Number of processes, which does not affect the result.
         on_progress: Called with the number of samples done and the total.
@@ -64,7 +67,8 @@ def adopt_dataset(
         The description of the data set.
 
     Raises:
-        ConfigError: If ``columns``, ``parts`` or ``jobs`` is invalid.
+        ConfigError: If ``columns``, ``tokenizer``, ``parts`` or ``jobs`` is invalid.
+        MissingDependencyError: If the library of the tokenizer is not installed.
         DataError: If there is no MDS data, it is damaged or cannot be read, or ``out`` contains other files.
         SystemResourceError: If a file cannot be written, or a process was killed.
     """
@@ -74,7 +78,7 @@ def adopt_dataset(
     if out is None and not os.access(source, os.W_OK):
         raise ConfigError(f"{quote_path(source)} cannot be written; name a folder for the description with --out DIR")
     out = Path(os.path.abspath(out or source / ADOPTED))
-    records = AdoptedImages.find(splits, columns or {}, classes)
+    records = _find_records(splits, columns or {}, classes, tokenizer)
     plan = _Plan(source, splits, records, _divide(splits["train"], parts))
     with preparing(str(source), out):
         if (out / DESCRIPTION).exists():
@@ -105,6 +109,20 @@ class _Plan:
         """Return what decides the description, as plain JSON values."""
         indexes = {split: mds.digest for split, mds in self.splits.items()}
         return {"kind": KIND, "indexes": indexes, "shards_of_parts": self.parts, **self.records.given}
+
+
+def _find_records(
+    splits: dict[str, MdsSplit], columns: Mapping[str, str], classes: Path | None, tokenizer: str | None
+) -> AdoptedRecords:
+    if "tokens" not in columns:
+        if tokenizer is not None:
+            raise ConfigError("--tokenizer is for tokens: name their column with --columns tokens=NAME, or omit it")
+        return AdoptedImages.find(splits, columns, classes)
+    from .text.adopted_windows import AdoptedWindows
+
+    if classes is not None:
+        raise ConfigError("--classes is for images: omit it")
+    return AdoptedWindows.find(splits, columns, tokenizer)
 
 
 def _divide(train: MdsSplit, parts: int) -> list[list[int]]:

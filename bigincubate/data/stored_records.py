@@ -80,7 +80,10 @@ def _converter(encoding: str, classes: dict[str, int]) -> Callable[[bytes], Any]
 def _decode_value(data: bytes, encoding: str) -> Any:
     from ..compat.streaming_package import mds_decode
 
-    value = mds_decode(encoding, data)
+    try:
+        value = mds_decode(encoding, data)
+    except Exception as error:  # the type depends on the encoding: KeyError of an array, IndexError of a number, …
+        raise ValueError(f"not a value of type {encoding}: {error}") from None
     return int(value) if encoding in INTEGER_ENCODINGS else value
 
 

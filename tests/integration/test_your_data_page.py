@@ -87,12 +87,23 @@ def write_everything(folder: Path) -> None:
                 describe=_describe_mds if name == "mds" else _describe_named_mds,
                 size_limit=30_000,
             )
+    for split in ("train", "val"):
+        write_mds(
+            folder / "mds-tokens" / split,
+            [(b"some tokens", 0)],
+            columns={"ids": "ndarray:uint16"},
+            describe=_describe_tokens,
+        )
     (folder / "classes.txt").write_text("\n".join(CLASSES))
     write_text_sources(folder)
 
 
 def _describe_mds(number: int, image: bytes, label: int) -> dict[str, Any]:
     return {"img": Image.open(io.BytesIO(image)), "y": label}
+
+
+def _describe_tokens(number: int, text: bytes, label: int) -> dict[str, Any]:
+    return {"ids": np.frombuffer(text, np.uint8).astype(np.uint16)}
 
 
 def _describe_named_mds(number: int, image: bytes, label: int) -> dict[str, Any]:
@@ -153,6 +164,7 @@ def test_command_of_the_page_works(
         assert re.search(r"[\d,]+ train, [\d,]+ val windows of (256|64) tokens, a vocabulary of \d+", out)
         return
     pages_form = {"imagenet": "18 train, 6 val images of 3 classes", "cells.npz": "16 train, 4 val images of 2 classes"}
+    pages_form["mds-tokens"] = "1 train, 1 val windows of 10 tokens"
     assert pages_form.get(words[2], "20 train, 6 val images of 2 classes") in out
 
 
