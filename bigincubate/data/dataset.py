@@ -253,12 +253,14 @@ def _check_index(info: DatasetInfo, split: str, expected: dict[str, Any], *, pre
     for shard in index["shards"]:
         raw = shard["raw_data"]
         stored = (shard["zip_data"] or raw) if info.adopted else raw
-        size = lookup.size(stored["basename"])
+        if info.adopted and not _is_adopted_shard(shard, info):
+            raise DataError(f"{file}: shard {raw['basename']!r} was not described by `bigincubate data adopt`")
+        # links are followed in adopted data, as in a cache of the Hugging Face Hub: this folder was chosen by the user
+        size = _file_size(folder / stored["basename"]) if info.adopted else lookup.size(stored["basename"])
         if size is None:
             raise DataError(f"{file}: shard {stored['basename']!r} lies outside its folder; refused")
-        if not (_is_adopted_shard if info.adopted else _is_own_shard)(shard, info):
-            command = "adopt" if info.adopted else "prepare"
-            raise DataError(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data {command}`")
+        if not (info.adopted or _is_own_shard(shard, info)):
+            raise DataError(f"{file}: shard {raw['basename']!r} was not written by `bigincubate data prepare`")
         # a sample takes at least 4 bytes of its shard
         if not 0 <= int(shard["samples"]) <= int(raw["bytes"]) // 4:
             raise DataError(
@@ -335,7 +337,12 @@ class _Lookup:
         file = (self._root / name).resolve()
         if not file.is_relative_to(self._root):
             return None
-        return file.stat().st_size if file.is_file() else MISSING
+        return _file_size(file)
+
+
+def _file_size(file: Path) -> int:
+    """Return the size of a regular file or of one that a link leads to, or `MISSING`."""
+    return file.stat().st_size if file.is_file() else MISSING
 
 
 def read_json(file: Path) -> dict[str, Any]:

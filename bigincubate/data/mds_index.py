@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DataError, format_command
-from ..files import check_is_file, quote_path
+from ..files import check_is_file, quote_path, read_small_file
 from .dataset import (
     DESCRIPTION,
     INDEX,
@@ -18,7 +18,6 @@ from .dataset import (
     SPLITS,
     UNSAFE_ENCODING,
     is_plain_name,
-    read_json,
 )
 
 
@@ -98,7 +97,10 @@ def _read_shards(folder: Path, subfolder: str) -> list[dict[str, Any]]:
     from ..compat.streaming_package import is_compression
 
     file, shards = folder / subfolder / INDEX, []
-    index = read_json(file)
+    try:
+        index = json.loads(read_small_file(file.resolve()))
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
     if index["version"] != 2:
         raise DataError(f"{file}: version {index['version']!r} of MDS, but only version 2 can be read")
     for shard in index["shards"]:

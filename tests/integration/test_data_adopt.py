@@ -194,6 +194,17 @@ def test_moved_data_is_found(mds: Path, tmp_path: Path) -> None:
     assert read_split(open_dataset(tmp_path / "moved" / "adopted"), "train") == pixels_of(TRAIN)
 
 
+def test_links_to_shards_are_followed(mds: Path, tmp_path: Path) -> None:
+    """The cache of the Hugging Face Hub consists of links."""
+    for file in [file for file in mds.rglob("*") if file.is_file()]:
+        link = tmp_path / "links" / file.relative_to(mds)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(file)
+    info = adopt(tmp_path / "links")
+    assert read_split(info, "train") == pixels_of(TRAIN)
+    assert list(find_damaged_shards(info)) == []
+
+
 # ------------------------------------------------------------------------------------------------ training
 
 
@@ -316,6 +327,30 @@ def test_label_out_of_range_is_named_with_its_row(tmp_path: Path, label: int) ->
 )
 def test_wrong_options_are_refused(mds: Path, options: dict[str, Any], message: str) -> None:
     assert message in fault_of(lambda: adopt(mds, **options), ConfigError)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"version": 2, "shards": [{}]}', '{"version": 2, "shards": [7]}', "[" * 100_000),
+        '{"version": 2, "shards": []}',
+    ],
+    ids=lambda text: text[:40],
+)
+def test_damaged_index_is_refused(mds: Path, text: str) -> None:
+    (mds / "val" / "index.json").write_text(text)
+    message = fault_of(lambda: adopt(mds))
+    assert str(mds / "val") in message
+    assert "delete" not in message
+
+
+@pytest.mark.parametrize("name", ["../../outside.mds", "/etc/passwd"])
+def test_index_that_names_files_elsewhere_is_refused(mds: Path, name: str) -> None:
+    file = mds / "val" / "index.json"
+    index = json.loads(file.read_text())
+    index["shards"][0]["zip_data"]["basename"] = name
+    file.write_text(json.dumps(index))
+    assert f"shard {name!r} lies outside its folder" in fault_of(lambda: adopt(mds))
 
 
 def test_folders_are_refused_with_what_to_do(mds: Path, tmp_path: Path, digits: Path) -> None:
