@@ -152,7 +152,7 @@ def offline() -> Iterator[None]:
 
     import torch
 
-    from bigincubate.data import prepare
+    from bigincubate.data import process_pool
     from bigincubate.launchers import local
     from bigincubate.planning import cost
     from bigincubate.training.trainer import Trainer
@@ -198,7 +198,7 @@ def offline() -> Iterator[None]:
         patch.setattr(socket.socket, "connect", no_network)
         patch.setattr(socket, "create_connection", no_network)
         patch.setattr(socket, "getaddrinfo", no_network)
-        patch.setattr(prepare, "ProcessPoolExecutor", InProcess)
+        patch.setattr(process_pool, "ProcessPoolExecutor", InProcess)
         patch.setattr(time, "sleep", no_sleep)
         torch.set_num_threads(1)
         yield
