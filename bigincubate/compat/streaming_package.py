@@ -48,7 +48,6 @@ from streaming import MDSWriter, Stream, StreamingDataLoader, StreamingDataset  
 from streaming.base import shared  # noqa: E402
 from streaming.base.batching import generate_work  # noqa: E402
 from streaming.base.compression import decompress, is_compression  # noqa: E402
-from streaming.base.format import reader_from_json  # noqa: E402
 from streaming.base.format.mds.encodings import mds_decode  # noqa: E402
 from streaming.base.hashing import get_hash, is_hash  # noqa: E402
 from streaming.base.storage import CloudDownloader  # noqa: E402
@@ -68,7 +67,6 @@ __all__ = [
     "is_compression",
     "is_hash",
     "mds_decode",
-    "reader_from_json",
     "retry",
     "shared",
 ]

@@ -23,7 +23,6 @@ from test_data_parquet import features, write_parquet
 from test_data_webdataset import write_with_tarfile
 from text_files import make_text, write_texts
 
-from bigincubate.compat.streaming_package import MDSWriter
 from bigincubate.data.text.tokenizers import train_bpe
 
 PAGE = (Path(__file__).parents[2] / "docs" / "your_data.md").read_text()
@@ -127,10 +126,6 @@ def write_text_sources(folder: Path) -> None:
         write_table(pyarrow.table({"text": texts}), folder / "pages" / "000.parquet")
     if importlib.util.find_spec("tokenizers"):
         train_bpe(texts, 300, folder / "tokenizer.json")
-    for split in ("train", "val"):
-        with MDSWriter(columns={"tokens": "bytes"}, out=str(folder / "tokens" / split)) as writer:
-            for _ in range(3):
-                writer.write({"tokens": np.arange(257).tobytes()})
 
 
 @pytest.fixture(scope="module")

@@ -10,17 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from ...errors import ConfigError
 from ...files import fsync_path
 from ..adopted_images import Description, ReadColumn
 from ..dataset import RecordSchema
 from ..mds_index import MdsSplit, find_encodings
 from .tokenizers import BPE, BYTES, FILE, TOKENIZER_FILE, ByteTokenizer, FileTokenizer, Tokenizer
-from .windows import TOKENS
+from .windows import TOKENS, read_tokens
 
-ARRAY_ENCODING = "ndarray"
+ENCODINGS = ("ndarray", "bytes")
 DOMAIN = "text"
 
 
@@ -61,8 +59,10 @@ class AdoptedWindows:
         if columns.keys() != {TOKENS}:
             raise ConfigError("--columns: expected either image=NAME,label=NAME or tokens=NAME")
         encodings = find_encodings(splits, columns)
-        if encodings[TOKENS].partition(":")[0] != ARRAY_ENCODING:
-            raise ConfigError(f"column {columns[TOKENS]!r} is {encodings[TOKENS]}, but tokens are {ARRAY_ENCODING}")
+        if encodings[TOKENS].partition(":")[0] not in ENCODINGS:
+            raise ConfigError(
+                f"column {columns[TOKENS]!r} is {encodings[TOKENS]}, but tokens are {' or '.join(ENCODINGS)}"
+            )
         if tokenizer is None or tokenizer.startswith(f"{BPE}:"):
             raise ConfigError("tokens need the tokenizer that made them: add --tokenizer FILE, or --tokenizer bytes")
         file = None if tokenizer == BYTES else Path(tokenizer)
@@ -88,7 +88,7 @@ class AdoptedWindows:
         Raises:
             ValueError: If it has fewer than two, or one is not in the vocabulary.
         """
-        tokens: np.ndarray = read(TOKENS)
+        tokens = read_tokens(read(TOKENS))
         if tokens.ndim != 1 or len(tokens) < 2 or tokens.dtype.kind not in "iu":
             raise ValueError(f"an array {tokens.shape} of {tokens.dtype}; expected two integers or more in a row")
         smallest, largest = int(tokens.min()), int(tokens.max())

@@ -33,7 +33,6 @@ from .extraction import EXTRACTED, Extracted, extract
 from .files import EMBEDDED_TEXT, LINES, PARQUET, TextFile, TextSource, find_text
 from .stored_tokenizer import TokenizerChoice, choose_tokenizer, copy_tokenizer, store_tokenizer
 from .summary import summarize_text, text_summary_lines
-from .token_shards import TOKEN_SHARDS, find_token_shards, link_token_shards
 from .tokenizers import BYTES
 from .windows import token_schema
 
@@ -136,29 +135,10 @@ def prepare_text(
         choose_tokenizer(tokenizer, window),
     )
     with preparing(source, out):
-        found = find_source(source)
+        found = find_text(source)
         if (out / DESCRIPTION).exists():
             return _reopen(found, out, options)
-        return (_link if found.kind == TOKEN_SHARDS else _prepare)(found, out, options)
-
-
-def find_source(source: str) -> TextSource:
-    """Return the files of a source of text, or the shards of one that has tokens already."""
-    shards = find_token_shards(Path(os.path.abspath(source))) if source not in EMBEDDED_TEXT else None
-    return shards or find_text(source)
-
-
-def _link(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo:
-    if options.partition is not None:
-        raise ConfigError("shards of tokens have no documents, so they cannot be divided into parts")
-    begin_folder(out, source.kind, source.folder)
-    summary = link_token_shards(
-        source, out, options.identify(source), options.choice, options.jobs, options.on_progress
-    )
-    _finish(out)
-    for line in text_summary_lines(summary, ()):
-        options.report(line)
-    return open_dataset(out)
+        return _prepare(found, out, options)
 
 
 def _prepare(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo:
