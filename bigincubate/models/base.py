@@ -93,6 +93,14 @@ class ModelFamily(ABC):
     def example_inputs(self, model: ModelConfig, count: int, device: str) -> Tensor:
         """Return ``count`` all-zero inputs of the right shape and dtype, for counting costs."""
 
+    def check_target(self, model: ModelConfig, depths: Depths) -> None:
+        """Check that the target may have these depths; the default checks nothing.
+
+        Raises:
+            ConfigError: It may not.
+        """
+        del model, depths
+
     def check_input_size(self, model: ModelConfig) -> None:
         """Check that a model of any depth reads all of its inputs; the default checks nothing.
 

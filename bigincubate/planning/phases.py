@@ -177,6 +177,7 @@ def make_plan(recipe: Recipe) -> Plan:
         meta = normalize_depths(config.meta_depths, family.stages, "plan.meta_depths")
     else:
         meta = default_meta_depths(target, family.parity)
+    family.check_target(model, target)
     check_depths(family, target, meta)
     checked: list[ModelConfig] = []
     for phase in PHASES:

@@ -223,3 +223,10 @@ def test_planned_memory_has_the_logits_of_a_chunk_and_never_those_of_a_batch(rec
     assert found[10_000] - found[257] == 12 * tokens * (10_000 - 257)
     family = find_family(recipe.model)
     assert family.workspace_bytes(recipe.model, 10**6) == 12 * CHUNK_TOKENS * 257
+
+
+@pytest.mark.parametrize("depths", [[2, 3], [1, 1]])
+def test_target_of_another_depth_than_the_configuration_is_refused(recipe: Recipe, depths: list[int]) -> None:
+    other = recipe.model_copy(update={"plan": recipe.plan.model_copy(update={"target_depths": depths})})
+    with pytest.raises(ConfigError, match=rf"num_hidden_layers is 4, but plan\.target_depths has {sum(depths)} blocks"):
+        make_plan(other)

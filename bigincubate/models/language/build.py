@@ -18,6 +18,7 @@ from ...config import ModelConfig
 from ...errors import ConfigError, MissingDependencyError
 from ..base import Depths, ModelFamily, SkipMetaInitialization, explain_argument_errors
 from ..partition import Partition
+from .arguments import check_value
 from .causal_lm import CHUNK_TOKENS, CausalLM
 
 # arguments with only one supported value: the value, and why there is no other
@@ -132,6 +133,15 @@ class TransformersFamily(ModelFamily):
         """Return windows of token 0, int64 ``[count, context_length]``."""
         return torch.zeros(count, model.context_length, dtype=torch.int64, device=device)
 
+    def check_target(self, model: ModelConfig, depths: Depths) -> None:
+        """Check that the target has the depth of the configuration, from which weights are initialized."""
+        (own,), total = self.default_depths(model), sum(stages[0] for stages in depths)
+        if own != total:
+            raise ConfigError(
+                f"model.args.{self.depth_key} is {own}, but plan.target_depths has {total} blocks: set the two to the"
+                " same depth"
+            )
+
     def check_input_size(self, model: ModelConfig) -> None:
         """Check that the model reads windows of ``model.context_length`` tokens."""
         self.configuration(model)
@@ -175,7 +185,8 @@ class TransformersFamily(ModelFamily):
         Raises:
             ConfigError: An argument is unknown, missing or not supported; the message names it.
         """
-        own = {*inspect.signature(config_class.__init__).parameters, "tie_word_embeddings", "pad_token_id"}
+        parameters = inspect.signature(config_class.__init__).parameters
+        own = {*parameters, "tie_word_embeddings", "pad_token_id"}
         own -= {"self", "kwargs"}
         for key in sorted(arguments.keys() - own):
             alias = config_class.attribute_map.get(key)
@@ -188,8 +199,8 @@ class TransformersFamily(ModelFamily):
                 raise ConfigError(
                     f"model.args.{key} = {json.dumps(value, default=str)} is not supported: {reason}; remove it"
                 )
-            if key in (self.depth_key, self.length_key, "vocab_size") and (type(value) is not int or value < 1):
-                raise ConfigError(f"model.args.{key} = {json.dumps(value, default=str)}: expected a positive integer")
+            if key not in FIXED and key not in self.dropouts:
+                check_value(key, value, parameters[key].default)
         if "vocab_size" not in arguments:
             raise ConfigError("model.args.vocab_size is missing: set it to the size of the tokenizer's vocabulary")
 
