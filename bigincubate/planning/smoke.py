@@ -40,7 +40,7 @@ def smoke(recipe: Recipe) -> dict[str, Any]:
     tables: dict[str, Any] = small(recipe)
     tables |= {phase: small(settings) for phase, settings in phases.items()}
     tables["meta"] = dict.fromkeys(("init", "select"))  # pretrained weights are wider
-    made_up = {"source": source, "train_samples": samples, "workers": 0}
-    tables["data"] = {**made_up, **dict.fromkeys(("path", "remote", "local_cache"))}
+    made_up = {"source": source, "workers": 0}
+    tables["data"] = {**made_up, **dict.fromkeys(("path", "remote", "local_cache", "train_samples"))}
     tables["log"], tables["checkpoint"] = {"every_steps": 2}, {"every_steps": 4}
     return tables

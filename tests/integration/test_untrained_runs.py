@@ -15,6 +15,7 @@ from bigincubate.data.prepare import prepare_dataset
 from bigincubate.errors import ConfigError
 from bigincubate.planning import prepare_run
 from bigincubate.planning.context import open_run
+from bigincubate.planning.smoke import smoke as smoke_tables
 from bigincubate.storage.lease import acquire_lease, acquire_lease_when_free
 from bigincubate.storage.run_directory import RunDir
 
@@ -80,6 +81,13 @@ def test_data_of_an_untrained_directory_is_replaced(counted: None, smoke: Path, 
     other = prepare_dataset("digits", tmp_path / "other")
     opened = open_run(load_recipe(str(fast), [f"data.path={other.path}"]), run)
     assert json.loads((run.path / "plan.json").read_text())["data"] == opened.data.digest == other.digest
+
+
+def test_smoke_run_of_divided_text_expects_the_samples_that_its_data_has(tmp_path: Path) -> None:
+    recipe = load_recipe("docs-llama", ["data.decentralized=true"], smoke_tables)
+    opened = open_run(recipe, RunDir(tmp_path / "run"))
+    assert len(opened.data.parts) == 4
+    assert recipe.data.train_samples in (None, opened.data.samples["train"])
 
 
 def test_attempt_that_kept_nothing_does_not_hold_the_directory(harness: Harnesses) -> None:
