@@ -172,6 +172,8 @@ def _walk_folder(root: Path) -> TextSource:
         suffix = os.path.splitext(name)[1].lower()
         if form_of(name) is None or (has_pages and suffix in OF_PAGES):
             skipped[suffix or "without a suffix"] += 1
+        elif _is_special(root / name):
+            skipped["pipe or device"] += 1
         else:
             kept.append(name)
     if not kept:
@@ -189,6 +191,11 @@ def _walk_folder(root: Path) -> TextSource:
         for name in sorted(kept)
     ]
     return TextSource("text", files, str(root), {"skipped": dict(sorted(skipped.items()))})
+
+
+def _is_special(path: Path) -> bool:
+    """Return whether opening a path may wait for ever; a broken link is reported as unreadable instead."""
+    return path.exists() and not path.is_file()
 
 
 def _domain(name: str, folders: set[str]) -> str:
