@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import importlib.util
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -369,3 +370,16 @@ def test_text_of_a_page() -> None:
     assert html_to_text(PAGE).splitlines() == [*lines, "y"]
     assert html_to_text("") == ""
     assert html_to_text("<p>open <script>x") == "open\n"
+
+
+@pytest.mark.parametrize("section", ["<![<p>", "<![ endif]>", "<![if !IE]>", "<![CDATA[x]]>", "<![]>", "<![endif]-->"])
+def test_marked_section_is_a_comment_as_in_browsers(section: str) -> None:
+    assert html_to_text(f"<p>a</p>{section}<p>b</p><script>//<![CDATA[ x </script><p>c").splitlines() == ["a", "b", "c"]
+
+
+def test_pipe_in_a_folder_is_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    os.mkfifo(tmp_path / "b.txt")
+    source = find_text(str(tmp_path))
+    assert [file.name for file in source.files] == ["a.txt"]
+    assert source.notes["skipped"] == {"pipe or device": 1}

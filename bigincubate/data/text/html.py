@@ -21,7 +21,8 @@ def html_to_text(page: str) -> str:
     Runs of white space become one space, except in ``<pre>``. Blank lines are left out, except in ``<pre>``.
     """
     parser = _TextParser()
-    parser.feed(page)
+    # the HTML standard reads both as a comment up to the next ">", but the parser raises errors for most of the former
+    parser.feed(page.replace("<![", "<?"))
     parser.close()
     return parser.text()
 
