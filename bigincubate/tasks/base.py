@@ -55,14 +55,30 @@ class Task(ABC):
         metrics: The metrics that :meth:`evaluate` returns; the first is the headline.
         unit: Name of what results and rates count, such as ``"images"`` or ``"tokens"``; see :meth:`sample_units`.
         record_kind: The ``kind`` of data sets that the task can read.
+        unused_keys: Keys and tables of a recipe that the task does not read.
+        foreign_libraries: Values of ``model.library`` whose models the task cannot train.
+
+    Raises:
+        ConfigError: A recipe sets an unused key, or has a model of a foreign library.
     """
 
     metrics: ClassVar[tuple[Metric, ...]]
     unit: ClassVar[str]
     record_kind: ClassVar[str]
+    unused_keys: ClassVar[tuple[str, ...]] = ()
+    foreign_libraries: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, settings: Settings, data: DataConfig) -> None:
         self.settings, self.data = settings, data
+        name, library = settings.task.name, settings.model.library
+        if library in self.foreign_libraries:
+            raise ConfigError(
+                f'the task {name} cannot train models of model.library = "{library}"; set task.name or model.library'
+            )
+        given, default = _flatten(settings.model_dump()), _flatten(Settings().model_dump())
+        for key in given:
+            if key.startswith(tuple(f"{unused}." for unused in self.unused_keys)) and given[key] != default[key]:
+                raise ConfigError(f"{key.rstrip('.')} = {given[key]!r} is not used by the task {name}; remove it")
 
     def check_dataset(self, info: DatasetInfo) -> None:
         """Check that the phase can use a data set.
@@ -196,3 +212,13 @@ class Task(ABC):
     def artifact_settings(cls, model: ModelConfig, metadata: dict[str, Any]) -> Settings:
         """Return settings for evaluating a trained model, given the return value of :meth:`artifact_metadata`."""
         return Settings(model=model)
+
+
+def _flatten(tables: dict[str, Any]) -> dict[str, Any]:
+    """Return the value of each key of each table, as ``"table.key."``."""
+    return {
+        f"{name}.{key}.": value
+        for name, table in tables.items()
+        if isinstance(table, dict)
+        for key, value in table.items()
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from bigincubate.planning.memory import estimate_footprints
 from bigincubate.planning.phases import make_plan
 from bigincubate.tasks.causal_lm.generate import complete
 from bigincubate.tasks.causal_lm.task import CausalLanguageModeling
+from bigincubate.tasks.image_classification.task import ImageClassification
 
 ONE = DistributedContext()
 
@@ -205,6 +207,34 @@ def test_damaged_window_is_named(recipe: Recipe, tmp_path: Path, window: Any) ->
     data = open_dataset(write_windows(tmp_path / "data", [[1, 2]], [window]))
     with pytest.raises(DataError, match="val sample 0"):
         next(iter(make_task(recipe).eval_stream(data, "val")))
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (["model.img_size=64"], "model.img_size = 64 is not used by the task causal_lm; remove it"),
+        (["model.num_classes=10"], "model.num_classes = 10 is not used by the task causal_lm; remove it"),
+        (["model.library=timm"], 'the task causal_lm cannot train models of model.library = "timm"'),
+    ],
+)
+def test_keys_and_models_of_images_are_refused(sets: list[str], says: str) -> None:
+    other = load_recipe("stdlib-llama", sets)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        CausalLanguageModeling(other.settings("pretrain"), other.data)
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (["text.mask_documents=true"], "text.mask_documents = True is not used by the task image_classification"),
+        (["model.context_length=9"], "model.context_length = 9 is not used by the task image_classification"),
+        (["model.library=transformers"], 'image_classification cannot train models of model.library = "transformers"'),
+    ],
+)
+def test_keys_and_models_of_text_are_refused_for_images(sets: list[str], says: str) -> None:
+    other = load_recipe("digits", sets)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        ImageClassification(other.settings("pretrain"), other.data)
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -25,7 +25,6 @@ from .windows import TokenWindows
 if TYPE_CHECKING:
     from ...data.partitions import PartitionFunction
 
-UNUSED_TABLES = ("augment", "mixup", "drop_path")  # tables of a recipe that this task does not read
 BUILT_IN_VALIDATION = 0.02  # share of the documents: each evaluation of a small model then takes seconds
 MEAN_TARGETS = "mean_targets"  # column with the number of targets per window, on average over the global batch
 
@@ -46,17 +45,14 @@ class CausalLanguageModeling(Task):
     )
     unit = "tokens"
     record_kind = TOKENS
+    unused_keys = (
+        *("augment", "mixup", "drop_path", "loss.name", "loss.label_smoothing"),
+        *("model.img_size", "model.num_classes"),
+    )
+    foreign_libraries = ("timm",)
 
     def __init__(self, settings: Settings, data: DataConfig) -> None:
         super().__init__(settings, data)
-        default = Settings()
-        for table in UNUSED_TABLES:
-            for key, value in getattr(settings, table).model_dump().items():
-                if value != getattr(getattr(default, table), key):
-                    raise ConfigError(f"{table}.{key} = {value!r} is not used by the task causal_lm; remove it")
-        for key in ("name", "label_smoothing"):
-            if (value := getattr(settings.loss, key)) != getattr(default.loss, key):
-                raise ConfigError(f"loss.{key} = {value!r} is not used by the task causal_lm; remove it")
         self.tokenizer: Tokenizer | None = None
         self.equal_windows = False  # whether all training windows have the same number of targets
 

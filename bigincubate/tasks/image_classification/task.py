@@ -38,6 +38,8 @@ class ImageClassification(Task):
     )
     unit = "images"
     record_kind = LABELLED_IMAGE
+    unused_keys = ("text", "model.context_length")
+    foreign_libraries = ("transformers",)
 
     def __init__(self, settings: Settings, data: DataConfig) -> None:
         super().__init__(settings, data)
