@@ -143,10 +143,14 @@ class LocalRunner:
         done = {job.key for job in graph if self._phase_dir(job).result is not None}
         failed: dict[str, int] = {}
         waiting = [job for job in graph if job.key not in done]
+        announced = False
         before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             while waiting or self.running:
                 if self.stop_requested:
+                    if not announced:
+                        self.reporter.say("stopping: each running phase writes a checkpoint first")
+                        announced = True
                     self._stop_ranks()
                 ready = self._ready_jobs(waiting, done)[: self.jobs - len(self.running)]
                 if modules := sum(job.phase == "incubate" for job in ready):
@@ -270,9 +274,7 @@ class LocalRunner:
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         """Note a stop signal. The loop of :meth:`execute` stops the ranks, so that nothing is interrupted midway."""
-        if not self.stop_requested:
-            self.reporter.say("stopping: each running phase writes a checkpoint first")
-        self.stop_requested = self.stopping = True
+        self.stop_requested = self.stopping = True  # printing is for the loop: a line may be half printed right now
 
     def _pause(self) -> None:
         """Wait for a fifth of a second, or until a job has ended or a stop signal arrives."""

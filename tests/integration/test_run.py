@@ -406,3 +406,20 @@ def test_ranks_of_a_phase_share_its_threads(harness: Harnesses, monkeypatch: pyt
     executed(harness(), monkeypatch, nproc=3)
     threads = [(process.module, process.env["OMP_NUM_THREADS"]) for process in everything]
     assert threads == [("-", "2")] * 3 + [("0", "1")] * 3 + [("1", "1")] * 3 + [("-", "2")] * 3
+
+
+def test_stop_signals_while_a_line_is_printed_do_not_repeat_it(tmp_path: Path) -> None:
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            signal.raise_signal(signal.SIGINT)
+            return super().write(text)
+
+    out = Interrupted()
+    runner = LocalRunner(RunDir(tmp_path), 1, ProgressReporter(Console(file=out)))
+    before = signal.signal(signal.SIGINT, runner._stop)
+    try:
+        runner.reporter.say("a line")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert out.getvalue() == "a line\n"
+    assert runner.stop_requested
