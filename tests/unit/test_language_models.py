@@ -333,7 +333,8 @@ def load_small_recipe(tmp_path: Any, name: str) -> Recipe:
     args = ", ".join(f"{key} = {value}" for key, value in settings(name, 5).args.items())
     file = tmp_path / "small.toml"
     file.write_text(
-        f'[task]\nname = "causal_lm"\n[model]\nlibrary = "transformers"\nname = "{name}"\ncontext_length = 16\nargs = {{ {args} }}\n'
+        '[task]\nname = "causal_lm"\n'
+        f'[model]\nlibrary = "transformers"\nname = "{name}"\ncontext_length = 16\nargs = {{ {args} }}\n'
         "[plan]\ntarget_depths = [2, 3]\nmeta_depths = [1, 1]\n"
     )
     assert family.name == name
