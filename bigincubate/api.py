@@ -6,8 +6,8 @@ They print nothing and raise the errors of :mod:`bigincubate.errors`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .launchers.local import HelperJob
     from .planning.context import RunContext
     from .planning.fork_run import Fork
-
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def _ignore(text: str) -> None:
@@ -257,14 +255,14 @@ def train_phase(
     if module is not None:
         check_integer("module", module, least=0)
     from .data.verification import hash_all_shards
-    from .distributed.process_group import DistributedContext
+    from .distributed.process_group import DistributedContext, restored_rank_variables
     from .launchers.slurm.job_queue import SlurmQueue
     from .planning.context import open_run
     from .storage.run_directory import RunDir
     from .tasks.metric import describe_metrics
     from .training.run_phase import train_phase as train
 
-    with _restored_rank_variables(), closing(DistributedContext.detect()) as env:
+    with restored_rank_variables(), closing(DistributedContext.detect()) as env:
         with env.main_process_first():
             opened = open_run(recipe, RunDir(expand_path(run_dir)), report=report, module=module)
             context = opened.phase(phase, module, env)
@@ -371,7 +369,7 @@ def evaluate(
     check_integer("batch_size", batch_size)
     from .config import DataConfig
     from .data.dataset import open_dataset
-    from .distributed.process_group import DistributedContext
+    from .distributed.process_group import DistributedContext, restored_rank_variables
     from .interchange.export import load_model as load
     from .tasks.metric import check_finite_metrics, describe_metrics
     from .tasks.registry import task_class
@@ -383,7 +381,7 @@ def evaluate(
     info = open_dataset(expand_path(data))
     if probe is None:
         task.check_dataset(info)
-    with _restored_rank_variables():
+    with restored_rank_variables():
         env = DistributedContext.single_process()
         if probe is None:
             scores = task.evaluate(model.to(env.device), task.eval_stream(info, "val", batch_size=batch_size), env)
@@ -400,17 +398,3 @@ def evaluate(
     method = f" ({probe} probe)" if probe else ""
     report(f"{describe_metrics(measured, scores)}{method} on {scores['samples']} {task.unit} of {data}")
     return scores
-
-
-@contextmanager
-def _restored_rank_variables() -> Iterator[None]:
-    """Restore the environment variables that describe a rank, because a later call may start other ranks."""
-    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -24,6 +24,7 @@ from .rendezvous import check_rendezvous
 
 # limit for connecting, and for each collective operation
 COLLECTIVE_LIMIT = timedelta(minutes=30)
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 USE_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
 
 
@@ -246,3 +247,17 @@ def read_count(name: str, default: int) -> int:
 def print_stderr(text: str) -> None:
     """Print a line to stderr and flush it."""
     print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def restored_rank_variables() -> Iterator[None]:
+    """Restore the environment variables that describe a rank, because a later call may start other ranks."""
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
