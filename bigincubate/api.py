@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from .config import PHASES, Phase, Recipe
 from .errors import ConfigError, Exit, check_integer, error_of_code
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .launchers.local import HelperJob
     from .planning.context import RunContext
     from .planning.fork_run import Fork
+    from .training.evaluation import ClassFiles
 
 
 def _ignore(text: str) -> None:
@@ -334,67 +335,78 @@ def load_model(source: str | Path) -> nn.Module:
     return model.eval()
 
 
-def evaluate(
+@overload
+def evaluate(  # type: ignore[overload-overlap]  # a str is also a sequence of str
     source: str | Path,
     data: str | Path,
     *,
+    batch_size: int = ...,
+    probe: Literal["linear", "knn"] | None = ...,
+    classes: ClassFiles = ...,
+    per_class: bool = ...,
+    report: Callable[[str], None] = ...,
+) -> dict[str, Any]: ...
+
+
+@overload
+def evaluate(
+    source: str | Path,
+    data: Sequence[str | Path],
+    *,
+    batch_size: int = ...,
+    probe: Literal["linear", "knn"] | None = ...,
+    classes: ClassFiles = ...,
+    per_class: bool = ...,
+    report: Callable[[str], None] = ...,
+) -> list[dict[str, Any]]: ...
+
+
+def evaluate(
+    source: str | Path,
+    data: str | Path | Sequence[str | Path],
+    *,
     batch_size: int = 256,
     probe: Literal["linear", "knn"] | None = None,
+    classes: ClassFiles = None,
+    per_class: bool = False,
     report: Callable[[str], None] = _ignore,
-) -> dict[str, float]:
+) -> dict[str, Any] | list[dict[str, Any]]:
     """Evaluate a finished model on the validation split of prepared data, in this process.
 
     Args:
         source: A run directory, the folder of a phase, an artifact, or an exported folder.
-        data: A folder written by ``bigincubate data prepare``.
+        data: A folder written by ``bigincubate data prepare``, or a list of them.
         batch_size: Batch size.
         probe: Evaluate the model's features instead, with a linear classifier or a nearest-neighbor classifier fitted
             on the training split.
-        report: Called with the scores in one line.
+        classes: A file that says which classes of the model the labels of the data mean, as ``--classes`` takes it; or
+            a list with one, or None, for each data set.
+        per_class: Whether to return the score of each class.
+        report: Called with the scores of each data set in one line.
 
     Returns:
-        The metrics of the task by name, such as ``top1`` in percent, and ``samples``.
+        A dict: the metrics of the task by name, such as ``top1`` in percent, and ``samples``. For classes of images,
+        ``intervals`` has the ends of the 95% bootstrap intervals of ``top1`` and ``top5``. With ``per_class``,
+        ``per_class`` has a dict for each class. For a list of data sets, a list of such dicts, each with ``data``.
 
     Raises:
         ArtifactError: ``source`` has no complete model.
-        ConfigError: The data does not fit the model.
+        ConfigError: The data does not fit the model, or a file of classes is wrong.
         DataError: The data is missing or damaged.
         NonFiniteError: A weight or a metric is not finite.
 
     Example:
         >>> bi.evaluate("runs/digits", "runs/digits/data")["top1"]
+        >>> [scores["top1"] for scores in bi.evaluate("runs/vit-b", ["data/imagenet", "data/sketch"])]
     """
-    if probe not in (None, "linear", "knn"):
-        raise ConfigError(f"probe = {probe!r}: expected linear or knn")
-    check_integer("batch_size", batch_size)
-    from .config import DataConfig
-    from .data.dataset import open_dataset
-    from .distributed.process_group import DistributedContext, restored_rank_variables
-    from .interchange.export import load_model as load
-    from .tasks.metric import check_finite_metrics, describe_metrics
-    from .tasks.registry import task_class
+    from .training.evaluation import evaluate_model
 
-    model, spec = load(expand_path(source))
-    task_type = task_class(spec.task.name)
-    settings = task_type.artifact_settings(spec.model, spec.metadata).model_copy(update={"task": spec.task})
-    task = task_type(settings, DataConfig())
-    info = open_dataset(expand_path(data))
-    if probe is None:
-        task.check_dataset(info)
-    with restored_rank_variables():
-        env = DistributedContext.single_process()
-        if probe is None:
-            scores = task.evaluate(model.to(env.device), task.eval_stream(info, "val", batch_size=batch_size), env)
-        elif not hasattr(model, "forward_head"):
-            raise ConfigError(f"probe = {probe!r}: {spec.model.name} has no features to classify; leave it out")
-        else:
-            from .tasks.image_classification.probe import probe as score_features
-
-            train, val = (task.eval_stream(info, split, batch_size=batch_size) for split in ("train", "val"))
-            classes = len(info.schema.metadata["classes"])
-            scores = score_features(probe, model.to(env.device), train, val, classes, env.device)
-    measured = [metric for metric in task.metrics if metric.name in scores]
-    check_finite_metrics(measured, scores, str(source))
-    method = f" ({probe} probe)" if probe else ""
-    report(f"{describe_metrics(measured, scores)}{method} on {scores['samples']} {task.unit} of {data}")
-    return scores
+    one = isinstance(data, str | os.PathLike)
+    paths = [data] if isinstance(data, str | os.PathLike) else list(data)
+    results = []
+    for found in evaluate_model(
+        source, paths, batch_size=batch_size, probe=probe, classes=classes, per_class=per_class
+    ):
+        report(found.describe())
+        results.append(found.values() if one else {"data": str(found.data), **found.values()})
+    return results[0] if one else results

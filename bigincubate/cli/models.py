@@ -14,6 +14,7 @@ from .app import (
     RecipeArgument,
     SetOption,
     app,
+    console,
     parse_path,
     say,
     say_json,
@@ -26,28 +27,50 @@ def evaluate(
         Path, Argument(metavar="DIR_OR_ARTIFACT", parser=parse_path, help="A run, an artifact or an export.")
     ],
     data: Annotated[
-        Path,
+        list[Path],
         Option(
-            "--data", metavar="DIR", parser=parse_path, help="Prepared data, of which the validation split is used."
+            "--data",
+            metavar="DIR",
+            parser=parse_path,
+            help="Prepared data, of which the validation split is used. Repeat it for a table of several data sets.",
         ),
     ],
     batch_size: Annotated[int, Option(min=1, max=MAX_COUNT, metavar="N")] = 256,
     probe: Annotated[
         str | None, Option(help="Evaluate the features instead: linear or knn, fitted on the training split.")
     ] = None,
+    classes: Annotated[
+        list[str] | None,
+        Option(
+            "--classes",
+            metavar="FILE",
+            help="For data with other classes: the model's class of each class (JSON, CSV or text), or the valid labels"
+            " of each image (JSON). For several data sets: one file, or one for each of them in order, - for none.",
+        ),
+    ] = None,
+    per_class: Annotated[bool, Option("--per-class", help="Also print the score of each class.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate a finished model on a validation split."""
-    from ..api import evaluate as score
+    """Evaluate a finished model on the validation split of one or more data sets."""
+    from ..training.evaluation import evaluate_model
 
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"--probe {probe}: expected linear or knn")
-    lines: list[str] = []
-    scores = score(source, data, batch_size=batch_size, probe=probe, report=lines.append)  # type: ignore[arg-type]
+    files = [None if name == "-" else parse_path(name) for name in classes or ["-"]]
+    found = [*evaluate_model(source, data, batch_size=batch_size, probe=probe, classes=files, per_class=per_class)]
     if as_json:
-        say_json(scores)
+        several = [{"data": str(each.data), **each.values()} for each in found]
+        say_json(several if len(found) > 1 else found[0].values())
+        return
+    from ..report.evaluation_tables import class_table, evaluation_table
+
+    if len(found) == 1:
+        say(found[0].describe())
     else:
-        say("\n".join(lines))
+        console().print(evaluation_table(source, found))
+    for each in found:
+        if each.result.per_class is not None:
+            console().print("", class_table(each))
 
 
 @app.command("export")

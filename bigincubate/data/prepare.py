@@ -15,6 +15,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from .images import (
 )
 from .partitions import PartitionFunction
 from .process_pool import run_in_processes
+from .sample_names import has_names, write_names
 from .samples import Sample, Source
 from .source_summary import report_unreadable, summarize_source, summary_lines
 from .sources import EMBEDDED, read_source
@@ -160,10 +162,12 @@ def _write(
     schema = labelled_image_schema(source.classes, options.max_pixels, options.resize)
     size = sum(summary["counts"]["train"])
     write_descriptions(out, schema, chunks, {**identity, "summary": summary}, len(parts or ()), size)
+    info = open_dataset(out)
+    write_names(info, [name for split, chunk, record in records if split == "val" for name in _readable(chunk, record)])
     shutil.rmtree(out / RECORDS)
     (out / UNFINISHED).unlink()
     _report_summary(summary, source.classes, options)
-    return open_dataset(out)
+    return info
 
 
 def _same_samples(parts: list[list[Sample]], source: Source) -> list[list[Sample]]:
@@ -174,6 +178,10 @@ def _same_samples(parts: list[list[Sample]], source: Source) -> list[list[Sample
 
 def _contents(chunk: Chunk, record: ChunkRecord) -> Iterator[tuple[Sample, str]]:
     return zip(chunk.samples, record.contents, strict=True)
+
+
+def _readable(chunk: Chunk, record: ChunkRecord) -> Iterator[str]:
+    return (sample.name for sample in chunk.samples if sample.name not in record.unreadable)
 
 
 def _read_own_record(chunk: Chunk) -> ChunkRecord:
@@ -205,6 +213,12 @@ def _reopen(source: Source, out: Path, identity: dict[str, Any], options: Prepar
                 " --val-fraction differs; delete it or use another folder"
             )
     info = open_dataset(out)
+    if not has_names(info):  # prepared by an earlier version
+        chunks = _make_chunks(out / "val", [source.splits["val"]], options)
+        names = [sample.name for chunk in chunks for sample in chunk.samples]
+        if len(names) == info.samples["val"]:
+            with suppress(OSError):  # the data may be read-only
+                write_names(info, names)
     _report_summary(stored.get("summary"), source.classes, options)
     return info
 

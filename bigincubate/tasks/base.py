@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import DataConfig, ModelConfig, Settings
 from ..errors import ConfigError
+from .evaluation import Evaluation, EvaluationRequest, Evaluator
 from .metric import Metric
 
 if TYPE_CHECKING:
@@ -172,6 +173,26 @@ class Task(ABC):
             pad_batches_across_ranks: Whether a rank with fewer batches than others repeats its last batch, without
                 counting it. Needed if the forward pass of the model is collective.
         """
+
+    def evaluator(self, request: EvaluationRequest) -> Evaluator:
+        """Check a request to evaluate a finished model, and return a function that does it in this process.
+
+        Raises:
+            ConfigError: The data does not fit the model, or the task cannot do what is asked for.
+        """
+        name, info = self.settings.task.name, request.info
+        if request.probe:
+            raise ConfigError(f"probe = {request.probe!r}: the task {name} has no features to classify; leave it out")
+        if request.classes:
+            raise ConfigError(f"--classes {request.classes}: the task {name} has no classes to match; leave it out")
+        if request.per_class:
+            raise ConfigError(f"--per-class: the task {name} has no classes; leave it out")
+        self.check_dataset(info)
+
+        def evaluate(model: nn.Module, env: DistributedContext) -> Evaluation:
+            return Evaluation(self.evaluate(model, self.eval_stream(info, "val", batch_size=request.batch_size), env))
+
+        return evaluate
 
     def make_result(
         self, scores: dict[str, float], *, steps: int = 0, seen: int = 0, flops: int = 0, seconds: float = 0.0

@@ -36,6 +36,10 @@ class Metric:
             return "-"
         return f"{value:{self.format}}{self.unit if unit else ''}"
 
+    def interval_text(self, ends: tuple[float, float] | None) -> str:
+        """Format the ends of an interval, such as ``"94.44 to 98.06"``; None is formatted as ``"-"``."""
+        return " to ".join(map(self.text, ends)) if ends else "-"
+
     @property
     def column(self) -> str:
         """The heading of its table column, such as ``"top-1 %"``."""
@@ -51,9 +55,23 @@ def planned_metrics(row: Mapping[str, Any]) -> tuple[Metric, ...]:
     return tuple(Metric(**fields) for fields in row["metrics"])
 
 
-def describe_metrics(metrics: Iterable[Metric], values: Mapping[str, float]) -> str:
-    """Format metrics in one line, such as ``top-1 96.39%, top-5 99.72%, loss 0.1538``."""
-    return ", ".join(f"{metric.title} {metric.text(values[metric.name], unit=True)}" for metric in metrics)
+def describe_metrics(
+    metrics: Iterable[Metric],
+    values: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> str:
+    """Format metrics in one line, such as ``top-1 96.39%, top-5 99.72%, loss 0.1538``.
+
+    Args:
+        metrics: The metrics.
+        values: Their values, by name.
+        intervals: Ends of intervals by name, printed after the value: ``top-1 96.39% (94.44 to 98.06)``.
+    """
+    return ", ".join(
+        f"{metric.title} {metric.text(values[metric.name], unit=True)}"
+        + (f" ({metric.interval_text(intervals[metric.name])})" if intervals and metric.name in intervals else "")
+        for metric in metrics
+    )
 
 
 def check_finite_metrics(metrics: Iterable[Metric], values: Mapping[str, float], subject: str) -> None:

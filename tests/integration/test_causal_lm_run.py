@@ -85,6 +85,22 @@ def test_export_is_evaluated_to_the_same_score(finished: Path, bigincubate: Comm
     assert "probe" in refused.stderr
 
 
+def test_several_data_sets_are_a_table(finished: Path, bigincubate: Command) -> None:
+    words = ("evaluate", finished, "--data", finished / "data", "--data", finished / "data")
+    ended = bigincubate(*words)
+    assert ended.returncode == 0, ended.stderr
+    _, heading, *rows = ended.stdout.splitlines()
+    assert heading.split()[:3] == ["data", "tokens", "bits/byte"]
+    assert "interval" not in heading
+    assert len(rows) == 2
+    for option in (["--per-class"], ["--classes", finished / "recipe.toml"]):
+        refused = bigincubate(*words, *option)
+        assert refused.returncode == 2
+        assert f"{option[0]}" in refused.stderr
+        assert "the task causal_lm has no classes" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
 def test_tensorboard_has_the_example(finished: Path, recipe: Path) -> None:
     harness = TrainingHarness(recipe, finished)
     assert "example/text_summary" in harness.events("finetune").Tags()["tensors"]

@@ -129,7 +129,9 @@ def test_evaluate_a_run_a_phase_an_artifact_and_an_export(place: Any, call: Call
         assert (scores["top1"], scores["samples"]) == (expected["metrics"]["top1"], expected["samples"])
         assert scores["loss"] == pytest.approx(expected["metrics"]["loss"], abs=1e-6)
     code, out, _ = call("evaluate", place.run, "--data", place.digits)
-    assert re.match(r"top-1 [\d.]+%, top-5 [\d.]+%, loss [\d.]+ on \d+ images of ", out)
+    assert re.match(
+        r"top-1 [\d.]+% \([\d.]+ to [\d.]+\), top-5 [\d.]+% \([\d.]+ to [\d.]+\), loss [\d.]+ on \d+ images of ", out
+    )
 
 
 ALONE: dict[str, Callable[[Any], list[object]]] = {

@@ -18,9 +18,12 @@ from ...data.images import LABELLED_IMAGE, pixel_limit
 from ...distributed.process_group import DistributedContext
 from ...errors import ConfigError
 from ..base import EvalBatches, Task, TrainBatches
+from ..evaluation import Evaluation, EvaluationRequest, Evaluator
 from ..metric import Metric
 from .batch_transform import load_batch_transform
 from .mixup import TwoHot, blend
+from .outcomes import Outcomes
+from .targets import SAME_CLASSES, Targets, find_targets
 
 if TYPE_CHECKING:
     from ...data.partitions import PartitionFunction
@@ -158,11 +161,23 @@ class ImageClassification(Task):
 
     # ------------------------------------------------------------------------------------------ evaluation
 
-    @torch.no_grad()
     def evaluate(
         self, model: nn.Module, batches: EvalBatches, env: DistributedContext, *, pad_batches_across_ranks: bool = False
     ) -> dict[str, float]:
         """Return top-1 and top-5 accuracy (percent), mean cross entropy, and the number of samples."""
+        return self._evaluate(model, batches, env, SAME_CLASSES, pad=pad_batches_across_ranks)
+
+    @torch.no_grad()
+    def _evaluate(
+        self,
+        model: nn.Module,
+        batches: EvalBatches,
+        env: DistributedContext,
+        targets: Targets,
+        *,
+        outcomes: Outcomes | None = None,
+        pad: bool = False,
+    ) -> dict[str, float]:
         training = model.training
         model.eval()
         totals = torch.zeros(4, dtype=torch.float64)
@@ -170,12 +185,13 @@ class ImageClassification(Task):
             batch = batch.to(env.device)
             with torch.autocast(env.device.type, torch.bfloat16, enabled=self.settings.train.precision == "bf16"):
                 logits = model(batch["images"]).float()
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            hits = best == batch["labels"][:, None]
-            loss = F.cross_entropy(logits, batch["labels"], reduction="none")
-            sums = (hits[:, 0].sum(), hits.sum(), loss.double().sum(), torch.tensor(len(hits)))
+            logits, labels, best, hits = targets.score(logits, batch)
+            loss = F.cross_entropy(logits, labels, reduction="none")
+            sums = (hits[:, 0].sum(), hits.any(dim=1).sum(), loss.double().sum(), torch.tensor(len(hits)))
             totals += torch.stack([value.double().cpu() for value in sums])
-        if pad_batches_across_ranks:
+            if outcomes is not None:
+                outcomes.add(labels, best, hits)
+        if pad:
             for _ in range(max(env.gather(len(batches))) - len(batches)):
                 model(batch["images"])
         model.train(training)
@@ -183,6 +199,43 @@ class ImageClassification(Task):
             torch.distributed.all_reduce(totals, group=env.control)
         top1, top5, loss_sum, count = totals.tolist()
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "loss": loss_sum / count, "samples": int(count)}
+
+    def evaluator(self, request: EvaluationRequest) -> Evaluator:
+        """Return a function that evaluates a finished model; see `Task.evaluator`."""
+        if request.probe:
+            return self._probe_evaluator(request)
+        info = request.info
+        super().check_dataset(info)
+        targets = find_targets(info, self.settings.model.num_classes, request.records.get("classes"), request.classes)
+
+        def evaluate(model: nn.Module, env: DistributedContext) -> Evaluation:
+            outcomes = Outcomes(info.samples["val"])
+            batches = self.eval_stream(info, "val", batch_size=request.batch_size)
+            scores = self._evaluate(model, batches, env, targets, outcomes=outcomes)
+            if targets.valid is not None:
+                del scores["loss"]  # it is of one label per image
+            per_class = outcomes.per_class(info.schema.metadata["classes"]) if request.per_class else None
+            return Evaluation(scores, outcomes.intervals(), per_class, targets.matching)
+
+        return evaluate
+
+    def _probe_evaluator(self, request: EvaluationRequest) -> Evaluator:
+        from .probe import probe
+
+        info, kind = request.info, request.probe
+        super().check_dataset(info)
+        if request.classes or request.per_class:
+            option = "--classes" if request.classes else "--per-class"
+            raise ConfigError(f"{option} is not for a probe, which learns the classes of the data; leave it out")
+
+        def evaluate(model: nn.Module, env: DistributedContext) -> Evaluation:
+            if not hasattr(model, "forward_head"):
+                name = self.settings.model.name
+                raise ConfigError(f"probe = {kind!r}: {name} has no features to classify; leave it out")
+            train, val = (self.eval_stream(info, split, batch_size=request.batch_size) for split in ("train", "val"))
+            return Evaluation(probe(kind, model, train, val, _count_classes(info), env.device))  # type: ignore[arg-type]
+
+        return evaluate
 
     # ------------------------------------------------------------------------------------------ artifacts
 
