@@ -344,6 +344,7 @@ def evaluate(  # type: ignore[overload-overlap]  # a str is also a sequence of s
     probe: Literal["linear", "knn"] | None = ...,
     classes: ClassFiles = ...,
     per_class: bool = ...,
+    split: str | Sequence[str] = ...,
     report: Callable[[str], None] = ...,
 ) -> dict[str, Any]: ...
 
@@ -357,6 +358,7 @@ def evaluate(
     probe: Literal["linear", "knn"] | None = ...,
     classes: ClassFiles = ...,
     per_class: bool = ...,
+    split: str | Sequence[str] = ...,
     report: Callable[[str], None] = ...,
 ) -> list[dict[str, Any]]: ...
 
@@ -369,9 +371,10 @@ def evaluate(
     probe: Literal["linear", "knn"] | None = None,
     classes: ClassFiles = None,
     per_class: bool = False,
+    split: str | Sequence[str] = "val",
     report: Callable[[str], None] = _ignore,
 ) -> dict[str, Any] | list[dict[str, Any]]:
-    """Evaluate a finished model on the validation split of prepared data, in this process.
+    """Evaluate a finished model on prepared data, usually its validation split, in this process.
 
     Args:
         source: A run directory, the folder of a phase, an artifact, or an exported folder.
@@ -382,6 +385,7 @@ def evaluate(
         classes: A file that says which classes of the model the labels of the data mean, as ``--classes`` takes it; or
             a list with one, or None, for each data set.
         per_class: Whether to return the score of each class.
+        split: The split: ``"val"``, ``"train"``, or ``"all"`` for both; or a list with one for each data set.
         report: Called with the scores of each data set in one line.
 
     Returns:
@@ -405,7 +409,7 @@ def evaluate(
     paths = [data] if isinstance(data, str | os.PathLike) else list(data)
     results = []
     for found in evaluate_model(
-        source, paths, batch_size=batch_size, probe=probe, classes=classes, per_class=per_class
+        source, paths, batch_size=batch_size, probe=probe, classes=classes, per_class=per_class, split=split
     ):
         report(found.describe())
         results.append(found.values() if one else {"data": str(found.data), **found.values()})

@@ -32,7 +32,7 @@ def evaluate(
             "--data",
             metavar="DIR",
             parser=parse_path,
-            help="Prepared data, of which the validation split is used. Repeat it for a table of several data sets.",
+            help="Prepared data. Repeat it for a table of several data sets.",
         ),
     ],
     batch_size: Annotated[int, Option(min=1, max=MAX_COUNT, metavar="N")] = 256,
@@ -48,16 +48,34 @@ def evaluate(
             " of each image (JSON). For several data sets: one file, or one for each of them in order, - for none.",
         ),
     ] = None,
+    split: Annotated[
+        list[str] | None,
+        Option(
+            "--split",
+            metavar="SPLIT",
+            help="val, train, or all for both (default: val). For several data sets: one, or one for each, in order.",
+        ),
+    ] = None,
     per_class: Annotated[bool, Option("--per-class", help="Also print the score of each class.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Evaluate a finished model on the validation split of one or more data sets."""
+    """Evaluate a finished model on one or more data sets."""
     from ..training.evaluation import evaluate_model
 
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"--probe {probe}: expected linear or knn")
     files = [None if name == "-" else parse_path(name) for name in classes or ["-"]]
-    found = [*evaluate_model(source, data, batch_size=batch_size, probe=probe, classes=files, per_class=per_class)]
+    found = [
+        *evaluate_model(
+            source,
+            data,
+            batch_size=batch_size,
+            probe=probe,
+            classes=files,
+            per_class=per_class,
+            split=split or "val",
+        )
+    ]
     if as_json:
         several = [{"data": str(each.data), **each.values()} for each in found]
         say_json(several if len(found) > 1 else found[0].values())

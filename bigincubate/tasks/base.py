@@ -7,7 +7,8 @@ interface.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -43,6 +44,19 @@ class EvalBatches(Protocol):
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
+
+
+class _JoinedBatches:
+    """Batches of several splits, one split after another."""
+
+    def __init__(self, splits: Sequence[EvalBatches]) -> None:
+        self._splits = splits
+
+    def __len__(self) -> int:
+        return sum(map(len, self._splits))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return chain.from_iterable(self._splits)
 
 
 class Task(ABC):
@@ -190,9 +204,15 @@ class Task(ABC):
         self.check_dataset(info)
 
         def evaluate(model: nn.Module, env: DistributedContext) -> Evaluation:
-            return Evaluation(self.evaluate(model, self.eval_stream(info, "val", batch_size=request.batch_size), env))
+            return Evaluation(self.evaluate(model, self.requested_batches(request), env))
 
         return evaluate
+
+    def requested_batches(self, request: EvaluationRequest) -> EvalBatches:
+        """Return the batches of the splits that a request names, one split after another."""
+        return _JoinedBatches(
+            [self.eval_stream(request.info, split, batch_size=request.batch_size) for split in request.splits]
+        )
 
     def make_result(
         self, scores: dict[str, float], *, steps: int = 0, seen: int = 0, flops: int = 0, seconds: float = 0.0

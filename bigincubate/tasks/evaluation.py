@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..data.dataset import DatasetInfo
+from ..data.dataset import SPLITS, DatasetInfo
 from .metric import Metric, describe_metrics
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ PERCENTILES = (2.5, 97.5)  # the ends of a 95% interval
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """How to evaluate a finished model on the validation split of a data set.
+    """How to evaluate a finished model on a data set.
 
     Attributes:
         info: The data set.
@@ -32,6 +32,7 @@ class EvaluationRequest:
         classes: A file that says which classes of the model the labels of the data mean; None without one.
         per_class: Whether to return the score of each class.
         probe: Evaluate the model's features with this classifier instead; None to evaluate the model.
+        split: The split: ``"val"``, ``"train"``, or ``"all"`` for both.
     """
 
     info: DatasetInfo
@@ -40,6 +41,12 @@ class EvaluationRequest:
     classes: Path | None = None
     per_class: bool = False
     probe: str | None = None
+    split: str = "val"
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits whose samples are evaluated."""
+        return SPLITS if self.split == "all" else (self.split,)
 
 
 @dataclass(frozen=True)
@@ -103,13 +110,16 @@ class DatasetEvaluation:
         """Return the scores in one line."""
         scores = describe_metrics(self.metrics, self.result.scores, self.result.intervals)
         method = f" ({self.request.probe} probe)" if self.request.probe else ""
+        split = {"val": "", "train": ", training split", "all": ", both splits"}[self.request.split]
         matching = f" ({self.result.matching})" if self.result.matching else ""
-        return f"{scores}{method} on {self.result.scores['samples']} {self.unit} of {self.data}{matching}"
+        return f"{scores}{method} on {self.result.scores['samples']} {self.unit} of {self.data}{split}{matching}"
 
     def values(self) -> dict[str, Any]:
         """Return the result as plain values: the scores by name, and what else there is."""
         result = self.result
         values: dict[str, Any] = dict(result.scores)
+        if self.request.split != "val":
+            values["split"] = self.request.split
         if result.intervals:
             values["intervals"] = {name: list(ends) for name, ends in result.intervals.items()}
         if result.matching:

@@ -28,6 +28,7 @@ def evaluate_model(
     probe: str | None = None,
     classes: ClassFiles = None,
     per_class: bool = False,
+    split: str | Sequence[str] = "val",
 ) -> Iterator[DatasetEvaluation]:
     """Evaluate a model on data sets one after another. All data sets are checked first.
 
@@ -38,6 +39,7 @@ def evaluate_model(
         probe: The classifier to fit to the model's features instead; None to evaluate the model.
         classes: The file that says which classes of the model the labels mean, or one, or None, for each data set.
         per_class: Whether to score each class.
+        split: The split: ``"val"``, ``"train"``, or ``"all"`` for both; or one for each data set.
 
     Yields:
         The result of each data set.
@@ -51,20 +53,24 @@ def evaluate_model(
     if probe not in (None, "linear", "knn"):
         raise ConfigError(f"probe = {probe!r}: expected linear or knn")
     check_integer("batch_size", batch_size)
+    splits = [split] if isinstance(split, str) else list(split)
+    if wrong := next((name for name in splits if name not in ("val", "train", "all")), None):
+        raise ConfigError(f"split = {wrong!r}: expected val, train or all")
     files = [classes] if classes is None or isinstance(classes, str | os.PathLike) else list(classes)
-    if not data or len(files) not in (1, len(data)):
-        raise ConfigError(
-            f"{len(data)} data sets and {len(files)} files of classes; give at least one data set, and one file of"
-            " classes, or one for each data set"
-        )
+    if not data:
+        raise ConfigError("there is no data set; name at least one")
+    for what, count in (("files of classes", len(files)), ("splits", len(splits))):
+        if count not in (1, len(data)):
+            raise ConfigError(f"{len(data)} data sets, but {count} {what}; give one, or one for each data set")
+    splits *= len(data) // len(splits)
     paths = [None if file is None else expand_path(file) for file in files] * (len(data) // len(files))
     model, spec = load_model(expand_path(source))
     task_type = task_class(spec.task.name)
     settings = task_type.artifact_settings(spec.model, spec.metadata).model_copy(update={"task": spec.task})
     task = task_type(settings, DataConfig())
     requests = [
-        EvaluationRequest(open_dataset(expand_path(path)), batch_size, spec.records, file, per_class, probe)
-        for path, file in zip(data, paths, strict=True)
+        EvaluationRequest(open_dataset(expand_path(path)), batch_size, spec.records, file, per_class, probe, own)
+        for path, file, own in zip(data, paths, splits, strict=True)
     ]
     evaluators = [task.evaluator(request) for request in requests]
     with restored_rank_variables():

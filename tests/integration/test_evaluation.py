@@ -185,9 +185,30 @@ def test_data_of_other_classes_without_a_file_is_refused(trained: Digits, call: 
     subset, whole = trained.subset, trained.whole
     code, _, err = call("evaluate", trained.model, "--data", subset, "--data", whole, *["--classes", "-"] * 3)
     assert code == 2
-    assert "2 data sets and 3 files of classes" in err
-    with pytest.raises(ConfigError, match="0 data sets"):
+    assert "2 data sets, but 3 files of classes" in err
+    with pytest.raises(ConfigError, match="there is no data set"):
         bi.evaluate(trained.model, [])
+
+
+def test_both_splits_are_evaluated(trained: Digits, tmp_path: Path, call: Call) -> None:
+    """Data that is only for evaluation may have its images in both splits."""
+    words = ["evaluate", trained.model, "--data", trained.subset, "--data", trained.subset, "--json"]
+    val, both = json.loads(call(*words, "--split", "val", "--split", "all")[1])
+    train = bi.evaluate(trained.model, trained.subset, split="train", per_class=True)
+    assert [each["samples"] for each in (val, train, both)] == [60, 120, 180]
+    assert both["top1"] == pytest.approx((val["top1"] + 2 * train["top1"]) / 3)
+    assert (both["split"], train["split"]) == ("all", "train")
+    assert [each["samples"] for each in train["per_class"]] == [40, 40, 40]
+    code, out, _ = call(*words[:4], "--split", "all")
+    assert code == 0
+    assert " on 180 images of " in out
+    assert ", both splits (3 of 10 classes, matched by name)" in out
+    lists = write_file(tmp_path / "real.json", [[3]] * open_dataset(trained.whole).samples["val"])
+    for options in (["--split", "test"], ["--split", "all", "--classes", lists], ["--split", "all", "--probe", "knn"]):
+        code, _, err = call("evaluate", trained.model, "--data", trained.whole, *options)
+        assert code == 2
+        assert "split" in err
+        assert err.count("\n") == 1
 
 
 # ------------------------------------------------------------------------------------------------ valid labels

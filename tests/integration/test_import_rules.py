@@ -35,7 +35,7 @@ LAYERS: dict[str, set[str]] = {
     "data": {"compat", "config", "distributed", "errors", "files", "storage"},
     "optim": {"compat", "config", "errors", "storage"},
     "sharding": {"compat", "config", "distributed", "errors", "optim", "storage"},
-    "tasks": {"compat", "config", "data", "distributed", "errors", "models"},
+    "tasks": {"compat", "config", "data", "distributed", "errors", "files", "models"},
     "planning": {
         *("config", "data", "distributed", "errors", "files", "models", "optim", "sharding", "storage"),
         "tasks",

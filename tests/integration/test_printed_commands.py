@@ -78,7 +78,7 @@ def test_run_prints_commands_that_can_be_pasted(
     assert (code, err) == (0, "")
     lines = {line.partition(":")[0]: line for line in out.splitlines()}
     parameters = parse(lines["next"])
-    assert (parameters["source"], parameters["data"]) == (spaced.run.path, digits)
+    assert (parameters["source"], parameters["data"]) == (spaced.run.path, [digits])
     assert shlex.split(lines["curves"])[1:] == ["tensorboard", "--logdir", str(spaced.run.path)]
     names: dict[str, Any] = {}
     exec(next(line for line in out.splitlines() if "timm.create_model" in line).strip(), names)

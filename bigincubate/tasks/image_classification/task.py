@@ -207,11 +207,12 @@ class ImageClassification(Task):
         info = request.info
         super().check_dataset(info)
         targets = find_targets(info, self.settings.model.num_classes, request.records.get("classes"), request.classes)
+        if targets.valid is not None and request.split != "val":
+            raise ConfigError(f"--split {request.split}: lists of valid labels are of validation images; leave it out")
 
         def evaluate(model: nn.Module, env: DistributedContext) -> Evaluation:
-            outcomes = Outcomes(info.samples["val"])
-            batches = self.eval_stream(info, "val", batch_size=request.batch_size)
-            scores = self._evaluate(model, batches, env, targets, outcomes=outcomes)
+            outcomes = Outcomes(sum(info.samples[split] for split in request.splits))
+            scores = self._evaluate(model, self.requested_batches(request), env, targets, outcomes=outcomes)
             if targets.valid is not None:
                 del scores["loss"]  # it is of one label per image
             per_class = outcomes.per_class(info.schema.metadata["classes"]) if request.per_class else None
@@ -224,9 +225,9 @@ class ImageClassification(Task):
 
         info, kind = request.info, request.probe
         super().check_dataset(info)
-        if request.classes or request.per_class:
-            option = "--classes" if request.classes else "--per-class"
-            raise ConfigError(f"{option} is not for a probe, which learns the classes of the data; leave it out")
+        options = {"--classes": request.classes, "--per-class": request.per_class, "--split": request.split != "val"}
+        if given := [option for option, value in options.items() if value]:
+            raise ConfigError(f"{given[0]} is not for a probe, which learns from the training split; leave it out")
 
         def evaluate(model: nn.Module, env: DistributedContext) -> Evaluation:
             if not hasattr(model, "forward_head"):
