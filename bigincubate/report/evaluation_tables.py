@@ -31,7 +31,7 @@ def evaluation_table(source: object, evaluations: Sequence[DatasetEvaluation]) -
     title = f"{source}: {f'{probe} probe' if probe else 'evaluation'}"
     table = TextTable(title, [*columns, *(["classes"] if matched else [])])
     for name, each in zip(_short_names(evaluations), evaluations, strict=True):
-        cells = [name, f"{each.result.scores['samples']:,}"]
+        cells = [f"{name}{each.split}", f"{each.result.scores['samples']:,}"]
         for metric in metrics:
             cells.append(metric.text(each.result.scores.get(metric.name)))
             if metric.name in bounded:
@@ -44,7 +44,7 @@ def class_table(evaluation: DatasetEvaluation) -> Table:
     """Return a table with a row for each class that has samples."""
     headline = evaluation.metrics[0]
     columns = ["class", evaluation.unit, headline.column, "most frequent wrong class", "times"]
-    table = TextTable(f"classes of {evaluation.data}", columns)
+    table = TextTable(f"classes of {evaluation.data}{evaluation.split}", columns)
     for each in evaluation.result.per_class or ():
         wrong = [each.wrong, f"{each.wrong_samples:,}"] if each.wrong is not None else ["-", "-"]
         table.add_row(each.name, f"{each.samples:,}", headline.text(each.score), *wrong)

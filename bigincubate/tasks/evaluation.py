@@ -106,13 +106,17 @@ class DatasetEvaluation:
     metrics: Sequence[Metric]
     unit: str
 
+    @property
+    def split(self) -> str:
+        """The splits, to be printed after the name of the data; empty for the validation split."""
+        return {"val": "", "train": ", training split", "all": ", both splits"}[self.request.split]
+
     def describe(self) -> str:
         """Return the scores in one line."""
         scores = describe_metrics(self.metrics, self.result.scores, self.result.intervals)
         method = f" ({self.request.probe} probe)" if self.request.probe else ""
-        split = {"val": "", "train": ", training split", "all": ", both splits"}[self.request.split]
         matching = f" ({self.result.matching})" if self.result.matching else ""
-        return f"{scores}{method} on {self.result.scores['samples']} {self.unit} of {self.data}{split}{matching}"
+        return f"{scores}{method} on {self.result.scores['samples']} {self.unit} of {self.data}{self.split}{matching}"
 
     def values(self) -> dict[str, Any]:
         """Return the result as plain values: the scores by name, and what else there is."""

@@ -199,6 +199,8 @@ def test_both_splits_are_evaluated(trained: Digits, tmp_path: Path, call: Call) 
     assert both["top1"] == pytest.approx((val["top1"] + 2 * train["top1"]) / 3)
     assert (both["split"], train["split"]) == ("all", "train")
     assert [each["samples"] for each in train["per_class"]] == [40, 40, 40]
+    code, out, _ = call(*words[:-1], "--split", "val", "--split", "all")
+    assert [row.split("  ")[0] for row in out.splitlines()[2:]] == ["subset", "subset, both splits"]
     code, out, _ = call(*words[:4], "--split", "all")
     assert code == 0
     assert " on 180 images of " in out
