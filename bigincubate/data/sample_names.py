@@ -38,7 +38,7 @@ def read_names(info: DatasetInfo) -> list[str]:
     Raises:
         DataError: They are not known.
     """
-    again = "run the same `bigincubate data prepare` again, which adds them"
+    again = "run the same `bigincubate data prepare` again, which adds them (to adopted data it cannot)"
     if not has_names(info):
         raise DataError(f"{quote_path(info.path)} does not hold the names of its validation images; {again}")
     file: Path = info.path / NAMES_FILE
