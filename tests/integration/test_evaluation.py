@@ -143,7 +143,7 @@ def test_classes_with_the_names_of_numbers_are_found_by_number(trained: Digits, 
     assert (found.columns, found.matching[:27]) == (None, "classes matched by position")
 
 
-WRONG = {
+WRONG: dict[str, tuple[Any, ...]] = {
     "no file": ("nowhere.json", None, "No such file"),
     "not JSON": ("map.json", "{three", "is not JSON"),
     "a number": ("map.json", "3", "has no classes"),
@@ -325,7 +325,7 @@ def test_scores_of_classes(trained: Digits, call: Call) -> None:
         own = predicted[labels == digit]
         assert (found["samples"], found["score"]) == (len(own), pytest.approx(100 * (own == digit).mean()))
         wrong = np.bincount(own[own != digit], minlength=10)
-        confusions += wrong.any()
+        confusions += int(wrong.any())
         expected = (str(wrong.argmax()), wrong.max()) if wrong.any() else (None, 0)
         assert (found["wrong"], found["wrong_samples"]) == expected
     assert confusions > 5
@@ -336,15 +336,15 @@ def test_scores_of_classes(trained: Digits, call: Call) -> None:
     assert title.startswith("classes of ")
     assert heading.split() == ["class", "images", "top-1", "%", "most", "frequent", "wrong", "class", "times"]
     for row, each in zip(rows, scores["per_class"], strict=True):
-        wrong = [each["wrong"], str(each["wrong_samples"])] if each["wrong"] else ["-", "-"]
-        assert row.split() == [each["name"], str(each["samples"]), f"{each['score']:.2f}", *wrong]
+        mistaken = [each["wrong"], str(each["wrong_samples"])] if each["wrong"] else ["-", "-"]
+        assert row.split() == [each["name"], str(each["samples"]), f"{each['score']:.2f}", *mistaken]
 
 
 def test_several_data_sets_are_a_table(trained: Digits, tmp_path: Path, call: Call) -> None:
     file = write_file(tmp_path / "map.json", SOME)
     words = ["evaluate", trained.model]
-    for data in (trained.whole, trained.subset, trained.renamed):
-        words += ["--data", data]
+    for each in (trained.whole, trained.subset, trained.renamed):
+        words += ["--data", each]
     words += ["--classes", "-", "--classes", "-", "--classes", file]
     code, out, err = call(*words, "--json")
     assert (code, err) == (0, "")

@@ -105,7 +105,7 @@ def test_evaluation_is_that_of_the_command(
     assert scores == json.loads(call("evaluate", finished, "--data", digits, "--json")[1])
     assert call("evaluate", finished, "--data", digits)[1] == f"{lines[0]}\n"
     with pytest.raises(bi.errors.ConfigError, match="expected linear or knn"):
-        bi.evaluate(finished, digits, probe="tree")  # type: ignore[arg-type]
+        bi.evaluate(finished, digits, probe="tree")  # type: ignore[call-overload]
     with pytest.raises(bi.errors.ArtifactError):
         bi.load_model(finished / "nothing")
 
