@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bigincubate.data.text.windows import TOKENS
 
 from bigincubate.data.chunks import write_chunk, write_description
 from bigincubate.data.dataset import RecordSchema
+from bigincubate.data.text.windows import TOKENS
 
 WINDOW, SEPARATOR = 16, 256
 RECIPE = """
