@@ -188,7 +188,8 @@ def test_modules_that_are_alike_share_a_line_and_refused_strategies_have_none() 
 
     def row(title: str, total: int, *names: str) -> dict[str, Any]:
         each = {"world": 2, "samples": 8, "activations": 2**20, "total": total * 2**20, "sent": 2**20}
-        return {"title": title, "unit": "images", "sharding": [{**each, "strategy": name} for name in names]}
+        units = {"unit": "images", "batch_size": 16, "batch_units": 16}
+        return {**units, "title": title, "sharding": [{**each, "strategy": name} for name in names]}
 
     rows = [row("meta model", 3, "ddp"), row("module 0", 5, "ddp", "zero1"), row("module 1", 5, "ddp", "zero1")]
     held, sent = (

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,8 @@ def test_first_server_starts_before_the_launcher_imports_large_libraries(fast: P
 import sys
 from bigincubate.cli import main
 from bigincubate.launchers.fork_server import ForkServer
-ForkServer.start = lambda environment: sys.exit(f"imported: {[*{'torch', 'timm', 'numpy'} & sys.modules.keys()]}")
+LARGE = {'torch', 'timm', 'numpy'}
+ForkServer.start = lambda environment, modules: sys.exit(f"imported: {[*LARGE & sys.modules.keys()]}")
 main()
 """
     words = ["run", fast, "--run-dir", tmp_path / "run"]
@@ -79,7 +80,7 @@ def test_first_server_has_the_threads_of_the_first_phase(
     """The meta model shares the cores with the baseline if both run at the same time."""
     asked: list[dict[str, str]] = []
 
-    def refuse(environment: dict[str, str]) -> ForkServer:
+    def refuse(environment: dict[str, str], modules: Sequence[str]) -> ForkServer:
         asked.append(environment)
         raise OSError
 

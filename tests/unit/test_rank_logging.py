@@ -67,7 +67,7 @@ VALUES = {
 
 def describe(step: int, **changed: Any) -> str:
     planned: Any = SimpleNamespace(
-        title="module 1", steps=1000, unit="images", batch_size=256, metrics=ImageClassification.metrics
+        title="module 1", steps=1000, unit="images", batch_units=256, metrics=ImageClassification.metrics
     )
     return describe_step(planned, step, {**VALUES, **changed})
 
