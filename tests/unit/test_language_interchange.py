@@ -171,7 +171,7 @@ def test_second_export_leaves_no_tokenizer_of_the_first(tmp_path: Path) -> None:
 
 
 def pretrained(name: str, folder: Path, depth: int = 6, **changes: Any) -> Any:
-    """Write a random model of transformers, with tied weights, as if somebody had trained it."""
+    """Write a random model of transformers, with tied weights, like one that was trained."""
     family = find_transformers_family(name)
     config = family.configuration(settings(name, depth))
     config.tie_word_embeddings = True
@@ -267,7 +267,7 @@ def test_missing_or_damaged_pretrained_model_is_refused_in_one_line(
     refusals: list[tuple[type[BigincubateError], str, str | Path]] = [
         (ArtifactError, "has no tensor model.layers.2.mlp.up_proj.weight", tmp_path / "hub"),
         (ArtifactError, "no such directory", tmp_path / "nothing"),
-        (DataError, "cannot be downloaded", "transformers:nobody/has-this-model"),
+        (DataError, "cannot be downloaded", "transformers:missing/model"),
     ]
     for kind, says, init in refusals:
         with pytest.raises(kind, match=says) as caught:

@@ -167,7 +167,7 @@ class Replay:
             self._close(position)
 
     def _lease(self, row: dict[str, Any], stack: ExitStack) -> None:
-        """Keep other processes from sending the same steps. Without permission to write, nobody is kept."""
+        """Keep other processes from sending the same steps. This needs permission to write; without it, they may."""
         folder = self.run.path / FOLDER / "leases" / f"{self.name}-{row['key'].replace('/', '-')}"
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
