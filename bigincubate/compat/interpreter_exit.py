@@ -5,10 +5,14 @@ from __future__ import annotations
 import atexit
 import gc
 import io
+import os
 from contextlib import suppress
 
 FILES = {io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom}  # the classes that buffer output
+# variables that add a library, such as a profiler, to a process; it may write its files in an exit handler of C
+ADDED_LIBRARIES = ("LD_PRELOAD", "LD_AUDIT", "CUDA_INJECTION64_PATH", "HSA_TOOLS_LIB", "ROCP_TOOL_LIBRARIES")
 exit_code: int | None = None  # of the command; None: tear down the interpreter as usual
+is_forked = False  # whether this process was forked, and so has the exit handlers and C++ objects of another process
 _frozen_files: list[io.IOBase] = []  # open files that the garbage collector no longer visits
 
 
@@ -19,6 +23,9 @@ def skip_teardown() -> None:
     flushed; only modules and objects are not removed. Handlers run in reverse order, and the one that is registered
     here does not return. Therefore it is not registered if there already are others, such as those of a tracer that
     ``sitecustomize`` starts.
+
+    A forked process ends like those of ``multiprocessing``, without exit handlers of C: those of torch alone remove
+    C++ objects for 0.2 seconds. They run if a library was added to the process by one of :data:`ADDED_LIBRARIES`.
     """
     if atexit._ncallbacks() == 0:
         atexit.register(_exit)
@@ -48,4 +55,8 @@ def _exit() -> None:
             file.flush()
     import ctypes
 
-    ctypes.PyDLL(None).exit(exit_code)  # PyDLL keeps the interpreter's lock, so that no other thread runs Python code
+    libc = ctypes.PyDLL(None)  # PyDLL keeps the interpreter's lock, so that no other thread runs Python code
+    if is_forked and not any(os.environ.get(name) for name in ADDED_LIBRARIES):
+        libc.fflush(None)
+        os._exit(exit_code)
+    libc.exit(exit_code)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..compat.interpreter_exit import freeze_objects
+from ..compat import interpreter_exit
 from ..distributed.parent_death import stop_with_parent
 
 # what a phase of any task imports before the end of its first step
@@ -54,7 +54,8 @@ def serve(connection: socket.socket, initial: Mapping[str, str]) -> list[str] | 
         In a forked process, the arguments of its command; in this process, None.
     """
     stop_threads()
-    freeze_objects()  # otherwise the collector would write to the memory of all objects, and so copy it in each process
+    # otherwise the collector would write to the memory of all objects, and so copy it in each process
+    interpreter_exit.freeze_objects()
     while True:
         message, files, _, _ = socket.recv_fds(connection, 1, 3)
         if not message or not is_safe_to_fork():
@@ -105,6 +106,7 @@ def prepare(initial: Mapping[str, str], request_file: int, log: int, status: int
     """
     import numpy as np
 
+    interpreter_exit.is_forked = True
     os.setsid()
     for stream in (1, 2):
         os.dup2(log, stream)

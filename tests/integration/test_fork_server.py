@@ -124,11 +124,14 @@ def test_forked_process_is_like_a_new_one(server: ForkServer, described: dict[st
 def test_forked_process_ends_without_visiting_the_objects_of_the_server(
     server: ForkServer, described: dict[str, str], tmp_path: Path
 ) -> None:
-    """Visiting them would copy their memory."""
+    """Visiting them would copy their memory. Exit handlers of C run only if a library was added to the process."""
     folder, log = Path(described["PYTHONPATH"].split(":")[0]), tmp_path / "log"
     folder.joinpath("count_frozen.py").write_text(COUNT_FROZEN)
     command = [*COMMAND, "plan", "digits", "--set", 'model.library="count_frozen:nothing"']
     assert ended(server.start_process(command, described, log)) == 2  # the module has no function of that name
+    assert "frozen objects:" not in log.read_text()
+    added = {**described, "HSA_TOOLS_LIB": "libtool.so"}
+    assert ended(server.start_process(command, added, log)) == 2
     assert int(log.read_text().split("frozen objects:")[1]) > 100_000
 
 

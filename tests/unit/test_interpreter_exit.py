@@ -57,6 +57,19 @@ def test_command_ends_with_its_output_code_and_handlers(
         assert "handler of C" in ended.stdout
 
 
+@pytest.mark.parametrize("library", [False, True])
+def test_forked_process_skips_exit_handlers_of_c_unless_a_library_was_added(library: bool) -> None:
+    buffered = "import ctypes; ctypes.CDLL(None).printf(b'buffered by C')"
+    change = f"program.interpreter_exit.is_forked = True; {buffered}\n{C_HANDLER}"
+    text = CODE.replace("{arguments}", "['--version']").replace("{change}", change)
+    variables = {**os.environ, "HSA_TOOLS_LIB": "libtool.so" if library else ""}
+    command = [sys.executable, "-c", text]
+    ended = subprocess.run(command, env=variables, capture_output=True, text=True, check=True, timeout=50)
+    for part in ("bigincubate ", "thread has ended", "handler of Python", "buffered by C"):
+        assert part in ended.stdout
+    assert ("handler of C" in ended.stdout) == library
+
+
 @pytest.mark.parametrize("freeze", ["pass", FREEZE])
 def test_file_that_is_still_open_is_flushed(freeze: str, tmp_path: Path) -> None:
     """Also one that was opened before all objects were frozen."""
