@@ -143,7 +143,7 @@ def data_prepare(
     }
     prepare: Callable[..., DatasetInfo]
     if window is not None:
-        options |= {"window": window, "tokenizer": tokenizer or "bytes", "column": column or "text"}
+        options |= {"window": window, "tokenizer": tokenizer or "bytes", "column": column}
         prepare = partial(prepare_text, val_fraction=val_fraction or 0.05, **options)
     else:
         pairs = _parse_columns(columns) if columns is not None else None

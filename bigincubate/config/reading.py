@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
     Args:
         name_or_path: Name of a shipped recipe, or path of a .toml file. A path in it is relative to its folder.
         sets: ``KEY=VALUE`` strings, with dotted keys. A path in them is relative to the working directory.
-        overlay: Takes the recipe and returns tables that override it; ``sets`` override these tables.
+        overlay: Takes the recipe and returns tables that override it; ``sets`` override these tables, and a key that
+            they set for all phases also overrides those of a phase.
 
     Returns:
         The validated recipe.
@@ -52,7 +54,10 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
     file = _find_recipe_file(str(name_or_path))
     raw = _read_tables(file)
     if overlay is not None:
-        raw = merge(raw, overlay(load_recipe(name_or_path, sets)))
+        tables = overlay(load_recipe(name_or_path, sets))
+        for table, phase in product(map(parse_set, sets), PHASES):
+            _remove_keys(tables.get(phase, {}), table)
+        raw = merge(raw, tables)
     for item in sets:
         raw = merge(raw, parse_set(item))
     where = f"{file} with --set" if sets else str(file)
@@ -77,6 +82,15 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
             f" {shape} has no stable part"
         )
     return recipe
+
+
+def _remove_keys(tables: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Remove the keys of ``given`` from nested tables."""
+    for name, value in given.items():
+        if isinstance(value, dict) and isinstance(tables.get(name), dict):
+            _remove_keys(tables[name], value)
+        else:
+            tables.pop(name, None)
 
 
 def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

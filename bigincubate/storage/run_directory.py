@@ -246,8 +246,8 @@ class RunDir:
             return Path(recipe.data.path)
         if recipe.data.source is None:
             raise DataError(
-                f"recipe {recipe.name!r} needs data: run `bigincubate data prepare SOURCE --out DIR`, then add"
-                " --set data.path=DIR"
+                f"recipe {recipe.name!r} needs data: run `bigincubate data prepare SOURCE --out DIR` (with --window N"
+                " for text), then add --set data.path=DIR"
             )
         return self.path / "data"
 

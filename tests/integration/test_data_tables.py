@@ -63,6 +63,8 @@ def test_gray_arrays_of_other_names_with_names_of_classes(tmp_path: Path) -> Non
     message = fault_of(tmp_path / "x.npz", ConfigError, columns={"image": "photos"})
     assert "x.npz has the arrays photos, kinds, more; give image=NAME,label=NAME of them" in message
     assert "expected names such as x_train, y_train, or --columns image=NAME,label=NAME" in fault_of(tmp_path / "x.npz")
+    message = fault_of(tmp_path / "x.npz", ConfigError, columns={**columns, "split": "part"})
+    assert message.startswith("--columns split=…: only CSV files have such a column, not a .npz file")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,19 @@ def test_command_prints_progress_and_summary(
     assert (code, err) == (2, "bigincubate: --parts 4: the text has 3 domains; use --parts 3 or omit it\n")
 
 
+def test_column_is_refused_for_files_that_have_none(
+    texts: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]]
+) -> None:
+    for source in (texts, "made-up-text"):
+        words = ("data", "prepare", source, "--out", tmp_path / "out", "--window", 32, "--column", "body")
+        code, _, err = call(*words)
+        assert code == 2
+        assert err == (
+            f"bigincubate: --column body: {source} has no JSON lines or Parquet files, which have columns; omit it\n"
+        )
+    assert not tmp_path.joinpath("out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from bigincubate.config import is_execution, list_shipped_recipes, load_recipe
+from bigincubate.config import PHASES, is_execution, list_shipped_recipes, load_recipe
 from bigincubate.config.keys import list_recipe_keys
 from bigincubate.config.modules import PlanConfig
 from bigincubate.errors import ConfigError
 from bigincubate.planning.phases import make_plan
+from bigincubate.planning.smoke import smoke as make_smoke_tables
 from bigincubate.storage.run_directory import RunDir
 
 
@@ -240,6 +241,15 @@ def test_written_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> None:
 )
 def test_keys_are_identity_or_execution(key: str, expected: bool) -> None:
     assert is_execution(key) is expected
+
+
+def test_set_value_overrides_a_small_version_of_the_recipe_also_where_a_phase_has_its_own_value() -> None:
+    plain = load_recipe("digits", [], make_smoke_tables)
+    assert {plain.settings(phase).train.max_steps for phase in PHASES} == {6}
+    changed = load_recipe("digits", ["train.max_steps=3", "finetune.train.max_steps=4"], make_smoke_tables)
+    steps = {phase: changed.settings(phase).train.max_steps for phase in PHASES}
+    assert steps == {"pretrain": 3, "incubate": 3, "finetune": 4, "end_to_end": 3}
+    assert changed.settings("pretrain").train.batch_size == 16
 
 
 def test_run_directory_keeps_its_recipe_until_it_is_updated(smoke: Path, tmp_path: Path) -> None:

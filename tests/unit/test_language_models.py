@@ -274,6 +274,7 @@ def test_gpt2_has_the_initialization_of_the_target_at_every_depth() -> None:
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "would depend on the index of its block"),
         ("gpt2", {"scale_attn_weights": False}, "model.args.scale_attn_weights = false is not supported"),
         ("olmo2", {"pad_token_id": 1}, "model.args.pad_token_id = 1 is not supported: windows are not padded"),
+        ("gpt2", {"summary_type": "mean"}, 'model.args.summary_type = "mean" is not supported: a language model has'),
         ("llama", {"hidden_sise": 8}, "model.args.hidden_sise: LlamaConfig has no such key; did you mean hidden_size?"),
         ("gpt2", {"hidden_size": 8}, "model.args.hidden_size: GPT2Config has no such key; did you mean n_embd?"),
         ("gpt2", {"xyz": 8}, "model.args.xyz: GPT2Config has no such key; its keys are activation_function,"),

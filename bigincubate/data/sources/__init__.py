@@ -90,6 +90,8 @@ def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | N
         if (found := form.read(request)) is not None:
             if columns and not form.columns:
                 raise ConfigError(f"--columns: {quote_path(source)} is {form.title}, which has no columns")
+            if columns and "split" in columns and form.read is not read_csv:
+                raise ConfigError(f"--columns split=…: only CSV files have such a column, not {form.title}")
             return found
     path, known = request.path, ", ".join(form.title for form in FORMS) + ", or " + " or ".join(EMBEDDED)
     if not os.path.lexists(path):

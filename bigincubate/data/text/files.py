@@ -89,6 +89,11 @@ class TextSource:
     folder: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def has_columns(self) -> bool:
+        """Return whether a file has columns or fields, one of which holds the text."""
+        return any(file.form in (LINES, PARQUET) for file in self.files)
+
     @cached_property
     def fingerprint(self) -> str:
         """Return a SHA-256 of the names, sizes and modification times of the files."""

@@ -30,7 +30,7 @@ from ..splits import sort_by_name_hash, split_train_val
 from ..unfinished import begin_folder, preparing, refuse_inside
 from .chunks import TextChunk, document_bytes, make_chunks, write_text_chunk
 from .extraction import EXTRACTED, Extracted, extract
-from .files import EMBEDDED_TEXT, LINES, PARQUET, TextFile, TextSource, find_text
+from .files import EMBEDDED_TEXT, TextFile, TextSource, find_text
 from .stored_tokenizer import TokenizerChoice, choose_tokenizer, copy_tokenizer, store_tokenizer
 from .summary import summarize_text, text_summary_lines
 from .tokenizers import BYTES
@@ -67,7 +67,7 @@ class TextOptions:
             "tokenizer": self.choice.identity,
             "val_fraction": self.val_fraction,
         }
-        if any(file.form in (LINES, PARQUET) for file in source.files):
+        if source.has_columns:
             identity["column"] = self.column
         return identity
 
@@ -79,7 +79,7 @@ def prepare_text(
     window: int,
     tokenizer: str = BYTES,
     val_fraction: float = 0.05,
-    column: str = "text",
+    column: str | None = None,
     jobs: int = 1,
     partition: PartitionFunction | None = None,
     skip_bad: bool = False,
@@ -97,7 +97,7 @@ def prepare_text(
         tokenizer: ``bytes``; ``bpe:N``, to train a tokenizer with N tokens on the training documents; or a file of a
             byte-level tokenizer (``tokenizer.json``).
         val_fraction: Share of the documents of each domain to hold out.
-        column: The field of JSON lines, or the column of Parquet files, that holds the text.
+        column: The field of JSON lines, or the column of Parquet files, that holds the text; by default ``text``.
         jobs: Number of processes, which does not affect the result.
         partition: Divides the training documents into partitions, each of which is also written as a data set.
         skip_bad: Whether to leave out documents that cannot be read.
@@ -125,7 +125,7 @@ def prepare_text(
     options = TextOptions(
         window,
         val_fraction,
-        column,
+        column or "text",
         jobs,
         skip_bad,
         check,
@@ -136,6 +136,11 @@ def prepare_text(
     )
     with preparing(source, out):
         found = find_text(source)
+        if column and not found.has_columns:
+            name = source if source in EMBEDDED_TEXT else quote_path(source)
+            raise ConfigError(
+                f"--column {column}: {name} has no JSON lines or Parquet files, which have columns; omit it"
+            )
         if (out / DESCRIPTION).exists():
             return _reopen(found, out, options)
         return _prepare(found, out, options)

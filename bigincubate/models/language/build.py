@@ -195,6 +195,8 @@ class TransformersFamily(ModelFamily):
             raise ConfigError(f"model.args.{key}: {config_class.__name__} has no such key; {hint}")
         for key, value in arguments.items():
             fixed, reason = (0, DROPOUT) if key in self.dropouts else FIXED.get(key, (value, ""))
+            if key.startswith("summary_"):
+                fixed, reason = parameters[key].default, "a language model has no head that summarizes"
             if value != fixed:
                 raise ConfigError(
                     f"model.args.{key} = {json.dumps(value, default=str)} is not supported: {reason}; remove it"
