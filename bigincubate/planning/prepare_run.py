@@ -215,7 +215,7 @@ def expected_samples(recipe: Recipe) -> int:
         return open_dataset(path, recipe.data.remote).samples["train"]
     if recipe.data.train_samples is None:
         raise ConfigError(
-            "the number of training samples is unknown: add --set data.train_samples=N, or --set data.path=DIR with"
-            " prepared data"
+            "the number of training samples is unknown: add --set data.train_samples=N, or --set data.path=DIR after"
+            f" `bigincubate data prepare {recipe.data.source or 'SOURCE'} --out DIR` (with --window N for text)"
         )
     return recipe.data.train_samples
