@@ -169,11 +169,10 @@ def data_prepare(
 @data_app.command("adopt")
 def data_adopt(
     source: Annotated[
-        Path,
-        Argument(metavar="DIR", parser=parse_path, help="A folder with the splits train and val, or of one split."),
+        str, Argument(metavar="DIR|URL", help="A folder or URL with the splits train and val, or of one split.")
     ],
     val: Annotated[
-        Path | None, Option(metavar="DIR", parser=parse_path, help="The validation split, if it is not DIR/val.")
+        str | None, Option(metavar="DIR|URL", help="The validation split, if it is not val in the folder or URL.")
     ] = None,
     columns: Annotated[
         str | None,
@@ -192,7 +191,7 @@ def data_adopt(
     ] = None,
     out: Annotated[
         Path | None,
-        Option(metavar="DIR", parser=parse_path, help="The folder of the description (default: DIR/adopted)."),
+        Option(metavar="DIR", parser=parse_path, help="The folder of the description (default: adopted in DIR)."),
     ] = None,
     parts: Annotated[
         int,
@@ -203,7 +202,8 @@ def data_adopt(
     """Train on MDS shards of mosaicml-streaming as they are.
 
     The shards may be compressed, and have any columns but pickles. They are read once, to hash them and to check the
-    labels, and not changed. Run it again to check that the data is still the same.
+    labels, and not changed; those at a URL such as s3://bucket/data are downloaded one at a time, and again when they
+    are first trained on. Run it again to check that the data is still the same.
     """
     from ..data.adopt import adopt_dataset
 
@@ -211,9 +211,9 @@ def data_adopt(
     try:
         with progress_display("reading", "samples") as show:
             info = adopt_dataset(
-                source,
+                _parse_place(source),
                 out,
-                val=val,
+                val=None if val is None else _parse_place(val),
                 columns=_parse_columns(columns) if columns is not None else None,
                 classes=classes,
                 tokenizer=tokenizer,
@@ -233,6 +233,13 @@ def data_adopt(
         f"images of {len(found['classes'])} classes" if "classes" in found else f"windows of {found['window']} tokens"
     )
     say(f"{path}: {counts} {what}{partitions}; use it with --set data.path={path}")
+
+
+def _parse_place(text: str) -> Path | str:
+    """Return a URL as it is, without a slash at its end, and otherwise the absolute path."""
+    from ..data.remote import is_url
+
+    return text.rstrip("/") if is_url(text) else parse_path(text)
 
 
 def _choose_partition(parts: int | None, balanced: str, by: Path | None) -> PartitionFunction | None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from .dataset import DESCRIPTION, SPLITS, UNFINISHED, DatasetInfo, open_dataset,
 from .mds_index import MdsSplit, read_splits
 from .partitions import partition_path
 from .process_pool import run_in_processes
+from .remote import download
 from .shards import are_offsets
 from .stored_records import RecordReader
 from .stored_shards import unpack
@@ -35,10 +37,10 @@ KIND = "mds"
 
 
 def adopt_dataset(
-    source: Path,
+    source: Path | str,
     out: Path | None = None,
     *,
-    val: Path | None = None,
+    val: Path | str | None = None,
     columns: Mapping[str, str] | None = None,
     classes: Path | None = None,
     tokenizer: str | None = None,
@@ -50,10 +52,11 @@ def adopt_dataset(
     """Describe an MDS data set of labeled images or windows of tokens, unless that was done before.
 
     Args:
-        source: The folder of the training split, or of the splits ``train`` and ``val``.
+        source: The folder of the training split, or of the splits ``train`` and ``val``; as text, the URL of an object
+            store, whose shards are downloaded one at a time. With ``val``, a URL is that of the training split.
         out: The folder of the description, which is missing or empty, or has the description of the same data. None:
-            ``adopted`` in ``source``.
-        val: The folder of the validation split, if it is not ``val`` in ``source``.
+            ``adopted`` in ``source``, which then must be a folder.
+        val: The folder or URL of the validation split, if it is not ``val`` in ``source``.
         columns: The names of the columns of the ``image`` and the ``label``, if they are different; or that of the
             ``tokens`` of text.
         classes: A file with the names of the classes: one per line, or a JSON list. None: the labels as text.
@@ -73,11 +76,15 @@ def adopt_dataset(
         SystemResourceError: If a file cannot be written, or a process was killed.
     """
     check_integer("jobs", jobs)
-    source = Path(os.path.abspath(source))
+    if isinstance(source, Path):
+        source = Path(os.path.abspath(source))
+        if out is None and source.is_dir() and os.access(source, os.W_OK):
+            out = source / ADOPTED
     splits = read_splits(source, val)
-    if out is None and not os.access(source, os.W_OK):
-        raise ConfigError(f"{quote_path(source)} cannot be written; name a folder for the description with --out DIR")
-    out = Path(os.path.abspath(out or source / ADOPTED))
+    if out is None:
+        name = quote_path(source) if isinstance(source, Path) else source
+        raise ConfigError(f"{name} cannot be written; name a folder for the description with --out DIR")
+    out = Path(os.path.abspath(out))
     records = _find_records(splits, columns or {}, classes, tokenizer)
     plan = _Plan(source, splits, records, _divide(splits["train"], parts))
     with preparing(str(source), out):
@@ -93,13 +100,13 @@ class _Plan:
     """What is adopted, and how.
 
     Attributes:
-        source: The folder that was given.
+        source: The folder or URL that was given.
         splits: The splits.
         records: Their records.
         parts: The numbers of the training shards of each partition.
     """
 
-    source: Path
+    source: Path | str
     splits: dict[str, MdsSplit]
     records: AdoptedRecords
     parts: list[list[int]]
@@ -166,7 +173,7 @@ class _Shard(NamedTuple):
 
     split: str
     number: int
-    folder: Path
+    folder: Path | str
     entry: dict[str, Any]
     records: AdoptedRecords
 
@@ -200,18 +207,30 @@ def _scan_all(plan: _Plan, jobs: int, on_progress: Callable[[int, int], None]) -
 def _scan(shard: _Shard) -> _Scanned:
     """Read a shard: check what its index says of it, hash it, and check and count its records."""
     entry, packed = shard.entry, shard.entry["zip_data"]
-    file = shard.folder / (packed or entry["raw_data"])["basename"]
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
+    name = (packed or entry["raw_data"])["basename"]
+    file, content = f"{shard.folder}/{name}", _read_stored(shard.folder, name)
     entry = dict(entry)
     if packed:
-        entry["zip_data"] = _checked(packed, content, str(file))
-        content = unpack(entry["compression"], content, str(file))
-    entry["raw_data"] = _checked(entry["raw_data"], content, f"{file}, unpacked," if packed else str(file))
+        entry["zip_data"] = _checked(packed, content, file)
+        content = unpack(entry["compression"], content, file)
+    entry["raw_data"] = _checked(entry["raw_data"], content, f"{file}, unpacked," if packed else file)
     entry["hashes"] = ["sha256"]
     return _Scanned(shard.split, shard.number, entry, _count_records(shard, content, file))
+
+
+def _read_stored(folder: Path | str, name: str) -> bytes:
+    """Return the content of a stored file.
+
+    Raises:
+        DataError: If it cannot be read or downloaded.
+    """
+    if isinstance(folder, Path):
+        try:
+            return (folder / name).read_bytes()
+        except OSError as error:
+            raise DataError(f"{folder / name}: {error.strerror}") from None
+    with TemporaryDirectory() as own, download(f"{folder}/{name}", Path(own, "shard")) as file:
+        return file.read_bytes()
 
 
 def _checked(described: dict[str, Any], content: bytes, name: str) -> dict[str, Any]:
@@ -230,7 +249,7 @@ def _checked(described: dict[str, Any], content: bytes, name: str) -> dict[str, 
     return {**described, "hashes": {"sha256": hashlib.sha256(content).hexdigest()}}
 
 
-def _count_records(shard: _Shard, content: bytes, file: Path) -> Counter[int]:
+def _count_records(shard: _Shard, content: bytes, file: str) -> Counter[int]:
     """Return how often each measure occurs in a shard.
 
     Raises:
@@ -290,13 +309,27 @@ def _write(
     for split in SPLITS:
         (folder / split).mkdir(parents=True, exist_ok=True)
     plan.records.add_files(folder)
-    # a folder inside that of the data stays valid if both are moved
-    real, root = folder.resolve(), plan.source.resolve()
-    folders = {}
-    for split, mds in plan.splits.items():
-        place = mds.folder.resolve()
-        together = real.is_relative_to(root) and place.is_relative_to(root)
-        folders[split] = os.path.relpath(place, real) if together else str(place)
+    folders = {split: _find_folder(folder, plan.source, mds.folder) for split, mds in plan.splits.items()}
     origin = {**plan.identity, "summary": described.summary}
     more = {**more, "stored_columns": plan.records.stored}
     return describe_shards(folder, described.schema, entries, origin, more, folders)
+
+
+def _find_folder(folder: Path, source: Path | str, stored: Path | str) -> str:
+    """Return where the shards of a split are: a URL, an absolute path, or a path relative to the description.
+
+    A description inside the folder of the data stays valid if both are moved.
+
+    Args:
+        folder: The folder of the description.
+        source: The folder or URL that was given.
+        stored: The folder or URL of the shards.
+    """
+    if isinstance(stored, str):
+        return stored
+    real, place = folder.resolve(), stored.resolve()
+    if isinstance(source, Path):
+        root = source.resolve()
+        if real.is_relative_to(root) and place.is_relative_to(root):
+            return os.path.relpath(place, real)
+    return str(place)

@@ -29,7 +29,7 @@ from typing import Any
 
 from ..errors import DataError, format_command
 from ..files import quote_path, read_small_file, write_text
-from .remote import fetch
+from .remote import fetch, is_url
 
 FORMAT = 1
 SPLITS = ("train", "val")
@@ -75,8 +75,8 @@ class DatasetInfo:
         part: For a partition, its number; otherwise None.
         of: For a partition, the number of training samples in the whole data set; otherwise None.
         stored_columns: For an adopted data set, the name that each column has in the shards; otherwise None.
-        folders: For an adopted data set, the folder of the shards of each split: absolute, or relative to ``path`` (or
-            to the URL that the data set is downloaded from); otherwise None.
+        folders: For an adopted data set, the folder of the shards of each split: a URL, absolute, or relative to
+            ``path`` (or to the URL that the data set is downloaded from); otherwise None.
     """
 
     path: Path
@@ -111,6 +111,8 @@ class DatasetInfo:
         if self.folders is None:
             return f"{remote or self.path}/{split}"
         folder = self.folders[split]
+        if is_url(folder):
+            return folder
         if remote and "://" in remote and not os.path.isabs(folder):
             scheme, _, path = remote.partition("://")
             return f"{scheme}://{posixpath.normpath(posixpath.join(path, folder))}"
@@ -138,7 +140,7 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
     info, splits = _read_description(path)
     try:
         for split in SPLITS:
-            _check_index(info, split, splits[split], present=remote is None)
+            _check_index(info, split, splits[split], present=remote is None and not is_url(info.stored_folder(split)))
     except INVALID_JSON_ERRORS:
         raise DataError(f"{path}: the description or an index is damaged; {REPREPARE_HINT}") from None
     return info

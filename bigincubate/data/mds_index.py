@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import ConfigError, DataError, format_command
@@ -19,6 +20,7 @@ from .dataset import (
     UNSAFE_ENCODING,
     is_plain_name,
 )
+from .remote import download
 
 
 @dataclass(frozen=True)
@@ -26,28 +28,32 @@ class MdsSplit:
     """The shards of one split.
 
     Attributes:
-        folder: The folder that the paths in ``shards`` are relative to.
+        folder: The folder that the paths in ``shards`` are relative to; text if it is a URL.
         shards: The entries of the index.
         layout: Encoding of each column.
         digest: SHA-256 (hexadecimal) of ``shards``.
     """
 
-    folder: Path
+    folder: Path | str
     shards: list[dict[str, Any]]
     layout: dict[str, str]
     digest: str
 
 
-def read_splits(source: Path, val: Path | None) -> dict[str, MdsSplit]:
+def read_splits(source: Path | str, val: Path | str | None) -> dict[str, MdsSplit]:
     """Read the indexes of the training and the validation split.
 
     Args:
-        source: The folder of the training split, or of the splits ``train`` and ``val``.
-        val: The folder of the validation split, if it is not ``val`` in ``source``.
+        source: The folder or URL of the splits ``train`` and ``val``, or of the training split. A URL is that of the
+            training split if ``val`` is given.
+        val: The folder or URL of the validation split, if it is not ``val`` in ``source``.
 
     Raises:
         DataError: If there is no MDS data, or it cannot be read safely.
     """
+    if isinstance(source, str):
+        places = (source, val) if val is not None else (f"{source}/train", f"{source}/val")
+        return {split: _read_split(place) for split, place in zip(SPLITS, places, strict=True)}
     if not source.is_dir():
         raise DataError(f"no MDS data in {quote_path(source)}: no such folder on this machine")
     if (source / DESCRIPTION).exists():
@@ -58,47 +64,65 @@ def read_splits(source: Path, val: Path | None) -> dict[str, MdsSplit]:
         raise DataError(
             f"{quote_path(source)} has no folders train and val; name the folder of the validation split: {command}"
         )
-    folders = (train if train.is_dir() else source, default if val is None else val.absolute())
+    validation = default if val is None else val.absolute() if isinstance(val, Path) else val
+    folders = (train if train.is_dir() else source, validation)
     return {split: _read_split(folder) for split, folder in zip(SPLITS, folders, strict=True)}
 
 
-def _read_split(folder: Path) -> MdsSplit:
-    """Read the index of a folder, or those of its subfolders in the order of their names."""
+def _read_split(place: Path | str) -> MdsSplit:
+    """Read the index of a folder or URL."""
+    if isinstance(place, Path):
+        return _read_folder(place, quote_path(place))
+    with TemporaryDirectory() as folder:
+        with download(f"{place}/{INDEX}", Path(folder, INDEX)):
+            pass
+        return replace(_read_folder(Path(folder), place), folder=place)
+
+
+def _read_folder(folder: Path, name: str) -> MdsSplit:
+    """Read the index of a folder, or those of its subfolders in the order of their names.
+
+    Args:
+        folder: The folder.
+        name: Its name in messages.
+    """
     subfolders = sorted(f"{file.parent.name}/" for file in folder.glob(f"*/{INDEX}"))
     names = [""] if (folder / INDEX).exists() else subfolders
     if not names:
-        raise DataError(f"{quote_path(folder)} holds no MDS data: it has no {INDEX}, and neither have its folders")
+        raise DataError(f"{name} holds no MDS data: it has no {INDEX}, and neither have its folders")
     try:
-        shards = [shard for name in names for shard in _read_shards(folder, name)]
+        shards = [shard for subfolder in names for shard in _read_shards(folder, subfolder, name)]
         layouts = [dict(zip(shard["column_names"], shard["column_encodings"], strict=True)) for shard in shards]
     except INVALID_JSON_ERRORS:
-        raise DataError(f"{quote_path(folder)}: an {INDEX} is damaged; copy it again") from None
+        raise DataError(f"{name}: an {INDEX} is damaged; copy it again") from None
     if not any(shard["samples"] for shard in shards):
-        raise DataError(f"{quote_path(folder)} holds no samples")
+        raise DataError(f"{name} holds no samples")
     if any(layout != layouts[0] for layout in layouts):
-        raise DataError(f"{quote_path(folder)}: the shards have different columns; adopt those with the same columns")
-    for name, encoding in layouts[0].items():
+        raise DataError(f"{name}: the shards have different columns; adopt those with the same columns")
+    for column, encoding in layouts[0].items():
         if encoding == UNSAFE_ENCODING:
             raise DataError(
-                f"{quote_path(folder)}: column {name!r} holds pickles, and reading a pickle can run any program; write"
+                f"{name}: column {column!r} holds pickles, and reading a pickle can run any program; write"
                 " the data again with another encoding"
             )
     content = json.dumps(shards, sort_keys=True).encode()
     return MdsSplit(folder, shards, layouts[0], hashlib.sha256(content).hexdigest())
 
 
-def _read_shards(folder: Path, subfolder: str) -> list[dict[str, Any]]:
+def _read_shards(folder: Path, subfolder: str, name: str) -> list[dict[str, Any]]:
     """Return the entries of one index, with paths relative to ``folder``.
 
     Args:
         folder: The folder of the split.
         subfolder: Where the index is: empty, or a name that ends with a slash.
+        name: Name of the folder in messages.
     """
     from ..compat.streaming_package import is_compression
 
-    file, shards = folder / subfolder / INDEX, []
+    shards: list[dict[str, Any]] = []
+    file = f"{name}/{subfolder}{INDEX}"
     try:
-        index = json.loads(read_small_file(file.resolve()))
+        index = json.loads(read_small_file((folder / subfolder / INDEX).resolve()))
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
     if index["version"] != 2:

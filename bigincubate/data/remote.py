@@ -14,6 +14,11 @@ from ..files import hash_file
 DAMAGED_HINT = "delete it and prepare or download it again"
 
 
+def is_url(place: Path | str) -> bool:
+    """Return whether a place is the URL of an object store, not a path."""
+    return isinstance(place, str) and "://" in place
+
+
 def check_hash(file: Path, expected: str, *, name: str, hint: str = DAMAGED_HINT) -> None:
     """Check the SHA-256 of a file.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import DataError
 from .dataset import DatasetInfo
-from .remote import DAMAGED_HINT, check_hash, download
+from .remote import DAMAGED_HINT, check_hash, download, is_url
 
 
 class StoredShards:
@@ -30,7 +30,8 @@ class StoredShards:
     def __init__(self, info: DatasetInfo, split: str, remote: str | None = None) -> None:
         self._folder = info.path / split
         self._stored = info.stored_folder(split, remote)
-        self._remote, self._hint = remote is not None, info.repair_hint if info.adopted else DAMAGED_HINT
+        self._remote = remote is not None or is_url(self._stored)
+        self._hint = info.repair_hint if info.adopted else DAMAGED_HINT
 
     @property
     def hint(self) -> str:

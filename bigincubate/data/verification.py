@@ -34,7 +34,7 @@ from .dataset import DESCRIPTION, INDEX, INVALID_JSON_ERRORS, SPLITS, DatasetInf
 from .file_locks import file_lock, runtime_dir
 from .open_shards import FileStamp
 from .partitions import partition_path
-from .remote import DAMAGED_HINT
+from .remote import DAMAGED_HINT, is_url
 
 VERIFIED = "verified.json"
 SAVE_SECONDS = 2.0  # seconds between two updates of the file by one node while shards are being hashed
@@ -132,7 +132,8 @@ def find_damaged_shards(info: DatasetInfo) -> Iterator[tuple[Path, str]]:
     """Hash every shard, and yield each damaged one with the reason. Missing shards are skipped.
 
     This includes the partitions that are present, and compressed shards as stored and as unpacked; a hard link is
-    hashed only once. Shards that match their hashes are remembered as verified, and damaged ones no longer are.
+    hashed only once. Of what is stored at a URL, only the copies are hashed. Shards that match their hashes are
+    remembered as verified, and damaged ones no longer are.
     """
     hashes: dict[FileStamp, str] = {}
     yield from _find_damaged(info, hashes)
@@ -150,8 +151,9 @@ def _find_damaged(info: DatasetInfo, hashes: dict[FileStamp, str]) -> Iterator[t
         entries = read_json(info.path / split / INDEX)["shards"]
         shards = [entry["raw_data"] for entry in entries]
         verified = VerifiedShards(info, split, [raw["basename"] for raw in shards])
-        stored = Path(info.stored_folder(split))
-        files = [_readable_file(info.path / split, stored, entry) for entry in entries]
+        place, copies = info.stored_folder(split), info.path / split
+        stored = copies if is_url(place) else Path(place)
+        files = [_readable_file(copies, stored, entry) for entry in entries]
         with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashing releases the interpreter lock
             found = pool.map(lambda file, raw: _compare_hash(file, raw["hashes"]["sha256"], hashes), files, shards)
             for number, (stamp, problem) in enumerate(found):
@@ -160,7 +162,7 @@ def _find_damaged(info: DatasetInfo, hashes: dict[FileStamp, str]) -> Iterator[t
                     yield files[number], problem
                 elif stamp is not None:
                     verified.record(number, stamp)
-            packed = [entry["zip_data"] for entry in entries if entry["zip_data"]]
+            packed = [entry["zip_data"] for entry in entries if entry["zip_data"] and not is_url(place)]
             files = [stored / file["basename"] for file in packed]
             found = pool.map(
                 lambda file, packed: _compare_hash(file, packed["hashes"]["sha256"], hashes), files, packed
