@@ -113,7 +113,7 @@ def data_prepare(
     - ImageNet as published: ILSVRC2012_img_train.tar, or the folder with it,
       the validation tar and the devkit
     - WebDataset shards: a folder, a shard, or 'train-{000..146}.tar' in quotes
-    - Parquet files of the Hugging Face Hub: a folder or a file (needs pyarrow)
+    - Parquet or Arrow files of Hugging Face: a folder or a file (needs pyarrow)
     - a .npz file with arrays such as x_train and y_train
     - a .csv file with the columns path,label or path,label,split
     - a CIFAR-10 or CIFAR-100 python archive; digits; made-up

@@ -21,7 +21,7 @@ PACKAGES = {
     "matplotlib": (False, "figures of reports and comparisons: pip install 'bigincubate[report]'"),
     "deepspeed": (False, "ZeRO sharding: pip install 'bigincubate[deepspeed]'"),
     "fairscale": (False, "optimizer-state sharding: pip install 'bigincubate[fairscale]'"),
-    "pyarrow": (False, "reading Parquet files: pip install 'bigincubate[parquet]'"),
+    "pyarrow": (False, "reading Parquet and Arrow files: pip install 'bigincubate[parquet]'"),
 }
 PROGRAMS = {"sbatch": "submit to Slurm", "g++": "train.compile on CPUs: every node needs it, even with a warm cache"}
 

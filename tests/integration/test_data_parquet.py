@@ -232,7 +232,7 @@ def test_missing_pyarrow_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     message = fault_of(tmp_path / "x.parquet", MissingDependencyError)
-    assert message.endswith("reading Parquet files needs pyarrow; install it with: pip install 'bigincubate[parquet]'")
+    assert message.endswith("reading .parquet files needs pyarrow; install it with: pip install 'bigincubate[parquet]'")
     assert MissingDependencyError.code == Exit.ENVIRONMENT
 
 

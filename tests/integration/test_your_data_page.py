@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from mds_files import write_mds
 from PIL import Image
+from test_data_arrow import write_arrow
 from test_data_imagenet import write_published
 from test_data_parquet import features, write_parquet
 from test_data_webdataset import write_with_tarfile
@@ -77,6 +78,8 @@ def write_everything(folder: Path) -> None:
             species = [file.parent.name for file in files[split]]
             file = folder / "hub" / "data" / f"{name}.parquet"
             write_parquet(file, images, labels, metadata=features(CLASSES), species=species)
+            file = folder / "saved" / split / "data-00000-of-00001.arrow"
+            write_arrow(file, images, labels, metadata=features(CLASSES))
     for name in ("mds", "mds-names"):
         for split in ("train", "val"):
             write_mds(
@@ -148,7 +151,7 @@ def test_command_of_the_page_works(
     command: str, everything: Path, monkeypatch: pytest.MonkeyPatch, call: Callable[..., tuple[int, str, str]]
 ) -> None:
     words = shlex.split(command)
-    if words[2] in ("hub", "pages") and not importlib.util.find_spec("pyarrow"):
+    if words[2] in ("hub", "saved", "pages") and not importlib.util.find_spec("pyarrow"):
         pytest.skip("needs pyarrow: pip install 'bigincubate[parquet]'")
     if "--tokenizer" in words and not importlib.util.find_spec("tokenizers"):
         pytest.skip("needs tokenizers: pip install 'bigincubate[text]'")

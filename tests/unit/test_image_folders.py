@@ -146,8 +146,14 @@ LAYOUTS: dict[str, tuple[list[str], str]] = {
     "no classes in train": (["train/1.png", "val/1.png"], "/train has no folders of classes: found 1 image without"),
     "no classes in val": (["train/a/1.png", "train/b/1.png", "val/1.png"], "/val: found 1 image without a folder"),
     "class only in val": (["train/a/1.png", "train/b/1.png", "val/c/1.png"], "/val/c: this class has no training"),
-    "arrow": (["data/1.arrow", "README.md"], "found 1 .arrow file, 1 .md file; .arrow files are not read yet"),
-    "arrow in train": (["train/1.arrow", "test/1.arrow"], ".arrow files are not read yet: write their images"),
+    "records": (
+        ["data/1.tfrecord", "README.md"],
+        "found 1 .tfrecord file, 1 .md file; .tfrecord files are not read yet",
+    ),
+    "records in train": (
+        ["train/1.tfrecord", "test/1.tfrecord"],
+        ".tfrecord files are not read yet: write their images",
+    ),
     "avif": (["a/1.avif", "b/1.avif"], "found 2 .avif files; .avif files are not read yet: convert them to PNG"),
     "class without images": (["a/1.png", "b/2.txt"], "/b: found 1 .txt file; add images or remove the folder"),
     "nothing": ([], "found no files at all"),
@@ -242,7 +248,7 @@ def test_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
     ("name", "says"),
     [
         ("images.7z", ".7z files are not read yet: unpack them"),
-        ("train.arrow", ".arrow files are not read yet"),
+        ("train.tfrecord", ".tfrecord files are not read yet"),
         ("notes.txt", "unknown kind of source"),
         ("images.zip", "is damaged: it does not begin as a .zip file"),
     ],

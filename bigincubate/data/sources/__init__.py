@@ -55,7 +55,7 @@ FORMS = (  # the first that fits is used
     Form("a .npz file with arrays of images and labels", read_npz, True),
     Form("a .csv file with the columns path,label or path,label,split", read_csv, True),
     Form("a tar or zip file of folders of images by class", read_class_archive),
-    Form("Parquet files with a column of images and a column of labels", read_parquet, True),
+    Form("Parquet or Arrow files with a column of images and a column of labels", read_parquet, True),
     Form("a folder of images by class", read_class_folder),
 )
 

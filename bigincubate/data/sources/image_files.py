@@ -23,9 +23,9 @@ UNREAD_FORMATS = {  # formats that hold images but are not read, and what to do
     **dict.fromkeys(
         (".avif", ".heic", ".heif", ".jxl", ".jp2", ".dcm", ".svg", ".ico", ".psd", ".exr", ".npy"), CONVERT
     ),
-    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".parquet", ".npz"), ALONE),
+    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".parquet", ".arrow", ".npz"), ALONE),
     **dict.fromkeys((".bz2", ".xz", ".7z", ".rar"), UNPACK),
-    **dict.fromkeys((".arrow", ".tfrecord", ".h5", ".hdf5", ".lmdb", ".mdb", ".rec"), EXTRACT),
+    **dict.fromkeys((".tfrecord", ".h5", ".hdf5", ".lmdb", ".mdb", ".rec"), EXTRACT),
     **dict.fromkeys((".mds", ".pkl", ".pickle", ".mat"), EXTRACT),
 }
 Key = TypeVar("Key", bound=Hashable)

@@ -1,7 +1,8 @@
-"""Read Parquet files as data sets on the Hugging Face Hub have them: a column of image files and a column of labels.
+"""Read Parquet and Arrow files of Hugging Face: a column of image files and a column of labels.
 
-Only the labels are read at first. An image cannot be read without those before it in its row group, so the images of a
-row group are read together. Needs pyarrow (the extra ``parquet``).
+Data sets on the Hub are Parquet files; ``save_to_disk`` of the library ``datasets`` writes Arrow files. Only the labels
+are read at first. An image of a Parquet file cannot be read without those before it in its row group, so the images of
+a row group (in Arrow: a record batch) are read together. Needs pyarrow (the extra ``parquet``).
 """
 
 from __future__ import annotations
@@ -14,16 +15,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...errors import ConfigError, DataError, MissingDependencyError
-from ...files import quote_path
+from ...files import quote_path, read_small_file
 from ..samples import Source
 from .archives import damaged_archive
+from .arrow_tables import ARROW, PARQUET, open_table
 from .labeled_rows import LABEL_NAMES, Row, Table, assign_splits, build_source
 from .request import SourceRequest
 from .slices import check_size
 
-SUFFIX = ".parquet"
-BATCH_ROWS = 16  # read at once: an image may have many megabytes
-BUFFER_BYTES = 2**20  # read at once from a row group, which may be as large as the file
+STATE = "state.json"  # beside Arrow files: which of them are the data set, and not results of the library's functions
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture")
 
 
@@ -41,13 +41,13 @@ class Columns(NamedTuple):
     names: list[str] | None
 
 
-class ParquetImage(NamedTuple):
-    """An image file in a row of a Parquet file.
+class TableImage(NamedTuple):
+    """An image file in a row of a Parquet or Arrow file.
 
     Attributes:
         file: Path of the file.
         column: The column.
-        group: The row group.
+        group: The row group, or the record batch.
         row: Number of the row in its group.
     """
 
@@ -57,7 +57,8 @@ class ParquetImage(NamedTuple):
     row: int
 
     def __str__(self) -> str:
-        return f"{self.file} (row group {self.group}, row {self.row})"
+        what = "record batch" if self.file.lower().endswith(ARROW) else "row group"
+        return f"{self.file} ({what} {self.group}, row {self.row})"
 
     def read(self, limit: int | None = None) -> bytes:
         """Return the bytes of the image file; fast if the last one that was read is shortly before it.
@@ -71,7 +72,7 @@ class ParquetImage(NamedTuple):
             modified = os.stat(self.file).st_mtime_ns
             data = _group_reader(self.file, self.column, self.group, modified).read(self.row)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"the Parquet file is damaged here: {_describe_damage(error)}") from None
+            raise ValueError(f"the file is damaged here: {_describe_damage(error)}") from None
         if data is None:
             raise ValueError("there is no image in this row, but at most a path")
         check_size(len(data))
@@ -79,30 +80,32 @@ class ParquetImage(NamedTuple):
 
 
 def read_parquet(request: SourceRequest) -> Source | None:
-    """Return the images of a Parquet file or a folder of them; None for anything else.
+    """Return the images of a Parquet or Arrow file, or of a folder of them; None for anything else.
 
     Raises:
         ConfigError: If a given column does not exist.
         DataError: If a file is damaged, or its columns are not those of images and labels.
         MissingDependencyError: If pyarrow is not installed.
     """
-    if request.path.is_file() and request.path.suffix.lower() == SUFFIX:
+    suffix = request.path.suffix.lower()
+    if request.path.is_file() and suffix in (PARQUET, ARROW):
         folder, files = request.path.parent, {"train": [request.path.name]}
-    elif found := request.holds(SUFFIX):
-        folder, files = request.path, assign_splits(found, request.path)
     else:
-        return None
+        suffix, found = next(((one, found) for one in (PARQUET, ARROW) if (found := request.holds(one))), ("", []))
+        if not found:
+            return None
+        folder, files = request.path, assign_splits(_list_data(request.path, found), request.path)
     try:
         import pyarrow  # noqa: F401
     except ImportError:
         raise MissingDependencyError(
-            f"{quote_path(request.path)}: reading Parquet files needs pyarrow; install it with: pip install"
+            f"{quote_path(request.path)}: reading {suffix} files needs pyarrow; install it with: pip install"
             " 'bigincubate[parquet]'"
         ) from None
-    table = Table("parquet")
+    table = Table(suffix[1:])
     for split, own in files.items():
         if split == "test" and "val" in files:
-            table.skipped[".parquet files of the unused split test"] = len(own)
+            table.skipped[f"{suffix} files of the unused split test"] = len(own)
             continue
         table.origins[split] = own[0] if len(own) == 1 else f"{len(own):,} files"
         table.splits[split] = []
@@ -115,23 +118,32 @@ def read_parquet(request: SourceRequest) -> Source | None:
     return build_source(table, request)
 
 
+def _list_data(folder: Path, names: list[str]) -> list[str]:
+    """Return the files that are the data set, without further Arrow files that the library `datasets` has written."""
+    listed: dict[str, set[str] | None] = {}
+    for parent in {os.path.dirname(name) for name in names}:
+        try:
+            files = json.loads(read_small_file(folder / parent / STATE))["_data_files"]
+            listed[parent] = {file["filename"] for file in files}
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            listed[parent] = None
+    chosen = [name for name in names if (own := listed[os.path.dirname(name)]) is None or os.path.basename(name) in own]
+    return chosen or names
+
+
 def _list_rows(file: Path, name: str, columns: Mapping[str, str]) -> tuple[list[str] | None, list[Row]]:
     """Return the names of the classes and the rows of a file, without reading its images."""
     import pyarrow
-    from pyarrow.parquet import ParquetFile
 
     status, rows = file.stat(), list[Row]()
     stamp = (status.st_size, status.st_mtime_ns)
     try:
-        with ParquetFile(file) as opened:
-            found = _find_columns(file, opened.schema_arrow, columns)
-            for group in range(opened.num_row_groups):
-                labels = opened.read_row_group(group, columns=[found.label], use_threads=False).column(0).to_pylist()
+        with open_table(file) as opened:
+            found = _find_columns(file, opened.schema, columns)
+            for group, labels in enumerate(opened.read_groups(found.label)):
                 block, path, first = f"{name}/{group}", str(file), len(rows)
                 rows += [
-                    Row(
-                        f"{name}/{first + row}", label, ParquetImage(path, found.image, group, row), stamp, (block, row)
-                    )
+                    Row(f"{name}/{first + row}", label, TableImage(path, found.image, group, row), stamp, (block, row))
                     for row, label in enumerate(labels)
                 ]
     except (pyarrow.ArrowException, OSError) as error:
@@ -246,19 +258,14 @@ class _GroupReader:
             self._first += len(self._batch)
             batch = next(self._batches, None)
             if batch is None:
-                raise ValueError("the Parquet file has fewer rows than before")
+                raise ValueError("the file has fewer rows than before")
             self._batch = batch
         return self._batch[row - self._first]
 
     def _read_batches(self) -> Iterator[list[bytes | None]]:
-        from pyarrow.parquet import ParquetFile
-
         file, column, group = self._place
-        with ParquetFile(file, buffer_size=BUFFER_BYTES) as opened:
-            batches = opened.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False)
-            for batch in batches:
-                values = batch.column(0).to_pylist()
-                yield [value["bytes"] if isinstance(value, dict) else value for value in values]
+        with open_table(file) as opened:
+            yield from opened.read_group(column, group)
 
 
 @lru_cache(maxsize=1)
