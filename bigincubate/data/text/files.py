@@ -23,9 +23,7 @@ from .made_up import list_made_up
 
 EMBEDDED_TEXT = ("stdlib", "made-up-text")
 ONE_DOMAIN, TOP = "text", "."  # the domain of a source without folders, and of files next to folders
-PLAIN, PIECES, HTML, LINES, PARQUET, MADE_UP, TOKEN_SHARD = (
-    *("plain", "pieces", "html", "lines", "parquet", "made-up", "token-shard"),
-)
+PLAIN, PIECES, HTML, LINES, PARQUET, MADE_UP = "plain", "pieces", "html", "lines", "parquet", "made-up"
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
 CODE = (
     *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".cs", ".go"),

@@ -44,9 +44,6 @@ def summarize_text(
 
 def text_summary_lines(summary: Mapping[str, Any], domains: Sequence[str]) -> list[str]:
     """Return the summary as lines of text."""
-    if "documents" not in summary:  # of shards that were linked
-        counts = [(split, summary["tokens"][split], count) for split, count in summary["windows"].items()]
-        return [f"{split}: {tokens:,} tokens, {windows:,} windows" for split, tokens, windows in counts]
     lines = []
     for split, documents in summary["documents"].items():
         size, tokens, windows = (summary[key][split] for key in ("bytes", "tokens", "windows"))
