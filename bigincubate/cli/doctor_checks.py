@@ -18,6 +18,8 @@ PACKAGES = {
     "safetensors": (True, "checkpoints and artifacts"),
     "tensorboard": (True, "curves"),
     "scikit-learn": (True, "the digits data set"),
+    "transformers": (False, "language models: pip install 'bigincubate[text]'"),
+    "tokenizers": (False, "tokenizers of language models: pip install 'bigincubate[text]'"),
     "matplotlib": (False, "figures of reports and comparisons: pip install 'bigincubate[report]'"),
     "deepspeed": (False, "ZeRO sharding: pip install 'bigincubate[deepspeed]'"),
     "fairscale": (False, "optimizer-state sharding: pip install 'bigincubate[fairscale]'"),

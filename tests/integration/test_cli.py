@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -20,12 +21,14 @@ from forked import Command, run
 
 from bigincubate import __version__
 from bigincubate.cli.app import discard_unread_output, say
+from bigincubate.cli.doctor_checks import PACKAGES
 from bigincubate.config import list_shipped_recipes
 from bigincubate.distributed import process_group
 from bigincubate.errors import ConfigError
 from bigincubate.planning import memory
 from bigincubate.planning.context import open_run
 
+ROOT = Path(__file__).parents[2]
 Harnesses = Callable[..., Any]
 Called = Callable[..., Any]
 
@@ -117,6 +120,12 @@ def test_doctor_checks_the_environment(call: Called) -> None:
     assert code == (0 if all(check["ok"] or not check["needed"] for check in checks) else 3)
     assert "torch" in out
     assert {check["name"] for check in checks} >= {"python", "torch", "timm", "mosaicml-streaming", "sbatch"}
+
+
+def test_doctor_checks_the_packages_of_all_extras() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    needed = [requirement for name, own in extras.items() if name not in ("all", "dev") for requirement in own]
+    assert {re.split("[<>=]", requirement)[0] for requirement in needed} <= PACKAGES.keys()
 
 
 def test_evaluate_a_run_a_phase_an_artifact_and_an_export(place: Any, call: Called, done: Any) -> None:
