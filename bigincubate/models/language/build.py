@@ -1,4 +1,4 @@
-"""Build causal language models of a given depth from transformers' configurations."""
+"""Build causal language models of a given depth from configurations of transformers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ..partition import Partition
 from .arguments import check_value
 from .causal_lm import CHUNK_TOKENS, CausalLM
 
-# arguments with only one supported value: the value, and why there is no other
+# arguments for which only one value is supported: this value, and the reason
 FIXED: dict[str, tuple[Any, str]] = {
     "tie_word_embeddings": (False, "embedding and head belong to different modules, which are trained separately"),
     "scale_attn_by_inverse_layer_idx": (
@@ -32,9 +32,10 @@ FIXED: dict[str, tuple[Any, str]] = {
     "reorder_and_upcast_attn": (False, "torch's fused attention does not support it"),
     "pad_token_id": (None, "windows are not padded, and the embedding of this token would not be trained"),
     "pretraining_tp": (1, "transformers ignores it"),
-    "use_cache": (True, "training uses no cache, and an exported model always does"),
+    "use_cache": (True, "training never uses the cache, and an exported model always does"),
 }
-DROPOUT = "blocks draw no random numbers, so that a hybrid and a recomputed block compute the same"
+# why dropout is not supported
+DROPOUT = "blocks draw no random numbers, so that hybrids and recomputed blocks give the same results"
 # rotary embeddings whose frequencies do not depend on the length of the input
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -46,18 +47,18 @@ class TransformersFamily(ModelFamily):
     ``model.args`` has the keys of transformers' configuration. Its depth is the *target's*.
 
     Attributes:
-        classes: Start of the names of transformers' classes: ``"Llama"`` for ``LlamaConfig`` and ``LlamaModel``.
-        causal_class: Class of the model with a head; by default ``classes`` and ``ForCausalLM``.
-        exported_prefix: Prefix of transformers for names of tensors that start with ``model.`` here.
+        classes: Prefix of the names of transformers' classes: ``"Llama"`` for ``LlamaConfig`` and ``LlamaModel``.
+        causal_class: Name of transformers' class with a head; empty: ``classes`` followed by ``ForCausalLM``.
+        exported_prefix: Prefix that tensors have in transformers instead of the prefix ``model.`` that they have here.
         embedding: Name of the token embedding.
         positions: Name of the learned position embedding; None: rotary embeddings.
         norm: Name of the final norm.
         depth_key: Key of the configuration for the number of blocks.
-        length_key: Key of the configuration for the longest window.
+        length_key: Key of the configuration for the maximum length of a window.
         dropouts: Keys of the configuration for dropout rates.
-        zeroed_outputs: For `residual_outputs`: paths in a block of the last layer of each residual branch, or of the
-            norm after it.
-        smoke_args: Arguments that make a model narrow.
+        zeroed_outputs: For `residual_outputs`: path within a block of the last layer of each residual branch, or of the
+            norm that follows it.
+        smoke_args: Arguments of a narrow model for smoke tests.
     """
 
     library: str = "transformers"
@@ -82,7 +83,7 @@ class TransformersFamily(ModelFamily):
         """Build a model of these depths with the initialization of the *target's* depth; see `ModelFamily.build`.
 
         Raises:
-            ConfigError: transformers rejects an argument, or it is not supported.
+            ConfigError: An argument is not supported, or transformers rejects it.
         """
         (depth,) = Partition(self, depths).stage_depths
         config = self.configuration(model, depth)
@@ -134,7 +135,7 @@ class TransformersFamily(ModelFamily):
         return torch.zeros(count, model.context_length, dtype=torch.int64, device=device)
 
     def check_target(self, model: ModelConfig, depths: Depths) -> None:
-        """Check that the target has the depth of the configuration, from which weights are initialized."""
+        """Check that the target has the depth of the configuration, because initial weights may depend on it."""
         (own,), total = self.default_depths(model), sum(stages[0] for stages in depths)
         if own != total:
             raise ConfigError(
@@ -155,7 +156,7 @@ class TransformersFamily(ModelFamily):
         return 3 * 4 * min(CHUNK_TOKENS, samples * model.context_length) * int(model.args["vocab_size"])
 
     def smoke_overrides(self, model: ModelConfig, *, larger_inputs: bool) -> dict[str, Any]:
-        """Return settings for a narrow model of bytes with windows of 32 tokens (64 with ``larger_inputs``)."""
+        """Return settings for a narrow byte-level model with windows of 32 tokens (64 with ``larger_inputs``)."""
         return {"context_length": 64 if larger_inputs else 32, "args": dict(self.smoke_args)}
 
     def count_block_flops(self, model: ModelConfig, stage_depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -170,7 +171,7 @@ class TransformersFamily(ModelFamily):
         return self.exported_prefix + name.removeprefix("model.") if name.startswith("model.") else name
 
     def own_name(self, name: str) -> str:
-        """Return the name here of a tensor of transformers; the inverse of `exported_name`."""
+        """Return the name in this package of a tensor of transformers; the inverse of `exported_name`."""
         prefix = self.exported_prefix
         return f"model.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
 
@@ -180,7 +181,7 @@ class TransformersFamily(ModelFamily):
         return self.causal_class or f"{self.classes}ForCausalLM"
 
     def _check_arguments(self, arguments: Mapping[str, Any], config_class: Any) -> None:
-        """Check that the configuration knows all arguments, which transformers does not, and that they are supported.
+        """Check that the configuration has all arguments and that they are supported; transformers does not check this.
 
         Raises:
             ConfigError: An argument is unknown, missing or not supported; the message names it.
@@ -196,7 +197,7 @@ class TransformersFamily(ModelFamily):
         for key, value in arguments.items():
             fixed, reason = (0, DROPOUT) if key in self.dropouts else FIXED.get(key, (value, ""))
             if key.startswith("summary_"):
-                fixed, reason = parameters[key].default, "a language model has no head that summarizes"
+                fixed, reason = parameters[key].default, "a language model has no classification head"
             if value != fixed:
                 raise ConfigError(
                     f"model.args.{key} = {json.dumps(value, default=str)} is not supported: {reason}; remove it"
@@ -207,7 +208,7 @@ class TransformersFamily(ModelFamily):
             raise ConfigError("model.args.vocab_size is missing: set it to the size of the tokenizer's vocabulary")
 
     def _check_configuration(self, config: Any, model: ModelConfig) -> None:
-        """Check what follows from several arguments.
+        """Check combinations of arguments.
 
         Raises:
             ConfigError: The model is not supported.
@@ -222,19 +223,19 @@ class TransformersFamily(ModelFamily):
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ROPE_TYPES:
             raise ConfigError(
-                f"model.args.rope_scaling: type {kind!r} is not supported, because what it computes depends on the"
-                f" length of the input; supported are {', '.join(ROPE_TYPES)}"
+                f"model.args.rope_scaling: type {kind!r} is not supported, because its frequencies depend on the length"
+                f" of the input; supported types are {', '.join(ROPE_TYPES)}"
             )
         if set(_layer_types(config)) - {"full_attention"}:
             key = "layer_types" if "layer_types" in model.args else "use_sliding_window"
             raise ConfigError(
-                f"model.args.{key}: blocks with attention other than full attention are not supported, because they"
-                " depend on their index, which changes with the depths of earlier modules; remove it"
+                f"model.args.{key}: blocks with other than full attention are not supported, because they depend on"
+                " their index, which changes with the depths of earlier modules; remove it"
             )
 
     @torch.no_grad()
     def _rescale_outputs(self, model: nn.Module, factor: float) -> None:
-        """Multiply the weights of the residual branches' last layers, which the library drew, by a factor."""
+        """Multiply the initial weights of the residual branches' last layers by a factor."""
         for path, module in model.named_modules():
             if path.endswith(self.zeroed_outputs) and factor != 1:
                 module.weight.mul_(factor)
@@ -245,7 +246,7 @@ def _layer_types(config: Any) -> list[str]:
 
 
 def import_transformers() -> Any:
-    """Import transformers, which other models do not need.
+    """Import transformers. It is optional, because only language models need it.
 
     Raises:
         MissingDependencyError: It is not installed.

@@ -1,7 +1,7 @@
-"""A causal language model made of a transformers model without a head, and a head that computes the loss in chunks.
+"""A causal language model: a model of transformers without a head, and a head that computes the loss in chunks.
 
-The loop over the blocks is here and not transformers', which builds a dense mask for every batch and thereby loses the
-flash kernel of attention.
+The loop over the blocks is implemented here, because that of transformers builds a dense attention mask for every
+batch, with which torch cannot use its flash attention kernel.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ CHUNK_TOKENS = 1024
 
 
 class ChunkedHead(nn.Linear):
-    """The output layer. With targets, it computes losses and never holds the logits of all tokens.
+    """The output layer. With targets, it computes losses in chunks, so the logits of all tokens are never in memory.
 
-    One call computes all chunks, so that a sharding strategy gathers the weight once.
+    One forward call computes all chunks, so that a sharding strategy gathers the weight only once.
 
     Attributes:
         chunk_tokens: Number of tokens whose logits are computed at once.
@@ -39,16 +39,17 @@ class ChunkedHead(nn.Linear):
         Args:
             hidden: Output of the final norm, ``[n, T, width]``.
             targets: The token to predict at each position or `IGNORED`, int64 ``[n, T]``.
-            with_hits: Whether to return hits too.
+            with_hits: Whether to return the hits as well.
 
         Returns:
-            Without targets, the logits ``[n, T, V]``. Otherwise the cross entropy of each target, float32 ``[n, T]``,
-            0 where it is ignored; with hits, also whether its logit is the largest, bool ``[n, T]``.
+            Without targets, the logits ``[n, T, V]``. With targets, the cross entropy of each target, float32
+            ``[n, T]``, which is 0 for ignored targets. With hits, also whether each target has the largest logit, bool
+            ``[n, T]``.
         """
         if targets is None:
             return super().forward(hidden)
         recompute = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
-        # the backward pass computes the logits of a chunk again
+        # the backward pass recomputes the logits of each chunk
         score = partial(checkpoint, self._score, use_reentrant=False, preserve_rng_state=False)
         pairs = zip(
             hidden.flatten(0, 1).split(self.chunk_tokens), targets.flatten().split(self.chunk_tokens), strict=True
@@ -66,14 +67,14 @@ class ChunkedHead(nn.Linear):
 
 
 class CausalLM(nn.Module):
-    """A model of transformers without a head, and a head of its own, which never shares the embedding's weight.
+    """A model of transformers without its head, and a `ChunkedHead`, which never shares the embedding's weight.
 
-    Tensors have the names of transformers' ``LlamaForCausalLM``.
+    The names of the tensors begin as in transformers' ``LlamaForCausalLM``: with ``model.`` or ``lm_head.``.
 
     Args:
         model: The model without a head.
         embedding: Name of its token embedding.
-        positions: Name of its learned position embedding; None: it has the rotary embedding ``rotary_emb``.
+        positions: Name of its learned position embedding; None if it has the rotary embedding ``rotary_emb``.
         blocks: Name of its list of blocks.
         norm: Name of its final norm.
     """
@@ -100,10 +101,10 @@ class CausalLM(nn.Module):
         Args:
             tokens: Tokens, int64 ``[n, T]``.
             targets: The token to predict at each position or `IGNORED`, int64 ``[n, T]``.
-            documents: The number of each token's document, not decreasing in a row, int64 ``[n, T]``: tokens then
-                attend only to their own document, and positions restart at each document.
-            with_hits: Whether to return hits too.
-            position: Compute the logits of this position only, ``[n, V]``.
+            documents: The number of each token's document, which never decreases within a row, int64 ``[n, T]``. Tokens
+                then attend only to their own document, and positions restart at each document.
+            with_hits: Whether to return the hits as well.
+            position: If given, compute only the logits of this position, ``[n, V]``.
         """
         embedding, positions, blocks, norm = self._names
         places, mask = locate_tokens(tokens, documents)
@@ -121,7 +122,7 @@ class CausalLM(nn.Module):
         return self.lm_head(self.model.get_submodule(norm)(hidden), targets, with_hits)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the embeddings' weights, which timm's optimizer factory then does not decay."""
+        """Return the names of the embeddings' weights. timm's optimizer factory applies no weight decay to them."""
         return {f"{name}.weight" for name, module in self.named_modules() if isinstance(module, nn.Embedding)}
 
 
@@ -130,17 +131,18 @@ def locate_tokens(tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Ten
 
     Args:
         tokens: Tokens ``[n, T]``.
-        documents: The number of each token's document, not decreasing in a row, ``[n, T]``; None: a row is one.
+        documents: The number of each token's document, which never decreases within a row, ``[n, T]``. None: each row
+            is one document.
 
     Returns:
-        Positions, int64 ``[1, T]`` or, with documents, ``[n, T]``; and a mask, bool ``[n, 1, T, T]``, or None for
-        causal attention in the whole row, for which torch needs no mask.
+        The positions, int64 ``[1, T]`` or, with documents, ``[n, T]``; and a mask, bool ``[n, 1, T, T]``, or None for
+        causal attention within the whole row, for which torch needs no mask.
     """
     index = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
     if documents is None:
         return index, None
     starts = documents != documents.roll(1, dims=1)
-    starts[:, 0] = False  # at position 0 anyway
+    starts[:, 0] = False  # the first token has position 0 in any case
     positions = index - (index * starts).cummax(dim=1).values
     same = documents.unsqueeze(2) == documents.unsqueeze(1)
     return positions, (same & (index.unsqueeze(2) >= index.unsqueeze(1))).unsqueeze(1)
@@ -150,7 +152,7 @@ def locate_tokens(tokens: Tensor, documents: Tensor | None) -> tuple[Tensor, Ten
 def rotary_table(rotary: Any, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the cosine and sine of each position and dimension, float32 ``[n, T, width of a head]``.
 
-    This is what transformers' rotary embedding computes; its code does not run on the meta device.
+    The result is that of transformers' rotary embedding, whose own code does not run on the meta device.
 
     Args:
         rotary: A rotary embedding whose frequencies do not depend on the length of the input.

@@ -1,4 +1,4 @@
-"""The supported families of causal language models."""
+"""The families of causal language models that are supported."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ FAMILIES: tuple[TransformersFamily, ...] = (
 
 
 def find_transformers_family(name: str) -> TransformersFamily:
-    """Return the family of ``model.name``; transformers itself is imported when a model is built.
+    """Return the family of ``model.name``, without importing transformers.
 
     Raises:
         ConfigError: The family is not supported; the message lists the supported ones.
@@ -68,8 +68,8 @@ def find_transformers_family(name: str) -> TransformersFamily:
             return family
     names = [family.name for family in FAMILIES]
     near = difflib.get_close_matches(name.lower(), names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
+    hint = f"; did you mean {near[0]}?" if near else ""
     supported = "; ".join(f"{family.name} ({family.covers})" for family in FAMILIES)
     raise ConfigError(
-        f'model.name = {name!r} is not supported for model.library = "transformers": {hint}Supported are: {supported}'
+        f'model.name = {name!r} is not supported for model.library = "transformers"; supported are {supported}{hint}'
     )

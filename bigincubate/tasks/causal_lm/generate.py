@@ -1,4 +1,4 @@
-"""Draw the continuation of a text from a language model."""
+"""Sample text from a language model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def complete(
     seed: int,
     env: DistributedContext,
 ) -> list[int]:
-    """Return tokens and at most ``count`` further ones, drawn from the distribution that the model predicts.
+    """Return the given tokens, followed by at most ``count`` tokens that are sampled from the model's distribution.
 
-    Every rank computes the same distributions, and those of rank 0 decide. All forward passes have the same shape, so
-    that a compiled model needs one graph. There is no cache of keys and values: this is for short examples.
+    Every rank computes the distributions, and all ranks use the tokens that rank 0 samples. All forward passes have the
+    same shape, so that a compiled model needs one graph. There is no KV cache: this is meant for short examples.
 
     Args:
         model: A `CausalLM` in evaluation mode.
         tokens: The first tokens, at least one.
-        count: Number of tokens to draw; fewer if the document ends before.
-        window: Number of tokens that the model reads.
-        vocabulary: Number of tokens that may be drawn; a model may have more.
+        count: Maximum number of tokens to sample; there are fewer if the model predicts the end of the document.
+        window: Maximum number of tokens that the model reads.
+        vocabulary: Number of tokens of the tokenizer. The model may have logits for more; these are not sampled.
         end: The token that ends a document.
-        seed: Seed of the draws.
+        seed: Seed of the sampling.
         env: The process group.
     """
     generator = torch.Generator().manual_seed(seed)

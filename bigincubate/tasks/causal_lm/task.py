@@ -25,15 +25,17 @@ from .windows import TokenWindows
 if TYPE_CHECKING:
     from ...data.partitions import PartitionFunction
 
-BUILT_IN_VALIDATION = 0.02  # share of the documents: each evaluation of a small model then takes seconds
-MEAN_TARGETS = "mean_targets"  # column with the number of targets per window, on average over the global batch
+# fraction of the built-in documents to hold out; small, so that an evaluation of a small model takes only seconds
+BUILT_IN_VALIDATION = 0.02
+MEAN_TARGETS = "mean_targets"  # column with the mean number of targets per window in the global batch
 
 
 class CausalLanguageModeling(Task):
     """Predict the next token.
 
-    The headline is the cost of the text in bits per byte, which models with different vocabularies share. Separators
-    are predicted too, but their cost is reported separately, because they have no bytes.
+    The headline metric is the cross entropy of the text in bits per byte, which can be compared between models with
+    different vocabularies. Separators are predicted too, but their cross entropy is a separate metric, because they
+    have no bytes.
     """
 
     metrics = (
@@ -63,7 +65,7 @@ class CausalLanguageModeling(Task):
 
     @classmethod
     def approximate_flops(cls, parameters: int, units: int) -> int:
-        """Return 6ND, without attention and with all N parameters (Kaplan et al., 2020, arXiv 2001.08361)."""
+        """Return 6ND for all N parameters and D tokens, without attention (Kaplan et al., 2020, arXiv 2001.08361)."""
         return 6 * parameters * units
 
     @classmethod
@@ -72,7 +74,7 @@ class CausalLanguageModeling(Task):
         return "made-up-text", 3648
 
     def check_dataset(self, info: DatasetInfo) -> None:
-        """Check the kind of the data, the length of its windows and its vocabulary."""
+        """Check the kind of the data, the length of its windows and the size of its vocabulary."""
         super().check_dataset(info)
         model, metadata = self.settings.model, info.schema.metadata
         if metadata["window"] != model.context_length:
@@ -118,7 +120,7 @@ class CausalLanguageModeling(Task):
     def eval_stream(
         self, info: DatasetInfo, split: str, *, rank: int = 0, world: int = 1, batch_size: int | None = None
     ) -> EvalBatches:
-        """Return windows that overlap by one token, so that every token after the first is a target once."""
+        """Return the windows of a split. They overlap by one token, so that every token after the first is a target."""
         from ...data.streams import EvalStream
 
         return EvalStream(
@@ -145,16 +147,17 @@ class CausalLanguageModeling(Task):
     # ------------------------------------------------------------------------------------------ loss
 
     def prepare_batch(self, batch: Batch, env: DistributedContext) -> Batch:
-        """Add the mean number of targets per window of the global batch, by which `loss` divides."""
+        """Add the mean number of targets per window in the global batch, which `loss` needs for its normalization."""
         count = (batch["targets"] != IGNORED).sum().double()
         if not self.equal_windows:
             count = env.sum_over_ranks(count.to(env.device)).cpu() / env.world
         return batch.with_column(MEAN_TARGETS, (count / len(batch)).expand(len(batch)))
 
     def loss(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        """Return the sum over the targets, divided by the number of targets that this many windows have on average.
+        """Return the sum of the losses, divided by the expected number of targets in a micro-batch of this size.
 
-        The mean of it over micro-batches and ranks is the mean over all targets of the global batch.
+        The expected number comes from the mean of the global batch, so the mean of this value over all micro-batches
+        and ranks is the mean loss over all targets of the global batch.
         """
         losses = model(batch["inputs"], batch["targets"], batch.columns.get("documents"))
         return losses.sum() / batch[MEAN_TARGETS].sum().float()
@@ -165,7 +168,7 @@ class CausalLanguageModeling(Task):
     def evaluate(
         self, model: nn.Module, batches: EvalBatches, env: DistributedContext, *, pad_batches_across_ranks: bool = False
     ) -> dict[str, float]:
-        """Return the metrics over the targets of all ranks, and their number as ``samples``."""
+        """Return the metrics over the targets of all ranks, and ``samples``, the number of targets."""
         training = model.training
         model.eval()
         totals = torch.zeros(5, dtype=torch.float64)
@@ -189,7 +192,7 @@ class CausalLanguageModeling(Task):
         return {
             "bits_per_byte": text_nats / math.log(2) / size,
             "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),  # larger ones are not finite
+            "perplexity": math.exp(min(loss, 700.0)),  # the exponential of a larger loss overflows
             "accuracy": 100 * hits / count,
             "separator_bits": (nats - text_nats) / math.log(2) / size,
             "samples": int(count),
@@ -197,7 +200,7 @@ class CausalLanguageModeling(Task):
 
     @torch.no_grad()
     def example_output(self, model: nn.Module, env: DistributedContext) -> str | None:
-        """Return ``text.prompt`` and how the model continues it."""
+        """Return ``text.prompt`` with the continuation that the model generates."""
         text, train = self.settings.text, self.settings.train
         if self.tokenizer is None or not text.example_tokens:
             return None
@@ -220,10 +223,10 @@ class CausalLanguageModeling(Task):
     # ------------------------------------------------------------------------------------------ artifacts
 
     def artifact_metadata(self) -> dict[str, Any]:
-        """Return how documents are masked."""
+        """Return whether attention is masked between documents."""
         return {"mask_documents": self.settings.text.mask_documents}
 
     @classmethod
     def artifact_settings(cls, model: Any, metadata: dict[str, Any]) -> Settings:
-        """Return settings that mask documents as in training."""
+        """Return settings with the mask of documents that was used in training."""
         return Settings.model_validate({"model": model.model_dump(), "text": metadata})

@@ -17,12 +17,12 @@ class TokenWindows:
     """Decode windows of tokens and collate them.
 
     Args:
-        window: Number of inputs of a window; it has one token more.
+        window: Number of inputs of a window, which has one more token.
         vocabulary: Number of different tokens.
         separator: The token before each document, also used for padding.
-        mask_documents: Whether batches number the document of each input.
-        byte_lengths: Number of bytes of text of each token ``[vocabulary]``, to count the bytes that are scored; None
-            for training.
+        mask_documents: Whether batches have a column with the number of each input's document.
+        byte_lengths: Number of bytes of text that each token represents, ``[vocabulary]``, for evaluation; None for
+            training.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TokenWindows:
         """Return the tokens of a window.
 
         Raises:
-            ValueError: There are too few or too many, or one is not in the vocabulary.
+            ValueError: There are too few or too many tokens, or one is not in the vocabulary.
         """
         tokens = read_tokens(record["tokens"])
         if tokens.ndim != 1 or not 2 <= len(tokens) <= self.window + 1:
@@ -63,9 +63,9 @@ class TokenWindows:
     def collate(self, views: Sequence[np.ndarray]) -> dict[str, Tensor]:
         """Return the columns of a batch, int64 ``[n, window]``.
 
-        ``inputs`` are tokens, and ``targets`` the tokens after them, or `IGNORED` after the end of a short window.
-        ``documents``, if they are masked, are the numbers of the inputs' documents in their window. ``bytes``, for
-        evaluation, are the numbers of bytes of the targets; 0 for separators.
+        ``inputs`` are the tokens, and ``targets`` the tokens that follow them, or `IGNORED` beyond the end of a short
+        window. With ``mask_documents``, ``documents`` are the numbers of the inputs' documents within their window. For
+        evaluation, ``bytes`` are the numbers of bytes of the targets, which are 0 for separators.
         """
         tokens = torch.full((len(views), self.window + 1), self.separator)
         targets = torch.full((len(views), self.window), IGNORED)
