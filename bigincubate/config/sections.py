@@ -54,8 +54,8 @@ class ModelConfig(ConfigTable):
     name: str = "vit_base_patch16_224"
     """Name of the model in its library."""
     args: Arguments = Field(default_factory=dict)
-    """timm: arguments of the model's constructor, except depth, image size and number of classes, which have other keys.
-    transformers: keys of the model's configuration, including the depth of the target."""
+    """timm: arguments of the model's constructor, except depth, image size and number of classes, which have other
+    keys. transformers: keys of the model's configuration, including the depth of the target."""
     img_size: int = Field(224, ge=1, le=2**16)
     """Side of the square input images. Unit: pixels."""
     num_classes: Count = 1000
