@@ -1,4 +1,4 @@
-"""Made-up text: words, sentences and paragraphs that look like language, the same with every version of any library."""
+"""Generate text that looks like language. It does not depend on the version of Python or of any library."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 
 DOMAINS = ("bakery", "forest", "harbor", "market")
-DOCUMENTS = 16  # of each domain
-WORDS = 120  # that a domain knows
-PARAGRAPHS, SENTENCES = 4, 5  # of a document, of a paragraph
+DOCUMENTS = 16  # per domain
+WORDS = 120  # size of the vocabulary of a domain
+PARAGRAPHS, SENTENCES = 4, 5  # per document, per paragraph
 ONSETS = ("b", "br", "c", "d", "f", "fl", "g", "h", "k", "l", "m", "n", "p", "r", "s", "st", "t", "tr", "v", "w")
 RIMES = ("a", "ae", "an", "ar", "e", "el", "en", "i", "in", "o", "on", "or", "u", "um")
 
@@ -19,20 +19,20 @@ def list_made_up() -> list[tuple[str, str]]:
 
 
 def write_made_up(name: str) -> str:
-    """Return the text of a document: about 1.9 kB of the words of its domain, in which few words are frequent.
+    """Return the text of a document: about 1.9 kB with the vocabulary of its domain, in which a few words are frequent.
 
     Args:
         name: One of the names of `list_made_up`.
     """
     domain, _, number = name.partition("/")
-    words = _make_words(_Dice(DOMAINS.index(domain)))
-    dice = _Dice(1000 * (1 + DOMAINS.index(domain)) + int(number))
-    paragraphs = [" ".join(_write_sentence(words, dice) for _ in range(SENTENCES)) for _ in range(PARAGRAPHS)]
+    words = _make_words(_StableRandom(DOMAINS.index(domain)))
+    generator = _StableRandom(1000 * (1 + DOMAINS.index(domain)) + int(number))
+    paragraphs = [" ".join(_write_sentence(words, generator) for _ in range(SENTENCES)) for _ in range(PARAGRAPHS)]
     return "\n\n".join(paragraphs) + "\n"
 
 
-class _Dice:
-    """Choices that Python guarantees to be the same in every version, which it does only for ``random()`` itself."""
+class _StableRandom:
+    """Random choices that are the same in every version of Python, which guarantees this only for ``random()``."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
@@ -49,16 +49,17 @@ class _Dice:
         return values[self.below(len(values), skew)]
 
 
-def _make_words(dice: _Dice) -> list[str]:
-    words: dict[str, None] = {}  # a set that keeps its order
+def _make_words(generator: _StableRandom) -> list[str]:
+    words: dict[str, None] = {}  # an ordered set
     while len(words) < WORDS:
-        words["".join(dice.choose(ONSETS) + dice.choose(RIMES) for _ in range(1 + dice.below(3)))] = None
+        syllables = 1 + generator.below(3)
+        words["".join(generator.choose(ONSETS) + generator.choose(RIMES) for _ in range(syllables))] = None
     return list(words)
 
 
-def _write_sentence(words: Sequence[str], dice: _Dice) -> str:
-    chosen = [dice.choose(words, skew=2) for _ in range(8 + dice.below(14))]
-    pause = dice.below(len(chosen))
+def _write_sentence(words: Sequence[str], generator: _StableRandom) -> str:
+    chosen = [generator.choose(words, skew=2) for _ in range(8 + generator.below(14))]
+    pause = generator.below(len(chosen))
     if 0 < pause < len(chosen) - 1:
         chosen[pause] += ","
-    return " ".join(chosen).capitalize() + dice.choose((".", "?", "!"), skew=3)
+    return " ".join(chosen).capitalize() + generator.choose((".", "?", "!"), skew=3)
