@@ -135,8 +135,8 @@ def change(content: dict[str, Any], how: str) -> None:
         ("dropout", "its model has dropout = 0.1"),
         ("no end", "it has no end-of-text token to separate documents"),
         ("byte", "it has no token for 1 of the 256 bytes, such as 33"),
-        ("spaces", "its token 'tide' takes the spaces next to it"),
-        ("shape", "it is not a file that the library tokenizers has written"),
+        ("spaces", "its token 'tide' removes adjacent spaces"),
+        ("shape", "it was not written by the library tokenizers"),
         ("merges", "is refused: "),
     ],
 )
@@ -224,7 +224,7 @@ def test_source_without_text_is_one_line(tmp_path: Path) -> None:
         ("images/x.png", "unknown kind of text"),
         ("none", "no such source"),
         ("data", "is prepared data already"),
-        ("splits", "has train/, validation/, but text is divided by the names of its documents"),
+        ("splits", "has train/, validation/, but the splits of text are chosen by the names of documents"),
     ):
         with pytest.raises(DataError, match=says):
             find_text(str(tmp_path / name))

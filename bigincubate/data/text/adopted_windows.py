@@ -1,4 +1,4 @@
-"""What `adopt` needs to know of windows of tokens: their column, what is checked in each record, and their schema."""
+"""Adopted windows of tokens: their column, the checks of each record, and their schema."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ DOMAIN = "text"
 
 @dataclass(frozen=True)
 class AdoptedWindows:
-    """Windows of tokens; see `AdoptedRecords`.
+    """Windows of tokens in shards that another program wrote; see `AdoptedRecords`.
 
     Attributes:
         stored: The name of the column in the shards.
         encodings: Its encoding.
-        tokenizer: What the description says about the tokenizer.
-        file: The file of the tokenizer; None for bytes.
+        tokenizer: The tokenizer as the description of the data identifies it.
+        file: The file of the tokenizer; None for the tokenizer ``bytes``.
         vocabulary: Number of tokens.
         separator: The token before each document.
     """
@@ -49,11 +49,11 @@ class AdoptedWindows:
 
         Args:
             splits: The splits.
-            columns: The name of the column of the ``tokens``.
+            columns: The name of the column with the ``tokens``.
             tokenizer: ``bytes``, or the path of a ``tokenizer.json``.
 
         Raises:
-            ConfigError: If the column is missing or is no array, or there is no such tokenizer.
+            ConfigError: If the column is missing or has another type, or the tokenizer is missing or not supported.
             MissingDependencyError: If the library of the tokenizer is not installed.
         """
         if columns.keys() != {TOKENS}:
@@ -79,22 +79,24 @@ class AdoptedWindows:
 
     @property
     def reading_schema(self) -> RecordSchema:
-        """Return the schema without the length of windows."""
+        """Return the schema without metadata, because the length of the windows is not known yet."""
         return RecordSchema(TOKENS, self.encodings, {})
 
     def measure(self, read: ReadColumn, *, first: bool) -> int:
         """Return the number of tokens of a window.
 
         Raises:
-            ValueError: If it has fewer than two, or one is not in the vocabulary.
+            ValueError: If there are fewer than two tokens, or one is not in the vocabulary.
         """
         tokens = read_tokens(read(TOKENS))
         if tokens.ndim != 1 or len(tokens) < 2 or tokens.dtype.kind not in "iu":
-            raise ValueError(f"an array {tokens.shape} of {tokens.dtype}; expected two integers or more in a row")
+            raise ValueError(
+                f"an array {tokens.shape} of {tokens.dtype}; expected one dimension with two or more integers"
+            )
         smallest, largest = int(tokens.min()), int(tokens.max())
         if smallest < 0 or largest >= self.vocabulary:
             wrong = smallest if smallest < 0 else largest
-            raise ValueError(f"token {wrong} is not in 0 to {self.vocabulary - 1}, those of the tokenizer")
+            raise ValueError(f"token {wrong} is not in 0 to {self.vocabulary - 1}, the tokens of the tokenizer")
         return len(tokens)
 
     def describe(self, counts: Mapping[str, Counter[int]]) -> Description:

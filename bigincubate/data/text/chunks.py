@@ -1,7 +1,7 @@
 """Write the tokens of text in chunks of whole documents.
 
-The hash of a document's name decides to which chunk it belongs, so that a document that appears or disappears changes
-only one chunk. What a chunk was made of is written after its shards, so a chunk without that is written again.
+The hash of a document's name determines its chunk, so adding or removing a document changes only one chunk. A record of
+what a chunk was made from is written after its shards; a chunk without a matching record is written again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..splits import hash_name, sort_by_name_hash
 from .tokenizers import BYTES, ByteTokenizer, FileTokenizer, Tokenizer
 from .windows import cut_windows, join_documents, token_schema
 
-CHUNK_BYTES = 2**22  # of text, on average
+CHUNK_BYTES = 2**22  # mean size of the text of a chunk
 
 
 class TokenPlan(NamedTuple):
@@ -31,9 +31,9 @@ class TokenPlan(NamedTuple):
 
     Attributes:
         window: Number of targets of a window.
-        name: Kind of the tokenizer.
-        file: The file of the tokenizer; None for bytes.
-        sha256: The SHA-256 of this file; empty for bytes.
+        name: Kind of the tokenizer: one of the constants of `tokenizers`.
+        file: The file of the tokenizer; None for the tokenizer ``bytes``.
+        sha256: The SHA-256 of this file; empty without a file.
     """
 
     window: int
@@ -43,7 +43,7 @@ class TokenPlan(NamedTuple):
 
     @property
     def identity(self) -> dict[str, str]:
-        """Return what the description of the data says about the tokenizer."""
+        """Return the tokenizer as the description of the data identifies it."""
         return {"name": self.name} if self.file is None else {"name": self.name, "sha256": self.sha256}
 
     def load(self) -> Tokenizer:
@@ -57,8 +57,8 @@ class TextChunk(NamedTuple):
     Attributes:
         folder: The folder of the shards.
         documents: The documents.
-        contents: The hash of the text of each.
-        plan: How they become windows.
+        contents: The hash of the text of each document.
+        plan: How the text becomes windows.
         part: The partition they belong to.
     """
 
@@ -75,17 +75,17 @@ class TextChunk(NamedTuple):
 
     @property
     def record_file(self) -> Path:
-        """Return the file that says what the chunk was made of."""
+        """Return the file that records what the chunk was made from."""
         return self.folder.parent.parent / RECORDS / f"{self.split}-{self.folder.name}.json"
 
     @property
     def key(self) -> str:
-        """Return a SHA-256 of all that decides what is written."""
+        """Return a SHA-256 of everything that determines the content of the chunk."""
         values = (self.split, self.contents, self.plan.window, self.plan.sha256)
         return hashlib.sha256(repr(values).encode()).hexdigest()
 
     def counts(self) -> dict[str, int] | None:
-        """Return the numbers of tokens and windows; None if the chunk is missing or was made of something else."""
+        """Return the numbers of tokens and windows; None if the chunk is missing or was made from something else."""
         record = read_json(self.record_file) if self.folder.exists() else None
         return record["counts"] if record and record.get("key") == self.key else None
 
@@ -105,7 +105,7 @@ def make_chunks(
         count = math.ceil(sum(document_bytes(document) for document in documents) / CHUNK_BYTES)
         groups: list[list[Sample]] = [[] for _ in range(count)]
         for document in sort_by_name_hash(documents):
-            # other bytes of the hash than those of the order, because a split that was held out is the end of it
+            # not the first bytes of the hash, which determine the split and so are similar in all validation documents
             groups[int.from_bytes(hash_name(document.name)[8:16], "big") * count >> 64].append(document)
         chunks += [
             TextChunk(folder / f"{first + n:05}", group, [contents[document.name] for document in group], plan, part)

@@ -18,9 +18,9 @@ from .files import HTML, LINES, MADE_UP, PARQUET, PIECES, TextFile
 from .html import html_to_text
 from .made_up import write_made_up
 
-MAX_DOCUMENT_BYTES = 2**28  # a document is tokenized as a whole
-PIECE_BYTES = 2**14  # at least, of a single file of text, which is divided into documents
-BATCH_ROWS = 64  # of a Parquet file, read at once
+MAX_DOCUMENT_BYTES = 2**28  # limited, because a document is tokenized as a whole
+PIECE_BYTES = 2**14  # minimum size of the documents into which a single text file is divided
+BATCH_ROWS = 64  # rows of a Parquet file that are read at once
 NOT_UTF8 = "not UTF-8: convert it with iconv"
 
 
@@ -60,7 +60,7 @@ def read_documents(file: TextFile, column: str) -> Iterator[Document]:
 
 
 def _read_whole(file: TextFile) -> Iterator[Document]:
-    """Yield the one document of a file, or pieces of it."""
+    """Yield the content of a file: as one document, or divided into pieces."""
     try:
         content = Path(file.path).read_bytes()
     except OSError as error:
@@ -74,7 +74,7 @@ def _read_whole(file: TextFile) -> Iterator[Document]:
 
 
 def _cut(text: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where pieces of a text begin and end: at a blank line if there is one, at the end of a line otherwise."""
+    """Yield the start and end of each piece of a text: it ends at a blank line or, if there is none, at a line end."""
     first = 0
     while first < len(text):
         least = first + PIECE_BYTES
@@ -86,7 +86,7 @@ def _cut(text: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _check(name: str, text: bytes) -> Document:
-    """Return a document, or why its text is not read."""
+    """Return a document; if its text is too large or not UTF-8, only with the problem."""
     if len(text) > MAX_DOCUMENT_BYTES:
         return Document(name, b"", f"{len(text):,} bytes, but a document may have only {MAX_DOCUMENT_BYTES:,}")
     try:
@@ -97,7 +97,7 @@ def _check(name: str, text: bytes) -> Document:
 
 
 def _take_value(name: str, value: Any) -> Document:
-    """Return the document that a field holds."""
+    """Return the document in a field of a row."""
     if value is None:
         return Document(name, b"")
     if isinstance(value, bytes):
@@ -139,14 +139,14 @@ def _read_line(file: TextFile, number: int, line: bytes, column: str) -> Documen
 
 
 def _open_lines(path: str) -> IO[bytes]:
-    """Open a file of JSON lines, which may be compressed."""
+    """Open a file of JSON lines, decompressing it if needed."""
     if path.lower().endswith(".gz"):
         return cast(IO[bytes], gzip.open(path))
     return _open_zstd(path) if path.lower().endswith(".zst") else open(path, "rb")
 
 
 def _open_zstd(path: str) -> IO[bytes]:
-    """Open a file of Zstandard: with pyarrow piece by piece, otherwise with what the library streaming brings along."""
+    """Open a Zstandard file: as a stream with pyarrow, or otherwise with zstd, a dependency of mosaicml-streaming."""
     try:
         import pyarrow
     except ImportError:
@@ -163,7 +163,7 @@ def _open_zstd(path: str) -> IO[bytes]:
 
 
 def _intact(path: str, lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield lines, and explain the errors of a damaged file."""
+    """Yield lines, and convert the errors of a damaged file to `DataError`."""
     try:
         yield from lines
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -1,9 +1,9 @@
-"""Extract the documents of a source, so that each can be read at an offset, whatever form its file has.
+"""Extract the documents of all files of a source, so that each document can be read by its offset.
 
-    OUT/.documents/<key>.text    the texts of the documents of some files, one after another, in UTF-8
-    OUT/.documents/<key>.json    a line for each document: where it is, and the hash of its text
+    OUT/.documents/<key>.text    the texts of the documents of a group of files, concatenated, in UTF-8
+    OUT/.documents/<key>.json    a line for each document: its position, and the hash of its text
 
-The folder is removed when the data is complete. Until then, files that did not change are not read again.
+The folder is removed when the data is complete. Until then, unchanged files are not read again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .documents import read_documents
 from .files import TextFile
 
 EXTRACTED = ".documents"
-GROUP_BYTES, GROUP_FILES = 2**24, 2048  # of files that are extracted together
+GROUP_BYTES, GROUP_FILES = 2**24, 2048  # maximum size and number of files that are extracted together
 
 
 class Extracted(NamedTuple):
@@ -36,7 +36,7 @@ class Extracted(NamedTuple):
         contents: The SHA-256 of the text of each document, by name.
         domains: The names of the domains.
         files: The SHA-256 of each file, in order.
-        unreadable: Reason by name of the documents that cannot be read.
+        unreadable: For each document that cannot be read, the reason by its name.
         empty: Number of documents without text, which are left out.
         duplicates: Number of documents that are left out because an earlier one has the same text.
     """
@@ -87,8 +87,8 @@ def extract(
         out: The folder of the data.
         column: See `read_documents`.
         jobs: Number of processes.
-        again: Whether to read all files, even those that were extracted before.
-        on_progress: Called with the share of the files that are extracted.
+        again: Whether to read all files, including those that were extracted before.
+        on_progress: Called with the fraction of the files that are extracted.
     """
     folder = out / EXTRACTED
     if again:
@@ -119,7 +119,7 @@ def _group_files(files: Sequence[TextFile]) -> Iterator[list[TextFile]]:
 
 
 def _extract_group(group: _Group) -> None:
-    """Write the texts of a group and then its index, which is missing if this is interrupted."""
+    """Write the texts of a group, and then its index. An interrupted group has no index and is extracted again."""
     mark = f".tmp-{os.getpid()}"
     texts, index = (file.with_suffix(mark + file.suffix) for file in (group.texts, group.index))
     with texts.open("wb") as data, index.open("w") as lines:
@@ -159,8 +159,9 @@ def _collect(groups: Sequence[_Group]) -> Extracted:
                     place = FileSlice(str(group.texts), offset, size, name)
                     found.append((name, group.files[number].domain, place, content))
         if len(unreadable) > problems:
-            group.index.unlink()  # to be read again, because a repaired file may have the same size and time
-    names: dict[str, str] = {}  # of the first document with a content
+            # extract the group again next time, because a repaired file may have the same size and time
+            group.index.unlink()
+    names: dict[str, str] = {}  # for each content, the name of the first document with it
     unique = [row for row in sorted(found) if names.setdefault(row[3], row[0]) == row[0]]
     domains = sorted({domain for _, domain, _, _ in unique})
     labels = {domain: label for label, domain in enumerate(domains)}

@@ -1,4 +1,4 @@
-"""The files of a source of text: which are read, and how."""
+"""Find the files of a text source, and determine how each is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..sources.image_files import walk_files
 from .made_up import list_made_up
 
 EMBEDDED_TEXT = ("stdlib", "made-up-text")
-ONE_DOMAIN, TOP = "text", "."  # the domain of a source without folders, and of files next to folders
+ONE_DOMAIN, TOP = "text", "."  # the domain of a source without folders, and of files outside of its folders
 PLAIN, PIECES, HTML, LINES, PARQUET, MADE_UP = "plain", "pieces", "html", "lines", "parquet", "made-up"
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc")
 CODE = (
@@ -30,9 +30,9 @@ CODE = (
     *(".rs", ".swift", ".ts", ".tsx", ".jsx", ".rb", ".php", ".pl", ".pm", ".lua", ".r", ".jl", ".f", ".f90", ".hs"),
     *(".ml", ".el", ".clj", ".ex", ".erl", ".sh", ".bash", ".sql"),
 )
-OF_PAGES = (".js", ".css")  # source files, but next to HTML pages only a part of them
+PAGE_ASSETS = (".js", ".css")  # source files, which are skipped if there are HTML pages
 FORMS = {
-    **dict.fromkeys((*PROSE, *CODE, *OF_PAGES), PLAIN),
+    **dict.fromkeys((*PROSE, *CODE, *PAGE_ASSETS), PLAIN),
     **dict.fromkeys((".html", ".htm", ".xhtml"), HTML),
     **dict.fromkeys((".jsonl", ".jsonl.gz", ".jsonl.zst"), LINES),
     ".parquet": PARQUET,
@@ -73,13 +73,13 @@ class TextFile(NamedTuple):
 
 @dataclass(frozen=True)
 class TextSource:
-    """A source of text. Its files are not read yet.
+    """A source of text, with files that have not been read yet.
 
     Attributes:
         kind: ``text``, or the name of built-in text.
         files: The files, sorted by name.
         folder: The absolute path of the source; None for built-in text.
-        notes: What the description of the data says about how the source was read (plain JSON values).
+        notes: Information about the source for the description of the data, as plain JSON values.
     """
 
     kind: str
@@ -89,7 +89,7 @@ class TextSource:
 
     @property
     def has_columns(self) -> bool:
-        """Return whether a file has columns or fields, one of which holds the text."""
+        """Return whether any file has columns or fields."""
         return any(file.form in (LINES, PARQUET) for file in self.files)
 
     @cached_property
@@ -134,7 +134,7 @@ def find_text(source: str) -> TextSource:
 
 
 def form_of(name: str) -> str | None:
-    """Return how a file is read, by its suffix; None if it is not."""
+    """Return how a file with this suffix is read; None if it is not read."""
     stem, suffix = os.path.splitext(name.lower())
     if suffix in (".gz", ".zst"):
         suffix = os.path.splitext(stem)[1] + suffix
@@ -142,7 +142,7 @@ def form_of(name: str) -> str | None:
 
 
 def holds_only_text(path: Path) -> bool:
-    """Return whether a path is a file of text, or a folder that holds nothing else; Parquet files may be images."""
+    """Return whether a path is a text file or a folder of only text files; not Parquet, which may hold images."""
 
     def is_text(name: str) -> bool:
         return form_of(name) not in (None, PARQUET)
@@ -173,7 +173,7 @@ def _walk_folder(root: Path) -> TextSource:
     kept, skipped = list[str](), Counter[str]()
     for name in names:
         suffix = os.path.splitext(name)[1].lower()
-        if form_of(name) is None or (has_pages and suffix in OF_PAGES):
+        if form_of(name) is None or (has_pages and suffix in PAGE_ASSETS):
             skipped[suffix or "without a suffix"] += 1
         elif _is_special(root / name):
             skipped["pipe or device"] += 1
@@ -186,8 +186,8 @@ def _walk_folder(root: Path) -> TextSource:
     if len(folders) > 1 and all(map(is_split_name, folders)):
         found = ", ".join(f"{name}/" for name in sorted(folders))
         raise DataError(
-            f"{quote_path(root)} has {found}, but text is divided by the names of its documents; prepare the folder for"
-            " training alone, or move all into one folder"
+            f"{quote_path(root)} has {found}, but the splits of text are chosen by the names of documents; prepare only"
+            " the folder for training, or move all files into one folder"
         )
     files = [
         TextFile(name, str(root / name), _domain(name, folders), str(form_of(name)), file_stamp(str(root / name)))
@@ -197,7 +197,7 @@ def _walk_folder(root: Path) -> TextSource:
 
 
 def _is_special(path: Path) -> bool:
-    """Return whether opening a path may wait for ever; a broken link is reported as unreadable instead."""
+    """Return whether opening a path may block forever. A broken link is not special: it is reported as unreadable."""
     return path.exists() and not path.is_file()
 
 

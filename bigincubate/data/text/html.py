@@ -1,4 +1,4 @@
-"""The text of HTML pages."""
+"""Convert HTML pages to text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 DROPPED = ("script", "style", "template", "noscript")
-BLOCKS = (  # start and end on a line of their own
+BLOCKS = (  # elements that start and end a line
     *("address", "article", "aside", "blockquote", "body", "br", "caption", "dd", "details", "div", "dl", "dt"),
     *("fieldset", "figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "head", "header", "hr"),
     *("html", "li", "main", "nav", "ol", "p", "pre", "section", "summary", "table", "tbody", "td", "tfoot", "th"),
@@ -21,7 +21,7 @@ def html_to_text(page: str) -> str:
     Runs of white space become one space, except in ``<pre>``. Blank lines are left out, except in ``<pre>``.
     """
     parser = _TextParser()
-    # the HTML standard reads both as a comment up to the next ">", but the parser raises errors for most of the former
+    # To the HTML standard, both "<![" and "<?" begin a comment up to the next ">", but the parser fails on most "<![".
     parser.feed(page.replace("<![", "<?"))
     parser.close()
     return parser.text()
@@ -33,8 +33,8 @@ class _TextParser(HTMLParser):
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
         self._lines: list[str] = []
-        self._line: list[str] = []  # pieces of the line that is not complete
-        self._dropped = self._pre = 0  # depth of open elements of these kinds
+        self._line: list[str] = []  # pieces of the current line
+        self._dropped = self._pre = 0  # number of open elements of these kinds
 
     def text(self) -> str:
         self._end_line()

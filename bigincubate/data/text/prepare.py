@@ -1,7 +1,7 @@
 """Prepare text: write the documents of a source as windows of tokens in MDS shards.
 
 The documents are extracted (:mod:`.extraction`) and divided into training and validation by the hashes of their names.
-If wanted, a tokenizer is trained on the training documents. Then the tokens are written in chunks (:mod:`.chunks`).
+If requested, a tokenizer is trained on the training documents. Then the tokens are written in chunks (:mod:`.chunks`).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from .tokenizers import BYTES
 from .windows import token_schema
 
 DOCUMENTS = "documents.jsonl"  # name, domain, split and partition of each document; not part of the digest
-EXTRACTION_SHARE = 0.3  # of the progress
+EXTRACTION_SHARE = 0.3  # fraction of the progress that the extraction accounts for
 
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How to prepare text; see `prepare_text`.
+    """The arguments of `prepare_text`; see there.
 
     Attributes:
-        choice: The tokenizer that was chosen.
+        choice: The tokenizer that ``tokenizer`` selects.
     """
 
     window: int
@@ -60,7 +60,7 @@ class TextOptions:
     choice: TokenizerChoice
 
     def identify(self, source: TextSource) -> dict[str, Any]:
-        """Return what decides which data is made of a source, besides its files and the partitions."""
+        """Return everything that determines the data, except the files of the source and the partitions."""
         identity: dict[str, Any] = {
             "kind": source.kind,
             "window": self.window,
@@ -96,7 +96,7 @@ def prepare_text(
         window: Number of tokens that a language model reads at once.
         tokenizer: ``bytes``; ``bpe:N``, to train a tokenizer with N tokens on the training documents; or a file of a
             byte-level tokenizer (``tokenizer.json``).
-        val_fraction: Share of the documents of each domain to hold out.
+        val_fraction: Fraction of the documents of each domain to hold out.
         column: The field of JSON lines, or the column of Parquet files, that holds the text; by default ``text``.
         jobs: Number of processes, which does not affect the result.
         partition: Divides the training documents into partitions, each of which is also written as a data set.
@@ -190,7 +190,7 @@ def _prepare(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo
 
 
 def _finish(out: Path) -> None:
-    """Remove what is only needed to resume."""
+    """Remove the files that are only needed to resume."""
     for name in (RECORDS, EXTRACTED):
         shutil.rmtree(out / name, ignore_errors=True)
     (out / UNFINISHED).unlink(missing_ok=True)
@@ -204,7 +204,7 @@ def _counts(chunk: TextChunk) -> dict[str, int]:
 
 
 def _hash_parts(parts: Sequence[Sequence[Sample]]) -> dict[str, str]:
-    """Return what identifies partitions; nothing if there are none.
+    """Return the entry of the description that identifies the partitions; empty if there are none.
 
     Raises:
         DataError: If a partition is empty.
@@ -218,12 +218,12 @@ def _hash_parts(parts: Sequence[Sequence[Sample]]) -> dict[str, str]:
 
 
 def _write_chunks(chunks: list[TextChunk], out: Path, options: TextOptions) -> None:
-    """Write the chunks that are missing, or were made of other documents."""
+    """Write the chunks that are missing or were made from other documents."""
     folders = {chunk.folder for chunk in chunks}
     for split in {folder.parent for folder in folders}:
         split.mkdir(exist_ok=True)
         for folder in split.iterdir():
-            if folder not in folders and folder.is_dir():  # of a source that had more documents
+            if folder not in folders and folder.is_dir():  # from when the source had more documents
                 shutil.rmtree(folder)
     (out / RECORDS).mkdir(exist_ok=True)
     missing = [chunk for chunk in chunks if chunk.counts() is None]
@@ -237,7 +237,7 @@ def _write_chunks(chunks: list[TextChunk], out: Path, options: TextOptions) -> N
 
 
 def _list_documents(out: Path, groups: dict[str, list[list[Sample]]], found: Extracted) -> None:
-    """Write which document belongs to which split and partition."""
+    """Write a list of all documents with their domain, split and partition."""
     rows = sorted(
         (document.name, found.domains[document.label], split, part)
         for split, parts in groups.items()
@@ -248,7 +248,7 @@ def _list_documents(out: Path, groups: dict[str, list[list[Sample]]], found: Ext
     write_text(out / DOCUMENTS, "".join(json.dumps(dict(zip(keys, row, strict=True))) + "\n" for row in rows))
 
 
-# ------------------------------------------------------------------------------------------------ once more
+# ------------------------------------------------------------------------------------------------ complete data
 
 
 def _reopen(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo:
@@ -281,7 +281,7 @@ def _reopen(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo:
 
 
 def _identify_parts(info: DatasetInfo, partition: PartitionFunction | None) -> str | None:
-    """Return what identifies the partitions of the training documents of a data set."""
+    """Return the hash of the partitions that ``partition`` would make of a data set's training documents."""
     if partition is None:
         return None
     labels = {domain: label for label, domain in enumerate(info.schema.metadata["domains"])}

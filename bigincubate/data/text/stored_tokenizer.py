@@ -1,4 +1,4 @@
-"""The tokenizer of a data set: chosen by the user, perhaps trained on the training documents, and stored with them."""
+"""Choose, train and store the tokenizer of a data set."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..samples import Sample
 from .chunks import TokenPlan, document_bytes, read_text
 from .tokenizers import BPE, BYTES, FILE, TOKENIZER_FILE, FileTokenizer, import_tokenizers, train_bpe
 
-LEAST_BPE = 258  # tokens: bytes, the separator, and a merge
-TRAINED_BYTES = 2**30  # of training documents, at most, on which a tokenizer is trained
+MIN_BPE_TOKENS = 258  # the bytes, the separator, and one merge
+MAX_TRAINING_BYTES = 2**30  # of the training documents, for training a tokenizer
 
 
 class TokenizerChoice(NamedTuple):
@@ -25,8 +25,8 @@ class TokenizerChoice(NamedTuple):
 
     Attributes:
         window: Number of tokens that a language model reads at once.
-        train: Number of tokens of a tokenizer to train; None if it is not to be trained.
-        content: The content of a file of a tokenizer; None without a file.
+        train: Number of tokens of the tokenizer to train; None if none is trained.
+        content: The content of the given tokenizer file; None without a file.
     """
 
     window: int
@@ -35,7 +35,7 @@ class TokenizerChoice(NamedTuple):
 
     @property
     def identity(self) -> str:
-        """Return which tokenizer it is."""
+        """Return the text that identifies the tokenizer in the description of the data."""
         if self.content is not None:
             return hashlib.sha256(self.content).hexdigest()
         return BYTES if self.train is None else f"{BPE}:{self.train}"
@@ -51,11 +51,11 @@ class _Training(NamedTuple):
 
 
 def choose_tokenizer(text: str, window: int) -> TokenizerChoice:
-    """Return the tokenizer that a text stands for: ``bytes``, ``bpe:N``, or the path of a file.
+    """Parse the name of a tokenizer: ``bytes``, ``bpe:N``, or the path of a file.
 
     Raises:
-        ConfigError: If N is not an integer or too small, or the file is refused.
-        MissingDependencyError: If a package that is needed is not installed.
+        ConfigError: If N is not an integer or is out of range, or the file is refused.
+        MissingDependencyError: If a required package is not installed.
     """
     if text == BYTES:
         return TokenizerChoice(window)
@@ -63,8 +63,8 @@ def choose_tokenizer(text: str, window: int) -> TokenizerChoice:
     if name != BPE:
         FileTokenizer(Path(text))
         return TokenizerChoice(window, content=Path(text).read_bytes())
-    if not size.isdecimal() or not LEAST_BPE <= int(size) <= 2**24:
-        raise ConfigError(f"tokenizer {text}: expected bpe:N with a vocabulary of N tokens, at least {LEAST_BPE}")
+    if not size.isdecimal() or not MIN_BPE_TOKENS <= int(size) <= 2**24:
+        raise ConfigError(f"tokenizer {text}: expected bpe:N with a vocabulary of N tokens, at least {MIN_BPE_TOKENS}")
     import_tokenizers(f"tokenizer {text}")
     return TokenizerChoice(window, train=int(size))
 
@@ -72,7 +72,7 @@ def choose_tokenizer(text: str, window: int) -> TokenizerChoice:
 def store_tokenizer(
     out: Path, documents: Sequence[Sample], contents: Mapping[str, str], choice: TokenizerChoice, jobs: int
 ) -> TokenPlan:
-    """Store the tokenizer in the folder of the data; train it if that was not done on the same documents.
+    """Store the tokenizer in the folder of the data. Train it first, unless it was trained on the same documents.
 
     Args:
         out: The folder of the data.
@@ -101,7 +101,7 @@ def store_tokenizer(
 
 
 def copy_tokenizer(plan: TokenPlan, folder: Path) -> None:
-    """Store the tokenizer in the folder of a partition, too."""
+    """Store the tokenizer in the folder of a partition as well."""
     if plan.file is not None:
         folder.mkdir(parents=True)
         link_or_copy(plan.file, folder / TOKENIZER_FILE)
@@ -116,10 +116,10 @@ def _train(training: _Training) -> str:
 
 
 def _first_texts(documents: Sequence[Sample]) -> Iterator[str]:
-    """Yield texts until they are enough to train a tokenizer on."""
+    """Yield the texts of documents up to the maximum size for training a tokenizer."""
     size = 0
     for document in documents:
-        if size >= TRAINED_BYTES:
+        if size >= MAX_TRAINING_BYTES:
             return
         size += document_bytes(document)
         yield read_text(document)

@@ -1,4 +1,4 @@
-"""What the description of prepared text says about its source: counts, and what was left out."""
+"""Summarize prepared text: counts of documents, tokens and windows, and what was left out."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def summarize_text(
     splits: Mapping[str, Sequence[Sample]],
     counts: Mapping[str, Sequence[Mapping[str, int]]],
 ) -> dict[str, Any]:
-    """Return the summary of text that was prepared, as plain JSON values.
+    """Return the summary of prepared text as plain JSON values.
 
     Args:
         source: The source.
-        found: Its documents.
+        found: The documents that were extracted from it.
         splits: The documents of each split.
         counts: The numbers of tokens and windows of the chunks of each split.
     """
@@ -66,5 +66,5 @@ def text_summary_lines(summary: Mapping[str, Any], domains: Sequence[str]) -> li
 
 
 def _count(count: int, what: str, more: str = "") -> str:
-    """Return a number of things; an empty string if there are none."""
+    """Return a count with its noun, in the plural if needed; an empty string for zero."""
     return f"{count:,} {what}{'s' * (count != 1)}{more}" if count else ""

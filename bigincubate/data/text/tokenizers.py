@@ -1,6 +1,6 @@
-"""Tokenizers that lose nothing: any text is encoded to tokens that stand for exactly its bytes.
+"""Lossless tokenizers: the tokens of any text represent exactly its bytes.
 
-Special tokens are never found in text: a document that contains ``<|endoftext|>`` is encoded as these letters.
+Special tokens are never recognized in text: ``<|endoftext|>`` in a document is encoded like any other text.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from ..remote import check_hash, fetch
 BYTES, BPE, FILE = "bytes", "bpe", "file"
 TOKENIZER_FILE = "tokenizer.json"
 SEPARATOR = "<|endoftext|>"
-END_OF_TEXT = (SEPARATOR, "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")  # the first is taken
-TRIALS = ("", " a  b\n\n\tc ", "naïve 東京 🙂 e\u0301 \u00a0\ufeff\r\n\0", "".join(map(chr, range(1, 0x250))))
+# names of end-of-text tokens; the first one that a tokenizer has is the separator
+END_OF_TEXT = (SEPARATOR, "<|end_of_text|>", "<|eot|>", "</s>", "<eos>", "[EOS]", "<|im_end|>")
+ROUND_TRIP_TEXTS = ("", " a  b\n\n\tc ", "naïve 東京 🙂 e\u0301 \u00a0\ufeff\r\n\0", "".join(map(chr, range(1, 0x250))))
 
 
 class Tokenizer(Protocol):
@@ -32,7 +33,7 @@ class Tokenizer(Protocol):
 
     @property
     def vocabulary(self) -> int:
-        """Number of tokens, among them the separator."""
+        """Number of tokens, including the separator."""
 
     @property
     def separator(self) -> int:
@@ -42,10 +43,10 @@ class Tokenizer(Protocol):
         """Return the tokens of a text; never the separator."""
 
     def decode(self, tokens: Sequence[int] | NDArray[Any]) -> str:
-        """Return the text of tokens. Bytes that are no UTF-8 become U+FFFD; the separator stands for no text."""
+        """Return the text of tokens. Bytes that are not valid UTF-8 become U+FFFD. The separator has no text."""
 
     def byte_lengths(self) -> NDArray[np.int64]:
-        """Return the number of bytes of text that each token stands for, [vocabulary]; 0 for the separator."""
+        """Return the number of bytes of text that each token represents, ``[vocabulary]``; 0 for the separator."""
 
 
 class ByteTokenizer:
@@ -73,7 +74,7 @@ class FileTokenizer:
         file: The file.
 
     Raises:
-        ConfigError: If the tokenizer is not byte-level, loses something, or has no end of text.
+        ConfigError: If the tokenizer is not byte-level, is not lossless, or has no end-of-text token.
         MissingDependencyError: If the library is not installed.
     """
 
@@ -86,7 +87,7 @@ class FileTokenizer:
         except OSError as error:
             raise ConfigError(f"tokenizer {quote_path(file)}: {error.strerror}") from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            problem, names = "it is not a file that the library tokenizers has written", []
+            problem, names = "it was not written by the library tokenizers", []
         if not problem and not any(name in names for name in END_OF_TEXT):
             problem = f"it has no end-of-text token to separate documents: expected one of {', '.join(END_OF_TEXT)}"
         if problem:
@@ -100,26 +101,28 @@ class FileTokenizer:
             raise ConfigError(f"tokenizer {quote_path(file)} is refused: {str(error).splitlines()[0]}") from None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # that is, as any other text
+        self._tokenizer.encode_special_tokens = True  # encode their names in text like any other text
         self._special = {token["id"] for token in content["added_tokens"] if token["special"]}
         self.separator: int = self._tokenizer.token_to_id(separator)
-        for text in (*TRIALS, *END_OF_TEXT, " ".join(names)):
+        for text in (*ROUND_TRIP_TEXTS, *END_OF_TEXT, " ".join(names)):
             tokens = self.encode(text)
             if self.decode(tokens) != text or self.byte_lengths()[tokens].sum() != len(text.encode()):
-                raise ConfigError(f"tokenizer {quote_path(file)} is refused: it does not give {text!r} back")
+                raise ConfigError(
+                    f"tokenizer {quote_path(file)} is refused: it does not decode {text!r} to the same text"
+                )
 
     @cached_property
     def vocabulary(self) -> int:
-        """Number of tokens: the highest one and those below it."""
+        """Number of tokens: one more than the largest ID."""
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
 
     @cached_property
     def _bytes(self) -> list[bytes]:
-        """The bytes that each token stands for."""
-        byte_of = {letter: byte for byte, letter in enumerate(_byte_letters())}
+        """The bytes that each token represents."""
+        byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
         own = [b""] * self.vocabulary
         for name, token in self._tokenizer.get_vocab(with_added_tokens=False).items():
-            own[token] = bytes(byte_of[letter] for letter in name if letter in byte_of)
+            own[token] = bytes(byte_of[character] for character in name if character in byte_of)
         for token, added in self._tokenizer.get_added_tokens_decoder().items():
             own[token] = b"" if token in self._special else added.content.encode()
         return own
@@ -175,11 +178,11 @@ def import_tokenizers(purpose: str) -> Any:
 def train_bpe(texts: Iterable[str], vocabulary: int, file: Path) -> None:
     """Train a byte-level BPE tokenizer and write it to a file. The same texts give the same file.
 
-    Call it in a process of its own: the library warns in processes that are forked after it has started its threads.
+    Call it in a separate process: the library starts threads, and then warns if its process is forked.
 
     Args:
         texts: The texts.
-        vocabulary: Number of tokens, among them 256 bytes and the separator; fewer if the texts have too few words.
+        vocabulary: Maximum number of tokens, including 256 bytes and the separator. Short texts may give fewer.
         file: The file to write.
     """
     library = import_tokenizers("training a tokenizer")
@@ -200,11 +203,11 @@ def train_bpe(texts: Iterable[str], vocabulary: int, file: Path) -> None:
     temporary.replace(file)
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ------------------------------------------------------------------------------------------------ checks
 
 
 def _find_problem(content: dict[str, Any]) -> str:
-    """Return why a tokenizer is not byte-level, or loses something; empty if neither is so."""
+    """Return why a tokenizer is not byte-level or not lossless; empty if it is both."""
     model = content["model"]
     if model.get("type") != "BPE":
         return f"its model is {model.get('type')}, but only byte-level BPE is supported"
@@ -222,11 +225,11 @@ def _find_problem(content: dict[str, Any]) -> str:
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             return f"its model has {key} = {model[key]!r}"
-    if missing := [byte for byte, letter in enumerate(_byte_letters()) if letter not in model["vocab"]]:
+    if missing := [byte for byte, character in enumerate(_byte_characters()) if character not in model["vocab"]]:
         return f"it has no token for {len(missing)} of the 256 bytes, such as {missing[0]}"
     for token in content["added_tokens"]:
         if not token["special"] and (token["lstrip"] or token["rstrip"]):
-            return f"its token {token['content']!r} takes the spaces next to it"
+            return f"its token {token['content']!r} removes adjacent spaces"
     return ""
 
 
@@ -237,8 +240,8 @@ def _flatten(step: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [inner for own in step["pretokenizers"] for inner in _flatten(own)] if step["type"] == "Sequence" else [step]
 
 
-def _byte_letters() -> list[str]:
-    """Return the letter that stands for each byte in byte-level tokenizers: those that are printable for themselves.
+def _byte_characters() -> list[str]:
+    """Return the character that represents each byte in byte-level tokenizers. Printable bytes represent themselves.
 
     Source: the function ``bytes_to_unicode`` of GPT-2's encoder.
     """

@@ -1,4 +1,4 @@
-"""Windows of tokens: the records of text."""
+"""Windows of tokens: the records of prepared text."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def token_schema(window: int, tokenizer: Tokenizer, identity: dict[str, Any], do
     """Return the schema of windows of tokens.
 
     Args:
-        window: Number of tokens of a window that are read; a record has one more.
+        window: Number of inputs of a window; a record has one more token.
         tokenizer: The tokenizer.
-        identity: Which tokenizer it is, with the SHA-256 of its file.
+        identity: The tokenizer as the description of the data identifies it.
         domains: Names of the domains of the documents.
     """
     kind = token_type(tokenizer.vocabulary).name
@@ -50,7 +50,7 @@ def read_tokens(value: NDArray[Any] | bytes) -> NDArray[Any]:
 
 
 def join_documents(texts: Iterable[str], tokenizer: Tokenizer) -> NDArray[Any]:
-    """Return the tokens of documents, each of which begins with the separator."""
+    """Return the concatenated tokens of documents, with the separator before each document."""
     kind = token_type(tokenizer.vocabulary)
     pieces = [np.empty(0, kind)]
     for text in texts:
@@ -64,7 +64,7 @@ def cut_windows(tokens: NDArray[Any], window: int, *, keep_rest: bool) -> Iterat
     Args:
         tokens: The tokens.
         window: Number of targets of a window.
-        keep_rest: Whether to yield what remains at the end as a shorter window.
+        keep_rest: Whether to yield the remaining tokens at the end as a shorter window.
     """
     for first in range(0, len(tokens) - 1, window):
         piece = tokens[first : first + window + 1]
