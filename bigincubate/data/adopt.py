@@ -1,7 +1,7 @@
-"""Describe data that mosaicml-streaming has written, so that it is read like prepared data, without rewriting it.
+"""Describe data that mosaicml-streaming has written, so that it is read like prepared data without rewriting it.
 
-Each shard is read once, to record the hashes of its files and to check the labels. The description is a folder of its
-own, by default ``adopted`` in that of the data.
+Each shard is read once, to record the hashes of its files and to check the labels or tokens. The description is a
+separate folder, by default ``adopted`` in the folder of the data.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ def adopt_dataset(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> DatasetInfo:
-    """Describe an MDS data set of labeled images or windows of tokens, unless that was done before.
+    """Describe an MDS data set of labeled images or windows of tokens, unless it has been described before.
 
     Args:
         source: The folder of the training split, or of the splits ``train`` and ``val``; as text, the URL of an object
             store, whose shards are downloaded one at a time. With ``val``, a URL is that of the training split.
-        out: The folder of the description, which is missing or empty, or has the description of the same data. None:
+        out: The folder of the description. It may be missing, empty, or contain a description of the same data. None:
             ``adopted`` in ``source``, which then must be a folder.
         val: The folder or URL of the validation split, if it is not ``val`` in ``source``.
-        columns: The names of the columns of the ``image`` and the ``label``, if they are different; or that of the
-            ``tokens`` of text.
-        classes: A file with the names of the classes: one per line, or a JSON list. None: the labels as text.
+        columns: The names of the columns with the ``image`` and the ``label``, if they have other names; or that of the
+            column with the ``tokens`` of text.
+        classes: A file with the names of the classes: one per line, or a JSON list. None: the classes are numbered.
         tokenizer: The tokenizer that made the tokens: ``bytes``, or the path of a ``tokenizer.json``.
         parts: Number of partitions of the training samples, each of whole shards. 0: none.
         jobs: Number of processes, which does not affect the result.
@@ -97,10 +97,10 @@ def adopt_dataset(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is adopted, and how.
+    """The data to adopt.
 
     Attributes:
-        source: The folder or URL that was given.
+        source: The folder or URL that was passed to `adopt_dataset`.
         splits: The splits.
         records: Their records.
         parts: The numbers of the training shards of each partition.
@@ -113,7 +113,7 @@ class _Plan:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Return what decides the description, as plain JSON values."""
+        """Return everything that determines the description, as plain JSON values."""
         indexes = {split: mds.digest for split, mds in self.splits.items()}
         return {"kind": KIND, "indexes": indexes, "shards_of_parts": self.parts, **self.records.given}
 
@@ -133,7 +133,7 @@ def _find_records(
 
 
 def _divide(train: MdsSplit, parts: int) -> list[list[int]]:
-    """Return the numbers of the shards of each partition: those of a subfolder, if there are as many of these.
+    """Return the numbers of the shards of each partition. If there are ``parts`` subfolders, each is one partition.
 
     Raises:
         ConfigError: If there are too few shards.
@@ -141,7 +141,7 @@ def _divide(train: MdsSplit, parts: int) -> list[list[int]]:
     shards = len(train.shards)
     if parts > shards:
         raise ConfigError(
-            f"--parts {parts}: a part is one or more whole shards, but there are {shards}; use `data prepare` for"
+            f"--parts {parts}: a part has at least one whole shard, but there are only {shards}; use `data prepare` for"
             " balanced parts"
         )
     folders = [entry["raw_data"]["basename"].rpartition("/")[0] for entry in train.shards]
@@ -152,14 +152,18 @@ def _divide(train: MdsSplit, parts: int) -> list[list[int]]:
 
 
 def _reopen(out: Path, plan: _Plan) -> DatasetInfo:
-    """Return a data set that was adopted before."""
+    """Return a data set that was adopted before.
+
+    Raises:
+        DataError: If the description is of other data or was made with other options.
+    """
     info = open_dataset(out)
     before = read_json(out / DESCRIPTION).get("source")
     identity = plan.identity
     if not isinstance(before, dict) or any(before.get(key) != value for key, value in identity.items()):
         raise DataError(
-            f"{quote_path(out)} describes other data, or the same with other options; use another --out, or delete it"
-            " if no run uses it"
+            f"{quote_path(out)} describes other data, or was written with other options; use another --out, or delete"
+            " it if no run uses it"
         )
     (out / UNFINISHED).unlink(missing_ok=True)
     return info
@@ -169,7 +173,7 @@ def _reopen(out: Path, plan: _Plan) -> DatasetInfo:
 
 
 class _Shard(NamedTuple):
-    """A shard to read, which can be pickled."""
+    """A shard to read. It can be pickled."""
 
     split: str
     number: int
@@ -179,7 +183,7 @@ class _Shard(NamedTuple):
 
 
 class _Scanned(NamedTuple):
-    """What was found in a shard: its entry in the index with all hashes, and how often each measure occurs."""
+    """The result of reading a shard: its entry in the index with all hashes, and the counts of its measures."""
 
     split: str
     number: int
@@ -205,7 +209,7 @@ def _scan_all(plan: _Plan, jobs: int, on_progress: Callable[[int, int], None]) -
 
 
 def _scan(shard: _Shard) -> _Scanned:
-    """Read a shard: check what its index says of it, hash it, and check and count its records."""
+    """Read a shard: compare it with its index, hash it, and check and count its records."""
     entry, packed = shard.entry, shard.entry["zip_data"]
     name = (packed or entry["raw_data"])["basename"]
     file, content = f"{shard.folder}/{name}", _read_stored(shard.folder, name)
@@ -237,7 +241,7 @@ def _checked(described: dict[str, Any], content: bytes, name: str) -> dict[str, 
     """Return the entry of a file with its SHA-256.
 
     Raises:
-        DataError: If the file does not have the size and the hashes that its writer noted.
+        DataError: If the file does not have the size and the hashes in its index.
     """
     from ..compat.streaming_package import get_hash, is_hash
 
@@ -250,7 +254,7 @@ def _checked(described: dict[str, Any], content: bytes, name: str) -> dict[str, 
 
 
 def _count_records(shard: _Shard, content: bytes, file: str) -> Counter[int]:
-    """Return how often each measure occurs in a shard.
+    """Return how often each measure (see `AdoptedRecords.measure`) occurs in a shard.
 
     Raises:
         DataError: If a record is not valid.
@@ -283,9 +287,9 @@ def _read_column(
 
 def _describe(out: Path, plan: _Plan, scanned: dict[str, list[_Scanned]], report: Callable[[str], None]) -> DatasetInfo:
     """Write the descriptions of the partitions and of the whole data set."""
-    counts = {split: sum((one.counts for one in group), Counter[int]()) for split, group in scanned.items()}
+    counts = {split: sum((shard.counts for shard in group), Counter[int]()) for split, group in scanned.items()}
     described = plan.records.describe(counts)
-    entries = {split: [one.entry for one in group] for split, group in scanned.items()}
+    entries = {split: [shard.entry for shard in group] for split, group in scanned.items()}
     digests = []
     for number, chosen in enumerate(plan.parts):
         folder = Path(partition_path(out, number))
@@ -318,7 +322,7 @@ def _write(
 def _find_folder(folder: Path, source: Path | str, stored: Path | str) -> str:
     """Return where the shards of a split are: a URL, an absolute path, or a path relative to the description.
 
-    A description inside the folder of the data stays valid if both are moved.
+    With a relative path, a description inside the folder of the data stays valid if both are moved.
 
     Args:
         folder: The folder of the description.

@@ -1,4 +1,4 @@
-"""What `adopt` needs to know of labeled images: their columns, what is checked in each record, and their schema."""
+"""Adopted labeled images: their columns, the checks of each record, and their schema."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .mds_index import MdsSplit, find_encodings, read_class_names
 from .source_summary import describe_counts
 from .stored_records import IMAGE_ENCODINGS, INTEGER_ENCODINGS, NAME_ENCODING
 
-MAX_CLASSES = 1_000_000  # without the names of the classes, the largest label decides how many there are
+MAX_CLASSES = 1_000_000  # limit if classes have no names, when the largest label determines their number
 
 ReadColumn = Callable[[str], Any]  # returns the value of a column of a record
 
 
 class Description(NamedTuple):
-    """What the description of adopted data says.
+    """The content of the description of adopted data.
 
     Attributes:
         schema: Schema of the records.
@@ -38,7 +38,7 @@ class AdoptedRecords(Protocol):
     """Records of one kind that are adopted. It can be pickled."""
 
     unit: ClassVar[str]
-    """What the records are called, such as ``images``."""
+    """Name of the records in messages, such as ``images``."""
 
     @property
     def stored(self) -> dict[str, str]:
@@ -46,14 +46,14 @@ class AdoptedRecords(Protocol):
 
     @property
     def given(self) -> dict[str, Any]:
-        """What was given of the records and decides the description, as plain JSON values."""
+        """The options about the records that determine the description, as plain JSON values."""
 
     @property
     def reading_schema(self) -> RecordSchema:
-        """The schema to read the records with, before all is known of them."""
+        """The schema for reading the records while they are checked, which may lack metadata."""
 
     def measure(self, read: ReadColumn, *, first: bool) -> int:
-        """Check a record and return what is counted: the label, or the number of tokens.
+        """Check a record, and return its measure, which is counted: its label, or its number of tokens.
 
         Args:
             read: Returns the value of a column.
@@ -72,7 +72,7 @@ class AdoptedRecords(Protocol):
 
 @dataclass(frozen=True)
 class AdoptedImages:
-    """Labeled images; see `AdoptedRecords`.
+    """Labeled images in shards that another program wrote; see `AdoptedRecords`.
 
     Attributes:
         stored: The name of each column in the shards.
@@ -91,7 +91,7 @@ class AdoptedImages:
 
         Args:
             splits: The splits.
-            columns: The names of the columns of the ``image`` and the ``label``, if they are different.
+            columns: The names of the columns with the ``image`` and the ``label``, if they have other names.
             classes: A file with the names of the classes.
 
         Raises:
@@ -103,10 +103,10 @@ class AdoptedImages:
         found = find_encodings(splits, stored)
         if found["image"] not in IMAGE_ENCODINGS:
             kinds = ", ".join(IMAGE_ENCODINGS)
-            raise ConfigError(f"column {stored['image']!r} is {found['image']}, but an image is {kinds}")
+            raise ConfigError(f"column {stored['image']!r} is {found['image']}, but an image must be one of {kinds}")
         column, encoding = stored["label"], found["label"]
         if encoding not in (*INTEGER_ENCODINGS, NAME_ENCODING):
-            raise ConfigError(f"column {column!r} is {encoding}, but a label is an integer or text (str)")
+            raise ConfigError(f"column {column!r} is {encoding}, but a label must be an integer or text (str)")
         if encoding == NAME_ENCODING and classes is None:
             raise ConfigError(f"column {column!r} holds the names of classes; list all of them in a --classes FILE")
         return cls(stored, found, None if classes is None else read_class_names(classes))
@@ -118,14 +118,14 @@ class AdoptedImages:
 
     @property
     def reading_schema(self) -> RecordSchema:
-        """Return the schema with the names of classes that were given."""
+        """Return the schema with the given names of classes, or without names."""
         return self._schema(self.classes or [])
 
     def measure(self, read: ReadColumn, *, first: bool) -> int:
         """Return the label, and check that the first image of a shard can be read.
 
         Raises:
-            ValueError: If the label is not that of a class, or the image cannot be read.
+            ValueError: If no class has this label, or the image cannot be read.
         """
         label: int = read("label")
         classes = MAX_CLASSES if self.classes is None else len(self.classes)

@@ -371,10 +371,16 @@ def test_label_out_of_range_is_named_with_its_row(tmp_path: Path, label: int) ->
     ("options", "message"),
     [
         ({"columns": {"image": "photo", "label": "label"}}, "no column 'label', but id (str), photo (bytes)"),
-        ({"columns": {"image": "weight", "label": "y"}}, "column 'weight' is float32, but an image is bytes"),
-        ({"columns": {"image": "photo", "label": "weight"}}, "column 'weight' is float32, but a label is an integer"),
+        (
+            {"columns": {"image": "weight", "label": "y"}},
+            "column 'weight' is float32, but an image must be one of bytes",
+        ),
+        (
+            {"columns": {"image": "photo", "label": "weight"}},
+            "column 'weight' is float32, but a label must be an integer",
+        ),
         ({"columns": {"picture": "photo"}}, "--columns picture=…: expected image=NAME,label=NAME"),
-        ({"parts": 99}, "--parts 99: a part is one or more whole shards"),
+        ({"parts": 99}, "--parts 99: a part has at least one whole shard"),
     ],
     ids=str,
 )
