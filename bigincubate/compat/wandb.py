@@ -1,7 +1,6 @@
-"""The files that W&B writes offline: a log in the format of LevelDB, whose records are protocol buffers.
+"""Read the files that W&B writes offline: a log in the format of LevelDB, whose records are protocol buffers.
 
-W&B has no public function that reads them. The format is the one that ``wandb sync`` reads, also of files that older
-versions wrote.
+W&B has no public function that reads them. ``wandb sync`` reads the same format, including files of older versions.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ FULL, FIRST, LAST = 1, 2, 4  # kinds of chunks; those of a record that spans blo
 
 
 def quiet_settings() -> Any:
-    """Return settings with which W&B records only what it is given: no console, code, git state or machine metrics."""
+    """Return settings with which W&B records only what is logged: no console, code, git state or machine metrics."""
     import wandb
 
     return wandb.Settings(

@@ -25,10 +25,10 @@ def find_tokenizer(source: Path, spec: ModelSpec) -> TokenizerSource | None:
         spec: Description of the model.
 
     Returns:
-        Its file, or ``"bytes"``; None if the data has no tokenizer, or none that is known.
+        Its file, or ``"bytes"``; None if the description names no tokenizer.
 
     Raises:
-        ArtifactError: The file is missing or is another one.
+        ArtifactError: The file is missing or has another content.
     """
     identity = spec.records.get("tokenizer")
     if not isinstance(identity, dict):
@@ -54,7 +54,7 @@ def find_tokenizer(source: Path, spec: ModelSpec) -> TokenizerSource | None:
 def write_tokenizer_files(tokenizer: TokenizerSource, folder: Path, *, separator: int, window: int) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``.
 
-    The loaded tokenizer gives the tokens that the model was trained on: it adds none, and finds no special tokens in
+    The loaded tokenizer produces the same tokens as in training: it adds no tokens, and recognizes no special tokens in
     text.
 
     Args:
@@ -77,7 +77,7 @@ def write_tokenizer_files(tokenizer: TokenizerSource, folder: Path, *, separator
     name = next((token["content"] for token in content.get("added_tokens", []) if token["id"] == separator), None)
     if name is None:
         raise ArtifactError(f"{tokenizer} has no special token {separator}, which is the separator of the data")
-    content |= dict.fromkeys(("truncation", "padding", "post_processor"))  # these remove and add tokens
+    content |= dict.fromkeys(("truncation", "padding", "post_processor"))  # these would remove or add tokens
     file.write_text(json.dumps(content, ensure_ascii=False) + "\n")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -91,14 +91,14 @@ def write_tokenizer_files(tokenizer: TokenizerSource, folder: Path, *, separator
 
 
 def _write_bytes_tokenizer(file: Path) -> None:
-    """Write a byte-level BPE tokenizer without merges, whose tokens are the bytes and the separator 256."""
+    """Write a byte-level BPE tokenizer without merges: its tokens are the 256 bytes, and the separator 256."""
     try:
         from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     except ImportError:
         raise MissingDependencyError(
             "exporting a tokenizer needs the library tokenizers; install it with: pip install 'bigincubate[text]'"
         ) from None
-    vocabulary = {letter: byte for byte, letter in enumerate(byte_letters())} | {SEPARATOR: 256}
+    vocabulary = {character: byte for byte, character in enumerate(_byte_characters())} | {SEPARATOR: 256}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -106,8 +106,8 @@ def _write_bytes_tokenizer(file: Path) -> None:
     tokenizer.save(str(file))
 
 
-def byte_letters() -> list[str]:
-    """Return the letter that stands for each byte in byte-level tokenizers: those that are printable for themselves.
+def _byte_characters() -> list[str]:
+    """Return the character that represents each byte in byte-level tokenizers. Printable bytes represent themselves.
 
     Source: the function ``bytes_to_unicode`` of GPT-2's encoder.
     """

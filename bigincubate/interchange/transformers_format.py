@@ -16,7 +16,7 @@ from .tokenizer_files import TOKENIZER_FILE
 def write_transformers_files(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[str, Any]:
     """Write ``model.safetensors`` as transformers does, and return the content of ``config.json``.
 
-    The first and last token of a text is the separator of the data, if that is known.
+    The separator of the data, if known, becomes the token for both the beginning and the end of a text.
     """
     family = find_transformers_family(spec.model.name)
     config = family.configuration(spec.model, sum(stages[0] for stages in spec.depths))
@@ -35,7 +35,7 @@ def write_transformers_files(model: nn.Module, spec: ModelSpec, folder: Path) ->
 
 
 def read_transformers_tensors(file: Path, spec: ModelSpec) -> dict[str, Tensor]:
-    """Read ``model.safetensors`` with names as in this package."""
+    """Read ``model.safetensors``, and return the tensors with the names of this package."""
     family = find_transformers_family(spec.model.name)
     return {family.own_name(name): tensor for name, tensor in load_file(file).items()}
 

@@ -1,15 +1,16 @@
-"""Send a phase to trackers while it trains (``log.trackers``), without a way to disturb the training.
+"""Send the metrics of a phase to trackers while it trains (``log.trackers``), without affecting the training.
 
-Each tracker is a process of its own that replays ``metrics.jsonl``, at low priority. Why a process and not a thread:
-the packages of trackers are large, hold the interpreter lock, start threads and processes, and may wait for a network
-for minutes; in a process of its own, they cannot delay a step, and whatever they raise, use up or wait for does not
-concern the trainer. Why the log and not a queue: the log has every step already, so nothing is lost if a tracker is
-slow or fails, there is no queue that can fill up, and the next attempt, or ``bigincubate track``, sends what is
-missing.
+Each tracker is a separate process with low priority that replays ``metrics.jsonl``.
 
-The trainer starts the processes and does not look at them again until the result is written. Then it waits for them,
-at most ``PATIENCE_S``, because a batch system ends all processes of a job with the trainer. After a failure or a stop
-signal it does not wait. A tracker that fails or is late gives one warning.
+- A process and not a thread: the packages of trackers are large, hold the interpreter lock, start threads and
+  processes, and may wait for a network for minutes. In a separate process, they cannot delay a step, and their errors
+  and memory do not affect the trainer.
+- The log and not a queue: the log already contains every step, so nothing is lost if a tracker is slow or fails, and
+  there is no queue that can fill up. The next attempt, or ``bigincubate track``, sends the missing steps.
+
+The trainer does not interact with the processes until the result is written. Then it waits for them, at most
+``PATIENCE_S``, because a batch system ends all processes of a job with the trainer. After a failure or a stop signal,
+it does not wait. A tracker that fails or is late causes one warning.
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ from .replay import Replay, follow
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 8.0  # that the trainer waits for after the result
-GRACE_S = 60.0  # after the end of the trainer, for a last update
-INTERVAL_S = 5.0  # between updates
+PATIENCE_S = 8.0  # maximum time that the trainer waits for trackers after its result
+GRACE_S = 60.0  # maximum time of the last update after the end of the trainer
+INTERVAL_S = 5.0  # time between updates
 
 
 @contextmanager
 def track_in_background(run: RunDir, folder: PhaseDir, key: str, names: Sequence[TrackerName]) -> Iterator[None]:
-    """Send a phase to trackers while the block runs. Never raises an error of its own.
+    """Send a phase to trackers while the ``with`` block runs. The trackers cause no errors in it, only warnings.
 
     Args:
         run: The run directory.
@@ -87,7 +88,7 @@ class TrackerProcess:
                 self.process.stdin.close()
 
     def wait(self, seconds: float) -> None:
-        """Wait for the end of the process; kill it if it takes longer."""
+        """Wait for the process to end; kill it after this number of seconds."""
         self._watcher.join(seconds)
         if not self._watcher.is_alive():
             return
@@ -115,17 +116,17 @@ def _warn(name: str, problem: str, hint: str) -> None:
 
 
 def _start(run: RunDir, folder: PhaseDir, key: str, name: TrackerName) -> TrackerProcess | None:
-    """Start the process of a tracker. Return None, after a warning, if that is not possible."""
+    """Start the process of a tracker; if this is not possible, log a warning and return None."""
     hint = format_command("track", run.path, "--to", name)
     try:
         package = PACKAGES[name]
-        # a folder of this name, such as W&B creates, is a package without a file
+        # W&B creates a folder named wandb, which could be imported as a package without a file
         if package is not None and getattr(importlib.util.find_spec(package), "origin", None) is None:
             _warn(name, f"the package is not installed (pip install {package})", hint)
             return None
         if name == "mlflow" and not os.environ.get(URI_VARIABLE):
             # phases may run in parallel, and MLflow cannot repair a database whose creation was interrupted
-            _warn(name, f"the variable {URI_VARIABLE} is not set, to the URI of a server", hint)
+            _warn(name, f"the variable {URI_VARIABLE} is not set; set it to the URI of a server", hint)
             return None
         log = folder.path / "logs" / f"tracker-{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -154,8 +155,11 @@ def _start(run: RunDir, folder: PhaseDir, key: str, name: TrackerName) -> Tracke
 # ------------------------------------------------------------------------------------------ in the process of a tracker
 
 
-class _Ending:
-    """Is set when the trainer has closed the pipe or has ended, or on SIGTERM; ends the process after a time."""
+class _StopRequest:
+    """Detects that the process should end: the trainer has closed the pipe or has ended, or sent SIGTERM.
+
+    If the process has not ended after ``GRACE_S``, it is terminated.
+    """
 
     def __init__(self, parent: int) -> None:
         self.parent, self.event = parent, threading.Event()
@@ -176,7 +180,7 @@ class _Ending:
         self.event.set()
 
     def _await_parent(self) -> None:
-        """Also notice the end of the trainer while a process that it forked keeps the pipe open."""
+        """Detect the end of the trainer even if a process that it forked keeps the pipe open."""
         while not self.event.wait(1) and os.getppid() == self.parent:
             pass
         self.event.set()
@@ -186,13 +190,13 @@ class _Ending:
 
 
 def main(directory: str, key: str, name: TrackerName, parent: str) -> int:
-    """Replay one phase until it is finished or the trainer ends. Return the exit code."""
+    """Replay one phase until it is finished or the trainer ends, and return the exit code."""
     os.nice(19)
-    run, ending = RunDir(Path(directory)), _Ending(int(parent))
+    run, request = RunDir(Path(directory)), _StopRequest(int(parent))
     try:
-        # the process of an attempt that was killed may need its last update first
+        # the tracker process of an earlier attempt, which was killed, may still be sending its last update
         with Replay(run, name, make_tracker(name, run), [key], patience=2 * GRACE_S) as replay:
-            follow(replay, ending.wait)
+            follow(replay, request.wait)
     except BigincubateError as error:
         print(f"bigincubate: {error}", file=sys.stderr, flush=True)
         return error.code

@@ -1,4 +1,4 @@
-"""What a tracker has to implement. One file per tracker does; :mod:`.replay` decides what is sent."""
+"""The interface of trackers. Each tracker is implemented in one file; :mod:`.replay` decides what is sent."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any, Protocol
 
 from ...errors import BigincubateError, ExternalError
 
-Row = Mapping[str, Any]  # a row of metrics.jsonl: ``step``, and a number for each tag
+Row = Mapping[str, Any]  # a row of metrics.jsonl: ``step``, and the value of each metric
 
 
 @dataclass(frozen=True)
 class TrackedPhase:
-    """One phase, or the incubation of one module: a run of the tracker.
+    """One phase, or the incubation of one module, which becomes one run in the tracker.
 
     Attributes:
-        id: Identifies the phase, wherever its run directory is; see :func:`.replay.tracked_phase`.
+        id: ID that does not depend on where the run directory is; see :func:`.replay.tracked_phase`.
         key: Key of the phase, such as ``incubate/3``.
         title: Its name in tables, such as ``module 3``.
-        group: What the phases of one run directory have in common.
+        group: Name of the group of all phases of the run directory.
         config: The settings of the phase by dotted key.
     """
 
@@ -50,20 +50,20 @@ class PhaseRecord(Protocol):
         """
 
     def finish(self, summary: Mapping[str, float]) -> None:
-        """Record the result of a finished phase, unless it is recorded already."""
+        """Record the result of a finished phase, unless it has been recorded before."""
 
     def close(self) -> None:
-        """Write what is buffered, and release what is open."""
+        """Write buffered data and close all files and connections."""
 
 
 class Tracker(Protocol):
-    """A place that metrics are copied to."""
+    """A destination for metrics."""
 
     def open(self, phase: TrackedPhase) -> PhaseRecord:
         """Open the record of a phase, and create it if it is missing."""
 
     def describe(self, group: str) -> str:
-        """Return where the metrics of a run are, and what to do with them next."""
+        """Return a line for the user: where the metrics of a run are, and what to do next."""
 
 
 @contextmanager

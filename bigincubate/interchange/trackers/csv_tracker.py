@@ -1,4 +1,4 @@
-"""Metrics as CSV files: one file per phase, one column per metric. Needs no package."""
+"""Write metrics to CSV files: one file per phase, one column per metric. This needs no package."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CsvTracker:
         return f"CSV files: {quote_path(self._group_folder(group))}"
 
     def _group_folder(self, group: str) -> Path:
-        """Return the folder of a group, which keeps its name if the run directory has been renamed."""
+        """Return the folder of a group. It keeps its first name, even if the run directory is renamed."""
         name = group.rpartition("-")[2]
         return next((path for path in sorted(self.folder.glob("*")) if path.name.endswith(f"-{name}")), None) or (
             self.folder / group
@@ -41,7 +41,7 @@ class CsvTracker:
 
 
 class CsvRecord:
-    """The files of one phase. The table always has the steps that the log has now: it is replaced as a whole.
+    """The files of one phase. The table is always replaced as a whole, so it has exactly the steps of the log.
 
     Args:
         phase: The phase.
@@ -54,7 +54,7 @@ class CsvRecord:
         self._describe({})
 
     def append(self, rows: Sequence[Row]) -> int:
-        """Write the table, if it changed. Return the number of steps that it did not have."""
+        """Write the table if it has changed, and return the number of new steps."""
         columns: Columns = {"step": None}
         for row in rows:
             columns |= dict.fromkeys(row)

@@ -1,4 +1,4 @@
-"""Metrics on an MLflow server, or in a database that MLflow reads."""
+"""Send metrics to an MLflow server, or write them to a database for MLflow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...files import make_folder
 from .base import Row, TrackedPhase
 
 ID_TAG, GROUP_TAG, PHASE_TAG = "bigincubate.id", "bigincubate.run", "bigincubate.phase"
-MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 500  # limits of a request, and of a value in older versions
+MAX_METRICS, MAX_PARAMS, MAX_PARAM_LENGTH = 1000, 100, 500  # limits per request; and of a value, in older versions
 SQLITE = "sqlite:///"
 
 
@@ -35,7 +35,7 @@ class MlflowTracker:
             raise MissingDependencyError(f"this needs MLflow ({error}); install it: pip install mlflow") from None
         if uri.startswith(SQLITE):
             make_folder(Path(uri.removeprefix(SQLITE)).parent)
-        for name in ("alembic", "mlflow.store.db.utils"):  # they log every step of the creation of a database
+        for name in ("alembic", "mlflow.store.db.utils"):  # they log every step of creating a database
             logging.getLogger(name).setLevel(logging.WARNING)
         self.uri, self.name = uri, experiment
         self.client = MlflowClient(tracking_uri=uri)
@@ -50,7 +50,7 @@ class MlflowTracker:
         return f"MLflow: {self.uri}, experiment {self.name!r}, runs with the tag {GROUP_TAG} = {group!r}"
 
     def _find_experiment(self) -> str:
-        """Return the id of the experiment. Another process may create it at the same moment."""
+        """Return the ID of the experiment, and create it if needed. Another process may create it at the same time."""
         found = self.client.get_experiment_by_name(self.name)
         if found is None:
             try:
@@ -63,11 +63,11 @@ class MlflowTracker:
 
 
 class MlflowRecord:
-    """The MLflow run of one phase, which is found by its tag. A metric of a step that the run has is not sent again.
+    """The MLflow run of one phase, found by its tag. Values that the run already has for a step are not sent again.
 
     Args:
         client: Client of the server.
-        experiment: Id of the experiment.
+        experiment: ID of the experiment.
         phase: The phase.
     """
 
@@ -118,7 +118,7 @@ class MlflowRecord:
                 self.recorded.setdefault(key, set()).add(step)
 
     def _add_params(self, config: Mapping[str, Any], known: Mapping[str, str]) -> None:
-        """Record settings. MLflow refuses another value of a parameter, so the first one stays."""
+        """Record the settings that are missing. MLflow does not allow changing the value of a parameter."""
         from mlflow.entities import Param
 
         new = [Param(key, str(value)[:MAX_PARAM_LENGTH]) for key, value in config.items() if key not in known]

@@ -1,4 +1,4 @@
-"""The trackers by name, with the places that they write to by default."""
+"""Create trackers by name, with their default destinations."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def make_tracker(name: TrackerName, run: RunDir, out: str | None = None, project
         name: Its name.
         run: The run directory, in which files are written by default.
         out: A folder, or the tracking URI of MLflow.
-        project: Project of W&B, experiment of MLflow; by default their own variables say it.
+        project: Project of W&B, or experiment of MLflow; by default that of their own environment variables.
 
     Raises:
-        ConfigError: ``out`` is not what the tracker takes.
+        ConfigError: ``out`` is a URI for a tracker that needs a folder, or the opposite.
         MissingDependencyError: The tracker's package is not installed.
     """
     project = project or os.environ.get(PROJECT_VARIABLES.get(name, ""), "") or PROJECT

@@ -1,7 +1,7 @@
-"""Replay the metrics of a run to a tracker: read ``metrics.jsonl`` of every phase, and send what is missing.
+"""Replay the metrics of a run to a tracker: read ``metrics.jsonl`` of every phase, and send the missing steps.
 
-Everything is read from the files of the run, so a replay works on any machine that sees them, during training and
-after. It may be repeated or interrupted at any time: the tracker says which steps it has.
+Everything is read from the files of the run, so a replay works on any machine that can read them, during training and
+afterwards. It may be repeated or interrupted at any time, because the tracker reports which steps it has.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ FOLDER = "trackers"  # in the run directory
 def tracked_phase(run: RunDir, recipe: Recipe, row: Mapping[str, Any]) -> TrackedPhase:
     """Return the description of a phase for a tracker.
 
-    Its id is computed from the first event of the run (its creation, with the time), and the identity and data of the
-    phase. So a run directory that was moved or renamed has the same ids, and so has a copy, as long as its recipe is
-    the same: it computes the same steps. A fork, and another run of the same recipe, have ids of their own.
+    Its ID is computed from the first event of the run (its creation, with the time) and from the identity and data of
+    the phase. A run directory that was moved or renamed therefore keeps its IDs. A copy has the same IDs as long as its
+    recipe is unchanged, because it computes the same steps. A fork, or another run of the same recipe, has other IDs.
 
     Args:
         run: The run directory.
@@ -65,7 +65,7 @@ class _Position:
     Attributes:
         read: Sizes and times of its files when they were last read.
         record: Its open record.
-        lease: What to release when the record is closed.
+        lease: The lease to release when the record is closed.
         steps: Number of steps in the log.
         added: Number of steps that were added.
         done: Whether its result is recorded.
@@ -80,14 +80,14 @@ class _Position:
 
 
 class Replay:
-    """Sends the phases of a run to a tracker. Use it in a ``with`` block, which closes what is open.
+    """Sends the phases of a run to a tracker. Use it in a ``with`` block, which closes all records.
 
     Args:
         run: The run directory, which has a plan.
         name: Name of the tracker.
         tracker: The tracker.
         keys: Only phases with these keys; None: all.
-        patience: Seconds to wait while another process sends the same phase.
+        patience: Maximum time in seconds to wait for another process that sends the same phase.
     """
 
     def __init__(
@@ -100,15 +100,15 @@ class Replay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with explain_errors(self.name), ExitStack() as stack:  # closes all, also if one of them fails
+        with explain_errors(self.name), ExitStack() as stack:  # closes all records, even if one of them fails
             for position in self.positions.values():
                 stack.callback(self._close, position)
 
     def update(self) -> None:
-        """Send what the logs have and the tracker does not.
+        """Send the steps and results that the tracker does not have.
 
         Raises:
-            LockedError: Another process sends the same phase to this tracker.
+            LockedError: Another process is sending the same phase to this tracker.
             ExternalError: The tracker failed.
         """
         for row in self._rows():
@@ -117,7 +117,7 @@ class Replay:
             files = _file_state(folder)
             if files == position.read:
                 continue
-            result = folder.result  # before the rows: it is written after the last of them
+            result = folder.result  # read before the rows, because it is written after the last row
             steps = {found["step"]: found for found in read_json_lines(folder.metrics) if "step" in found}
             if steps or result:
                 with explain_errors(self.name):
@@ -167,7 +167,7 @@ class Replay:
             self._close(position)
 
     def _lease(self, row: dict[str, Any], stack: ExitStack) -> None:
-        """Keep other processes from sending the same steps. This needs permission to write; without it, they may."""
+        """Prevent other processes from sending the same steps, if this process may write to the run directory."""
         folder = self.run.path / FOLDER / "leases" / f"{self.name}-{row['key'].replace('/', '-')}"
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def follow(replay: Replay, wait: Callable[[], bool]) -> None:
 
 
 def _file_state(folder: PhaseDir) -> tuple[tuple[int, int, int] | None, ...]:
-    """Return what changes whenever the log or the result of a phase changes."""
+    """Return a value that changes whenever the log or the result of a phase changes."""
     return tuple(map(_stat, (folder.metrics, folder.path / "DONE")))
 
 

@@ -1,4 +1,4 @@
-"""Metrics in W&B: offline by default, into files that ``wandb sync`` uploads."""
+"""Write metrics for W&B: by default offline, to files that ``wandb sync`` uploads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODE_VARIABLE = "WANDB_MODE"
 
 
 class WandbTracker:
-    """Writes one W&B run per phase. Offline, unless the variable ``WANDB_MODE`` says otherwise.
+    """Writes one W&B run per phase, offline unless the environment variable ``WANDB_MODE`` selects another mode.
 
     Args:
         folder: The folder in which W&B creates its own folder, ``wandb``.
@@ -50,14 +50,14 @@ class WandbTracker:
 
 
 class WandbRecord:
-    """The W&B run of one phase. W&B accepts only increasing steps, so a step up to the last recorded one is left out.
+    """The W&B run of one phase. W&B accepts only increasing steps, so only steps after the last recorded one are sent.
 
-    The last step is read from the files of earlier replays, online also from the server. Each replay that has something
-    to add writes one more folder with the same run id; ``wandb sync`` appends them to the run one after the other.
+    The last step is read from the files of earlier replays and, in online mode, also from the server. Each replay with
+    new steps writes another folder with the same run ID, and ``wandb sync`` appends these folders to the run in order.
 
     Args:
         phase: The phase.
-        folder: The folder that has W&B's own.
+        folder: The folder that contains W&B's own folder.
         project: Name of the project.
         mode: Mode of W&B.
 
@@ -107,7 +107,7 @@ class WandbRecord:
 
             from ...compat.wandb import quiet_settings
 
-            # W&B names its folder after the second, and would overwrite that of an earlier replay
+            # W&B names its folder by the current second, and would overwrite that of a replay in the same second
             while any(self.folder.glob(f"wandb/*-{time.strftime('%Y%m%d_%H%M%S')}-{self.phase.id}")):
                 time.sleep(0.05)
             self.run = wandb.init(
