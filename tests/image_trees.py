@@ -49,7 +49,7 @@ def read_pixels(folder: Path) -> Counter[tuple[str, bytes, int]]:
 
 
 def fault_of(source: Path, kind: type[BigincubateError] = DataError, **options: Any) -> str:
-    """Prepare a source that is refused; return the one line that says why. Nothing that looks complete is left."""
+    """Prepare a source that is refused, and return the line of the error. No data that looks complete may remain."""
     out = source.parent / "fault"
     with pytest.raises(kind) as fault:
         prepare_dataset(str(source), out, **options)

@@ -18,7 +18,7 @@ VOCABULARY, LENGTH = 67, 24
 
 
 def settings(name: str, depth: int = 12, *, length: int = LENGTH, **args: Any) -> ModelConfig:
-    """Return the settings of a narrow model whose target has this depth; more keys and values on heads than needed."""
+    """Return the settings of a narrow model with a target of this depth; all but GPT-2 use grouped-query attention."""
     family = find_transformers_family(name)
     small = {**family.smoke_args, "vocab_size": VOCABULARY, family.depth_key: depth, **args}
     if name != "gpt2":

@@ -1,4 +1,4 @@
-"""Data sets as mosaicml-streaming's own writer writes them, for tests."""
+"""Write data sets for tests with mosaicml-streaming's own writer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARD_BYTES = 6000
 
 
 def make_samples(count: int, classes: int = 3, seed: int = 0) -> Samples:
-    """Return image files (PNG) of 8 x 8 pixels, no two the same, with labels."""
+    """Return image files (PNG) of 8 x 8 pixels, all different, with labels."""
     pixels = np.random.default_rng(seed).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)
     samples = []
     for row, image in enumerate(pixels):

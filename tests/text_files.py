@@ -1,4 +1,4 @@
-"""Folders of small documents, and what was prepared from them."""
+"""Write folders of small documents, and read the data that was prepared from them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WORDS = ("tide", "boat", "naïve", "東京", "🙂", "rope", "gull", "<|endoftex
 
 
 def make_text(number: int) -> str:
-    """Return a text of one to several hundred bytes, no two the same."""
+    """Return a text of several to several hundred bytes, which is different for each number."""
     random = np.random.RandomState(number)
     return f"{number}: " + " ".join(WORDS[n] for n in random.randint(0, len(WORDS), 1 + 7 * (number % 13)))
 
@@ -34,7 +34,7 @@ def write_texts(root: Path, per_domain: int = 20, domains: str = "abc") -> Path:
 
 
 class WindowDecoder:
-    """Windows as they are."""
+    """Return the tokens of windows unchanged."""
 
     def decode(self, record: dict[str, Any]) -> np.ndarray:
         """Return the tokens."""

@@ -1,4 +1,4 @@
-"""A small recipe of a language model, and data sets of tokens, written with the package's own functions."""
+"""A small recipe of a language model, and data sets of tokens, which the package's own functions write."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ every_steps = 4
 
 
 def write_recipe(folder: Path, *, name: str = "tokens.toml", changes: Sequence[tuple[str, str]] = ()) -> Path:
-    """Write the recipe with some parts of its text replaced."""
+    """Write the recipe with the given replacements in its text."""
     text = RECIPE
     for before, after in changes:
         assert before in text
@@ -59,7 +59,7 @@ def write_recipe(folder: Path, *, name: str = "tokens.toml", changes: Sequence[t
 
 
 def write_windows(folder: Path, train: Iterable[Any], val: Iterable[Any], *, equal: bool = False) -> Path:
-    """Write windows, lists of tokens of at most `WINDOW` + 1, as a prepared data set of bytes."""
+    """Write windows (lists of at most `WINDOW` + 1 tokens) as a data set that looks prepared from bytes."""
     metadata = {"window": WINDOW, "tokenizer": {"name": "bytes"}, "vocabulary": 257, "separator": SEPARATOR}
     schema = RecordSchema(TOKENS, {"tokens": "ndarray:uint16"}, metadata | {"domains": ["all"], "equal_windows": equal})
     for split, windows in (("train", train), ("val", val)):

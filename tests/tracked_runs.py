@@ -1,4 +1,4 @@
-"""Run directories with logged metrics, written without training, and what is in them."""
+"""Write run directories with logged metrics, without training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def phase_of(run: RunDir, key: str) -> PhaseDir:
 
 
 def log(run: RunDir, key: str, *steps: int, loss: float = 1.0) -> None:
-    """Log steps. The last of them has a metric more."""
+    """Log steps. The last one has an additional metric."""
     for step in steps:
         more = {"val/top1": 50.0 + step} if step == steps[-1] else {}
         values = {"train/loss": loss / step, "perf/images_per_sec": 1000.0 + step, **more}
@@ -55,6 +55,6 @@ def finished_run(folder: Path) -> RunDir:
 
 
 def logged(run: RunDir, key: str) -> dict[int, dict[str, float]]:
-    """Return the metrics in the log by step."""
+    """Return the logged metrics by step."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in phase_of(run, key).metrics.read_text().splitlines()]
     return {row.pop("step"): row for row in rows}

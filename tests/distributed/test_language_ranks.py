@@ -1,4 +1,4 @@
-"""Language models on real ranks against one process, with windows of different lengths."""
+"""Language models on several ranks compute the same as one process, with windows of different lengths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("fairscale")
 
 CHECKPOINTING = "sharding.activation_checkpointing"
-# fp32: another order of the same additions. bf16: products of other shapes round elsewhere.
+# fp32: the same numbers are added in another order. bf16: products of other shapes are rounded differently.
 TOLERANCE = {"fp32": 1e-5, "bf16": 5e-3}
 CASES = [
     Case("ddp", "pretrain"),

@@ -1,4 +1,4 @@
-"""Replays to the real W&B and MLflow, which are installed in an environment of their own: `make test-extras`."""
+"""Replays to the real W&B and MLflow, which are installed in a separate environment: `make test-extras`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ReadPoints = Callable[[RunDir, str], list[tuple[int, dict[str, float]]]]
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Variables of the two programs, and a home without their settings."""
+    """Set the environment variables of W&B and MLflow, and a home directory without their settings."""
     for name in os.environ:
         if name.startswith(("WANDB_", "MLFLOW_")):
             monkeypatch.delenv(name)
@@ -65,7 +65,7 @@ def id_of(run: RunDir, key: str) -> str:
 
 
 def read_wandb(run: RunDir, key: str, kind: str = "history") -> list[dict[str, Any]]:
-    """Return the records of a kind in all offline files of a phase, oldest first, as W&B's own program reads them."""
+    """Return the records of a kind in all offline files of a phase, oldest first, read with W&B's own code."""
     found = []
     for file in sorted(run.path.glob(f"trackers/wandb/offline-run-*/run-{id_of(run, key)}.wandb")):
         command = [str(PROGRAMS / "wandb"), "leet", "inspect", "--json", str(file)]
@@ -116,7 +116,7 @@ def test_wandb_offline_files_have_the_log_once(tmp_path: Path) -> None:
 
 
 def test_wandb_later_replay_adds_only_later_steps(tmp_path: Path) -> None:
-    """Also right after the first, while the folder of that second exists; and after a rollback."""
+    """The second replay may follow within the same second, which is in the name of the folder, or after a rollback."""
     run = make_run(tmp_path / "run")
     log(run, "pretrain", 2, 4)
     for steps in ((), (6,), (8,)):
@@ -137,7 +137,7 @@ def test_wandb_later_replay_adds_only_later_steps(tmp_path: Path) -> None:
 
 
 def test_wandb_file_of_a_killed_process_is_continued(tmp_path: Path) -> None:
-    """A record may be cut off at any byte, and a file may have many blocks."""
+    """A record may be truncated at any byte, and a file may have many blocks."""
     run = make_run(tmp_path / "run")
     for step in range(1, 201):
         values = {f"layer/{number}/norm": step + number / 7 for number in range(40)}
@@ -162,7 +162,7 @@ def test_wandb_file_of_a_killed_process_is_continued(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_wandb_server_gets_each_step_once(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uploaded after each replay or, offline, also several folders of one run at once."""
+    """Each replay may be uploaded separately; in offline mode, also several folders of one run at once."""
     run = make_run(tmp_path / "run")
     with wandb_server.serve() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
@@ -193,7 +193,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command += ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--default-artifact-root", str(folder)]
     uri = f"http://127.0.0.1:{port}"
     with (folder / "log").open("wb") as output:
-        # in a session of its own, because it starts workers that must end with it
+        # in a separate session, because it starts workers that must be ended with it
         process = subprocess.Popen(command, stdout=output, stderr=output, cwd=folder, start_new_session=True)
     try:
         while True:
@@ -236,7 +236,7 @@ def log_points(run: RunDir, key: str) -> list[tuple[int, str, float]]:
 def test_mlflow_server_has_the_log_once(tmp_path: Path, server: str) -> None:
     run = make_run(tmp_path / "run")
     for key in KEYS:
-        log(run, key, *range(1, 600))  # more points than a request may have
+        log(run, key, *range(1, 600))  # more points than fit in one request
     finish(run, "pretrain", 599)
     for _ in range(2):
         assert server in track(run, "--to", "mlflow", "--out", server, "--project", "once")
@@ -295,7 +295,7 @@ def test_mlflow_server_that_does_not_answer_is_one_line(tmp_path: Path, monkeypa
 def test_trackers_get_a_phase_while_it_is_logged(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The processes are asked to end before they have started, as in a phase that is very short."""
+    """In a very short phase, the processes may be asked to end before they have started."""
     monkeypatch.setattr(background, "PATIENCE_S", 300.0)
     monkeypatch.setenv("PYTHONPATH", str(Path(background.__file__).parents[3]))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)

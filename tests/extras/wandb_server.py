@@ -1,4 +1,4 @@
-"""A server that answers W&B's client well enough to receive runs, because W&B's own needs a license and a container."""
+"""A minimal server that receives runs from W&B's client. The real server would need a license and a container."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hybrids whose stem and tail are those of the meta model: `incubate.boundary = "meta"`."""
+"""Hybrids that use the stem and the tail of the meta model: `incubate.boundary = "meta"`."""
 
 from __future__ import annotations
 

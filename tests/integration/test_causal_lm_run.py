@@ -1,4 +1,4 @@
-"""A whole run of a language model, from built-in text to a model that transformers loads."""
+"""A complete run of a language model, from built-in text to an exported model that transformers loads."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_every_phase_has_the_metrics_of_the_task(finished: Path) -> None:
     meta, tuned = results[0], results[4]
     assert meta is not None
     assert tuned is not None
-    assert meta["seen"] == meta["steps"] * 16 * 16  # windows of a batch, and tokens of a window
+    assert meta["seen"] == meta["steps"] * 16 * 16  # windows per batch, and tokens per window
     assert meta["metrics"]["bits_per_byte"] < 8
     rows = read_metrics(finished / "finetune" / "metrics.jsonl")
     assert rows[-1]["perf/tokens_per_sec"] > 0

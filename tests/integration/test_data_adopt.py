@@ -1,4 +1,4 @@
-"""`data adopt`: data that streaming's own writer has written trains as it is, and is checked as prepared data is."""
+"""`data adopt`: shards of streaming's own writer are used without rewriting, and are checked like prepared data."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ def test_moved_data_is_found(mds: Path, tmp_path: Path) -> None:
 
 
 def test_links_to_shards_are_followed(mds: Path, tmp_path: Path) -> None:
-    """The cache of the Hugging Face Hub consists of links."""
+    """The files in the cache of the Hugging Face Hub are symbolic links."""
     for file in [file for file in mds.rglob("*") if file.is_file()]:
         link = tmp_path / "links" / file.relative_to(mds)
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def test_run_is_killed_and_resumes_to_the_same_bits(digits: Path, harness: Calla
     assert command.until(lambda: any(row["step"] >= 7 for row in killed.log("pretrain")))
     command.kill()
     assert killed.run.phase("pretrain").result is None
-    for file in info.path.rglob("*.mds"):  # the unpacked shards may be gone by then
+    for file in info.path.rglob("*.mds"):  # the unpacked shards may have been removed
         file.unlink()
     again = run(*killed.command("pretrain"))
     assert again.wait() == 0, again.err
@@ -452,7 +452,7 @@ def test_data_that_cannot_be_written_is_described_elsewhere(mds: Path, tmp_path:
     for folder in (mds, mds / "train", mds / "val"):
         folder.chmod(0o555)
     try:
-        if not os.access(mds, os.W_OK):  # root may write to it all the same
+        if not os.access(mds, os.W_OK):  # root may write to it nevertheless
             assert "--out DIR" in fault_of(lambda: adopt(mds), ConfigError)
         words = ["data", "adopt", mds / "train", "--val", mds / "val", "--columns", "image=photo,label=y"]
         code, out, err = call(*words, "--out", tmp_path / "described", "--jobs", 1)

@@ -1,4 +1,4 @@
-"""`bigincubate evaluate` on data with other labels than the training data, with intervals and scores of classes."""
+"""`bigincubate evaluate`: data with other labels than the training data, intervals, and scores of classes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from bigincubate.tasks.registry import task_class
 from bigincubate.training.evaluation import evaluate_model
 
 Call = Callable[..., tuple[int, str, str]]
-SOME = {"three": 3, "eight": 8, "seven": 7}  # sorted by name, their order is another one than in the model
+SOME = {"three": 3, "eight": 8, "seven": 7}  # their order by name differs from their order in the model
 
 
 def write_digits(root: Path, folders: dict[str, int]) -> Path:
-    """Write the first 60 images of some digits as folders of classes, a third of them for validation."""
+    """Write the first 60 images of some digits as class folders, with a third of them for validation."""
     images, labels = load_digits(return_X_y=True)
     for name, digit in folders.items():
         for number, pixels in enumerate(images[labels == digit][:60]):
@@ -123,7 +123,7 @@ def test_file_maps_the_classes(name: str, content: Any, trained: Digits, tmp_pat
 
 
 def test_classes_with_the_names_of_numbers_are_found_by_number(trained: Digits, monkeypatch: Any) -> None:
-    """Folders 0, 1, 10, 2, …, of which the second to last are not in the order of the numbers, as in ImageNet-V2."""
+    """Folders named 0, 1, 10, 2, …, whose order by name differs from the order of the numbers, as in ImageNet-V2."""
     from bigincubate.tasks.image_classification.targets import find_targets
 
     info = open_dataset(trained.whole)
@@ -191,7 +191,7 @@ def test_data_of_other_classes_without_a_file_is_refused(trained: Digits, call: 
 
 
 def test_both_splits_are_evaluated(trained: Digits, tmp_path: Path, call: Call) -> None:
-    """Data that is only for evaluation may have its images in both splits."""
+    """In data that is only used for evaluation, the same images may be in both splits."""
     words = ["evaluate", trained.model, "--data", trained.subset, "--data", trained.subset, "--json"]
     val, both = json.loads(call(*words, "--split", "val", "--split", "all")[1])
     train = bi.evaluate(trained.model, trained.subset, split="train", per_class=True)
@@ -217,7 +217,7 @@ def test_both_splits_are_evaluated(trained: Digits, tmp_path: Path, call: Call) 
 
 
 def test_prediction_is_right_if_it_is_a_valid_label(trained: Digits, tmp_path: Path) -> None:
-    """ReaL: a list per image, in the order of the names of the files; images with an empty list are left out."""
+    """ReaL has a list of labels per image, in the order of the file names. Images with an empty list do not count."""
     logits, labels = predict(trained.model, trained.whole)
     names = read_names(open_dataset(trained.whole))
     draws = np.random.default_rng(0)
@@ -303,7 +303,7 @@ def test_interval_of_equal_outcomes_is_a_point() -> None:
 
 
 def test_scores_of_training_do_not_change(trained: Digits) -> None:
-    """The evaluation of a phase and that of a finished model have the same bits, whatever else the latter returns."""
+    """The metrics of a finished model are bitwise those of its phase, no matter what else is computed."""
     (found,) = evaluate_model(trained.model, [trained.whole], batch_size=32, per_class=True)
     model, spec = load_model(trained.model)
     task_type = task_class(spec.task.name)
@@ -334,7 +334,7 @@ def test_scores_of_classes(trained: Digits, call: Call) -> None:
     first, _, title, *lines = out.splitlines()
     assert first.startswith("top-1 ")
     assert title.startswith("classes of ")
-    while not lines[0].startswith("class "):  # the rest of the title, if the path is long
+    while not lines[0].startswith("class "):  # skip the rest of the title, which is wrapped if the path is long
         lines.pop(0)
     heading, *rows = lines
     assert heading.split() == ["class", "images", "top-1", "%", "most", "frequent", "wrong", "class", "times"]
@@ -373,7 +373,7 @@ def test_several_data_sets_are_a_table(trained: Digits, tmp_path: Path, call: Ca
 
 
 def test_probe_of_several_data_sets(trained: Digits, call: Call) -> None:
-    """A probe learns the classes of the data, whatever they are."""
+    """A probe learns the classes of the data, which may differ from those of the model."""
     words = ["evaluate", trained.model, "--data", trained.subset, "--data", trained.renamed, "--probe", "knn"]
     found = json.loads(call(*words, "--json")[1])
     assert [each["samples"] for each in found] == [60, 60]

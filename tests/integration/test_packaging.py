@@ -184,7 +184,7 @@ def test_installation_finds_scripts_and_deepspeed_files(
 def test_installation_has_the_list_of_the_standard_library(
     pythons: Mapping[str, Path], source: Path, tmp_path: Path, kind: str
 ) -> None:
-    """Built-in text is read from the interpreter, by a list that is installed with the package."""
+    """Built-in text consists of modules of the interpreter, from a list that is installed with the package."""
     code = "from bigincubate.data.text.files import find_text; print(len(find_text('stdlib').files))"
     assert int(run(pythons[kind], "-c", code, cwd=source if kind == "archive" else tmp_path)) > 500
 

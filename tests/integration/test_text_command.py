@@ -1,4 +1,4 @@
-"""Text from the command line."""
+"""Prepare text from the command line."""
 
 from __future__ import annotations
 

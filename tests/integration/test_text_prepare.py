@@ -1,4 +1,4 @@
-"""Text -> windows of tokens: once, completely, the same bits however it went."""
+"""Prepare windows of tokens from text: every token is stored exactly once, and interruptions do not change a bit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_windows_of_training_are_full_and_separators_only_before_documents(
     expected = {(texts / row["name"]).read_bytes().decode() for row in read_listed(tmp_path / "out")}
     found = stored_texts(tmp_path / "out", "train")
     incomplete = [text for text in found if text not in expected]
-    assert len(incomplete) <= len(shards)  # only the last document of a chunk loses its end
+    assert len(incomplete) <= len(shards)  # only the last document of a chunk may be truncated
     assert all(any(whole.startswith(text.rstrip("\ufffd")) for whole in expected) for text in incomplete)
     assert any(SEPARATOR in text for text in found)
     metadata = info.schema.metadata
@@ -130,7 +130,7 @@ def test_summary_counts_what_is_stored(texts: Path, tmp_path: Path) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------ once, the same
+# ------------------------------------------------------------------------------------------------ reproducibility
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -151,7 +151,7 @@ def test_processes_do_not_change_a_bit(texts: Path, tmp_path: Path, tokenizer: s
 
 
 def _die(source: str, out: Path, jobs: int, tokenizer: str, where: Any, name: str, calls: int) -> None:
-    """Prepare, and kill all processes of it when a function is called for the n-th time."""
+    """Prepare data, and kill all processes of it when a function is called for the n-th time."""
     count, function = FORK.Value("i", 0), getattr(where, name)
 
     def call_or_die(*arguments: Any, **options: Any) -> Any:
@@ -210,7 +210,7 @@ def test_prepared_again_is_the_same_and_changes_are_refused(texts: Path, tmp_pat
     info = prepare_text(str(source), out, window=32)
     before = read_contents(out)
     for file in source.rglob("*.txt"):
-        os.utime(file)  # other times only
+        os.utime(file)  # only the modification time changes
     assert prepare_text(str(source), out, window=32) == info
     file = source / "a" / "0001.txt"
     text, status = file.read_bytes(), file.stat()

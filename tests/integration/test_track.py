@@ -1,4 +1,4 @@
-"""Metrics copied to trackers: what is sent, what identifies a phase, and that a tracker cannot disturb a phase."""
+"""Trackers: what is sent, what identifies a phase, and that a failing tracker does not affect a phase."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 class Memory:
-    """A tracker that keeps what it got first, in memory."""
+    """A tracker that keeps the first value of each step in memory."""
 
     def __init__(self) -> None:
         self.steps: dict[str, list[tuple[int, float]]] = {}
@@ -296,7 +296,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def write_package(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write a package that the process of the tracker imports as W&B."""
+    """Write a package that the tracker process imports instead of W&B."""
     (folder / "wandb").mkdir()
     (folder / "wandb/__init__.py").write_text(code)
     monkeypatch.syspath_prepend(str(folder))
@@ -364,7 +364,7 @@ def test_mlflow_needs_a_server_while_training(
 def test_failed_phase_does_not_wait_for_its_tracker(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The process of the tracker ends by itself, after an update."""
+    """The tracker process ends by itself after one more update."""
     run = make_run(tmp_path / "run")
     log(run, "pretrain", 2)
     monkeypatch.setenv("PYTHONPATH", str(Path(background.__file__).parents[3]))

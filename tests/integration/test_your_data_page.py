@@ -1,4 +1,4 @@
-"""Every command of the page "Your data" that prepares or adopts data works on small files of its form."""
+"""Run every command of the page "Your data" that prepares or adopts data, on small files of its form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task of causal language modeling on data sets of a few windows."""
+"""The task `causal_lm` on data sets of a few windows."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def reference_losses(model: nn.Module, windows: list[list[int]]) -> Iterator[Ten
 def test_gradient_is_that_of_the_mean_over_all_targets(
     recipe: Recipe, data: DatasetInfo, model: nn.Module, ranks: int, micro_batches: int
 ) -> None:
-    """The ranks' streams are real; the sum over ranks is added up here. Real ranks: tests/distributed."""
+    """Streams of several ranks in one process, which adds up their sums. tests/distributed has real ranks."""
     streams = [make_task(recipe).train_stream(data, rank=rank, world=ranks) for rank in range(ranks)]
     batches = [next(stream.batches(0)) for stream in streams]
     counts = [int((batch["targets"] != IGNORED).sum()) for batch in batches]
@@ -254,7 +254,7 @@ def test_planned_memory_has_the_logits_of_a_chunk_and_never_those_of_a_batch(rec
         rows = cost_plan(larger, plan, 1000)
         (footprint,) = estimate_footprints(larger, plan, rows[:1], [1], ["ddp"])["pretrain"]
         found[size] = footprint.activations
-    tokens = 16 * WINDOW  # of a batch; fewer than those of a chunk
+    tokens = 16 * WINDOW  # in a batch; fewer than in a chunk
     assert found[10_000] - found[257] == 12 * tokens * (10_000 - 257)
     family = find_family(recipe.model)
     assert family.workspace_bytes(recipe.model, 10**6) == 12 * CHUNK_TOKENS * 257

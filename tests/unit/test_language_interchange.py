@@ -1,4 +1,4 @@
-"""Language models go to transformers and come from it: exported folders, tokenizers, pretrained meta models."""
+"""Exchange language models with transformers: exported folders, tokenizers, pretrained meta models."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def artifact(name: str, folder: Path, records: dict[str, Any], **args: Any) -> M
 
 
 def random_texts(count: int) -> list[str]:
-    """Return strings of all planes of Unicode, and those that tokenizers tend to change."""
+    """Return strings from all Unicode planes, and strings that tokenizers tend to change."""
     generator = random.Random(0)
     ranges = [(0, 0x7F), (0, 0x7F), (0x80, 0x7FF), (0x800, 0xD7FF), (0xE000, 0xFFFF), (0x10000, 0x10FFFF)]
     letters = [
@@ -116,7 +116,7 @@ def test_bits_per_byte_are_those_of_plain_transformers(tmp_path: Path) -> None:
 
 
 def write_bpe(file: Path) -> None:
-    """Write a byte-level BPE tokenizer with a merge, a separator that is no special token, and what adds tokens."""
+    """Write a byte-level BPE tokenizer with a merge, a separator that is not special, and steps that add tokens."""
     write_tokenizer_files("bytes", file.parent, separator=256, window=8)
     content = json.loads((file.parent / "tokenizer.json").read_text())
     content["model"]["vocab"] |= {"he": 257, "<unused>": 258}
@@ -171,7 +171,7 @@ def test_second_export_leaves_no_tokenizer_of_the_first(tmp_path: Path) -> None:
 
 
 def pretrained(name: str, folder: Path, depth: int = 6, **changes: Any) -> Any:
-    """Write a random model of transformers, with tied weights, like one that was trained."""
+    """Write a random model of transformers with tied weights, in place of a trained one."""
     family = find_transformers_family(name)
     config = family.configuration(settings(name, depth))
     config.tie_word_embeddings = True

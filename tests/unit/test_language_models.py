@@ -1,4 +1,4 @@
-"""Causal language models: what transformers computes, cut into modules, with losses that never hold all logits."""
+"""Causal language models: outputs as in transformers, modules, and losses without all logits in memory."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_logits_and_names_are_those_of_transformers(name: str) -> None:
     theirs.load_state_dict({family.exported_name(key): value for key, value in model.state_dict().items()})
     tokens = random_tokens()
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
-    assert torch.equal(model(tokens), model(tokens))  # in training mode: no dropout
+    assert torch.equal(model(tokens), model(tokens))  # in training mode, but without dropout
 
 
 @pytest.mark.parametrize("module", [0, 3])
@@ -184,7 +184,7 @@ def test_logits_of_all_tokens_are_never_held_in_float32(precision: str) -> None:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             losses = model(tokens, tokens)
         losses.sum().backward()
-    assert 0 < sum(saved) < tokens.numel() * 4096 / 10  # the backward pass computes the logits of a chunk again
+    assert 0 < sum(saved) < tokens.numel() * 4096 / 10  # the backward pass recomputes the logits of a chunk
     assert largest.elements == max(16 * 4096, 32 * 4096)  # logits of a chunk; gradient of the weight
     with LargestFloat() as largest:
         model(tokens)

@@ -139,7 +139,7 @@ print(open_now())
 
 
 def test_shards_are_closed_with_their_data_set(info: DatasetInfo) -> None:
-    """In a process of its own: other tests of this process may keep objects that refer to theirs."""
+    """Runs in a separate process, because objects that other tests keep alive may refer to shards."""
     take(stream(info), EPOCH)  # hashes all shards, so that no thread of the other process still verifies them
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     ended = subprocess.run(

@@ -1,4 +1,4 @@
-"""Documents, tokenizers and windows: nothing of a text is lost, and nothing is counted twice."""
+"""Documents, tokenizers and windows: no text is lost, and nothing is counted twice."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_bpe_is_the_same_when_it_is_trained_again(trained: Path, tmp_path: Path)
 
 
 def change(content: dict[str, Any], how: str) -> None:
-    """Make a tokenizer one that is refused."""
+    """Change a tokenizer so that it is refused."""
     if how == "normalizer":
         content["normalizer"] = {"type": "NFC"}
     elif how == "prefix":
@@ -206,7 +206,7 @@ def test_folder_has_a_domain_for_each_folder_and_skips_what_is_no_text(tmp_path:
 
 def test_folder_without_folders_is_one_domain(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("x")
-    (tmp_path / "y.js").write_text("y")  # there are no pages that it may belong to
+    (tmp_path / "y.js").write_text("y")  # kept, because there are no HTML pages
     assert {file.domain for file in find_text(str(tmp_path)).files} == {"text"}
     assert len(find_text(str(tmp_path)).files) == 2
 
