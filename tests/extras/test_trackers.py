@@ -292,7 +292,7 @@ def test_mlflow_server_that_does_not_answer_is_one_line(tmp_path: Path, monkeypa
 # ------------------------------------------------------------------------------------------------ while training
 
 
-def test_trackers_get_a_phase_while_it_is_logged(
+def test_trackers_receive_a_phase_while_it_is_logged(
     tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In a very short phase, the processes may be asked to end before they have started."""

@@ -260,7 +260,9 @@ def test_links_to_shards_are_followed(mds: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def test_run_is_killed_and_resumes_to_the_same_bits(digits: Path, harness: Callable[..., Any], tmp_path: Path) -> None:
+def test_killed_run_resumes_with_bitwise_equal_weights(
+    digits: Path, harness: Callable[..., Any], tmp_path: Path
+) -> None:
     for split in ("train", "val"):
         write_mds(tmp_path / "mds" / split, read_samples(digits, split), size_limit=20_000)
     info = adopt(tmp_path / "mds")

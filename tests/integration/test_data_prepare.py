@@ -126,7 +126,7 @@ def test_empty_source_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # ------------------------------------------------------------------------------------------------ once, the same
 
 
-def test_processes_do_not_change_a_bit(tree: Path, tmp_path: Path, small_chunks: None) -> None:
+def test_result_does_not_depend_on_the_number_of_processes(tree: Path, tmp_path: Path, small_chunks: None) -> None:
     seen: list[tuple[int, int]] = []
     one = prepare_dataset(str(tree), tmp_path / "one", on_progress=lambda *progress: seen.append(progress))
     three = prepare_dataset(str(tree), tmp_path / "three", jobs=3)

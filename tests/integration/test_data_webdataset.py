@@ -111,7 +111,9 @@ def test_label_that_is_not_in_the_file_of_classes_is_named(tree: Path, tmp_path:
         read_source(str(shards), 0.2)
 
 
-def test_processes_do_not_change_a_bit(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_does_not_depend_on_the_number_of_processes(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(preparing, "CHUNK_SAMPLES", 16)
     shards = write_shards(tree, tmp_path / "shards")
     digests = {prepare_dataset(str(shards), tmp_path / f"{jobs}", jobs=jobs).digest for jobs in (1, 3)}

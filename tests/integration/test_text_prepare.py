@@ -134,7 +134,7 @@ def test_summary_counts_what_is_stored(texts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_processes_do_not_change_a_bit(texts: Path, tmp_path: Path, tokenizer: str) -> None:
+def test_result_does_not_depend_on_the_number_of_processes(texts: Path, tmp_path: Path, tokenizer: str) -> None:
     seen: list[tuple[int, int]] = []
     one = prepare_text(
         str(texts), tmp_path / "one", window=32, tokenizer=tokenizer, on_progress=lambda *now: seen.append(now)

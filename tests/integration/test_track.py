@@ -282,7 +282,7 @@ def test_wrong_option_is_one_line(words: tuple[str, ...], code: int, message: st
     assert message in err
 
 
-def test_track_of_what_is_no_run_and_of_an_untrained_run(tmp_path: Path, call: Call) -> None:
+def test_track_refuses_other_folders_and_accepts_an_untrained_run(tmp_path: Path, call: Call) -> None:
     (tmp_path / "empty").mkdir()
     assert "is not a run directory" in call("track", tmp_path / "empty", "--to", "csv")[2]
     assert call("track", make_run(tmp_path / "run").path, "--to", "csv")[:2] == (0, "no metrics yet\n")
@@ -303,7 +303,7 @@ def write_package(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("PYTHONPATH", f"{folder}:{Path(background.__file__).parents[3]}")
 
 
-def test_trackers_of_a_recipe_get_a_phase_while_it_trains(
+def test_trackers_of_a_recipe_receive_a_phase_while_it_trains(
     harness: Callable[..., TrainingHarness], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "PATIENCE_S", 300.0)

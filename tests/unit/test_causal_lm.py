@@ -120,9 +120,7 @@ def test_equal_windows_need_no_communication(recipe: Recipe, data: DatasetInfo, 
 # ------------------------------------------------------------------------------------------------ evaluation
 
 
-def test_bits_per_byte_count_bytes_of_text_and_separators_apart(
-    recipe: Recipe, data: DatasetInfo, model: nn.Module
-) -> None:
+def test_bits_per_byte_do_not_include_separators(recipe: Recipe, data: DatasetInfo, model: nn.Module) -> None:
     task = make_task(recipe)
     scores = task.evaluate(model, task.eval_stream(data, "val", batch_size=1), ONE)
     windows = [[SEPARATOR, *range(97, 97 + WINDOW)], [SEPARATOR, 97, 98, SEPARATOR, 99]]

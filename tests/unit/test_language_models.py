@@ -102,7 +102,7 @@ def test_grown_hybrid_computes_the_logits_of_the_meta_model_to_the_bit(name: str
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_ends_own_the_embeddings_and_the_head(name: str) -> None:
+def test_first_and_last_module_own_the_embeddings_and_the_head(name: str) -> None:
     model, family = build(settings(name), TARGET)
     partition = Partition(family, TARGET)
     check_model(model, partition)
@@ -115,7 +115,7 @@ def test_ends_own_the_embeddings_and_the_head(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_windows_need_no_mask_and_packed_windows_one(name: str) -> None:
+def test_only_windows_with_masked_documents_need_a_mask(name: str) -> None:
     model, _ = build(settings(name), META)
     with AttentionCalls() as plain:
         model(random_tokens())
@@ -129,7 +129,7 @@ def test_windows_need_no_mask_and_packed_windows_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_document_has_the_logits_that_it_has_alone(name: str) -> None:
+def test_masked_document_has_the_same_logits_as_alone(name: str) -> None:
     model, _ = build(settings(name), META)
     tokens = random_tokens()
     packed = model(tokens, documents=DOCUMENTS)
@@ -168,7 +168,7 @@ def test_losses_in_chunks_are_the_cross_entropy(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_logits_of_all_tokens_are_never_held_in_float32(precision: str) -> None:
+def test_logits_of_all_tokens_are_never_in_memory_in_float32(precision: str) -> None:
     model, _ = build(settings("llama", vocab_size=4096), META)
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)  # its gradient is smaller than the logits

@@ -71,7 +71,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
 
 
 @given(text=TEXTS)
-def test_text_comes_back_and_lengths_are_those_of_its_bytes(tokenizer: Tokenizer, text: str) -> None:
+def test_tokenizers_are_lossless_and_count_bytes(tokenizer: Tokenizer, text: str) -> None:
     tokens = tokenizer.encode(text)
     assert tokenizer.decode(tokens) == text
     assert tokenizer.byte_lengths()[tokens].sum() == len(text.encode())
@@ -79,7 +79,7 @@ def test_text_comes_back_and_lengths_are_those_of_its_bytes(tokenizer: Tokenizer
     assert all(0 <= token < tokenizer.vocabulary for token in tokens)
 
 
-def test_separator_stands_for_no_text(tokenizer: Tokenizer) -> None:
+def test_separator_has_no_text(tokenizer: Tokenizer) -> None:
     lengths = tokenizer.byte_lengths()
     assert (len(lengths), lengths[tokenizer.separator]) == (tokenizer.vocabulary, 0)
     assert tokenizer.decode([tokenizer.separator]) == ""
@@ -150,7 +150,7 @@ def test_tokenizer_that_may_lose_something_is_refused(trained: Path, tmp_path: P
     assert "\n" not in str(fault.value)
 
 
-def test_end_of_text_that_is_not_special_is_not_found_in_text(trained: Path, tmp_path: Path) -> None:
+def test_end_of_text_token_is_not_recognized_in_text(trained: Path, tmp_path: Path) -> None:
     content = json.loads(trained.read_bytes())
     content["added_tokens"][0]["special"] = False
     content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
@@ -170,7 +170,7 @@ def test_missing_file_of_a_tokenizer_is_named(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def test_form_is_known_by_the_suffix(tmp_path: Path) -> None:
+def test_suffix_determines_the_form(tmp_path: Path) -> None:
     forms = {"a.TXT": "plain", "a.jsonl.gz": "lines", "a.txt.gz": None, "a.png": None, "README": None}
     assert {name: form_of(name) for name in forms} == forms
     assert not holds_only_text(tmp_path)
@@ -258,7 +258,7 @@ def read(path: Path, form: str | None = None, column: str = "text") -> list[Docu
     return list(read_documents(TextFile(path.name, str(path), "text", form or str(form_of(path.name))), column))
 
 
-def test_pieces_of_a_file_are_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_a_file_contain_all_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "PIECE_BYTES", 200)
     texts = [make_text(number) for number in range(40)]
     (tmp_path / "book.txt").write_bytes("\n\n".join(texts).encode())
@@ -282,7 +282,7 @@ def write_lines(file: Path, rows: list[Any]) -> bytes:
     return content
 
 
-def test_json_lines_are_documents_also_compressed(tmp_path: Path) -> None:
+def test_compressed_and_plain_json_lines_are_documents(tmp_path: Path) -> None:
     texts = [make_text(number) for number in range(50)]
     content = write_lines(tmp_path / "a.jsonl", [{"body": text, "text": 1} for text in texts])
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
