@@ -68,8 +68,8 @@ def data_prepare(
     balanced: Annotated[
         str,
         Option(
-            help="How to divide it: class (each class or domain evenly), hash (by the hash of the names), or for text,"
-            " domain (a partition for each domain)."
+            help="How to divide the training split: class (each class or domain evenly), hash (by the hash of the"
+            " names) or, for text, domain (one partition for each domain)."
         ),
     ] = "class",
     by: Annotated[
@@ -95,12 +95,13 @@ def data_prepare(
         str | None,
         Option(
             metavar="bytes|bpe:N|FILE",
-            help="Of text: bytes (the default), a BPE tokenizer with N tokens that is trained on it, or a"
-            " tokenizer.json.",
+            help="Tokenizer of text: bytes (the default), a BPE tokenizer with N tokens that is trained on the text, or"
+            " a tokenizer.json.",
         ),
     ] = None,
     column: Annotated[
-        str | None, Option(metavar="NAME", help="Field of JSON lines or column of Parquet files with the text (text).")
+        str | None,
+        Option(metavar="NAME", help="Field of JSON lines or column of Parquet files with the text (default: text)."),
     ] = None,
 ) -> None:
     """Convert images or text to hashed MDS shards for training. Run it again to resume.
@@ -187,7 +188,8 @@ def data_adopt(
         ),
     ] = None,
     tokenizer: Annotated[
-        str | None, Option(metavar="bytes|FILE", help="Of tokens: the tokenizer.json that made them, or bytes.")
+        str | None,
+        Option(metavar="bytes|FILE", help="The tokenizer that produced the tokens: a tokenizer.json, or bytes."),
     ] = None,
     out: Annotated[
         Path | None,
@@ -199,11 +201,11 @@ def data_adopt(
     ] = 0,
     jobs: Annotated[int, Option(min=1, max=MAX_COUNT, metavar="N", help="Number of processes.")] = os.cpu_count() or 1,
 ) -> None:
-    """Train on MDS shards of mosaicml-streaming as they are.
+    """Use MDS shards of mosaicml-streaming for training without rewriting them.
 
-    The shards may be compressed, and have any columns but pickles. They are read once, to hash them and to check the
-    labels, and not changed; those at a URL such as s3://bucket/data are downloaded one at a time, and again when they
-    are first trained on. Run it again to check that the data is still the same.
+    The shards may be compressed, and may have any columns except pickles. They are read once, to hash them and to check
+    the labels or tokens; those at a URL such as s3://bucket/data are downloaded one at a time for this, and again when
+    they are needed for training. Run it again to check that the indexes and the options are still the same.
     """
     from ..data.adopt import adopt_dataset
 
@@ -243,7 +245,7 @@ def _parse_place(text: str) -> Path | str:
 
 
 def _choose_partition(parts: int | None, balanced: str, by: Path | None) -> PartitionFunction | None:
-    """Return what divides the training split; None if it is not divided."""
+    """Return the function that divides the training split; None if it is not divided."""
     from ..data.partitions import partition_by_class, partition_by_domain, partition_by_hash, partition_from_file
 
     ways: dict[str, Callable[..., Any]] = {
