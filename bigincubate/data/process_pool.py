@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def run_in_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], jobs: int, what: str, *, apart: bool = False
+    function: Callable[[Item], Result], items: Sequence[Item], jobs: int, what: str, *, always_fork: bool = False
 ) -> Iterator[Iterator[Result]]:
     """Call a function with each item in this process, or in ``jobs`` other processes.
 
@@ -30,12 +30,12 @@ def run_in_processes(
         items: The items.
         jobs: Number of processes.
         what: What the function writes, for the message if the processes are stuck.
-        apart: Whether to use other processes in any case.
+        always_fork: Whether to use other processes even for a single item or job.
 
     Yields:
         An iterator over the results, in the order in which they arrive.
     """
-    if not apart and (jobs <= 1 or len(items) <= 1):
+    if not always_fork and (jobs <= 1 or len(items) <= 1):
         yield map(function, items)
         return
     from ..compat import streaming_package  # noqa: F401  import it once, before the processes are forked

@@ -94,7 +94,7 @@ def store_tokenizer(
     if stored.get("key") != key or not file.exists() or hash_file(file) != stored.get("sha256"):
         record.parent.mkdir(exist_ok=True)
         training = _Training(file, documents, choice.train, jobs)
-        with run_in_processes(_train, [training], 1, "tokenizer", apart=True) as trained:
+        with run_in_processes(_train, [training], 1, "tokenizer", always_fork=True) as trained:
             stored = {"key": key, "sha256": next(trained)}
         write_json(record, stored)
     return TokenPlan(choice.window, BPE, file, stored["sha256"])
