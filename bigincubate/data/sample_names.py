@@ -1,7 +1,7 @@
 """The names of the validation images of prepared data, in the order of the samples.
 
-Lists of labels that are published for a validation split follow the names of its files, but samples are shuffled when
-they are prepared, and have no names. The names are a file of their own beside the description.
+Published lists of labels for a validation split are in the order of its file names. Prepared samples are shuffled and
+have no names, so the names are stored in a separate file next to the description.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read_names(info: DatasetInfo) -> list[str]:
     Raises:
         DataError: They are not known.
     """
-    again = "run the same `bigincubate data prepare` again, which adds them (to adopted data it cannot)"
+    again = "run the same `bigincubate data prepare` again, which adds them (not possible for adopted data)"
     if not has_names(info):
         raise DataError(f"{quote_path(info.path)} does not hold the names of its validation images; {again}")
     file: Path = info.path / NAMES_FILE

@@ -18,10 +18,10 @@ PREPARE_SECONDS = 86400.0  # limit for waiting for another process that prepares
 
 
 def refuse_inside(out: Path, source: str) -> None:
-    """Refuse a folder for prepared data that is inside the folder that it is made from.
+    """Check that the folder for prepared data is not inside the source.
 
     Raises:
-        ConfigError: It is.
+        ConfigError: It is inside the source.
     """
     if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise ConfigError(f"--out {quote_path(out)} is inside the source {quote_path(source)}; use a folder outside it")
@@ -29,7 +29,7 @@ def refuse_inside(out: Path, source: str) -> None:
 
 @contextmanager
 def preparing(source: str, out: Path) -> Iterator[None]:
-    """Let only one process prepare data in ``out`` while the block runs, and explain what stops it.
+    """Allow only one process to prepare data in ``out`` while the block runs, and explain errors that stop it.
 
     Args:
         source: The source, for messages.
@@ -54,7 +54,7 @@ def preparing(source: str, out: Path) -> Iterator[None]:
 
 
 def begin_folder(out: Path, kind: str, folder: str | None) -> None:
-    """Make the folder of a data set, or clean up in the one that an interrupted run has left.
+    """Create the folder of a data set, or clean up the one that an interrupted command has left.
 
     Args:
         out: The folder of the data.
@@ -78,5 +78,5 @@ def begin_folder(out: Path, kind: str, folder: str | None) -> None:
     out.mkdir(exist_ok=True)
     write_json(out / UNFINISHED, {"source": mark})
     for leftover in (*out.glob(".tmp-*"), *out.glob("parts")):
-        # moved first, so that a process of a killed preparation that still writes it cannot complete it meanwhile
+        # rename it first, so that a remaining process of a killed command, which still writes to it, cannot complete it
         shutil.rmtree(leftover.rename(out / f".tmp-removed-{secrets.token_hex(4)}"))

@@ -1,4 +1,4 @@
-"""What the evaluation of a finished model returns, and bootstrap intervals of its scores."""
+"""Requests and results of the evaluation of finished models, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EvaluationRequest:
         info: The data set.
         batch_size: Batch size.
         records: Properties of the records that the model was trained on, such as the names of classes, if known.
-        classes: A file that says which classes of the model the labels of the data mean; None without one.
+        classes: A file that maps the classes of the data to those of the model; None without one.
         per_class: Whether to return the score of each class.
         probe: Evaluate the model's features with this classifier instead; None to evaluate the model.
         split: The split: ``"val"``, ``"train"``, or ``"all"`` for both.
@@ -75,7 +75,7 @@ class Evaluation:
     Attributes:
         scores: Metrics by name, and ``samples``.
         intervals: Lower and upper end of the 95% interval of a metric, by name.
-        per_class: The score of each class that has samples, if asked for.
+        per_class: The score of each class that has samples, if requested.
         matching: How the classes of the data were matched with those of the model, if they are not the same.
     """
 
@@ -90,11 +90,11 @@ Evaluator = Callable[["nn.Module", "DistributedContext"], Evaluation]
 
 @dataclass(frozen=True)
 class DatasetEvaluation:
-    """The evaluation of a model on one data set, with what is needed to print it.
+    """The evaluation of a model on one data set, with everything that is needed to print it.
 
     Attributes:
-        data: The data set, as it was given.
-        request: What was asked for.
+        data: The data set, as the user specified it.
+        request: The request.
         result: The result.
         metrics: The metrics in it; the first is the headline.
         unit: What ``samples`` counts.
@@ -119,7 +119,7 @@ class DatasetEvaluation:
         return f"{scores}{method} on {self.result.scores['samples']} {self.unit} of {self.data}{self.split}{matching}"
 
     def values(self) -> dict[str, Any]:
-        """Return the result as plain values: the scores by name, and what else there is."""
+        """Return the result as plain values: the scores by name, and all other parts of the result."""
         result = self.result
         values: dict[str, Any] = dict(result.scores)
         if self.request.split != "val":

@@ -13,7 +13,7 @@ EMBEDDED = ("digits", "digits-dev", "made-up")
 def read_digits(*, development: bool) -> Source:
     """Return scikit-learn's digits: 1,797 images of 8x8 pixels and 17 gray levels; 20% of each digit is held out.
 
-    The development set contains only the training samples of the full set, of which 20% are held out.
+    The development set contains only the training samples of the full set, and holds out 20% of them.
     """
     from sklearn.datasets import load_digits
 

@@ -15,7 +15,7 @@ from ..samples import StoredImage
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
 # the first bytes of image files; those of BMP and PPM are too short to tell them from text
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-# besides hidden folders; written by file systems and photo software
+# folders that are skipped, in addition to hidden ones; file systems and photo software create them
 SKIPPED_FOLDERS = ("@eadir", "__macosx", "__pycache__", "lost+found", "$recycle.bin", "thumbnails")
 CONVERT, UNPACK, EXTRACT = "convert them to PNG or JPEG", "unpack them", "write their images as files"
 ALONE = "prepare the file itself"

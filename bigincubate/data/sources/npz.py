@@ -17,7 +17,7 @@ from .labeled_rows import Row, Table, build_source, split_of_path
 from .request import SourceRequest
 
 SUFFIX = ".npz"
-WORDS = {  # what the name of an array says that it holds, besides the split: x_train, test_images, data
+WORDS = {  # words in the name of an array that say what it holds; the name may also contain a split: x_train, data
     "image": ("x", "image", "images", "img", "imgs", "data", "pixels"),
     "label": ("y", "label", "labels", "target", "targets"),
 }

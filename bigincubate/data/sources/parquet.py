@@ -33,7 +33,7 @@ class Columns(NamedTuple):
     Attributes:
         image: Column of the bytes of image files; with a dot if they are in a field of the column.
         label: Column of the labels.
-        names: Names of the classes, of which the labels are indexes; None if the file has none.
+        names: Names of the classes, into which the labels are indexes; None if the file has none.
     """
 
     image: str

@@ -33,7 +33,7 @@ class TarMember(NamedTuple):
 
     Attributes:
         name: Its name, as it is stored.
-        info: Its header, of which the name and the size may be replaced by those here.
+        info: Its header. ``name`` and the size given here may replace those in the header.
         offset: Position of its content.
         size: Size of its content in bytes.
         sparse: Whether the holes of its content are left out.

@@ -14,11 +14,13 @@ class Outcomes:
     """Label, prediction and hits of each image: ten bytes per image.
 
     Args:
-        images: The largest number of images.
+        images: Maximum number of images.
     """
 
     def __init__(self, images: int) -> None:
-        self._hits = np.zeros((images, 2), dtype=bool)  # among the best prediction, and among the best five
+        self._hits = np.zeros(
+            (images, 2), dtype=bool
+        )  # whether the best prediction is right, and whether any of the best five is
         self._labels, self._predicted = (np.zeros(images, dtype=np.int32) for _ in range(2))
         self._count = 0
 
@@ -41,7 +43,7 @@ class Outcomes:
         return {name: (float(low), float(high)) for name, (low, high) in zip(("top1", "top5"), ends, strict=True)}
 
     def per_class(self, names: Sequence[str]) -> list[ClassScore]:
-        """Return the top-1 accuracy of each class that has images, and the class that it is most often taken for.
+        """Return the top-1 accuracy of each class that has images, and the class that is most often predicted instead.
 
         Args:
             names: Names of the classes.
