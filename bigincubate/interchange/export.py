@@ -20,10 +20,11 @@ from ..models.library import find_family
 from ..models.partition import Partition
 from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact
 from ..storage.run_directory import EXPORTED_FILES, RunDir, is_complete_export
+from .load_code import Place
 from .official_format import write_official
-from .timm_format import timm_snippet, write_timm_files
+from .timm_format import timm_code, write_timm_files
 from .tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer_files
-from .transformers_format import read_transformers_tensors, transformers_snippet, write_transformers_files
+from .transformers_format import read_transformers_tensors, transformers_code, write_transformers_files
 
 SPEC = "bigincubate"  # key of the ModelSpec in an exported config.json
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -35,12 +36,12 @@ class ExportFormat(NamedTuple):
     Attributes:
         write: Writes ``model.safetensors`` to a new folder and returns the content of ``config.json``.
         read: Reads ``model.safetensors`` with the names of tensors that the model has here.
-        snippet: Returns Python code that loads the model from a folder.
+        code: Returns the lines of Python code that load the model.
     """
 
     write: Callable[[nn.Module, ModelSpec, Path], dict[str, Any]]
     read: Callable[[Path, ModelSpec], dict[str, Tensor]]
-    snippet: Callable[[ModelSpec, Path], str]
+    code: Callable[[ModelSpec, Place], list[str]]
 
 
 def _write_tensors(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[str, Any]:
@@ -53,14 +54,15 @@ def _read_tensors(file: Path, spec: ModelSpec) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def _tensors_snippet(spec: ModelSpec, folder: Path) -> str:
-    return f"import safetensors.torch; tensors = safetensors.torch.load_file({str(folder / WEIGHTS_FILE)!r})"
+def _tensors_code(spec: ModelSpec, place: Place) -> list[str]:
+    weights = f"tensors = safetensors.torch.load_file({place.file(WEIGHTS_FILE)})"
+    return ["import safetensors.torch", *place.imports, weights]
 
 
-OTHER_FORMAT = ExportFormat(_write_tensors, _read_tensors, _tensors_snippet)
+OTHER_FORMAT = ExportFormat(_write_tensors, _read_tensors, _tensors_code)
 FORMATS = {
-    "timm": ExportFormat(write_timm_files, _read_tensors, timm_snippet),
-    "transformers": ExportFormat(write_transformers_files, read_transformers_tensors, transformers_snippet),
+    "timm": ExportFormat(write_timm_files, _read_tensors, timm_code),
+    "transformers": ExportFormat(write_transformers_files, read_transformers_tensors, transformers_code),
 }
 
 
@@ -205,7 +207,7 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path, tokenizer: Tokeni
         else:
             (out / name).unlink(missing_ok=True)
     temporary.rmdir()
-    return _format_of(spec).snippet(spec, out)
+    return "; ".join(_format_of(spec).code(spec, Place(str(out), tokenizer=tokenizer is not None)))
 
 
 def _format_of(spec: ModelSpec) -> ExportFormat:

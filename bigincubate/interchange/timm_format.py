@@ -10,6 +10,7 @@ from torch import nn
 
 from ..models.vision.families import find_timm_family
 from ..storage.artifacts import ModelSpec
+from .load_code import Place
 
 # keys of timm's ``pretrained_cfg`` -> keys in the metadata of an artifact
 METADATA = {"mean": "mean", "std": "std", "interpolation": "interpolation", "crop_pct": "eval_crop"}
@@ -42,16 +43,20 @@ def write_timm_files(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[st
     return json.loads((folder / "config.json").read_text())
 
 
-def timm_snippet(spec: ModelSpec, folder: Path) -> str:
+def timm_code(spec: ModelSpec, place: Place) -> list[str]:
     """Return the Python code that loads an exported model with the input size and normalization of its config.json."""
     if depth := _truncated_depth(spec):  # timm has no argument for the depth
-        config, weights = str(folder / "config.json"), str(folder / "model.safetensors")
-        return (
-            f"import json, safetensors.torch, timm; config = json.load(open({config!r})); model = timm.create_model("
-            "config['architecture'], pretrained_cfg=config['pretrained_cfg'], **config['model_args']);"
-            f" del model.blocks[{depth}:]; model.load_state_dict(safetensors.torch.load_file({weights!r}))"
-        )
-    return f"import timm; model = timm.create_model({f'local-dir:{folder}'!r}, pretrained=True)"
+        return [
+            "import json, safetensors.torch, timm",
+            *place.imports,
+            f"config = json.load(open({place.file('config.json')}))",
+            "model = timm.create_model(config['architecture'], pretrained_cfg=config['pretrained_cfg'],"
+            " **config['model_args'])",
+            f"del model.blocks[{depth}:]",
+            f"model.load_state_dict(safetensors.torch.load_file({place.file('model.safetensors')}))",
+        ]
+    name = f"{'hf-hub' if place.on_hub else 'local-dir'}:{place.name}"
+    return ["import timm", f"model = timm.create_model({name!r}, pretrained=True)"]
 
 
 def timm_arguments(spec: ModelSpec) -> dict[str, object]:

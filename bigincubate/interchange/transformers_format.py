@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models.language.families import find_transformers_family
 from ..storage.artifacts import ModelSpec
-from .tokenizer_files import TOKENIZER_FILE
+from .load_code import Place
 
 
 def write_transformers_files(model: nn.Module, spec: ModelSpec, folder: Path) -> dict[str, Any]:
@@ -40,11 +40,15 @@ def read_transformers_tensors(file: Path, spec: ModelSpec) -> dict[str, Tensor]:
     return {family.own_name(name): tensor for name, tensor in load_file(file).items()}
 
 
-def transformers_snippet(spec: ModelSpec, folder: Path) -> str:
+def transformers_code(spec: ModelSpec, place: Place) -> list[str]:
     """Return the Python code that loads an exported model, and its tokenizer if it has one."""
-    code = (
-        f"from transformers import AutoModelForCausalLM; model = AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    )
-    if (folder / TOKENIZER_FILE).exists():
-        code += f"; from transformers import AutoTokenizer; tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})"
+    code = [
+        "from transformers import AutoModelForCausalLM",
+        f"model = AutoModelForCausalLM.from_pretrained({place.name!r})",
+    ]
+    if place.tokenizer:
+        code += [
+            "from transformers import AutoTokenizer",
+            f"tokenizer = AutoTokenizer.from_pretrained({place.name!r})",
+        ]
     return code
