@@ -79,6 +79,21 @@ def best_artifact(run: RunDir) -> Path:
     raise ArtifactError(f"{quote_path(run.path)} has no finished model yet; continue with: {resume}")
 
 
+def find_artifact(path: Path) -> Path:
+    """Return the artifact of a run directory, a phase's directory, or an artifact.
+
+    Raises:
+        ArtifactError: The run has no finished model yet, or there is no such directory.
+    """
+    if (path / "recipe.toml").exists():
+        return best_artifact(RunDir(path))
+    if (path / "artifact").is_dir():
+        return path / "artifact"
+    if not path.exists():
+        raise ArtifactError(f"{path}: no such directory")
+    return path
+
+
 def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
     """Load the model of a run directory, a phase's directory, an artifact, or an exported folder.
 
@@ -87,14 +102,8 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
     """
     if (path / CONFIG_FILE).exists():
         return _load_exported(path)
-    recipe = None
-    if (path / "recipe.toml").exists():
-        recipe = RunDir(path).load_recipe()
-        path = best_artifact(RunDir(path))
-    elif (path / "artifact").is_dir():
-        path = path / "artifact"
-    if not path.exists():
-        raise ArtifactError(f"{path}: no such directory")
+    recipe = RunDir(path).load_recipe() if (path / "recipe.toml").exists() else None
+    path = find_artifact(path)
     tensors, manifest = load_artifact(path)
     if manifest.kind != "model":
         raise ArtifactError(f"{path} is module {manifest.module}, a part of a model; give a run or a full model")

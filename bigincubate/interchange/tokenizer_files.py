@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..errors import ArtifactError, MissingDependencyError
 from ..files import hash_file, quote_path, read_json
 from ..storage.artifacts import ModelSpec
-from ..storage.run_directory import RunDir
+from ..storage.run_directory import find_run
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 SEPARATOR = "<|endoftext|>"  # name of the separator of the bytes tokenizer
@@ -36,11 +36,8 @@ def find_tokenizer(source: Path, spec: ModelSpec) -> TokenizerSource | None:
     if identity.get("name") == "bytes":
         return "bytes"
     candidates = [source]
-    for folder in (source, *source.absolute().parents):
-        if (folder / "recipe.toml").exists():
-            run = RunDir(folder)
-            candidates.append(run.data_path(run.load_recipe()))
-            break
+    if (run := find_run(source)) is not None:
+        candidates.append(run.data_path(run.load_recipe()))
     files = [folder / TOKENIZER_FILE for folder in candidates]
     for file in files:
         if file.is_file() and hash_file(file) == identity.get("sha256"):

@@ -136,6 +136,12 @@ class PhaseDir:
         write_json(self.path / "attempts" / f"{number}.json", {"attempt": number, "time": time.time(), **fields})
 
 
+def find_run(path: Path) -> RunDir | None:
+    """Return the run directory that a path is, or is in; None if there is none."""
+    folders = (path, *path.absolute().parents)
+    return next((RunDir(folder) for folder in folders if (folder / "recipe.toml").exists()), None)
+
+
 # files of an exported model, in the order in which they are written; only language models have a tokenizer
 EXPORTED_FILES = ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json")
 
