@@ -65,6 +65,15 @@ NO_HARD_LINKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, err
 MAX_SMALL_FILE_BYTES = 2**26  # limit for files that are read into memory at once
 
 
+def drop_folders(text: str) -> str:
+    """Return a list of names and paths, separated by commas, in which every path is only the name of its file.
+
+    What begins with the name of a library (``timm:NAME``) is no path.
+    """
+    parts = text.split(", ")
+    return ", ".join(part if re.match(r"\w+:", part) else part.rpartition("/")[2] for part in parts)
+
+
 def quote_path(path: Path | str) -> str:
     """Return an absolute path as it can be pasted into a shell."""
     return shlex.quote(os.path.abspath(path))

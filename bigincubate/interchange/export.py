@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PHASES, Recipe
 from ..errors import ArtifactError, ConfigError, format_command
-from ..files import quote_path, read_json, regular_file_size
+from ..files import drop_folders, quote_path, read_json, regular_file_size
 from ..models.library import find_family
 from ..models.partition import Partition
 from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact
@@ -203,6 +203,8 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path, tokenizer: Tokeni
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
     temporary = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
+    if spec.initial_weights is not None:
+        spec = spec.model_copy(update={"initial_weights": drop_folders(spec.initial_weights)})
     config = _format_of(spec).write(model, spec, temporary)
     if tokenizer is not None:
         separator, window = spec.records["separator"], spec.model.context_length

@@ -106,6 +106,26 @@ def test_config_json_says_how_to_feed_it(tmp_path: Path) -> None:
     assert (told["interpolation"], told["crop_pct"]) == ("bilinear", 0.9)
 
 
+@pytest.mark.parametrize(
+    ("weights", "named"),
+    [
+        (
+            "/home/me/a, b/vit.pth (SHA-256 12ab), /data/meta.pth (SHA-256 cd34)",
+            "a, vit.pth (SHA-256 12ab), meta.pth (SHA-256 cd34)",
+        ),
+        ("/home/me/runs/digits", "digits"),
+        ("timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224"),
+        ("transformers:me/model", "transformers:me/model"),
+    ],
+)
+def test_export_names_weights_without_folders_of_this_machine(weights: str, named: str, tmp_path: Path) -> None:
+    artifact("vit_tiny_patch16_224", tmp_path / "artifact", initial_weights=weights)
+    export(tmp_path / "artifact", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["pretrained_cfg"]["description"] == f"initialized from {named}"
+    assert config["bigincubate"]["initial_weights"] == named
+
+
 def test_second_export_replaces_the_first(tmp_path: Path) -> None:
     for seed in (0, 1):
         artifact("vit_tiny_patch16_224", tmp_path / f"artifact-{seed}", seed)
