@@ -169,6 +169,10 @@ class ModelFamily(ABC):
         """
         raise ConfigError(f"train.last_block_cls_only: not supported for {self.name} models; set it to false")
 
+    def widths(self, model: nn.Module) -> tuple[int, ...]:
+        """Return the widths of a model's blocks, each once, in order; empty if they are unknown."""
+        return ()
+
     def count_block_flops(self, model: ModelConfig, stage_depths: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Count the forward FLOPs of each block for one sample, on the meta device.
 

@@ -72,6 +72,8 @@ class Task(ABC):
         record_kind: The ``kind`` of data sets that the task can read.
         unused_keys: Keys and tables of a recipe that the task does not read.
         foreign_libraries: Values of ``model.library`` whose models the task cannot train.
+        hub_name: The task's name on a model hub (``pipeline_tag``), such as ``"image-classification"``; None if it has
+            none.
 
     Raises:
         ConfigError: A recipe sets an unused key, or has a model of a foreign library.
@@ -82,6 +84,7 @@ class Task(ABC):
     record_kind: ClassVar[str]
     unused_keys: ClassVar[tuple[str, ...]] = ()
     foreign_libraries: ClassVar[tuple[str, ...]] = ()
+    hub_name: ClassVar[str | None] = None
 
     def __init__(self, settings: Settings, data: DataConfig) -> None:
         self.settings, self.data = settings, data
@@ -108,6 +111,11 @@ class Task(ABC):
     def sample_units(cls, settings: Settings) -> int:
         """Return the number of units in a sample, such as the tokens of a window."""
         return 1
+
+    @classmethod
+    def describe_model(cls, model: ModelConfig) -> str | None:
+        """Return what a model reads and puts out, in one or two sentences for people who use it; None by default."""
+        return None
 
     @classmethod
     def approximate_flops(cls, parameters: int, units: int) -> int | None:

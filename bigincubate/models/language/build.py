@@ -126,6 +126,10 @@ class TransformersFamily(ModelFamily):
                 config = config_class(**{**arguments, self.depth_key: depth, **layer_types}, attn_implementation="sdpa")
         return config
 
+    def widths(self, model: nn.Module) -> tuple[int, ...]:
+        """Return the width of the head's input, which is that of every block."""
+        return (int(model.get_submodule("lm_head").in_features),)  # type: ignore[arg-type]
+
     def default_depths(self, model: ModelConfig) -> tuple[int, ...]:
         """Return the depth of the configuration, which is the target's."""
         return (getattr(self.configuration(model), self.depth_key),)

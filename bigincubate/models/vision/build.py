@@ -71,6 +71,10 @@ class TimmFamily(ModelFamily):
                 replace_drop_path(block)
         return built
 
+    def widths(self, model: nn.Module) -> tuple[int, ...]:
+        """Return the numbers of channels that timm lists for the blocks or stages."""
+        return tuple(dict.fromkeys(int(stage["num_chs"]) for stage in getattr(model, "feature_info", ())))
+
     def default_depths(self, model: ModelConfig) -> tuple[int, ...]:
         """Return the number of blocks per stage that timm uses for this model."""
         built = self._create(model, None, "meta")

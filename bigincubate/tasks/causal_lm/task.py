@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ...config import DataConfig, Settings
+from ...config import DataConfig, ModelConfig, Settings
 from ...data.batch import Batch
 from ...data.dataset import DatasetInfo
 from ...data.text.tokenizers import Tokenizer, load_tokenizer
@@ -52,6 +52,7 @@ class CausalLanguageModeling(Task):
         *("model.img_size", "model.num_classes"),
     )
     foreign_libraries = ("timm",)
+    hub_name = "text-generation"
 
     def __init__(self, settings: Settings, data: DataConfig) -> None:
         super().__init__(settings, data)
@@ -62,6 +63,13 @@ class CausalLanguageModeling(Task):
     def sample_units(cls, settings: Settings) -> int:
         """Return the number of tokens of a window."""
         return settings.model.context_length
+
+    @classmethod
+    def describe_model(cls, model: ModelConfig) -> str:
+        """Return the length of the text and the size of the vocabulary."""
+        size = model.args.get("vocab_size")
+        vocabulary = "" if size is None else f" from a vocabulary of {size:,}"
+        return f"It reads up to {model.context_length:,} tokens{vocabulary} and predicts the next one after each of them."
 
     @classmethod
     def approximate_flops(cls, parameters: int, units: int) -> int:

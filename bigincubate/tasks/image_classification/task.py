@@ -43,6 +43,7 @@ class ImageClassification(Task):
     record_kind = LABELLED_IMAGE
     unused_keys = ("text", "model.context_length")
     foreign_libraries = ("transformers",)
+    hub_name = "image-classification"
 
     def __init__(self, settings: Settings, data: DataConfig) -> None:
         super().__init__(settings, data)
@@ -54,6 +55,12 @@ class ImageClassification(Task):
             self.named_loss = load_object(name, *LOSS_ARGUMENTS, key="loss.name")
             if settings.train.compile:
                 self.named_loss = torch.compile(self.named_loss)
+
+    @classmethod
+    def describe_model(cls, model: ModelConfig) -> str:
+        """Return the size of the images and the number of classes."""
+        size, classes = model.img_size, model.num_classes
+        return f"It reads RGB images of {size:,} × {size:,} pixels and returns the logits of {classes:,} classes."
 
     def check_dataset(self, info: DatasetInfo) -> None:
         """Check the kind of the data, and that its number of classes is ``model.num_classes``."""
