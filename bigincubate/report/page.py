@@ -14,6 +14,7 @@ from . import figures, html
 from .accounting import JobUsage
 from .console_tables import common_unit, format_depths, format_ranges, metric_columns
 from .html import NONE, Markup, cost_numbers, figure, flops_number, join_markup, number, score_number, table, tag
+from .machines import describe_devices, describe_versions
 from .run_data import PhaseData, RunData, TrainingRoute
 from .timeline import TimelineEvent, build_timeline
 from .units import choose_prefix, format_duration, format_metric, format_quantity, format_three_digits
@@ -327,25 +328,12 @@ def _timeline_section(timeline: Sequence[TimelineEvent]) -> Markup:
 
 def _environment_section(run_data: RunData) -> Markup:
     attempts = [attempt for phase in run_data.phases for attempt in phase.attempts]
-    versions = [each["versions"].items() for each in attempts if "versions" in each]
     pairs = {
-        "devices": _list_by_count(_format_device(each) for each in attempts if "device" in each),
-        "versions": _list_by_count(", ".join(f"{name} {version}" for name, version in each) for each in versions),
+        "devices": describe_devices(attempts) or "not recorded",
+        "versions": describe_versions(attempts) or "not recorded",
         "hosts": ", ".join(sorted({attempt["host"] for attempt in attempts})) or "none yet",
     }
     return html.definitions(pairs)
-
-
-def _format_device(attempt: dict[str, Any]) -> str:
-    text = f"{attempt['device']}, {attempt['world']} rank{'s' if attempt['world'] > 1 else ''}"
-    if attempt["device"].startswith("CPU"):
-        text += f" with {attempt['threads']} thread{'s' if attempt['threads'] > 1 else ''}"
-    return f"{text}, {attempt['sharding']}" if attempt["world"] > 1 else text
-
-
-def _list_by_count(texts: Iterable[str]) -> str:
-    found = Counter(texts).most_common()
-    return "; ".join(f"{text} ({n} attempts)" if len(found) > 1 else text for text, n in found) or "not recorded"
 
 
 def _verification_section(findings: Sequence[Finding]) -> Markup:

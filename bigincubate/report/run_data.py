@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..config import Recipe
 from ..files import read_json_lines
+from ..launchers.slurm.submission_log import QueuedJob
 from ..storage.run_directory import RunDir
 from ..tasks.metric import Metric, planned_metrics
-from .status import read_plan, run_status
+from .status import read_plan, read_queue, run_status
 
 COSTS = ("epochs", "seen", "flops", "seconds")
 NO_COST = dict.fromkeys(COSTS, 0.0)
@@ -239,15 +241,19 @@ class RunData:
         return next((route for route in self.routes if not route.meta), None)
 
 
-def read_run(run: RunDir) -> RunData:
+def read_run(run: RunDir, read_jobs: Callable[[RunDir], Sequence[QueuedJob] | None] = read_queue) -> RunData:
     """Read all data of a finished or unfinished run.
 
     Routes without attempts are omitted, except that incubation is included if there are no attempts at all.
 
+    Args:
+        run: The run directory.
+        read_jobs: Returns the jobs of the run in the queue, or None.
+
     Raises:
         ArtifactError: This is not a run directory, or it has no plan yet.
     """
-    recipe, plan, status = run.load_recipe(), read_plan(run), {row["phase"]: row for row in run_status(run)}
+    recipe, plan, status = run.load_recipe(), read_plan(run), {row["phase"]: row for row in run_status(run, read_jobs)}
     phases = {row["key"]: _phase(run, row, status[row["key"]]) for row in plan["rows"] if row["key"] in status}
     baseline = phases.pop("end_to_end", None)
     name = "incubated" if any(row["phase"] == "incubate" for row in plan["rows"]) else "expanded"
