@@ -191,8 +191,8 @@ def run(
         if directory.phase("pretrain").result is None:
             runner.start_server(baseline=baseline)
         from .data.verification import hash_all_shards  # these import NumPy or torch, while the server does too
-        from .interchange.export import export
         from .planning.context import open_run
+        from .report.model_card import export_with_card
 
         opened = open_run(recipe, directory, report=reporter.say)
         if verify_data:
@@ -208,7 +208,7 @@ def run(
         raise error_of_code(code)(f"{directory.path}: stopped after writing checkpoints; run it again to resume")
     if code is not Exit.DONE:
         raise error_of_code(code)(f"some phases did not finish: {'; '.join(reporter.failures)}; run it again to resume")
-    snippet = None if is_complete_export(exported) else export(directory.path, exported)
+    snippet = None if is_complete_export(exported) else export_with_card(directory.path, exported)
     return RunResult(directory.path, exported, results, snippet, done, opened)
 
 

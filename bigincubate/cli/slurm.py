@@ -216,9 +216,9 @@ def export_model(recipe: Any, run: RunDir, *, in_job: bool) -> None:
 
     slurm = recipe.slurm
     if not slurm.in_container:
-        from ..interchange.export import export
+        from ..report.model_card import export_with_card
 
-        export(run.path, run.exported)
+        export_with_card(run.path, run.exported)
         return
     by_hand = format_command("export", run.path, "--out", run.exported)
     if slurm.container is None and not in_job:  # the container exists only within a job

@@ -27,7 +27,9 @@ from .tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer_fi
 from .transformers_format import read_transformers_tensors, transformers_code, write_transformers_files
 
 SPEC = "bigincubate"  # key of the ModelSpec in an exported config.json
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+CARD_MARK = "<!-- `bigincubate export` replaces this file. Delete this line to keep your changes. -->"
+CardWriter = Callable[[nn.Module, ModelSpec, list[str]], str]
 
 
 class ExportFormat(NamedTuple):
@@ -154,8 +156,14 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
         raise ArtifactError(f"{file} does not hold the model of its config.json: {reason}") from None
 
 
-def export(source: Path, out: Path) -> str:
+def export(source: Path, out: Path, *, repository: str | None = None, card: CardWriter | None = None) -> str:
     """Export the model of ``source`` as a folder, which timm or transformers loads if the model is one of theirs.
+
+    Args:
+        source: A run directory, a phase's directory, an artifact, or an exported folder.
+        out: The folder to write.
+        repository: See `write_folder`.
+        card: See `write_folder`.
 
     Returns:
         Python code that loads the model.
@@ -165,7 +173,7 @@ def export(source: Path, out: Path) -> str:
         ConfigError: ``out`` contains other files.
     """
     model, spec = load_model(source)
-    return write_folder(model, spec, out, find_tokenizer(source, spec))
+    return write_folder(model, spec, out, find_tokenizer(source, spec), repository=repository, card=card)
 
 
 def export_official(source: Path, out: Path) -> None:
@@ -183,7 +191,28 @@ def _has_only_exported_files(folder: Path) -> bool:
     return folder.is_dir() and {file.name for file in folder.iterdir()} <= set(EXPORTED_FILES)
 
 
-def write_folder(model: nn.Module, spec: ModelSpec, out: Path, tokenizer: TokenizerSource | None = None) -> str:
+def _check_replaceable(out: Path) -> None:
+    """Check that an export may write to a folder.
+
+    Raises:
+        ConfigError: It contains other files, or a README.md of the user.
+    """
+    if out.exists() and not is_complete_export(out) and not _has_only_exported_files(out):
+        raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
+    card = out / CARD_FILE
+    if card.exists() and CARD_MARK not in card.read_text(errors="replace"):
+        raise ConfigError(f"{card} is not the file of an earlier export; move it, or choose another --out")
+
+
+def write_folder(
+    model: nn.Module,
+    spec: ModelSpec,
+    out: Path,
+    tokenizer: TokenizerSource | None = None,
+    *,
+    repository: str | None = None,
+    card: CardWriter | None = None,
+) -> str:
     """Write a model as ``model.safetensors`` and ``config.json`` in the format of its library.
 
     Args:
@@ -191,6 +220,8 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path, tokenizer: Tokeni
         spec: Its description.
         out: The folder.
         tokenizer: The tokenizer of its data, which is written too.
+        repository: Name of the repository that the folder will be pushed to; the card then loads the model from there.
+        card: Returns the model card, given the model, its description and the code that loads it.
 
     Returns:
         Python code that loads the model.
@@ -199,8 +230,7 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path, tokenizer: Tokeni
         ConfigError: ``out`` contains other files.
     """
     out = out.resolve()
-    if out.exists() and not is_complete_export(out) and not _has_only_exported_files(out):
-        raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
+    _check_replaceable(out)
     temporary = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     if spec.initial_weights is not None:
@@ -209,6 +239,11 @@ def write_folder(model: nn.Module, spec: ModelSpec, out: Path, tokenizer: Tokeni
     if tokenizer is not None:
         separator, window = spec.records["separator"], spec.model.context_length
         write_tokenizer_files(tokenizer, temporary, separator=separator, window=window)
+    if card is not None:
+        # the card does not name the folder, so that all exports of a model are equal
+        place = Place(repository or ".", on_hub=repository is not None, tokenizer=tokenizer is not None)
+        text = card(model, spec, _format_of(spec).code(spec, place))
+        (temporary / CARD_FILE).write_text(f"{text.rstrip()}\n\n{CARD_MARK}\n")
     (temporary / CONFIG_FILE).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
     shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors ignores the umask
     out.mkdir(exist_ok=True)

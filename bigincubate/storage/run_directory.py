@@ -143,7 +143,7 @@ def find_run(path: Path) -> RunDir | None:
 
 
 # files of an exported model, in the order in which they are written; only language models have a tokenizer
-EXPORTED_FILES = ("tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json")
+EXPORTED_FILES = ("README.md", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "config.json")
 
 
 def is_complete_export(folder: Path) -> bool:

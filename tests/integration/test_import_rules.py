@@ -42,7 +42,9 @@ LAYERS: dict[str, set[str]] = {
     },
     "interchange": {"compat", "config", "errors", "files", "models", "storage"},
     "launchers": {"compat", "config", "distributed", "errors", "files", "planning", "storage"},
-    "report": {"config", "data", "errors", "files", "launchers", "planning", "storage", "tasks"},
+    "report": {
+        *("config", "data", "errors", "files", "interchange", "launchers", "models", "planning", "storage", "tasks"),
+    },
     "training": {
         *("compat", "config", "data", "distributed", "errors", "files", "interchange", "models", "optim", "planning"),
         *("sharding", "storage", "tasks"),
@@ -73,7 +75,10 @@ LAYERS: dict[str, set[str]] = {
     },
     "__main__": {"cli", "compat", "distributed"},
 }
-HEAVY = {"torch", "timm", "streaming", "torchvision", "numpy", "sklearn", "tensorboard", "PIL", "matplotlib"}
+HEAVY = {
+    *("torch", "timm", "streaming", "torchvision", "numpy", "sklearn", "tensorboard", "PIL", "matplotlib"),
+    "huggingface_hub",
+}
 
 
 def parse(file: Path) -> ast.Module:

@@ -77,7 +77,7 @@ def test_run_makes_every_phase_from_an_empty_folder(scratch: FromScratch) -> Non
         assert list((folder / part / "tb").glob("events*")), part
         assert (folder / part / "owners" / "1.json").read_text() == "", part
     assert (folder / "assembled" / "artifact" / "weights.safetensors").exists()
-    assert {file.name for file in (folder / "export").iterdir()} == {"model.safetensors", "config.json"}
+    assert {file.name for file in (folder / "export").iterdir()} == {"README.md", "model.safetensors", "config.json"}
     assert json.loads((folder / "plan.json").read_text())["recipe"] == "smoke"
     assert (folder / "data" / "dataset.json").exists()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 from second_task import write_vectors
 
 RECIPE = """
@@ -121,6 +122,15 @@ def test_report_is_about_the_task(finished: Path, bigincubate: Command) -> None:
     assert "RMSE" in page
     assert "vectors" in page
     assert "top-1" not in page
+
+
+def test_card_has_the_metrics_of_a_task_without_a_name_on_the_hub(finished: Path) -> None:
+    card = ModelCard.load(finished / "export" / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag, card.data.eval_results) == (None, None, None)
+    row = next(line for line in card.text.splitlines() if line.startswith("| fine-tuning | "))
+    metrics = read(finished / "finetune" / "DONE")["metrics"]
+    assert row.startswith(f"| fine-tuning | {metrics['rmse']:.4f} | {metrics['mae']:.4f} |")
+    assert "safetensors.torch.load_file" in card.text
 
 
 def test_verify_and_export_know_the_model(finished: Path, bigincubate: Command) -> None:

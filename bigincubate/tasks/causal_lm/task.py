@@ -69,7 +69,7 @@ class CausalLanguageModeling(Task):
         """Return the length of the text and the size of the vocabulary."""
         size = model.args.get("vocab_size")
         vocabulary = "" if size is None else f" from a vocabulary of {size:,}"
-        return f"It reads up to {model.context_length:,} tokens{vocabulary} and predicts the next one after each of them."
+        return f"It reads up to {model.context_length:,} tokens{vocabulary} and predicts the next token."
 
     @classmethod
     def approximate_flops(cls, parameters: int, units: int) -> int:
