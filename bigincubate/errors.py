@@ -49,6 +49,10 @@ class DataError(ExternalError):
     """Data or pretrained weights are missing or damaged, or cannot be downloaded."""
 
 
+class HubError(ExternalError):
+    """A model hub cannot be reached, or refuses what it is asked for."""
+
+
 class SystemResourceError(ExternalError):
     """A resource of the machine or the cluster is unavailable: disk space, a directory, a response from Slurm."""
 

@@ -97,20 +97,69 @@ def export_weights(
         Path, Argument(metavar="DIR", parser=parse_path, help="A run, a phase's directory or an artifact.")
     ],
     out: Annotated[
-        Path, Option(metavar="PATH", parser=parse_path, help="The output folder; with --as official, the output file.")
-    ],
+        Path | None,
+        Option(metavar="PATH", parser=parse_path, help="The output folder; with --as official, the output file."),
+    ] = None,
     form: Annotated[str, Option("--as", help="library (a folder) or official (a .pth file).")] = "library",
+    repository: Annotated[
+        str | None,
+        Option("--push-to-hub", metavar="OWNER/NAME", help="Also push the folder to the Hugging Face Hub."),
+    ] = None,
+    private: Annotated[bool, Option("--private", help="The repository of --push-to-hub is private.")] = False,
+    license_name: Annotated[
+        str | None,
+        Option("--license", metavar="NAME", help="The license in the model card, such as apache-2.0 (default: none)."),
+    ] = None,
 ) -> None:
-    """Write a finished model as a folder that its library loads (timm, transformers), or as an official checkpoint."""
+    """Write a finished model as a folder that its library loads (timm, transformers), or as an official checkpoint.
+
+    The folder has a model card, README.md, with the data, scores, cost, lineage and recipe of the run.
+    """
     if form not in ("library", "official"):
         raise ConfigError(f"--as {form}: expected library or official")
-    from ..interchange.export import export, export_official
-
+    if out is None and repository is None:
+        raise ConfigError("nothing to write: give --out, --push-to-hub, or both")
+    if private and repository is None:
+        raise ConfigError("--private is for the repository of --push-to-hub; give that too, or omit it")
     if form == "official":
-        export_official(source, out)
-        say(f"written to {out}")
+        _export_official(source, out, repository or license_name)
         return
-    say(f"written to {out}; in Python:\n  {export(source, out)}")
+    from ..interchange.hub import check_license, check_repository, push_folder
+
+    if license_name is not None:
+        check_license(license_name)
+    if repository is not None:
+        check_repository(repository)
+    from tempfile import TemporaryDirectory
+
+    from ..report.model_card import export_with_card
+
+    with TemporaryDirectory() as temporary:
+        folder = out or Path(temporary) / "model"
+        code = export_with_card(source, folder, repository=repository, license_name=license_name)
+        if out is not None:
+            say(f"written to {out}; in Python:\n  {code}")
+        if repository is not None:
+            say(f"pushed to {push_folder(folder, repository, private=private)}")
+
+
+def _export_official(source: Path, out: Path | None, unused: str | None) -> None:
+    """Write an official checkpoint.
+
+    Args:
+        source: What to export.
+        out: The file to write.
+        unused: The value of an option that is only for folders.
+
+    Raises:
+        ConfigError: There is no file to write to, or an option that is only for folders.
+    """
+    if out is None or unused is not None:
+        raise ConfigError("--as official writes a file: give --out, and neither --push-to-hub nor --license")
+    from ..interchange.export import export_official
+
+    export_official(source, out)
+    say(f"written to {out}")
 
 
 @app.command("import")

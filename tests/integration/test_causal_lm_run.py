@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from conftest import TrainingHarness
 from forked import die_before, run
+from hub_server import code_of, serve_hub
+from huggingface_hub import ModelCard
 from token_data import write_recipe
 
 from bigincubate.files import read_json
@@ -70,6 +74,32 @@ def test_reports_show_tokens_and_bits_per_byte(finished: Path, bigincubate: Comm
     planned = bigincubate("plan", finished / "recipe.toml", "--set", "data.train_samples=1000")
     assert planned.returncode == 0, planned.stderr
     assert "6ND" in planned.stdout
+
+
+def test_pushed_model_is_loaded_by_the_code_in_its_card(finished: Path, bigincubate: Command, tmp_path: Path) -> None:
+    """The hub is a server of the test, because the Hugging Face Hub is out of reach."""
+    with serve_hub() as hub:
+        ended = bigincubate("export", finished, "--push-to-hub", "me/model", env=hub.environment(tmp_path / "home"))
+        assert ended.returncode == 0, ended.stderr
+        files = hub.repositories["me/model"].files
+        card = ModelCard(files["README.md"].decode())
+        assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+        script = (
+            "import sys, torch; tokens = tokenizer('a bc', return_tensors='pt').input_ids;"
+            " torch.save((tokens, model.eval()(tokens).logits), sys.argv[1])"
+        )
+        hub.run_python(f"{code_of(card.text)}\n{script}", tmp_path / "logits", home=tmp_path / "home")
+    assert files.keys() == {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    tokens, logits = torch.load(tmp_path / "logits")
+    assert tokens.tolist() == [[*b"a bc"]]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(finished / "export").eval()
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, logits)
+    result = read_json(finished / "finetune" / "DONE")
+    assert result is not None
+    scores = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    assert scores["bits_per_byte"] == pytest.approx(result["metrics"]["bits_per_byte"], abs=5e-5)
+    assert "augment" not in card.text  # settings that the task does not read
 
 
 def test_export_is_evaluated_to_the_same_score(finished: Path, bigincubate: Command) -> None:
