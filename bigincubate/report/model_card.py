@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import Recipe
+from ..config import PHASES, Recipe
 from ..config.recipe import is_execution
 from ..errors import ConfigError
 from ..files import drop_folders
@@ -200,7 +200,8 @@ def _limits(origin: Origin | None) -> str:
 def _run_sections(origin: Origin, task: type[Task] | None) -> dict[str, str]:
     """Return the sections about the run, without those about which nothing is known."""
     missing = "" if origin.recipe.data.source else " To train with it, name the data with `data.path`."
-    unused = task.unused_keys if task else ()
+    tasks = {origin.recipe.settings(phase).task.name for phase in PHASES}
+    unused = task.unused_keys if task and len(tasks) == 1 else ()
     sections = {
         "Data": _describe_data(origin),
         "Scores": _score_table(origin),

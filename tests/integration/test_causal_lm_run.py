@@ -83,7 +83,8 @@ def test_pushed_model_is_loaded_by_the_code_in_its_card(finished: Path, bigincub
         assert ended.returncode == 0, ended.stderr
         files = hub.repositories["me/model"].files
         card = ModelCard(files["README.md"].decode())
-        assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+        data: Any = card.data
+        assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
         script = (
             "import sys, torch; tokens = tokenizer('a bc', return_tensors='pt').input_ids;"
             " torch.save((tokens, model.eval()(tokens).logits), sys.argv[1])"
@@ -97,7 +98,7 @@ def test_pushed_model_is_loaded_by_the_code_in_its_card(finished: Path, bigincub
         assert torch.equal(theirs(tokens).logits, logits)
     result = read_json(finished / "finetune" / "DONE")
     assert result is not None
-    scores = {each.metric_type: each.metric_value for each in card.data.eval_results}
+    scores = {each.metric_type: each.metric_value for each in data.eval_results}
     assert scores["bits_per_byte"] == pytest.approx(result["metrics"]["bits_per_byte"], abs=5e-5)
     assert "augment" not in card.text  # settings that the task does not read
 
