@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..config import PHASES, Recipe
-from ..errors import ArtifactError, ConfigError, format_command
-from ..files import drop_folders, quote_path, read_json, regular_file_size
+from ..errors import ArtifactError, ConfigError
+from ..files import drop_folders, read_json, regular_file_size
 from ..models.library import find_family
 from ..models.partition import Partition
 from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact
+from ..storage.finished_models import best_artifact
 from ..storage.run_directory import EXPORTED_FILES, RunDir, is_complete_export
 from .load_code import Place
 from .official_format import write_official
@@ -66,19 +67,6 @@ FORMATS = {
     "timm": ExportFormat(write_timm_files, _read_tensors, timm_code),
     "transformers": ExportFormat(write_transformers_files, read_transformers_tensors, transformers_code),
 }
-
-
-def best_artifact(run: RunDir) -> Path:
-    """Return the artifact of a run's final model: the fine-tuned model, or otherwise the end-to-end model.
-
-    Raises:
-        ArtifactError: The run has neither yet.
-    """
-    for folder in (run.phase("finetune").artifact, run.phase("end_to_end").artifact):
-        if (folder / "manifest.json").exists():
-            return folder
-    resume = format_command("run", run.recipe_file, "--run-dir", run.path)
-    raise ArtifactError(f"{quote_path(run.path)} has no finished model yet; continue with: {resume}")
 
 
 def find_artifact(path: Path) -> Path:

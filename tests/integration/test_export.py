@@ -16,9 +16,10 @@ from torch import nn
 
 from bigincubate.config import ModelConfig, TaskConfig
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.interchange.export import best_artifact, export, load_model
+from bigincubate.interchange.export import export, load_model
 from bigincubate.interchange.timm_format import timm_arguments
 from bigincubate.storage.artifacts import ArtifactManifest, ModelSpec, save_artifact
+from bigincubate.storage.finished_models import best_artifact
 from bigincubate.storage.run_directory import RunDir
 
 CASES: dict[str, dict[str, Any]] = {
