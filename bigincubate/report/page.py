@@ -31,14 +31,12 @@ def render_report(run_data: RunData, findings: Sequence[Finding], usage: Mapping
     """
     timeline = build_timeline(run_data)
     title = f"{run_data.recipe.name}: {run_data.run.path.resolve().name}"
-    from_meta = run_data.from_meta
+    main = run_data.main
     sections = {
         "Model and data": _model_section(run_data),
         "Phases": _phases_section(run_data),
         "Curves": _curves_section(run_data),
-        "Do the modules fit together?": (
-            _compatibility_section(from_meta) if from_meta and from_meta.modules else None
-        ),
+        "Do the modules fit together?": (_compatibility_section(main) if main and main.modules else None),
         "Cost": _cost_section(run_data),
         "Slurm jobs": _usage_section(run_data, usage) if usage else None,
         "Events": _timeline_section(timeline),
@@ -88,7 +86,7 @@ def _tile(value: object, name: str) -> Markup:
 def _model_section(run_data: RunData) -> Markup:
     recipe, plan = run_data.recipe, run_data.plan
     rows = {row["key"]: row for row in plan["rows"]}
-    settings = recipe.settings("finetune" if run_data.from_meta else "end_to_end")
+    settings = recipe.settings("finetune" if run_data.main else "end_to_end")
 
     def model(row: dict[str, Any], blocks: list[list[int]]) -> Markup:
         cost, depth = row["cost"], sum(map(sum, blocks))
@@ -104,7 +102,7 @@ def _model_section(run_data: RunData) -> Markup:
     parts = "; module k is trained only on partition k" if recipe.data.decentralized else ""
     data = join_markup(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts)
     pairs: dict[str, object] = {"model": described, "target": model(rows["end_to_end"], plan["target_depths"])}
-    if run_data.from_meta:
+    if run_data.main:
         pairs["meta model"] = model(rows["pretrain"], plan["meta_depths"])
         pairs["modules"] = _describe_modules(recipe)
     if run_data.baseline and recipe.end_to_end.init != "plain":
@@ -206,9 +204,9 @@ def _compatibility_section(route: TrainingRoute) -> Markup:
 
 
 def _cost_section(run_data: RunData) -> Markup:
-    from_meta, baseline = run_data.from_meta, run_data.baseline
+    main, baseline = run_data.main, run_data.baseline
     planned = next(row for row in run_data.plan["rows"] if row["key"] == "end_to_end")["total_flops"]
-    bars = {from_meta.name: _bar(from_meta, "planned")} if from_meta else {}
+    bars = {main.name: _bar(main, "planned")} if main else {}
     bars["end to end"] = _bar(baseline, "end_to_end planned") if baseline else [("end_to_end planned", planned)]
     longest = max(sum(amount for _, amount in parts) for parts in bars.values()) or 1.0
     lines = []
@@ -238,29 +236,29 @@ def _bar(route: TrainingRoute, rest: str) -> list[tuple[str, float]]:
 
 def _cost_summary(run_data: RunData) -> Markup:
     """Return a summary of the costs in sentences."""
-    from_meta, baseline = run_data.from_meta, run_data.baseline
+    main, baseline = run_data.main, run_data.baseline
     words = []
-    if from_meta and len(from_meta.modules) > 1:
-        share = from_meta.last.spent["flops"] / (from_meta.spent["flops"] or 1)
+    if main and len(main.modules) > 1:
+        share = main.last.spent["flops"] / (main.spent["flops"] or 1)
         words.append(
-            f"Training takes {format_duration(from_meta.spent['seconds'])} with one phase after another, and"
-            f" {format_duration(from_meta.path('seconds'))} with all modules in parallel."
+            f"Training takes {format_duration(main.spent['seconds'])} with one phase after another, and"
+            f" {format_duration(main.path('seconds'))} with all modules in parallel."
             f" Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
         )
-    if from_meta and baseline and from_meta.last.score is not None and baseline.last.score is not None:
-        metric, samples = from_meta.last.headline, (from_meta.last.result or {})["samples"]
-        gap = from_meta.last.score - baseline.last.score
+    if main and baseline and main.last.score is not None and baseline.last.score is not None:
+        metric, samples = main.last.headline, (main.last.result or {})["samples"]
+        gap = main.last.score - baseline.last.score
         score, baseline_score, difference = (
-            format_metric(metric, x, samples) for x in (from_meta.last.score, baseline.last.score, abs(gap))
+            format_metric(metric, x, samples) for x in (main.last.score, baseline.last.score, abs(gap))
         )
         unit = f" {metric.unit}".rstrip()
         points = " points" if metric.unit == "%" else unit
-        ratio = from_meta.spent["flops"] / (baseline.spent["flops"] or 1)
+        ratio = main.spent["flops"] / (baseline.spent["flops"] or 1)
         words.append(
-            f"{from_meta.name.capitalize()} {score}{unit}, end to end {baseline_score}{unit}: {difference}{points}"
+            f"{main.name.capitalize()} {score}{unit}, end to end {baseline_score}{unit}: {difference}{points}"
             f" {'more' if gap >= 0 else 'less'}, for {ratio:.2f} times the FLOPs. One seed each."
         )
-    elif from_meta and not baseline:
+    elif main and not baseline:
         words.append(
             "This run has no end-to-end baseline; its planned cost is shown (`bigincubate run --baseline` trains one)."
         )

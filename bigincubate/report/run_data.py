@@ -231,8 +231,8 @@ class RunData:
         return [phase for route in self.routes for phase in route.phases]
 
     @property
-    def from_meta(self) -> TrainingRoute | None:
-        """Return the route that starts with the meta model, or None if it was not started."""
+    def main(self) -> TrainingRoute | None:
+        """Return the route that ends with fine-tuning, or None if it was not started."""
         return next((route for route in self.routes if route.meta), None)
 
     @property

@@ -93,7 +93,7 @@ def test_expansion_has_no_phases_of_modules(expanded: Any) -> None:
     page = check_reports(expanded, "meta model", "fine-tuning")
     assert "2, not incubated, made from the meta model: grow" in page
     assert "Do the modules fit together?" not in page
-    route = read_run(expanded.run).from_meta
+    route = read_run(expanded.run).main
     assert route is not None
     assert (route.name, route.meta, route.modules) == ("expanded", route.phases[0], [])
 
