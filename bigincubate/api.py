@@ -188,7 +188,7 @@ def run(
     servers = ForkServers(modules_to_preload(recipe.task.name))
     with ProgressReporter(console or Console(quiet=True)) as reporter, servers:
         runner = LocalRunner(directory, jobs or os.cpu_count() or 1, reporter, ranks, helper, servers=servers)
-        if directory.phase("pretrain").result is None:
+        if directory.phase("finetune" if recipe.finetune.init else "pretrain").result is None:
             runner.start_server(baseline=baseline)
         from .data.verification import hash_all_shards  # these import NumPy or torch, while the server does too
         from .planning.context import open_run

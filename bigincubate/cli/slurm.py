@@ -278,9 +278,9 @@ def logs(
     from ..files import quote_path
     from ..launchers.slurm.job_logs import list_job_logs
 
-    plan = run.load_recipe().plan
-    if module is not None and module >= plan.number:
-        raise ConfigError(f"--module {module}: this run has modules 0 to {plan.number - 1}")
+    recipe = run.load_recipe()
+    if module is not None and module >= recipe.plan.number:
+        raise ConfigError(f"--module {module}: this run has modules 0 to {recipe.plan.number - 1}")
     pattern = f"modules/{module:02d}/logs/*.log" if module is not None else "**/logs/*.log"
     folders = ("meta", "modules", "finetune", "end_to_end")  # in the order of the pipeline
     local = [
@@ -288,8 +288,9 @@ def logs(
     ]
     files = [*local, *list_job_logs(run, module)]
     if not files:
-        if module is not None and module not in plan.incubated:
-            raise ConfigError(f"--module {module} is not incubated (plan.incubate), so it has no logs")
+        if module is not None and module not in recipe.incubated:
+            reason = "finetune.init" if recipe.finetune.init else "plan.incubate"
+            raise ConfigError(f"--module {module} is not incubated ({reason}), so it has no logs")
         raise ArtifactError(
             f"no logs in {quote_path(run.path)} yet" + ("" if module is None else f" of module {module}")
         )

@@ -97,10 +97,10 @@ def plan(
     unit, (shown, shown_baseline) = format_flops_column([own, baseline])
     ratio = f"{own / baseline:.3f} times the" if baseline else "compared with the"
     way = "incubation" if loaded.plan.incubated else "expansion"
-    say(
-        f"{way}: {shown} {unit} in total, {100 * costs['finetune_share']:.1f}% of them for fine-tuning;"
-        f" {ratio} {shown_baseline} {unit} of end-to-end training"
-    )
+    total = f"{way}: {shown} {unit} in total, {100 * costs['finetune_share']:.1f}% of them for fine-tuning"
+    if loaded.finetune.init is not None:
+        total = f"fine-tuning: {shown} {unit}, without those of {loaded.finetune.init}"
+    say(f"{total}; {ratio} {shown_baseline} {unit} of end-to-end training")
     if unused := describe_unused_flops(costs):
         say(unused)
     if cluster is not None:

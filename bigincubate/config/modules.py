@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, model_validator
 
-from .schema import PathMark
-from .tables import ConfigTable, Count, Depth, StageDepths
+from .tables import ConfigTable, Count, Depth, Pretrained, StageDepths
 
 
 def _check_incubated(modules: Any) -> Any:
@@ -63,7 +62,7 @@ class PlanConfig(ConfigTable):
 class MetaConfig(ConfigTable):
     """Initial weights of the meta model, which the phase ``pretrain`` then trains."""
 
-    init: Annotated[str, PathMark(unless="(timm|transformers):.*")] | None = None
+    init: Pretrained | None = None
     """Pretrained weights of the meta model: `"timm:NAME"`, which timm may download, or the path of a run, an export,
     a .safetensors file or a .pth file. For a language model: `"transformers:NAME"` of a hub, or the path of a run, an
     export or a folder that transformers wrote. None: random weights."""
@@ -73,8 +72,6 @@ class MetaConfig(ConfigTable):
 
     @model_validator(mode="after")
     def _consistent(self) -> MetaConfig:
-        if self.init in ("", "timm:", "transformers:"):
-            raise ValueError('init is a path, or "timm:" or "transformers:" with the name of a model')
         if self.select is not None and self.init is None:
             raise ValueError("select chooses blocks of init, which is not set; set init too")
         if self.select not in (None, "even") and not _is_ascending(self.select):

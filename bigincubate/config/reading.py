@@ -81,6 +81,8 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
             f'{where}: pretrain.handover = "before_decay" needs pretrain.schedule.name = "wsd" (or schedule.name):'
             f" {shape} has no stable part"
         )
+    if recipe.finetune.init is not None:
+        _check_finished_model(recipe, where)
     return recipe
 
 
@@ -91,6 +93,23 @@ def _remove_keys(tables: dict[str, Any], given: Mapping[str, Any]) -> None:
             _remove_keys(tables[name], value)
         else:
             tables.pop(name, None)
+
+
+def _check_finished_model(recipe: Recipe, where: str) -> None:
+    """Check that no other key asks for a meta model or modules, if fine-tuning starts from a finished model.
+
+    Raises:
+        ConfigError: One does; the message says what to do.
+    """
+    others = {
+        "meta.init is of the meta model; remove it": recipe.meta.init is not None,
+        'plan.incubate is of the modules; set it to "all", its default': recipe.plan.incubate != "all",
+        "data.decentralized is of the modules; set it to false": recipe.data.decentralized,
+    }
+    if problem := next((text for text, given in others.items() if given), None):
+        raise ConfigError(
+            f"{where}: finetune.init is a finished model, so there is no meta model and no module, but {problem}"
+        )
 
 
 def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +33,11 @@ class Recipe(Settings):
     log: sections.LogConfig = sections.LogConfig()
     checkpoint: sections.CheckpointConfig = sections.CheckpointConfig()
     slurm: SlurmConfig = SlurmConfig()
+
+    @property
+    def incubated(self) -> Sequence[int]:
+        """Return the numbers of the modules that are incubated; none if fine-tuning starts from a finished model."""
+        return () if self.finetune.init else self.plan.incubated
 
     def phase_overrides(self, phase: Phase) -> PhaseConfig:
         """Return the settings that a phase overrides."""

@@ -13,6 +13,7 @@ from .tables import (
     ConfigTable,
     Count,
     NonNegative,
+    Pretrained,
     Unit,
     execution_field,
     one_of_or_object,
@@ -385,7 +386,12 @@ ModelInit = Literal["plain", "scaled", "mimetic"]
 
 
 class FinetuneConfig(PhaseConfig):
-    """The fine-tuning of the assembled model."""
+    """The fine-tuning of the assembled model, or of a finished one."""
+
+    init: Pretrained | None = None
+    """A finished model to fine-tune on other data: the path of a run or an export, or any value that `meta.init`
+    accepts. There is then no meta model and no module. It must have the architecture of the target; its head is
+    replaced if the classes differ. None: fine-tune the assembled model."""
 
     budget: Budget = "equal_flops"
     """Length of fine-tuning if `plan.incubate` omits modules: as many steps as give the run the training FLOPs of an

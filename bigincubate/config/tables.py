@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from .objects import OBJECT_NAME
+from .schema import PathMark
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -72,3 +73,13 @@ def _check_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 Arguments = Annotated[dict[str, Any], AfterValidator(_check_arguments)]
+
+
+def _check_pretrained(value: str) -> str:
+    """Return the name or path of a pretrained model."""
+    if value in ("timm:", "transformers:"):
+        raise ValueError('expected a path, or "timm:" or "transformers:" with the name of a model')
+    return value
+
+
+Pretrained = Annotated[str, PathMark(unless="(timm|transformers):.*"), AfterValidator(_check_pretrained)]

@@ -18,8 +18,8 @@ from ..errors import ArtifactError, ConfigError
 from ..files import drop_folders, read_json, regular_file_size
 from ..models.library import find_family
 from ..models.partition import Partition
-from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact
-from ..storage.finished_models import best_artifact
+from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact, load_manifest
+from ..storage.finished_models import CONFIG_FILE, find_artifact
 from ..storage.run_directory import EXPORTED_FILES, RunDir, is_complete_export
 from .load_code import Place
 from .official_format import write_official
@@ -28,7 +28,7 @@ from .tokenizer_files import TokenizerSource, find_tokenizer, write_tokenizer_fi
 from .transformers_format import read_transformers_tensors, transformers_code, write_transformers_files
 
 SPEC = "bigincubate"  # key of the ModelSpec in an exported config.json
-CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+WEIGHTS_FILE, CARD_FILE = "model.safetensors", "README.md"
 CARD_MARK = "<!-- `bigincubate export` replaces this file. Delete this line to keep your changes. -->"
 CardWriter = Callable[[nn.Module, ModelSpec, list[str]], str]
 
@@ -69,21 +69,6 @@ FORMATS = {
 }
 
 
-def find_artifact(path: Path) -> Path:
-    """Return the artifact of a run directory, a phase's directory, or an artifact.
-
-    Raises:
-        ArtifactError: The run has no finished model yet, or there is no such directory.
-    """
-    if (path / "recipe.toml").exists():
-        return best_artifact(RunDir(path))
-    if (path / "artifact").is_dir():
-        return path / "artifact"
-    if not path.exists():
-        raise ArtifactError(f"{path}: no such directory")
-    return path
-
-
 def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
     """Load the model of a run directory, a phase's directory, an artifact, or an exported folder.
 
@@ -99,6 +84,23 @@ def load_model(path: Path) -> tuple[nn.Module, ModelSpec]:
         raise ArtifactError(f"{path} is module {manifest.module}, a part of a model; give a run or a full model")
     _check_trusted_code(manifest.model, path, recipe)
     return with_weights(manifest.model, tensors, path), manifest.model
+
+
+def read_spec(path: Path) -> ModelSpec | None:
+    """Return the description of a model, without its weights.
+
+    Args:
+        path: As for `load_model`; or a file, or a folder that another program wrote.
+
+    Returns:
+        The description; None for a file and for a folder of another program.
+
+    Raises:
+        ArtifactError: There is no complete model.
+    """
+    if (path / CONFIG_FILE).exists():
+        return _parse_spec(path) if SPEC in (read_json(path / CONFIG_FILE) or {}) else None
+    return load_manifest(find_artifact(path)).model if path.is_dir() else None
 
 
 def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> nn.Module:
@@ -128,12 +130,16 @@ def with_weights(spec: ModelSpec, tensors: dict[str, Tensor], source: Path) -> n
     return model
 
 
-def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
-    config = read_json(path / CONFIG_FILE)
+def _parse_spec(path: Path) -> ModelSpec:
+    """Return the description in an exported folder."""
     try:
-        spec = ModelSpec.model_validate((config or {})[SPEC])
+        return ModelSpec.model_validate((read_json(path / CONFIG_FILE) or {})[SPEC])
     except (KeyError, ValidationError):
         raise ArtifactError(f"{path / CONFIG_FILE} was not written by `bigincubate export`") from None
+
+
+def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
+    spec = _parse_spec(path)
     file = path / WEIGHTS_FILE
     _check_trusted_code(spec, file, None)
     try:

@@ -1,4 +1,4 @@
-"""Initialize a meta model from some of the blocks of a pretrained model of timm or transformers."""
+"""Load pretrained models of timm or transformers: a meta model of some of their blocks, or a whole model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,21 @@ from torch import Tensor, nn
 from ..config import MetaConfig, ModelConfig
 from ..errors import ArtifactError, ConfigError, DataError
 from ..files import check_is_file
+from ..models.base import ModelFamily
 from ..models.language.build import TransformersFamily
 from ..models.partition import Partition
 from ..models.vision.build import TimmFamily
 from ..models.vision.families import find_timm_family
 from ..storage.artifacts import check_finite_weights
-from .export import load_model
+from ..storage.finished_models import is_hub_name
+from .export import load_model, read_spec
 from .official_format import is_state_dict, join_stages, read_torch, stages_of
 from .pretrained_causal import load_causal_state
+from .pretrained_source import PretrainedModel, PretrainedSource
+from .tokenizer_files import identify_exported_tokenizer
+
+# arguments of timm that follow the image size
+SIZE_ARGUMENTS = frozenset({"window_size", "pretrained_window_sizes"})
 
 
 def pretrained_meta(
@@ -43,16 +50,7 @@ def pretrained_meta(
     """
     assert meta.init is not None
     family = partition.family
-    if isinstance(family, TimmFamily):
-        state = _load_timm_state(meta.init, settings, family, fresh)
-    elif isinstance(family, TransformersFamily):
-        state = load_causal_state(meta.init, settings, family)
-    else:
-        raise ConfigError(
-            f"meta.init = {meta.init!r} is for models of timm and transformers, not for model.library ="
-            f" {settings.library!r}"
-        )
-    check_finite_weights(state, f"meta.init = {meta.init!r}")
+    state = _load_pretrained(PretrainedSource("meta.init", meta.init), settings, family, fresh).tensors
     depths = family.count_blocks(state)
     blocks = choose_blocks(meta.select, depths, partition.stage_depths, family.parity)
     new_index = {(stage, index): new for stage, row in enumerate(blocks) for new, index in enumerate(row)}
@@ -65,6 +63,71 @@ def pretrained_meta(
         elif (new := new_index.get((block.stage, block.index_in_stage))) is not None:
             tensors[family.block_path(block.stage, new) + name[len(block.path) :]] = tensor
     return tensors
+
+
+def pretrained_target(
+    source: PretrainedSource, settings: ModelConfig, partition: Partition, fresh: Mapping[str, Tensor]
+) -> PretrainedModel:
+    """Return a finished model that has the architecture of the target.
+
+    Args:
+        source: The model.
+        settings: Model settings of the target.
+        partition: Partition of the target.
+        fresh: State dict of the target with fresh weights.
+
+    Raises:
+        ConfigError: It has another architecture; the message says what differs, and what to set.
+        ArtifactError: The file or folder is missing or damaged.
+        NonFiniteError: A weight is not finite.
+        DataError: The weights cannot be downloaded.
+    """
+    family = partition.family
+    spec = None if is_hub_name(source.init) else read_spec(Path(source.init))
+    if spec is not None and isinstance(family, TimmFamily):
+        _check_arguments(source, spec.model, settings)
+    found = _load_pretrained(source, settings, family, fresh)
+    if (depths := family.count_blocks(found.tensors)) != partition.stage_depths:
+        theirs, ours = (" + ".join(map(str, each)) for each in (depths, partition.stage_depths))
+        raise ConfigError(
+            f"{source} has {theirs} blocks, but the target {ours}: set plan.target_depths to numbers with this sum"
+        )
+    if spec is None:
+        return found
+    return found._replace(
+        records={**spec.records, "exported_tokenizer": identify_exported_tokenizer(Path(source.init))}
+    )
+
+
+def _check_arguments(source: PretrainedSource, theirs: ModelConfig, ours: ModelConfig) -> None:
+    """Check that two models of timm are built alike; timm itself adapts them to another image size.
+
+    Raises:
+        ConfigError: They are not; the message names a key and both values.
+    """
+    if (theirs.library, theirs.name) != (ours.library, ours.name):
+        raise ConfigError(f"{source} is a {theirs.name} model, but model.name = {ours.name!r}; set it to {theirs.name}")
+    for key in sorted(theirs.args.keys() | ours.args.keys()):
+        values = theirs.args.get(key), ours.args.get(key)
+        if values[0] != values[1] and "drop" not in key and key not in SIZE_ARGUMENTS:
+            instead = f"remove model.args.{key}" if values[0] is None else f"set model.args.{key} = {values[0]}"
+            raise ConfigError(f"{source} has {key} = {values[0]}, the recipe {values[1]}: {instead}")
+
+
+def _load_pretrained(
+    source: PretrainedSource, settings: ModelConfig, family: ModelFamily, fresh: Mapping[str, Tensor]
+) -> PretrainedModel:
+    """Return a pretrained model of any depth."""
+    if isinstance(family, TimmFamily):
+        found = _load_timm_model(source, settings, family, fresh)
+    elif isinstance(family, TransformersFamily):
+        found = PretrainedModel(load_causal_state(source, settings, family), (), {})
+    else:
+        raise ConfigError(
+            f"{source} is for models of timm and transformers, not for model.library = {settings.library!r}"
+        )
+    check_finite_weights(found.tensors, str(source))
+    return found
 
 
 def choose_blocks(
@@ -120,47 +183,56 @@ def _stage_suffix(stage: int, stages: tuple[int, ...]) -> str:
     return f" in stage {stage}" if len(stages) > 1 else ""
 
 
-def _load_timm_state(
-    init: str, settings: ModelConfig, family: TimmFamily, fresh: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Return the tensors of a pretrained timm model of any depth.
+def _load_timm_model(
+    source: PretrainedSource, settings: ModelConfig, family: TimmFamily, fresh: Mapping[str, Tensor]
+) -> PretrainedModel:
+    """Return a pretrained timm model of any depth.
 
     timm adapts position embeddings, patch embeddings and window sizes. If the pretrained model has no classifier, or
-    one of another number of classes, it is the meta model's fresh one.
+    one of another number of classes, it is the fresh one.
     """
-    source = _load_pretrained(init, settings, family)
-    if (found := find_timm_family(init, source)) != family:
-        raise ConfigError(f"meta.init = {init!r} is a {found.name} model, but model.name is a {family.name} model")
-    state = dict(source.state_dict())
-    for name in _classifier_names(source.pretrained_cfg):  # type: ignore[arg-type]
-        if name in fresh and (name not in state or state[name].shape != fresh[name].shape):
+    model = _build_pretrained(source, settings, family)
+    if (found := find_timm_family(source.init, model)) != family:
+        raise ConfigError(f"{source} is a {found.name} model, but model.name is a {family.name} model")
+    state, about = dict(model.state_dict()), dict(model.pretrained_cfg)  # type: ignore[arg-type]
+    head = tuple(name for name in _classifier_names(about) if name in fresh)
+    for name in head:
+        if name not in state or state[name].shape != fresh[name].shape:
             state[name] = fresh[name]
-    return state
+    names = about.get("label_names") if is_hub_name(source.init) else None
+    return PretrainedModel(state, head, {"classes": list(names)} if names else {})
 
 
-def _load_pretrained(init: str, settings: ModelConfig, family: TimmFamily) -> nn.Module:
+def _build_pretrained(source: PretrainedSource, settings: ModelConfig, family: TimmFamily) -> nn.Module:
     """Build and load the pretrained model with timm."""
     arguments: dict[str, Any] = {**settings.args, **family.size_kwargs(settings)}
-    name = init.removeprefix("timm:")
-    if name == init:
-        name, state = settings.name, _read_state_dict(Path(init), family)
+    name = source.init.removeprefix("timm:")
+    if name == source.init:
+        name, state = settings.name, _read_state_dict(source, family)
         head = next(iter(_classifier_names(timm.get_pretrained_cfg(name).to_dict())))
         arguments["num_classes"] = len(state[head]) if head in state else 0
         arguments["pretrained_cfg_overlay"] = {"state_dict": state, "num_classes": arguments["num_classes"]}
         depths = family.count_blocks(state)
         if not all(depths):
-            raise ConfigError(f"meta.init = {init!r} has no blocks of a {family.name} model, the family of model.name")
+            raise ConfigError(f"{source} has no blocks of a {family.name} model, the family of model.name")
         arguments |= family.depth_kwargs(depths)
     try:
         return timm.create_model(name, pretrained=True, **arguments)
     except OSError as error:
-        raise DataError(f"meta.init = {init!r} cannot be downloaded: {_one_line(error)}") from None
+        raise DataError(f"{source} cannot be downloaded: {_one_line(error)}") from None
     except (TypeError, ValueError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
-        raise ConfigError(f"meta.init = {init!r} cannot be loaded: {_one_line(error)}") from None
+        problem = str(error).partition("Error(s) in loading state_dict for ")[2].partition("\n\t")[2].partition("\n")[0]
+        if problem:
+            raise ConfigError(
+                f"{source} is not a {settings.name} model with model.args of this recipe: {problem}; set model.name and"
+                " model.args to those of the pretrained model"
+            ) from None
+        raise ConfigError(f"{source} cannot be loaded: {_one_line(error)}") from None
 
 
-def _read_state_dict(path: Path, family: TimmFamily) -> dict[str, Tensor]:
+def _read_state_dict(source: PretrainedSource, family: TimmFamily) -> dict[str, Tensor]:
     """Read the state dict of a run, an artifact, an export, a safetensors file, or a file that ``torch.save`` wrote."""
+    path = Path(source.init)
     if path.is_dir():
         return dict(load_model(path)[0].state_dict())
     if path.suffix == ".safetensors":
@@ -168,7 +240,7 @@ def _read_state_dict(path: Path, family: TimmFamily) -> dict[str, Tensor]:
             check_is_file(path)
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"meta.init = {str(path)!r}: {_one_line(error)}") from None
+            raise ArtifactError(f"{source}: {_one_line(error)}") from None
     loaded = read_torch(path)
     if stages := stages_of(loaded):
         return join_stages(stages, family)
@@ -176,9 +248,7 @@ def _read_state_dict(path: Path, family: TimmFamily) -> dict[str, Tensor]:
     for state in (*nested, loaded):
         if state and is_state_dict(state):
             return dict(state)
-    raise ArtifactError(
-        f"meta.init = {str(path)!r} holds no state dict, neither at the top level nor under the key state_dict or model"
-    )
+    raise ArtifactError(f"{source} holds no state dict, neither at the top level nor under the key state_dict or model")
 
 
 def _classifier_names(cfg: Mapping[str, Any]) -> list[str]:

@@ -48,6 +48,18 @@ def find_tokenizer(source: Path, spec: ModelSpec) -> TokenizerSource | None:
     )
 
 
+def identify_exported_tokenizer(source: Path) -> str | None:
+    """Return the SHA-256 of the tokenizer file in an exported folder; None if there is none.
+
+    The file is a rewritten copy of that of the model's data, so it has another hash.
+
+    Args:
+        source: An exported folder, or a run directory that contains one.
+    """
+    files = (source / TOKENIZER_FILE, RunDir(source).exported / TOKENIZER_FILE)
+    return next((hash_file(file) for file in files if file.is_file()), None)
+
+
 def write_tokenizer_files(tokenizer: TokenizerSource, folder: Path, *, separator: int, window: int) -> None:
     """Write ``tokenizer.json`` and ``tokenizer_config.json``.
 

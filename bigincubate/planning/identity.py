@@ -34,7 +34,9 @@ PHASE_KEYS: dict[Phase, tuple[str, ...]] = {
 }
 
 
-def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, planned: PlannedRow) -> dict[str, Any]:
+def phase_identity(
+    recipe: Recipe, plan: Plan, row: PhasePlan, planned: PlannedRow, weights: str | None = None
+) -> dict[str, Any]:
     """Return what determines the result of a phase, apart from its data and the artifacts that it reads.
 
     Args:
@@ -42,12 +44,14 @@ def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, planned: PlannedR
         plan: The plan of the run.
         row: The phase.
         planned: Its length, and its place in its learning-rate schedule.
+        weights: What identifies the weights of ``finetune.init``, wherever they are; None if it is not set.
 
     Returns:
         JSON values by key: ``schema_version``, ``phase`` (its key, which the seed of the initial weights depends on),
         ``steps``, ``slots`` (depths and source of the modules, once for each run of equal modules), ``drop_path`` (the
         rate of each block that has one), ``schedule_start`` and ``schedule_total`` if the learning-rate schedule does
-        not span the steps of the phase, ``schedule_ends = "before_decay"`` if a warm-up-stable-decay schedule does not
+        not span the steps of the phase, ``finetune.init`` (the value of ``weights``) if the phase starts from a
+        finished model, ``schedule_ends = "before_decay"`` if a warm-up-stable-decay schedule does not
         decay in the phase, and every identity key that the phase uses and whose value differs from the default.
     """
     settings = recipe.settings(row.phase)
@@ -59,6 +63,8 @@ def phase_identity(recipe: Recipe, plan: Plan, row: PhasePlan, planned: PlannedR
     for key, value in settings.flat().items():
         if value != defaults.get(key) and key not in RESOLVED_KEYS and not is_execution(key):
             used[key] = value
+    if any(slot.source == "finished" for slot in row.slots):
+        used["finetune.init"] = weights
     if planned.schedule_start:
         used["schedule_start"] = planned.schedule_start
     if planned.ends_before_decay:

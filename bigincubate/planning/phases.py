@@ -6,7 +6,8 @@ phase                depths of the model           initial weights         train
 ``pretrain``         meta                          fresh, or `meta.init`   all
 ``incubate`` k       meta, module k at target      meta, module k by init  module k
 ``finetune``         target                        modules; not incubated: all
-                                                   meta model, by init
+                                                   meta model, by init; or
+                                                   `finetune.init`
 ``end_to_end``       target                        fresh, by init          all
 ==================== ============================= ======================= ===========
 """
@@ -33,14 +34,15 @@ from ..models.surgery import Boundary, freeze_other_modules
 from ..optim.optimizer import counts_steps_together
 from ..tasks.registry import make_task
 
-Source = Literal["fresh", "meta", "module", "expand"]
+Source = Literal["fresh", "meta", "module", "expand", "finished"]
 
 
 @dataclass(frozen=True)
 class Slot:
     """One module of a phase's model: its number of blocks per stage, and the source of its initial weights.
 
-    ``expand`` means its counterpart in the meta model, from which ``expand.init`` makes a module of the target.
+    ``expand`` means its counterpart in the meta model, from which ``expand.init`` makes a module of the target;
+    ``finished``, a module of the finished model ``finetune.init``.
     """
 
     depths: tuple[int, ...]
@@ -81,6 +83,11 @@ class PhasePlan:
         """The depths of the model that the phase trains."""
         return tuple(slot.depths for slot in self.slots)
 
+    @property
+    def is_assembled(self) -> bool:
+        """Whether the phase starts from a model of several parts, which is evaluated before it is trained."""
+        return not {slot.source for slot in self.slots}.isdisjoint({"module", "expand"})
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -93,6 +100,8 @@ class Plan:
         expanded: Modules that are not incubated, which fine-tuning makes from the meta model.
         baseline_init: How the end-to-end baseline is initialized.
         boundary: Whether the stem and the tail are trained with their modules or are those of the meta model.
+        finished: The finished model that is fine-tuned; None: fine-tuning starts from the modules. If it is set, there
+            are no phases before fine-tuning.
     """
 
     family: ModelFamily
@@ -101,6 +110,7 @@ class Plan:
     expanded: frozenset[int] = frozenset()
     baseline_init: ModelInit = "plain"
     boundary: Boundary = "own"
+    finished: str | None = None
 
     @property
     def modules(self) -> int:
@@ -110,14 +120,20 @@ class Plan:
     @property
     def incubated(self) -> list[int]:
         """The modules that are incubated."""
-        return [module for module in range(self.modules) if module not in self.expanded]
+        return [] if self.finished else [module for module in range(self.modules) if module not in self.expanded]
 
     def row(self, phase: Phase, module: int | None = None) -> PhasePlan:
         """Return a phase.
 
         Raises:
-            ConfigError: ``incubate`` without the index of an incubated module, or another phase with a module index.
+            ConfigError: ``incubate`` without the index of an incubated module, or another phase with a module index; or
+                the plan has no such phase, because a finished model is fine-tuned.
         """
+        if self.finished and phase in ("pretrain", "incubate"):
+            raise ConfigError(
+                f"--phase {phase}: finetune.init = {self.finished!r} is a finished model, so there is no meta model and"
+                " no module; use --phase finetune"
+            )
         if phase == "incubate":
             if module is None or not 0 <= module < self.modules:
                 raise ConfigError(f"--phase incubate needs --module 0 to {self.modules - 1}, or auto (given: {module})")
@@ -132,6 +148,7 @@ class Plan:
         sources: list[Source] = ["fresh"] * self.modules
         if phase == "finetune":
             sources = ["expand" if k in self.expanded else "module" for k in range(self.modules)]
+            sources = ["finished"] * self.modules if self.finished else sources
         slots = tuple(map(Slot, self.meta if phase == "pretrain" else self.target, sources))
         return PhasePlan(phase, module, slots, self.baseline_init if phase == "end_to_end" else "plain")
 
@@ -149,8 +166,9 @@ class Plan:
 
     def rows(self) -> list[PhasePlan]:
         """Return all phases, each after the phases that it depends on."""
+        meta = [] if self.finished else [self.row("pretrain")]
         modules = [self.row("incubate", module) for module in self.incubated]
-        return [self.row("pretrain"), *modules, self.row("finetune"), self.row("end_to_end")]
+        return [*meta, *modules, self.row("finetune"), self.row("end_to_end")]
 
 
 def make_plan(recipe: Recipe) -> Plan:
@@ -194,7 +212,8 @@ def make_plan(recipe: Recipe) -> Plan:
     expanded = frozenset(range(len(target))).difference(config.incubated)
     if expanded and recipe.expand.optimizer == "kept":
         _check_kept_optimizer(recipe.settings("pretrain"), recipe.settings("finetune"))
-    return Plan(family, target, meta, expanded, recipe.end_to_end.init, recipe.incubate.boundary)
+    start, boundary = recipe.end_to_end.init, recipe.incubate.boundary
+    return Plan(family, target, meta, expanded, start, boundary, recipe.finetune.init)
 
 
 def _check_kept_optimizer(meta: Settings, fine: Settings) -> None:

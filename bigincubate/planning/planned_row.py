@@ -118,9 +118,8 @@ def is_plan_of(stored: dict[str, Any], recipe: Recipe) -> bool:
         keys = [row.key for row in load_planned_rows(stored["rows"])]
     except (AttributeError, KeyError, TypeError, ValueError):
         return False
-    expected = chain(
-        ["pretrain"], (phase_key("incubate", k) for k in recipe.plan.incubated), ["finetune", "end_to_end"]
-    )
+    meta = [] if recipe.finetune.init else ["pretrain"]
+    expected = chain(meta, (phase_key("incubate", k) for k in recipe.incubated), ["finetune", "end_to_end"])
     return all(key == other for key, other in zip_longest(keys, expected))
 
 

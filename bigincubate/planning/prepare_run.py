@@ -15,6 +15,7 @@ from ..data.file_locks import file_lock
 from ..data.partitions import dataset_digest_for_module, partition_by_class
 from ..errors import ConfigError, format_command
 from ..files import quote_path, read_json, write_json
+from ..storage.finished_models import describe_training, identify_weights
 from ..storage.lease import acquire_lease_when_free
 from ..storage.run_directory import RunDir
 from ..tasks.registry import make_task
@@ -50,7 +51,7 @@ def ensure_data(
         make_task(recipe.settings("pretrain"), recipe.data).prepare_data(recipe.data.source, path, divide)
     only_partition = recipe.data.decentralized and module is not None
     data = (describe_dataset if only_partition else open_dataset)(path, recipe.data.remote)
-    for module in recipe.plan.incubated[-1:]:
+    for module in recipe.incubated[-1:]:
         dataset_digest_for_module(recipe, data, module)  # raises an error if there are too few partitions
     for phase in PHASES:
         make_task(recipe.settings(phase), recipe.data).check_dataset(data)
@@ -105,6 +106,8 @@ def ensure_plan(
         stored, untrained = read_json(file) or None, not run.begun
         _check_change(recipe, run, data, rows, stored)
         if not _is_stored(content, stored, recipe):
+            if recipe.finetune.init is not None:
+                content["initial_weights"] = describe_training(recipe.finetune.init)
             write_json(file, content)
             try:  # a phase may have begun meanwhile; once it has its lease, it checks the plan
                 _check_change(recipe, run, data, rows, stored)
@@ -192,11 +195,15 @@ def count_rows(recipe: Recipe, plan: Plan, data: DatasetInfo) -> list[PlannedRow
         recipe: The recipe.
         plan: Its plan.
         data: The whole data set.
+
+    Raises:
+        ArtifactError: ``finetune.init`` is not a finished model.
     """
+    weights = None if recipe.finetune.init is None else identify_weights(recipe.finetune.init)
     return [
         replace(
             row,
-            identity=phase_identity(recipe, plan, plan.row(row.phase, row.module), row),
+            identity=phase_identity(recipe, plan, plan.row(row.phase, row.module), row, weights),
             data=dataset_digest_for_module(recipe, data, row.module),
         )
         for row in cost_plan(recipe, plan, data.samples["train"])

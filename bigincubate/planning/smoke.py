@@ -9,10 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import PHASES, Recipe, Settings
+from ..errors import ConfigError
 
 
 def smoke(recipe: Recipe) -> dict[str, Any]:
-    """Return recipe tables that make a recipe small, including those of each phase."""
+    """Return recipe tables that make a recipe small, including those of each phase.
+
+    Raises:
+        ConfigError: The recipe fine-tunes a finished model, which is not small.
+    """
+    if recipe.finetune.init is not None:
+        raise ConfigError("--smoke trains a narrow model, and finetune.init is not one; omit --smoke or finetune.init")
     from ..models.library import find_family  # imports torch
     from ..tasks.registry import task_class
 

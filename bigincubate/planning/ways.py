@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..config import Recipe
+from ..errors import ConfigError
 from .cost import cost_plan
 from .memory import RankFootprint, batch_divisible, estimate_footprints
 from .phases import Plan
@@ -63,7 +64,15 @@ def compare_ways(
         samples: Number of samples of the training split.
         costs: The costs of its phases (`count_costs`).
         cluster: Cluster for which to estimate times; None for no estimate.
+
+    Raises:
+        ConfigError: The recipe fine-tunes a finished model.
     """
+    if plan.finished:
+        raise ConfigError(
+            "--ways compares ways to train a new model, but finetune.init is a finished one; omit --ways, or"
+            " finetune.init"
+        )
     everything = frozenset(range(plan.modules))
     *incubation, baseline = cost_plan(recipe, replace(plan, expanded=frozenset()), samples, costs)
     expansion = cost_plan(recipe, replace(plan, expanded=everything), samples, costs)[:-1]

@@ -22,7 +22,7 @@ def label_routes(runs: Sequence[RunData]) -> LabeledRoutes:
     paths = [run.run.path.resolve() for run in runs]
     base = Path(os.path.commonpath([path.parent for path in paths]))
     return [
-        (f"{path.relative_to(base)}{'' if route.meta else ', end to end'}", route)
+        (f"{path.relative_to(base)}{', end to end' if route.is_baseline else ''}", route)
         for path, run in zip(paths, runs, strict=True)
         for route in run.routes
     ]

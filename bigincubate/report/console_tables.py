@@ -191,7 +191,7 @@ def cluster_table(cluster: dict[str, Any]) -> Table:
         table.add_row(each["title"], f"{each['gpus']:,}", _duration(each["seconds"]), f"{used:,.2f}")
     table.add_section()
     used = cluster["gpu_seconds"] / 3600
-    table.add_row("incubation, first step to last", "", _duration(cluster["seconds"]), f"{used:,.2f}")
+    table.add_row("without end to end, first step to last", "", _duration(cluster["seconds"]), f"{used:,.2f}")
     return table
 
 

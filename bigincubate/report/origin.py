@@ -9,9 +9,9 @@ from typing import Any
 from ..config import PHASES, Recipe
 from ..data.dataset import DatasetInfo, describe_dataset
 from ..errors import BigincubateError
-from ..interchange.export import find_artifact
 from ..planning.lineage import phase_inputs
 from ..storage.artifacts import ArtifactManifest, Lineage, check_lineage, load_manifest
+from ..storage.finished_models import find_artifact
 from ..storage.run_directory import RunDir, find_run, is_complete_export
 from .run_data import PhaseData, RunData, read_run
 

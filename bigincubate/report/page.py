@@ -63,7 +63,7 @@ def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
     tiles = []
     for route in run_data.routes:
         if route.last.result:
-            name = "fine-tuned" if route.meta else "end to end"
+            name = "end to end" if route.is_baseline else "fine-tuned"
             tiles.append(_score_tile(route.last.headline, route.last.result, name))
         if route.assembled:
             tiles.append(_score_tile(route.last.headline, route.assembled, "assembled, not fine-tuned"))
@@ -102,12 +102,23 @@ def _model_section(run_data: RunData) -> Markup:
     parts = "; module k is trained only on partition k" if recipe.data.decentralized else ""
     data = join_markup(recipe.data.source or recipe.data.path or "", tag("code", f" {plan['data'][:12]}"), parts)
     pairs: dict[str, object] = {"model": described, "target": model(rows["end_to_end"], plan["target_depths"])}
-    if run_data.main:
+    if origin := plan.get("initial_weights"):
+        pairs["fine-tuned from"] = _describe_origin(origin)
+    if "pretrain" in rows and run_data.main:
         pairs["meta model"] = model(rows["pretrain"], plan["meta_depths"])
         pairs["modules"] = _describe_modules(recipe)
     if run_data.baseline and recipe.end_to_end.init != "plain":
         pairs["end to end"] = f"initialized: {recipe.end_to_end.init}"
     return html.definitions({**pairs, "data": data, "seed": settings.train.seed})
+
+
+def _describe_origin(origin: dict[str, Any]) -> Markup:
+    """Return the finished model that a run fine-tunes, and what its training has cost."""
+    if origin["flops"] is None:
+        return join_markup(origin["source"], "; its training FLOPs are unknown, and not part of the costs below")
+    return join_markup(
+        origin["source"], "; its ", flops_number(origin["flops"]), " of training are not part of the costs below"
+    )
 
 
 def _describe_modules(recipe: Recipe) -> str:

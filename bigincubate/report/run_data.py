@@ -155,10 +155,10 @@ class PhaseData:
 
 @dataclass(frozen=True)
 class TrainingRoute:
-    """A way to train the model of a run: from the meta model (incubation or expansion), or end to end.
+    """A way to train the model of a run: from the meta model (incubation, expansion), from a finished one, or end to end.
 
     Attributes:
-        name: ``incubated``, ``expanded`` (no module is incubated) or ``end to end``.
+        name: ``incubated``, ``expanded`` (no module is incubated), ``fine-tuned`` (a finished model) or ``end to end``.
         phases: The phases in order.
         assembled: The result of the assembled model, or None.
     """
@@ -173,13 +173,18 @@ class TrainingRoute:
         return self.phases[-1]
 
     @property
+    def is_baseline(self) -> bool:
+        """Return whether this is end-to-end training."""
+        return self.last.planned["phase"] == "end_to_end"
+
+    @property
     def modules(self) -> list[PhaseData]:
         """Return the incubation phases, one per module."""
         return [phase for phase in self.phases if phase.planned["phase"] == "incubate"]
 
     @property
     def meta(self) -> PhaseData | None:
-        """Return the phase of the meta model, or None in end-to-end training."""
+        """Return the phase of the meta model, or None if the route has none."""
         return next((phase for phase in self.phases if phase.planned["phase"] == "pretrain"), None)
 
     @property
@@ -233,18 +238,18 @@ class RunData:
     @property
     def main(self) -> TrainingRoute | None:
         """Return the route that ends with fine-tuning, or None if it was not started."""
-        return next((route for route in self.routes if route.meta), None)
+        return next((route for route in self.routes if not route.is_baseline), None)
 
     @property
     def baseline(self) -> TrainingRoute | None:
         """Return the route of end-to-end training, or None if it was not started."""
-        return next((route for route in self.routes if not route.meta), None)
+        return next((route for route in self.routes if route.is_baseline), None)
 
 
 def read_run(run: RunDir, read_jobs: Callable[[RunDir], Sequence[QueuedJob] | None] = read_queue) -> RunData:
     """Read all data of a finished or unfinished run.
 
-    Routes without attempts are omitted, except that incubation is included if there are no attempts at all.
+    Routes without attempts are omitted, except that the first one is included if there are no attempts at all.
 
     Args:
         run: The run directory.
@@ -256,8 +261,10 @@ def read_run(run: RunDir, read_jobs: Callable[[RunDir], Sequence[QueuedJob] | No
     recipe, plan, status = run.load_recipe(), read_plan(run), {row["phase"]: row for row in run_status(run, read_jobs)}
     phases = {row["key"]: _phase(run, row, status[row["key"]]) for row in plan["rows"] if row["key"] in status}
     baseline = phases.pop("end_to_end", None)
-    name = "incubated" if any(row["phase"] == "incubate" for row in plan["rows"]) else "expanded"
-    routes = [TrainingRoute(name, list(phases.values()), run.assembled.result)]
+    names = {"incubate": "incubated", "pretrain": "expanded", "finetune": "fine-tuned"}  # the first that has a phase
+    name = next(names[kind] for kind in names if any(row["phase"] == kind for row in plan["rows"]))
+    assembled = run.assembled.result if "pretrain" in phases else None
+    routes = [TrainingRoute(name, list(phases.values()), assembled)]
     if baseline is not None:
         routes.append(TrainingRoute("end to end", [baseline], None))
     started = [route for route in routes if any(phase.started for phase in route.phases)]

@@ -261,15 +261,17 @@ class RunDir:
         """Return the results so far (None for a phase that is not done), and update ``summary.json``.
 
         The result of module k is at index k of ``modules``; it is None for a module that the plan does not incubate.
-        The list ends with the last module that has been started.
+        The list ends with the last module that has been started. Results of phases that the plan no longer has are
+        left out.
         """
         rows = (read_json(self.path / "plan.json") or {}).get("rows", [])
+        with_meta = any(row["phase"] == "pretrain" for row in rows)
         modules = [self.phase("incubate", row["module"]) for row in rows if row["phase"] == "incubate"]
         found = {int(folder.path.name): folder.result for folder in modules if folder.path.exists()}
         results: dict[str, Any] = {
-            "meta": self.phase("pretrain").result,
+            "meta": self.phase("pretrain").result if with_meta else None,
             "modules": [found.get(module) for module in range(max(found, default=-1) + 1)],
-            "assembled": self.assembled.result,
+            "assembled": self.assembled.result if with_meta else None,
             "finetune": self.phase("finetune").result,
             "end_to_end": self.phase("end_to_end").result,
         }

@@ -7,7 +7,7 @@ interface.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -106,6 +106,20 @@ class Task(ABC):
         """
         if info.schema.kind != self.record_kind:
             raise ConfigError(f"{info.path} has records of kind {info.schema.kind}; the task reads {self.record_kind}")
+
+    def keeps_head(self, records: Mapping[str, Any], info: DatasetInfo) -> bool:
+        """Return whether the outputs of a finished model mean for a data set what they mean for its own data.
+
+        If they do not, fine-tuning the model starts with a new head. Called only if the head has the right shape.
+
+        Args:
+            records: Properties of the records that the model was trained on, as far as they are known.
+            info: The data set.
+
+        Raises:
+            ConfigError: The model cannot be fine-tuned on the data.
+        """
+        return True
 
     @classmethod
     def sample_units(cls, settings: Settings) -> int:

@@ -39,9 +39,11 @@ from ..storage.artifacts import (
     load_manifest,
 )
 from ..storage.checkpoint_manager import CheckpointManager
+from ..storage.finished_models import describe_weights
 from ..storage.lease import Lease
 from ..storage.run_directory import RunDir
 from ..tasks.base import EvalBatches, Task, TrainBatches
+from .finished_weights import finished_weights
 from .hooks import LearningRateHook, apply_batch_source, make_learning_rate_hook
 
 
@@ -174,7 +176,7 @@ def build_model(
     model = phase_model(row, settings, family)
     sources = {slot.source for slot in row.slots}
     inputs: dict[str, ArtifactManifest] = {}
-    if sources != {"fresh"}:
+    if not sources <= {"fresh", "finished"}:
         _require_meta_model(context.run)
     if sources & {"meta", "expand"}:
         meta, inputs["meta"] = load_artifact(context.run.phase("pretrain").artifact)
@@ -196,6 +198,8 @@ def build_model(
         insert(model, partition, family.adapt_state(assembled, model), partition)
     if start is None and row.phase == "pretrain" and recipe.meta.init is not None:
         start = pretrained_meta(recipe.meta, settings.model, partition, model.state_dict())
+    if start is None and "finished" in sources:
+        start = finished_weights(context, model)
     if start is not None:
         source = partition if row.module is None else context.target_partition
         insert(model, partition, family.adapt_state(start, model), source)
@@ -213,6 +217,8 @@ def describe_initial_weights(context: PhaseContext, inputs: Mapping[str, Artifac
         return context.imported
     if context.row.phase == "pretrain":
         return context.recipe.meta.init
+    if (weights := context.planned.identity.get("finetune.init")) is not None:
+        return describe_weights(str(context.recipe.finetune.init), weights)
     return ", ".join(dict.fromkeys(filter(None, (each.model.initial_weights for each in inputs.values())))) or None
 
 

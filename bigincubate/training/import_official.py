@@ -79,6 +79,11 @@ def import_part(
     """
     plan = make_plan(recipe)
     wanted, what = (plan.meta, "meta model") if part == "meta" else (plan.target, "target")
+    if plan.finished:
+        raise ConfigError(
+            f"--as {part}: finetune.init = {plan.finished!r} is a finished model, so the run has no meta model and no"
+            " module; remove finetune.init"
+        )
     rows = [plan.row("pretrain")] if part == "meta" else [row for row in plan.rows() if row.phase == "incubate"]
     if not rows:
         raise ConfigError('plan.incubate = "none": there is no module to import; list the modules to import in it')

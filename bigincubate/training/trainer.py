@@ -127,7 +127,7 @@ class Trainer:
         """Train from the last checkpoint to the end, write the artifact, and return the result."""
         if (checkpoint := self.checkpoints.load_latest()) is not None:
             self.restore(checkpoint)
-        elif self.row.phase == "finetune":
+        elif self.row.is_assembled:
             self.finish_assembly()
             load_kept_state(self.context, self.sharding)
         self.metrics = self.open_metrics()

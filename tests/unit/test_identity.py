@@ -118,6 +118,7 @@ FLOPS_KEYS |= {"model.args"}
 LENGTH_KEYS = {"train.epochs", "train.max_steps"}  # of no effect on a baseline at equal FLOPs
 CONSTANT_KEYS = {"model.library", "model.name"}  # a phase cannot change them
 OTHER_TASKS = {"model.context_length", "text.mask_documents"}  # refused for images
+WITHOUT_META = {"finetune.init"}  # refused together with meta.init
 
 # Examples where the type of a key does not suggest one
 VALUES = {
@@ -221,7 +222,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, counted: None) -> Iterator[Pa
 
 def rows(base: Path, *sets: str) -> list[PlannedRow]:
     recipe = load_recipe(str(base), sets)
-    key = recipe.model.model_dump_json() + recipe.plan.model_dump_json()
+    key = recipe.model.model_dump_json() + recipe.plan.model_dump_json() + str(recipe.finetune.init)
     if key not in PLANS:  # making one takes half a second
         PLANS[key] = make_plan(recipe)
     return count_rows(recipe, PLANS[key], DATA)
@@ -240,11 +241,20 @@ def recomputed(key: str) -> str:
 
 
 def test_key_invalidates_the_phases_of_the_table(base: Path) -> None:
-    keys = {key: field for key, field in leaves(Recipe) if key not in OTHER_TASKS}
+    keys = {key: field for key, field in leaves(Recipe) if key not in OTHER_TASKS | WITHOUT_META}
     found = {key: set(invalidated(base, f"{key}={example(key, field)}")) for key, field in keys.items()}
     expected = {key: {reader for phase in recomputed(key) for reader in READERS[phase]} for key in found}
     assert {key: (found[key], expected[key]) for key in found if found[key] != expected[key]} == {}
     assert all(any(f"{key}.".startswith(f"{entry}.") for key in found) for entry in TABLE)
+
+
+def test_finished_model_invalidates_fine_tuning_and_the_baseline_with_its_flops(base: Path, tmp_path: Path) -> None:
+    file = tmp_path / "base.toml"
+    file.write_text(RECIPE.replace('[meta]\ninit = "timm:vit_tiny_patch16_224"\n', ""))
+    found = [rows(file, *sets) for sets in ((), ("finetune.init=timm:a",), ("finetune.init=timm:b",))]
+    assert [row.key for row in found[1]] == ["finetune", "end_to_end"]
+    assert [row.key for row in invalidated_rows(found[0], found[1])] == ["finetune", "end_to_end"]
+    assert [row.key for row in invalidated_rows(found[1], found[2])] == ["finetune"]
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -230,11 +230,11 @@ def test_meta_model_comes_from_an_artifact_or_an_export(tmp_path: Path) -> None:
     [
         ("gpt2", {}, settings("llama"), "is a gpt2 model, but model.name = 'llama'"),
         ("llama", {"hidden_size": 64}, settings("llama"), "set model.args.hidden_size = 64"),
-        ("llama", {"rope_theta": 5e5}, settings("llama"), "has rope_theta = 500000.0, the meta model 10000.0: set"),
-        ("gpt2", {"n_head": 4}, settings("gpt2"), "has n_head = 4, the meta model 2: set model.args.n_head = 4"),
-        ("gpt2", {"n_positions": 32}, settings("gpt2"), "has n_positions = 32, the meta model 1024"),
+        ("llama", {"rope_theta": 5e5}, settings("llama"), "has rope_theta = 500000.0, the recipe 10000.0: set"),
+        ("gpt2", {"n_head": 4}, settings("gpt2"), "has n_head = 4, the recipe 2: set model.args.n_head = 4"),
+        ("gpt2", {"n_positions": 32}, settings("gpt2"), "has n_positions = 32, the recipe 1024"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, settings("gpt2"), "has scale_attn_by_inverse_layer_idx"),
-        ("llama", {"vocab_size": 99}, settings("llama"), "has vocab_size = 99, the meta model 67"),
+        ("llama", {"vocab_size": 99}, settings("llama"), "has vocab_size = 99, the recipe 67"),
         (
             "qwen3",
             {"layer_types": ["full_attention", "sliding_attention"] * 3, "sliding_window": 4},

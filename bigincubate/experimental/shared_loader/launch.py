@@ -26,14 +26,15 @@ def count_parallel_jobs(recipe: Recipe, jobs: int | None, baseline: bool) -> int
     Raises:
         ConfigError: Modules of this recipe cannot share a loader, or ``jobs`` is too small.
     """
-    modules = len(recipe.plan.incubated)
+    modules = len(recipe.incubated)
     needed = modules + baseline
     if not sys.platform.startswith("linux"):
         raise ConfigError("--co-train needs shared memory that only Linux supports; omit it")
     if recipe.data.decentralized:
         raise ConfigError("--co-train: with data.decentralized, each module has its own data; omit one of the two")
     if not modules:
-        raise ConfigError('--co-train: plan.incubate = "none", so no modules share a loader; omit --co-train')
+        reason = "finetune.init is a finished model" if recipe.finetune.init else 'plan.incubate = "none"'
+        raise ConfigError(f"--co-train: {reason}, so no modules share a loader; omit --co-train")
     if jobs is not None and jobs < needed:
         what = f"{modules} modules{' and the baseline' if baseline else ''}"
         raise ConfigError(f"--co-train: {what} train in parallel; use --jobs {needed}, or omit --co-train")

@@ -142,9 +142,9 @@ def format_submission(
         baseline: Whether to include the end-to-end baseline.
         size: Slurm's MaxArraySize.
     """
-    kinds = ["pretrain", "incubate", "gate", "finetune", *(["end_to_end"] if baseline else [])]
-    parts = [shlex.join(words) for _, words in plan_submission(recipe, run, modules, baseline=baseline, size=size)]
-    scripts = dict.fromkeys(map(find_script, kinds))
+    commands = list(plan_submission(recipe, run, modules, baseline=baseline, size=size))
+    parts = [shlex.join(words) for _, words in commands]
+    scripts = dict.fromkeys(find_script(kind) for kind, _ in commands)
     parts += [f"\n# ---- {script.name}\n{script.read_text()}" for script in scripts]
     return "\n".join(parts)
 
@@ -161,6 +161,12 @@ def plan_submission(
         baseline: Whether to include the end-to-end baseline.
         size: Slurm's MaxArraySize.
     """
+    if recipe.finetune.init:  # no phase needs another one
+        kinds = ["finetune", *(["end_to_end"] if baseline else [])]
+        for kind in kinds:
+            yield kind, build_sbatch_command(recipe, run, kind)
+        yield "gate", build_sbatch_command(recipe, run, "gate", after=[kind.upper() for kind in kinds])
+        return
     yield "pretrain", build_sbatch_command(recipe, run, "pretrain")
     for offset, group in split_into_arrays(modules, size):
         yield (

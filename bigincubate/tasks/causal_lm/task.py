@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,18 @@ class CausalLanguageModeling(Task):
                 f"{info.path} has a vocabulary of {metadata['vocabulary']} tokens, but model.args.vocab_size = {size}:"
                 f" set it to {metadata['vocabulary']} or more"
             )
+
+    def keeps_head(self, records: Mapping[str, Any], info: DatasetInfo) -> bool:
+        """Check that the model was trained on tokens of the same tokenizer, if it is known; see `Task.keeps_head`."""
+        ours = _identify_tokenizer(info.schema.metadata["tokenizer"])
+        if known := records.get("tokenizer"):
+            theirs = _identify_tokenizer(known)
+            if ours not in (theirs, records.get("exported_tokenizer")):
+                raise ConfigError(
+                    f"finetune.init was trained on tokens of the tokenizer {theirs[:12]}, but {info.path} has tokens of"
+                    f" {ours[:12]}: prepare the data with the model's (data prepare --tokenizer FILE)"
+                )
+        return True
 
     # ------------------------------------------------------------------------------------------ data
 
@@ -238,3 +251,8 @@ class CausalLanguageModeling(Task):
     def artifact_settings(cls, model: Any, metadata: dict[str, Any]) -> Settings:
         """Return settings with the mask of documents that was used in training."""
         return Settings.model_validate({"model": model.model_dump(), "text": metadata})
+
+
+def _identify_tokenizer(identity: dict[str, Any]) -> str:
+    """Return the SHA-256 of the file of a tokenizer, or its name if it has no file."""
+    return str(identity.get("sha256") or identity["name"])

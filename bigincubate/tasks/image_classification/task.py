@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,10 @@ class ImageClassification(Task):
                 f"{info.path} has {found} classes, but model.num_classes = {self.settings.model.num_classes}: set it"
                 f" to {found}, or use other data"
             )
+
+    def keeps_head(self, records: Mapping[str, Any], info: DatasetInfo) -> bool:
+        """Return whether the classes have the same names in the same order, or are unknown; see `Task.keeps_head`."""
+        return records.get("classes") in (None, info.schema.metadata["classes"])
 
     # ------------------------------------------------------------------------------------------ data
 
