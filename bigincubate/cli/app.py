@@ -20,6 +20,7 @@ from ..distributed.rank_logging import LEVEL_VARIABLE, LogLevel
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
+    from ..config import Recipe
     from ..storage.run_directory import RunDir
 else:
     RunDir = Path  # for --help; the class is slow to import, so only `parse_run_dir` imports it, when a command runs
@@ -116,6 +117,16 @@ def add_method(sets: list[str] | None, method: Method | None) -> list[str]:
     if any(item.partition("=")[0].strip() == "plan.incubate" for item in given):
         raise ConfigError(f"--method {method} stands for --set plan.incubate=…, which is given too; omit one of them")
     return [*given, f"plan.incubate={'none' if method == 'expand' else 'all'}"]
+
+
+def check_method(method: Method | None, recipe: Recipe) -> None:
+    """Check that a recipe has modules to which ``--method`` applies.
+
+    Raises:
+        ConfigError: It fine-tunes a finished model.
+    """
+    if method is not None and recipe.finetune.init is not None:
+        raise ConfigError(f"--method {method}: finetune.init is a finished model without modules; omit one of the two")
 
 
 def console() -> Any:

@@ -25,6 +25,7 @@ from .app import (
     SetOption,
     add_method,
     app,
+    check_method,
     console,
     parse_path,
     say,
@@ -67,6 +68,7 @@ def submit(
     given = add_method(sets, method)
     given += [f"slurm.{key}={value}" for key, value in (("partition", partition), ("account", account)) if value]
     loaded = load_recipe(recipe, given)
+    check_method(method, loaded)
     if defaults := shell_defaults(loaded):
         loaded = load_recipe(recipe, [*given, *defaults])
     if dry_run:

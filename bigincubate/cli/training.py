@@ -23,6 +23,7 @@ from .app import (
     SetOption,
     add_method,
     app,
+    check_method,
     console,
     escape_control_characters,
     parse_run_dir,
@@ -71,6 +72,7 @@ def plan(
     from ..config import load_recipe
 
     loaded = load_recipe(recipe, add_method(sets, method))
+    check_method(method, loaded)
     if world is not None and not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", world):
         raise ConfigError(f"--world {world}: expected numbers of ranks, such as 1,2,8")
     from ..planning.planned_row import stored_plan
@@ -145,6 +147,7 @@ def run(
     from ..planning.smoke import smoke
 
     loaded = load_recipe(recipe, add_method(sets, method), smoke if small else None)
+    check_method(method, loaded)
     os.environ[LEVEL_VARIABLE] = log_level  # for the processes of the phases
     setup_logging(log_level)
     helper = None

@@ -155,7 +155,7 @@ class PhaseData:
 
 @dataclass(frozen=True)
 class TrainingRoute:
-    """A way to train the model of a run: from the meta model (incubation, expansion), from a finished one, or end to end.
+    """A way to train the model of a run: from the meta model or a finished model, or end to end.
 
     Attributes:
         name: ``incubated``, ``expanded`` (no module is incubated), ``fine-tuned`` (a finished model) or ``end to end``.

@@ -1,4 +1,4 @@
-"""Phases that start from a meta model or an initialization, on two gloo ranks under FSDP2, beside one process."""
+"""Phases that start from a meta model, a finished model or an initialization, on two gloo ranks under FSDP2."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ CASES: dict[str, tuple[tuple[str, ...], list[tuple[str, int | None]]]] = {  # se
         (*THREE_MODULES, "plan.incubate=[1]", "expand.init=g_stack"),
         [("pretrain", None), ("incubate", 1), ("finetune", None)],
     ),
+    "finished": (("finetune.init={done}", "train.max_steps=8"), [("finetune", None)]),
     "mimetic": (("end_to_end.init=mimetic",), [("end_to_end", None)]),
 }
 
 
 @pytest.fixture(scope="module")
 def trained(
-    harness: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+    harness: Callable[..., Any], done: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, tuple[Any, Any, list[dict[str, Any]]]]:
     """Each case by one process and by two ranks, and what the ranks ended with."""
     folder = tmp_path_factory.mktemp("ranks")
     made, jobs = {}, []
     for name, (sets, phases) in CASES.items():
-        single = harness(*LOUD, "train.max_steps=6", *sets)
+        single = harness(*LOUD, "train.max_steps=6", *(each.replace("{done}", str(done.run.path)) for each in sets))
         for phase, module in phases[:-1]:
             single.train(phase, module)
         double = single.copy(folder / name)

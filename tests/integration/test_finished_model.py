@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
@@ -111,12 +113,16 @@ def test_head_is_kept_unless_the_classes_are_others(
     assert torch.equal(unknown["head.weight"], trained["head.weight"])
 
 
-def test_every_form_of_a_model_gives_the_same_start(source: Any, harness: Harnesses, other: Path, tmp_path: Path) -> None:
+def test_every_form_of_a_model_gives_the_same_start(
+    source: Any, harness: Harnesses, other: Path, tmp_path: Path
+) -> None:
     exported = source.run.exported
     torch.save({"model": load_file(exported / "model.safetensors")}, tmp_path / "model.pth")
     forms = [exported, source.run.phase("finetune").path, source.run.phase("finetune").artifact]
     forms += [exported / "model.safetensors", tmp_path / "model.pth"]
-    states = [start(harness(*on_other(init, other))) for init in (source.run.path, *forms, f"timm:local-dir:{exported}")]
+    states = [
+        start(harness(*on_other(init, other))) for init in (source.run.path, *forms, f"timm:local-dir:{exported}")
+    ]
     for state in states[1:]:
         assert all(torch.equal(state[name], states[0][name]) for name in states[0])
 
@@ -127,7 +133,9 @@ def test_model_of_a_hub_is_fine_tuned(harness: Harnesses, other: Path, hub: Path
     save_file(theirs, tmp_path / "model.safetensors")
     publish(hub, "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", tmp_path / "model.safetensors")
     # timm builds the twelve blocks of the name
-    with pytest.raises(ConfigError, match="Missing key.*set model.name and model.args to those of the pretrained model"):
+    with pytest.raises(
+        ConfigError, match=r"Missing key.*set model.name and model.args to those of the pretrained model"
+    ):
         start(harness(*on_other(f"timm:{VIT}", other)))
     theirs = timm.create_model(VIT, embed_dim=24, num_heads=3).state_dict()
     shutil.rmtree(hub)
@@ -163,7 +171,10 @@ def test_plan_has_no_phase_before_fine_tuning(moved: Any, source: Any) -> None:
 
 
 def test_length_is_that_of_its_own_settings(source: Any, harness: Harnesses, other: Path) -> None:
-    epochs = [harness(*on_other(source.run.path, other, f"finetune.budget={each}")).rows[0].steps for each in ("epochs", "equal_flops")]
+    epochs = [
+        harness(*on_other(source.run.path, other, f"finetune.budget={each}")).rows[0].steps
+        for each in ("epochs", "equal_flops")
+    ]
     assert epochs == [4, 4]
 
 
@@ -191,11 +202,13 @@ def test_identity_depends_on_the_weights_and_not_on_their_place(
     different = harness(SHORT, "train.seed=1", "plan.incubate=none")
     different.train("pretrain")
     different.train("finetune")
-    with pytest.raises(ConfigError, match="finetune.init: .* would invalidate fine-tuning"):
+    with pytest.raises(ConfigError, match=r"finetune.init: .* would invalidate fine-tuning"):
         open_run(load_recipe(again.run.recipe_file, [f"finetune.init={different.run.path}"]), again.run)
 
 
-def test_weights_that_changed_after_planning_are_refused(source: Any, harness: Harnesses, other: Path, tmp_path: Path) -> None:
+def test_weights_that_changed_after_planning_are_refused(
+    source: Any, harness: Harnesses, other: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "model.safetensors"
     shutil.copy(source.run.exported / "model.safetensors", file)
     made = harness(*on_other(file, other))
@@ -244,7 +257,7 @@ def test_flops_of_the_finished_model_are_known_only_if_all_are(
     if form == "export":
         assert known(source.run.exported) is None
     elif form == "chain":
-        assert known(moved.run.path) == known(source.run.path) + moved.run.phase("finetune").result["flops"]  # type: ignore[operator]
+        assert known(moved.run.path) == known(source.run.path) + moved.run.phase("finetune").result["flops"]
     else:
         made = harness(SHORT, f"meta.init={source.run.exported}", "plan.incubate=none")
         made.train("pretrain")
@@ -272,15 +285,17 @@ def test_baseline_is_a_route_of_its_own(source: Any, harness: Harnesses, other: 
 # ------------------------------------------------------------------------------------------------ the command line
 
 
-def test_killed_and_resumed_fine_tuning_exports_the_same_bits(source: Any, other: Path, fast: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_fine_tuning_exports_the_same_bits(
+    source: Any, other: Path, fast: Path, tmp_path: Path
+) -> None:
     """Ctrl-C, then kill -9, then the same command; once more it is done."""
-    sets = on_other(source.run.path, other, "train.max_steps=60", "checkpoint.every_steps=5")
+    sets = on_other(source.run.path, other, "train.max_steps=40", "checkpoint.every_steps=5")
     words = [fast, "--jobs", "2", *(f"--set={each}" for each in sets)]
     whole = run("run", *words, "--run-dir", tmp_path / "whole")
     assert whole.wait(240) == 0, whole.out + whole.err
     assert "1 phases" in whole.out
     folder = tmp_path / "killed"
-    for number, step in ((signal.SIGINT, 10), (signal.SIGKILL, 30)):
+    for number, step in ((signal.SIGINT, 5), (signal.SIGKILL, 20)):
         launched = Command("run", *words, "--run-dir", folder, before=shell)
         assert launched.until(partial(has_saved, folder / "finetune" / "checkpoints", step), pause=0.01), launched.err
         os.killpg(launched.pid, number)
@@ -336,12 +351,16 @@ def test_plan_names_the_finished_model(source: Any, other: Path, fast: Path, cal
         (["plan", "--set=meta.init=x"], "meta.init is of the meta model; remove it"),
         (["plan", "--set=plan.incubate=[1]"], 'plan.incubate is of the modules; set it to "all"'),
         (["plan", "--method", "expand"], 'plan.incubate is of the modules; set it to "all"'),
+        (["plan", "--method", "incubate"], "--method incubate: finetune.init is a finished model without modules"),
         (["plan", "--set=data.decentralized=true"], "data.decentralized is of the modules; set it to false"),
         (["plan", "--ways"], "omit --ways, or finetune.init"),
         (["run", "--smoke"], "omit --smoke or finetune.init"),
         (["run", "--co-train"], "--co-train: finetune.init is a finished model"),
         (["train", "--phase", "pretrain"], "there is no meta model and no module; use --phase finetune"),
-        (["train", "--phase", "incubate", "--module", "0"], "there is no meta model and no module; use --phase finetune"),
+        (
+            ["train", "--phase", "incubate", "--module", "0"],
+            "there is no meta model and no module; use --phase finetune",
+        ),
         (["plan", "--set=finetune.init=timm:"], "finetune.init: expected a path, or"),
     ],
 )
@@ -387,7 +406,7 @@ def test_other_architecture_is_refused_in_one_line(
 def test_file_of_another_architecture_is_refused_in_one_line(
     key: str, source: Any, harness: Harnesses, other: Path
 ) -> None:
-    says = "(size mismatch for|Missing key).*set model.name and model.args to those of the pretrained model$"
+    says = r"(size mismatch for|Missing key).*set model.name and model.args to those of the pretrained model$"
     with pytest.raises(ConfigError, match=says) as caught:
         start(harness(*on_other(source.run.exported / "model.safetensors", other, key)))
     assert "\n" not in str(caught.value)
@@ -409,3 +428,36 @@ def test_missing_and_unfinished_models_are_refused(
     module = harness(*on_other(source.run.phase("incubate", 0).path, other))
     with pytest.raises(ArtifactError, match="is module 0, a part of a model; give a run or a full model"):
         module.train("finetune")
+
+
+# ------------------------------------------------------------------------------------------------ the tutorial
+
+
+def test_commands_of_the_tutorial_work(
+    source: Any, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any
+) -> None:
+    """Of its section, with a narrow model and two steps."""
+    page = (Path(__file__).parents[2] / "docs" / "tutorial.md").read_text()
+    section = page.partition("### Fine-tune a finished model on other data\n")[2].partition("\n### ")[0]
+    [recipe] = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
+    small = 'name = "vit_tiny_patch16_224"\nargs = { patch_size = 2, embed_dim = 24, num_heads = 3 }\nimg_size = 8'
+    changes = {'name = "vit_small_patch16_224"\nimg_size = 96': small, "epochs = 20": "max_steps = 2"}
+    for before, after in changes.items():
+        assert recipe.count(before) == 1
+        recipe = recipe.replace(before, after)
+    source.copy(tmp_path / "runs" / "flowers")
+    shutil.copytree(source.run.exported, tmp_path / "flowers-model")
+    shutil.copytree(other, tmp_path / "data" / "birds")
+    (tmp_path / "birds.toml").write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line)[1:] for line in section.splitlines() if line.startswith("bigincubate ")]
+    assert [words[0] for words in commands] == ["plan", "run", "evaluate", "report", "submit", "train"]
+    for words in commands:
+        if words[0] == "run":
+            ended = run(*words)
+            assert ended.wait(240) == 0, ended.out + ended.err
+            continue
+        code, _, err = call(*words)
+        assert code == 0, (words, err)
+    assert (tmp_path / "runs" / "birds" / "export" / "model.safetensors").exists()
+    assert (tmp_path / "runs" / "birds-2" / "finetune" / "DONE").exists()
