@@ -98,7 +98,10 @@ def test_other_tokens_are_refused_in_one_line(finished: TrainingHarness, other: 
     ("key", "says"),
     [
         ("model.args.vocab_size=300", "has vocab_size = 257, the recipe 300: set model.args.vocab_size = 257"),
-        ("model.args.intermediate_size=64", "has intermediate_size = 32, the recipe 64: set model.args.intermediate_size"),
+        (
+            "model.args.intermediate_size=64",
+            "has intermediate_size = 32, the recipe 64: set model.args.intermediate_size",
+        ),
         ("model.name=qwen3", "is a llama model, but model.name = 'qwen3'"),
     ],
 )

@@ -442,6 +442,7 @@ def test_commands_of_the_tutorial_work(
     [recipe] = re.findall(r"```toml\n(.*?)```", section, re.DOTALL)
     small = 'name = "vit_tiny_patch16_224"\nargs = { patch_size = 2, embed_dim = 24, num_heads = 3 }\nimg_size = 8'
     changes = {'name = "vit_small_patch16_224"\nimg_size = 96': small, "epochs = 20": "max_steps = 2"}
+    changes["modules = 4"] = "target_depths = [1, 1, 1, 1]"
     for before, after in changes.items():
         assert recipe.count(before) == 1
         recipe = recipe.replace(before, after)
