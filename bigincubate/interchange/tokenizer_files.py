@@ -10,7 +10,7 @@ from typing import Any, Literal
 from ..errors import ArtifactError, MissingDependencyError
 from ..files import hash_file, quote_path, read_json
 from ..storage.artifacts import ModelSpec
-from ..storage.run_directory import find_run
+from ..storage.run_directory import RunDir, find_run
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 SEPARATOR = "<|endoftext|>"  # name of the separator of the bytes tokenizer

@@ -166,6 +166,8 @@ def _describe_training(origin: Origin) -> str:
         return "It was trained end to end, without modules, by `bigincubate`."
     if phase == "pretrain":
         return "It is the meta model of a Deep Incubation run by `bigincubate`, not its final model."
+    if origin.recipe.finetune.init is not None:
+        return "It is a finished model that `bigincubate` fine-tuned on other data."
     depth = sum(map(sum, origin.run_data.plan["meta_depths"]))
     if len(plan.incubated) == plan.number:
         modules = f"then each of the {plan.number} modules of this model was trained separately inside of it"
@@ -187,7 +189,7 @@ def _describe_training(origin: Origin) -> str:
 def _limits(origin: Origin | None) -> str:
     if origin is None:
         return "The run that trained this model is not known here, and so are its data and scores."
-    seed = origin.recipe.settings("finetune" if origin.run_data.from_meta else "end_to_end").train.seed
+    seed = origin.recipe.settings("finetune" if origin.run_data.main else "end_to_end").train.seed
     return (
         f"The scores are those of one training run (seed {seed}) on the validation split of its own data. No"
         " other evaluation is recorded here: evaluate the model on your data before you use it."

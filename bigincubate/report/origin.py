@@ -51,7 +51,7 @@ class Origin:
     def assembled(self) -> dict[str, Any] | None:
         """Return the result of the assembled model before fine-tuning, or None if it is not in the lineage."""
         made_of_modules = self.manifest.phase in ("assembled", "finetune")
-        route = self.run_data.from_meta
+        route = self.run_data.main
         return route.assembled if made_of_modules and route else None
 
     @property

@@ -28,9 +28,10 @@ from bigincubate import api
 from bigincubate.config import load_recipe
 from bigincubate.data.prepare import prepare_dataset
 from bigincubate.errors import ArtifactError, BigincubateError, ConfigError
-from bigincubate.files import read_json
+from bigincubate.files import drop_folders, read_json
 from bigincubate.interchange.export import export, load_model
 from bigincubate.planning.context import open_run
+from bigincubate.report.model_card import export_with_card
 from bigincubate.report.page import render_report
 from bigincubate.report.run_data import read_run
 from bigincubate.report.status import run_status
@@ -70,6 +71,17 @@ def moved(source: Any, other: Path, harness: Harnesses) -> Any:
 def start(made: Any) -> dict[str, torch.Tensor]:
     """The weights with which fine-tuning starts."""
     return build_model(made.context("finetune"))[0].state_dict()
+
+
+def test_model_card_says_that_a_finished_model_was_fine_tuned(moved: Any, source: Any, tmp_path: Path) -> None:
+    export_with_card(moved.run.path, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        "It is a finished model that `bigincubate` fine-tuned on other data. Training started from `run (SHA-256 "
+        in card
+    )
+    for file in ("README.md", "config.json"):
+        assert str(source.run.path.parent) not in (tmp_path / "out" / file).read_text()
 
 
 def on_other(init: object, other: Path, *sets: str) -> list[str]:
@@ -188,7 +200,7 @@ def test_artifact_says_where_its_weights_come_from(moved: Any, source: Any, tmp_
     assert manifest.model.initial_weights == described
     export(moved.run.path, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["pretrained_cfg"]["description"] == f"initialized from {described}"
+    assert config["pretrained_cfg"]["description"] == f"initialized from {drop_folders(described)}"
     assert load_model(tmp_path / "out")[0](torch.zeros(1, 3, 8, 8)).shape == (1, 3)
 
 
