@@ -17,6 +17,7 @@ import pytest
 import torch
 from hub_server import Hub, Repository, code_of, serve_hub
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import reset_sessions
 from test_export import artifact, logits
 
 from bigincubate.config import load_recipe
@@ -44,6 +45,8 @@ def logged_in(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    reset_sessions()  # one that was opened offline by another test stays offline
     return hub
 
 
