@@ -99,6 +99,14 @@ def data_prepare(
             " a tokenizer.json.",
         ),
     ] = None,
+    domain_bytes: Annotated[
+        int | None,
+        Option(min=1, metavar="N", help="Use N bytes of each domain of a text, in whole documents (default: all)."),
+    ] = None,
+    development: Annotated[
+        bool,
+        Option("--development", help="Of text: divide the training documents again, to tune without the validation."),
+    ] = False,
     column: Annotated[
         str | None,
         Option(metavar="NAME", help="Field of JSON lines or column of Parquet files with the text (default: text)."),
@@ -131,7 +139,13 @@ def data_prepare(
     if val_fraction is not None and not 0 < val_fraction <= 0.9:
         raise ConfigError(f"--val-fraction {val_fraction}: expected a fraction greater than 0 and at most 0.9")
     of_images = {"--columns": columns, "--max-pixels": max_pixels, "--resize": resize}
-    of_text = {"--tokenizer": tokenizer, "--column": column, "--balanced domain": balanced == "domain" or None}
+    of_text = {
+        "--tokenizer": tokenizer,
+        "--column": column,
+        "--balanced domain": balanced == "domain" or None,
+        "--domain-bytes": domain_bytes,
+        "--development": development or None,
+    }
     for option, value in (of_text if window is None else of_images).items():
         if value is not None:
             what, advice = ("text", "add --window N") if window is None else ("images", "omit it, or omit --window")
@@ -145,6 +159,7 @@ def data_prepare(
     prepare: Callable[..., DatasetInfo]
     if window is not None:
         options |= {"window": window, "tokenizer": tokenizer or "bytes", "column": column}
+        options |= {"domain_bytes": domain_bytes, "development": development}
         prepare = partial(prepare_text, val_fraction=val_fraction or 0.05, **options)
     else:
         pairs = _parse_columns(columns) if columns is not None else None

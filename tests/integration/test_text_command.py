@@ -66,6 +66,8 @@ def test_column_is_refused_for_files_that_have_none(
         (["--tokenizer", "bytes"], "--tokenizer is for text: add --window N"),
         (["--column", "body"], "--column is for text: add --window N"),
         (["--balanced", "domain"], "--balanced domain is for text: add --window N"),
+        (["--domain-bytes", "9"], "--domain-bytes is for text: add --window N"),
+        (["--development"], "--development is for text: add --window N"),
         (["--window", "8", "--tokenizer", "bpe"], "tokenizer bpe: expected bpe:N with a vocabulary of N tokens"),
         (["--window", "8", "--tokenizer", "bpe:257"], "tokenizer bpe:257: expected bpe:N with a vocabulary of N"),
     ],

@@ -26,9 +26,10 @@ from ..partitions import PartitionFunction, partition_path
 from ..process_pool import run_in_processes
 from ..samples import Sample
 from ..source_summary import report_unreadable
-from ..splits import sort_by_name_hash, split_train_val
+from ..splits import sort_by_name_hash
 from ..unfinished import begin_folder, preparing, refuse_inside
 from .chunks import TextChunk, document_bytes, make_chunks, write_text_chunk
+from .division import divide_documents
 from .extraction import EXTRACTED, Extracted, extract
 from .files import EMBEDDED_TEXT, TextFile, TextSource, find_text
 from .stored_tokenizer import TokenizerChoice, choose_tokenizer, copy_tokenizer, store_tokenizer
@@ -50,6 +51,8 @@ class TextOptions:
 
     window: int
     val_fraction: float
+    domain_bytes: int | None
+    development: bool
     column: str
     jobs: int
     skip_bad: bool
@@ -60,12 +63,17 @@ class TextOptions:
     choice: TokenizerChoice
 
     def identify(self, source: TextSource) -> dict[str, Any]:
-        """Return everything that determines the data, except the files of the source and the partitions."""
+        """Return everything that determines the data, except the files of the source and the partitions.
+
+        The values None are those of options that are not used; the description of the data does not have them.
+        """
         identity: dict[str, Any] = {
             "kind": source.kind,
             "window": self.window,
             "tokenizer": self.choice.identity,
             "val_fraction": self.val_fraction,
+            "domain_bytes": self.domain_bytes,
+            "development": self.development or None,
         }
         if source.has_columns:
             identity["column"] = self.column
@@ -79,6 +87,8 @@ def prepare_text(
     window: int,
     tokenizer: str = BYTES,
     val_fraction: float = 0.05,
+    domain_bytes: int | None = None,
+    development: bool = False,
     column: str | None = None,
     jobs: int = 1,
     partition: PartitionFunction | None = None,
@@ -96,7 +106,10 @@ def prepare_text(
         window: Number of tokens that a language model reads at once.
         tokenizer: ``bytes``; ``bpe:N``, to train a tokenizer with N tokens on the training documents; or a file of a
             byte-level tokenizer (``tokenizer.json``).
-        val_fraction: Fraction of the documents of each domain to hold out.
+        val_fraction: Fraction of the documents of each domain to hold out, or of ``domain_bytes``.
+        domain_bytes: Number of bytes of text to use of each domain, in whole documents; None to use all.
+        development: Whether to divide the training documents again, for tuning: the same share of them is held out,
+            and the documents that would be held out otherwise are not used at all.
         column: The field of JSON lines, or the column of Parquet files, that holds the text; by default ``text``.
         jobs: Number of processes, which does not affect the result.
         partition: Divides the training documents into partitions, each of which is also written as a data set.
@@ -117,6 +130,8 @@ def prepare_text(
     """
     check_integer("jobs", jobs)
     check_integer("window", window)
+    if domain_bytes is not None:
+        check_integer("domain_bytes", domain_bytes)
     if not 0 < val_fraction < 1:
         raise ConfigError(f"val_fraction = {val_fraction}: expected a number greater than 0 and less than 1")
     out = Path(os.path.abspath(out))
@@ -125,6 +140,8 @@ def prepare_text(
     options = TextOptions(
         window,
         val_fraction,
+        domain_bytes,
+        development,
         column or "text",
         jobs,
         skip_bad,
@@ -158,7 +175,13 @@ def _prepare(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo
     )
     total = len(found.documents) + len(found.unreadable)
     report_unreadable(found.unreadable.items(), total, "document", out, options.report, skip=options.skip_bad)
-    splits = split_train_val(sort_by_name_hash(found.documents), options.val_fraction)
+    splits = divide_documents(
+        found.documents,
+        found.domains,
+        options.val_fraction,
+        domain_bytes=options.domain_bytes,
+        development=options.development,
+    )
     for split, documents in splits.items():
         if not documents:
             raise DataError(
@@ -166,7 +189,7 @@ def _prepare(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo
                 f" text, which leaves none for {'training' if split == 'train' else 'validation'}; add some"
             )
     parts = options.partition(splits["train"]) if options.partition else []
-    identity = options.identify(source) | _hash_parts(parts)
+    identity = {key: value for key, value in options.identify(source).items() if value is not None} | _hash_parts(parts)
     plan = store_tokenizer(out, splits["train"], found.contents, options.choice, options.jobs)
     groups = {"train": parts or [splits["train"]], "val": [splits["val"]]}
     chunks = {split: make_chunks(out / split, own, found.contents, plan) for split, own in groups.items()}

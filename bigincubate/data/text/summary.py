@@ -27,17 +27,23 @@ def summarize_text(
         splits: The documents of each split.
         counts: The numbers of tokens and windows of the chunks of each split.
     """
+    sizes = {
+        split: [sum(document_bytes(each) for each in own if each.label == label) for label in range(len(found.domains))]
+        for split, own in splits.items()
+    }
     labels = {split: Counter(document.label for document in own) for split, own in splits.items()}
     return {
         **source.notes,
         "documents": {split: [own[label] for label in range(len(found.domains))] for split, own in labels.items()},
-        "bytes": {split: sum(map(document_bytes, own)) for split, own in splits.items()},
+        "bytes": {split: sum(own) for split, own in sizes.items()},
+        "domain_bytes": sizes,
         **{
             key: {split: sum(count[key] for count in own) for split, own in counts.items()}
             for key in ("tokens", "windows")
         },
         "duplicates": found.duplicates,
         "empty": found.empty,
+        "unused": len(found.documents) - sum(map(len, splits.values())),
         "unreadable": len(found.unreadable),
     }
 
@@ -50,11 +56,14 @@ def text_summary_lines(summary: Mapping[str, Any], domains: Sequence[str]) -> li
         lines.append(f"{split}: {sum(documents):,} documents, {size:,} bytes, {tokens:,} tokens, {windows:,} windows")
     if len(domains) > 1:
         lines.append(describe_counts("domains", summary["documents"], domains))
+        if summary.get("unused") and "domain_bytes" in summary:
+            lines.append(describe_counts("bytes of domains", summary["domain_bytes"], domains))
     if "interpreter" in summary:
         lines.append(f"modules of {summary['interpreter']}")
     left_out = [
         _count(summary["duplicates"], "duplicate"),
         _count(summary["empty"], "empty document"),
+        _count(summary.get("unused", 0), "document", " by --domain-bytes or --development"),
         _count(summary["unreadable"], "unreadable document", f", listed in {UNREADABLE_FILES}"),
         _count(summary.get("missing_modules", 0), "module", " that this interpreter lacks"),
     ]
