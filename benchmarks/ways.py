@@ -65,8 +65,11 @@ def describe_plan(costs: Costs, log: TrialLog, rate: float | None) -> str:
     chosen, digest = None, "not chosen yet: lengths of point 0"
     if found := read_chosen(study):
         chosen, digest = found
-    lines = [f"{study.name}: budget 1 is {costs.reference['flops'] / 1e12:.3f} TFLOPs of an incubation in total and"]
-    lines[0] += f" {costs.reference['path'] / 1e12:.3f} on its critical path with {study.workers} workers"
+    if study.unit == "TFLOP":
+        lines = [f"{study.name}: budgets are in TFLOPs, in total or on the critical path with {study.workers} workers"]
+    else:
+        lines = [f"{study.name}: budget 1 is {costs.reference['flops'] / 1e12:.3f} TFLOPs of an incubation in total"]
+        lines[0] += f" and {costs.reference['path'] / 1e12:.3f} on its critical path with {study.workers} workers"
     for title, trials in (
         ("tuning", tuning_trials(costs)),
         (f"final, settings {digest}", final_trials(costs, chosen)),
@@ -173,6 +176,8 @@ def main() -> None:
 def run_action(args: argparse.Namespace) -> int:
     """Do what the arguments ask for, and return the exit code."""
     study = load_study(args.study)
+    found = read_chosen(study)
+    study = study.with_best(found and found[0])
     costs, log = Costs(study), TrialLog(study.log_file)
     if args.plan:
         print(describe_plan(costs, log, args.rate))

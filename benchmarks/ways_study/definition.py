@@ -15,6 +15,7 @@ from bigincubate.errors import ConfigError
 Kind = Literal["incubate", "expand", "end_to_end", "meta_alone", "expand_average", "expand_best"]
 Measure = Literal["flops", "path"]
 SplitName = Literal["development", "validation"]
+Unit = Literal["incubation", "TFLOP"]
 Settings = dict[str, Any]
 """A point of a search space: a value or the name of a choice, by the name of the parameter."""
 
@@ -82,6 +83,40 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Score:
+    """The metric by which ways are compared; lower is better.
+
+    Attributes:
+        name: Its name in the results of a phase.
+        title: Its name in tables.
+        digits: Decimal places in tables.
+        also: Another metric that tables show; missing in the results of some tasks.
+        also_title: Its name in tables.
+        also_digits: Decimal places of it.
+    """
+
+    name: str = "loss"
+    title: str = "loss"
+    digits: int = 3
+    also: str = "top1"
+    also_title: str = "top-1"
+    also_digits: int = 1
+
+
+@dataclass(frozen=True)
+class Margin:
+    """How much worse than its rival a way may be without being behind.
+
+    Attributes:
+        value: The margin.
+        absolute: Whether it is in the unit of the metric; otherwise it is a share of the rival's value.
+    """
+
+    value: float
+    absolute: bool = False
+
+
+@dataclass(frozen=True)
 class Study:
     """A study.
 
@@ -99,7 +134,13 @@ class Study:
         seeds: Seeds of exploratory trials.
         primary_seeds: Seeds of primary comparisons.
         primary: The primary comparisons.
-        margin: Share of the rival's loss by which a way may be worse without being behind.
+        margin: How much worse a way may be without being behind.
+        lead: The aim of the study: how much a way should be ahead at equal critical path, in the unit of the metric;
+            at equal FLOPs, it should not be behind. None if there is no such aim.
+        score: The metric.
+        unit: What a budget of 1 is: the recipe's own incubation, or 10^12 training FLOPs.
+        best_ways: How many of the ways with the measure ``flops`` are also trained with the budgets ``best_budgets``.
+        best_budgets: These budgets.
         max_remainder: Largest share of a budget that may remain unused.
         rate: FLOP/s of one core, for estimates before any trial is logged.
         settings_of: The study whose chosen settings are used; None if this study chooses its own.
@@ -118,9 +159,14 @@ class Study:
     seeds: tuple[int, ...]
     primary_seeds: tuple[int, ...]
     primary: tuple[Comparison, ...]
-    margin: float
+    margin: Margin
     max_remainder: float
     rate: float
+    lead: float | None = None
+    score: Score = Score()
+    unit: Unit = "incubation"
+    best_ways: int = 0
+    best_budgets: tuple[float, ...] = ()
     settings_of: str | None = None
 
     @property
@@ -151,6 +197,25 @@ class Study:
             name: parameter.draw(random.Random(f"{self.name}/{way.name}/{index}/{name}"))
             for name, parameter in way.space.items()
         }
+
+    def with_best(self, chosen: dict[str, Any] | None) -> Study:
+        """Return the study in which the best ways have further budgets.
+
+        The best ways are those with the lowest value on the development split at the largest tuned budget, among those
+        that are tuned and whose budgets limit all FLOPs.
+
+        Args:
+            chosen: The chosen settings; None before they are chosen: the first ways then stand for the best ones.
+        """
+        names = [way.name for way in self.tuned_ways if way.measure == "flops"]
+        if chosen is not None and self.best_ways:
+            budget = f"{max(self.tuning_budgets):g}"
+            names.sort(key=lambda name: chosen[name][budget][self.score.name])
+        best = {
+            name: replace(self.ways[name], budgets=(*self.ways[name].budgets, *self.best_budgets))
+            for name in names[: self.best_ways]
+        }
+        return replace(self, ways=self.ways | best)
 
     def seeds_of(self, way: Way, budget: float) -> tuple[int, ...]:
         """Return the seeds of the final trials of a way at a budget."""
@@ -192,13 +257,32 @@ def load_study(name: str) -> Study:
         seeds=tuple(final["seeds"]),
         primary_seeds=tuple(primary["seeds"]),
         primary=tuple(Comparison(*row) for row in primary["comparisons"]),
-        margin=primary["margin"],
+        margin=_read_margin(primary["margin"]),
+        lead=primary.get("lead"),
+        score=_read_score(table.get("metric", {})),
+        unit=table.get("unit", "incubation"),
+        best_ways=final.get("best", {}).get("ways", 0),
+        best_budgets=tuple(final.get("best", {}).get("budgets", ())),
         max_remainder=table["max_remainder"],
         rate=table["rate"],
         settings_of=table.get("settings_of"),
     )
     _check(study)
     return study
+
+
+def _read_score(table: dict[str, Any]) -> Score:
+    if unknown := table.keys() - Score.__dataclass_fields__.keys():
+        raise ConfigError(
+            f"metric: unknown {', '.join(sorted(unknown))}; it has {', '.join(Score.__dataclass_fields__)}"
+        )
+    return Score(**table)
+
+
+def _read_margin(value: float | dict[str, float]) -> Margin:
+    if isinstance(value, dict):
+        return Margin(value["absolute"], absolute=True)
+    return Margin(value)
 
 
 def _read_way(name: str, table: dict[str, Any], tuning: dict[str, Any], final: dict[str, Any]) -> Way:
@@ -229,6 +313,8 @@ def _check(study: Study) -> None:
     Raises:
         ConfigError: One does not.
     """
+    if study.unit not in get_args(Unit):
+        raise ConfigError(f"unit = {study.unit!r}: expected one of {', '.join(get_args(Unit))}")
     for way in study.ways.values():
         if way.tuned_as is not None and (way.tuned_as not in study.ways or way.space):
             raise ConfigError(f"ways.{way.name}: tuned_as is the name of another way, and replaces space")

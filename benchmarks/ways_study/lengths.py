@@ -113,7 +113,9 @@ class Costs:
 
     @cached_property
     def reference(self) -> dict[Measure, int]:
-        """Return the FLOPs of budget 1: those of the recipe's own incubation on the validation split."""
+        """Return the FLOPs of budget 1: a TFLOP, or those of the recipe's own incubation on the validation split."""
+        if self.study.unit == "TFLOP":
+            return {"flops": 10**12, "path": 10**12}
         recipe = self.study.load_recipe("validation")
         stages = []
         for phase in ("pretrain", "incubate", "finetune"):
@@ -200,7 +202,7 @@ def plan_trial(
         costs: Counted costs.
         way: The way to train the target.
         settings: The point of its search space.
-        budget: The budget, as a multiple of the recipe's own incubation.
+        budget: The budget, in the unit of the study.
         split: The split on which the trial is evaluated.
         limit_remainder: Whether to refuse a budget of which too much remains unused.
 

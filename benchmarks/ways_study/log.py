@@ -30,7 +30,7 @@ class Trial:
     Attributes:
         way: The way.
         split: The split on which it is evaluated.
-        budget: The budget, as a multiple of the recipe's own incubation.
+        budget: The budget, in the unit of the study.
         seed: The seed.
         index: The number of the point in the random search; None for a final trial.
         settings: The settings.
@@ -157,7 +157,7 @@ def final_settings(costs: Costs, way: Way, budget: float, chosen: dict[str, Any]
 
 
 def choose_settings(costs: Costs, results: dict[tuple[Any, ...], Entry]) -> str:
-    """Return the content of the settings file: the point with the lowest development loss, by way and budget.
+    """Return the content of the settings file: the point with the lowest value of the metric, by way and budget.
 
     Raises:
         ConfigError: Trials are missing, or all of a way diverged.
@@ -171,13 +171,14 @@ def choose_settings(costs: Costs, results: dict[tuple[Any, ...], Entry]) -> str:
     for way in study.tuned_ways:
         for budget in study.tuning_budgets:
             mine = [trial for trial in trials if (trial.way, trial.budget) == (way, budget)]
-            scored = [(results[t.key]["metrics"]["loss"], t) for t in mine if "metrics" in results[t.key]]
+            scored = [(results[t.key]["metrics"][study.score.name], t) for t in mine if "metrics" in results[t.key]]
             if not scored:
                 raise ConfigError(f"all {len(mine)} points of {way.name} diverged at budget {budget:g}")
-            loss, best = min(scored, key=lambda pair: (pair[0], pair[1].index))
-            row = {"index": best.index, "loss": loss, "points": len(mine), "settings": best.settings}
+            value, best = min(scored, key=lambda pair: (pair[0], pair[1].index))
+            row = {"index": best.index, study.score.name: value, "points": len(mine), "settings": best.settings}
             chosen.setdefault(way.name, {})[f"{budget:g}"] = row
-    head = "# Written by `benchmarks/ways.py --choose`: the point with the lowest loss on the development split.\n"
+    title = study.score.title
+    head = f"# Written by `benchmarks/ways.py --choose`: the point with the lowest {title} on the development split.\n"
     return head + tomli_w.dumps(chosen)
 
 

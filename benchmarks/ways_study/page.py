@@ -35,13 +35,13 @@ class Results:
         found = [entry for key, entry in self.final.items() if key[:2] == (way, budget) and "metrics" in entry]
         return sorted(found, key=lambda entry: entry["seed"])
 
-    def losses(self, way: str, budget: float) -> dict[int, float]:
-        """Return the validation losses of a way at a budget by seed."""
-        return {entry["seed"]: entry["metrics"]["loss"] for entry in self.trials(way, budget)}
+    def values(self, way: str, budget: float) -> dict[int, float]:
+        """Return the values of the metric of a way at a budget by seed."""
+        return {entry["seed"]: entry["metrics"][self.study.score.name] for entry in self.trials(way, budget)}
 
     def compare(self, way: str, rival: str, budget: float) -> PairedDifference | None:
         """Compare a way with a rival; None as long as fewer than two seeds are done."""
-        return compare_paired(self.losses(way, budget), self.losses(rival, budget), self.study.margin)
+        return compare_paired(self.values(way, budget), self.values(rival, budget), self.study.margin)
 
     @property
     def missing(self) -> list[str]:
@@ -73,38 +73,49 @@ def table(header: list[str], rows: list[list[str]], numbers: int) -> str:
 
 def primary_table(results: Results) -> str:
     """Return the table of the primary comparisons."""
-    rows = []
-    for each in results.study.primary:
+    rows, study, score = [], results.study, results.study.score
+    for each in study.primary:
         found = results.compare(each.way, each.rival, each.budget)
-        way, rival = (results.study.ways[name].title for name in (each.way, each.rival))
-        equal = "critical path" if results.study.ways[each.rival].measure == "path" else "FLOPs"
-        cells = ["not measured"] + [""] * 3
+        way, rival = (study.ways[name].title for name in (each.way, each.rival))
+        on_path = study.ways[each.way].measure == "path"
+        cells = ["not measured"] + [""] * (3 if study.lead is None else 4)
         if found is not None:
             relative = f"{100 * found.mean / found.rival:+.1f}%"
-            interval = f"{found.mean:+.4f} ({found.low:+.4f} to {found.high:+.4f})"
-            wanted = len(results.study.seeds_of(results.study.ways[each.way], each.budget))
+            mean, low, high = (f"{value:+.{score.digits + 1}f}" for value in (found.mean, found.low, found.high))
+            interval = f"{mean} ({low} to {high})"
+            wanted = len(study.seeds_of(study.ways[each.way], each.budget))
             partial = "" if found.pairs == wanted else f", {found.pairs} of {wanted} seeds only"
             cells = [interval, relative, str(found.pairs), found.verdict + partial]
-        rows.append([way, rival, equal, f"{each.budget:g}", *cells])
-    header = ["way", "rival", "equal", "budget", "difference of loss (95% interval)", "of the loss", "seeds", "verdict"]
-    return table(header, rows, 0)
+            if study.lead is not None:
+                cells.append("reached" if reaches_aim(found, study.lead if on_path else None) else "missed")
+        rows.append([way, rival, "critical path" if on_path else "FLOPs", f"{each.budget:g}", *cells])
+    header = ["way", "rival", "equal", "budget", f"difference of {score.title} (95% interval)", "relative", "seeds"]
+    return table([*header, "verdict", *([] if study.lead is None else ["aim"])], rows, 0)
+
+
+def reaches_aim(found: PairedDifference, lead: float | None) -> bool:
+    """Return whether a way is ahead by a lead on average; without a lead, whether it is not behind."""
+    if lead is None:
+        return found.verdict in ("ahead", "not behind")
+    return found.verdict == "ahead" and found.mean <= -lead
 
 
 def ways_table(results: Results) -> str:
     """Return the table of all ways and budgets that have a finished trial."""
-    rows = []
+    rows, score = [], results.study.score
     for way in results.study.ways.values():
         for budget in way.budgets:
             if not (trials := results.trials(way.name, budget)):
                 continue
-            scores = [trial["metrics"] for trial in trials]
-            top1 = [score["top1"] for score in scores if "top1" in score]
+            metrics = [trial["metrics"] for trial in trials]
+            also = [values[score.also] for values in metrics if score.also in values]
             first = trials[0]
             connected = first["connected_path_flops"]
             rows.append(
                 [
                     *(way.title, f"{budget:g} ({way.measure})", str(len(trials))),
-                    *(spread([score["loss"] for score in scores], 3), spread(top1, 1) if top1 else ""),
+                    spread([values[score.name] for values in metrics], score.digits),
+                    spread(also, score.also_digits) if also else "",
                     *(f"{first[key] / 1e12:.3f}" for key in ("flops", "path_flops")),
                     "" if connected is None else f"{connected / 1e12:.3f}",
                     *(f"{first[key] / 2**20:.1f}" for key in ("memory_before", "memory_last")),
@@ -113,7 +124,7 @@ def ways_table(results: Results) -> str:
                 ]
             )
     header = [
-        *("way", "budget", "seeds", "loss, mean (lowest to highest)", "top-1"),
+        *("way", "budget", "seeds", f"{score.title}, mean (lowest to highest)", score.also_title),
         *("TFLOPs", "path", "path, DP", "MiB before", "MiB last", "GB sent, DP", "core-seconds"),
     ]
     return table(header, rows, 7)
@@ -134,6 +145,21 @@ def memory_sentence(results: Results) -> str | None:
     return "**Incubation is ahead in no primary comparison: it only saves memory before the last phase.**"
 
 
+def margin_sentence(study: Study) -> str:
+    """Return what *not behind* means, and the aim of the study."""
+    margin, title = study.margin, study.score.title
+    worse = f"{margin.value:g} {title}" if margin.absolute else f"{100 * margin.value:g}%"
+    text = f"*Not behind*: the interval excludes what is {worse} worse."
+    if study.lead is not None:
+        text += (
+            f" The *aim*, fixed beforehand: ahead by {study.lead:g} {title} or more on average at equal critical path,"
+            " not behind at equal FLOPs."
+        )
+    if study.unit == "TFLOP":
+        text += " Budgets are in TFLOPs."
+    return text
+
+
 def markdown(results: Results, plot: str | None) -> str:
     """Return what is written between the markers."""
     study = results.study
@@ -148,8 +174,10 @@ def markdown(results: Results, plot: str | None) -> str:
     versions = ", ".join(sorted({entry["version"] for entry in results.final.values()}))
     parts = [
         f"{counts} Versions: {versions}.",
-        f"Primary comparisons, fixed beforehand (validation loss, paired by seed, {len(study.primary_seeds)} seeds):",
+        f"Primary comparisons, fixed beforehand ({study.score.title} on the validation split, paired by seed,"
+        f" {len(study.primary_seeds)} seeds):",
         primary_table(results),
+        margin_sentence(study),
     ]
     if sentence := memory_sentence(results):
         parts.append(sentence)
@@ -161,14 +189,16 @@ def markdown(results: Results, plot: str | None) -> str:
         ways_table(results),
     ]
     if plot:
-        parts.append(f"![Validation loss against training FLOPs and FLOPs on the critical path]({plot})")
+        parts.append(
+            f"![{study.score.title.capitalize()} against training FLOPs and FLOPs on the critical path]({plot})"
+        )
     missing = results.missing
     parts.append("Missing: " + ("; ".join(missing) + "." if missing else "nothing."))
     return "\n\n".join(parts) + "\n"
 
 
 def draw_frontier(results: Results, out: Path) -> bool:
-    """Plot the loss against FLOPs and against FLOPs on the critical path, and return whether there was anything."""
+    """Plot the metric against FLOPs and against FLOPs on the critical path, and return whether there was anything."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -182,7 +212,11 @@ def draw_frontier(results: Results, out: Path) -> bool:
         for color, way in enumerate(results.study.ways.values()):
             _draw_way(axis, results, way, key, f"C{color}")
         axis.set_xscale("log"), axis.set_yscale("log"), axis.set_xlabel(label), axis.grid(alpha=0.3)
-    axes[0].set_ylabel("validation loss"), axes[1].legend(fontsize=8), figure.suptitle(results.study.name)
+    (
+        axes[0].set_ylabel(f"{results.study.score.title}, validation"),
+        axes[1].legend(fontsize=8),
+        figure.suptitle(results.study.name),
+    )
     figure.savefig(out, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
     return True
@@ -193,9 +227,10 @@ def _draw_way(axis: Any, results: Results, way: Way, key: str, color: str) -> No
     if not groups:
         return
     mean = [[statistics.mean(trial[key] for trial in trials) for trials in groups]]
-    mean.append([statistics.mean(trial["metrics"]["loss"] for trial in trials) for trials in groups])
+    name = results.study.score.name
+    mean.append([statistics.mean(trial["metrics"][name] for trial in trials) for trials in groups])
     axis.plot(*mean, color=color, marker="o", label=way.title, linestyle="--" if way.measure == "path" else "-")
-    points = [(trial[key], trial["metrics"]["loss"]) for trials in groups for trial in trials]
+    points = [(trial[key], trial["metrics"][name]) for trials in groups for trial in trials]
     axis.scatter(*zip(*points, strict=True), color=color, s=12, alpha=0.5)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from .definition import Margin
+
 Verdict = Literal["ahead", "not behind", "behind", "undecided"]
 
 # quantiles 0.975 of Student's t distribution for 1 to 30 degrees of freedom
@@ -20,15 +22,15 @@ T_QUANTILES = [
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The difference of the losses of a way and its rival.
+    """The difference of the values of a way and its rival; lower values are better.
 
     Attributes:
         pairs: Number of seeds that both have.
-        mean: Mean difference; negative if the way has the lower loss.
+        mean: Mean difference; negative if the way is better.
         low: Lower end of the 95% interval of the mean difference.
         high: Upper end of it.
-        rival: Mean loss of the rival.
-        margin: Share of the rival's loss by which the way may be worse without being behind.
+        rival: Mean value of the rival.
+        margin: How much worse the way may be without being behind.
     """
 
     pairs: int
@@ -36,24 +38,24 @@ class PairedDifference:
     low: float
     high: float
     rival: float
-    margin: float
+    margin: Margin
 
     @property
     def verdict(self) -> Verdict:
-        """Return ``ahead`` if the interval excludes zero, ``not behind`` if it excludes a loss worse by the margin."""
+        """Return ``ahead`` if the interval excludes zero, ``not behind`` if it excludes what is worse by the margin."""
         if self.high < 0:
             return "ahead"
-        if self.high < self.margin * self.rival:
+        if self.high < self.margin.value * (1 if self.margin.absolute else self.rival):
             return "not behind"
         return "behind" if self.low > 0 else "undecided"
 
 
-def compare_paired(way: Mapping[int, float], rival: Mapping[int, float], margin: float) -> PairedDifference | None:
-    """Compare the losses of two ways by seed.
+def compare_paired(way: Mapping[int, float], rival: Mapping[int, float], margin: Margin) -> PairedDifference | None:
+    """Compare the values of two ways by seed.
 
     Args:
-        way: Losses of the way by seed.
-        rival: Losses of the rival by seed.
+        way: Values of the way by seed.
+        rival: Values of the rival by seed.
         margin: See `PairedDifference`.
 
     Returns:

@@ -176,7 +176,8 @@ class Runner:
             self._train_from(start, run.path, sets, workers.steps, seed=1000 * (trial.seed + 1) + number)
             for number, run in enumerate(runs)
         ]
-        losses = [result["metrics"]["loss"] for result in results]
+        name = self.study.score.name
+        values = [result["metrics"][name] for result in results]
         spent = [_phase(meta, "pretrain"), *results]
         if trial.way.kind == "expand_average":
             average = folder / "average.safetensors"
@@ -186,13 +187,13 @@ class Runner:
                 last = [f"finetune.train.lr={rate}"]
             averaged = self._train_from(average, folder / "averaged", sets, 0)
             final = self._train_from(average, folder / "last", [*sets, *last], steps)
-            before = {"workers": losses, "averaged": averaged["metrics"]["loss"]}
+            before = {"workers": values, "averaged": averaged["metrics"][name]}
             return {**_results([*spent, final]), "before": before}
-        best = losses.index(min(losses))  # on the held-out part of the training split
+        best = values.index(min(values))  # on the held-out part of the training split
         chosen = self._train_from(
             runs[best].phase("pretrain").artifact, folder / "best", self._sets(trial, validation=True), 0
         )
-        return {**_results([*spent, chosen]), "before": {"workers": losses, "best": best}}
+        return {**_results([*spent, chosen]), "before": {"workers": values, "best": best}}
 
     def _sets(self, trial: Trial, *, validation: bool = False) -> list[str]:
         """Return all recipe changes of a trial; those of the split on which it is trained, or of the validation split.

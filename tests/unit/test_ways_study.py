@@ -234,11 +234,11 @@ def test_validation_trial_is_not_repeated_with_another_definition(parts: Any, co
 def test_paired_interval_is_that_of_students_t(parts: Any) -> None:
     # differences -0.1, -0.2, -0.3: mean -0.2, standard deviation 0.1, t(2) = 4.303, so -0.2 ± 4.303 * 0.1 / sqrt(3)
     way, rival = {0: 0.9, 1: 0.8, 2: 0.7, 5: 9.0}, {0: 1.0, 1: 1.0, 2: 1.0, 6: 0.0}
-    found = parts.paired.compare_paired(way, rival, 0.02)
+    found = parts.paired.compare_paired(way, rival, parts.definition.Margin(0.02))
     assert (found.pairs, found.rival) == (3, 1.0)
     assert (found.mean, found.low, found.high) == pytest.approx((-0.2, -0.44844, 0.04844), abs=1e-5)
     assert found.verdict == "undecided"
-    assert parts.paired.compare_paired({0: 1.0}, {0: 2.0}, 0.02) is None
+    assert parts.paired.compare_paired({0: 1.0}, {0: 2.0}, parts.definition.Margin(0.02)) is None
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,17 @@ def test_paired_interval_is_that_of_students_t(parts: Any) -> None:
     ],
 )
 def test_verdict_follows_from_the_interval(parts: Any, low: float, high: float, verdict: str) -> None:
-    difference = parts.paired.PairedDifference(3, (low + high) / 2, low, high, rival=1.0, margin=0.02)
-    assert difference.verdict == verdict
+    for rival, margin in ((1.0, parts.definition.Margin(0.02)), (4.0, parts.definition.Margin(0.02, absolute=True))):
+        difference = parts.paired.PairedDifference(3, (low + high) / 2, low, high, rival, margin)
+        assert difference.verdict == verdict
+
+
+def test_trials_that_are_in_the_log_keep_their_keys(parts: Any, costs: Any) -> None:
+    # a change of these digests would repeat all trials that have been run
+    digests = {trial.name: trial.digest for trial in parts.log.tuning_trials(costs)}
+    assert digests["development-incubate-0.5-seed-100-point-0"] == "dbfcfdac080d"
+    assert digests["development-expand-0.5-seed-100-point-0"] == "1b8ea4d97fdc"
+    assert digests["development-expand_average-2-seed-100-point-11"] == "e2ed0eda1180"
 
 
 def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, tmp_path: Path) -> None:
