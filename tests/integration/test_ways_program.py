@@ -147,3 +147,38 @@ def test_every_way_of_digits_is_trained(study: Callable[..., str], tmp_path: Pat
     page.write_text(PAGE)
     study("--write", "--page", page)
     assert "Missing: nothing." in page.read_text()
+
+
+@pytest.mark.full
+def test_language_model_is_incubated_with_a_domain_for_each_module(study: Callable[..., str], tmp_path: Path) -> None:
+    from bigincubate.data.partitions import partition_by_domain
+    from bigincubate.data.text.prepare import prepare_text
+
+    ways = (BENCHMARKS / "ways_study" / "docs-llama.toml").read_text()
+    ways = ways[ways.index("[ways.decentralized]") : ways.index("# at equal critical path")]
+    text = _definition(0.02, "[2,2,2,2]", ways, []).replace("margin = 0.02", "margin = { absolute = 0.02 }")
+    text = text.replace(
+        'recipe = "digits"', 'recipe = "docs-llama"\nunit = "TFLOP"\nmetric = { name = "bits_per_byte" }'
+    )
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8}
+    sets = ["train.batch_size=8", "model.context_length=32", *(f"model.args.{key}={n}" for key, n in small.items())]
+    for source, samples, name in (("digits-dev", 1149, "dev"), ("digits", 1437, "whole")):
+        folder, development = tmp_path / "out" / name, name == "dev"
+        info = prepare_text(
+            "made-up-text", folder, window=32, partition=partition_by_domain, val_fraction=0.2, development=development
+        )
+        changes = [f"data.path={folder}", f"data.train_samples={info.samples['train']}", *sets]
+        text = text.replace(f'"data.source={source}", "data.train_samples={samples}"', json.dumps(changes)[1:-1])
+    (tmp_path / "toy.toml").write_text(text)
+    _commit(tmp_path)
+    study("--tune")
+    study("--choose")
+    _commit(tmp_path)
+    study("--final")
+    tuned, final = _read(tmp_path)
+    for entry in (tuned, final):
+        assert entry["trained_flops"] == entry["flops"] <= 2e10
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
+    study("--write", "--page", page)
+    assert f"| 1 | {final['metrics']['bits_per_byte']:.3f} |" in page.read_text()

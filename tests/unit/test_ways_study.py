@@ -32,6 +32,11 @@ def costs(parts: Any) -> Any:
     return parts.lengths.Costs(parts.definition.load_study("digits"))
 
 
+@pytest.fixture(scope="module")
+def text_costs(parts: Any) -> Any:
+    return parts.lengths.Costs(parts.definition.load_study("docs-llama"))
+
+
 @pytest.fixture
 def own(parts: Any, tmp_path: Path) -> Any:
     """A copy of the definition for digits in a repository of its own, with one point per way."""
@@ -130,7 +135,7 @@ def test_points_are_reproducible_and_differ(parts: Any, costs: Any) -> None:
 
 
 def test_every_tuned_way_has_the_same_number_of_points(parts: Any) -> None:
-    for name in ("digits", "cifar20"):
+    for name in ("digits", "cifar20", "docs-llama"):
         assert {way.points for way in parts.definition.load_study(name).tuned_ways} == {12}
 
 
@@ -278,6 +283,89 @@ def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, t
     assert page.read_text().endswith("\nafter\n")
     with pytest.raises(ConfigError, match="no markers of the study other"):
         parts.page.write_between_markers(page, "other", empty)
+
+
+# ------------------------------------------------------------------------------------------------ language model
+
+
+def test_budgets_in_tflops_are_absolute(parts: Any, text_costs: Any) -> None:
+    trials = [*parts.log.tuning_trials(text_costs), *parts.log.final_trials(text_costs, None)]
+    assert {trial.way.name for trial in trials} == set(text_costs.study.ways)
+    for trial in trials:
+        used = trial.plan.flops if trial.way.measure == "flops" else trial.plan.path_flops
+        assert 0.98 * trial.budget * 1e12 <= used <= trial.budget * 1e12
+
+
+def test_modules_of_a_decentralized_way_read_their_part(parts: Any, text_costs: Any) -> None:
+    study = text_costs.study
+    for name, wanted in (("decentralized", True), ("decentralized_path", True), ("incubate", False)):
+        plan = parts.log.plan_trial(
+            text_costs, study.ways[name], study.draw(study.ways["incubate"], 0), 12, "validation"
+        )
+        assert study.load_recipe("validation", plan.sets).data.decentralized is wanted
+
+
+def test_study_of_the_language_model_takes_30_core_hours_at_most(parts: Any, text_costs: Any) -> None:
+    study = text_costs.study.with_best(None)
+    trials = [*parts.log.tuning_trials(text_costs)]
+    trials += parts.log.final_trials(_with_study(parts, text_costs, study), None)
+    assert sum(trial.plan.flops for trial in trials) / study.rate / 3600 <= 30
+
+
+def test_best_ways_on_the_development_split_get_the_largest_budget(parts: Any, text_costs: Any) -> None:
+    study = text_costs.study
+    values = {"incubate": 2.0, "expand": 1.0, "end_to_end": 5.0, "meta_alone": 3.0, "decentralized": 4.0}
+    chosen = {name: {"12": {"bits_per_byte": value}} for name, value in values.items()}
+    ways = study.with_best(chosen).ways
+    assert {name for name, way in ways.items() if 50 in way.budgets} == {"incubate", "expand", "meta_alone"}
+    assert list(ways) == list(study.ways)
+    assert {name for name, way in study.with_best(None).ways.items() if 50 in way.budgets} == {
+        "incubate",
+        "expand",
+        "end_to_end",
+    }
+
+
+def test_settings_are_chosen_by_the_metric_of_the_study(parts: Any, text_costs: Any) -> None:
+    trials = parts.log.tuning_trials(text_costs)
+    results = {trial.key: _entry(trial, float(trial.index)) for trial in trials}
+    for entry in results.values():
+        entry["metrics"]["bits_per_byte"] = 20.0 - entry["index"]
+    row = parts.log.tomllib.loads(parts.log.choose_settings(text_costs, results))["decentralized"]["12"]
+    assert (row["index"], row["bits_per_byte"]) == (11, 9.0)
+
+
+def test_page_has_the_metric_the_margin_and_the_aim(parts: Any, text_costs: Any) -> None:
+    study = text_costs.study
+    values = {"incubate": 2.01, "expand": 2.0, "incubate_path": 1.97, "expand_average": 1.98, "expand_best": 1.0}
+    entries = [
+        _entry(trial, 9.0, **parts.lengths.describe_cost(text_costs, trial.way, trial.plan), version="1", seconds=1.0)
+        for trial in parts.log.final_trials(text_costs, None)
+        if trial.way.name in values and trial.budget == 25
+    ]
+    for entry in entries:
+        noise = 0.001 * (entry["seed"] % 2) * (entry["way"] in ("incubate", "incubate_path"))
+        entry["metrics"] |= {"bits_per_byte": values[entry["way"]] + noise, "accuracy": 50.0}
+    text = parts.page.markdown(parts.page.Results(study, entries), None)
+    assert "bits per byte, mean (lowest to highest) | next byte, % |" in text
+    rows = [row.split(" | ") for row in text.splitlines() if row.count("|") == 10]
+    verdicts = [(row[2], row[7], row[8].removesuffix(" |")) for row in rows[2:6]]
+    assert verdicts == [
+        ("FLOPs", "not behind", "reached"),
+        ("critical path", "ahead", "reached"),
+        ("critical path", "ahead", "missed"),  # by 0.01 only
+        ("critical path", "behind", "missed"),
+    ]
+    assert "excludes what is 0.02 bits per byte worse" in text
+    assert "ahead by 0.02 bits per byte or more on average at equal critical path" in text
+
+
+@pytest.mark.parametrize(("old", "new"), [('unit = "TFLOP"', 'unit = "steps"'), ('name = "bits', 'nam = "bits')])
+def test_unknown_unit_or_key_of_the_metric_is_refused(parts: Any, tmp_path: Path, old: str, new: str) -> None:
+    text = (BENCHMARKS / "ways_study" / "docs-llama.toml").read_text()
+    (tmp_path / "own.toml").write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=r"expected one of incubation, TFLOP|metric: "):
+        parts.definition.load_study(str(tmp_path / "own.toml"))
 
 
 def _with_study(parts: Any, costs: Any, study: Any) -> Any:
