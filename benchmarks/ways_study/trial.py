@@ -23,6 +23,7 @@ from bigincubate.files import write_text
 from bigincubate.planning.cost import cost_plan
 from bigincubate.planning.identity import phase_identity
 from bigincubate.planning.phases import make_plan
+from bigincubate.storage.artifacts import load_artifact, save_artifact
 from bigincubate.storage.run_directory import PhaseDir, RunDir
 
 from .definition import Study
@@ -180,8 +181,8 @@ class Runner:
         values = [result["metrics"][name] for result in results]
         spent = [_phase(meta, "pretrain"), *results]
         if trial.way.kind == "expand_average":
-            average = folder / "average.safetensors"
-            average_weights([run.phase("pretrain").artifact / "weights.safetensors" for run in runs], average)
+            average = folder / "average"
+            average_weights([run.phase("pretrain").artifact for run in runs], average)
             last, steps = [], trial.plan.stages[-1].steps
             if (rate := trial.settings.get("last.lr")) is not None:
                 last = [f"finetune.train.lr={rate}"]
@@ -255,15 +256,11 @@ class Runner:
         return _phase(RunDir(run), "pretrain")
 
 
-def average_weights(files: list[Path], out: Path) -> None:
-    """Write the mean of the weights of several models."""
-    from safetensors.torch import load_file, save_file
-
-    models = [load_file(file) for file in files]
+def average_weights(artifacts: list[Path], out: Path) -> None:
+    """Write the mean of the weights of several models as an artifact, which every family of models reads."""
+    models, manifests = zip(*map(load_artifact, artifacts), strict=True)
     mean = {name: sum(model[name] for model in models) / len(models) for name in models[0]}
-    temporary = out.with_suffix(".partial")
-    save_file(mean, temporary)  # type: ignore[arg-type]
-    temporary.replace(out)
+    save_artifact(out, mean, manifests[0])
 
 
 def program_version() -> str:
