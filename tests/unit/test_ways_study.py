@@ -15,7 +15,7 @@ from bigincubate.config import PHASES
 from bigincubate.errors import ConfigError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("definition", "lengths", "log", "page", "paired")
+MODULES = ("definition", "lengths", "log", "page", "paired", "trial")
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +285,29 @@ def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, t
         parts.page.write_between_markers(page, "other", empty)
 
 
+def test_mean_of_models_is_an_artifact(parts: Any, tmp_path: Path) -> None:
+    # a model of transformers starts from an artifact, not from a file of weights
+    import torch
+
+    from bigincubate.storage.artifacts import ArtifactManifest, load_artifact, save_artifact
+
+    model = {
+        "task": {"name": "causal_lm"},
+        "model": {"name": "llama", "library": "transformers"},
+        "depths": [[1]],
+        "metadata": {},
+    }
+    manifest = ArtifactManifest.model_validate(
+        {"kind": "model", "phase": "pretrain", "model": model, "weights": "raw", "identity": {}, "data": ""}
+    )
+    for number in (1.0, 3.0):
+        save_artifact(tmp_path / f"{number:g}", {"weight": torch.full((2,), number)}, manifest)
+    parts.trial.average_weights([tmp_path / "1", tmp_path / "3"], tmp_path / "mean")
+    tensors, found = load_artifact(tmp_path / "mean")
+    assert tensors["weight"].tolist() == [2.0, 2.0]
+    assert found.model == manifest.model
+
+
 # ------------------------------------------------------------------------------------------------ language model
 
 
@@ -293,7 +316,7 @@ def test_budgets_in_tflops_are_absolute(parts: Any, text_costs: Any) -> None:
     assert {trial.way.name for trial in trials} == set(text_costs.study.ways)
     for trial in trials:
         used = trial.plan.flops if trial.way.measure == "flops" else trial.plan.path_flops
-        assert 0.98 * trial.budget * 1e12 <= used <= trial.budget * 1e12
+        assert 0.995 * trial.budget * 1e12 <= used <= trial.budget * 1e12
 
 
 def test_modules_of_a_decentralized_way_read_their_part(parts: Any, text_costs: Any) -> None:
