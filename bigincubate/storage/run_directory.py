@@ -26,7 +26,7 @@
         rollback.json                 the step that training rolled back to after too many non-finite gradients
         requeues.jsonl                for a Slurm job: why it was requeued, and from which checkpoint it resumes
         DONE                          the result; written last
-      fleet/                progress of each phase for TensorBoard, under the same tags
+      fleet/                progress of each phase for TensorBoard, in the same charts
       partial/              the scores in partial.json for TensorBoard, over the number of modules
       report.html           written by `bigincubate report`
       trackers/             files of `bigincubate track` and `log.trackers`, by default

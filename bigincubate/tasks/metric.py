@@ -15,8 +15,8 @@ class Metric:
     """A metric of an evaluation.
 
     Attributes:
-        name: Key in results, and part of the tag ``val/<name>`` in TensorBoard.
-        title: Name in tables and reports.
+        name: Key in results, and part of the key ``val/<name>`` in ``metrics.jsonl``.
+        title: Name in tables, reports and TensorBoard.
         unit: Printed after the value, such as ``"%"``.
         higher_is_better: Whether larger values are better.
         format: Python format specifier of the value.

@@ -7,6 +7,7 @@ import logging
 import shutil
 import textwrap
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +20,8 @@ from ..compat.tensorboard import SummaryWriter
 from ..files import append_json_line, read_json_lines, write_text
 from ..planning.planned_row import PlannedRow
 from ..storage.run_directory import START_RATE, PhaseDir
+from ..tasks.metric import Metric
+from .chart_names import IMAGES, PARTIAL, WHOLE_RUN, name_chart, name_metric_chart
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,7 @@ class MetricsWriter:
     Args:
         file: The phase's ``metrics.jsonl``.
         writer: TensorBoard writer of the phase; if it is None, all methods do nothing.
-        fleet: TensorBoard writer for the overview of all phases, where every phase uses the same tags.
+        fleet: TensorBoard writer for the overview of all phases, where every phase uses the same charts.
         planned: The phase.
         restarts: Number of restarts of the phase.
     """
@@ -45,8 +48,8 @@ class MetricsWriter:
     ) -> None:
         self.file, self.writer, self.fleet = file, writer, fleet
         self.planned, self.restarts = planned, restarts
-        rate = f"{planned.unit}_per_sec"
-        self.fleet_tags = {"train/loss": "fleet/loss", f"perf/{rate}": f"fleet/{rate}"}
+        rate = f"perf/{planned.unit}_per_sec"
+        self.overview = {"train/loss": "loss", rate: f"{planned.unit} per second"}
 
     @classmethod
     def open(
@@ -80,24 +83,24 @@ class MetricsWriter:
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write the values of an optimizer step, by tags such as ``train/loss``, ``train/lr`` or ``perf/mfu``."""
+        """Write the values of an optimizer step, by keys such as ``train/loss``, ``train/lr`` or ``perf/mfu``."""
         if self.writer is None:
             return
         append_json_line(self.file, {"step": step, **values})
         logger.info(describe_step(self.planned, step, values))
-        for tag, value in values.items():
-            self.writer.add_scalar(tag, value, step)
+        for key, value in values.items():
+            self.writer.add_scalar(name_chart(key, self.planned.metrics), value, step)
         if self.fleet is not None:
-            overview = {name: values[tag] for tag, name in self.fleet_tags.items() if tag in values}
-            overview |= {"fleet/percent": 100 * step / max(1, self.planned.steps), "fleet/restarts": self.restarts}
-            for tag, value in overview.items():
-                self.fleet.add_scalar(tag, value, step)
+            overview = {name: values[key] for key, name in self.overview.items() if key in values}
+            overview |= {"progress (%)": 100 * step / max(1, self.planned.steps), "restarts": self.restarts}
+            for name, value in overview.items():
+                self.fleet.add_scalar(f"{WHOLE_RUN}/{name}", value, step)
 
     def add_images(self, step: int, images: Tensor) -> None:
         """Write a batch of images ``[n, 3, H, W]`` with values in [0, 1] to TensorBoard."""
         if self.writer is not None:
             scale = max(1, 64 // images.shape[-1])  # enlarge small images
-            self.writer.add_images("inputs", images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), step)
+            self.writer.add_images(IMAGES, images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), step)
 
     def add_text(self, tag: str, text: str, step: int = 0) -> None:
         """Write plain text to TensorBoard."""
@@ -142,11 +145,11 @@ def describe_step(planned: PlannedRow, step: int, values: dict[str, float]) -> s
     return f"{planned.title}: step {step} of {planned.steps}, " + ", ".join(parts)
 
 
-def log_partial_assembly(folder: Path, modules: int, metrics: dict[str, float]) -> None:
-    """Write the metrics of a partial assembly with ``modules`` finished modules to TensorBoard."""
+def log_partial_assembly(folder: Path, modules: int, values: dict[str, float], metrics: Sequence[Metric]) -> None:
+    """Write the scores of a partial assembly with ``modules`` finished modules to TensorBoard."""
     with _writer(folder, 0) as writer:
-        for name, value in metrics.items():
-            writer.add_scalar(f"partial/{name}", value, modules)
+        for name, value in values.items():
+            writer.add_scalar(name_metric_chart(PARTIAL, name, metrics), value, modules)
 
 
 def _writer(folder: Path, first: int) -> SummaryWriter:

@@ -94,5 +94,5 @@ def score_partial_assembly(context: PhaseContext, stream: EvalBatches, lease: Le
             lease.check()
             context.folder.write_partial({"joined": joined, "modules": context.plan.modules, **result})
             folder = run.path / "partial" / context.folder.path.name
-            log_partial_assembly(folder, len(joined), result["metrics"])
+            log_partial_assembly(folder, len(joined), result["metrics"], task.metrics)
             run.log_event("partial_assembly", phase=context.row.key, joined=joined, metrics=result["metrics"])

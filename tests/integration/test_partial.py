@@ -76,8 +76,11 @@ def test_score_is_in_events_tensorboard_and_status(trained: Any) -> None:
     reader = EventAccumulator(str(trained.run.path / "partial" / "00")).Reload()
     shown = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
     scores = partial(trained, 0)
-    metrics = scores["metrics"].items()
-    assert shown == {f"partial/{name}": [(2, pytest.approx(value, rel=1e-6))] for name, value in metrics}
+    charts = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
+    assert shown == {
+        f"with finished modules/{charts[name]}": [(2, pytest.approx(value, rel=1e-6))]
+        for name, value in scores["metrics"].items()
+    }
     by_phase = {row["phase"]: row["partial"] for row in run_status(trained.run)}
     assert by_phase == {"pretrain": None, "finetune": None} | {f"incubate/{k}": partial(trained, k) for k in range(3)}
     status = run("status", trained.run.path)

@@ -225,37 +225,50 @@ def test_loss_that_is_logged_is_the_mean_over_the_batch(trained: Any) -> None:
     assert trained.log("pretrain")[0]["train/loss"] == pytest.approx(each.mean().item(), abs=1e-6)
 
 
-SCALARS = {
-    *("train/loss", "train/lr", "train/grad_norm", "val/top1", "val/top5", "val/loss"),
-    *("perf/images_per_sec", "perf/data_wait", "memory/peak_gib"),
+CHARTS = {  # by the key in metrics.jsonl
+    "train/loss": "train/loss",
+    "train/lr": "train/optimizer: learning rate",
+    "train/grad_norm": "train/optimizer: gradient norm",
+    "train/skipped": "train/optimizer: skipped steps",
+    "val/top1": "val/top-1 (%)",
+    "val/top5": "val/top-5 (%)",
+    "val/loss": "val/loss",
+    "perf/images_per_sec": "workload/images per second",
+    "perf/gflops": "workload/GFLOP per second",
+    "perf/data_wait": "workload/fraction of time waiting for data",
+    "memory/peak_gib": "workload/peak memory (GiB)",
+    "checkpoint/blocked_ms": "workload/checkpoint, training blocked (ms)",
+    "checkpoint/mib_per_sec": "workload/checkpoint, MiB per second",
 }
 
 
-def test_tensorboard_has_every_tag_and_the_same_numbers_as_the_file(trained: Any) -> None:
+def test_tensorboard_has_a_chart_of_every_key_and_the_same_numbers_as_the_file(trained: Any) -> None:
     reader = trained.events("pretrain")
-    tags = reader.Tags()
-    assert set(tags["scalars"]) >= SCALARS
     rows = trained.log("pretrain")
-    for tag in tags["scalars"]:
-        shown = [(event.step, event.value) for event in reader.Scalars(tag)]
-        kept = [(row["step"], row[tag]) for row in rows if tag in row]
-        assert [step for step, _ in shown] == [step for step, _ in kept], tag
-        assert [value for _, value in shown] == pytest.approx([value for _, value in kept], rel=1e-6), tag
+    keys = set().union(*rows) - {"step"}
+    assert keys == CHARTS.keys()
+    assert set(reader.Tags()["scalars"]) == set(CHARTS.values())
+    for key, chart in CHARTS.items():
+        shown = [(event.step, event.value) for event in reader.Scalars(chart)]
+        kept = [(row["step"], row[key]) for row in rows if key in row]
+        assert [step for step, _ in shown] == [step for step, _ in kept], chart
+        assert [value for _, value in shown] == pytest.approx([value for _, value in kept], rel=1e-6), chart
     assert [event.step for event in reader.Scalars("train/loss")] == list(range(1, 13))
-    assert [event.step for event in reader.Scalars("val/top1")] == [12]
+    assert [event.step for event in reader.Scalars("val/top-1 (%)")] == [12]
 
 
-def test_tensorboard_of_a_run_has_all_phases_under_the_same_tags(trained: Any) -> None:
+def test_tensorboard_of_a_run_has_all_phases_in_the_same_charts(trained: Any) -> None:
     for phase, module in (("pretrain", None), ("incubate", 1)):
         shown, own = trained.events(phase, module, fleet=True), trained.events(phase, module)
-        for tag, of in (("fleet/loss", "train/loss"), ("fleet/images_per_sec", "perf/images_per_sec")):
+        rate = "images per second"
+        for tag, of in (("whole run/loss", "train/loss"), (f"whole run/{rate}", f"workload/{rate}")):
             pairs = [
                 [(event.step, event.value) for event in events] for events in (shown.Scalars(tag), own.Scalars(of))
             ]
             assert pairs[0] == pairs[1], tag
-        percents = [event.value for event in shown.Scalars("fleet/percent")]
+        percents = [event.value for event in shown.Scalars("whole run/progress (%)")]
         assert (len(percents), percents[0], percents[-1]) == (12, pytest.approx(100 / 12), 100)
-        assert {event.value for event in shown.Scalars("fleet/restarts")} == {0}
+        assert {event.value for event in shown.Scalars("whole run/restarts")} == {0}
 
 
 def test_logged_step_is_one_object(trained: Any) -> None:
@@ -270,8 +283,8 @@ def test_tensorboard_has_the_settings_and_inputs(trained: Any) -> None:
     shown = text.tensor_proto.string_val[0].decode()
     assert "label_smoothing = 0.1" in shown
     assert "embed_dim = 24" in shown
-    assert reader.Tags()["images"] == ["inputs"]
-    (grid,) = reader.Images("inputs")
+    assert reader.Tags()["images"] == ["visual inputs/after augmentation"]
+    (grid,) = reader.Images("visual inputs/after augmentation")
     assert grid.step == 0
     assert grid.width * grid.height >= 8 * 64 * 64  # eight of them, enlarged to be seen
 

@@ -12,6 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bigincubate.storage.run_directory import PhaseDir
+from bigincubate.tasks.metric import Metric
+from bigincubate.training.chart_names import COMPUTING, IMAGES, NAMES, PARTIAL, WHOLE_RUN, name_chart
 from bigincubate.training.metrics_writer import MetricsWriter
 
 
@@ -26,9 +28,30 @@ def test_attempts_within_a_second_show_each_step_once(tmp_path: Path, monkeypatc
         for step in steps:
             writer.log(step, {"train/loss": float(pid)})
         writer.close()
-    for shown, tag in ((tmp_path / "tb", "train/loss"), (tmp_path / "fleet", "fleet/loss")):
+    for shown, tag in ((tmp_path / "tb", "train/loss"), (tmp_path / "fleet", "whole run/loss")):
         scalars = EventAccumulator(str(shown)).Reload().Scalars(tag)
         assert [(event.step, event.value) for event in scalars] == [
             *((step, 9999.0) for step in (1, 2, 3)),
             *((step, 10000.0) for step in (4, 5, 6)),
         ]
+
+
+def test_charts_of_training_and_validation_come_first() -> None:
+    groups = {IMAGES.split("/")[0], WHOLE_RUN, PARTIAL, COMPUTING, *(name.split("/")[0] for name in NAMES.values())}
+    assert sorted(groups | {"val"})[:2] == ["train", "val"]
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("val/bits_per_byte", "val/bits/byte"),
+        ("val/accuracy", "val/next-token accuracy (%)"),
+        ("val/unknown", "val/unknown"),
+        ("perf/tokens_per_sec", "workload/tokens per second"),
+        ("train/new_value", "train/new value"),
+        ("added/new_value", "workload/new value"),
+    ],
+)
+def test_chart_has_a_readable_name(key: str, name: str) -> None:
+    metrics = (Metric("bits_per_byte", "bits/byte"), Metric("accuracy", "next-token accuracy", "%"))
+    assert name_chart(key, metrics) == name
