@@ -70,7 +70,7 @@ def compare_page(routes: LabeledRoutes) -> str:
     for label, route in routes:
         hybrids = [score_number(phase.headline, phase.result) for phase in route.hybrid_range]
         spread = join_markup(hybrids[0], " to ", hybrids[1]) if hybrids else NONE
-        missing = tag("span", f" (missing: {', '.join(route.missing)})", class_="bad") if route.missing else ""
+        missing = tag("span", f" (missing: {', '.join(route.missing)})", class_="bad missing") if route.missing else ""
         lines.append(
             [
                 join_markup(label, missing),
@@ -82,8 +82,20 @@ def compare_page(routes: LabeledRoutes) -> str:
             ]
         )
     headlines = figures.join_titles(route.last.headline for _, route in routes)
+    costs = tag("p", "Nothing has been logged yet.")
     modules = []
-    if incubated := [(label, route) for label, route in routes if route.modules]:
+    if any(figures.has_points(route) for _, route in routes):
+        costs = figure(
+            figures.render_svg(figures.draw_progress, routes),
+            "Phases in order. Dots and lines: complete models (meta model, assembled, fine-tuned; end to end);"
+            " rings: modules as hybrids; pale lines: training loss, smoothed.",
+        )
+    if any(figures.has_scores(route) for _, route in routes):
+        drawing = figures.render_svg(figures.draw_before_after, routes)
+        before_after = figure(drawing, f"{headlines} on the validation {unit}.")
+    else:
+        before_after = tag("p", "No module and no complete model has been evaluated yet.")
+    if incubated := _with_modules(routes):
         curves = figures.render_svg(figures.draw_module_curves, incubated)
         modules = [tag("h2", "Modules"), figure(curves, "Training loss of each module in its hybrid, smoothed.")]
     return html_page(
@@ -92,15 +104,17 @@ def compare_page(routes: LabeledRoutes) -> str:
         tag("p", f"Scores on the validation {unit}. Costs are sums over all phases of a row.", class_="soft"),
         table(["run", *scores, "epochs", unit, "FLOPs", "time"], lines),
         tag("h2", "Cost"),
-        figure(
-            figures.render_svg(figures.draw_progress, routes),
-            "Phases in order. Dots and lines: complete models (meta model, assembled, fine-tuned; end to end);"
-            " rings: modules as hybrids; pale lines: training loss, smoothed.",
-        ),
+        costs,
         tag("h2", "Before and after fine-tuning"),
-        figure(figures.render_svg(figures.draw_before_after, routes), f"{headlines} on the validation {unit}."),
+        before_after,
         *modules,
     )
+
+
+def _with_modules(routes: LabeledRoutes) -> LabeledRoutes:
+    """Return the routes with modules; none if no module has been logged."""
+    incubated = [(label, route) for label, route in routes if route.modules]
+    return incubated if any(module.points for _, route in incubated for module in route.modules) else []
 
 
 def write_comparison(routes: LabeledRoutes, out: Path) -> list[Path]:
@@ -113,7 +127,7 @@ def write_comparison(routes: LabeledRoutes, out: Path) -> list[Path]:
         MissingDependencyError: matplotlib is not installed; nothing is written.
     """
     drawings = {"progress": (figures.draw_progress, routes), "before-after": (figures.draw_before_after, routes)}
-    if incubated := [(label, route) for label, route in routes if route.modules]:
+    if incubated := _with_modules(routes):
         drawings["modules"] = (figures.draw_module_curves, incubated)
     page = compare_page(routes)
     out.mkdir(parents=True, exist_ok=True)

@@ -89,8 +89,9 @@ def definitions(pairs: Mapping[str, object]) -> Markup:
 
 
 def figure(drawing: str, caption: str) -> Markup:
-    """Return a figure with a caption, given its SVG."""
-    return tag("figure", Markup(drawing), tag("figcaption", caption))
+    """Return a figure with a caption, given its SVG elements."""
+    labeled = drawing.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"')
+    return tag("figure", Markup(labeled), tag("figcaption", caption))
 
 
 def html_page(title: str, *parts: object) -> str:

@@ -67,8 +67,9 @@ def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
             tiles.append(_score_tile(route.last.headline, route.last.result, name))
         if route.assembled:
             tiles.append(_score_tile(route.last.headline, route.assembled, "assembled, not fine-tuned"))
-        tiles.append(_tile(flops_number(route.spent["flops"]), f"for training, {route.name}"))
-        tiles.append(_tile(html.duration_number(route.spent["seconds"]), f"of training, {route.name}"))
+        if route.spent["flops"]:
+            tiles.append(_tile(flops_number(route.spent["flops"]), f"for training, {route.name}"))
+            tiles.append(_tile(html.duration_number(route.spent["seconds"]), f"of training, {route.name}"))
     if faults := sum(event.fault for event in timeline):
         tiles.append(_tile(str(faults), f"interruptions and faults{'' if missing else ', all recovered'}"))
     heading = tag("h1", run_data.recipe.name, state)
@@ -174,7 +175,7 @@ def _phase_row(phase: PhaseData, factor: float, metrics: Sequence[Metric]) -> li
 
 
 def _curves_section(run_data: RunData) -> Markup:
-    routes = [(route.name, route) for route in run_data.routes if any(phase.points for phase in route.phases)]
+    routes = [(route.name, route) for route in run_data.routes if figures.has_points(route)]
     if not routes:
         return tag("p", "Nothing has been logged yet.")
     unit = common_unit(phase.unit for phase in run_data.phases)
@@ -248,13 +249,14 @@ def _bar(route: TrainingRoute, rest: str) -> list[tuple[str, float]]:
 def _cost_summary(run_data: RunData) -> Markup:
     """Return a summary of the costs in sentences."""
     main, baseline = run_data.main, run_data.baseline
-    words = []
-    if main and len(main.modules) > 1:
-        share = main.last.spent["flops"] / (main.spent["flops"] or 1)
+    words: list[str] = []
+    if main and len(main.modules) > 1 and main.spent["flops"]:
+        share = main.last.spent["flops"] / main.spent["flops"]
         words.append(
-            f"Training takes {format_duration(main.spent['seconds'])} with one phase after another, and"
+            f"{'Training so far takes' if main.missing else 'Training takes'}"
+            f" {format_duration(main.spent['seconds'])} with one phase after another, and"
             f" {format_duration(main.path('seconds'))} with all modules in parallel."
-            f" Fine-tuning is {100 * share:.0f} % of the FLOPs spent."
+            + (f" Fine-tuning is {100 * share:.0f} % of the FLOPs spent." if share else "")
         )
     if main and baseline and main.last.score is not None and baseline.last.score is not None:
         metric, samples = main.last.headline, (main.last.result or {})["samples"]
@@ -270,9 +272,9 @@ def _cost_summary(run_data: RunData) -> Markup:
             f" {'more' if gap >= 0 else 'less'}, for {ratio:.2f} times the FLOPs. One seed each."
         )
     elif main and not baseline:
-        words.append(
-            "This run has no end-to-end baseline; its planned cost is shown (`bigincubate run --baseline` trains one)."
-        )
+        command = tag("code", "bigincubate run --baseline")
+        note = "This run has no end-to-end baseline; its planned cost is shown ("
+        words.append(join_markup(note, command, " trains one)."))
     return join_markup(*(tag("p", sentence) for sentence in words))
 
 
@@ -288,10 +290,12 @@ def _ways_table(run_data: RunData) -> Markup:
         rows.append(
             [route.name, *(flops_number(flops) for flops in (route.spent["flops"], route.path("flops"))), *cells]
         )
-    note = (
+    note = join_markup(
         "On the critical path, only the largest module counts, because modules can be trained in parallel. Memory is"
         " the peak of rank 0, and what was sent are the gradients of phases with several ranks, both before and in the"
-        " last phase. `bigincubate plan --ways` compares these costs with those of other ways."
+        " last phase. ",
+        tag("code", "bigincubate plan --ways"),
+        " compares these costs with those of other ways.",
     )
     return join_markup(table(head, rows), tag("p", note, class_="soft"))
 
@@ -349,7 +353,8 @@ def _verification_section(findings: Sequence[Finding]) -> Markup:
     counts = Counter(each.verdict for each in findings)
     bad = [each for each in findings if each.verdict in (Verdict.DAMAGED, Verdict.STALE)]
     words = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
-    summary = tag("p", f"Artifacts and results, verified for this page: {words}.", class_="bad" if bad else "good")
+    color = {"class_": "bad" if bad else "good"} if bad or counts[Verdict.GOOD] else {}
+    summary = tag("p", f"Artifacts and results, verified for this page: {words}.", **color)
     command = tag("code", "bigincubate verify")
     more = tag("p", "Data and resume checkpoints were not verified for this page: ", command, " verifies all files.")
     rows = [[each.part, f"{each.verdict}: {each.path} {each.why}"] for each in bad]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ from forked import run
 
 from bigincubate.errors import Exit
 from bigincubate.files import append_json_line, read_json, write_json
+from bigincubate.report import figures
 from bigincubate.report.compare import compare_json, compare_page, label_routes
 from bigincubate.report.console_tables import compare_table, status_table, summary_table
 from bigincubate.report.page import render_report
@@ -158,7 +160,8 @@ def test_page_is_one_file_that_loads_nothing(done: Any) -> None:
     assert links
     assert all(link and link.startswith("#") and link[1:] in ids for link in links)
     assert not re.findall(r"url\((?!#)", text)
-    assert [tag for tag, _ in page.tags].count("svg") == 3
+    assert [tag for tag, _ in page.tags].count("svg") == 2 * 3  # for wide and for narrow windows
+    assert len(ids) == len(set(ids))
     assert "prefers-color-scheme: dark" in text
     assert "#012345" not in text
     assert text == render_report(read_run(done.run), [])  # the same run, the same page
@@ -192,6 +195,38 @@ def test_unfinished_run_has_a_page_that_says_what_is_missing(harness: Harnesses)
     assert page.row("module 0")["state"] == "not started"
     assert page.row("module 1")["top-1 %"] == made.run.phase("incubate", 1).result["metrics"]["top1"]
     assert "unfinished" in page.text
+
+
+def test_panels_without_data_say_so(harness: Harnesses, done: Any) -> None:
+    made = harness(*SETS)
+    planned = label_routes([read_run(made.run)])
+    page = compare_page(planned)
+    assert "<svg" not in page
+    for sentence in ("Nothing has been logged yet.", "No module and no complete model has been evaluated yet."):
+        assert sentence in page
+    append_json_line(made.run.phase("pretrain").metrics, {"step": 2, "train/loss": 2.0, "perf/images_per_sec": 9.0})
+    append_json_line(made.run.phase("incubate", 0).metrics, {"step": 2, "train/loss": math.nan})
+    routes = label_routes([read_run(made.run)])
+    both = [*routes, *label_routes([read_run(done.run)])[:1]]
+    for width in (figures.WIDE, figures.NARROW):
+        texts = [texts_of_empty_panels(draw(routes, width)) for draw in DRAWINGS]
+        assert texts == [["Nothing evaluated yet."] * 4, ["No loss of a module logged yet."], []]
+        assert [texts_of_empty_panels(draw(both, width)) for draw in DRAWINGS] == [[], texts[1], []]
+        before_after = figures.draw_before_after(both, width).axes[0]
+        assert [text.get_text() for text in before_after.texts] == ["Nothing evaluated yet."]
+        labels = [axis.get_ylabel() for axis in figures.draw_module_curves(both, width).axes if axis.axison]
+        assert labels[0] == "training loss"
+
+
+DRAWINGS = (figures.draw_progress, figures.draw_module_curves, figures.draw_before_after)
+
+
+def texts_of_empty_panels(figure: Any) -> list[str]:
+    """The sentences in the panels that have no axes; all others must have a finite value or a visible sentence."""
+    for axis in figure.axes:
+        values = [value for line in axis.get_lines() for value in line.get_ydata()]
+        assert not axis.axison or any(map(math.isfinite, values)) or not axis.xaxis.get_visible()
+    return [axis.texts[0].get_text() for axis in figure.axes if not axis.axison]
 
 
 def test_run_that_is_only_end_to_end_has_no_modules_on_its_page(harness: Harnesses, done: Any) -> None:
