@@ -1,7 +1,8 @@
 """Names of the charts in TensorBoard.
 
 TensorBoard sorts charts by name and groups them by the part before the first slash. The groups ``train`` and ``val``
-must come first, so the names of all other groups are later in the alphabet. The keys of ``metrics.jsonl`` stay short.
+must come first, so the names of all other groups are later in the alphabet; likewise the loss in ``train``. Names of at
+most 27 characters are shown in full. The keys of ``metrics.jsonl`` are independent of the names.
 """
 
 from __future__ import annotations
@@ -10,22 +11,22 @@ from collections.abc import Iterable
 
 from ..tasks.metric import Metric
 
-IMAGES = "visual inputs/after augmentation"
+IMAGES = "visual inputs/augmented"
 WHOLE_RUN = "whole run"  # one curve per phase
-PARTIAL = "with finished modules"  # scores of partial assemblies
-COMPUTING = "workload"  # speed, memory and checkpoints
+PARTIAL = "whole model"  # scores of partial assemblies, over the number of finished modules
+COMPUTING = "work"  # speed, memory and checkpoints
 NAMES = {
-    "train/lr": "train/optimizer: learning rate",
-    "train/grad_norm": "train/optimizer: gradient norm",
-    "train/skipped": "train/optimizer: skipped steps",
-    "train/gain": "train/optimizer: AdaScale gain",
+    "train/lr": "train/step: learning rate",
+    "train/grad_norm": "train/step: gradient norm",
+    "train/skipped": "train/steps skipped",
+    "train/gain": "train/step: AdaScale gain",
     "perf/gflops": f"{COMPUTING}/GFLOP per second",
-    "perf/mfu": f"{COMPUTING}/model FLOPs utilization",
-    "perf/data_wait": f"{COMPUTING}/fraction of time waiting for data",
-    "perf/slowest_rank_ratio": f"{COMPUTING}/slowest rank, time over median",
+    "perf/mfu": f"{COMPUTING}/FLOPs utilization",
+    "perf/data_wait": f"{COMPUTING}/data wait (fraction)",
+    "perf/slowest_rank_ratio": f"{COMPUTING}/slowest rank ratio",
     "memory/peak_gib": f"{COMPUTING}/peak memory (GiB)",
-    "checkpoint/blocked_ms": f"{COMPUTING}/checkpoint, training blocked (ms)",
-    "checkpoint/mib_per_sec": f"{COMPUTING}/checkpoint, MiB per second",
+    "checkpoint/blocked_ms": f"{COMPUTING}/checkpoint wait (ms)",
+    "checkpoint/mib_per_sec": f"{COMPUTING}/checkpoint (MiB/s)",
 }
 
 

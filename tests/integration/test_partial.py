@@ -78,7 +78,7 @@ def test_score_is_in_events_tensorboard_and_status(trained: Any) -> None:
     scores = partial(trained, 0)
     charts = {"top1": "top-1 (%)", "top5": "top-5 (%)", "loss": "loss"}
     assert shown == {
-        f"with finished modules/{charts[name]}": [(2, pytest.approx(value, rel=1e-6))]
+        f"whole model/{charts[name]}": [(2, pytest.approx(value, rel=1e-6))]
         for name, value in scores["metrics"].items()
     }
     by_phase = {row["phase"]: row["partial"] for row in run_status(trained.run)}

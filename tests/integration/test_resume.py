@@ -75,12 +75,12 @@ def check_same(other: Any, reference: Reference, phase: str, module: int | None)
     assert [row["step"] for row in own] == list(range(1, STEPS + 1))
     assert [row["train/loss"] for row in own] == [row["train/loss"] for row in rows]
     shown = other.events(phase, module)
-    for tag in ("train/loss", "train/optimizer: learning rate", "workload/images per second"):
+    for tag in ("train/loss", "train/step: learning rate", "work/images per second"):
         assert [event.step for event in shown.Scalars(tag)] == list(range(1, STEPS + 1)), tag
     assert [event.step for event in shown.Scalars("val/top-1 (%)")] == [STEPS]
     progress = other.events(phase, module, fleet=True).Scalars("whole run/progress (%)")
     assert [event.step for event in progress] == [event.step for event in shown.Scalars("train/loss")]
-    assert len(shown.Images("visual inputs/after augmentation")) == 1
+    assert len(shown.Images("visual inputs/augmented")) == 1
     assert len(shown.Tensors("recipe/text_summary")) == 1
 
 

@@ -152,7 +152,7 @@ def test_tensorboard_has_the_metrics(finished: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     tags = EventAccumulator(str(finished / "finetune" / "tb")).Reload().Tags()
-    assert {"train/loss", "val/RMSE", "val/MAE", "workload/vectors per second"} <= set(tags["scalars"])
+    assert {"train/loss", "val/RMSE", "val/MAE", "work/vectors per second"} <= set(tags["scalars"])
     assert tags["images"] == []
 
 

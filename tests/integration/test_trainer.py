@@ -227,18 +227,18 @@ def test_loss_that_is_logged_is_the_mean_over_the_batch(trained: Any) -> None:
 
 CHARTS = {  # by the key in metrics.jsonl
     "train/loss": "train/loss",
-    "train/lr": "train/optimizer: learning rate",
-    "train/grad_norm": "train/optimizer: gradient norm",
-    "train/skipped": "train/optimizer: skipped steps",
+    "train/lr": "train/step: learning rate",
+    "train/grad_norm": "train/step: gradient norm",
+    "train/skipped": "train/steps skipped",
     "val/top1": "val/top-1 (%)",
     "val/top5": "val/top-5 (%)",
     "val/loss": "val/loss",
-    "perf/images_per_sec": "workload/images per second",
-    "perf/gflops": "workload/GFLOP per second",
-    "perf/data_wait": "workload/fraction of time waiting for data",
-    "memory/peak_gib": "workload/peak memory (GiB)",
-    "checkpoint/blocked_ms": "workload/checkpoint, training blocked (ms)",
-    "checkpoint/mib_per_sec": "workload/checkpoint, MiB per second",
+    "perf/images_per_sec": "work/images per second",
+    "perf/gflops": "work/GFLOP per second",
+    "perf/data_wait": "work/data wait (fraction)",
+    "memory/peak_gib": "work/peak memory (GiB)",
+    "checkpoint/blocked_ms": "work/checkpoint wait (ms)",
+    "checkpoint/mib_per_sec": "work/checkpoint (MiB/s)",
 }
 
 
@@ -261,7 +261,7 @@ def test_tensorboard_of_a_run_has_all_phases_in_the_same_charts(trained: Any) ->
     for phase, module in (("pretrain", None), ("incubate", 1)):
         shown, own = trained.events(phase, module, fleet=True), trained.events(phase, module)
         rate = "images per second"
-        for tag, of in (("whole run/loss", "train/loss"), (f"whole run/{rate}", f"workload/{rate}")):
+        for tag, of in (("whole run/loss", "train/loss"), (f"whole run/{rate}", f"work/{rate}")):
             pairs = [
                 [(event.step, event.value) for event in events] for events in (shown.Scalars(tag), own.Scalars(of))
             ]
@@ -283,8 +283,8 @@ def test_tensorboard_has_the_settings_and_inputs(trained: Any) -> None:
     shown = text.tensor_proto.string_val[0].decode()
     assert "label_smoothing = 0.1" in shown
     assert "embed_dim = 24" in shown
-    assert reader.Tags()["images"] == ["visual inputs/after augmentation"]
-    (grid,) = reader.Images("visual inputs/after augmentation")
+    assert reader.Tags()["images"] == ["visual inputs/augmented"]
+    (grid,) = reader.Images("visual inputs/augmented")
     assert grid.step == 0
     assert grid.width * grid.height >= 8 * 64 * 64  # eight of them, enlarged to be seen
 
