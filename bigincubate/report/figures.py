@@ -42,6 +42,7 @@ def import_matplotlib() -> Any:
     try:
         import matplotlib.figure
         import matplotlib.style
+        import matplotlib.ticker
     except ImportError as error:
         raise MissingDependencyError(f"figures need matplotlib ({error}): pip install 'bigincubate[report]'") from None
     return matplotlib
@@ -163,7 +164,7 @@ def draw_progress(routes: LabeledRoutes, width: float) -> Figure:
     for column, title in enumerate(("epochs", unit, "training FLOPs", "training seconds")):
         axes[1][column].set_xlabel(title)
         axes[1][column].set_xlim(left=0)
-        axes[1][column].ticklabel_format(axis="x", style="sci", scilimits=(-3, 5), useMathText=True)
+        axes[1][column].xaxis.set_major_formatter(_format_tick)
         axes[1][column].locator_params("x", nbins=5)
     for column in range(len(COSTS) if narrow else 1):
         axes[0][column].set_ylabel(_axis_label(route.last.headline for _, route in routes))
@@ -174,6 +175,11 @@ def draw_progress(routes: LabeledRoutes, width: float) -> Figure:
         _say_if_empty(scores, "Nothing evaluated yet.")
         _say_if_empty(losses, "No loss logged yet.")
     return figure
+
+
+def _format_tick(value: float, _: object) -> str:
+    """Return the label of a tick, such as 0.25, 4000, 15k or 2.5G."""
+    return import_matplotlib().ticker.EngFormatter(sep="")(value) if abs(value) >= 1e4 else f"{value:g}"
 
 
 def _narrow_pairs(figure: Figure) -> Any:
