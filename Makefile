@@ -1,9 +1,9 @@
 # make demo      install, then run the whole pipeline on real images
 # make demo-text install, then run the whole pipeline with a language model on text
-# make test      install with the test extras, then run the tests (what CI runs)
+# make test      install with the test extras, then run the tests (CI runs it)
 # make test-gpu tests on a GPU (docs/gpu.md has results). DEVICE=cpu: at toy size, on the CPU
 # make test-full only the long tests; DATA=folder of the CIFAR-100 image tree for the CIFAR proof
-# make test-extras the trackers against the real W&B and MLflow, in .venv-extras
+# make test-extras trackers against the real W&B and MLflow, pages in a real Chromium; in .venv-extras (CI runs it too)
 # make fuzz      odd values of every option and recipe key, for SECONDS from the seed SEED; prints what fails
 # make test-slurm runs on a real Slurm on this machine, 20 of them with faults (docs/reliability.md); run again, it resumes
 # make test-faults all trials of every fault, then docs/reliability.md; run again, it resumes. MINUTES: limit per scenario
@@ -38,8 +38,8 @@ test-gpu: $(VENV)/.installed-dev
 test-full: $(VENV)/.installed-dev
 	BIGINCUBATE_CIFAR100="$(DATA)" $(BIN)/python -m pytest -m full
 
-test-extras: $(EXTRAS)/.installed
-	PYTHONPATH=. $(EXTRAS)/bin/python -m pytest -m extras tests/extras
+test-extras: $(VENV)/.installed-dev $(EXTRAS)/.installed
+	PYTHONPATH=. TRAINING_PYTHON=$(abspath $(BIN))/python $(EXTRAS)/bin/python -m pytest -m extras tests/extras
 
 fuzz: $(VENV)/.installed-dev
 	FUZZ_SECONDS=$(SECONDS) FUZZ_SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/integration/test_fuzz.py -k random_round
@@ -85,7 +85,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 # programs that bigincubate does not depend on, in their newest versions, without torch
 $(EXTRAS)/.installed: tests/extras/requirements.txt
 	@$(PYTHON) -m venv $(EXTRAS)
-	@echo "installing W&B and MLflow in $(EXTRAS), in one to three minutes"
+	@echo "installing W&B, MLflow and Playwright in $(EXTRAS), in one to three minutes"
 	@$(EXTRAS)/bin/python -m pip install --no-color --requirement $< | $(PROGRESS)
 	@touch $@
 
