@@ -236,7 +236,7 @@ def draw_module_curves(routes: LabeledRoutes, width: float) -> Figure:
             if x and len(route.modules) <= len(COLORS):
                 legend[phase.title] = line
         axis.set_xlabel("epochs of the module")
-        axis.locator_params("x", nbins=5)
+        axis.locator_params("x", nbins=max(5, int(width / columns)))
         axis.set_title(textwrap.fill(label, int(width / columns / EM * 1.5)))
         _say_if_empty(axis, "No loss of a module logged yet.")
     for row in panels:
