@@ -176,7 +176,7 @@ def data_prepare(
     partitions = f", {len(info.parts)} partitions" if info.parts else ""
     found, path = info.schema.metadata, quote_path(out)
     if window is None:
-        text = f"{counts}{partitions} images of {len(found['classes'])} classes"
+        text = f"{counts} images of {len(found['classes'])} classes{partitions}"
     else:
         text = f"{counts} windows of {window:,} tokens, a vocabulary of {found['vocabulary']:,}{partitions}"
     say(f"{path}: {text}; use it with --set data.path={path}")

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import ConfigError, DataError, format_command
-from ..files import check_is_file, quote_path, read_small_file
+from ..files import check_is_file, quote_path, read_json, read_small_file
 from .dataset import (
     DESCRIPTION,
     INDEX,
@@ -67,6 +67,14 @@ def read_splits(source: Path | str, val: Path | str | None) -> dict[str, MdsSpli
     validation = default if val is None else val.absolute() if isinstance(val, Path) else val
     folders = (train if train.is_dir() else source, validation)
     return {split: _read_split(folder) for split, folder in zip(SPLITS, folders, strict=True)}
+
+
+def holds_mds(folder: Path) -> bool:
+    """Return whether a folder, or its folder ``train``, holds shards that have not been adopted yet."""
+    if not folder.is_dir() or (folder / DESCRIPTION).exists():
+        return False
+    indexes = (where / INDEX for where in (folder, folder / "train"))
+    return any("shards" in (read_json(index) or {}) for index in indexes if index.is_file())
 
 
 def _read_split(place: Path | str) -> MdsSplit:

@@ -212,7 +212,7 @@ def test_damaged_file_is_named(hub: Path, tmp_path: Path) -> None:
         ([0, 1, 2, 3], CLASSES, "the label 3 of 'x.parquet/3' is not among the 3 classes"),
         ([0, 0, 0, 0], CLASSES, "has only one class, 'a'"),
         ([None, None, None, -1], CLASSES, "has no training images with a label"),
-        ([0.5, 1.0, 1.5, 2.0], None, "has no column of numbers or names of classes: it has image (struct<"),
+        ([0.5, 1.0, 1.5, 2.0], None, "has no column of integers or names of classes: it has image (struct<"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tree: Path, tmp_path: Path, labels: Any, names: Any, says: str) -> None:

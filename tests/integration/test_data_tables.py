@@ -150,6 +150,7 @@ def test_missing_files_of_a_csv_are_listed_and_pipes_are_skipped(tree: Path, tmp
         ("path,label,split\na.png,a,later\n", "row 2: the split 'later' is not train, val or test"),
         ("path,label,split\na.png,a,val\n", "lists no images for training"),
         ("path,label,class\na.png,a,b\n", "has several columns for the label"),
+        ("path;label;split\na.png;a;train\n", "is path;label;split; separate columns with commas, not semicolons"),
         ("path,label\na.png,a\na.png,b\n", "'a.png' occurs twice"),
         ("path,label\na.png,a\nb.png,a\n", "has only one class, 'a'"),
         ("path,label\na.png,a\nb.png,\n", "has only one class, 'a'"),

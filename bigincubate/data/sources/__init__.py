@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, format_command
 from ...files import quote_path
+from ..mds_index import holds_mds
 from ..samples import Source
 from .archives import damaged_archive
 from .builtin import EMBEDDED, generate_images, read_digits
@@ -86,6 +87,11 @@ def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | N
     if is_text and not request.path.is_file():
         name = source if source in EMBEDDED_TEXT else quote_path(source)
         raise DataError(f"{name} is text, not images; {TEXT_HINT}")
+    if holds_mds(request.path):
+        command = format_command("data", "adopt", request.path)
+        raise DataError(
+            f"{quote_path(request.path)} holds shards of mosaicml-streaming, which are used as they are: {command}"
+        )
     for form in FORMS:
         if (found := form.read(request)) is not None:
             if columns and not form.columns:

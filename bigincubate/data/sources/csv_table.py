@@ -87,6 +87,8 @@ def _find_column(file: Path, what: str, header: Sequence[str], given: Mapping[st
     if what == "split" and not found:
         return None
     problem = "several columns" if found else "no column"
+    if len(header) == 1 and ";" in header[0]:
+        raise DataError(f"{quote_path(file)}: its first line is {have}; separate columns with commas, not semicolons")
     raise DataError(
         f"{quote_path(file)} has {problem} for the {what}: its first line is {have}; expected path,label or"
         f" path,label,split, or --columns {what}=NAME"

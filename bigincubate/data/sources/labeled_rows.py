@@ -121,7 +121,8 @@ def build_source(table: Table, request: SourceRequest) -> Source:
         splits[split] = [row for row in rows if row.label is not None]
         table.skipped[NO_LABEL] += len(rows) - len(splits[split])
     found = {row.label for row in splits["train"] if row.label is not None}
-    labels = _sorted_labels(found, table.names, where)
+    left_out = "".join(f"; skipped: {count:,} {reason}" for reason, count in sorted((+table.skipped).items()))
+    labels = _sorted_labels(found, table.names, where, left_out)
     index: dict[int | str | None, int] = {label: number for number, label in enumerate(labels)}
     if unknown := [row for row in splits.get("val", []) if row.label not in index]:
         raise DataError(
@@ -166,11 +167,23 @@ def _name_labels(rows: list[Row], names: Sequence[str], where: str) -> list[Row]
     return named
 
 
-def _sorted_labels(labels: set[int | str], names: Sequence[str] | None, where: str) -> list[int | str]:
+def _sorted_labels(labels: set[int | str], names: Sequence[str] | None, where: str, left_out: str) -> list[int | str]:
+    """Return the classes in their order.
+
+    Args:
+        labels: The labels that occur in training.
+        names: Names of the classes, if labels are indexes into them.
+        where: The source, for messages.
+        left_out: The end of messages: what was skipped.
+
+    Raises:
+        DataError: There are fewer than two classes, or labels are of different types.
+    """
     if not labels:
-        raise DataError(f"{where} has no training images with a label")
+        raise DataError(f"{where} has no training images with a label{left_out}")
     if len(labels) < 2:
-        raise DataError(f"{where} has only one class, {next(iter(labels))!r}, but training needs at least two")
+        only = repr(next(iter(labels)))
+        raise DataError(f"{where} has only one class, {only}, but training needs at least two{left_out}")
     if names is not None:
         return [name for name in names if name in labels]
     if len({type(label) for label in labels}) > 1:

@@ -216,7 +216,7 @@ def _choose(
                 f"{quote_path(file)}: {', '.join(found)} may be the column of the {what}; choose one with --columns"
                 f" {what}=NAME"
             )
-    kind = "bytes of image files" if what == "image" else "numbers or names of classes"
+    kind = "bytes of image files" if what == "image" else "integers or names of classes"
     raise DataError(f"{quote_path(file)} has no column of {kind}: it has {have or 'no columns'}")
 
 

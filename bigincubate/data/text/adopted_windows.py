@@ -113,7 +113,8 @@ class AdoptedWindows:
         totals = {split: sum(length * times for length, times in lengths.items()) for split, lengths in counts.items()}
         line = f"tokens (training + validation): {totals['train']:,} + {totals['val']:,}"
         schema = RecordSchema(TOKENS, self.encodings, metadata)
-        return Description(schema, {"tokens": totals}, [f"{line}, in windows of {window:,}: model.context_length"])
+        line = f"{line}, in windows of {window:,}: set model.context_length = {window}"
+        return Description(schema, {"tokens": totals}, [line])
 
     def add_files(self, folder: Path) -> None:
         """Copy the file of the tokenizer."""

@@ -30,6 +30,7 @@ from ..splits import sort_by_name_hash
 from ..unfinished import begin_folder, preparing, refuse_inside
 from .chunks import TextChunk, document_bytes, make_chunks, write_text_chunk
 from .division import divide_documents
+from .documents import PIECE_BYTES
 from .extraction import EXTRACTED, Extracted, extract
 from .files import EMBEDDED_TEXT, TextFile, TextSource, find_text
 from .stored_tokenizer import TokenizerChoice, choose_tokenizer, copy_tokenizer, store_tokenizer
@@ -185,8 +186,10 @@ def _prepare(source: TextSource, out: Path, options: TextOptions) -> DatasetInfo
     for split, documents in splits.items():
         if not documents:
             raise DataError(
-                f"{quote_path(source.folder or source.kind)} has {len(found.documents):,} different documents with"
-                f" text, which leaves none for {'training' if split == 'train' else 'validation'}; add some"
+                f"{quote_path(source.folder or source.kind)} has too few different documents with text,"
+                f" {len(found.documents):,}, which leaves none for"
+                f" {'training' if split == 'train' else 'validation'}; add some (a single file of text is divided"
+                f" into documents of at least {PIECE_BYTES:,} bytes)"
             )
     parts = options.partition(splits["train"]) if options.partition else []
     identity = {key: value for key, value in options.identify(source).items() if value is not None} | _hash_parts(parts)
