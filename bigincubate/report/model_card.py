@@ -275,7 +275,9 @@ def _describe_cost(origin: Origin) -> str:
         return ""
     attempts = [attempt for phase in origin.phases for attempt in phase.attempts]
     flops = sum(phase.spent["flops"] for phase in origin.phases)
-    lines = [f"- FLOPs of all phases together: {format_quantity(flops, 'FLOP')} (matrix products and convolutions)"]
+    before = ", without the training of the model that it started from" if origin.recipe.finetune.init else ""
+    counted = format_quantity(flops, "FLOP")
+    lines = [f"- FLOPs of all phases together: {counted} (matrix products and convolutions{before})"]
     if devices := describe_devices(attempts):
         lines.append(f"- devices: {devices}")
     if versions := describe_versions(attempts):

@@ -78,6 +78,7 @@ def test_model_card_says_that_a_finished_model_was_fine_tuned(moved: Any, source
         "It is a finished model that `bigincubate` fine-tuned on other data. Training started from `run (SHA-256 "
         in card
     )
+    assert "(matrix products and convolutions, without the training of the model that it started from)" in card
     for file in ("README.md", "config.json"):
         assert str(source.run.path.parent) not in (tmp_path / "out" / file).read_text()
 
