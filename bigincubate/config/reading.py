@@ -56,7 +56,7 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
     if overlay is not None:
         tables = overlay(load_recipe(name_or_path, sets))
         for table, phase in product(map(parse_set, sets), PHASES):
-            _remove_keys(tables.get(phase, {}), table)
+            _replace_values(tables.get(phase, {}), table)
         raw = merge(raw, tables)
     for item in sets:
         raw = merge(raw, parse_set(item))
@@ -86,13 +86,13 @@ def load_recipe(name_or_path: str | Path, sets: Sequence[str] = (), overlay: Ove
     return recipe
 
 
-def _remove_keys(tables: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Remove the keys of ``given`` from nested tables."""
+def _replace_values(tables: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Replace the values of the keys in nested tables that are also in ``given``."""
     for name, value in given.items():
         if isinstance(value, dict) and isinstance(tables.get(name), dict):
-            _remove_keys(tables[name], value)
-        else:
-            tables.pop(name, None)
+            _replace_values(tables[name], value)
+        elif name in tables:
+            tables[name] = value
 
 
 def _check_finished_model(recipe: Recipe, where: str) -> None:

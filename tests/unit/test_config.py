@@ -250,6 +250,10 @@ def test_set_value_overrides_a_small_version_of_the_recipe_also_where_a_phase_ha
     steps = {phase: changed.settings(phase).train.max_steps for phase in PHASES}
     assert steps == {"pretrain": 3, "incubate": 3, "finetune": 4, "end_to_end": 3}
     assert changed.settings("pretrain").train.batch_size == 16
+    text = load_recipe("docs-llama", ["train.max_steps=1", "schedule.warmup_epochs=0"], make_smoke_tables)
+    for phase in PHASES:  # the recipe itself has other values for some of them
+        settings = text.settings(phase)
+        assert (settings.train.max_steps, settings.schedule.warmup_epochs) == (1, 0)
 
 
 def test_run_directory_keeps_its_recipe_until_it_is_updated(smoke: Path, tmp_path: Path) -> None:
