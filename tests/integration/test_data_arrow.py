@@ -125,3 +125,37 @@ def test_rows_without_an_image_are_listed(tree: Path, tmp_path: Path) -> None:
     file = write_arrow(tmp_path / "x.arrow", [*images[:-1], None], labels)
     message = f"{file} (record batch 12, row 5): there is no image in this row, but at most a path"
     assert f"1 image cannot be read: {message}" in fault_of(file)
+
+
+def test_incomplete_copy_is_refused(saved: Path) -> None:
+    (saved / "train" / "data-00001-of-00002.arrow").unlink()
+    message = fault_of(saved)
+    assert message.startswith(f"{saved / 'train' / 'state.json'} lists 'data-00001-of-00002.arrow', which is not here")
+
+
+@pytest.mark.parametrize("suffix", ["arrow", "parquet"])
+def test_columns_with_dots_in_their_names_are_read(tree: Path, tmp_path: Path, suffix: str) -> None:
+    """As `flatten` of the library `datasets` names them."""
+    arrow = pyarrow()
+    import pyarrow.parquet as parquet
+
+    images, labels = rows_of(tree / "train")
+    table = arrow.table({"image.bytes": images, "image.path": ["x.png"] * len(images), "label": labels})
+    file = tmp_path / f"flat.{suffix}"
+    if suffix == "parquet":
+        parquet.write_table(table, file, row_group_size=ROWS)
+    else:
+        with arrow.ipc.new_stream(str(file), table.schema) as writer:
+            writer.write_table(table, max_chunksize=ROWS)
+    source = read_source(str(file), 0.2, {"image": "image.bytes", "label": "label"})
+    samples = [sample for split in source.splits.values() for sample in split]
+    assert sorted(read_image(sample) for sample in samples) == sorted(images)
+
+
+def test_columns_of_the_same_name_are_refused(tree: Path, tmp_path: Path) -> None:
+    arrow = pyarrow()
+    images, labels = rows_of(tree / "train")
+    table = arrow.table([images, labels, labels], names=["image", "label", "label"])
+    with arrow.ipc.new_stream(str(tmp_path / "x.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert "has several columns 'label'; write it again with different names" in fault_of(tmp_path / "x.arrow")

@@ -26,11 +26,12 @@ class TableFile(Protocol):
     def read_groups(self, column: str) -> Iterator[list[Any]]:
         """Yield the values of a column, group by group."""
 
-    def read_group(self, column: str, group: int) -> Iterator[list[Any]]:
+    def read_group(self, column: str, field: str | None, group: int) -> Iterator[list[Any]]:
         """Yield the values of a column of one group, at most `BATCH_ROWS` at a time.
 
         Args:
-            column: The column; with a dot if the values are in a field of the column.
+            column: The column.
+            field: The only field of it that is needed. The values are then dicts with at least this field.
             group: The number of the group.
         """
 
@@ -65,11 +66,10 @@ class _ParquetFile:
         for group in range(self._file.num_row_groups):
             yield self._file.read_row_group(group, columns=[column], use_threads=False).column(0).to_pylist()
 
-    def read_group(self, column: str, group: int) -> Iterator[list[Any]]:
-        inner = column.partition(".")[2]
-        for batch in self._file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False):
-            values = batch.column(0).to_pylist()
-            yield [value and value[inner] for value in values] if inner else values
+    def read_group(self, column: str, field: str | None, group: int) -> Iterator[list[Any]]:
+        names = [f"{column}.{field}" if field else column]
+        for batch in self._file.iter_batches(BATCH_ROWS, row_groups=[group], columns=names, use_threads=False):
+            yield batch.column(0).to_pylist()
 
 
 class _ArrowFile:
@@ -101,13 +101,11 @@ class _ArrowFile:
         for batch in self._read_batches(column):
             yield _to_list(batch.column(0))
 
-    def read_group(self, column: str, group: int) -> Iterator[list[Any]]:
-        name, _, inner = column.partition(".")
-        batch = next((batch for number, batch in enumerate(self._read_batches(name)) if number == group), None)
+    def read_group(self, column: str, field: str | None, group: int) -> Iterator[list[Any]]:
+        batch = next((batch for number, batch in enumerate(self._read_batches(column)) if number == group), None)
         values = batch.column(0) if batch is not None else []
         for begin in range(0, len(values), BATCH_ROWS):
-            part = _to_list(values[begin : begin + BATCH_ROWS])
-            yield [value and value[inner] for value in part] if inner else part
+            yield _to_list(values[begin : begin + BATCH_ROWS])
 
 
 def _to_list(values: Any) -> list[Any]:

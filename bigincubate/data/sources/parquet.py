@@ -31,12 +31,14 @@ class Columns(NamedTuple):
     """The columns of a file.
 
     Attributes:
-        image: Column of the bytes of image files; with a dot if they are in a field of the column.
+        image: Column of image files.
+        field: The field of this column that has their bytes; None if the column itself has them.
         label: Column of the labels.
         names: Names of the classes, into which the labels are indexes; None if the file has none.
     """
 
     image: str
+    field: str | None
     label: str
     names: list[str] | None
 
@@ -47,12 +49,14 @@ class TableImage(NamedTuple):
     Attributes:
         file: Path of the file.
         column: The column.
+        field: See `Columns`.
         group: The row group, or the record batch.
         row: Number of the row in its group.
     """
 
     file: str
     column: str
+    field: str | None
     group: int
     row: int
 
@@ -70,7 +74,7 @@ class TableImage(NamedTuple):
 
         try:
             modified = os.stat(self.file).st_mtime_ns
-            data = _group_reader(self.file, self.column, self.group, modified).read(self.row)
+            data = _group_reader(self.file, self.column, self.field, self.group, modified).read(self.row)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"the file is damaged here: {_describe_damage(error)}") from None
         if data is None:
@@ -119,16 +123,23 @@ def read_parquet(request: SourceRequest) -> Source | None:
 
 
 def _list_data(folder: Path, names: list[str]) -> list[str]:
-    """Return the files that are the data set, without further Arrow files that the library `datasets` has written."""
+    """Return the files that are the data set, without further Arrow files that the library `datasets` has written.
+
+    Raises:
+        DataError: A file of the data set is missing.
+    """
     listed: dict[str, set[str] | None] = {}
     for parent in {os.path.dirname(name) for name in names}:
         try:
             files = json.loads(read_small_file(folder / parent / STATE))["_data_files"]
-            listed[parent] = {file["filename"] for file in files}
+            listed[parent] = {str(file["filename"]) for file in files} or None
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             listed[parent] = None
-    chosen = [name for name in names if (own := listed[os.path.dirname(name)]) is None or os.path.basename(name) in own]
-    return chosen or names
+        present = {os.path.basename(name) for name in names if os.path.dirname(name) == parent}
+        if missing := (listed[parent] or set()) - present:
+            where = quote_path(folder / parent / STATE)
+            raise DataError(f"{where} lists {min(missing)!r}, which is not here; copy the folder again")
+    return [name for name in names if (own := listed[os.path.dirname(name)]) is None or os.path.basename(name) in own]
 
 
 def _list_rows(file: Path, name: str, columns: Mapping[str, str]) -> tuple[list[str] | None, list[Row]]:
@@ -143,7 +154,13 @@ def _list_rows(file: Path, name: str, columns: Mapping[str, str]) -> tuple[list[
             for group, labels in enumerate(opened.read_groups(found.label)):
                 block, path, first = f"{name}/{group}", str(file), len(rows)
                 rows += [
-                    Row(f"{name}/{first + row}", label, TableImage(path, found.image, group, row), stamp, (block, row))
+                    Row(
+                        f"{name}/{first + row}",
+                        label,
+                        TableImage(path, found.image, found.field, group, row),
+                        stamp,
+                        (block, row),
+                    )
                     for row, label in enumerate(labels)
                 ]
     except (pyarrow.ArrowException, OSError) as error:
@@ -173,10 +190,12 @@ def _find_columns(file: Path, schema: Any, given: Mapping[str, str]) -> Columns:
         return bool(types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind))
 
     fields = {field.name: field.type for field in schema}
-    images = {name: name for name, kind in fields.items() if is_bytes(kind)}
+    if twice := [name for name in fields if schema.names.count(name) > 1]:
+        raise DataError(f"{quote_path(file)} has several columns {twice[0]!r}; write it again with different names")
+    images: dict[str, str | None] = {name: None for name, kind in fields.items() if is_bytes(kind)}
     for name, kind in fields.items():
         if types.is_struct(kind) and any(inner.name == "bytes" and is_bytes(inner.type) for inner in kind):
-            images[name] = f"{name}.bytes"
+            images[name] = "bytes"
     labels = [name for name, kind in fields.items() if is_label(kind)]
     features = _read_features(schema.metadata or {})
     typed = {
@@ -188,7 +207,7 @@ def _find_columns(file: Path, schema: Any, given: Mapping[str, str]) -> Columns:
     names = features.get(label, {}).get("names")
     if not types.is_integer(fields[label]) or not isinstance(names, list) or len({*map(str, names)}) != len(names):
         names = None
-    return Columns(images[image], label, names and list(map(str, names)))
+    return Columns(image, images[image], label, names and list(map(str, names)))
 
 
 def _choose(
@@ -246,8 +265,8 @@ def _describe_damage(error: Exception) -> str:
 class _GroupReader:
     """Reads the images of a row group in order, a few rows at a time."""
 
-    def __init__(self, file: str, column: str, group: int) -> None:
-        self._place = (file, column, group)
+    def __init__(self, file: str, column: str, field: str | None, group: int) -> None:
+        self._place = (file, column, field, group)
         self._batches = self._read_batches()
         self._first, self._batch = 0, list[bytes | None]()
 
@@ -263,11 +282,12 @@ class _GroupReader:
         return self._batch[row - self._first]
 
     def _read_batches(self) -> Iterator[list[bytes | None]]:
-        file, column, group = self._place
+        file, column, field, group = self._place
         with open_table(file) as opened:
-            yield from opened.read_group(column, group)
+            for values in opened.read_group(column, field, group):
+                yield [value and value[field] for value in values] if field else values
 
 
 @lru_cache(maxsize=1)
-def _group_reader(file: str, column: str, group: int, modified: int) -> _GroupReader:
-    return _GroupReader(file, column, group)
+def _group_reader(file: str, column: str, field: str | None, group: int, modified: int) -> _GroupReader:
+    return _GroupReader(file, column, field, group)

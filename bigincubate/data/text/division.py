@@ -49,16 +49,17 @@ def _take_bytes(
     documents: Sequence[Sample], domains: Sequence[str], size: int, what: str
 ) -> tuple[list[Sample], list[Sample]]:
     """Return documents with at most so many bytes of each domain, the last ones that fit, and all others."""
-    totals = [0] * len(domains)
+    totals, sizes = [0] * len(domains), [0] * len(domains)
     taken, left = list[Sample](), list[Sample]()
     for document in reversed(documents):
         fits = totals[document.label] + document_bytes(document) <= size
         (taken if fits else left).append(document)
         totals[document.label] += fits * document_bytes(document)
-    for domain, total in zip(domains, totals, strict=True):
+        sizes[document.label] += document_bytes(document)
+    for domain, total, available in zip(domains, totals, sizes, strict=True):
         if not total or total < (1 - SHORTFALL) * size:
             raise ConfigError(
                 f"domain {domain} has documents of {total:,} bytes for the {size:,} bytes of its {what} text; use a"
-                " smaller --domain-bytes, or another --val-fraction"
+                f" {'smaller' if available < size else 'larger'} --domain-bytes, or another --val-fraction"
             )
     return taken[::-1], left[::-1]
