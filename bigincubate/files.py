@@ -68,10 +68,15 @@ MAX_SMALL_FILE_BYTES = 2**26  # limit for files that are read into memory at onc
 def drop_folders(text: str) -> str:
     """Return a list of names and paths, separated by commas, in which every path is only the name of its file.
 
-    What begins with the name of a library (``timm:NAME``) is no path.
+    What begins with the name of a library (``timm:NAME``) is no path, unless a path follows it.
     """
-    parts = text.split(", ")
-    return ", ".join(part if re.match(r"\w+:", part) else part.rpartition("/")[2] for part in parts)
+
+    def drop(part: str) -> str:
+        library, place = re.fullmatch(r"((?:[\w-]+:)*)(.*)", part, re.DOTALL).groups()  # type: ignore[union-attr]
+        is_name = library and not re.match(r"[~.]|/(?!/)", place)
+        return part if is_name else library + place.rpartition("/")[2]
+
+    return ", ".join(map(drop, text.split(", ")))
 
 
 def quote_path(path: Path | str) -> str:

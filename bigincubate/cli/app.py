@@ -45,8 +45,11 @@ MAX_LINE = 3000  # characters of an error message
 
 def parse_path(text: str) -> Path:
     """Return the absolute path that an option or argument means: the parser of all that are paths."""
+    from ..errors import ConfigError
     from ..files import expand_path
 
+    if "://" in text:
+        raise ConfigError(f"{text}: expected a file or folder on this machine, not a URL")
     return expand_path(text)
 
 

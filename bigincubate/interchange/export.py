@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PHASES, Recipe
 from ..errors import ArtifactError, ConfigError
-from ..files import drop_folders, read_json, regular_file_size
+from ..files import drop_folders, read_json, read_small_file, regular_file_size
 from ..models.library import find_family
 from ..models.partition import Partition
 from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact, load_manifest
@@ -194,7 +194,11 @@ def _check_replaceable(out: Path) -> None:
     if out.exists() and not is_complete_export(out) and not _has_only_exported_files(out):
         raise ConfigError(f"{out} exists and is not an exported model; choose another --out")
     card = out / CARD_FILE
-    if card.exists() and CARD_MARK not in card.read_text(errors="replace"):
+    try:
+        is_ours = not card.exists() or CARD_MARK in read_small_file(card.resolve()).decode(errors="replace")
+    except OSError:
+        is_ours = False
+    if not is_ours:
         raise ConfigError(f"{card} is not the file of an earlier export; move it, or choose another --out")
 
 

@@ -6,7 +6,7 @@ recipe. What is not known is left out. It has no local paths, host names or user
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -152,11 +152,16 @@ def _describe_model(origin: Origin | None, task: type[Task] | None, model: nn.Mo
     )
     sentences = [about, (task and task.describe_model(spec.model)) or "", _describe_training(origin) if origin else ""]
     if spec.initial_weights is not None:
-        sentences.append(f"Training started from `{spec.initial_weights}`.")
+        sentences.append(f"Training started from `{_one_line(spec.initial_weights)}`.")
     if origin and origin.manifest.weights == "ema":
         sentences.append("The weights are an exponential moving average of those in training.")
     description = f"{origin.recipe.description}\n\n" if origin and origin.recipe.description else ""
     return description + " ".join(filter(None, sentences))
+
+
+def _one_line(text: str) -> str:
+    """Return text without what would end a span of code in Markdown."""
+    return " ".join(text.split()).replace("`", "'")
 
 
 def _describe_training(origin: Origin) -> str:
@@ -204,6 +209,8 @@ def _run_sections(origin: Origin, task: type[Task] | None) -> dict[str, str]:
     missing = "" if origin.recipe.data.source else " To train with it, name the data with `data.path`."
     tasks = {origin.recipe.settings(phase).task.name for phase in PHASES}
     unused = task.unused_keys if task and len(tasks) == 1 else ()
+    recipe = public_recipe(origin.recipe, unused)
+    fence = "`" * (4 + max(map(len, re.findall("`+", recipe)), default=0))
     sections = {
         "Data": _describe_data(origin),
         "Scores": _score_table(origin),
@@ -212,7 +219,7 @@ def _run_sections(origin: Origin, task: type[Task] | None) -> dict[str, str]:
         "Recipe": (
             f"This is what was computed, without the settings of where and how.{missing}\n\n<details>\n"
             "<summary>recipe.toml</summary>\n\n"
-            f"````toml\n{public_recipe(origin.recipe, unused)}````\n\n</details>"
+            f"{fence}toml\n{recipe}{fence}\n\n</details>"
         ),
     }
     return {heading: content for heading, content in sections.items() if content}
@@ -329,5 +336,5 @@ def _without_folders(value: Any) -> Any:
     """Return a value of a recipe in which absolute paths are only the names of their files."""
     if isinstance(value, list):
         return [_without_folders(each) for each in value]
-    is_path = isinstance(value, str) and (os.path.isabs(value) or value.startswith("~"))
+    is_path = isinstance(value, str) and re.match(r"([\w-]+:)*(~|/(?!/))", value)
     return drop_folders(value) if is_path else value

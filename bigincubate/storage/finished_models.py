@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from .run_directory import RunDir
 
 CONFIG_FILE = "config.json"  # of an exported folder, or one that transformers wrote
 WEIGHTS_SUFFIXES = (".safetensors", ".bin")
+LOCAL_NAME = re.compile(r"(?:timm:local-dir:|transformers:(?=[/~.]))(.+)")  # names of libraries for local folders
 
 
 def best_artifact(run: RunDir) -> Path:
@@ -61,9 +64,10 @@ def identify_weights(source: str) -> str:
     Raises:
         ArtifactError: There are no weights at this path.
     """
-    if is_hub_name(source):
+    local = LOCAL_NAME.match(source)
+    if is_hub_name(source) and local is None:
         return source
-    path = Path(source)
+    path = Path(local[1] if local else source)
     try:
         if not path.is_dir():
             check_is_file(path)
@@ -71,6 +75,8 @@ def identify_weights(source: str) -> str:
         if not (path / CONFIG_FILE).exists():
             return load_manifest(find_artifact(path)).digest
         files = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS_SUFFIXES or file.name == CONFIG_FILE]
+        for file in files:
+            check_is_file(file)
         hashes = "".join(f"{file.name} {hash_file(file)}\n" for file in files)
     except OSError as error:
         raise ArtifactError(f"{quote_path(path)}: {error.strerror}") from None
@@ -79,7 +85,7 @@ def identify_weights(source: str) -> str:
 
 def describe_weights(source: str, identity: str) -> str:
     """Return a description of pretrained weights, given the value of `identify_weights`."""
-    return source if is_hub_name(source) else f"{source} (SHA-256 {identity})"
+    return source if source == identity else f"{source} (SHA-256 {identity})"
 
 
 def describe_training(source: str) -> dict[str, Any]:
@@ -91,8 +97,10 @@ def describe_training(source: str) -> dict[str, Any]:
     Args:
         source: A value of ``finetune.init``.
     """
-    run = RunDir(Path(source))
-    flops = None if is_hub_name(source) or not run.recipe_file.exists() else _training_flops(run)
+    run, flops = RunDir(Path(source)), None
+    if not is_hub_name(source) and run.recipe_file.exists():
+        with suppress(LookupError, TypeError, ValueError, AttributeError):  # its plan is damaged
+            flops = _training_flops(run)
     return {"source": source, "flops": flops}
 
 

@@ -74,3 +74,10 @@ def test_url_without_data_is_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert message.startswith("cannot download s3://bucket/none/train/index.json: ")
     assert "Unsupported" in fault_of(lambda: adopt_dataset("nfs2://bucket/none", tmp_path / "out"))
     assert not tmp_path.joinpath("out").exists()
+
+
+def test_description_cannot_be_written_to_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Called) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("data", "adopt", "s3://bucket/mds", "--out", "s3://bucket/out")
+    assert (code, err) == (2, "bigincubate: s3://bucket/out: expected a file or folder on this machine, not a URL\n")
+    assert not list(tmp_path.iterdir())

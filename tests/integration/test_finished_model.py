@@ -35,6 +35,7 @@ from bigincubate.report.run_data import read_run
 from bigincubate.report.status import run_status
 from bigincubate.report.verify import Verdict, verify_run
 from bigincubate.storage.artifacts import load_artifact, load_manifest
+from bigincubate.storage.finished_models import describe_training
 from bigincubate.training.builder import build_model
 
 Harnesses = Callable[..., Any]
@@ -274,6 +275,13 @@ def test_flops_of_the_finished_model_are_known_only_if_all_are(
         made.train("pretrain")
         made.train("finetune")
         assert known(made.run.path) is None
+
+
+@pytest.mark.parametrize("rows", ["null", '"abc"', '[{"x": 1}]', '[{"phase": "../../x", "module": null}]'])
+def test_flops_are_unknown_if_the_plan_of_the_source_is_damaged(source: Any, tmp_path: Path, rows: str) -> None:
+    copied = source.copy(tmp_path / "run")
+    (copied.run.path / "plan.json").write_text(f'{{"rows": {rows}}}')
+    assert describe_training(str(copied.run.path)) == {"source": str(copied.run.path), "flops": None}
 
 
 def test_report_says_that_flops_are_unknown(source: Any, harness: Harnesses, other: Path) -> None:

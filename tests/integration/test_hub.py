@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import json
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -159,6 +160,22 @@ def test_readme_of_the_user_is_kept(complete: bool, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"README\.md is not the file of an earlier export"):
         export_with_card(tmp_path / "artifact", out)
     assert (out / "README.md").read_text() == "years of work"
+    (out / "README.md").unlink()
+    os.mkfifo(out / "README.md")  # reading it would never end
+    with pytest.raises(ConfigError, match=r"README\.md is not the file of an earlier export"):
+        export_with_card(tmp_path / "artifact", out)
+
+
+def test_text_of_others_stays_in_its_place(tmp_path: Path) -> None:
+    """In the description of a foreign export, and in the strings of a recipe."""
+    artifact("vit_tiny_patch16_224", tmp_path / "artifact")
+    export_with_card(tmp_path / "artifact", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["bigincubate"]["initial_weights"] = "x`\n# A HEADING\n<script>"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    export_with_card(tmp_path / "out", tmp_path / "again")
+    text = (tmp_path / "again" / "README.md").read_text()
+    assert "Training started from `x' # A HEADING <script>`." in text
 
 
 # ------------------------------------------------------------------------------------------------ hub
