@@ -221,8 +221,9 @@ def expected_samples(recipe: Recipe) -> int:
     if path is not None and (samples is None or (Path(path) / "dataset.json").exists()):
         return open_dataset(path, recipe.data.remote).samples["train"]
     if recipe.data.train_samples is None:
+        prepare = format_command("data", "prepare", recipe.data.source or "SOURCE", "--out", "DIR")
         raise ConfigError(
             "the number of training samples is unknown: add --set data.train_samples=N, or --set data.path=DIR after"
-            f" `bigincubate data prepare {recipe.data.source or 'SOURCE'} --out DIR` (with --window N for text)"
+            f" `{prepare}` (with --window N for text)"
         )
     return recipe.data.train_samples

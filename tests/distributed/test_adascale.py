@@ -200,7 +200,7 @@ def test_gain_is_logged_and_the_rate_is_the_one_used(spread: Spread) -> None:
         rate = spread.single.recipe.settings(phase).train.lr
         rows = spread.single.log(phase, module)
         assert [row["train/lr"] for row in rows] == pytest.approx([rate * row["train/gain"] for row in rows])
-        shown = spread.single.events(phase, module).Scalars("train/gain")
+        shown = spread.single.events(phase, module).Scalars("train/step: AdaScale gain")
         assert [event.value for event in shown] == pytest.approx([row["train/gain"] for row in rows])
 
 

@@ -100,7 +100,7 @@ def test_slow_rank_is_named_until_it_is_fast_again(
         assert launcher.wait() == Exit.PREEMPTED, launcher.out
     assert events(run) == [[1], []]
     assert max(row.get("perf/slowest_rank_ratio", 0) for row in one.log("pretrain")) > 1.5
-    assert "perf/slowest_rank_ratio" in one.events("pretrain").Tags()["scalars"]
+    assert "work/slowest rank ratio" in one.events("pretrain").Tags()["scalars"]
     log = "".join(file.read_text() for file in sorted((folder.path / "logs").iterdir()))
     assert log.count("rank 1 (") == 1
     assert "takes" in log
