@@ -47,15 +47,16 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 
 
 def measured_rates(study: Study, entries: Iterable[Entry]) -> dict[str, float]:
-    """Return the FLOP/s of one core by kind of way, for the kinds that have a finished trial in the log."""
-    flops: dict[str, float] = defaultdict(float)
-    seconds: dict[str, float] = defaultdict(float)
+    """Return the FLOP/s of one core by kind of way, for the kinds that have a finished trial in the log.
+
+    It is that of the fastest trial, because others may have shared their core with other programs.
+    """
+    rates: dict[str, float] = defaultdict(float)
     for entry in entries:
-        if "metrics" in entry and entry["way"] in study.ways:
+        if "metrics" in entry and entry["way"] in study.ways and entry["seconds"]:
             kind = study.ways[entry["way"]].kind
-            flops[kind] += entry["flops"]
-            seconds[kind] += entry["seconds"]
-    return {kind: flops[kind] / seconds[kind] for kind in flops if seconds[kind]}
+            rates[kind] = max(rates[kind], entry["flops"] / entry["seconds"])
+    return dict(rates)
 
 
 def describe_plan(costs: Costs, log: TrialLog, rate: float | None) -> str:
