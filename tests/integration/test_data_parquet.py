@@ -107,7 +107,7 @@ def test_row_groups_are_read_once_per_chunk_and_never_back(
     read = reading._GroupReader._read_batches
 
     def count(self: Any) -> Any:
-        opened.append((self._place[0], self._place[2]))
+        opened.append((self._place[0], self._place[3]))
         return read(self)
 
     monkeypatch.setattr(reading._GroupReader, "_read_batches", count)
