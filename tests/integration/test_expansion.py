@@ -6,7 +6,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,17 +142,22 @@ def test_killed_and_resumed_expansion_exports_the_same_bits(fast: Path, tmp_path
     assert "module 0" not in whole.out
 
     folder = tmp_path / "killed"
-    for number, step in ((signal.SIGINT, 10), (signal.SIGKILL, 30)):
+    interrupt_fine_tuning(words, folder, steps=(10, 30))
+    last = run("run", *words, "--run-dir", folder)
+    assert last.wait(240) == 0, last.out + last.err
+    weights = [path / "export" / "model.safetensors" for path in (tmp_path / "whole", folder)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def interrupt_fine_tuning(words: Sequence[Any], folder: Path, steps: tuple[int, int]) -> None:
+    """Stop a run with Ctrl-C after it has saved the first of two steps of fine-tuning, and kill it after the second."""
+    for number, step in zip((signal.SIGINT, signal.SIGKILL), steps, strict=True):
         launched = Command("run", *words, "--run-dir", folder, before=shell)
         reached = partial(has_saved, folder / "finetune" / "checkpoints", step)
         assert launched.until(reached, pause=0.01), launched.out + launched.err
         os.killpg(launched.pid, number)
         assert launched.wait() in (75, -signal.SIGKILL)
     assert not (folder / "finetune" / "DONE").exists()
-    last = run("run", *words, "--run-dir", folder)
-    assert last.wait(240) == 0, last.out + last.err
-    weights = [path / "export" / "model.safetensors" for path in (tmp_path / "whole", folder)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def shell() -> None:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-import signal
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from forked import Command, run
+from forked import run
 from image_trees import write_tree
 from safetensors.torch import load_file, save_file
-from test_expansion import has_saved, shell
+from test_expansion import interrupt_fine_tuning
 from test_pretrained import VIT, hub, publish  # noqa: F401  a fixture
 from timm.layers import resample_abs_pos_embed
 
@@ -314,12 +311,7 @@ def test_killed_and_resumed_fine_tuning_exports_the_same_bits(
     assert whole.wait(240) == 0, whole.out + whole.err
     assert "1 phases" in whole.out
     folder = tmp_path / "killed"
-    for number, step in ((signal.SIGINT, 5), (signal.SIGKILL, 20)):
-        launched = Command("run", *words, "--run-dir", folder, before=shell)
-        assert launched.until(partial(has_saved, folder / "finetune" / "checkpoints", step), pause=0.01), launched.err
-        os.killpg(launched.pid, number)
-        assert launched.wait() in (75, -signal.SIGKILL)
-    assert not (folder / "finetune" / "DONE").exists()
+    interrupt_fine_tuning(words, folder, steps=(5, 20))
     last = run("run", *words, "--run-dir", folder)
     assert last.wait(240) == 0, last.out + last.err
     weights = [path / "export" / "model.safetensors" for path in (tmp_path / "whole", folder)]

@@ -240,7 +240,7 @@ def test_refusal_is_one_line_and_keeps_the_export(
     if case == "wrong token":
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
     if case == "no hub":
-        with socket.socket() as unused:  # a port that nobody listens on
+        with socket.socket() as unused:  # a port without a server
             unused.bind(("127.0.0.1", 0))
             monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}")
     status, says, options = REFUSALS[case]
