@@ -239,14 +239,7 @@ class Runner:
         if (done := RunDir(run).phase("pretrain").result) is not None:
             return done
         recipe = load_recipe(self.study.recipe, [*sets, *([] if seed is None else [f"train.seed={seed}"])])
-        own = recipe.finetune.model_dump(exclude={"budget"})
-        tables = recipe.model_dump(exclude_none=True)
-        tables["pretrain"] = PhaseConfig.model_validate(own).model_dump(exclude_none=True)
-        tables["meta"] = {"init": str(weights)}
-        tables["plan"]["target_depths"] = tables["plan"]["meta_depths"] = [
-            depths[0] if len(depths) == 1 else list(depths) for depths in make_plan(recipe).target
-        ]
-        changed = Recipe.model_validate(tables)
+        changed = recipe_from_weights(recipe, weights)
         file = run.with_suffix(".toml")
         write_text(file, changed.toml())
         lengths = length_sets(self.study, recipe, "finetune", steps)
@@ -254,6 +247,21 @@ class Runner:
         log = run.with_suffix(".log")
         self.commands.run(log, "train", file, "--run-dir", run, "--phase", "pretrain", *options)
         return _phase(RunDir(run), "pretrain")
+
+
+def recipe_from_weights(recipe: Recipe, weights: Path) -> Recipe:
+    """Return a recipe whose pretrain phase trains the target from given weights with the settings of fine-tuning.
+
+    Its meta model is as deep as the target of ``recipe``. What only the fine-tuning of a recipe has, such as its budget,
+    is left out.
+    """
+    settings = recipe.finetune.model_dump(include=set(PhaseConfig.model_fields), exclude_none=True)
+    tables = recipe.model_dump(exclude_none=True)
+    tables["pretrain"], tables["meta"] = settings, {"init": str(weights)}
+    tables["plan"]["target_depths"] = tables["plan"]["meta_depths"] = [
+        depths[0] if len(depths) == 1 else list(depths) for depths in make_plan(recipe).target
+    ]
+    return Recipe.model_validate(tables)
 
 
 def average_weights(artifacts: list[Path], out: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bigincubate.config import PHASES
+from bigincubate.config import PHASES, load_recipe
 from bigincubate.errors import ConfigError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -283,6 +283,17 @@ def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, t
     assert page.read_text().endswith("\nafter\n")
     with pytest.raises(ConfigError, match="no markers of the study other"):
         parts.page.write_between_markers(page, "other", empty)
+
+
+def test_workers_are_trained_with_the_settings_of_fine_tuning(parts: Any, tmp_path: Path) -> None:
+    recipe = load_recipe("digits", ["finetune.train.lr=7e-4", "finetune.export=ema", "ema.decay=0.9"])
+    changed = parts.trial.recipe_from_weights(recipe, tmp_path / "average")
+    assert changed.pretrain.train == recipe.finetune.train
+    assert changed.pretrain.export == "ema"
+    assert changed.meta.init == str(tmp_path / "average")
+    assert changed.plan.meta_depths == changed.plan.target_depths == [8, 8, 8, 8]
+    (tmp_path / "average.toml").write_text(changed.toml())
+    assert load_recipe(tmp_path / "average.toml") == changed
 
 
 def test_mean_of_models_is_an_artifact(parts: Any, tmp_path: Path) -> None:
