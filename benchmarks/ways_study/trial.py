@@ -252,8 +252,8 @@ class Runner:
 def recipe_from_weights(recipe: Recipe, weights: Path) -> Recipe:
     """Return a recipe whose pretrain phase trains the target from given weights with the settings of fine-tuning.
 
-    Its meta model is as deep as the target of ``recipe``. What only the fine-tuning of a recipe has, such as its budget,
-    is left out.
+    Its meta model is as deep as the target of ``recipe``. What only the fine-tuning of a recipe has, such as its
+    budget, is left out.
     """
     settings = recipe.finetune.model_dump(include=set(PhaseConfig.model_fields), exclude_none=True)
     tables = recipe.model_dump(exclude_none=True)
