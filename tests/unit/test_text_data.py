@@ -315,6 +315,18 @@ def test_stream_of_zstandard_is_read_with_pyarrow(tmp_path: Path) -> None:
     assert len(read(tmp_path / "a.jsonl.zst")) == 1000
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.txt", b"caf\xc3\xa9\n"), ("a.html", b"<p>caf\xc3\xa9</p>"), ("a.jsonl", b'{"text": "cafe"}\n')],
+)
+def test_byte_order_mark_is_not_text(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    expected = read(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert read(tmp_path / name) == expected
+    assert expected[0].text
+
+
 def test_lines_that_are_no_documents_are_reported(tmp_path: Path) -> None:
     rows = [{"text": "fine"}, b"\n", b"{\n", b'{"text": "\xff"}\n', [1], {"other": 1}, {"text": 3}, {"text": None}]
     write_lines(tmp_path / "a.jsonl", [*rows, {"text": "\ud800"}])

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -62,7 +63,7 @@ def read_documents(file: TextFile, column: str) -> Iterator[Document]:
 def _read_whole(file: TextFile) -> Iterator[Document]:
     """Yield the content of a file: as one document, or divided into pieces."""
     try:
-        content = Path(file.path).read_bytes()
+        content = Path(file.path).read_bytes().removeprefix(BOM_UTF8)
     except OSError as error:
         yield Document(file.name, b"", error.strerror or type(error).__name__)
         return
@@ -123,7 +124,7 @@ def _read_lines(file: TextFile, column: str) -> Iterator[Document]:
 def _read_line(file: TextFile, number: int, line: bytes, column: str) -> Document:
     name = f"{file.name}:{number:09}"
     try:
-        row = json.loads(line.decode())
+        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
     except UnicodeDecodeError:
         return Document(name, b"", NOT_UTF8)
     except (ValueError, RecursionError):
