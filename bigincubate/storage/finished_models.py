@@ -69,17 +69,24 @@ def identify_weights(source: str) -> str:
         return source
     path = Path(local[1] if local else source)
     try:
-        if not path.is_dir():
-            check_is_file(path)
-            return hash_file(path)
-        if not (path / CONFIG_FILE).exists():
-            return load_manifest(find_artifact(path)).digest
-        files = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS_SUFFIXES or file.name == CONFIG_FILE]
-        for file in files:
-            check_is_file(file)
-        hashes = "".join(f"{file.name} {hash_file(file)}\n" for file in files)
+        return _hash_weights(path)
     except OSError as error:
-        raise ArtifactError(f"{quote_path(path)}: {error.strerror}") from None
+        raise ArtifactError(f"finetune.init = {source!r}: {quote_path(path)}: {error.strerror}") from None
+    except ArtifactError as error:
+        raise ArtifactError(f"finetune.init = {source!r}: {error}") from None
+
+
+def _hash_weights(path: Path) -> str:
+    """Return the SHA-256 of the weights in an artifact, a file, or a folder in the format of a model's library."""
+    if not path.is_dir():
+        check_is_file(path)
+        return hash_file(path)
+    if not (path / CONFIG_FILE).exists():
+        return load_manifest(find_artifact(path)).digest
+    files = [file for file in sorted(path.iterdir()) if file.suffix in WEIGHTS_SUFFIXES or file.name == CONFIG_FILE]
+    for file in files:
+        check_is_file(file)
+    hashes = "".join(f"{file.name} {hash_file(file)}\n" for file in files)
     return hashlib.sha256(hashes.encode()).hexdigest()
 
 

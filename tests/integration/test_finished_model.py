@@ -435,6 +435,7 @@ def test_missing_and_unfinished_models_are_refused(
     for init, kind, says in refused:
         with pytest.raises(kind, match=says) as caught:
             harness(*on_other(init, other))
+        assert str(caught.value).startswith(f"finetune.init = '{init}': ")
         assert "\n" not in str(caught.value)
     module = harness(*on_other(source.run.phase("incubate", 0).path, other))
     with pytest.raises(ArtifactError, match="is module 0, a part of a model; give a run or a full model"):
