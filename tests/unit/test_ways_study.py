@@ -288,7 +288,7 @@ def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, t
 def test_workers_are_trained_with_the_settings_of_fine_tuning(parts: Any, tmp_path: Path) -> None:
     recipe = load_recipe("digits", ["finetune.train.lr=7e-4", "finetune.export=ema", "ema.decay=0.9"])
     changed = parts.trial.recipe_from_weights(recipe, tmp_path / "average")
-    assert changed.pretrain.train == recipe.finetune.train
+    assert changed.pretrain.model_dump()["train"] == recipe.finetune.model_dump()["train"]
     assert changed.pretrain.export == "ema"
     assert changed.meta.init == str(tmp_path / "average")
     assert changed.plan.meta_depths == changed.plan.target_depths == [8, 8, 8, 8]
