@@ -42,6 +42,7 @@ from ways_study.page import Results, draw_frontier, markdown, write_between_mark
 from ways_study.trial import Commands, Runner, Stopped
 
 from bigincubate.errors import BigincubateError, Exit
+from bigincubate.tasks.names import modules_to_preload
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 
@@ -199,8 +200,10 @@ def run_action(args: argparse.Namespace) -> int:
             for trial in trials
             if (not args.ways or trial.way.name in args.ways) and (not args.budgets or trial.budget in args.budgets)
         ]
-        runner = Runner(costs, args.out or Path("runs/ways") / study.name, Commands(), keep=args.keep)
-        if not run_trials(wanted, runner, log, args.jobs, digest):
+        with Commands(modules_to_preload(study.load_recipe("validation").task.name)) as commands:
+            runner = Runner(costs, args.out or Path("runs/ways") / study.name, commands, keep=args.keep)
+            complete = run_trials(wanted, runner, log, args.jobs, digest)
+        if not complete:
             print("not all trials have a result; run the same command again to resume")
             return int(Exit.PREEMPTED)
     return int(Exit.DONE)

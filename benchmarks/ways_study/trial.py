@@ -8,18 +8,21 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
+import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bigincubate import __version__
 from bigincubate.config import PHASES, Phase, Recipe, load_recipe
 from bigincubate.config.sections import PhaseConfig
-from bigincubate.distributed.parent_death import PARENT_VARIABLE
+from bigincubate.distributed.parent_death import PARENT_VARIABLE, adopt_orphans
 from bigincubate.errors import Exit
 from bigincubate.files import write_text
+from bigincubate.launchers.fork_server import COMMAND, ForkServers, can_fork
+from bigincubate.launchers.rank_group import RankProcess, start_process
 from bigincubate.planning.cost import cost_plan
 from bigincubate.planning.identity import phase_identity
 from bigincubate.planning.phases import make_plan
@@ -33,6 +36,7 @@ from .log import Entry, Trial
 ROOT = Path(__file__).resolve().parents[2]
 # a command that ended with one of these did not fail; the same trial is resumed later
 STOPPED = {Exit.PREEMPTED, Exit.INTERRUPTED, Exit.LOCKED}
+POLL_SECONDS = 0.05  # between two looks at a command
 
 
 class Stopped(Exception):
@@ -48,11 +52,33 @@ class TrialFailed(Exception):
 
 
 class Commands:
-    """Runs commands of bigincubate on one core each, and stops them all together. May be used by several threads."""
+    """Runs commands of bigincubate on one core each, and stops them all together. May be used by several threads.
 
-    def __init__(self) -> None:
-        self._running: set[subprocess.Popen[str]] = set()
+    Commands are forked from a process that has already imported torch. They must therefore run within a context:
+    ``with Commands() as commands``.
+
+    Args:
+        modules: Modules that the commands import besides those that every phase needs.
+    """
+
+    def __init__(self, modules: Sequence[str] = ()) -> None:
+        self._servers, self._orphans = ForkServers(modules), adopt_orphans()
+        self._environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            PARENT_VARIABLE: str(os.getpid()),  # a phase stops if this process is killed
+        }
+        self._running: set[RankProcess] = set()
         self._lock, self._stopped = threading.RLock(), False  # `stop` may interrupt itself
+
+    def __enter__(self) -> Commands:
+        self._orphans.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._servers.kill()
+        self._orphans.__exit__(None, None, None)
 
     def run(self, log: Path, *words: object) -> None:
         """Run a command, with its output in a file.
@@ -62,30 +88,27 @@ class Commands:
             TrialFailed: The command failed.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            PARENT_VARIABLE: str(os.getpid()),  # a phase stops if this process is killed
-        }
-        command = [sys.executable, "-m", "bigincubate", *map(str, words)]
-        with log.open("w") as file:
-            with self._lock:
-                if self._stopped:
-                    raise Stopped
-                # a session of its own, so that Ctrl-C reaches it once, through `stop`
-                process = subprocess.Popen(
-                    command, stdout=file, stderr=file, text=True, env=environment, start_new_session=True
-                )
-                self._running.add(process)
-            code = process.wait()
-            with self._lock:
-                self._running.discard(process)
+        log.unlink(missing_ok=True)
+        with self._lock:
+            if self._stopped:
+                raise Stopped
+            process = self._start([*COMMAND, *map(str, words)], log)
+            self._running.add(process)
+        while (code := process.poll()) is None:
+            time.sleep(POLL_SECONDS)
+        with self._lock:
+            self._running.discard(process)
+            self._servers.reap_orphans()
         if code in STOPPED or code < 0 or (code and self._stopped):
             raise Stopped
         if code:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise TrialFailed(lines[-1] if lines else f"exit code {code}", diverged=code == Exit.NON_FINITE)
+
+    def _start(self, command: list[str], log: Path) -> RankProcess:
+        if can_fork(1, []):
+            return self._servers.find(self._environment).start_process(command, self._environment, log)
+        return start_process(command, self._environment, log)
 
     def stop(self) -> None:
         """Ask all commands to write a checkpoint and to end, and start no others."""
@@ -150,8 +173,9 @@ class Runner:
         if kind in ("incubate", "expand"):
             run = RunDir(folder / "run")
             self._fork(meta, run.path, sets, folder)
-            words = ("run", self.study.recipe, "--run-dir", run.path, "--jobs", 1, *_options(sets))
-            self.commands.run(folder / "run.log", *words)
+            for module in make_plan(load_recipe(self.study.recipe, sets)).incubated:
+                self._train_phase(run.path, "incubate", sets, folder, module)
+            self._train_phase(run.path, "finetune", sets, folder)
             found = run.update_summary()
             before = {"meta": found["meta"]["metrics"]}
             if kind == "incubate":
@@ -220,12 +244,15 @@ class Runner:
             self._train_phase(run.path, "pretrain", sets, self.out / "logs")
         return run
 
-    def _train_phase(self, run: Path, phase: Phase, sets: list[str], logs: Path) -> dict[str, Any]:
+    def _train_phase(
+        self, run: Path, phase: Phase, sets: list[str], logs: Path, module: int | None = None
+    ) -> dict[str, Any]:
         """Train a phase unless it is done, and return its result."""
-        if RunDir(run).phase(phase).result is None:
-            words = ("train", self.study.recipe, "--run-dir", run, "--phase", phase, *_options(sets))
-            self.commands.run(logs / f"{run.name}-{phase}.log", *words)
-        return _phase(RunDir(run), phase)
+        if RunDir(run).phase(phase, module).result is None:
+            name, number = (phase, ()) if module is None else (f"{phase}-{module}", ("--module", module))
+            words = ("train", self.study.recipe, "--run-dir", run, "--phase", phase, *number, *_options(sets))
+            self.commands.run(logs / f"{run.name}-{name}.log", *words)
+        return _phase(RunDir(run), phase, module)
 
     def _fork(self, meta: RunDir, run: Path, sets: list[str], logs: Path) -> None:
         """Make a run that has the meta model of another run, unless it exists."""
@@ -281,8 +308,8 @@ def _options(sets: list[str]) -> list[str]:
     return [word for item in sets for word in ("--set", item)]
 
 
-def _phase(run: RunDir, phase: Phase) -> dict[str, Any]:
-    result = PhaseDir(run.phase(phase).path).result
+def _phase(run: RunDir, phase: Phase, module: int | None = None) -> dict[str, Any]:
+    result = PhaseDir(run.phase(phase, module).path).result
     assert result is not None  # the command that trains it ended without an error
     return result
 
