@@ -63,13 +63,14 @@ def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
 
     if get_token() is None:
         raise HubError(f"{name} was not pushed: no token of the hub; set HF_TOKEN, or log in with: hf auth login")
-    api = HfApi(library_name="bigincubate", library_version=__version__)
+    api, failed = HfApi(library_name="bigincubate", library_version=__version__), f"{name} was not pushed"
     try:
         try:
             found = bool(api.model_info(name).private)
         except RepositoryNotFoundError:
             # None: what the organization has chosen, which is public unless it says otherwise
             api.create_repo(name, private=private or None, exist_ok=True)
+            failed += ", but its repository was created"
         else:
             _check_visibility(name, found=found, private=private)
         files = list(EXPORTED_FILES)
@@ -83,9 +84,9 @@ def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
     except ConfigError:
         raise
     except HfHubHTTPError as error:
-        raise HubError(f"{name} was not pushed: {_describe_refusal(error)}") from None
+        raise HubError(f"{failed}: {_describe_refusal(error)}") from None
     except Exception as error:  # of the library for HTTP, which depends on the version of huggingface_hub
-        raise HubError(f"{name} was not pushed: {api.endpoint}: {_describe_failure(error)}") from None
+        raise HubError(f"{failed}: {api.endpoint}: {_describe_failure(error)}") from None
     return str(commit.commit_url)
 
 

@@ -248,6 +248,7 @@ def test_refusal_is_one_line_and_keeps_the_export(
     code, printed, error = call("export", done.run.path, "--out", out, *options)
     assert (code, error.count("\n")) == (status, 1), error
     assert says in error
+    assert ("but its repository was created" in error) == ("me/model" in logged_in.repositories)
     assert "hf_secret" not in printed + error
     assert not any(repository.files for repository in logged_in.repositories.values())
     if "exists" in says or status == 3:
