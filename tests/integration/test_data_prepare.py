@@ -110,7 +110,10 @@ def test_held_out_shares_follow_the_class_sizes() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda root: "nowhere", "no such source: /.*/nowhere"),
+        (
+            lambda root: "nowhere",
+            "no such source: /.*/nowhere; expected a file, a folder, or digits, digits-dev, made-up$",
+        ),
         (lambda root: (root / "empty").mkdir() or "empty", "no images in"),
         (lambda root: (root / "tree" / "a").mkdir(parents=True) or "tree", "no images in"),
         (lambda root: (root / "notes.txt").write_text("x") and "notes.txt", "unknown kind of source"),

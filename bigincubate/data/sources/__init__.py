@@ -101,7 +101,7 @@ def read_source(source: str, val_fraction: float, columns: Mapping[str, str] | N
             return found
     path, known = request.path, ", ".join(form.title for form in FORMS) + ", or " + " or ".join(EMBEDDED)
     if not os.path.lexists(path):
-        raise DataError(f"no such source: {quote_path(path)}; expected {known}")
+        raise DataError(f"no such source: {quote_path(path)}; expected a file, a folder, or {', '.join(EMBEDDED)}")
     action = UNREAD_FORMATS.get(path.suffix.lower())
     if action == ALONE:
         raise damaged_archive(path, f"it does not begin as a {path.suffix} file")
