@@ -2,9 +2,10 @@
 
 `streaming` numbers its shared memory from zero without a lock, so jobs that start at the same time collide; it
 synchronizes all ranks; errors in its prefetch threads are lost; it lists every folder of the data; each worker
-computes the order of an epoch and keeps its part; and the shared memory stays open until the process ends. To avoid
-this, these private names are used: ``shared.prefix._each_prefix_int``, ``shared.memory.atexit``, ``_shard_states``,
-``_resume``, ``_get_work``, ``_each_sample_id``.
+computes the order of an epoch and keeps its part; its threads go on, and keep the data set in memory, if iteration
+stops early; and the shared memory stays open until the process ends. To avoid this, these private names are used:
+``shared.prefix._each_prefix_int``, ``shared.memory.atexit``, ``_shard_states``, ``_resume``, ``_get_work``,
+``_each_sample_id``, ``_iterator``.
 """
 
 from __future__ import annotations
@@ -98,6 +99,17 @@ class IsolatedStreamingDataset(StreamingDataset):
         """
         self._start[:] = obj["epoch"], obj["sample_in_epoch"]
         self._compute_order()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the samples of an epoch. If iteration stops early, the threads that read ahead end soon after.
+
+        They are not waited for, because a thread may be in the middle of a download.
+        """
+        try:
+            yield from super().__iter__()
+        finally:
+            if hasattr(self, "_iterator"):  # there is none if the epoch was empty
+                self._iterator.non_blocking_exit()
 
     @property
     def epoch(self) -> int:

@@ -271,19 +271,27 @@ def test_streams_that_are_gone_leave_no_open_files_and_no_memory(info: DatasetIn
 
     def read_some() -> int:
         train = stream(info)
+        train._loader.dataset.predownload = 16  # so that the threads that read ahead do not reach the end by themselves
         next(train.batches(0))
         return train._loader.dataset.memory_prefix
 
     def open_files() -> list[str]:
-        gc.collect()
         files = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
         return sorted(os.readlink(file) for file in files if file.is_symlink())  # not that of the listing itself
 
-    read_some()  # the first one starts what stays until the end of the process
+    def wait_for(condition: Callable[[], bool]) -> bool:
+        """Wait for the threads that read ahead, which end by themselves."""
+        deadline = time.monotonic() + 30
+        while not condition() and time.monotonic() < deadline:
+            gc.collect()  # a cycle may hold the data set
+            time.sleep(0.01)
+        return condition()
+
+    first = read_some()  # the first one starts what stays until the end of the process
+    assert wait_for(lambda: not left_by(first))
     before = open_files()
-    claim = read_some()
-    gc.collect()  # a cycle may have held it
-    assert not left_by(claim)
+    second = read_some()
+    assert wait_for(lambda: not left_by(second))
     assert open_files() == before
 
 
