@@ -379,6 +379,10 @@ class IncubateConfig(PhaseConfig):
     boundary: Literal["own", "meta"] = "own"
     """Where the layers before the first and after the last block (embeddings; final norm and head) come from: own (the
     first and the last module train them) or meta (those of the meta model, frozen in every hybrid)."""
+    optimizer: Literal["fresh", "kept"] = "fresh"
+    """Optimizer state with which a module starts, and with which fine-tuning starts with it: fresh (none) or kept (each
+    tensor that is copied from the meta model has the state of the last checkpoint there, and in fine-tuning each tensor
+    of the module that of the module's last checkpoint). `"kept"` is refused as for `expand.optimizer`."""
 
 
 Budget = Literal["equal_flops", "epochs"]

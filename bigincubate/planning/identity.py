@@ -17,7 +17,7 @@ from ..models.drop_path import block_drop_path_rates
 from ..models.partition import Partition
 from ..storage.artifacts import Lineage
 from .lineage import phase_inputs
-from .phases import PhasePlan, Plan
+from .phases import PhasePlan, Plan, Source
 from .planned_row import PlannedRow
 
 SCHEMA_VERSION = 1
@@ -29,8 +29,12 @@ ORDER_KEYS = ("data.shuffle", "data.canonical_nodes", "data.shuffle_block_size")
 DECAY_KEYS = {"schedule.decay", "schedule.decay_share", "schedule.min_lr"}
 PHASE_KEYS: dict[Phase, tuple[str, ...]] = {
     "pretrain": ("meta.init", "meta.select"),
-    "incubate": ("incubate.init", "incubate.boundary"),
+    "incubate": ("incubate.init", "incubate.boundary", "incubate.optimizer"),
     "end_to_end": ("end_to_end.init",),
+}
+SOURCE_KEYS: dict[Source, tuple[str, ...]] = {  # of phases that have modules from this source
+    "module": ("incubate.optimizer",),
+    "expand": ("expand.init", "expand.optimizer"),
 }
 
 
@@ -55,15 +59,16 @@ def phase_identity(
         decay in the phase, and every identity key that the phase uses and whose value differs from the default.
     """
     settings = recipe.settings(row.phase)
-    expand = ["expand.init", "expand.optimizer"] if any(slot.source == "expand" for slot in row.slots) else []
-    keys = (*ORDER_KEYS, *PHASE_KEYS.get(row.phase, ()), *expand, f"{row.phase}.export")
+    sources = [slot.source for slot in row.slots]
+    start = [key for source, keys in SOURCE_KEYS.items() if source in sources for key in keys]
+    keys = (*ORDER_KEYS, *PHASE_KEYS.get(row.phase, ()), *start, f"{row.phase}.export")
     values, defaults = recipe.flat(), Recipe(plan=recipe.plan).flat()
     used = {key: values[key] for key in keys if values.get(key) != defaults.get(key)}
     defaults = Settings().flat()
     for key, value in settings.flat().items():
         if value != defaults.get(key) and key not in RESOLVED_KEYS and not is_execution(key):
             used[key] = value
-    if any(slot.source == "finished" for slot in row.slots):
+    if "finished" in sources:
         used["finetune.init"] = weights
     if planned.schedule_start:
         used["schedule_start"] = planned.schedule_start

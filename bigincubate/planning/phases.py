@@ -211,33 +211,44 @@ def make_plan(recipe: Recipe) -> Plan:
             load_object(name, key="optim.lr_scaling")
     expanded = frozenset(range(len(target))).difference(config.incubated)
     if expanded and recipe.expand.optimizer == "kept":
-        _check_kept_optimizer(recipe.settings("pretrain"), recipe.settings("finetune"))
+        _check_kept_optimizer(recipe, "expand.optimizer", "pretrain", "finetune")
+    if config.incubated and recipe.incubate.optimizer == "kept":
+        if recipe.incubate.init != "fresh":
+            _check_kept_optimizer(recipe, "incubate.optimizer", "pretrain", "incubate")
+        _check_kept_optimizer(recipe, "incubate.optimizer", "incubate", "finetune")
     start, boundary = recipe.end_to_end.init, recipe.incubate.boundary
     return Plan(family, target, meta, expanded, start, boundary, recipe.finetune.init)
 
 
-def _check_kept_optimizer(meta: Settings, fine: Settings) -> None:
-    """Check that fine-tuning can start with optimizer state of the meta model.
+def _check_kept_optimizer(recipe: Recipe, key: str, source: Phase, phase: Phase) -> None:
+    """Check that a phase can start with the optimizer state of another phase.
+
+    Args:
+        recipe: The recipe.
+        key: The key that asks for it.
+        source: The phase that the state comes from.
+        phase: The phase that starts with it.
 
     Raises:
         ConfigError: It cannot: the optimizers differ, or the steps of new and of copied tensors cannot be counted
             separately.
     """
-    key, instead = 'expand.optimizer = "kept"', 'or expand.optimizer = "fresh"'
-    name, strategy = fine.optim.name, fine.sharding.strategy
-    if meta.optim.name != name:
+    before, settings = recipe.settings(source), recipe.settings(phase)
+    kept, instead = f'{key} = "kept"', f'or {key} = "fresh"'
+    name, strategy = settings.optim.name, settings.sharding.strategy
+    if before.optim.name != name:
         raise ConfigError(
-            f"{key}: finetune.optim.name = {name!r}, but that of the meta model is {meta.optim.name!r}; use the same,"
+            f"{kept}: {phase}.optim.name = {name!r}, but {source}.optim.name = {before.optim.name!r}; use the same,"
             f" {instead}"
         )
     if strategy.startswith("zero"):
         raise ConfigError(
-            f"{key}: DeepSpeed counts the steps of all tensors together, but new tensors start at step 0; use"
-            f' finetune.sharding.strategy = "ddp", "fsdp2" or "oss" (given: "{strategy}"), {instead}'
+            f"{kept}: DeepSpeed counts the steps of all tensors together, but not all have as many; use"
+            f' {phase}.sharding.strategy = "ddp", "fsdp2" or "oss" (given: "{strategy}"), {instead}'
         )
-    if counts_steps_together(fine):
+    if counts_steps_together(settings):
         raise ConfigError(
-            f"{key}: {name} counts the steps of all tensors together, but new tensors start at step 0; use another"
+            f"{kept}: {name} counts the steps of all tensors together, but not all have as many; use another"
             f' optim.name, such as "adamw", {instead}'
         )
 

@@ -1,61 +1,93 @@
-"""Start fine-tuning with the optimizer state of the meta model, for the tensors that are copied from it."""
+"""Start a phase with the optimizer state of the phases from which its weights are copied."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 from ..errors import ArtifactError, format_command
 from ..files import read_json
+from ..models.partition import Partition, hybrid_depths
 from ..models.surgery import find_copied_tensors
 from ..planning.context import PhaseContext
 from ..planning.identity import checkpoint_digest
+from ..planning.lineage import PhaseInput, expected_lineage
 from ..planning.planned_row import load_planned_rows
 from ..sharding import Sharding
-from ..storage.artifacts import Lineage
 from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
 from ..storage.lease import Lease
 
+META = PhaseInput("pretrain", None)
+
+
+class _KeptState(NamedTuple):
+    """The optimizer state that a phase takes from another one: names of parameters there by name in this phase."""
+
+    key: str  # the recipe key that asks for it
+    source: PhaseInput
+    names: dict[str, str]
+
 
 def load_kept_state(context: PhaseContext, sharding: Sharding) -> None:
-    """Load the optimizer state of the meta model if ``expand.optimizer`` is ``kept``. Must be called on all ranks.
+    """Load the optimizer state that ``incubate.optimizer`` and ``expand.optimizer`` keep. Must be called on all ranks.
 
     A tensor that is copied several times gives its state to every copy. All other tensors start without state, and so
-    do copies whose shape differs from that in the meta model.
+    do copies whose shape differs from that in the phase that they come from.
 
     Args:
-        context: The phase; nothing is loaded if it makes no modules from the meta model.
+        context: The phase.
         sharding: The phase's sharding strategy, with an optimizer without state.
 
     Raises:
-        ArtifactError: The last checkpoint of the meta model is missing or damaged.
+        ArtifactError: The last checkpoint of a phase that the state comes from is missing or damaged.
     """
-    expanded = [module for module, slot in enumerate(context.row.slots) if slot.source == "expand"]
-    if context.recipe.expand.optimizer != "kept" or not expanded:
-        return
-    checkpoint = _load_last_meta_checkpoint(context)
-    copied = find_copied_tensors(
-        sharding.trainable, context.partition, expanded, context.meta_partition, context.recipe.expand.init
-    )
-    sharding.load_optimizer_state(checkpoint.tensors, copied)
+    for kept in _find_kept_states(context, sharding.trainable):
+        if kept.names:
+            checkpoint = _load_last_checkpoint(context, kept)
+            sharding.load_optimizer_state(checkpoint.tensors, kept.names)
 
 
-def _load_last_meta_checkpoint(context: PhaseContext) -> Checkpoint:
-    """Return the checkpoint after the last step of the meta model.
+def _find_kept_states(context: PhaseContext, names: dict[str, Any]) -> Iterator[_KeptState]:
+    recipe, row, partition, meta = context.recipe, context.row, context.partition, context.meta_partition
+    key = "incubate.optimizer"
+    if recipe.expand.optimizer == "kept":
+        modules = [module for module, slot in enumerate(row.slots) if slot.source == "expand"]
+        copied = find_copied_tensors(names, partition, modules, meta, recipe.expand.init)
+        yield _KeptState("expand.optimizer", META, copied)
+    if recipe.incubate.optimizer == "kept" and row.module is not None:
+        copied = find_copied_tensors(names, partition, [row.module], meta, recipe.incubate.init)
+        yield _KeptState(key, META, copied)
+    for module, slot in enumerate(row.slots if recipe.incubate.optimizer == "kept" else ()):
+        if slot.source != "module":
+            continue
+        hybrid = Partition(partition.family, hybrid_depths(context.plan.target, context.plan.meta, module))
+        copied = find_copied_tensors(names, partition, [module], hybrid, "grow")  # it has all blocks of the module
+        untrained = {name for name in copied if recipe.incubate.boundary == "meta" and partition.is_boundary(name)}
+        yield _KeptState(key, META, {name: name for name in untrained})
+        trained = {name: source for name, source in copied.items() if name not in untrained}
+        yield _KeptState(key, PhaseInput("incubate", module), trained)
+
+
+def _load_last_checkpoint(context: PhaseContext, kept: _KeptState) -> Checkpoint:
+    """Return the checkpoint after the last step of a phase.
 
     Raises:
         ArtifactError: It is missing or damaged.
     """
-    run, folder = context.run, context.run.phase("pretrain")
+    run, source, key = context.run, kept.source, kept.key
+    folder = run.phase(source.phase, source.module)
     stored = load_planned_rows((read_json(run.path / "plan.json") or {}).get("rows", []))
-    meta = next(row for row in stored if row.phase == "pretrain")
-    lineage = Lineage(meta.identity, meta.data, {})
-    digest = partial(checkpoint_digest, lineage, meta.stable_steps)
+    row = next(row for row in stored if row.key == source.key)
+    lineage = expected_lineage(run, source.phase, source.module)
+    digest = partial(checkpoint_digest, lineage, row.stable_steps)
     reader = CheckpointManager(folder.checkpoints, context.env, context.env, digest=digest, keep=2, lease=Lease())
     checkpoint = reader.load_latest()
-    if checkpoint is None or checkpoint.step != meta.steps:
-        train = format_command("train", run.recipe_file, "--run-dir", run.path, "--phase", "pretrain")
+    if checkpoint is None or checkpoint.step != row.steps:
+        module = () if source.module is None else ("--module", source.module)
+        train = format_command("train", run.recipe_file, "--run-dir", run.path, "--phase", source.phase, *module)
         raise ArtifactError(
-            f'expand.optimizer = "kept" needs the checkpoint of step {meta.steps} in {folder.checkpoints}, which is'
-            f' missing or damaged; use expand.optimizer = "fresh", or remove {folder.path} and train it with: {train}'
+            f'{key} = "kept" needs the checkpoint of step {row.steps} in {folder.checkpoints}, which is'
+            f' missing or damaged; use {key} = "fresh", or remove {folder.path} and train it with: {train}'
         )
     return checkpoint

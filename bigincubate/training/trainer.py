@@ -127,8 +127,9 @@ class Trainer:
         """Train from the last checkpoint to the end, write the artifact, and return the result."""
         if (checkpoint := self.checkpoints.load_latest()) is not None:
             self.restore(checkpoint)
-        elif self.row.is_assembled:
-            self.finish_assembly()
+        else:
+            if self.row.is_assembled:
+                self.finish_assembly()
             load_kept_state(self.context, self.sharding)
         self.metrics = self.open_metrics()
         if self.state.step == 0:
@@ -434,9 +435,8 @@ class Trainer:
 
     def write_artifact(self, folder: PhaseDir, tensors: dict[str, Tensor], export: Any) -> None:
         """Write the weights of the model, or of a module under its names in the target, as an artifact."""
-        module = self.row.module
+        about, start, module = self.data.schema.metadata, self.parts.initial_weights, self.row.module
         depths = self.row.depths if module is None else self.context.plan.target
-        about, start = self.data.schema.metadata, self.parts.initial_weights
         manifest = ArtifactManifest(
             kind="model" if module is None else "module",
             phase=self.row.phase if folder is self.folder else "assembled",

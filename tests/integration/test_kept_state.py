@@ -1,4 +1,4 @@
-"""Fine-tuning that starts with the optimizer state of the meta model, where tensors are copied from it."""
+"""Phases that start with the optimizer state of the phases from which their weights are copied."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from bigincubate.training.kept_state import load_kept_state
 
 Harnesses = Callable[..., Any]
 KEPT = ("plan.incubate=none", "finetune.budget=epochs", "expand.optimizer=kept", "pretrain.train.max_steps=5")
+INCUBATED = ("incubate.optimizer=kept", "pretrain.train.max_steps=5", "incubate.train.max_steps=3")
 
 
-def checkpoint(made: Any, phase: str, step: int) -> ShardedTensorReader:
-    return ShardedTensorReader((made.run.phase(phase).checkpoints / f"step-{step:08d}").glob("rank-*.safetensors"))
+def checkpoint(made: Any, phase: str, step: int, module: int | None = None) -> ShardedTensorReader:
+    folder = made.run.phase(phase, module).checkpoints / f"step-{step:08d}"
+    return ShardedTensorReader(folder.glob("rank-*.safetensors"))
 
 
 def block(name: str) -> int | None:
@@ -87,6 +89,46 @@ def test_module_that_is_incubated_starts_without_state(harness: Harnesses) -> No
     assert "patch_embed.proj.weight" not in found
 
 
+@pytest.mark.parametrize("boundary", ["own", "meta"])
+@pytest.mark.parametrize("init", ["grow", "stack", "fresh"])
+def test_module_goes_on_with_the_state_of_the_meta_model_and_fine_tuning_with_that_of_the_module(
+    init: str, boundary: str, harness: Harnesses
+) -> None:
+    made = harness(*INCUBATED, f"incubate.init={init}", f"incubate.boundary={boundary}", "finetune.train.max_steps=0")
+    made.train("pretrain")
+    for module in (0, 1):
+        made.train("incubate", module)
+    made.train("finetune")
+    meta, fine = checkpoint(made, "pretrain", 5), checkpoint(made, "finetune", 0)
+    first, second = (checkpoint(made, "incubate", 3, module) for module in (0, 1))
+    # module 0 of the target is blocks 0 and 1, as in its hybrid; module 1 is blocks 2 and 3, in its hybrid 1 and 2
+    steps = {name: int(first[f"optim/step/blocks.{name}.attn.qkv.weight"]) for name in (0, 1)}
+    assert steps == {0: 3 if init == "fresh" else 8, 1: 8 if init == "stack" else 3}
+    expected = {path: first[path] for path in first if path.startswith("optim/")}
+    for path in second:
+        if path.startswith("optim/"):
+            expected[path.replace("blocks.2.", "blocks.3.").replace("blocks.1.", "blocks.2.")] = second[path]
+    if boundary == "meta":  # frozen in every hybrid
+        assert "optim/step/head.weight" not in expected
+        expected |= {path: meta[path] for path in meta if path.startswith("optim/") and "blocks." not in path}
+    found = {path: fine[path] for path in fine if path.startswith("optim/")}
+    assert found.keys() == expected.keys()
+    assert any(value.count_nonzero() for path, value in expected.items() if "exp_avg/blocks.3." in path)
+    assert all(torch.equal(found[path], value) for path, value in expected.items())
+    steps = {name: int(found[f"optim/step/{name}"]) for name in ("head.weight", "patch_embed.proj.weight")}
+    assert set(steps.values()) == {5 if boundary == "meta" else 3 if init == "fresh" else 8}
+
+
+def test_state_of_modules_is_fresh_unless_it_is_kept(harness: Harnesses) -> None:
+    fresh, kept = harness(), harness("incubate.optimizer=kept")
+    assert not [row.key for row in fresh.rows if "incubate.optimizer" in row.identity]
+    assert [row.key for row in kept.rows if row.identity.get("incubate.optimizer") == "kept"] == [
+        "incubate/0",
+        "incubate/1",
+        "finetune",
+    ]
+
+
 def test_tensor_of_another_shape_starts_without_state(harness: Harnesses) -> None:
     """Fine-tuning on larger images resamples the position embedding."""
     made = harness(*KEPT, "finetune.model.img_size=10", "finetune.train.max_steps=0")
@@ -129,13 +171,57 @@ def test_missing_checkpoint_of_the_meta_model_is_one_line(kept: int, harness: Ha
     assert "\n" not in str(caught.value)
 
 
+def test_resumed_incubation_and_fine_tuning_compute_the_same_bits(harness: Harnesses, tmp_path: Path) -> None:
+    lengths = ("checkpoint.every_steps=2", "incubate.train.max_steps=4", "finetune.train.max_steps=4")
+    whole = harness("incubate.optimizer=kept", "incubate.init=stack", *lengths)
+    phases = (("pretrain", None), ("incubate", 0), ("incubate", 1), ("finetune", None))
+    for phase, module in phases:
+        whole.train(phase, module)
+    for phase, module in phases[2:]:
+        stopped = whole.copy(tmp_path / phase)
+        folder = stopped.run.phase(phase, module)
+        (folder.path / "DONE").unlink()
+        shutil.rmtree(folder.artifact)
+        shutil.rmtree(folder.checkpoints / "step-00000004")
+        stopped.train(phase, module)
+        found, expected = stopped.weights(phase, module), whole.weights(phase, module)
+        assert all(torch.equal(found[name], expected[name]) for name in found.keys() | expected.keys())
+
+
+def test_missing_checkpoint_of_a_module_is_one_line(harness: Harnesses) -> None:
+    made = harness(*INCUBATED)
+    for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1)):
+        made.train(phase, module)
+    shutil.rmtree(made.run.phase("incubate", 1).checkpoints)
+    trainer = made.trainer("finetune")
+    with pytest.raises(ArtifactError, match=r'^incubate\.optimizer = "kept" needs the checkpoint of step 3 ') as caught:
+        load_kept_state(trainer.context, trainer.sharding)
+    assert str(caught.value).endswith("--phase incubate --module 1")
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("sets", "says"),
     [
-        (
-            ["finetune.optim.name=sgd"],
-            "finetune.optim.name = 'sgd', but that of the meta model is 'adamw'; use the same",
-        ),
+        (["incubate.optim.name=sgd"], "incubate.optim.name = 'sgd', but pretrain.optim.name = 'adamw'; use the same"),
+        (["finetune.optim.name=sgd"], "finetune.optim.name = 'sgd', but incubate.optim.name = 'adamw'; use the same"),
+        (["optim.name=lamb"], "lamb counts the steps of all tensors together"),
+        (["incubate.sharding.strategy=zero2"], 'use incubate.sharding.strategy = "ddp", "fsdp2" or "oss"'),
+    ],
+)
+def test_state_that_a_module_cannot_keep_is_refused_before_any_phase(sets: list[str], says: str, fast: Path) -> None:
+    kept = ["incubate.optimizer=kept", "incubate.init=grow", *sets]
+    with pytest.raises(ConfigError, match=r'^incubate\.optimizer = "kept": ') as caught:
+        make_plan(load_recipe(fast, kept))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    make_plan(load_recipe(fast, [*kept, "plan.incubate=none"]))
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (["finetune.optim.name=sgd"], "finetune.optim.name = 'sgd', but pretrain.optim.name = 'adamw'; use the same"),
         (["optim.name=lamb"], "lamb counts the steps of all tensors together"),
         (["finetune.sharding.strategy=zero1"], 'use finetune.sharding.strategy = "ddp", "fsdp2" or "oss"'),
     ],

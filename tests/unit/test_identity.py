@@ -76,6 +76,7 @@ TABLE = {
     "meta.select": "P",
     "incubate.init": "I",
     "incubate.boundary": "I",
+    "incubate.optimizer": "IF",
     "finetune.budget": "",  # every module is incubated
     "end_to_end.budget": "E",
     "pretrain.handover": "PE",  # the baseline at equal FLOPs is as much shorter
