@@ -117,7 +117,7 @@ def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes; is this a recipe?")
-        raw = tomllib.loads(file.read_text())
+        raw = tomllib.loads(file.read_text("utf-8-sig"))  # some editors write a byte order mark
     except (ValueError, RecursionError) as error:  # RecursionError: nested more deeply than Python's limit
         raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
     except OSError as error:

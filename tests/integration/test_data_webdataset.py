@@ -98,9 +98,10 @@ def test_shards_have_the_images_of_the_folder(tree: Path, tmp_path: Path, write:
     assert prepare_dataset(str(shards), tmp_path / "out") == info
 
 
-def test_names_of_classes_come_from_a_file(tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_names_of_classes_come_from_a_file(tree: Path, tmp_path: Path, encoding: str) -> None:
     shards = write_shards(tree, tmp_path / "shards")
-    (shards / "classnames.txt").write_text("ant\nbee\ncat\n")
+    (shards / "classnames.txt").write_text("ant\nbee\ncat\n", encoding)
     assert read_source(str(shards), 0.2).classes == ["ant", "bee", "cat"]
 
 

@@ -145,6 +145,12 @@ def test_unknown_recipe_gets_the_nearest_name() -> None:
         load_recipe("nowhere/x.toml")
 
 
+def test_byte_order_mark_is_no_part_of_a_recipe(smoke: Path, tmp_path: Path) -> None:
+    file = tmp_path / "marked.toml"
+    file.write_text(smoke.read_text(), "utf-8-sig")
+    assert load_recipe(str(file)).flat() == load_recipe(str(smoke)).flat()
+
+
 def test_bad_toml_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text("[train\nlr = 1")

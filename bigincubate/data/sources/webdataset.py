@@ -205,7 +205,7 @@ def _read_class_names(folder: Path) -> list[str] | None:
     file = folder / CLASS_NAMES
     if not file.is_file():
         return None
-    names = [line.strip() for line in file.read_text(errors="replace").splitlines() if line.strip()]
+    names = [line.strip() for line in file.read_text("utf-8-sig", errors="replace").splitlines() if line.strip()]
     if len(set(names)) < len(names):
         raise DataError(f"{quote_path(file)} has a name twice; correct or remove it")
     return names
