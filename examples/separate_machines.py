@@ -29,6 +29,8 @@ def pack(source: Path, module: int, bundle: Path) -> None:
     bundle.mkdir(parents=True)  # fails if it exists
     shutil.copytree(meta.artifact, target.phase("pretrain").artifact)
     shutil.copy(meta.path / "DONE", target.phase("pretrain").path)
+    if recipe.incubate.optimizer == "kept":  # the module starts with optimizer state of the meta model
+        shutil.copytree(meta.checkpoints, target.phase("pretrain").checkpoints)
 
     data = run.data_path(recipe)
     _, part = open_module_partition(recipe, describe_dataset(data), module)
@@ -53,6 +55,9 @@ def train(bundle: Path) -> None:
 def collect(bundle: Path, into: Path) -> None:
     """Copy the finished module into the run, after checking that it was trained from the meta model of the run."""
     run = RunDir(into)
+    skipped = ["DONE", "owners", "logs"]
+    if run.load_recipe().incubate.optimizer == "fresh":
+        skipped.append("checkpoints")  # otherwise fine-tuning starts with the optimizer state in them
     for folder in sorted((bundle / "modules").glob("[0-9]*")):
         module = int(folder.name)
         found, target = RunDir(bundle).phase("incubate", module), run.phase("incubate", module)
@@ -64,8 +69,7 @@ def collect(bundle: Path, into: Path) -> None:
             raise bi.errors.ConfigError(f"{target.path} has begun already; remove it first")
         with acquire_lease(target.path, DistributedContext()):
             # the result marks the module as done, so it is written last
-            skipped = shutil.ignore_patterns("DONE", "owners", "checkpoints", "logs")
-            shutil.copytree(folder, target.path, ignore=skipped, dirs_exist_ok=True)
+            shutil.copytree(folder, target.path, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
             target.write_result(found.result)
         run.log_event("collected", phase=f"incubate/{module}", source=str(bundle))
         print(f"module {module}: collected from {bundle}")

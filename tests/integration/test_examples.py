@@ -97,13 +97,14 @@ def test_run_of_two_ranks_resumes_on_one(tmp_path: Path) -> None:
     assert [(attempt["world"], attempt["state"]) for attempt in attempts] == [(2, "preempted"), (1, "done")]
 
 
-@pytest.mark.parametrize("decentralized", [False, True])
+@pytest.mark.parametrize(("decentralized", "optimizer"), [(False, "fresh"), (True, "kept")])
 def test_module_is_trained_on_a_separate_machine(
     harness: Callable[..., Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     decentralized: bool,
+    optimizer: str,
 ) -> None:
     """The run and its data cannot be reached while the module is trained, and it has the bits of one trained here."""
     import separate_machines
@@ -116,7 +117,8 @@ def test_module_is_trained_on_a_separate_machine(
     divide = (lambda samples: partition_by_class(samples, parts=2)) if decentralized else None
     prepare_dataset("digits-dev", here / "data", partition=divide)
     setting = f"data.decentralized={str(decentralized).lower()}"
-    sets = ("train.max_steps=3", "log.every_steps=1", f"data.path={here / 'data'}", setting)
+    starts = ("incubate.init=grow", f"incubate.optimizer={optimizer}")
+    sets = ("train.max_steps=3", "log.every_steps=1", f"data.path={here / 'data'}", setting, *starts)
     made = harness(*sets, folder=here / "run")
     with pytest.raises(bi.errors.ArtifactError, match="no artifact"):
         separate_machines.main("pack", str(here / "run"), "1", str(here / "bundle"))
