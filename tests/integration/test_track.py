@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,9 @@ def test_track_follow_ends_with_ctrl_c(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     log(run, "pretrain", 2, 4)
     command = [sys.executable, "-m", "bigincubate", "track", str(run.path), "--to", "csv", "--follow"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell ignores Ctrl-C in background jobs, such as `make test &`, and their processes inherit that
+    reset = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=reset)
     assert process.stdout is not None
     folder = Path(process.stdout.readline().strip().removeprefix("CSV files: "))
     while not (folder / "pretrain.csv").exists():
