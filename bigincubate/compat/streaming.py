@@ -2,7 +2,7 @@
 
 `streaming` numbers its shared memory from zero without a lock, so jobs that start at the same time collide; it
 synchronizes all ranks; errors in its prefetch threads are lost; it lists every folder of the data; each worker
-computes the order of an epoch and keeps its part; its threads go on, and keep the data set in memory, if iteration
+computes the order of an epoch and keeps its part; its threads keep running, with the data set in memory, if iteration
 stops early; and the shared memory stays open until the process ends. To avoid this, these private names are used:
 ``shared.prefix._each_prefix_int``, ``shared.memory.atexit``, ``_shard_states``, ``_resume``, ``_get_work``,
 ``_each_sample_id``, ``_iterator``.
