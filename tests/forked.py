@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bigincubate.storage.lease import process_start_time
+
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -97,6 +99,14 @@ def run(*arguments: object, before: Before | None = None, env: dict[str, str] | 
     command = Command(*arguments, before=before, env=env)
     command.wait()
     return command
+
+
+def wait_for_end(pid: int, timeout: float = 60) -> None:
+    """Wait for the end of a process that is not a child of this one. A zombie has ended: pid 1 may reap it later."""
+    end = time.monotonic() + timeout
+    while process_start_time(pid) is not None:
+        assert time.monotonic() < end, f"process {pid} is still running"
+        time.sleep(0.01)
 
 
 def _main(words: list[str], folder: Path, before: Before | None, env: dict[str, str]) -> None:
