@@ -12,6 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,11 @@ class Commands:
             raise TrialFailed(lines[-1] if lines else f"exit code {code}", diverged=code == Exit.NON_FINITE)
 
     def _start(self, command: list[str], log: Path) -> RankProcess:
+        starter = start_process
         if can_fork(1, []):
-            return self._servers.find(self._environment).start_process(command, self._environment, log)
-        return start_process(command, self._environment, log)
+            with suppress(OSError):  # without a server, commands start as usual
+                starter = self._servers.find(self._environment).start_process
+        return starter(command, self._environment, log)
 
     def stop(self) -> None:
         """Ask all commands to write a checkpoint and to end, and start no others."""
