@@ -131,8 +131,8 @@ def test_study_from_search_to_page(study: Callable[..., str], tmp_path: Path) ->
 @pytest.mark.full
 def test_every_way_of_digits_is_trained(study: Callable[..., str], tmp_path: Path) -> None:
     ways = (BENCHMARKS / "ways_study" / "digits.toml").read_text()
-    ways = ways[ways.index("[ways.incubate]") :]
-    primary = [["incubate_path", "expand_average", 0.02], ["incubate_path", "expand_best", 0.02]]
+    ways = ways[ways.index("[ways.incubate_short]") :]
+    primary = [["incubate_short_path", "expand_average", 0.02], ["incubate_short_path", "expand_best", 0.02]]
     (tmp_path / "toy.toml").write_text(_definition(0.02, "[2,2,2,2]", ways, primary))
     _commit(tmp_path)
     study("--tune")

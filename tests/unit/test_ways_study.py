@@ -94,7 +94,7 @@ def test_cost_of_a_trial_is_that_of_plan_ways(parts: Any, costs: Any) -> None:
     from bigincubate.planning.phases import make_plan
     from bigincubate.planning.ways import compare_ways
 
-    way = costs.study.ways["incubate"]
+    way = costs.study.ways["incubate_short"]
     plan = parts.lengths.plan_trial(costs, way, costs.study.draw(way, 0), 0.5, "validation")
     recipe = costs.study.load_recipe("validation", plan.sets)
     counted = {key: cost for phase in PHASES for key, cost in costs.costs(recipe, phase).items()}
@@ -127,7 +127,7 @@ def test_points_are_reproducible_and_differ(parts: Any, costs: Any) -> None:
     assert points[0] == {
         "pretrain.train.lr": 0.0015,
         "finetune.train.lr": 0.00091,
-        "share.pretrain": 0.686,
+        "share.pretrain": 0.719,
         "meta_depth": 1,
         "expand.init": "stack",
         "growth": "keep_peak",
@@ -179,12 +179,12 @@ def test_log_keeps_every_attempt_and_the_first_result(parts: Any, tmp_path: Path
 def test_plan_counts_what_is_left_at_the_rate_of_the_log(parts: Any, own: Any, costs: Any) -> None:
     costs, log = _with_study(parts, costs, own), parts.log.TrialLog(own.log_file)
     first = parts.log.tuning_trials(costs)[0]
-    assert (first.way.name, first.budget) == ("incubate", 0.5)
+    assert (first.way.name, first.budget) == ("incubate_short", 0.5)
     log.append(_entry(first, flops=first.plan.flops, seconds=first.plan.flops / 1e9))
     lines = parts.program.describe_plan(costs, log, None).splitlines()
-    row = next(line for line in lines if line.startswith("incubate "))
+    row = next(line for line in lines if line.startswith("incubate_short "))
     # left: one point at budget 2, 17.4 TFLOPs, which take 4.84 hours at 1 GFLOP/s
-    assert row.split() == ["incubate", "2", "1", "17.4", "4.84"]
+    assert row.split() == ["incubate_short", "2", "1", "17.4", "4.84"]
     assert lines[-1].startswith("FLOP/s of a core: from the log.")
 
 
@@ -208,7 +208,7 @@ def test_point_with_the_lowest_loss_is_chosen(parts: Any, costs: Any) -> None:
     del results[best.key]["metrics"]
     text = parts.log.choose_settings(costs, results)
     chosen = parts.log.tomllib.loads(text)
-    assert chosen["incubate"]["0.5"]["index"] == 7
+    assert chosen["incubate_short"]["0.5"]["index"] == 7
     assert chosen["expand"]["0.5"]["index"] == 6  # point 7 diverged
 
 
@@ -271,9 +271,13 @@ def test_verdict_follows_from_the_interval(parts: Any, low: float, high: float, 
 def test_trials_that_are_in_the_log_keep_their_keys(parts: Any, costs: Any) -> None:
     # a change of these digests would repeat all trials that have been run
     digests = {trial.name: trial.digest for trial in parts.log.tuning_trials(costs)}
-    assert digests["development-incubate-0.5-seed-100-point-0"] == "dbfcfdac080d"
-    assert digests["development-expand-0.5-seed-100-point-0"] == "1b8ea4d97fdc"
+    assert digests["development-end_to_end-0.5-seed-100-point-0"] == "418021760b1d"
     assert digests["development-expand_average-2-seed-100-point-11"] == "e2ed0eda1180"
+    study = parts.definition.load_study("cifar20")
+    keys = {trial.key for trial in parts.log.tuning_trials(parts.lengths.Costs(study))}
+    logged = [entry for entry in parts.log.TrialLog(study.log_file).read() if entry["split"] == "development"]
+    assert len(logged) > 150
+    assert {parts.log.key_of(entry) for entry in logged} <= keys
 
 
 def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, tmp_path: Path) -> None:
@@ -338,9 +342,9 @@ def test_budgets_in_tflops_are_absolute(parts: Any, text_costs: Any) -> None:
 
 def test_modules_of_a_decentralized_way_read_their_part(parts: Any, text_costs: Any) -> None:
     study = text_costs.study
-    for name, wanted in (("decentralized", True), ("decentralized_path", True), ("incubate", False)):
+    for name, wanted in (("decentralized", True), ("decentralized_path", True), ("incubate_short", False)):
         plan = parts.log.plan_trial(
-            text_costs, study.ways[name], study.draw(study.ways["incubate"], 0), 12, "validation"
+            text_costs, study.ways[name], study.draw(study.ways["incubate_short"], 0), 12, "validation"
         )
         assert study.load_recipe("validation", plan.sets).data.decentralized is wanted
 
@@ -354,13 +358,13 @@ def test_study_of_the_language_model_takes_30_core_hours_at_most(parts: Any, tex
 
 def test_best_ways_on_the_development_split_get_the_largest_budget(parts: Any, text_costs: Any) -> None:
     study = text_costs.study
-    values = {"incubate": 2.0, "expand": 1.0, "end_to_end": 5.0, "meta_alone": 3.0, "decentralized": 4.0}
+    values = {"incubate_short": 2.0, "expand": 1.0, "end_to_end": 5.0, "meta_alone": 3.0, "decentralized": 4.0}
     chosen = {name: {"12": {"bits_per_byte": value}} for name, value in values.items()}
     ways = study.with_best(chosen).ways
-    assert {name for name, way in ways.items() if 50 in way.budgets} == {"incubate", "expand", "meta_alone"}
+    assert {name for name, way in ways.items() if 50 in way.budgets} == {"incubate_short", "expand", "meta_alone"}
     assert list(ways) == list(study.ways)
     assert {name for name, way in study.with_best(None).ways.items() if 50 in way.budgets} == {
-        "incubate",
+        "incubate_short",
         "expand",
         "end_to_end",
     }
@@ -377,14 +381,20 @@ def test_settings_are_chosen_by_the_metric_of_the_study(parts: Any, text_costs: 
 
 def test_page_has_the_metric_the_margin_and_the_aim(parts: Any, text_costs: Any) -> None:
     study = text_costs.study
-    values = {"incubate": 2.01, "expand": 2.0, "incubate_path": 1.97, "expand_average": 1.98, "expand_best": 1.0}
+    values = {
+        "incubate_short": 2.01,
+        "expand": 2.0,
+        "incubate_short_path": 1.97,
+        "expand_average": 1.98,
+        "expand_best": 1.0,
+    }
     entries = [
         _entry(trial, 9.0, **parts.lengths.describe_cost(text_costs, trial.way, trial.plan), version="1", seconds=1.0)
         for trial in parts.log.final_trials(text_costs, None)
         if trial.way.name in values and trial.budget == 25
     ]
     for entry in entries:
-        noise = 0.001 * (entry["seed"] % 2) * (entry["way"] in ("incubate", "incubate_path"))
+        noise = 0.001 * (entry["seed"] % 2) * (entry["way"] in ("incubate_short", "incubate_short_path"))
         entry["metrics"] |= {"bits_per_byte": values[entry["way"]] + noise, "accuracy": 50.0}
     text = parts.page.markdown(parts.page.Results(study, entries), None)
     assert "bits per byte, mean (lowest to highest) | next byte, % |" in text
