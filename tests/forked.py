@@ -23,8 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bigincubate.storage.lease import process_start_time
-
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
@@ -103,6 +101,8 @@ def run(*arguments: object, before: Before | None = None, env: dict[str, str] | 
 
 def wait_for_end(pid: int, timeout: float = 60) -> None:
     """Wait for the end of a process that is not a child of this one. A zombie has ended: pid 1 may reap it later."""
+    from bigincubate.storage.lease import process_start_time  # not at the top: newcomer.py checks what imports it
+
     end = time.monotonic() + timeout
     while process_start_time(pid) is not None:
         assert time.monotonic() < end, f"process {pid} is still running"
