@@ -52,7 +52,7 @@ def trainable_param_info(
         ConfigError: The optimizer does not exist, or ``wrap`` does not support it.
     """
     model = copy.deepcopy(model)
-    with FakeTensorMode(), _ScalarsAreOne():
+    with FakeTensorMode(), _ScalarsAreOneHalf():
         for module in model.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 fake = nn.Parameter(torch.empty(parameter.shape), requires_grad=parameter.requires_grad)
@@ -75,12 +75,15 @@ def _state_bytes(parameter: Tensor, state: Mapping[str, Any]) -> tuple[int, int]
     return per_element, sum(tensor.nbytes for tensor in tensors if tensor.shape != parameter.shape)
 
 
-class _ScalarsAreOne(TorchDispatchMode):
-    """Return 1.0 if an optimizer reads the value of a fake tensor, which has none."""
+class _ScalarsAreOneHalf(TorchDispatchMode):
+    """Return 0.5 if an optimizer reads the value of a fake tensor, which has none.
+
+    With 0 or 1, optimizers that divide by the value or by its difference from 1 would fail, as NAdam does.
+    """
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
         if operator is torch.ops.aten._local_scalar_dense.default:
-            return 1.0
+            return 0.5
         return operator(*arguments, **(options or {}))

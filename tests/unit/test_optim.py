@@ -23,6 +23,7 @@ from bigincubate.models.surgery import freeze_other_modules
 from bigincubate.optim.ema import Ema
 from bigincubate.optim.optimizer import make_optimizer
 from bigincubate.optim.schedule import Schedule, make_schedule, scaled_lr
+from bigincubate.optim.state_size import trainable_param_info
 from bigincubate.sharding.ddp import Replicated
 from bigincubate.storage.sharded_tensors import (
     ShardedTensorReader,
@@ -297,6 +298,18 @@ def test_optimizer_state_survives_a_checkpoint(name: str, tmp_path: Path) -> Non
         train(*each, range(3, 5))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), start, strict=True))
+
+
+@pytest.mark.parametrize("name", usable())
+def test_state_is_as_large_as_planned(name: str) -> None:
+    model, chosen = vit(), settings(name=name, betas=[0.9, 0.99, 0.999] if "adan" in name else [0.9, 0.999])
+    planned = {each.name: each for each in trainable_param_info(model, chosen)}
+    optimizer = make_optimizer(model, chosen)
+    gradients(model, seed=0)
+    optimizer.step()
+    for key, parameter in model.named_parameters():
+        size = sum(value.nbytes for value in optimizer.state[parameter].values() if isinstance(value, Tensor))
+        assert size == planned[key].state_bytes_per_element * parameter.numel() + planned[key].extra_state_bytes, key
 
 
 # ------------------------------------------------------------------------------------------------ a step
