@@ -63,7 +63,9 @@ def plan(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the cost of each phase: depths, parameters, FLOPs, memory, length. Needs no data.
+    """Show the cost of each phase: depths, parameters, FLOPs, memory, length.
+
+    No data is needed if data.train_samples is set.
 
     With --sharding or --world, also memory and communication per rank, for each sharding strategy. With --ways, also
     what each way to train the target costs with as many workers as modules. For the recipe of a run (DIR/recipe.toml),
@@ -134,7 +136,7 @@ def run(
     method: MethodOption = None,
     baseline: Annotated[bool, Option(help="Also train the same model end to end, at equal FLOPs.")] = False,
     small: Annotated[
-        bool, Option("--smoke", help="Run a small version of the recipe on generated data; takes two minutes.")
+        bool, Option("--smoke", help="Run a small version of the recipe on generated data; takes one to two minutes.")
     ] = False,
     co_train: Annotated[
         bool, Option("--co-train", help="Train all modules in parallel with one shared loader; same results.")
