@@ -272,7 +272,7 @@ def test_trials_that_are_in_the_log_keep_their_keys(parts: Any, costs: Any) -> N
     # a change of these digests would repeat all trials that have been run
     digests = {trial.name: trial.digest for trial in parts.log.tuning_trials(costs)}
     assert digests["development-end_to_end-0.5-seed-100-point-0"] == "418021760b1d"
-    assert digests["development-expand_average-2-seed-100-point-11"] == "e2ed0eda1180"
+    assert digests["development-meta_alone-0.5-seed-100-point-1"] == "14a8bf909f36"
     study = parts.definition.load_study("cifar20")
     keys = {trial.key for trial in parts.log.tuning_trials(parts.lengths.Costs(study))}
     logged = [entry for entry in parts.log.TrialLog(study.log_file).read() if entry["split"] == "development"]
