@@ -13,6 +13,7 @@ runs are not repeated. Writes OUT/table.md, table.json, curves.png and curves.ht
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -103,7 +104,7 @@ def table(trials: list[dict[str, Any]], metrics: Sequence[Metric]) -> str:
     headline, shown = metrics[0], [metric for metric in metrics if metric.in_tables]
     worst = min if headline.higher_is_better else max
     scores = [f"{metric.column}, mean (lowest to highest)" for metric in shown]
-    columns = ["way", "budget", *scores, "assembled", "worst hybrid", "PFLOPs", "seconds"]
+    columns = ["way", "budget", *scores, "assembled", "lowest hybrid", "PFLOPs", "seconds"]
     rules = ["---", "---:", *["---"] * (len(scores) + 2), "---:", "---:"]
     lines = [f"| {' | '.join(cells)} |" for cells in (columns, rules)]
     groups = sorted({(trial["budget"], list(WAYS).index(trial["way"]), trial["way"]) for trial in trials})
@@ -163,7 +164,7 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=Path("runs/cost-to-accuracy"))
+    parser.add_argument("--out", type=Path, help="default: a folder in runs/cost-to-accuracy for the recipe and --set")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="number of runs in parallel, on one core each"
     )
@@ -172,6 +173,9 @@ def main() -> None:
     recipe = load_recipe(args.recipe, args.sets)
     metrics = task_class(recipe.settings("end_to_end").task.name).metrics
     trials = [Trial(way, budget, seed) for budget, seed, way in product(args.budgets, args.seeds, args.ways)]
+    if args.out is None:  # other settings get another folder, because a run directory belongs to one recipe
+        digest = hashlib.sha256("\n".join(sorted(args.sets)).encode()).hexdigest()[:8]
+        args.out = Path("runs/cost-to-accuracy") / (f"{recipe.name}-{digest}" if args.sets else recipe.name)
     args.out.mkdir(parents=True, exist_ok=True)
     found = []
     with ThreadPoolExecutor(args.jobs) as pool:
