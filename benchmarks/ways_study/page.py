@@ -202,21 +202,23 @@ def draw_frontier(results: Results, out: Path) -> bool:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     if not any("metrics" in entry for entry in results.final.values()):
         return False
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    labels = ("training FLOPs", f"FLOPs on the critical path, {results.study.workers} separate workers")
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.2), sharey=True, layout="constrained")
+    labels = ("training TFLOPs", f"TFLOPs on the critical path, {results.study.workers} separate workers")
     for axis, key, label in zip(axes, ("flops", "path_flops"), labels, strict=True):
         for color, way in enumerate(results.study.ways.values()):
             _draw_way(axis, results, way, key, f"C{color}")
-        axis.set_xscale("log"), axis.set_yscale("log"), axis.set_xlabel(label), axis.grid(alpha=0.3)
-    (
-        axes[0].set_ylabel(f"{results.study.score.title}, validation"),
-        axes[1].legend(fontsize=8),
-        figure.suptitle(results.study.name),
-    )
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        for scale in (axis.xaxis, axis.yaxis):  # plain numbers, not powers of ten
+            scale.set_major_formatter(ticker.ScalarFormatter())
+            scale.set_minor_formatter(ticker.ScalarFormatter())
+        axis.grid(which="both", alpha=0.3)
+    axes[0].set_ylabel(f"{results.study.score.title}, validation")
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.suptitle(results.study.name)
     figure.savefig(out, dpi=150, metadata={"Software": None})
     pyplot.close(figure)
     return True
@@ -226,11 +228,11 @@ def _draw_way(axis: Any, results: Results, way: Way, key: str, color: str) -> No
     groups = [trials for budget in sorted(way.budgets) if (trials := results.trials(way.name, budget))]
     if not groups:
         return
-    mean = [[statistics.mean(trial[key] for trial in trials) for trials in groups]]
+    mean = [[statistics.mean(trial[key] for trial in trials) / 1e12 for trials in groups]]
     name = results.study.score.name
     mean.append([statistics.mean(trial["metrics"][name] for trial in trials) for trials in groups])
     axis.plot(*mean, color=color, marker="o", label=way.title, linestyle="--" if way.measure == "path" else "-")
-    points = [(trial[key], trial["metrics"][name]) for trials in groups for trial in trials]
+    points = [(trial[key] / 1e12, trial["metrics"][name]) for trials in groups for trial in trials]
     axis.scatter(*zip(*points, strict=True), color=color, s=12, alpha=0.5)
 
 
