@@ -99,16 +99,6 @@ def run(*arguments: object, before: Before | None = None, env: dict[str, str] | 
     return command
 
 
-def wait_for_end(pid: int, timeout: float = 60) -> None:
-    """Wait for the end of a process that is not a child of this one. A zombie has ended: pid 1 may reap it later."""
-    from bigincubate.storage.lease import process_start_time  # not at the top: newcomer.py checks what imports it
-
-    end = time.monotonic() + timeout
-    while process_start_time(pid) is not None:
-        assert time.monotonic() < end, f"process {pid} is still running"
-        time.sleep(0.01)
-
-
 def _main(words: list[str], folder: Path, before: Before | None, env: dict[str, str]) -> None:
     os.environ.update(env)
     for number, name in ((1, "out"), (2, "err")):
