@@ -204,11 +204,22 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_json_line(path: Path, value: Any) -> None:
-    """Append a JSON object as one line in a single write, so that lines of several processes do not mix."""
+    """Append a JSON object as one line in a single write, so that lines of several processes do not mix.
+
+    If the last line is incomplete, because a process was killed or the disk was full, it stays a line of its own.
+
+    Raises:
+        OSError: The line could not be written completely.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    line = (json.dumps(value) + "\n").encode()
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(handle, (json.dumps(value) + "\n").encode())
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        while line:  # the first write is short only on a full disk; the next one then raises the error
+            line = line[os.write(handle, line) :]
     finally:
         os.close(handle)
 

@@ -1,0 +1,39 @@
+"""Files of JSON lines: appended by several processes, cut off by a crash or a full disk."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from bigincubate.files import append_json_line, read_json_lines
+
+
+def test_line_after_an_incomplete_one_is_kept(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    append_json_line(file, {"number": 0})
+    with file.open("a") as opened:
+        opened.write('{"number": 1, "te')
+    append_json_line(file, {"number": 2})
+    append_json_line(file, {"number": 3})
+    assert read_json_lines(file) == [{"number": number} for number in (0, 2, 3)]
+    assert len(file.read_text().splitlines()) == 4
+
+
+def test_line_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "lines.jsonl"
+    append_json_line(file, {"number": 0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # the write is short first, as on a full disk
+        with pytest.raises(OSError, match="File too large"):
+            append_json_line(file, {"text": "x" * 200})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    assert file.stat().st_size == 100
+    append_json_line(file, {"number": 2})
+    assert read_json_lines(file) == [{"number": 0}, {"number": 2}]
