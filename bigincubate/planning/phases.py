@@ -210,11 +210,13 @@ def make_plan(recipe: Recipe) -> Plan:
         if ":" in (name := settings.optim.lr_scaling):
             load_object(name, key="optim.lr_scaling")
     expanded = frozenset(range(len(target))).difference(config.incubated)
-    if expanded and recipe.expand.optimizer == "kept":
+    if expanded and recipe.expand.optimizer == "kept" and recipe.finetune.init is None:
         _check_kept_optimizer(recipe, "expand.optimizer", "pretrain", "finetune")
-    if config.incubated and recipe.incubate.optimizer == "kept":
+    if config.incubated and recipe.incubate.optimizer == "kept" and recipe.finetune.init is None:
         if recipe.incubate.init != "fresh":
             _check_kept_optimizer(recipe, "incubate.optimizer", "pretrain", "incubate")
+        if recipe.incubate.boundary == "meta":  # fine-tuning has the boundary's state from the meta model
+            _check_kept_optimizer(recipe, "incubate.optimizer", "pretrain", "finetune")
         _check_kept_optimizer(recipe, "incubate.optimizer", "incubate", "finetune")
     start, boundary = recipe.end_to_end.init, recipe.incubate.boundary
     return Plan(family, target, meta, expanded, start, boundary, recipe.finetune.init)

@@ -207,6 +207,10 @@ def test_missing_checkpoint_of_a_module_is_one_line(harness: Harnesses) -> None:
         (["finetune.optim.name=sgd"], "finetune.optim.name = 'sgd', but incubate.optim.name = 'adamw'; use the same"),
         (["optim.name=lamb"], "lamb counts the steps of all tensors together"),
         (["incubate.sharding.strategy=zero2"], 'use incubate.sharding.strategy = "ddp", "fsdp2" or "oss"'),
+        (
+            ["incubate.init=fresh", "incubate.boundary=meta", "pretrain.optim.name=sgd"],
+            "finetune.optim.name = 'adamw', but pretrain.optim.name = 'sgd'; use the same",
+        ),
     ],
 )
 def test_state_that_a_module_cannot_keep_is_refused_before_any_phase(sets: list[str], says: str, fast: Path) -> None:
@@ -216,6 +220,7 @@ def test_state_that_a_module_cannot_keep_is_refused_before_any_phase(sets: list[
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     make_plan(load_recipe(fast, [*kept, "plan.incubate=none"]))
+    make_plan(load_recipe(fast, [*kept, "finetune.init=finished"]))  # no phase starts with kept state
 
 
 @pytest.mark.parametrize(
