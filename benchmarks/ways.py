@@ -41,7 +41,7 @@ from ways_study.log import (
 from ways_study.page import Results, draw_frontier, markdown, write_between_markers
 from ways_study.trial import Commands, Runner, Stopped
 
-from bigincubate.errors import BigincubateError, Exit
+from bigincubate.errors import BigincubateError, ConfigError, Exit, format_os_error
 from bigincubate.tasks.names import modules_to_preload
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
@@ -118,19 +118,21 @@ def run_trials(trials: list[Trial], runner: Runner, log: TrialLog, jobs: int, di
         with ThreadPoolExecutor(jobs) as pool:
             running = {pool.submit(runner.run, trial): trial for trial in left}
             for done in as_completed(running):
-                name = running[done].name
+                trial = running[done]
                 try:
                     entry = done.result()
+                    log.append({**entry, **({} if digest is None else {"settings_digest": digest})})
                 except Stopped:
                     complete = False
                     continue
-                except BaseException:
+                except BaseException:  # also if the log cannot be written: the trials that are left would be lost too
                     commands.stop()
                     raise
-                log.append({**entry, **({} if digest is None else {"settings_digest": digest})})
+                if "metrics" in entry:
+                    runner.clean_up(trial)
                 complete &= "metrics" in entry or bool(entry.get("diverged"))
                 scores = ", ".join(f"{key} {value:.4g}" for key, value in entry.get("metrics", {}).items())
-                print(f"{name}: {scores or entry['error']}", flush=True)
+                print(f"{trial.name}: {scores or entry['error']}", flush=True)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -172,7 +174,22 @@ def main() -> None:
     try:
         raise SystemExit(run_action(args))
     except BigincubateError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.code) from None
+    except OSError as error:
+        print(f"error: {format_os_error(error)}", file=sys.stderr)
+        raise SystemExit(Exit.ENVIRONMENT) from None
+
+
+def _check_known(option: str, given: Iterable[object] | None, known: Iterable[object]) -> None:
+    """Check that there are trials with every value of an option.
+
+    Raises:
+        ConfigError: There are none with one of them.
+    """
+    if unknown := set(given or ()).difference(known):
+        expected = ", ".join(sorted(map(str, known)))
+        raise ConfigError(f"{option}: no trial has {', '.join(sorted(map(str, unknown)))}; expected one of {expected}")
 
 
 def run_action(args: argparse.Namespace) -> int:
@@ -195,6 +212,8 @@ def run_action(args: argparse.Namespace) -> int:
         trials = final_trials(costs, chosen) if args.final else tuning_trials(costs)
         if args.final:
             check_once(trials, log.results())
+        _check_known("--ways", args.ways, {trial.way.name for trial in trials})
+        _check_known("--budgets", args.budgets, {trial.budget for trial in trials})
         wanted = [
             trial
             for trial in trials

@@ -156,15 +156,20 @@ class Runner:
             "version": program_version(),
             **cost,
         }
-        folder = self.out / "trials" / f"{trial.name}-{trial.digest}"
         try:
-            entry |= self._train(trial, folder)
+            entry |= self._train(trial, self._folder(trial))
         except TrialFailed as failure:
             hidden = str(failure).replace(str(self.out), "OUT")
             return {**entry, "error": hidden, "diverged": failure.diverged}
-        if not self.keep:
-            shutil.rmtree(folder, ignore_errors=True)
         return entry
+
+    def clean_up(self, trial: Trial) -> None:
+        """Remove the folder of a trial whose result has been logged, unless folders are kept."""
+        if not self.keep:
+            shutil.rmtree(self._folder(trial), ignore_errors=True)
+
+    def _folder(self, trial: Trial) -> Path:
+        return self.out / "trials" / f"{trial.name}-{trial.digest}"
 
     def _train(self, trial: Trial, folder: Path) -> dict[str, Any]:
         """Train all stages of a trial, and return the metrics of the last one and what was measured before it."""

@@ -75,7 +75,7 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         with pytest.raises(SystemExit) as ended:
             program.main()
         assert ended.value.code == code
-        return capsys.readouterr().out
+        return "".join(capsys.readouterr())
 
     return run
 
@@ -126,6 +126,29 @@ def test_study_from_search_to_page(study: Callable[..., str], tmp_path: Path) ->
     assert f"| end to end | 0.01 (flops) | 1 | {loss:.3f} |" in page.read_text()
     assert "Missing: shallow meta model alone at budget 0.01: 1 of 1 seeds not run." in page.read_text()
     assert (tmp_path / "ways_toy.png").stat().st_size > 0
+
+
+def test_log_that_cannot_be_written_ends_the_study_and_loses_no_trial(
+    study: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "toy.toml").write_text(_definition(0.01, "[1,1,1,1]", TWO_WAYS, []))
+    log = tmp_path / "trials-toy.jsonl"
+    log.symlink_to(tmp_path / "missing" / "log")
+    assert f"error: {log}: No such file or directory\n" in study("--tune", code=3)
+    trials = tmp_path / "out" / "trials"
+    trained = {file.relative_to(trials).parts[0] for file in trials.rglob("weights.safetensors")}
+    assert len(trained) == 1  # it is kept, and the second trial was stopped
+    log.unlink()
+    study("--tune")
+    assert all("metrics" in entry for entry in _read(tmp_path))
+    assert not any(trials.iterdir())
+
+
+def test_way_or_budget_without_trials_is_one_line(study: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "toy.toml").write_text(_definition(0.01, "[1,1,1,1]", TWO_WAYS, []))
+    says = "error: --ways: no trial has end-to-end; expected one of end_to_end, meta_alone\n"
+    assert study("--tune", "--ways", "meta_alone", "end-to-end", code=2) == says
+    assert study("--tune", "--budgets", 7, code=2) == "error: --budgets: no trial has 7.0; expected one of 0.01\n"
 
 
 @pytest.mark.full
