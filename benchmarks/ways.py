@@ -14,12 +14,14 @@ interrupted trials resume if --out is the same. Each trial uses one core.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
@@ -42,6 +44,7 @@ from ways_study.page import Results, draw_frontier, markdown, write_between_mark
 from ways_study.trial import Commands, Runner, Stopped
 
 from bigincubate.errors import BigincubateError, ConfigError, Exit, format_os_error
+from bigincubate.storage.lease import acquire_lease
 from bigincubate.tasks.names import modules_to_preload
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
@@ -148,6 +151,18 @@ def write_page(study: Study, log: TrialLog, page: Path) -> None:
     print(page)
 
 
+def _positive(kind: type[int | float]) -> Callable[[str], float]:
+    """Return a function that reads a number above 0 from the command line."""
+
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            if 0 < (value := kind(text)) < math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 ({kind.__name__})")
+
+    return read
+
+
 def parse_arguments() -> argparse.Namespace:
     """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -161,9 +176,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="+", metavar="WAY", default=None, help="only these ways (default: all)")
     parser.add_argument("--budgets", nargs="+", type=float, default=None, help="only these budgets (default: all)")
     parser.add_argument("--out", type=Path, default=None, help="folder of data and runs (default: runs/ways/STUDY)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="number of trials in parallel")
+    parser.add_argument("--jobs", type=_positive(int), default=os.cpu_count() or 1, help="number of trials in parallel")
     parser.add_argument("--keep", action="store_true", help="keep the run directories of finished trials")
-    parser.add_argument("--rate", type=float, default=None, help="FLOP/s of a core for --plan (default: from the log)")
+    parser.add_argument(
+        "--rate", type=_positive(float), default=None, help="FLOP/s of a core for --plan (default: from the log)"
+    )
     parser.add_argument("--page", type=Path, default=PAGE, help="the page for --write")
     return parser.parse_args()
 
@@ -179,6 +196,8 @@ def main() -> None:
     except OSError as error:
         print(f"error: {format_os_error(error)}", file=sys.stderr)
         raise SystemExit(Exit.ENVIRONMENT) from None
+    except KeyboardInterrupt:
+        raise SystemExit(Exit.INTERRUPTED) from None
 
 
 def _check_known(option: str, given: Iterable[object] | None, known: Iterable[object]) -> None:
@@ -219,7 +238,9 @@ def run_action(args: argparse.Namespace) -> int:
             for trial in trials
             if (not args.ways or trial.way.name in args.ways) and (not args.budgets or trial.budget in args.budgets)
         ]
-        with Commands(modules_to_preload(study.load_recipe("validation").task.name)) as commands:
+        task = study.load_recipe("validation").task.name
+        # no other process may run the same trials
+        with acquire_lease(study.lease_folder), Commands(modules_to_preload(task)) as commands:
             runner = Runner(costs, args.out or Path("runs/ways") / study.name, commands, keep=args.keep)
             complete = run_trials(wanted, runner, log, args.jobs, digest)
         if not complete:

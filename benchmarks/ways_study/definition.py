@@ -4,175 +4,247 @@ from __future__ import annotations
 
 import math
 import random
-import tomllib
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
 
 from bigincubate.config import Recipe, load_recipe
+from bigincubate.config.reading import read_toml
+from bigincubate.config.tables import ConfigTable, Count
+from bigincubate.config.validation import validate
 from bigincubate.errors import ConfigError
 
 Kind = Literal["incubate", "expand", "end_to_end", "meta_alone", "expand_average", "expand_best"]
 Measure = Literal["flops", "path"]
 SplitName = Literal["development", "validation"]
-Unit = Literal["incubation", "TFLOP"]
 Settings = dict[str, Any]
 """A point of a search space: a value or the name of a choice, by the name of the parameter."""
 
+Seed = Annotated[int, Field(ge=0)]
+Seeds = Annotated[list[Seed], Field(min_length=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+
 FOLDER = Path(__file__).resolve().parent
-DISTRIBUTIONS = ("log", "uniform", "choice", "sets")
 
 
-@dataclass(frozen=True)
-class Parameter:
+class Parameter(ConfigTable):
     """A dimension of a search space: a recipe key, `share.STAGE`, `meta_depth`, or a name for lists of recipe changes.
 
-    Attributes:
-        distribution: ``log`` or ``uniform`` (``values`` are the lowest and the highest value), ``choice`` (``values``
-            are all values) or ``sets`` (``values`` are recipe changes by name).
-        values: See above.
+    It has exactly one of these distributions.
     """
 
-    distribution: str
-    values: Any
+    log: Range | None = None
+    """The lowest and the highest value of a log-uniform distribution."""
+    uniform: Range | None = None
+    """The lowest and the highest value of a uniform distribution."""
+    choice: Annotated[list[int | float | str], Field(min_length=1)] | None = None
+    """All values."""
+    sets: Annotated[dict[str, list[str]], Field(min_length=1)] | None = None
+    """Lists of recipe changes by name."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Parameter:
+        if len(self.model_dump(exclude_none=True)) != 1:
+            raise ValueError(f"expected exactly one of {', '.join(type(self).model_fields)}")
+        for low, high in filter(None, (self.log, self.uniform)):
+            if low > high or (self.log and low <= 0):
+                raise ValueError(
+                    f"expected the lowest and the highest value, {'above 0, ' if self.log else ''}in order"
+                )
+        return self
 
     def draw(self, generator: random.Random) -> Any:
         """Draw a value. Numbers are rounded to three significant digits, so that tables show them as they are."""
-        if self.distribution in ("choice", "sets"):
-            return generator.choice(list(self.values))
-        low, high = self.values
-        if self.distribution == "log":
-            return float(f"{math.exp(generator.uniform(math.log(low), math.log(high))):.3g}")
+        if values := self.choice or self.sets:
+            return generator.choice(list(values))
+        if self.log:
+            low, high = map(math.log, self.log)
+            return float(f"{math.exp(generator.uniform(low, high)):.3g}")
+        low, high = self.uniform or ()
         return float(f"{generator.uniform(low, high):.3g}")
 
 
-@dataclass(frozen=True)
-class Way:
-    """A way to train the target.
-
-    Attributes:
-        name: Its name in the log.
-        kind: The phases of which it consists; see `lengths.py`.
-        title: Its name in tables.
-        measure: What a budget limits: all training FLOPs (``flops``), or those on the critical path (``path``).
-        budgets: Budgets of the final trials.
-        space: The parameters of its search space by name.
-        sets: Recipe changes of every trial.
-        points: Number of points of the random search.
-        tuned_as: The way whose settings it uses, at the nearest budget in FLOPs of a worker; None if it is tuned.
-    """
+class Way(ConfigTable):
+    """A way to train the target."""
 
     name: str
+    """Its name in the log: its key in the definition."""
     kind: Kind
+    """The phases of which it consists; see `lengths.py`."""
     title: str
-    measure: Measure
-    budgets: tuple[float, ...]
-    space: dict[str, Parameter] = field(default_factory=dict)
-    sets: tuple[str, ...] = ()
-    points: int = 12
+    """Its name in tables."""
+    measure: Measure = "flops"
+    """What a budget limits: all training FLOPs (``flops``), or those on the critical path (``path``)."""
+    budgets: list[Positive]
+    """Budgets of the final trials; by default those of the study."""
+    space: dict[str, Parameter] = Field({})
+    """The parameters of its search space by name."""
+    sets: list[str] = Field([])
+    """Recipe changes of every trial."""
+    points: Annotated[int, Field(ge=0)]
+    """Number of points of the random search; by default that of the study."""
     tuned_as: str | None = None
+    """The way whose settings it uses, at the nearest budget in FLOPs of a worker; None if it is tuned."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Way:
+        if self.kind == "expand_best" and self.tuned_as is None:
+            raise ValueError("set tuned_as, because its workers already use the development split")
+        if self.kind in ("expand_average", "expand_best") and self.measure != "path":
+            raise ValueError('set measure = "path"; K workers are compared at equal critical path')
+        if self.tuned_as and self.space:
+            raise ValueError("tuned_as is the name of another way, and replaces space")
+        return self
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Splits(ConfigTable):
+    """Recipe changes of the splits on which trials are evaluated."""
+
+    development: list[str]
+    validation: list[str]
+
+
+class Warmup(ConfigTable):
+    """The longest warm-up of a phase, by two limits."""
+
+    epochs: Annotated[float, Field(ge=0)]
+    share: Annotated[float, Field(ge=0, le=1)]
+    """A share of the steps of the phase."""
+
+
+class Tuning(ConfigTable):
+    """The random search on the development split."""
+
+    points: Annotated[int, Field(ge=0)]
+    """Number of points of each way."""
+    budgets: Annotated[list[Positive], Field(min_length=1)]
+    seed: Seed
+    """The seed of all trials."""
+
+
+class Best(ConfigTable):
+    """Further budgets of the best ways with the measure ``flops``."""
+
+    ways: Annotated[int, Field(ge=0)] = 0
+    budgets: list[Positive] = Field([])
+
+
+class Final(ConfigTable):
+    """The trials on the validation split."""
+
+    budgets: list[Positive]
+    seeds: Seeds
+    """Seeds of exploratory trials."""
+    best: Best = Best()
+
+
+class Comparison(ConfigTable):
     """A primary comparison: a way against a rival at a budget, paired by seed."""
 
     way: str
     rival: str
     budget: float
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if not isinstance(value, list) or len(value) != 3:
+            raise ValueError("expected [way, rival, budget]")
+        return dict(zip(cls.model_fields, value, strict=True))
 
-@dataclass(frozen=True)
-class Score:
-    """The metric by which ways are compared; lower is better.
 
-    Attributes:
-        name: Its name in the results of a phase.
-        title: Its name in tables.
-        digits: Decimal places in tables.
-        also: Another metric that tables show; missing in the results of some tasks.
-        also_title: Its name in tables.
-        also_digits: Decimal places of it.
-    """
+class Margin(ConfigTable):
+    """How much worse than its rival a way may be without being behind."""
+
+    value: Positive
+    absolute: bool = False
+    """Whether the value is in the unit of the metric; otherwise it is a share of the rival's value."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.keys() == {"absolute"}:
+            return {"value": value["absolute"], "absolute": True}
+        return value if isinstance(value, dict) else {"value": value}
+
+
+class Primary(ConfigTable):
+    """The primary comparisons."""
+
+    seeds: Seeds
+    margin: Margin
+    comparisons: list[Comparison]
+    lead: Positive | None = None
+    """The aim of the study: how much a way should be ahead at equal critical path, in the unit of the metric; at equal
+    FLOPs, it should not be behind. None if there is no such aim."""
+
+
+class Score(ConfigTable):
+    """The metric by which ways are compared; lower is better."""
 
     name: str = "loss"
+    """Its name in the results of a phase."""
     title: str = "loss"
-    digits: int = 3
+    """Its name in tables."""
+    digits: Annotated[int, Field(ge=0)] = 3
+    """Decimal places in tables."""
     also: str = "top1"
+    """Another metric that tables show; missing in the results of some tasks."""
     also_title: str = "top-1"
-    also_digits: int = 1
+    """Its name in tables."""
+    also_digits: Annotated[int, Field(ge=0)] = 1
+    """Decimal places of it."""
 
 
-@dataclass(frozen=True)
-class Margin:
-    """How much worse than its rival a way may be without being behind.
+class Study(ConfigTable):
+    """A study."""
 
-    Attributes:
-        value: The margin.
-        absolute: Whether it is in the unit of the metric; otherwise it is a share of the rival's value.
-    """
-
-    value: float
-    absolute: bool = False
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study.
-
-    Attributes:
-        name: Its name.
-        file: The file of the definition; the log and the chosen settings are in the same folder.
-        recipe: Name or path of the recipe.
-        splits: Recipe changes of the development and of the validation split.
-        ways: The ways by name.
-        workers: Number of workers, K.
-        warmup_epochs: Longest warm-up of a phase, in epochs.
-        warmup_share: Longest warm-up of a phase, as a share of its steps.
-        tuning_budgets: Budgets of the random search.
-        tuning_seed: Seed of its trials.
-        seeds: Seeds of exploratory trials.
-        primary_seeds: Seeds of primary comparisons.
-        primary: The primary comparisons.
-        margin: How much worse a way may be without being behind.
-        lead: The aim of the study: how much a way should be ahead at equal critical path, in the unit of the metric;
-            at equal FLOPs, it should not be behind. None if there is no such aim.
-        score: The metric.
-        unit: What a budget of 1 is: the recipe's own incubation, or 10^12 training FLOPs.
-        best_ways: How many of the ways with the measure ``flops`` are also trained with the budgets ``best_budgets``.
-        best_budgets: These budgets.
-        max_remainder: Largest share of a budget that may remain unused.
-        rate: FLOP/s of one core, for estimates before any trial is logged.
-        settings_of: The study whose chosen settings are used; None if this study chooses its own.
-    """
-
-    name: str
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
     file: Path
+    """The file of the definition; the log and the chosen settings are in the same folder."""
     recipe: str
-    splits: dict[str, tuple[str, ...]]
-    ways: dict[str, Way]
-    workers: int
-    warmup_epochs: float
-    warmup_share: float
-    tuning_budgets: tuple[float, ...]
-    tuning_seed: int
-    seeds: tuple[int, ...]
-    primary_seeds: tuple[int, ...]
-    primary: tuple[Comparison, ...]
-    margin: Margin
-    max_remainder: float
-    rate: float
-    lead: float | None = None
-    score: Score = Score()
-    unit: Unit = "incubation"
-    best_ways: int = 0
-    best_budgets: tuple[float, ...] = ()
+    """Name or path of the recipe; a path is relative to the folder of the definition."""
+    unit: Literal["incubation", "TFLOP"] = "incubation"
+    """What a budget of 1 is: the recipe's own incubation, or 10^12 training FLOPs."""
+    metric: Score = Score()
+    workers: Count
+    """Number of workers, K."""
+    warmup: Warmup
+    max_remainder: Share
+    """Largest share of a budget that may remain unused."""
+    rate: Positive
+    """FLOP/s of one core, for estimates before any trial is logged."""
     settings_of: str | None = None
+    """The study whose chosen settings are used; None if this study chooses its own."""
+    splits: Splits
+    tuning: Tuning
+    final: Final
+    primary: Primary
+    ways: Annotated[dict[str, Way], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _check(self) -> Study:
+        for way in self.ways.values():
+            if way.tuned_as is not None and way.tuned_as not in self.ways:
+                raise ValueError(f"ways.{way.name}.tuned_as: there is no way {way.tuned_as}")
+        for each in self.primary.comparisons:
+            for name in (each.way, each.rival):
+                if name not in self.ways or each.budget not in self.ways[name].budgets:
+                    raise ValueError(f"primary.comparisons: there is no way {name} with the budget {each.budget:g}")
+        return self
 
     @property
     def log_file(self) -> Path:
         """Return the file of the log of all trials."""
         return self.file.with_name(f"trials-{self.name}.jsonl")
+
+    @property
+    def lease_folder(self) -> Path:
+        """Return the folder of the lease of the process that runs trials."""
+        return self.file.with_name(f".trials-{self.name}.lease")
 
     @property
     def settings_file(self) -> Path:
@@ -184,9 +256,14 @@ class Study:
         """Return the ways that have a random search of their own."""
         return [] if self.settings_of else [way for way in self.ways.values() if way.tuned_as is None]
 
+    def split_sets(self, split: SplitName) -> list[str]:
+        """Return the recipe changes of a split."""
+        sets: list[str] = getattr(self.splits, split)
+        return sets
+
     def load_recipe(self, split: SplitName, sets: tuple[str, ...] = ()) -> Recipe:
         """Return the recipe with the changes of a split and others."""
-        return load_recipe(self.recipe, [*self.splits[split], *sets])
+        return load_recipe(self.recipe, [*self.split_sets(split), *sets])
 
     def draw(self, way: Way, index: int) -> Settings:
         """Return a point of a way's search space.
@@ -207,20 +284,22 @@ class Study:
         Args:
             chosen: The chosen settings; None before they are chosen: the first ways then stand for the best ones.
         """
+        best = self.final.best
         names = [way.name for way in self.tuned_ways if way.measure == "flops"]
-        if chosen is not None and self.best_ways:
-            budget = f"{max(self.tuning_budgets):g}"
-            names.sort(key=lambda name: chosen[name][budget][self.score.name])
-        best = {
-            name: replace(self.ways[name], budgets=(*self.ways[name].budgets, *self.best_budgets))
-            for name in names[: self.best_ways]
+        if chosen is not None and best.ways:
+            budget = f"{max(self.tuning.budgets):g}"
+            names.sort(key=lambda name: chosen[name][budget][self.metric.name])
+        longer = {
+            name: self.ways[name].model_copy(update={"budgets": [*self.ways[name].budgets, *best.budgets]})
+            for name in names[: best.ways]
         }
-        return replace(self, ways=self.ways | best)
+        return self.model_copy(update={"ways": self.ways | longer})
 
-    def seeds_of(self, way: Way, budget: float) -> tuple[int, ...]:
+    def seeds_of(self, way: Way, budget: float) -> list[int]:
         """Return the seeds of the final trials of a way at a budget."""
-        is_primary = any(way.name in (each.way, each.rival) and each.budget == budget for each in self.primary)
-        return self.primary_seeds if is_primary else self.seeds
+        compared = self.primary.comparisons
+        is_primary = any(way.name in (each.way, each.rival) and each.budget == budget for each in compared)
+        return self.primary.seeds if is_primary else self.final.seeds
 
 
 def load_study(name: str) -> Study:
@@ -230,99 +309,41 @@ def load_study(name: str) -> Study:
         name: The name of a definition in this folder, or the path of a .toml file.
 
     Raises:
-        ConfigError: There is no such file, or its content is inconsistent.
+        ConfigError: There is no such file, or its content is invalid.
     """
     file = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not file.is_file():
         known = ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml") if not path.stem.startswith("settings-")))
         raise ConfigError(f"{file} is not a file; give the path of a definition, or one of {known}")
-    table = tomllib.loads(file.read_text())
-    tuning, final, primary = table["tuning"], table["final"], table["primary"]
-    ways = {key: _read_way(key, value, tuning, final) for key, value in table["ways"].items()}
-    if other := table.get("settings_of"):  # the settings are points of the other study's spaces
+    raw, where = read_toml(file), str(file)
+    tuning = validate(Tuning, _inner(raw, "tuning", where), "tuning", where)
+    final = validate(Final, _inner(raw, "final", where), "final", where)
+    defaults = {"points": tuning.points, "budgets": final.budgets}
+    tables = _inner(raw, "ways", where)
+    ways = {key: _read_way(key, {**defaults, **_inner(tables, key, f"{where}: ways")}, where) for key in tables}
+    if other := raw.get("settings_of"):  # the settings are points of the other study's spaces
         spaces = load_study(str(file.with_name(f"{other}.toml"))).ways
-        ways = {name: replace(way, space=spaces[name].space) for name, way in ways.items()}
-    local = (file.parent / table["recipe"]).resolve()
-    study = Study(
-        name=table["name"],
-        file=file.resolve(),
-        recipe=str(local) if local.is_file() else table["recipe"],
-        splits={split: tuple(table["splits"][split]) for split in get_args(SplitName)},
-        ways=ways,
-        workers=table["workers"],
-        warmup_epochs=table["warmup"]["epochs"],
-        warmup_share=table["warmup"]["share"],
-        tuning_budgets=tuple(tuning["budgets"]),
-        tuning_seed=tuning["seed"],
-        seeds=tuple(final["seeds"]),
-        primary_seeds=tuple(primary["seeds"]),
-        primary=tuple(Comparison(*row) for row in primary["comparisons"]),
-        margin=_read_margin(primary["margin"]),
-        lead=primary.get("lead"),
-        score=_read_score(table.get("metric", {})),
-        unit=table.get("unit", "incubation"),
-        best_ways=final.get("best", {}).get("ways", 0),
-        best_budgets=tuple(final.get("best", {}).get("budgets", ())),
-        max_remainder=table["max_remainder"],
-        rate=table["rate"],
-        settings_of=table.get("settings_of"),
-    )
-    _check(study)
-    return study
+        if missing := ways.keys() - spaces.keys():
+            raise ConfigError(f"{where}: {other} has no way {', '.join(sorted(missing))}, so no settings of it")
+        ways = {key: way.model_copy(update={"space": spaces[key].space}) for key, way in ways.items()}
+    if isinstance(recipe := raw.get("recipe"), str) and (local := (file.parent / recipe).resolve()).is_file():
+        raw["recipe"] = str(local)
+    return validate(Study, {**raw, "file": file.resolve(), "tuning": tuning, "final": final, "ways": ways}, "", where)
 
 
-def _read_score(table: dict[str, Any]) -> Score:
-    if unknown := table.keys() - Score.__dataclass_fields__.keys():
-        raise ConfigError(
-            f"metric: unknown {', '.join(sorted(unknown))}; it has {', '.join(Score.__dataclass_fields__)}"
-        )
-    return Score(**table)
+def _read_way(key: str, table: dict[str, Any], where: str) -> Way:
+    spaces = _inner(table, "space", f"{where}: ways.{key}")
+    space = {name: validate(Parameter, each, f"ways.{key}.space.{name}", where) for name, each in spaces.items()}
+    return validate(Way, {**table, "name": key, "space": space}, f"ways.{key}", where)
 
 
-def _read_margin(value: float | dict[str, float]) -> Margin:
-    if isinstance(value, dict):
-        return Margin(value["absolute"], absolute=True)
-    return Margin(value)
-
-
-def _read_way(name: str, table: dict[str, Any], tuning: dict[str, Any], final: dict[str, Any]) -> Way:
-    space = {}
-    for parameter, content in table.get("space", {}).items():
-        ((distribution, values),) = content.items()
-        if distribution not in DISTRIBUTIONS:
-            raise ConfigError(f"ways.{name}.space.{parameter}: {distribution} is not one of {', '.join(DISTRIBUTIONS)}")
-        space[parameter] = Parameter(distribution, values)
-    if table["kind"] not in get_args(Kind):
-        raise ConfigError(f"ways.{name}.kind = {table['kind']!r}: expected one of {', '.join(get_args(Kind))}")
-    return Way(
-        name=name,
-        kind=table["kind"],
-        title=table["title"],
-        measure=table.get("measure", "flops"),
-        budgets=tuple(table.get("budgets", final["budgets"])),
-        space=space,
-        sets=tuple(table.get("sets", ())),
-        points=table.get("points", tuning["points"]),
-        tuned_as=table.get("tuned_as"),
-    )
-
-
-def _check(study: Study) -> None:
-    """Check that names in a definition exist.
+def _inner(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:
+    """Return an inner table; an empty one if it is missing.
 
     Raises:
-        ConfigError: One does not.
+        ConfigError: The value is no table.
     """
-    if study.unit not in get_args(Unit):
-        raise ConfigError(f"unit = {study.unit!r}: expected one of {', '.join(get_args(Unit))}")
-    for way in study.ways.values():
-        if way.tuned_as is not None and (way.tuned_as not in study.ways or way.space):
-            raise ConfigError(f"ways.{way.name}: tuned_as is the name of another way, and replaces space")
-        if way.kind == "expand_best" and way.tuned_as is None:
-            raise ConfigError(f"ways.{way.name}: set tuned_as, because its workers already use the development split")
-        if way.kind in ("expand_average", "expand_best") and way.measure != "path":
-            raise ConfigError(f'ways.{way.name}: set measure = "path"; K workers are compared at equal critical path')
-    for each in study.primary:
-        for name in (each.way, each.rival):
-            if name not in study.ways or each.budget not in study.ways[name].budgets:
-                raise ConfigError(f"primary.comparisons: there is no way {name} with the budget {each.budget:g}")
+    found = table.get(key, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{where}: {key}: expected a table (given: {found!r})")
+    return found

@@ -246,7 +246,7 @@ def plan_trial(
 def length_sets(study: Study, recipe: Recipe, phase: Phase, steps: int) -> list[str]:
     """Return the recipe changes for the number of steps of a phase, and for its warm-up by the rule of the study."""
     epoch = steps_per_epoch(recipe, phase)
-    warmup = min(study.warmup_epochs, study.warmup_share * steps / epoch)
+    warmup = min(study.warmup.epochs, study.warmup.share * steps / epoch)
     return [
         f"{phase}.train.max_steps={steps}",
         f"{phase}.train.epochs={steps // epoch + 1}",
@@ -261,8 +261,8 @@ def settings_as_sets(study: Study, way: Way, settings: Settings) -> list[str]:
     for name, value in settings.items():
         if name == "meta_depth":
             sets.append(f"plan.meta_depths={[value] * study.load_recipe('validation').plan.number}")
-        elif name in space and space[name].distribution == "sets":
-            sets += space[name].values[value]
+        elif name in space and (changes := space[name].sets):
+            sets += changes[value]
         elif not name.startswith(("share.", "last.")):
             sets.append(f"{name}={json.dumps(value)}")
     return sets

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from pydantic import BaseModel, ConfigDict
 
+from bigincubate.config.reading import read_toml
+from bigincubate.config.validation import validate
 from bigincubate.errors import ConfigError
 from bigincubate.files import append_json_line, read_json_lines, write_text
 
@@ -21,6 +23,16 @@ from .lengths import Costs, TrialPlan, nearest_budget, plan_trial
 
 Entry = dict[str, Any]
 """A line of the log."""
+
+
+class ChosenSettings(BaseModel):
+    """A table of the settings file. It also has the value of the metric on the development split."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    index: int
+    points: int
+    settings: Settings
 
 
 @dataclass(frozen=True)
@@ -70,8 +82,22 @@ def key_of(entry: Entry) -> tuple[Any, ...]:
     return tuple(entry[name] for name in ("split", "way", "budget", "seed", "index", "sets_digest"))
 
 
+class LogLine(BaseModel):
+    """What every line of the log has; a finished trial has its costs and results too."""
+
+    model_config = ConfigDict(strict=True)
+
+    split: SplitName
+    way: str
+    budget: float
+    seed: int
+    index: int | None
+    sets_digest: str
+    metrics: dict[str, Any] | None = None
+
+
 class TrialLog:
-    """The log of a study. Lines are only ever appended; several processes may do so.
+    """The log of a study. Lines are only ever appended.
 
     Args:
         file: The file.
@@ -81,8 +107,15 @@ class TrialLog:
         self.file = file
 
     def read(self) -> list[Entry]:
-        """Return all lines."""
-        return read_json_lines(self.file)
+        """Return all lines, without those that a crash truncated.
+
+        Raises:
+            ConfigError: One is not the line of a trial.
+        """
+        lines = read_json_lines(self.file)
+        for line in lines:
+            validate(LogLine, line, "", f"{self.file}: {json.dumps(line)[:80]}")
+        return lines
 
     def append(self, entry: Entry) -> None:
         """Append a line."""
@@ -104,11 +137,11 @@ def tuning_trials(costs: Costs) -> list[Trial]:
     """Return all trials of the random search."""
     study = costs.study
     return [
-        _make_trial(costs, way, "development", budget, study.tuning_seed, index, study.draw(way, index))
+        _make_trial(costs, way, "development", budget, study.tuning.seed, index, study.draw(way, index))
         for index in range(max((way.points for way in study.tuned_ways), default=0))
         for way in study.tuned_ways
         if index < way.points
-        for budget in study.tuning_budgets
+        for budget in study.tuning.budgets
     ]
 
 
@@ -139,17 +172,11 @@ def _make_trial(
 
 
 def final_settings(costs: Costs, way: Way, budget: float, chosen: dict[str, Any] | None) -> Settings:
-    """Return the settings of a way at a budget: those chosen at the nearest tuned budget.
-
-    Raises:
-        ConfigError: The file of the chosen settings does not have the way.
-    """
+    """Return the settings of a way at a budget: those chosen at the nearest tuned budget."""
     study = costs.study
     tuned = study.ways[way.tuned_as or way.name]
     if chosen is None:
         return study.draw(tuned, 0)
-    if tuned.name not in chosen:
-        raise ConfigError(f"{study.settings_file} has no settings of {tuned.name}; remove it, then --choose again")
     found: dict[str, Any] = chosen[tuned.name]
     nearest = nearest_budget(costs, way, budget, tuned, [float(text) for text in found])
     settings: Settings = found[f"{nearest:g}"]["settings"]
@@ -169,15 +196,15 @@ def choose_settings(costs: Costs, results: dict[tuple[Any, ...], Entry]) -> str:
         raise ConfigError(f"{len(missing)} of {len(trials)} tuning trials are missing; run --tune first")
     chosen: dict[str, Any] = {}
     for way in study.tuned_ways:
-        for budget in study.tuning_budgets:
+        for budget in study.tuning.budgets:
             mine = [trial for trial in trials if (trial.way, trial.budget) == (way, budget)]
-            scored = [(results[t.key]["metrics"][study.score.name], t) for t in mine if "metrics" in results[t.key]]
+            scored = [(results[t.key]["metrics"][study.metric.name], t) for t in mine if "metrics" in results[t.key]]
             if not scored:
                 raise ConfigError(f"all {len(mine)} points of {way.name} diverged at budget {budget:g}")
             value, best = min(scored, key=lambda pair: (pair[0], pair[1].index))
-            row = {"index": best.index, study.score.name: value, "points": len(mine), "settings": best.settings}
+            row = {"index": best.index, study.metric.name: value, "points": len(mine), "settings": best.settings}
             chosen.setdefault(way.name, {})[f"{budget:g}"] = row
-    title = study.score.title
+    title = study.metric.title
     head = f"# Written by `benchmarks/ways.py --choose`: the point with the lowest {title} on the development split.\n"
     return head + tomli_w.dumps(chosen)
 
@@ -198,11 +225,26 @@ def write_chosen(study: Study, text: str, results: Iterable[Entry]) -> None:
 
 
 def read_chosen(study: Study) -> tuple[dict[str, Any], str] | None:
-    """Return the chosen settings and their digest, or None before they are chosen."""
-    if not study.settings_file.is_file():
+    """Return the chosen settings and their digest, or None before they are chosen.
+
+    Raises:
+        ConfigError: The file is not one that `write_chosen` has written for the ways of the study.
+    """
+    file, advice = study.settings_file, "remove it, then --choose again"
+    if not file.is_file():
         return None
-    text = study.settings_file.read_text()
-    return tomllib.loads(text), hashlib.sha256(text.encode()).hexdigest()[:12]
+    chosen, text = read_toml(file), file.read_text()
+    for name in dict.fromkeys(way.tuned_as or way.name for way in study.ways.values()):
+        rows = chosen.get(name)
+        if not isinstance(rows, dict) or not rows.keys() >= {f"{budget:g}" for budget in study.tuning.budgets}:
+            raise ConfigError(f"{file} has no settings of {name} at every tuned budget; {advice}")
+        for budget, row in rows.items():
+            score = validate(ChosenSettings, row, f"{name}.{budget}", str(file)).model_dump().get(study.metric.name)
+            if row["settings"].keys() != study.ways[name].space.keys() or not isinstance(score, float):
+                raise ConfigError(
+                    f"{file}: {name}.{budget} does not fit the definition; remove it, then --choose again"
+                )
+    return chosen, hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def check_protocol(study: Study, digest: str | None, entries: Iterable[Entry]) -> None:

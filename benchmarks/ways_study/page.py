@@ -37,11 +37,11 @@ class Results:
 
     def values(self, way: str, budget: float) -> dict[int, float]:
         """Return the values of the metric of a way at a budget by seed."""
-        return {entry["seed"]: entry["metrics"][self.study.score.name] for entry in self.trials(way, budget)}
+        return {entry["seed"]: entry["metrics"][self.study.metric.name] for entry in self.trials(way, budget)}
 
     def compare(self, way: str, rival: str, budget: float) -> PairedDifference | None:
         """Compare a way with a rival; None as long as fewer than two seeds are done."""
-        return compare_paired(self.values(way, budget), self.values(rival, budget), self.study.margin)
+        return compare_paired(self.values(way, budget), self.values(rival, budget), self.study.primary.margin)
 
     @property
     def missing(self) -> list[str]:
@@ -73,12 +73,12 @@ def table(header: list[str], rows: list[list[str]], numbers: int) -> str:
 
 def primary_table(results: Results) -> str:
     """Return the table of the primary comparisons."""
-    rows, study, score = [], results.study, results.study.score
-    for each in study.primary:
+    rows, study, score = [], results.study, results.study.metric
+    for each in study.primary.comparisons:
         found = results.compare(each.way, each.rival, each.budget)
         way, rival = (study.ways[name].title for name in (each.way, each.rival))
         on_path = study.ways[each.way].measure == "path"
-        cells = ["not measured"] + [""] * (3 if study.lead is None else 4)
+        cells = ["not measured"] + [""] * (3 if study.primary.lead is None else 4)
         if found is not None:
             relative = f"{100 * found.mean / found.rival:+.1f}%"
             mean, low, high = (f"{value:+.{score.digits + 1}f}" for value in (found.mean, found.low, found.high))
@@ -86,11 +86,11 @@ def primary_table(results: Results) -> str:
             wanted = len(study.seeds_of(study.ways[each.way], each.budget))
             partial = "" if found.pairs == wanted else f", {found.pairs} of {wanted} seeds only"
             cells = [interval, relative, str(found.pairs), found.verdict + partial]
-            if study.lead is not None:
-                cells.append("reached" if reaches_aim(found, study.lead if on_path else None) else "missed")
+            if study.primary.lead is not None:
+                cells.append("reached" if reaches_aim(found, study.primary.lead if on_path else None) else "missed")
         rows.append([way, rival, "critical path" if on_path else "FLOPs", f"{each.budget:g}", *cells])
     header = ["way", "rival", "equal", "budget", f"difference of {score.title} (95% interval)", "relative", "seeds"]
-    return table([*header, "verdict", *([] if study.lead is None else ["aim"])], rows, 0)
+    return table([*header, "verdict", *([] if study.primary.lead is None else ["aim"])], rows, 0)
 
 
 def reaches_aim(found: PairedDifference, lead: float | None) -> bool:
@@ -102,7 +102,7 @@ def reaches_aim(found: PairedDifference, lead: float | None) -> bool:
 
 def ways_table(results: Results) -> str:
     """Return the table of all ways and budgets that have a finished trial."""
-    rows, score = [], results.study.score
+    rows, score = [], results.study.metric
     for way in results.study.ways.values():
         for budget in way.budgets:
             if not (trials := results.trials(way.name, budget)):
@@ -133,7 +133,7 @@ def ways_table(results: Results) -> str:
 def memory_sentence(results: Results) -> str | None:
     """Return a sentence if the ways of the primary comparisons win on memory alone, which the page must say."""
     study, won, lighter = results.study, False, False
-    for each in study.primary:
+    for each in study.primary.comparisons:
         found = results.compare(each.way, each.rival, each.budget)
         own, other = results.trials(each.way, each.budget), results.trials(each.rival, each.budget)
         if found is None:
@@ -147,12 +147,12 @@ def memory_sentence(results: Results) -> str | None:
 
 def margin_sentence(study: Study) -> str:
     """Return what *not behind* means, and the aim of the study."""
-    margin, title = study.margin, study.score.title
+    margin, title = study.primary.margin, study.metric.title
     worse = f"{margin.value:g} {title}" if margin.absolute else f"{100 * margin.value:g}%"
     text = f"*Not behind*: the interval excludes what is {worse} worse."
-    if study.lead is not None:
+    if (lead := study.primary.lead) is not None:
         text += (
-            f" The *aim*, fixed beforehand: ahead by {study.lead:g} {title} or more on average at equal critical path,"
+            f" The *aim*, fixed beforehand: ahead by {lead:g} {title} or more on average at equal critical path,"
             " not behind at equal FLOPs."
         )
     if study.unit == "TFLOP":
@@ -174,15 +174,15 @@ def markdown(results: Results, plot: str | None) -> str:
     versions = ", ".join(sorted({entry["version"] for entry in results.final.values()}))
     parts = [
         f"{counts} Versions: {versions}.",
-        f"Primary comparisons, fixed beforehand ({study.score.title} on the validation split, paired by seed,"
-        f" {len(study.primary_seeds)} seeds):",
+        f"Primary comparisons, fixed beforehand ({study.metric.title} on the validation split, paired by seed,"
+        f" {len(study.primary.seeds)} seeds):",
         primary_table(results),
         margin_sentence(study),
     ]
     if sentence := memory_sentence(results):
         parts.append(sentence)
     parts += [
-        f"All ways and budgets. Rows that are not in a primary comparison have {len(study.seeds)} seeds and are"
+        f"All ways and budgets. Rows that are not in a primary comparison have {len(study.final.seeds)} seeds and are"
         " exploratory. *path*: FLOPs on the critical path of separate workers; *DP*: the workers are connected and"
         " share all batches outside of the modules (data parallelism); memory is of one separate worker, before and"
         " in the last phase.",
@@ -190,7 +190,7 @@ def markdown(results: Results, plot: str | None) -> str:
     ]
     if plot:
         parts.append(
-            f"![{study.score.title.capitalize()} against training FLOPs and FLOPs on the critical path]({plot})"
+            f"![{study.metric.title.capitalize()} against training FLOPs and FLOPs on the critical path]({plot})"
         )
     missing = results.missing
     parts.append("Missing: " + ("; ".join(missing) + "." if missing else "nothing."))
@@ -216,7 +216,7 @@ def draw_frontier(results: Results, out: Path) -> bool:
             scale.set_major_formatter(ticker.ScalarFormatter())
             scale.set_minor_formatter(ticker.ScalarFormatter())
         axis.grid(which="both", alpha=0.3)
-    axes[0].set_ylabel(f"{results.study.score.title}, validation")
+    axes[0].set_ylabel(f"{results.study.metric.title}, validation")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(results.study.name)
     figure.savefig(out, dpi=150, metadata={"Software": None})
@@ -229,7 +229,7 @@ def _draw_way(axis: Any, results: Results, way: Way, key: str, color: str) -> No
     if not groups:
         return
     mean = [[statistics.mean(trial[key] for trial in trials) / 1e12 for trials in groups]]
-    name = results.study.score.name
+    name = results.study.metric.name
     mean.append([statistics.mean(trial["metrics"][name] for trial in trials) for trials in groups])
     axis.plot(*mean, color=color, marker="o", label=way.title, linestyle="--" if way.measure == "path" else "-")
     points = [(trial[key] / 1e12, trial["metrics"][name]) for trials in groups for trial in trials]

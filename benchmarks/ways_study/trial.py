@@ -209,7 +209,7 @@ class Runner:
             self._train_from(start, run.path, sets, workers.steps, seed=1000 * (trial.seed + 1) + number)
             for number, run in enumerate(runs)
         ]
-        name = self.study.score.name
+        name = self.study.metric.name
         values = [result["metrics"][name] for result in results]
         spent = [_phase(meta, "pretrain"), *results]
         if trial.way.kind == "expand_average":
@@ -236,7 +236,7 @@ class Runner:
         split = "validation" if validation else trial.plan.split
         recipe = self.study.load_recipe(split)
         data = [] if recipe.data.path else [f"data.path={self.out / 'data' / split}"]
-        return [*self.study.splits[split], *data, *trial.plan.sets, f"train.seed={trial.seed}"]
+        return [*self.study.split_sets(split), *data, *trial.plan.sets, f"train.seed={trial.seed}"]
 
     def _train_meta(self, trial: Trial, sets: list[str]) -> RunDir:
         """Train the meta model of a trial, or return the run of another trial that has the same."""

@@ -112,11 +112,15 @@ def _check_finished_model(recipe: Recipe, where: str) -> None:
         )
 
 
-def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the tables of a file, which override those of the shipped recipe ``base``, if the file names one."""
+def read_toml(file: Path) -> dict[str, Any]:
+    """Return the tables of a TOML file.
+
+    Raises:
+        ConfigError: The file cannot be read, is not valid TOML, or has a number that TOML does not allow.
+    """
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes; is this a recipe?")
+            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes; expected a file of settings")
         raw = tomllib.loads(file.read_text("utf-8-sig"))  # some editors write a byte order mark
     except (ValueError, RecursionError) as error:  # RecursionError: nested more deeply than Python's limit
         raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
@@ -124,6 +128,12 @@ def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{file}: {error.strerror}") from None
     if (problem := find_problem(raw)) is not None:
         raise ConfigError(f"{file}: {problem}")
+    return raw
+
+
+def _read_tables(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the tables of a file, which override those of the shipped recipe ``base``, if the file names one."""
+    raw = read_toml(file)
     try:
         raw = resolve_paths(Recipe, raw, file.parent)
     except ConfigError as error:

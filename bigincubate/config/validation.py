@@ -61,7 +61,9 @@ def _describe(table: type[BaseModel], prefix: str, error: ErrorDetails) -> str:
     if error["type"] == "extra_forbidden":
         return f"unknown key {key!r}{_suggest_key(table, names, prefix)}"
     if error["type"] == "missing":
-        return f"the table [{key}] is missing"
+        field = find_field(table, ".".join(names))
+        is_table = field is not None and inner_table(field) is not None
+        return f"the table [{key}] is missing" if is_table else f"the key {key!r} is missing"
     text = error["msg"].removeprefix("Value error, ")
     given = "" if isinstance(error["input"], dict | BaseModel) else f" (given: {_format_given(error['input'])})"
     example = _example(table, names, key, error["input"]) if error["type"].endswith("_type") else ""

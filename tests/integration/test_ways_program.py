@@ -70,7 +70,8 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     (tmp_path / ".gitignore").write_text("out\n")
 
     def run(*words: object, code: int = 0) -> str:
-        given = ["ways.py", str(tmp_path / "toy.toml"), *map(str, words), "--out", str(tmp_path / "out"), "--jobs", "1"]
+        common = ("--out", tmp_path / "out", "--jobs", 1)
+        given = ["ways.py", *map(str, (tmp_path / "toy.toml", *common, *words))]
         monkeypatch.setattr(sys, "argv", given)
         with pytest.raises(SystemExit) as ended:
             program.main()
@@ -149,6 +150,27 @@ def test_way_or_budget_without_trials_is_one_line(study: Callable[..., str], tmp
     says = "error: --ways: no trial has end-to-end; expected one of end_to_end, meta_alone\n"
     assert study("--tune", "--ways", "meta_alone", "end-to-end", code=2) == says
     assert study("--tune", "--budgets", 7, code=2) == "error: --budgets: no trial has 7.0; expected one of 0.01\n"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--jobs", "0"), ("--jobs", "two"), ("--rate", "-1"), ("--rate", "nan")])
+def test_number_of_the_command_line_is_above_0(study: Callable[..., str], option: str, value: str) -> None:
+    assert f"argument {option}: '{value}' is not a number above 0 (" in study("--plan", option, value, code=2)
+
+
+def test_only_one_process_runs_the_trials_of_a_study(study: Callable[..., str], tmp_path: Path) -> None:
+    """Otherwise both would run trials on the validation split."""
+    (tmp_path / "toy.toml").write_text(_definition(0.01, "[1,1,1,1]", TWO_WAYS, []))
+    words = [sys.executable, BENCHMARKS / "ways.py", tmp_path / "toy.toml", "--tune", "--jobs", "1"]
+    with subprocess.Popen([*words, "--out", tmp_path / "first"], cwd=tmp_path, stdout=subprocess.DEVNULL) as first:
+        while not (tmp_path / "first" / "trials").is_dir():
+            assert first.poll() is None
+            time.sleep(0.02)
+        says = f"error: {tmp_path / '.trials-toy.lease'} belongs to process {first.pid} on "
+        assert study("--tune", code=7).startswith(says)
+        assert not (tmp_path / "out").exists()
+        first.send_signal(signal.SIGINT)
+        assert first.wait() == 75
+    assert "2 trials, 2 left" in study("--tune")
 
 
 @pytest.mark.full

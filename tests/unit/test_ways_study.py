@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -153,7 +154,7 @@ def test_study_with_the_settings_of_another_has_its_spaces_and_no_search(parts: 
 
 
 def test_other_budgets_use_the_nearest_tuned_one(parts: Any, costs: Any) -> None:
-    ways, budgets = costs.study.ways, costs.study.tuning_budgets
+    ways, budgets = costs.study.ways, costs.study.tuning.budgets
     expand = ways["expand"]
     assert parts.lengths.nearest_budget(costs, expand, 0.25, expand, budgets) == 0.5
     assert parts.lengths.nearest_budget(costs, expand, 2, expand, budgets) == 2
@@ -207,19 +208,19 @@ def test_point_with_the_lowest_loss_is_chosen(parts: Any, costs: Any) -> None:
     results[best.key] = {**_entry(best), "diverged": True}
     del results[best.key]["metrics"]
     text = parts.log.choose_settings(costs, results)
-    chosen = parts.log.tomllib.loads(text)
+    chosen = tomllib.loads(text)
     assert chosen["incubate_short"]["0.5"]["index"] == 7
     assert chosen["expand"]["0.5"]["index"] == 6  # point 7 diverged
 
 
-def test_validation_trials_need_committed_settings_that_do_not_change(parts: Any, own: Any) -> None:
+def test_validation_trials_need_committed_settings_that_do_not_change(parts: Any, own: Any, costs: Any) -> None:
     def check(entries: list[dict[str, Any]]) -> None:
         found = parts.log.read_chosen(own)
         parts.log.check_protocol(own, found and found[1], entries)
 
     with pytest.raises(ConfigError, match="is missing"):
         check([])
-    own.settings_file.write_text("[expand]\n")
+    own.settings_file.write_text(_settings(parts, own, costs))
     with pytest.raises(ConfigError, match=r"settings-digits\.toml is not committed"):
         check([])
     _commit(own.file.parent)
@@ -245,11 +246,11 @@ def test_validation_trial_is_not_repeated_with_another_definition(parts: Any, co
 def test_paired_interval_is_that_of_students_t(parts: Any) -> None:
     # differences -0.1, -0.2, -0.3: mean -0.2, standard deviation 0.1, t(2) = 4.303, so -0.2 ± 4.303 * 0.1 / sqrt(3)
     way, rival = {0: 0.9, 1: 0.8, 2: 0.7, 5: 9.0}, {0: 1.0, 1: 1.0, 2: 1.0, 6: 0.0}
-    found = parts.paired.compare_paired(way, rival, parts.definition.Margin(0.02))
+    found = parts.paired.compare_paired(way, rival, parts.definition.Margin(value=0.02))
     assert (found.pairs, found.rival) == (3, 1.0)
     assert (found.mean, found.low, found.high) == pytest.approx((-0.2, -0.44844, 0.04844), abs=1e-5)
     assert found.verdict == "undecided"
-    assert parts.paired.compare_paired({0: 1.0}, {0: 2.0}, parts.definition.Margin(0.02)) is None
+    assert parts.paired.compare_paired({0: 1.0}, {0: 2.0}, parts.definition.Margin(value=0.02)) is None
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,10 @@ def test_paired_interval_is_that_of_students_t(parts: Any) -> None:
     ],
 )
 def test_verdict_follows_from_the_interval(parts: Any, low: float, high: float, verdict: str) -> None:
-    for rival, margin in ((1.0, parts.definition.Margin(0.02)), (4.0, parts.definition.Margin(0.02, absolute=True))):
+    for rival, margin in (
+        (1.0, parts.definition.Margin(value=0.02)),
+        (4.0, parts.definition.Margin(value=0.02, absolute=True)),
+    ):
         difference = parts.paired.PairedDifference(3, (low + high) / 2, low, high, rival, margin)
         assert difference.verdict == verdict
 
@@ -375,7 +379,7 @@ def test_settings_are_chosen_by_the_metric_of_the_study(parts: Any, text_costs: 
     results = {trial.key: _entry(trial, float(trial.index)) for trial in trials}
     for entry in results.values():
         entry["metrics"]["bits_per_byte"] = 20.0 - entry["index"]
-    row = parts.log.tomllib.loads(parts.log.choose_settings(text_costs, results))["decentralized"]["12"]
+    row = tomllib.loads(parts.log.choose_settings(text_costs, results))["decentralized"]["12"]
     assert (row["index"], row["bits_per_byte"]) == (11, 9.0)
 
 
@@ -410,12 +414,90 @@ def test_page_has_the_metric_the_margin_and_the_aim(parts: Any, text_costs: Any)
     assert "ahead by 0.02 bits per byte or more on average at equal critical path" in text
 
 
-@pytest.mark.parametrize(("old", "new"), [('unit = "TFLOP"', 'unit = "steps"'), ('name = "bits', 'nam = "bits')])
-def test_unknown_unit_or_key_of_the_metric_is_refused(parts: Any, tmp_path: Path, old: str, new: str) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ('unit = "TFLOP"', 'unit = "steps"', "unit: Input should be 'incubation' or 'TFLOP' (given: 'steps')"),
+        ('name = "bits', 'nam = "bits', "unknown key 'metric.nam'; did you mean 'metric.name'?"),
+        ("workers = 4", 'workers = "4"', "workers: Input should be a valid integer (given: '4')"),
+        ("max_remainder = 0.005", "", "the key 'max_remainder' is missing"),
+        ("lead = 0.02", 'lead = "a"', "primary.lead: Input should be a valid number (given: 'a')"),
+        ("{ absolute = 0.02 }", "-1", "primary.margin.value: Input should be greater than 0 (given: -1)"),
+        (
+            '["incubate_short", "expand", 25]',
+            '["incubate_short"]',
+            "primary.comparisons.0: expected [way, rival, budget]",
+        ),
+        (
+            '["incubate_short", "expand", 25]',
+            '["incubate_short", "expand", 7]',
+            "there is no way incubate_short with the",
+        ),
+        ('kind = "end_to_end"', 'kind = "plain"', "ways.end_to_end.kind: Input should be 'incubate', "),
+        ('tuned_as = "expand"', 'tuned_as = "grow"', "ways.expand_best.tuned_as: there is no way grow"),
+        ('tuned_as = "expand"', "", "ways.expand_best: set tuned_as, because its workers already use the"),
+        ("{ choice = [", "{ chioce = [", "unknown key 'ways.incubate_short.space.incubate.init.chioce'; did you mean"),
+        ("{ log = [5e-4, 1.5e-2] }", "{ log = [5e-4] }", "space.pretrain.train.lr.log: List should have at least 2"),
+        (
+            "{ log = [5e-4, 1.5e-2] }",
+            "{ log = [0, 1] }",
+            "space.pretrain.train.lr: expected the lowest and the highest",
+        ),
+        ("{ log = [5e-4, 1.5e-2] }", "3", "space.pretrain.train.lr: Input should be a valid dictionary"),
+        ("[tuning]", "[tunin]", "the key 'tuning.points' is missing; the key 'tuning.budgets' is missing; the key"),
+        ("# Ways", "\xff Ways", "not valid TOML: "),
+        ("workers = 4", "workers = 4\nways = 1", "not valid TOML: "),
+    ],
+)
+def test_error_in_a_definition_is_one_line_that_names_the_key(
+    parts: Any, tmp_path: Path, old: str, new: str, says: str
+) -> None:
     text = (BENCHMARKS / "ways_study" / "docs-llama.toml").read_text()
-    (tmp_path / "own.toml").write_text(text.replace(old, new))
-    with pytest.raises(ConfigError, match=r"expected one of incubation, TFLOP|metric: "):
+    assert old in text
+    (tmp_path / "own.toml").write_bytes(text.replace(old, new, 1).encode("latin-1"))
+    with pytest.raises(ConfigError) as refused:
         parts.definition.load_study(str(tmp_path / "own.toml"))
+    message = str(refused.value)
+    assert message.startswith(f"{tmp_path / 'own.toml'}: ")
+    assert says in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("line", ["3", "{}", '{"split": "test", "way": "expand"}'])
+def test_line_that_is_no_trial_is_refused(parts: Any, tmp_path: Path, line: str) -> None:
+    file = tmp_path / "trials.jsonl"
+    file.write_text(f"{line}\n")
+    with pytest.raises(ConfigError, match=rf"^{file}: .*(is missing|dictionary)"):
+        parts.log.TrialLog(file).results()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("[expand.2", "[other.2", "has no settings of expand at every tuned budget; remove it, then --choose again"),
+        ("[expand.2]", "[expand.2", "not valid TOML"),
+        ("loss = 1.0", "", "does not fit the definition; remove it, then --choose again"),
+        ('"share.pretrain" = ', '"share.pretrained" = ', "does not fit the definition"),
+        ("index = 0", 'index = "0"', "index: Input should be a valid integer"),
+    ],
+)
+def test_settings_that_do_not_fit_the_definition_are_refused(
+    parts: Any, own: Any, costs: Any, old: str, new: str, says: str
+) -> None:
+    text = _settings(parts, own, costs)
+    assert old in text
+    own.settings_file.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=says) as refused:
+        parts.log.read_chosen(own)
+    assert str(refused.value).startswith(str(own.settings_file))
+
+
+def _settings(parts: Any, study: Any, costs: Any) -> str:
+    """Return the content of the settings file of a study, whose trials all have the same loss."""
+    costs = _with_study(parts, costs, study)
+    trials = parts.log.tuning_trials(costs)
+    text: str = parts.log.choose_settings(costs, {trial.key: _entry(trial) for trial in trials})
+    return text
 
 
 def _with_study(parts: Any, costs: Any, study: Any) -> Any:
