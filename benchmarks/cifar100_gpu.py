@@ -24,14 +24,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
-from bigincubate.config import load_recipe
+from bigincubate.config import PHASES, load_recipe
 from bigincubate.errors import Exit
 from bigincubate.files import write_text
 from bigincubate.storage.run_directory import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "cifar100-deit-t32"
-PHASES = ("pretrain", "incubate", "finetune", "end_to_end")
 TOY = ["plan.target_depths=[2,2,2,2]", "train.batch_size=8", "data.workers=0", 'train.precision="fp32"']
 WAYS: dict[str, tuple[str, ...]] = {
     "incubated": ("run", "--jobs", "1"),

@@ -29,12 +29,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
-from bigincubate.config import Recipe, load_recipe
+from bigincubate.config import Phase, Recipe, load_recipe
 from bigincubate.storage.run_directory import RunDir
 from bigincubate.tasks.metric import Metric, describe_metrics
 from bigincubate.tasks.registry import task_class
 
-PHASES = ("pretrain", "incubate", "finetune")
+PHASES: tuple[Phase, ...] = ("pretrain", "incubate", "finetune")
 END_TO_END = ("train", "--phase", "end_to_end")
 WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # the command, and the changes of the recipe
     "incubated": (("run", "--jobs", "1"), ()),

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
@@ -43,7 +44,7 @@ def main() -> None:
     family, depths = find_family(settings), ((args.blocks,),)
     partition = Partition(family, depths)
 
-    def made(precision: str, *, skip: bool) -> torch.nn.Module:
+    def made(precision: str, *, skip: bool) -> Any:  # a model of timm
         torch.manual_seed(0)
         model = family.build(settings, depths).to(device).train()
         family.choose_attention(model, device, precision)

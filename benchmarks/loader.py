@@ -94,7 +94,7 @@ def contestant(name: str, settings: dict[str, Any]) -> Contestant:
     batches = stream
     if name == IN_MEMORY:
         in_memory = list(islice(stream, settings["steps"]))
-        batches = cycle(in_memory)  # type: ignore[assignment]
+        batches = cycle(in_memory)
 
     def turn() -> None:
         for batch in islice(batches, settings["steps"]):

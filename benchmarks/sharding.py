@@ -24,7 +24,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bigincubate.config import Phase
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # as a script, from anywhere
@@ -95,7 +98,7 @@ def recipe(args: argparse.Namespace, strategy: str) -> Any:
         return load_recipe(str(file), [f"train.micro_batch={args.micro_batch}"] if args.micro_batch else [])
 
 
-def place(args: argparse.Namespace) -> tuple[str, int | None]:
+def place(args: argparse.Namespace) -> tuple[Phase, int | None]:
     return args.phase, args.module if args.phase == "incubate" else None
 
 

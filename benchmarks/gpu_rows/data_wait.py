@@ -51,7 +51,7 @@ def measure_workers(request: Request) -> list[Line]:
         trainer, _ = make_trainer({**settings, "sets": sets}, "incubate", 0, skip=False)
         trainer.metrics = trainer.open_metrics()
         rows: list[dict[str, Any]] = []
-        trainer.log = rows.append  # type: ignore[method-assign]
+        trainer.log = rows.append  # type: ignore[method-assign,assignment]
         trainer.total = 2 * measured  # the first half is a warm-up
         with closing(trainer.parts.train_stream.batches(0)) as batches:
             trainer.loop(batches)

@@ -61,10 +61,11 @@ class Parameter(ConfigTable):
         if values := self.choice or self.sets:
             return generator.choice(list(values))
         if self.log:
-            low, high = map(math.log, self.log)
-            return float(f"{math.exp(generator.uniform(low, high)):.3g}")
-        low, high = self.uniform or ()
-        return float(f"{generator.uniform(low, high):.3g}")
+            value = math.exp(generator.uniform(*map(math.log, self.log)))
+        else:
+            assert self.uniform is not None  # one of the four is set
+            value = generator.uniform(*self.uniform)
+        return float(f"{value:.3g}")
 
 
 class Way(ConfigTable):

@@ -138,11 +138,19 @@ class Costs:
                 settings, plan = recipe.settings(phase), _whole_plan(recipe)
                 rows = [
                     PlannedRow(
-                        **{"key": name, "phase": phase, "title": name, "metrics": (), "unit": "", "cost": cost},
+                        key=name,
+                        phase=phase,
+                        title=name,
+                        metrics=(),
+                        unit="",
+                        cost=cost,
                         module=module if phase == "incubate" else None,
                         batch_size=settings.train.batch_size,
                         batch_units=settings.train.batch_size,
-                        **{"steps": 0, "epochs": 0.0, "seen": 0, "total_flops": 0},
+                        steps=0,
+                        epochs=0.0,
+                        seen=0,
+                        total_flops=0,
                     )
                     for module, (name, cost) in enumerate(self.costs(recipe, phase).items())
                 ]

@@ -160,8 +160,9 @@ def test_number_of_the_command_line_is_above_0(study: Callable[..., str], option
 def test_only_one_process_runs_the_trials_of_a_study(study: Callable[..., str], tmp_path: Path) -> None:
     """Otherwise both would run trials on the validation split."""
     (tmp_path / "toy.toml").write_text(_definition(0.01, "[1,1,1,1]", TWO_WAYS, []))
-    words = [sys.executable, BENCHMARKS / "ways.py", tmp_path / "toy.toml", "--tune", "--jobs", "1"]
-    with subprocess.Popen([*words, "--out", tmp_path / "first"], cwd=tmp_path, stdout=subprocess.DEVNULL) as first:
+    out = ("--out", str(tmp_path / "first"))
+    words = [sys.executable, str(BENCHMARKS / "ways.py"), str(tmp_path / "toy.toml"), "--tune", "--jobs", "1", *out]
+    with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL) as first:
         while not (tmp_path / "first" / "trials").is_dir():
             assert first.poll() is None
             time.sleep(0.02)
