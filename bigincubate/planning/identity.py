@@ -64,6 +64,11 @@ def phase_identity(
     keys = (*ORDER_KEYS, *PHASE_KEYS.get(row.phase, ()), *start, f"{row.phase}.export")
     values, defaults = recipe.flat(), Recipe(plan=recipe.plan).flat()
     used = {key: values[key] for key in keys if values.get(key) != defaults.get(key)}
+    # random tensors have no optimizer state to keep
+    if row.phase == "incubate" and recipe.incubate.init == "fresh":
+        used.pop("incubate.optimizer", None)
+    if recipe.expand.init == "fresh":
+        used.pop("expand.optimizer", None)
     defaults = Settings().flat()
     for key, value in settings.flat().items():
         if value != defaults.get(key) and key not in RESOLVED_KEYS and not is_execution(key):

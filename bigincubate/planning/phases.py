@@ -210,7 +210,8 @@ def make_plan(recipe: Recipe) -> Plan:
         if ":" in (name := settings.optim.lr_scaling):
             load_object(name, key="optim.lr_scaling")
     expanded = frozenset(range(len(target))).difference(config.incubated)
-    if expanded and recipe.expand.optimizer == "kept" and recipe.finetune.init is None:
+    kept, grown = recipe.expand.optimizer == "kept", recipe.expand.init != "fresh"
+    if expanded and kept and grown and recipe.finetune.init is None:
         _check_kept_optimizer(recipe, "expand.optimizer", "pretrain", "finetune")
     if config.incubated and recipe.incubate.optimizer == "kept" and recipe.finetune.init is None:
         if recipe.incubate.init != "fresh":

@@ -237,3 +237,4 @@ def test_state_that_cannot_be_kept_is_refused_before_any_phase(sets: list[str], 
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
     make_plan(load_recipe(fast, [*KEPT, *sets, "plan.incubate=all"]))
+    make_plan(load_recipe(fast, [*KEPT, *sets, "expand.init=fresh"]))  # nothing is copied

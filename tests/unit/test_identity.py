@@ -76,7 +76,7 @@ TABLE = {
     "meta.select": "P",
     "incubate.init": "I",
     "incubate.boundary": "I",
-    "incubate.optimizer": "IF",
+    "incubate.optimizer": "F",  # modules start from random weights, which have no optimizer state
     "finetune.budget": "",  # every module is incubated
     "end_to_end.budget": "E",
     "pretrain.handover": "PE",  # the baseline at equal FLOPs is as much shorter
@@ -247,6 +247,23 @@ def test_key_invalidates_the_phases_of_the_table(base: Path) -> None:
     expected = {key: {reader for phase in recomputed(key) for reader in READERS[phase]} for key in found}
     assert {key: (found[key], expected[key]) for key in found if found[key] != expected[key]} == {}
     assert all(any(f"{key}.".startswith(f"{entry}.") for key in found) for entry in TABLE)
+
+
+@pytest.mark.parametrize(
+    ("incubated", "table", "init", "phases"),
+    [
+        ("all", "incubate", "grow", "IF"),
+        ("all", "incubate", "fresh", "F"),
+        ("none", "expand", "grow", "F"),
+        ("none", "expand", "fresh", ""),
+    ],
+)
+def test_random_tensors_have_no_optimizer_state_to_keep(
+    base: Path, incubated: str, table: str, init: str, phases: str
+) -> None:
+    common = (f"plan.incubate={incubated}", f"{table}.init={init}")
+    changed = invalidated_rows(rows(base, *common), rows(base, *common, f"{table}.optimizer=kept"))
+    assert "".join(dict.fromkeys(row.key[0].upper() for row in changed)) == phases
 
 
 def test_finished_model_invalidates_fine_tuning_and_the_baseline_with_its_flops(base: Path, tmp_path: Path) -> None:
