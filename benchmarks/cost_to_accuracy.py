@@ -25,11 +25,13 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 from itertools import product
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script, from anywhere
 
 from bigincubate.config import Phase, Recipe, load_recipe
+from bigincubate.errors import BigincubateError, Exit
 from bigincubate.storage.run_directory import RunDir
 from bigincubate.tasks.metric import Metric, describe_metrics
 from bigincubate.tasks.registry import task_class
@@ -63,19 +65,28 @@ class Trial:
         return f"{self.way.replace(' ', '-')}-{self.budget:g}-{self.seed}"
 
 
+class RunFailed(Exception):
+    """A run failed. The arguments are its exit code and a message."""
+
+
 def train(trial: Trial, recipe: Recipe, args: argparse.Namespace) -> dict[str, Any]:
-    """Run or resume a trial, and return its results."""
+    """Run or resume a trial, and return its results.
+
+    Raises:
+        RunFailed: The command failed. It has printed why.
+    """
     command, changes = WAYS[trial.way]
     folder = args.out / trial.folder
     epochs = [f"{p}.train.epochs={recipe.settings(p).train.epochs * trial.budget:g}" for p in PHASES]
     sets = [*args.sets, *epochs, f"train.seed={trial.seed}", *changes]
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "bigincubate", command[0], args.recipe, "--run-dir", str(folder), *command[1:]]
         + [part for value in sets for part in ("--set", value)],
-        check=True,
         stdout=subprocess.DEVNULL,
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
+    if done.returncode:
+        raise RunFailed(done.returncode, f"{folder}: exit code {done.returncode}; run the same command again to resume")
     found = RunDir(folder).update_summary()
     is_incubated = "end_to_end" not in command
     modules = [module for module in found["modules"] if module]  # without those that are not incubated
@@ -170,16 +181,42 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    recipe = load_recipe(args.recipe, args.sets)
+    try:
+        compare(load_recipe(args.recipe, args.sets), args)
+    except BigincubateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.code) from None
+    except RunFailed as failure:
+        code, message = failure.args
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def compare(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Run all trials, and write and print the results.
+
+    Raises:
+        RunFailed: One failed. Those that had not started by then are not run.
+    """
     metrics = task_class(recipe.settings("end_to_end").task.name).metrics
     trials = [Trial(way, budget, seed) for budget, seed, way in product(args.budgets, args.seeds, args.ways)]
     if args.out is None:  # other settings get another folder, because a run directory belongs to one recipe
         digest = hashlib.sha256("\n".join(sorted(args.sets)).encode()).hexdigest()[:8]
         args.out = Path("runs/cost-to-accuracy") / (f"{recipe.name}-{digest}" if args.sets else recipe.name)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = []
+    found, failed = [], Event()
+
+    def attempt(trial: Trial) -> dict[str, Any]:
+        if failed.is_set():
+            raise RunFailed(Exit.PREEMPTED, f"{trial.folder} was not started, because another run failed")
+        try:
+            return train(trial, recipe, args)
+        except BaseException:
+            failed.set()
+            raise
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        for result in pool.map(lambda trial: train(trial, recipe, args), trials):
+        for result in pool.map(attempt, trials):
             found.append(result)
             scores = describe_metrics(metrics, result["metrics"])
             print(f"{result['way']}, budget {result['budget']:g}, seed {result['seed']}: {scores}")
