@@ -140,6 +140,14 @@ class ShardedTensorReader(Mapping[str, "Tensor"]):
     def __len__(self) -> int:
         return len(self.shapes)
 
+    def __contains__(self, key: object) -> bool:
+        """Return whether there is a tensor ``key``, without reading it."""
+        return key in self.shapes
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the full tensor ``key``, or ``default`` if there is none."""
+        return self[key] if key in self.shapes else default
+
     def __getitem__(self, key: str) -> Tensor:
         """Return a full tensor in its logical shape."""
         if key not in self.shapes:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bigincubate.errors import ArtifactError
 from bigincubate.storage.sharded_tensors import (
     DTYPES,
     ShardedTensorReader,
@@ -71,3 +72,22 @@ def test_shards_of_any_ranks_are_read_by_any_others(
             part = reader.read_range(name, begin, end - begin)
             assert part.dtype == tensor.dtype
             assert torch.equal(part, tensor.flatten()[begin:end])
+
+
+def test_reader_is_a_mapping_that_reads_a_tensor_only_on_access(tmp_path: Path) -> None:
+    tensors = {"whole": torch.arange(3), "half": torch.arange(4)}
+    half = TensorShard(tensors["half"][:2], 0, (4,))
+    write_sharded_tensors(tmp_path / "file", copy_to_cpu({"whole": tensors["whole"], "half": half}))
+    reader = ShardedTensorReader([tmp_path / "file"])
+    for found in (reader, reader.renamed({"whole": "whole", "half": "half"})):
+        assert set(found) == found.keys() == tensors.keys()
+        assert [key in found for key in ("whole", "half", "absent", 0)] == [True, True, False, False]
+        assert found.get("absent") is None
+        assert found.get("absent", "default") == "default"
+        assert torch.equal(found.get("whole"), found["whole"])
+        assert torch.equal(found["whole"], tensors["whole"])
+        for read in (found.get, found.__getitem__):
+            with pytest.raises(ArtifactError, match="tensor 'half' has no element 2"):
+                read("half")
+        with pytest.raises(ArtifactError, match="no tensor 'absent'"):
+            found["absent"]
