@@ -6,6 +6,7 @@ The command line prints only the message, not a traceback: one line that says wh
 from __future__ import annotations
 
 import shlex
+import shutil
 from enum import IntEnum
 
 
@@ -102,6 +103,8 @@ def format_command(*words: object) -> str:
 
 def format_os_error(error: OSError) -> str:
     """Return the reason of an error of the operating system, with the file if there is one."""
+    if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree, one entry for each file
+        return str(error.args[0][0][-1])
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason
 

@@ -11,9 +11,9 @@ import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,35 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for created in missing:
         fsync_path(created.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Create a folder either completely or not at all.
+
+    The block writes to a temporary folder next to it, which is synced to disk and renamed at the end, or removed if
+    the block is left by an error or Ctrl-C.
+
+    Args:
+        folder: The folder. Missing parents are created.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        OSError: The folder cannot be written, or has files already.
+    """
+    make_folder(folder.parent)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            fsync_path(path)
+        temporary.rename(folder)
+        fsync_path(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def regular_file_size(path: Path) -> int:

@@ -5,6 +5,7 @@ python examples/separate_machines.py train BUNDLE              there: BUNDLE was
 python examples/separate_machines.py collect BUNDLE RUN        here again: BUNDLE or its folder `modules` was copied
 """
 
+import argparse
 import json
 import shutil
 import sys
@@ -14,39 +15,53 @@ import bigincubate as bi
 from bigincubate.data.dataset import DESCRIPTION, describe_dataset
 from bigincubate.data.partitions import open_module_partition, partition_path
 from bigincubate.distributed.process_group import DistributedContext
+from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, Exit, format_command, format_os_error
+from bigincubate.files import expand_path, new_folder, read_json
 from bigincubate.planning.lineage import expected_lineage
 from bigincubate.storage.artifacts import check_lineage, verify_artifact
 from bigincubate.storage.lease import acquire_lease
 from bigincubate.storage.run_directory import RunDir
+from bigincubate.training.kept_state import META, load_last_checkpoint
 
 
 def pack(source: Path, module: int, bundle: Path) -> None:
     """Write a folder with the recipe, the meta model, and the data that the module may use: a small run directory."""
-    run, target = RunDir(source), RunDir(bundle)
-    recipe = run.load_recipe()
-    meta = run.phase("pretrain")
+    run = RunDir(source)
+    recipe, meta = run.load_recipe(), run.phase("pretrain")
+    if bundle.exists():
+        raise ConfigError(f"{bundle} exists already; remove it, or choose another folder")
+    if meta.result is None:
+        train = format_command("train", run.recipe_file, "--run-dir", source, "--phase", "pretrain")
+        raise ArtifactError(f"{source} has no finished meta model; train it with: {train}")
     verify_artifact(meta.artifact)
-    bundle.mkdir(parents=True)  # fails if it exists
-    shutil.copytree(meta.artifact, target.phase("pretrain").artifact)
-    shutil.copy(meta.path / "DONE", target.phase("pretrain").path)
-    if recipe.incubate.optimizer == "kept":  # the module starts with optimizer state of the meta model
-        shutil.copytree(meta.checkpoints, target.phase("pretrain").checkpoints)
-
+    # whether the module starts with optimizer state of the meta model
+    kept = recipe.incubate.optimizer == "kept" and recipe.incubate.init != "fresh"
+    if kept:
+        load_last_checkpoint(run, META, "incubate.optimizer")  # fails if it is missing or damaged
     data = run.data_path(recipe)
     _, part = open_module_partition(recipe, describe_dataset(data), module)
-    if part.path == data:
-        shutil.copytree(data, bundle / "data")
-    else:  # decentralized data: the description of the whole data set, and the partition of this module
-        (bundle / "data").mkdir()
-        shutil.copy(data / DESCRIPTION, bundle / "data")
-        shutil.copytree(part.path, Path(partition_path(bundle / "data", module)))
-    shutil.copy(run.recipe_file, bundle)
-    (bundle / "bundle.json").write_text(json.dumps({"module": module}))
+
+    with new_folder(bundle) as folder:  # a bundle is complete or does not exist
+        target = RunDir(folder).phase("pretrain")
+        shutil.copytree(meta.artifact, target.artifact)
+        shutil.copy(meta.path / "DONE", target.path)
+        if kept:
+            shutil.copytree(meta.checkpoints, target.checkpoints)
+        if part.path == data:
+            shutil.copytree(data, folder / "data")
+        else:  # decentralized data: the description of the whole data set, and the partition of this module
+            (folder / "data").mkdir()
+            shutil.copy(data / DESCRIPTION, folder / "data")
+            shutil.copytree(part.path, Path(partition_path(folder / "data", module)))
+        shutil.copy(run.recipe_file, folder)
+        (folder / "bundle.json").write_text(json.dumps({"module": module}))
 
 
 def train(bundle: Path) -> None:
     """Train the module of a bundle; called again after an interruption, resume."""
-    module = json.loads((bundle / "bundle.json").read_text())["module"]
+    module = (read_json(bundle / "bundle.json") or {}).get("module")
+    if module is None:
+        raise ArtifactError(f"{bundle} is not a bundle (no module in bundle.json); write one with the command: pack")
     # the same as: bigincubate train BUNDLE/recipe.toml --run-dir BUNDLE --phase incubate --module K --set data.path=…
     recipe = bi.load_recipe(bundle / "recipe.toml", [f"data.path={json.dumps(str(bundle / 'data'))}"])
     bi.train_phase(recipe, bundle, "incubate", module, report=print)
@@ -62,11 +77,11 @@ def collect(bundle: Path, into: Path) -> None:
         module = int(folder.name)
         found, target = RunDir(bundle).phase("incubate", module), run.phase("incubate", module)
         if found.result is None:
-            raise bi.errors.ArtifactError(f"{folder} is not finished; train it first")
+            raise ArtifactError(f"{folder} is not finished; train it first")
         if problem := check_lineage(verify_artifact(found.artifact), expected_lineage(run, "incubate", module)):
-            raise bi.errors.ArtifactError(f"{folder} does not fit {into}: {problem}")
+            raise ArtifactError(f"{folder} does not fit {into}: {problem}")
         if target.begun:
-            raise bi.errors.ConfigError(f"{target.path} has begun already; remove it first")
+            raise ConfigError(f"{target.path} has begun already; remove it first")
         with acquire_lease(target.path, DistributedContext()):
             # the result marks the module as done, so it is written last
             shutil.copytree(folder, target.path, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
@@ -75,15 +90,34 @@ def collect(bundle: Path, into: Path) -> None:
         print(f"module {module}: collected from {bundle}")
 
 
-def main(command: str, *words: str) -> None:
-    """Run one of the three commands."""
-    if command == "pack":
-        pack(Path(words[0]), int(words[1]), Path(words[2]))
-    elif command == "train":
-        train(Path(words[0]))
-    else:
-        collect(Path(words[0]), Path(words[1]))
+def parse_arguments(words: list[str]) -> argparse.Namespace:
+    """Return the function of a command and its arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for function, names in ((pack, ("RUN", "MODULE", "BUNDLE")), (train, ("BUNDLE",)), (collect, ("BUNDLE", "RUN"))):
+        command = commands.add_parser(function.__name__, description=function.__doc__)
+        command.set_defaults(function=function, names=names)
+        for name in names:
+            command.add_argument(name, type=int if name == "MODULE" else expand_path)
+    return parser.parse_args(words)
+
+
+def main(*words: str) -> int:
+    """Run one of the three commands, and return its exit code."""
+    try:
+        arguments = parse_arguments(list(words))
+        arguments.function(*(getattr(arguments, name) for name in arguments.names))
+    except BigincubateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.code
+    except OSError as error:
+        print(f"error: {format_os_error(error)}", file=sys.stderr)
+        return Exit.ENVIRONMENT
+    except KeyboardInterrupt:
+        print("error: interrupted; run the same command again", file=sys.stderr)
+        return Exit.INTERRUPTED
+    return Exit.DONE
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    raise SystemExit(main(*sys.argv[1:]))

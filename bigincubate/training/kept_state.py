@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..distributed.process_group import DistributedContext
 from ..errors import ArtifactError, format_command
 from ..files import read_json
 from ..models.partition import Partition, hybrid_depths
@@ -17,6 +19,7 @@ from ..planning.planned_row import load_planned_rows
 from ..sharding import Sharding
 from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
 from ..storage.lease import Lease
+from ..storage.run_directory import RunDir
 
 META = PhaseInput("pretrain", None)
 
@@ -44,7 +47,7 @@ def load_kept_state(context: PhaseContext, sharding: Sharding) -> None:
     """
     for kept in _find_kept_states(context, sharding.trainable):
         if kept.names:
-            checkpoint = _load_last_checkpoint(context, kept)
+            checkpoint = load_last_checkpoint(context.run, kept.source, kept.key, context.env)
             sharding.load_optimizer_state(checkpoint.tensors, kept.names)
 
 
@@ -69,25 +72,34 @@ def _find_kept_states(context: PhaseContext, names: dict[str, Any]) -> Iterator[
         yield _KeptState(key, PhaseInput("incubate", module), trained)
 
 
-def _load_last_checkpoint(context: PhaseContext, kept: _KeptState) -> Checkpoint:
-    """Return the checkpoint after the last step of a phase.
+def load_last_checkpoint(
+    run: RunDir, source: PhaseInput, key: str, env: DistributedContext | None = None, folder: Path | None = None
+) -> Checkpoint:
+    """Return the checkpoint after the last step of a phase, whose optimizer state another phase keeps.
+
+    Args:
+        run: The run.
+        source: The phase.
+        key: The recipe key that asks for the state, for messages.
+        env: The ranks, which must all call this; None for a single process.
+        folder: The folder of the checkpoints, if they were copied from another machine and are not in the run yet.
 
     Raises:
-        ArtifactError: It is missing or damaged.
+        ArtifactError: The checkpoint is missing or damaged, or was saved with other settings or data.
+        DamagedError: All checkpoints are damaged.
     """
-    run, source, key = context.run, kept.source, kept.key
-    folder = run.phase(source.phase, source.module)
+    env, checkpoints = env or DistributedContext(), folder or run.phase(source.phase, source.module).checkpoints
+    lineage = expected_lineage(run, source.phase, source.module)
     stored = load_planned_rows((read_json(run.path / "plan.json") or {}).get("rows", []))
     row = next(row for row in stored if row.key == source.key)
-    lineage = expected_lineage(run, source.phase, source.module)
     digest = partial(checkpoint_digest, lineage, row.stable_steps)
-    reader = CheckpointManager(folder.checkpoints, context.env, context.env, digest=digest, keep=2, lease=Lease())
-    checkpoint = reader.load_latest()
+    checkpoint = CheckpointManager(checkpoints, env, env, digest=digest, keep=2, lease=Lease()).load_latest()
     if checkpoint is None or checkpoint.step != row.steps:
         module = () if source.module is None else ("--module", source.module)
         train = format_command("train", run.recipe_file, "--run-dir", run.path, "--phase", source.phase, *module)
+        advice = f'use {key} = "fresh", or remove {checkpoints.parent} and train it with: {train}'
         raise ArtifactError(
-            f'{key} = "kept" needs the checkpoint of step {row.steps} in {folder.checkpoints}, which is'
-            f' missing or damaged; use {key} = "fresh", or remove {folder.path} and train it with: {train}'
+            f'{key} = "kept" needs the checkpoint of step {row.steps} in {checkpoints}, which is missing or damaged;'
+            f" {'copy that folder again from the machine where the phase was trained' if folder else advice}"
         )
     return checkpoint
