@@ -28,6 +28,9 @@ def pack(source: Path, module: int, bundle: Path) -> None:
     """Write a folder with the recipe, the meta model, and the data that the module may use: a small run directory."""
     run = RunDir(source)
     recipe, meta = run.load_recipe(), run.phase("pretrain")
+    if module not in recipe.plan.incubated:
+        numbers = ", ".join(map(str, recipe.plan.incubated)) or "none"
+        raise ConfigError(f"module {module} is not among the modules that {source} incubates: {numbers}")
     if bundle.exists():
         raise ConfigError(f"{bundle} exists already; remove it, or choose another folder")
     if meta.result is None:

@@ -164,6 +164,25 @@ def test_what_cannot_be_packed_is_refused(
     assert not bundle.parent.exists()
 
 
+@pytest.mark.parametrize(
+    ("incubate", "module", "known"),
+    [("all", 99, "0, 1"), ("all", -1, "0, 1"), ("all", 2, "0, 1"), ("[1]", 0, "1"), ("none", 0, "none")],
+)
+def test_module_that_is_not_incubated_is_not_packed(
+    harness: Callable[..., Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    incubate: str,
+    module: int,
+    known: str,
+) -> None:
+    made = harness("train.max_steps=0", f"plan.incubate={incubate}")
+    made.train("pretrain")
+    says = f"module {module} is not among the modules that {made.run.path} incubates: {known}\n"
+    assert_refused(capsys, Exit.USAGE, says, "pack", made.run.path, module, tmp_path / "bundle")
+    assert not list(tmp_path.iterdir())
+
+
 def test_folder_that_is_no_bundle_is_not_trained(
     packable: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
