@@ -14,12 +14,10 @@ from pathlib import Path
 import bigincubate as bi
 from bigincubate.data.dataset import DESCRIPTION, describe_dataset
 from bigincubate.data.partitions import open_module_partition, partition_path
-from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, Exit, format_command, format_os_error
 from bigincubate.files import expand_path, new_folder, read_json
-from bigincubate.planning.lineage import expected_lineage
+from bigincubate.planning.lineage import PhaseInput, expected_lineage
 from bigincubate.storage.artifacts import check_lineage, verify_artifact
-from bigincubate.storage.lease import acquire_lease
 from bigincubate.storage.run_directory import RunDir
 from bigincubate.training.kept_state import META, load_last_checkpoint
 
@@ -73,24 +71,29 @@ def train(bundle: Path) -> None:
 def collect(bundle: Path, into: Path) -> None:
     """Copy the finished module into the run, after checking that it was trained from the meta model of the run."""
     run = RunDir(into)
-    skipped = ["DONE", "owners", "logs"]
-    if run.load_recipe().incubate.optimizer == "fresh":
-        skipped.append("checkpoints")  # otherwise fine-tuning starts with the optimizer state in them
-    for folder in sorted((bundle / "modules").glob("[0-9]*")):
-        module = int(folder.name)
-        found, target = RunDir(bundle).phase("incubate", module), run.phase("incubate", module)
-        if found.result is None:
-            raise ArtifactError(f"{folder} is not finished; train it first")
-        if problem := check_lineage(verify_artifact(found.artifact), expected_lineage(run, "incubate", module)):
-            raise ArtifactError(f"{folder} does not fit {into}: {problem}")
-        if target.begun:
-            raise ConfigError(f"{target.path} has begun already; remove it first")
-        with acquire_lease(target.path, DistributedContext()):
-            # the result marks the module as done, so it is written last
-            shutil.copytree(folder, target.path, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
-            target.write_result(found.result)
-        run.log_event("collected", phase=f"incubate/{module}", source=str(bundle))
-        print(f"module {module}: collected from {bundle}")
+    recipe = run.load_recipe()
+    modules = [int(path.name) for path in (bundle / "modules").glob("*") if path.name.isdecimal()]
+    if len(modules) != 1:
+        where = bundle / "modules"
+        raise ArtifactError(f"{where}: expected one module, found {len(modules)}; copy that folder of a trained bundle")
+    module = modules[0]
+    found, target = RunDir(bundle).phase("incubate", module), run.phase("incubate", module)
+    if found.result is None:
+        raise ArtifactError(f"{found.path} is not finished; train it first")
+    if problem := check_lineage(verify_artifact(found.artifact), expected_lineage(run, "incubate", module)):
+        raise ArtifactError(f"{found.path} does not fit {into}: {problem}")
+    skipped = ["owners", "logs", ".*"]
+    if recipe.incubate.optimizer == "kept":  # fine-tuning starts with the optimizer state in the checkpoints
+        load_last_checkpoint(run, PhaseInput("incubate", module), "incubate.optimizer", folder=found.checkpoints)
+    else:
+        skipped.append("checkpoints")
+    if target.path.exists():
+        raise ConfigError(f"{target.path} has begun already; remove it first, unless it is being trained")
+
+    with new_folder(target.path) as folder:
+        shutil.copytree(found.path, folder, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
+    run.log_event("collected", phase=f"incubate/{module}", source=str(bundle))
+    print(f"module {module}: collected from {bundle}")
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:

@@ -218,3 +218,52 @@ def test_bundle_is_written_completely_or_not_at_all(
         patch.setattr(shutil, "copy", interrupt)  # after the first folder has been copied
         assert_refused(capsys, Exit.INTERRUPTED, "interrupted", *words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("removed", [".", "step-00000002"])
+def test_module_without_the_state_that_fine_tuning_keeps_is_not_collected(
+    packable: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], removed: str
+) -> None:
+    import separate_machines
+
+    separate_machines.pack(packable.run.path, 0, tmp_path / "bundle")
+    separate_machines.train(tmp_path / "bundle")
+    checkpoints = tmp_path / "bundle" / "modules" / "00" / "checkpoints"
+    shutil.rmtree(checkpoints / removed)
+    says = (
+        f'"kept" needs the checkpoint of step 2 in {checkpoints}, which is missing or damaged; copy that folder again'
+    )
+    assert_refused(capsys, Exit.ARTIFACT, says, "collect", tmp_path / "bundle", packable.run.path)
+    assert not (packable.run.path / "modules").exists()
+
+
+def test_folder_without_exactly_one_finished_module_is_not_collected(
+    packable: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import separate_machines
+
+    bundle, words = tmp_path / "bundle", ("collect", tmp_path / "bundle", packable.run.path)
+    separate_machines.pack(packable.run.path, 0, bundle)
+    assert_refused(capsys, Exit.ARTIFACT, f"{bundle / 'modules'}: expected one module, found 0; ", *words)
+    (bundle / "modules" / "00").mkdir(parents=True)
+    assert_refused(capsys, Exit.ARTIFACT, f"{bundle / 'modules' / '00'} is not finished; train it first\n", *words)
+    (bundle / "modules" / "01").mkdir()
+    assert_refused(capsys, Exit.ARTIFACT, f"{bundle / 'modules'}: expected one module, found 2; ", *words)
+    assert not (packable.run.path / "modules").exists()
+
+
+def test_module_is_collected_completely_or_not_at_all(
+    packable: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import separate_machines
+
+    bundle, modules = tmp_path / "bundle", packable.run.path / "modules"
+    separate_machines.pack(packable.run.path, 0, bundle)
+    separate_machines.train(bundle)
+    with full_disk():
+        assert_refused(capsys, Exit.ENVIRONMENT, "File too large", "collect", bundle, packable.run.path)
+    assert not list(modules.glob("*"))
+    separate_machines.collect(bundle, packable.run.path)
+    found = {path.name for path in (modules / "00").iterdir()}
+    assert found >= {"artifact", "attempts", "checkpoints", "metrics.jsonl", "DONE"}
+    assert not found & {"owners", "logs"}
