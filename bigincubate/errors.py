@@ -67,7 +67,7 @@ class MissingDependencyError(ExternalError):
 
 
 class ArtifactError(BigincubateError):
-    """A module or model is missing, stale, or belongs to another run."""
+    """A module, a model or kept optimizer state is missing, damaged, stale, or belongs to another run."""
 
     code = Exit.ARTIFACT
 
@@ -79,7 +79,7 @@ class NonFiniteError(BigincubateError):
 
 
 class DamagedError(BigincubateError):
-    """All checkpoints of a phase, or a checkpoint that was given by name, fail verification."""
+    """All checkpoints from which a phase could resume, or a checkpoint that was given by name, fail verification."""
 
     code = Exit.DAMAGED
 

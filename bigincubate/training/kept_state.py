@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..distributed.process_group import DistributedContext
-from ..errors import ArtifactError, format_command
+from ..errors import ArtifactError, DamagedError, format_command
 from ..files import read_json
 from ..models.partition import Partition, hybrid_depths
 from ..models.surgery import find_copied_tensors
@@ -43,7 +43,7 @@ def load_kept_state(context: PhaseContext, sharding: Sharding) -> None:
         sharding: The phase's sharding strategy, with an optimizer without state.
 
     Raises:
-        ArtifactError: The last checkpoint of a phase that the state comes from is missing or damaged.
+        ArtifactError: The last checkpoint of a phase that the state comes from is missing, damaged or stale.
     """
     for kept in _find_kept_states(context, sharding.trainable):
         if kept.names:
@@ -77,6 +77,8 @@ def load_last_checkpoint(
 ) -> Checkpoint:
     """Return the checkpoint after the last step of a phase, whose optimizer state another phase keeps.
 
+    An earlier checkpoint does not belong to the weights of the phase.
+
     Args:
         run: The run.
         source: The phase.
@@ -85,21 +87,28 @@ def load_last_checkpoint(
         folder: The folder of the checkpoints, if they were copied from another machine and are not in the run yet.
 
     Raises:
-        ArtifactError: The checkpoint is missing or damaged, or was saved with other settings or data.
-        DamagedError: All checkpoints are damaged.
+        ArtifactError: It is missing, damaged or stale.
+        SystemResourceError: It cannot be read.
     """
     env, checkpoints = env or DistributedContext(), folder or run.phase(source.phase, source.module).checkpoints
     lineage = expected_lineage(run, source.phase, source.module)
     stored = load_planned_rows((read_json(run.path / "plan.json") or {}).get("rows", []))
     row = next(row for row in stored if row.key == source.key)
     digest = partial(checkpoint_digest, lineage, row.stable_steps)
-    checkpoint = CheckpointManager(checkpoints, env, env, digest=digest, keep=2, lease=Lease()).load_latest()
-    if checkpoint is None or checkpoint.step != row.steps:
-        module = () if source.module is None else ("--module", source.module)
-        train = format_command("train", run.recipe_file, "--run-dir", run.path, "--phase", source.phase, *module)
-        advice = f'use {key} = "fresh", or remove {checkpoints.parent} and train it with: {train}'
-        raise ArtifactError(
-            f'{key} = "kept" needs the checkpoint of step {row.steps} in {checkpoints}, which is missing or damaged;'
-            f" {'copy that folder again from the machine where the phase was trained' if folder else advice}"
-        )
-    return checkpoint
+    problem = "is missing or damaged"
+    try:
+        checkpoint = CheckpointManager(checkpoints, env, env, digest=digest, keep=2, lease=Lease()).load_latest()
+        if checkpoint is not None and checkpoint.step == row.steps:
+            return checkpoint
+    except DamagedError:  # which advises to start over, but the phase is finished
+        problem = "is damaged"
+    except ArtifactError:
+        problem = "was saved with other settings, data, meta model or modules"
+    module = () if source.module is None else ("--module", source.module)
+    train = format_command("train", run.recipe_file, "--run-dir", run.path, "--phase", source.phase, *module)
+    advice = f'use {key} = "fresh", or remove {checkpoints.parent} and train it with: {train}'
+    if folder is not None:
+        advice = "copy that folder again from the machine where the phase was trained"
+    raise ArtifactError(
+        f'{key} = "kept" needs the checkpoint of step {row.steps} in {checkpoints}, which {problem}; {advice}'
+    )

@@ -171,6 +171,49 @@ def test_missing_checkpoint_of_the_meta_model_is_one_line(kept: int, harness: Ha
     assert "\n" not in str(caught.value)
 
 
+def flip_a_bit(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, lambda file: file.write_bytes(file.read_bytes()[:-1])])
+@pytest.mark.parametrize(("steps", "problem"), [((5,), "missing or damaged"), ((4, 5), "damaged")])
+def test_damaged_checkpoint_of_the_meta_model_is_one_line(
+    steps: tuple[int, ...], problem: str, damage: Callable[[Path], Any], harness: Harnesses, call: Callable[..., Any]
+) -> None:
+    """An earlier one has the state of other weights, so it is not used, and the finished phase does not resume."""
+    made = harness(*KEPT)
+    made.train("pretrain")
+    folder = made.run.phase("pretrain")
+    assert {path.name for path in folder.checkpoints.iterdir()} == {f"step-{step:08d}" for step in (4, 5)}
+    for step in steps:
+        damage(folder.checkpoints / f"step-{step:08d}" / "rank-00000.safetensors")
+    code, _, err = call(*made.command("finetune"))
+    assert code == 4
+    assert err.splitlines()[-1] == (
+        f'bigincubate: expand.optimizer = "kept" needs the checkpoint of step 5 in {folder.checkpoints}, which is'
+        f' {problem}; use expand.optimizer = "fresh", or remove {folder.path} and train it with: bigincubate train'
+        f" {made.run.recipe_file} --run-dir {made.run.path} --phase pretrain"
+    )
+    assert f"{folder.checkpoints / 'step-00000005' / 'rank-00000.safetensors'}: " in err
+
+
+def test_checkpoint_of_a_module_with_other_settings_is_one_line(harness: Harnesses) -> None:
+    made, other = harness(*INCUBATED), harness(*INCUBATED, "incubate.train.lr=0.1")
+    for phase, module in (("pretrain", None), ("incubate", 0), ("incubate", 1)):
+        made.train(phase, module)
+        other.train(phase, module)
+    folder = made.run.phase("incubate", 1)
+    shutil.rmtree(folder.checkpoints)
+    shutil.copytree(other.run.phase("incubate", 1).checkpoints, folder.checkpoints)
+    trainer = made.trainer("finetune")
+    with pytest.raises(ArtifactError, match="which was saved with other settings, data, meta model or mod") as caught:
+        load_kept_state(trainer.context, trainer.sharding)
+    assert f"or remove {folder.path} and train it with: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_resumed_incubation_and_fine_tuning_compute_the_same_bits(harness: Harnesses, tmp_path: Path) -> None:
     lengths = ("checkpoint.every_steps=2", "incubate.train.max_steps=4", "finetune.train.max_steps=4")
     whole = harness("incubate.optimizer=kept", "incubate.init=stack", *lengths)
