@@ -17,7 +17,7 @@ from ..config import PHASES, Phase, Recipe, differences
 from ..errors import ConfigError, LockedError, format_command
 from ..files import append_json_line, fsync_path, link_or_copy, read_json, read_json_lines
 from ..storage.artifacts import check_artifact_lineage
-from ..storage.checkpoint_manager import COMMIT_MARKER
+from ..storage.checkpoint_verification import COMMIT_MARKER
 from ..storage.lease import NO_JOBS, JobQueue, current_owner, lease_generation
 from ..storage.run_directory import PhaseDir, RunDir
 from .identity import checkpoint_digest

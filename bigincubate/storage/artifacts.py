@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from ..config import ModelConfig, TaskConfig, describe_changes
 from ..errors import ArtifactError, LockedError, NonFiniteError, format_os_error
 from ..files import fsync_path, hash_file, make_folder, quote_path, regular_file_size, write_and_hash, write_text
-from .checkpoint_manager import COMMIT_MARKER, read_committed_manifest
+from .checkpoint_verification import COMMIT_MARKER, read_committed_manifest
 from .lease import Lease
 from .sharded_tensors import full_tensor, write_sharded_tensors
 

@@ -11,14 +11,8 @@ from typing import Any
 
 from ..errors import ArtifactError, ConfigError, DamagedError
 from ..files import quote_path, read_json, read_small_file, write_and_hash
-from .checkpoint_manager import (
-    COMMIT_MARKER,
-    STATE_FILE,
-    CheckpointManifest,
-    commit_checkpoint,
-    remove_checkpoint,
-    verify_checkpoint,
-)
+from .checkpoint_manager import commit_checkpoint, remove_checkpoint
+from .checkpoint_verification import COMMIT_MARKER, STATE_FILE, CheckpointManifest, verify_checkpoint
 from .lease import NO_JOBS, JobQueue, acquire_lease
 from .run_directory import RunDir
 from .sharded_tensors import ShardedTensorReader, TensorShard, write_sharded_tensors

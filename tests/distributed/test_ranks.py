@@ -22,8 +22,8 @@ from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ConfigError
 from bigincubate.launchers import rank_group as ranks
 from bigincubate.launchers.rank_group import RankGroup
-from bigincubate.storage.checkpoint_manager import verify_checkpoint
 from bigincubate.storage.checkpoint_tools import convert_checkpoint
+from bigincubate.storage.checkpoint_verification import verify_checkpoint
 from bigincubate.storage.lease import process_start_time
 
 Harnesses = Callable[..., Any]

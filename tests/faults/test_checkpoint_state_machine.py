@@ -16,7 +16,7 @@ from parts import check_whole, manager, save
 from trial_log import Trial, TrialLog
 
 from bigincubate.errors import DamagedError
-from bigincubate.storage.checkpoint_manager import verify_checkpoint
+from bigincubate.storage.checkpoint_verification import verify_checkpoint
 
 
 @pytest.fixture

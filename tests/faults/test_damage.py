@@ -13,7 +13,8 @@ from trial_log import Trial, TrialLog
 from bigincubate.errors import ArtifactError
 from bigincubate.files import write_and_hash
 from bigincubate.storage.artifacts import load_artifact, save_artifact
-from bigincubate.storage.checkpoint_manager import commit_checkpoint, verify_checkpoint
+from bigincubate.storage.checkpoint_manager import commit_checkpoint
+from bigincubate.storage.checkpoint_verification import verify_checkpoint
 from bigincubate.storage.sharded_tensors import TensorShard, write_sharded_tensors
 
 PAGE = 4096

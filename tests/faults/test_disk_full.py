@@ -15,7 +15,7 @@ from parts import check_whole, manager, save
 from trial_log import TrialLog
 
 from bigincubate.errors import SystemResourceError
-from bigincubate.storage.checkpoint_manager import verify_checkpoint
+from bigincubate.storage.checkpoint_verification import verify_checkpoint
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 SMALL = 256 * 1024  # bytes of the small file system

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.files import write_and_hash
-from bigincubate.storage.checkpoint_manager import CheckpointManager, commit_checkpoint, verify_checkpoint
+from bigincubate.storage.checkpoint_manager import CheckpointManager, commit_checkpoint
 from bigincubate.storage.checkpoint_tools import convert_checkpoint, list_checkpoints
+from bigincubate.storage.checkpoint_verification import verify_checkpoint
 from bigincubate.storage.lease import acquire_lease
 from bigincubate.storage.sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
 

@@ -21,7 +21,8 @@ from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.errors import ArtifactError, DamagedError, SystemResourceError
 from bigincubate.storage import artifacts as store
 from bigincubate.storage.artifacts import Lineage, check_artifact_lineage, load_artifact, save_artifact
-from bigincubate.storage.checkpoint_manager import CheckpointManager, verify_checkpoint
+from bigincubate.storage.checkpoint_manager import CheckpointManager
+from bigincubate.storage.checkpoint_verification import verify_checkpoint
 from bigincubate.storage.sharded_tensors import ShardedTensorReader, copy_to_cpu, write_sharded_tensors
 
 

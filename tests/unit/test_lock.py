@@ -27,7 +27,8 @@ from bigincubate.launchers.slurm import job_queue
 from bigincubate.launchers.slurm.job_queue import SlurmQueue
 from bigincubate.storage import lease as lease_module
 from bigincubate.storage.artifacts import load_artifact, save_artifact
-from bigincubate.storage.checkpoint_manager import CheckpointManager, verify_checkpoint
+from bigincubate.storage.checkpoint_manager import CheckpointManager
+from bigincubate.storage.checkpoint_verification import verify_checkpoint
 from bigincubate.storage.lease import acquire_lease, process_start_time
 
 HERE = socket.gethostname()
