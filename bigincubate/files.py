@@ -62,6 +62,8 @@ def expand_path(text: str | Path, base: Path | None = None) -> Path:
 
 # what a file system without hard links answers
 NO_HARD_LINKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK}
+# what a file system answers if a file is missing or is something else; all other errors say nothing about the file
+NOT_THAT_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG}
 MAX_SMALL_FILE_BYTES = 2**26  # limit for files that are read into memory at once
 
 
@@ -119,6 +121,31 @@ def new_folder(folder: Path) -> Iterator[Path]:
         fsync_path(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """Return what is in a folder, sorted by name; nothing if there is no such folder.
+
+    Raises:
+        OSError: The folder cannot be read, which :meth:`Path.glob` hides.
+    """
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
+def is_present(path: Path) -> bool:
+    """Return whether a path exists.
+
+    Raises:
+        OSError: This is unknown, for example because a folder on the way cannot be read.
+    """
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def regular_file_size(path: Path) -> int:

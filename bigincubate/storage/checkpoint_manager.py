@@ -34,10 +34,10 @@ from ..files import fsync_path, make_folder, read_json, read_small_file, write_a
 from .checkpoint_verification import (
     COMMIT_MARKER,
     STATE_FILE,
-    STEP_PATTERN,
     CheckpointManifest,
     describe_os_error,
-    verify_checkpoint,
+    find_committed,
+    find_damage,
 )
 from .lease import Lease
 from .sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
@@ -116,6 +116,7 @@ class CheckpointManager:
 
         Raises:
             LockedError: The lease is lost.
+            SystemResourceError: The checkpoints cannot be read. Nothing is removed.
         """
         control, lease = env.clone_control_group(), lease or Lease()
         manager = cls(folder, env, control, digest=digest, keep=keep, lease=lease, kept_step=kept_step)
@@ -260,11 +261,15 @@ class CheckpointManager:
     # ------------------------------------------------------------------------------------------ reading
 
     def committed_steps(self) -> list[int]:
-        """Return the steps of the committed checkpoints, in numeric order."""
-        matches = (STEP_PATTERN.fullmatch(marker.parent.name) for marker in self.folder.glob(f"step-*/{COMMIT_MARKER}"))
-        numbers = {int(match[1]) for match in matches if match}
-        # ignore directories whose number has another form, such as more leading zeros
-        return sorted(step for step in numbers if (self._step_path(step) / COMMIT_MARKER).exists())
+        """Return the steps of the committed checkpoints, in numeric order.
+
+        Raises:
+            SystemResourceError: They cannot be read.
+        """
+        try:
+            return sorted(find_committed(self.folder))
+        except OSError as error:
+            raise self._unreadable(error) from None
 
     def load_latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that passes verification, or None if there are no checkpoints.
@@ -274,11 +279,13 @@ class CheckpointManager:
         Raises:
             DamagedError: There are checkpoints, and all are damaged.
             ArtifactError: The checkpoint was saved with other settings, data or input artifacts.
+            SystemResourceError: A checkpoint cannot be read, so it is unknown whether it is damaged.
         """
-        step = self.env.broadcast(self._choose_step() if self.env.is_main else None)
-        if isinstance(step, str):
-            raise DamagedError(step)
-        if step is None:
+        step = None
+        with self.env.main_process_first():
+            if self.env.is_main:
+                step = self._choose_step()
+        if (step := self.env.broadcast(step)) is None:
             return None
         folder = self._step_path(step)
         manifest = CheckpointManifest.model_validate_json(read_small_file(folder / "manifest.json"))
@@ -291,16 +298,26 @@ class CheckpointManager:
             step, ShardedTensorReader(manifest.tensor_files(folder)), read_json(folder / STATE_FILE) or {}
         )
 
-    def _choose_step(self) -> int | str | None:
+    def _choose_step(self) -> int | None:
         damaged = []
         for step in reversed(self.committed_steps()):
-            if (problem := verify_checkpoint(self._step_path(step))) is None:
+            try:
+                problem = find_damage(self._step_path(step))
+            except OSError as error:
+                raise self._unreadable(error) from None
+            if problem is None:
                 return step
             damaged.append(problem)
             logger.warning("damaged checkpoint, skipped: %s", problem)
         if damaged:
-            return f"every checkpoint in {self.folder} is damaged ({damaged[0]}); remove the folder to start over"
+            raise DamagedError(
+                f"every checkpoint in {self.folder} is damaged ({damaged[0]}); remove the folder to start over"
+            )
         return None
+
+    def _unreadable(self, error: OSError) -> SystemResourceError:
+        reason = describe_os_error(error, self.folder)
+        return SystemResourceError(f"{reason}; make the checkpoints readable, then run the same command again")
 
     def _step_path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

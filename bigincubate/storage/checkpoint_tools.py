@@ -12,7 +12,7 @@ from typing import Any
 from ..errors import ArtifactError, ConfigError, DamagedError
 from ..files import quote_path, read_json, read_small_file, write_and_hash
 from .checkpoint_manager import commit_checkpoint, remove_checkpoint
-from .checkpoint_verification import COMMIT_MARKER, STATE_FILE, CheckpointManifest, verify_checkpoint
+from .checkpoint_verification import COMMIT_MARKER, STATE_FILE, CheckpointManifest, find_damage, verify_checkpoint
 from .lease import NO_JOBS, JobQueue, acquire_lease
 from .run_directory import RunDir
 from .sharded_tensors import ShardedTensorReader, TensorShard, write_sharded_tensors
@@ -87,6 +87,7 @@ def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> li
         ConfigError: ``path`` is one checkpoint.
         LockedError: A process is training a phase.
         DamagedError: Every checkpoint of a phase is damaged. They are kept; other phases are pruned.
+        OSError: A checkpoint cannot be read, so it is unknown whether it is damaged. Those of its phase are kept.
     """
     checkpoints = [Path(row["path"]) for row in list_checkpoints(path)]
     if path in checkpoints:
@@ -96,6 +97,9 @@ def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> li
         with acquire_lease(folder.parent, queue=queue) as lease:
             rows = {Path(row["path"]): row for row in list_checkpoints(folder.parent)}
             valid = [checkpoint for checkpoint, row in rows.items() if row["problem"] is None]
+            for checkpoint, row in rows.items():
+                if row["committed"] and row["problem"]:
+                    find_damage(checkpoint)  # raises an error if the problem is that it cannot be read
             if not valid and any(row["committed"] for row in rows.values()):
                 all_damaged.append(str(folder))
                 continue
@@ -129,13 +133,14 @@ def convert_checkpoint(source: Path, out: Path, *, ranks: int = 1) -> None:
     Raises:
         ArtifactError: ``source`` is not a committed checkpoint.
         DamagedError: ``source`` is damaged.
+        OSError: ``source`` cannot be read.
         ConfigError: ``out`` exists.
     """
     if not (source / COMMIT_MARKER).exists():
         raise ArtifactError(
             f"{source} is not a committed checkpoint; `bigincubate checkpoint list` shows those of a run"
         )
-    if problem := verify_checkpoint(source):
+    if problem := find_damage(source):
         raise DamagedError(problem)
     if out.exists():
         raise ConfigError(f"{out} exists; choose another directory, or remove it first")

@@ -1,4 +1,4 @@
-"""Verify the files of resume checkpoints."""
+"""Find the committed checkpoints of a phase, and verify their files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ArtifactError
-from ..files import hash_file, read_json, read_small_file, regular_file_size
+from ..files import NOT_THAT_FILE, hash_file, is_present, list_folder, read_json, read_small_file, regular_file_size
 from .sharded_tensors import ShardedTensorReader
 
 STEP_PATTERN = re.compile(r"step-(\d{8,})")
@@ -44,10 +44,34 @@ class CheckpointManifest(BaseModel):
         return [folder / name for name in self.files if name != STATE_FILE]
 
 
+def find_committed(folder: Path) -> dict[int, Path]:
+    """Return the committed checkpoints in a folder, by step.
+
+    Directories whose number has another form, such as more leading zeros, are ignored.
+
+    Raises:
+        OSError: The folder or a checkpoint in it cannot be read.
+    """
+    steps = {path: int(match[1]) for path in list_folder(folder) if (match := STEP_PATTERN.fullmatch(path.name))}
+    named = {step: path for path, step in steps.items() if path.name == f"step-{step:08d}"}
+    return {step: path for step, path in named.items() if is_present(path / COMMIT_MARKER)}
+
+
 def verify_checkpoint(folder: Path) -> str | None:
+    """Return why a committed checkpoint is invalid or cannot be read, or None if it is valid; see `find_damage`."""
+    try:
+        return find_damage(folder)
+    except OSError as error:
+        return describe_os_error(error, folder)
+
+
+def find_damage(folder: Path) -> str | None:
     """Return why a committed checkpoint is invalid (file, expected and found value), or None if it is valid.
 
     Files outside the directory are not opened, files without a hash are not read, and tensors are not loaded.
+
+    Raises:
+        OSError: A file cannot be read, so it is unknown whether it is damaged.
     """
     file = folder / "manifest.json"
     try:
@@ -66,6 +90,8 @@ def verify_checkpoint(folder: Path) -> str | None:
             return f"{folder / STATE_FILE}: not the state of step {manifest.step}"
         ShardedTensorReader(manifest.tensor_files(folder))
     except OSError as error:
+        if error.errno not in NOT_THAT_FILE:
+            raise
         return describe_os_error(error, folder)
     except ValidationError as error:
         return f"{file}: invalid manifest: {error.errors()[0]['msg']}"

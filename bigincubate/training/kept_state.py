@@ -44,6 +44,7 @@ def load_kept_state(context: PhaseContext, sharding: Sharding) -> None:
 
     Raises:
         ArtifactError: The last checkpoint of a phase that the state comes from is missing, damaged or stale.
+        SystemResourceError: It cannot be read.
     """
     for kept in _find_kept_states(context, sharding.trainable):
         if kept.names:

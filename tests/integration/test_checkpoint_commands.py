@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from denied import deny
 from forked import run
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from bigincubate.distributed.process_group import DistributedContext
 from bigincubate.files import write_and_hash
 from bigincubate.storage.checkpoint_manager import CheckpointManager, commit_checkpoint
-from bigincubate.storage.checkpoint_tools import convert_checkpoint, list_checkpoints
+from bigincubate.storage.checkpoint_tools import convert_checkpoint, list_checkpoints, prune_checkpoints
 from bigincubate.storage.checkpoint_verification import verify_checkpoint
 from bigincubate.storage.lease import acquire_lease
 from bigincubate.storage.sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
@@ -290,6 +291,18 @@ def test_prune_keeps_everything_if_all_are_damaged(mine: Any) -> None:
         " these were not removed\n"
     )
     assert [row["step"] for row in list_checkpoints(mine.run.path)] == [8, 12, 12]  # of the module, the newest
+
+
+def test_checkpoint_that_cannot_be_read_is_neither_pruned_nor_called_damaged(
+    mine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deny(monkeypatch, step(mine, 12) / "rank-00000.safetensors")
+    with pytest.raises(PermissionError):
+        prune_checkpoints(mine.run.path / "meta", keep=1)
+    with pytest.raises(PermissionError):
+        convert_checkpoint(step(mine, 12), tmp_path / "out")
+    monkeypatch.undo()
+    assert [row["problem"] for row in list_checkpoints(mine.run.path / "meta")] == [None, None]
 
 
 def test_prune_leaves_a_phase_in_training_alone(mine: Any) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from denied import deny
 
 from bigincubate.config import load_recipe
-from bigincubate.errors import ArtifactError, ConfigError
+from bigincubate.errors import ArtifactError, ConfigError, SystemResourceError
 from bigincubate.planning.phases import make_plan
 from bigincubate.storage.sharded_tensors import ShardedTensorReader
 from bigincubate.training.kept_state import load_kept_state
@@ -197,6 +198,35 @@ def test_damaged_checkpoint_of_the_meta_model_is_one_line(
         f" {made.run.recipe_file} --run-dir {made.run.path} --phase pretrain"
     )
     assert f"{folder.checkpoints / 'step-00000005' / 'rank-00000.safetensors'}: " in err
+
+
+@pytest.mark.parametrize("denied", ["", "step-00000005", "step-00000005/rank-00000.safetensors"])
+def test_checkpoint_of_the_meta_model_that_cannot_be_read_is_not_called_damaged(
+    denied: str, harness: Harnesses, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = harness(*KEPT)
+    made.train("pretrain")
+    path = made.run.phase("pretrain").checkpoints / denied
+    deny(monkeypatch, path)
+    code, _, err = call(*made.command("finetune"))
+    file = path / "COMMITTED" if denied == "step-00000005" else path
+    assert code == 3
+    assert err.splitlines()[-1] == (
+        f"bigincubate: {file}: Permission denied; make the checkpoints readable, then run the same command again"
+    )
+    monkeypatch.undo()
+    assert made.train("finetune")["steps"]
+
+
+def test_loop_of_links_in_place_of_checkpoints_is_named(harness: Harnesses) -> None:
+    made = harness(*KEPT)
+    made.train("pretrain")
+    folder = made.run.phase("pretrain").checkpoints
+    shutil.rmtree(folder)
+    folder.symlink_to(folder)
+    trainer = made.trainer("finetune")
+    with pytest.raises(SystemResourceError, match=f"^{folder}: Too many levels of symbolic links; make the checkp"):
+        load_kept_state(trainer.context, trainer.sharding)
 
 
 def test_checkpoint_of_a_module_with_other_settings_is_one_line(harness: Harnesses) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from denied import deny
 from parts import MANIFEST
 from torch import Tensor
 
@@ -114,6 +115,22 @@ def test_damage_of_every_checkpoint_is_an_error_of_its_own(tmp_path: Path) -> No
     with pytest.raises(DamagedError, match=r"every checkpoint in .* is damaged") as caught:
         manager(tmp_path).load_latest()
     assert caught.value.code == 6
+
+
+@pytest.mark.parametrize("denied", ["", "step-00000008", "step-00000008/rank-00000.safetensors"])
+def test_checkpoint_that_cannot_be_read_is_neither_skipped_nor_removed(
+    denied: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, 4, 8).folder
+    deny(monkeypatch, folder / denied)
+    with pytest.raises(SystemResourceError, match=r"Permission denied; make the checkpoints readable") as caught:
+        manager(tmp_path).load_latest()
+    assert str(folder / denied) in str(caught.value)
+    assert caught.value.code == 3
+    monkeypatch.undo()
+    newest = manager(tmp_path).load_latest()
+    assert newest is not None
+    assert newest.step == 8
 
 
 def test_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_path: Path) -> None:

@@ -1,0 +1,28 @@
+"""Files that may not be read, also if root runs the tests."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def deny(patch: pytest.MonkeyPatch, path: Path) -> None:
+    """Refuse what a user without permissions cannot do: open a file, or read a folder and use what is in it."""
+
+    def refuse(owner: Any, name: str, *, itself: bool) -> None:
+        original = getattr(owner, name)
+
+        def call(place: Any = ".", *arguments: Any, **options: Any) -> Any:
+            if not isinstance(place, int) and (path in Path(place).parents or (itself and Path(place) == path)):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+            return original(place, *arguments, **options)
+
+        patch.setattr(owner, name, call)
+
+    for owner, name in ((Path, "open"), (os, "listdir"), (os, "scandir")):
+        refuse(owner, name, itself=True)
+    refuse(Path, "stat", itself=False)
