@@ -10,15 +10,21 @@ from typing import Any
 import pytest
 
 
-def deny(patch: pytest.MonkeyPatch, path: Path) -> None:
-    """Refuse what a user without permissions cannot do: open a file, or read a folder and use what is in it."""
+def deny(patch: pytest.MonkeyPatch, path: Path, number: int = errno.EACCES) -> None:
+    """Refuse what a user without permissions cannot do: open a file, or read a folder and use what is in it.
+
+    Args:
+        patch: Undoes it.
+        path: The file or folder.
+        number: The number of the error.
+    """
 
     def refuse(owner: Any, name: str, *, itself: bool) -> None:
         original = getattr(owner, name)
 
         def call(place: Any = ".", *arguments: Any, **options: Any) -> Any:
             if not isinstance(place, int) and (path in Path(place).parents or (itself and Path(place) == path)):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+                raise OSError(number, os.strerror(number), str(place))
             return original(place, *arguments, **options)
 
         patch.setattr(owner, name, call)

@@ -17,6 +17,7 @@ safetensors, everything else is JSON.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -279,7 +280,8 @@ class CheckpointManager:
         Raises:
             DamagedError: There are checkpoints, and all are damaged.
             ArtifactError: The checkpoint was saved with other settings, data or input artifacts.
-            SystemResourceError: A checkpoint cannot be read, so it is unknown whether it is damaged.
+            SystemResourceError: A checkpoint cannot be read, so it is unknown whether it is damaged. One whose disk
+                reports an error is skipped like a damaged one if an earlier one can be read.
         """
         step = None
         with self.env.main_process_first():
@@ -299,16 +301,21 @@ class CheckpointManager:
         )
 
     def _choose_step(self) -> int | None:
-        damaged = []
+        damaged, unreadable = [], None
         for step in reversed(self.committed_steps()):
             try:
                 problem = find_damage(self._step_path(step))
             except OSError as error:
-                raise self._unreadable(error) from None
+                unreadable = self._unreadable(error)
+                if error.errno != errno.EIO:  # which may be a bad block of the disk, under one checkpoint only
+                    raise unreadable from None
+                problem = describe_os_error(error, self._step_path(step))
             if problem is None:
                 return step
             damaged.append(problem)
             logger.warning("damaged checkpoint, skipped: %s", problem)
+        if unreadable is not None:
+            raise unreadable
         if damaged:
             raise DamagedError(
                 f"every checkpoint in {self.folder} is damaged ({damaged[0]}); remove the folder to start over"

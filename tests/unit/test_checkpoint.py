@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -131,6 +132,19 @@ def test_checkpoint_that_cannot_be_read_is_neither_skipped_nor_removed(
     newest = manager(tmp_path).load_latest()
     assert newest is not None
     assert newest.step == 8
+
+
+def test_checkpoint_on_a_bad_block_is_skipped_if_an_earlier_one_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(tmp_path, 4, 8).folder
+    deny(monkeypatch, folder / "step-00000008" / "rank-00000.safetensors", errno.EIO)
+    newest = manager(tmp_path).load_latest()
+    assert newest is not None
+    assert newest.step == 4
+    deny(monkeypatch, folder / "step-00000004" / "rank-00000.safetensors", errno.EIO)
+    with pytest.raises(SystemResourceError, match=r"step-00000004.*: Input/output error; make the checkpoints read"):
+        manager(tmp_path).load_latest()
 
 
 def test_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_path: Path) -> None:
