@@ -7,17 +7,28 @@ when it is complete.
 
 from __future__ import annotations
 
+import logging
+import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from ..config import PHASES, Phase, Recipe, differences
 from ..errors import ConfigError, LockedError, format_command
-from ..files import append_json_line, fsync_path, link_or_copy, read_json, read_json_lines
+from ..files import (
+    NOT_THAT_FILE,
+    append_json_line,
+    fsync_path,
+    link_or_copy,
+    read_json,
+    read_json_lines,
+    read_small_file,
+)
 from ..storage.artifacts import check_artifact_lineage
-from ..storage.checkpoint_verification import COMMIT_MARKER
+from ..storage.checkpoint_verification import COMMIT_MARKER, find_committed, find_damage
 from ..storage.lease import NO_JOBS, JobQueue, current_owner, lease_generation
 from ..storage.run_directory import PhaseDir, RunDir
 from .identity import checkpoint_digest
@@ -25,10 +36,16 @@ from .lineage import expected_lineage, phase_inputs
 from .planned_row import PlannedRow
 from .prepare_run import ensure_data, ensure_plan
 
+logger = logging.getLogger(__name__)
+
 LINKED = ("artifact", "checkpoints")  # folders of a phase whose files are never changed in place
 # what a run directory without trained phases may contain
 UNTRAINED = {"recipe.toml", "plan.json", "events.jsonl", "summary.json", "report.html", "owners", "data", ".data.lock"}
 UNTRAINED |= {"meta", "modules", "assembled", "finetune", "end_to_end", "fleet", "partial", "slurm", "jobs.json"}
+
+# why an unfinished phase is not taken over, whatever keys of the recipe changed
+NOT_TRAINED = "not trained yet"
+ALL_DAMAGED = "every checkpoint is damaged"
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,7 @@ def fork_run(
         ArtifactError: ``source`` is not a run directory.
         ConfigError: ``new`` has trained phases or other files, or the recipe leaves no phase valid.
         LockedError: A process is training a phase of ``source``.
+        OSError: A file of ``source`` cannot be read.
     """
     before = source.load_recipe()
     recipe = recipe or before
@@ -171,34 +189,77 @@ def _take_phase(
     inputs = {source.key for source in phase_inputs(row.identity).values()}
     if missing := [other.title for other in others if other.key in inputs and not _is_finished(other)]:
         return decide(False, f"needs {', '.join(missing)}")
+    _check_readable(folder)
     lineage = expected_lineage(new, row.phase, row.module)
     finished = folder.result is not None
     problem = check_artifact_lineage(folder.artifact, lineage) if finished else None
+    committed = find_committed(folder.checkpoints)
     steps: dict[int, Path] = {}
+    has_others = False
     if problem or not finished:
-        files = folder.checkpoints.glob("step-*/manifest.json")
-        manifests = {file.parent: manifest for file in files if (manifest := read_json(file))}
-        for path, manifest in manifests.items():
-            if manifest.get("digest") == checkpoint_digest(lineage, row.stable_steps, manifest["step"]):
-                steps[manifest["step"]] = path
-        if row.phase == "finetune" and (finished or len(steps) < len(manifests)):
+        digest = partial(checkpoint_digest, lineage, row.stable_steps)
+        steps, has_others = _find_usable_checkpoints(committed, digest)
+        if row.phase == "finetune" and (finished or has_others):
             steps = {}  # it begins with the assembled model, whose artifact has the same identity
-        unfinished = "saved with other settings or data" if manifests else "not trained yet"
+        unfinished = "saved with other settings or data" if has_others else ALL_DAMAGED if committed else NOT_TRAINED
         problem = None if steps else problem or unfinished
     if problem:
         keys = [change for change in changes if _concerns(change, row.phase)]
-        return decide(False, problem if problem == "not trained yet" else "; ".join(keys) or problem)
-    if steps and (finished or len(steps) < len(manifests)):  # only the part before a decay that changed
-        copier.copy_checkpoints(folder, target, list(steps.values()))
+        return decide(False, problem if problem in (ALL_DAMAGED, NOT_TRAINED) else "; ".join(keys) or problem)
+    if steps and (finished or has_others):  # only the part before a decay that changed
+        copier.copy_checkpoints(folder, target, steps.values())
         return decide(True, f"unfinished, from step {max(steps)}")
-    copier.copy_phase(folder, target)
-    if row.phase == "finetune" and source.assembled.result is not None:
-        copier.copy_phase(source.assembled, new.assembled)
+    copier.copy_phase(folder, target, (steps or committed).values())
+    if row.phase == "finetune":
+        _check_readable(source.assembled)
+        if source.assembled.result is not None:
+            copier.copy_phase(source.assembled, new.assembled)
     relative = folder.path.relative_to(source.path)
     for log in (Path("fleet") / relative, *([Path("partial") / relative.name] if row.phase == "incubate" else [])):
         if (source.path / log).is_dir():
             copier.copy_folder(source.path / log, new.path / log, link=False)
     return decide(True, f"unfinished, from step {max(steps)}" if steps else "finished")
+
+
+def _check_readable(folder: PhaseDir) -> None:
+    """Check that the files that mark a phase as finished can be read, if there are any.
+
+    Raises:
+        OSError: One cannot be read, so the phase would seem to be unfinished.
+    """
+    for file in (folder.path / "DONE", folder.artifact / "manifest.json", folder.artifact / COMMIT_MARKER):
+        try:
+            read_small_file(file)
+        except OSError as error:
+            if error.errno not in NOT_THAT_FILE:
+                raise
+
+
+def _find_usable_checkpoints(
+    checkpoints: dict[int, Path], expected_digest: Callable[[int], str]
+) -> tuple[dict[int, Path], bool]:
+    """Find the checkpoints from which a phase can resume. Damaged ones are left out with a warning.
+
+    Args:
+        checkpoints: The committed checkpoints of the phase, by step.
+        expected_digest: Returns the digest that the checkpoint of a step must have.
+
+    Returns:
+        The checkpoints that can be used, and whether there are others, which were saved with other settings or data.
+
+    Raises:
+        OSError: A checkpoint cannot be read.
+    """
+    usable, has_others = {}, False
+    for step, path in checkpoints.items():
+        digest = (read_json(path / "manifest.json") or {}).get("digest")
+        if digest not in (None, expected_digest(step)):  # not hashed, because it is not needed
+            has_others = True
+        elif problem := find_damage(path):
+            logger.warning("damaged checkpoint, left out: %s", problem)
+        else:
+            usable[step] = path
+    return usable, has_others
 
 
 def _is_finished(phase: ForkedPhase) -> bool:
@@ -245,13 +306,13 @@ class _Copier:
     def __init__(self) -> None:
         self.linked, self.copied = 0, 0
 
-    def copy_phase(self, folder: PhaseDir, target: PhaseDir) -> None:
-        """Copy a phase without its leases and without files of a save that was interrupted."""
+    def copy_phase(self, folder: PhaseDir, target: PhaseDir, checkpoints: Iterable[Path] = ()) -> None:
+        """Copy a phase with these checkpoints, without its leases and files of a save that was interrupted."""
         for path in sorted(folder.path.iterdir()):
             other = target.path / path.name
             if path.name == "checkpoints":
-                for marker in path.glob(f"*/{COMMIT_MARKER}"):
-                    self.copy_folder(marker.parent, other / marker.parent.name, link=True)
+                for checkpoint in checkpoints:
+                    self.copy_folder(checkpoint, other / checkpoint.name, link=True)
             elif path.name == "artifact" and folder.result is None:
                 continue  # of an attempt that was killed before it wrote the result
             elif path.is_dir() and path.name != "owners" and not path.name.startswith("."):
@@ -259,7 +320,7 @@ class _Copier:
             elif path.is_file() and not path.name.startswith("."):
                 self.copy_file(path, other, link=False)
 
-    def copy_checkpoints(self, folder: PhaseDir, target: PhaseDir, checkpoints: Sequence[Path]) -> None:
+    def copy_checkpoints(self, folder: PhaseDir, target: PhaseDir, checkpoints: Iterable[Path]) -> None:
         """Copy checkpoints of a phase and its metrics, whose later steps are removed when training resumes."""
         for path in checkpoints:
             self.copy_folder(path, target.checkpoints / path.name, link=True)
@@ -267,10 +328,19 @@ class _Copier:
             self.copy_file(folder.metrics, target.metrics, link=False)
 
     def copy_folder(self, folder: Path, target: Path, *, link: bool) -> None:
-        """Copy the regular files of a folder and its subfolders."""
-        for file in sorted(folder.rglob("*")):
-            if file.is_file() and not file.is_symlink():
-                self.copy_file(file, target / file.relative_to(folder), link=link)
+        """Copy the regular files of a folder and its subfolders.
+
+        Raises:
+            OSError: A folder cannot be read.
+        """
+
+        def stop(error: OSError) -> None:
+            raise error
+
+        for parent, _, names in os.walk(folder, onerror=stop):
+            for file in sorted(Path(parent, name) for name in names):
+                if file.is_file() and not file.is_symlink():
+                    self.copy_file(file, target / file.relative_to(folder), link=link)
 
     def copy_file(self, file: Path, target: Path, *, link: bool) -> None:
         """Link or copy a file."""

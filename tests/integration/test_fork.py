@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from denied import deny
 
 import bigincubate as bi
 from bigincubate import files
@@ -121,6 +122,53 @@ def test_checkpoints_of_an_unfinished_phase_are_taken_and_never_changed(
     assert all(torch.equal(tensor, other.weights("pretrain")[name]) for name, tensor in reference.items())
     assert len(other.run.phase("pretrain").read_attempts()) == 2
     assert contents(one.run.path) == before
+
+
+def unfinished(made: Any) -> Any:
+    """The run with a meta model that has the checkpoints of steps 4 and 5, and is not finished."""
+    made.train("pretrain")
+    (made.run.phase("pretrain").path / "DONE").unlink()
+    shutil.rmtree(made.run.phase("pretrain").artifact)
+    return made
+
+
+def test_damaged_checkpoint_is_left_out_with_a_warning(
+    harness: Harnesses, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = unfinished(harness("train.max_steps=5"))
+    checkpoints = one.run.phase("pretrain").checkpoints
+    damaged = checkpoints / "step-00000005" / "manifest.json"
+    damaged.write_bytes(b"damaged")
+    made = fork_run(one.run, RunDir(tmp_path / "new"))
+    assert made.phases[0] == ForkedPhase("pretrain", "meta model", True, "unfinished, from step 4")
+    assert [path.name for path in made.run.phase("pretrain").checkpoints.iterdir()] == ["step-00000004"]
+    assert f"damaged checkpoint, left out: {damaged}: " in caplog.text
+    (checkpoints / "step-00000004" / "rank-00000.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"\(meta model: every checkpoint is damaged; module 0: needs meta model\)"):
+        fork_run(one.run, RunDir(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("denied", ["", "step-00000005", "step-00000005/manifest.json"])
+def test_checkpoint_that_cannot_be_read_is_an_error(
+    denied: str, harness: Harnesses, tmp_path: Path, call: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = unfinished(harness("train.max_steps=5"))
+    path = one.run.phase("pretrain").checkpoints / denied
+    deny(monkeypatch, path)
+    file = path / "COMMITTED" if denied == "step-00000005" else path
+    assert call("fork", one.run.path, tmp_path / "new") == (3, "", f"bigincubate: {file}: Permission denied\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("denied", ["meta/DONE", "modules/00/artifact", "finetune/checkpoints", "assembled/DONE"])
+def test_finished_phase_that_cannot_be_read_is_an_error(
+    denied: str, done: Any, tmp_path: Path, call: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deny(monkeypatch, done.run.path / denied)
+    code, out, err = call("fork", done.run.path, tmp_path / "new")
+    assert (code, out, err.count("\n")) == (3, "", 1)
+    assert err.startswith(f"bigincubate: {done.run.path / denied}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_files_are_copied_where_there_are_no_hard_links(
