@@ -44,7 +44,7 @@ from typing import Any
 
 from ..config import Phase, Recipe, differences, load_recipe
 from ..errors import ArtifactError, ConfigError, DataError
-from ..files import append_json_line, quote_path, read_json, write_json, write_text
+from ..files import append_json_line, is_present, list_folder, quote_path, read_json, write_json, write_text
 from .lease import current_owner
 
 START_RATE = "start_rate.json"
@@ -90,8 +90,11 @@ class PhaseDir:
         """Return whether a changed recipe could destroy work of the phase: it has a result or a checkpoint, or it runs.
 
         Attempts that ended before their first checkpoint do not count, because the next attempt starts over.
+
+        Raises:
+            OSError: This is unknown, because a folder cannot be read.
         """
-        kept = (self.path / "DONE").exists() or any(self.checkpoints.glob("*"))
+        kept = is_present(self.path / "DONE") or bool(list_folder(self.checkpoints))
         return kept or current_owner(self.path) is not None
 
     @property
@@ -175,8 +178,12 @@ class RunDir:
 
     @property
     def phases(self) -> list[PhaseDir]:
-        """Return the folders of all phases, also of modules that the current recipe does not have."""
-        modules = sorted((self.path / "modules").glob("[0-9]*"))
+        """Return the folders of all phases, also of modules that the current recipe does not have.
+
+        Raises:
+            OSError: The folder of the modules cannot be read.
+        """
+        modules = [folder for folder in list_folder(self.path / "modules") if folder.match("[0-9]*")]
         return [PhaseDir(folder) for folder in (*(self.path / name for name in FOLDERS.values()), *modules)]
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from denied import deny
 
 from bigincubate.config import load_recipe
 from bigincubate.data.prepare import prepare_dataset
@@ -104,6 +105,21 @@ def test_attempt_that_kept_nothing_does_not_hold_the_directory(harness: Harnesse
 
 
 # ------------------------------------------------------------------------------------------------ two processes
+
+
+@pytest.mark.parametrize("denied", ["meta/checkpoints", "modules"])
+def test_recipe_is_kept_if_it_is_unknown_whether_a_phase_was_trained(
+    denied: str, harness: Harnesses, fast: Path, call: Called, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = harness("train.max_steps=2")
+    phase, module = ("pretrain", None) if denied == "meta/checkpoints" else ("incubate", 0)
+    made.run.phase(phase, module).checkpoints.joinpath("step-00000001").mkdir(parents=True)
+    before = made.run.recipe_file.read_bytes()
+    deny(monkeypatch, made.run.path / denied)
+    code, out, err = call(*train(fast, made.run.path, "train.lr=0.5"))
+    assert (code, out) == (3, "")
+    assert err == f"bigincubate: {made.run.path / denied}: Permission denied\n"
+    assert made.run.recipe_file.read_bytes() == before
 
 
 def test_phase_set_up_with_a_replaced_recipe_is_not_trained(harness: Harnesses) -> None:
