@@ -172,20 +172,24 @@ def markdown(results: Results, plot: str | None) -> str:
     if not results.final:
         return f"Not measured yet. {counts}\n"
     versions = ", ".join(sorted({entry["version"] for entry in results.final.values()}))
-    parts = [
-        f"{counts} Versions: {versions}.",
-        f"Primary comparisons, fixed beforehand ({study.metric.title} on the validation split, paired by seed,"
-        f" {len(study.primary.seeds)} seeds):",
-        primary_table(results),
-        margin_sentence(study),
-    ]
+    parts = [f"{counts} Versions: {versions}."]
+    exploratory = "All rows are exploratory."
+    if study.primary.comparisons:
+        parts += [
+            f"Primary comparisons, fixed beforehand ({study.metric.title} on the validation split, paired by seed,"
+            f" {len(study.primary.seeds)} seeds):",
+            primary_table(results),
+            margin_sentence(study),
+        ]
+        exploratory = (
+            f"Rows that are not in a primary comparison have {len(study.final.seeds)} seeds and are exploratory."
+        )
     if sentence := memory_sentence(results):
         parts.append(sentence)
     parts += [
-        f"All ways and budgets. Rows that are not in a primary comparison have {len(study.final.seeds)} seeds and are"
-        " exploratory. *path*: FLOPs on the critical path of separate workers; *DP*: the workers are connected and"
-        " share all batches outside of the modules (data parallelism); memory is of one separate worker, before and"
-        " in the last phase.",
+        f"All ways and budgets. {exploratory} *path*: FLOPs on the critical path of separate workers; *DP*: the workers"
+        " are connected and share all batches outside of the modules (data parallelism); memory is of one separate"
+        " worker, before and in the last phase.",
         ways_table(results),
     ]
     if plot:

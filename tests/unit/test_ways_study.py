@@ -299,6 +299,19 @@ def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, t
         parts.page.write_between_markers(page, "other", empty)
 
 
+def test_page_of_a_finished_study_follows_from_its_log(parts: Any) -> None:
+    """These are in the repository. A study without primary comparisons has no table of them."""
+    page = (BENCHMARKS.parent / "docs" / "results.md").read_text()
+    for name, has_table in (("cifar20", True), ("cifar20-32", False)):
+        study = parts.definition.load_study(name)
+        results = parts.page.Results(study, parts.log.TrialLog(study.log_file).read())
+        text = parts.page.markdown(results, f"ways_{name.replace('-', '_')}.png")
+        assert text in page
+        assert ("| way | rival |" in text) == has_table
+        assert ("All rows are exploratory." in text) != has_table
+        assert text.endswith("Missing: nothing.\n")
+
+
 def test_workers_are_trained_with_the_settings_of_fine_tuning(parts: Any, tmp_path: Path) -> None:
     recipe = load_recipe("digits", ["finetune.train.lr=7e-4", "finetune.export=ema", "ema.decay=0.9"])
     changed = parts.trial.recipe_from_weights(recipe, tmp_path / "average")
