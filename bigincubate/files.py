@@ -62,8 +62,9 @@ def expand_path(text: str | Path, base: Path | None = None) -> Path:
 
 # what a file system without hard links answers
 NO_HARD_LINKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS, errno.EMLINK}
-# what a file system answers if a file is missing or is something else; all other errors say nothing about the file
-NOT_THAT_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENAMETOOLONG}
+# a file is missing or of another type; after other errors, of permissions or of the disk, its content is unknown
+MISSING_OR_WRONG_TYPE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EFBIG}
+MISSING_OR_WRONG_TYPE |= {errno.ELOOP, errno.ENAMETOOLONG}
 MAX_SMALL_FILE_BYTES = 2**26  # limit for files that are read into memory at once
 
 
@@ -95,7 +96,7 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Create a folder either completely or not at all.
 
     The block writes to a temporary folder next to it, which is synced to disk and renamed at the end, or removed if
@@ -240,10 +241,18 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Return the JSON object in a file, or None if the file is missing or contains something else."""
+    """Return the JSON object in a file, or None if the file is missing or contains something else.
+
+    Raises:
+        OSError: The file cannot be read, so its content is unknown.
+    """
     try:
         value = json.loads(read_small_file(path))
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        if error.errno not in MISSING_OR_WRONG_TYPE:
+            raise
+        return None
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -15,7 +15,7 @@ import bigincubate as bi
 from bigincubate.data.dataset import DESCRIPTION, describe_dataset
 from bigincubate.data.partitions import open_module_partition, partition_path
 from bigincubate.errors import ArtifactError, BigincubateError, ConfigError, Exit, format_command, format_os_error
-from bigincubate.files import expand_path, new_folder, read_json
+from bigincubate.files import atomic_folder, expand_path, read_json
 from bigincubate.planning.lineage import PhaseInput, expected_lineage
 from bigincubate.storage.artifacts import check_lineage, verify_artifact
 from bigincubate.storage.run_directory import RunDir
@@ -42,7 +42,7 @@ def pack(source: Path, module: int, bundle: Path) -> None:
     data = run.data_path(recipe)
     _, part = open_module_partition(recipe, describe_dataset(data), module)
 
-    with new_folder(bundle) as folder:  # a bundle is complete or does not exist
+    with atomic_folder(bundle) as folder:  # a bundle is complete or does not exist
         target = RunDir(folder).phase("pretrain")
         shutil.copytree(meta.artifact, target.artifact)
         shutil.copy(meta.path / "DONE", target.path)
@@ -62,7 +62,7 @@ def train(bundle: Path) -> None:
     """Train the module of a bundle; called again after an interruption, resume."""
     module = (read_json(bundle / "bundle.json") or {}).get("module")
     if module is None:
-        raise ArtifactError(f"{bundle} is not a bundle (no module in bundle.json); write one with the command: pack")
+        raise ArtifactError(f"{bundle} is not a bundle (no module in bundle.json); create one with `pack`")
     # the same as: bigincubate train BUNDLE/recipe.toml --run-dir BUNDLE --phase incubate --module K --set data.path=…
     recipe = bi.load_recipe(bundle / "recipe.toml", [f"data.path={json.dumps(str(bundle / 'data'))}"])
     bi.train_phase(recipe, bundle, "incubate", module, report=print)
@@ -75,7 +75,9 @@ def collect(bundle: Path, into: Path) -> None:
     modules = [int(path.name) for path in (bundle / "modules").glob("*") if path.name.isdecimal()]
     if len(modules) != 1:
         where = bundle / "modules"
-        raise ArtifactError(f"{where}: expected one module, found {len(modules)}; copy that folder of a trained bundle")
+        raise ArtifactError(
+            f"{where}: expected one module, found {len(modules)}; copy the `modules` folder of one trained bundle"
+        )
     module = modules[0]
     found, target = RunDir(bundle).phase("incubate", module), run.phase("incubate", module)
     if found.result is None:
@@ -88,9 +90,9 @@ def collect(bundle: Path, into: Path) -> None:
     else:
         skipped.append("checkpoints")
     if target.path.exists():
-        raise ConfigError(f"{target.path} has begun already; remove it first, unless it is being trained")
+        raise ConfigError(f"{target.path} already exists; if no process is training it, remove it first")
 
-    with new_folder(target.path) as folder:
+    with atomic_folder(target.path) as folder:
         shutil.copytree(found.path, folder, ignore=shutil.ignore_patterns(*skipped), dirs_exist_ok=True)
     run.log_event("collected", phase=f"incubate/{module}", source=str(bundle))
     print(f"module {module}: collected from {bundle}")

@@ -19,16 +19,14 @@ from pathlib import Path
 from ..config import PHASES, Phase, Recipe, differences
 from ..errors import ConfigError, LockedError, format_command
 from ..files import (
-    NOT_THAT_FILE,
     append_json_line,
     fsync_path,
     link_or_copy,
     read_json,
     read_json_lines,
-    read_small_file,
 )
 from ..storage.artifacts import check_artifact_lineage
-from ..storage.checkpoint_verification import COMMIT_MARKER, find_committed, find_damage
+from ..storage.checkpoint_verification import find_committed, verify_checkpoint
 from ..storage.lease import NO_JOBS, JobQueue, current_owner, lease_generation
 from ..storage.run_directory import PhaseDir, RunDir
 from .identity import checkpoint_digest
@@ -189,7 +187,6 @@ def _take_phase(
     inputs = {source.key for source in phase_inputs(row.identity).values()}
     if missing := [other.title for other in others if other.key in inputs and not _is_finished(other)]:
         return decide(False, f"needs {', '.join(missing)}")
-    _check_readable(folder)
     lineage = expected_lineage(new, row.phase, row.module)
     finished = folder.result is not None
     problem = check_artifact_lineage(folder.artifact, lineage) if finished else None
@@ -210,29 +207,13 @@ def _take_phase(
         copier.copy_checkpoints(folder, target, steps.values())
         return decide(True, f"unfinished, from step {max(steps)}")
     copier.copy_phase(folder, target, (steps or committed).values())
-    if row.phase == "finetune":
-        _check_readable(source.assembled)
-        if source.assembled.result is not None:
-            copier.copy_phase(source.assembled, new.assembled)
+    if row.phase == "finetune" and source.assembled.result is not None:
+        copier.copy_phase(source.assembled, new.assembled)
     relative = folder.path.relative_to(source.path)
     for log in (Path("fleet") / relative, *([Path("partial") / relative.name] if row.phase == "incubate" else [])):
         if (source.path / log).is_dir():
             copier.copy_folder(source.path / log, new.path / log, link=False)
     return decide(True, f"unfinished, from step {max(steps)}" if steps else "finished")
-
-
-def _check_readable(folder: PhaseDir) -> None:
-    """Check that the files that mark a phase as finished can be read, if there are any.
-
-    Raises:
-        OSError: One cannot be read, so the phase would seem to be unfinished.
-    """
-    for file in (folder.path / "DONE", folder.artifact / "manifest.json", folder.artifact / COMMIT_MARKER):
-        try:
-            read_small_file(file)
-        except OSError as error:
-            if error.errno not in NOT_THAT_FILE:
-                raise
 
 
 def _find_usable_checkpoints(
@@ -253,9 +234,9 @@ def _find_usable_checkpoints(
     usable, has_others = {}, False
     for step, path in checkpoints.items():
         digest = (read_json(path / "manifest.json") or {}).get("digest")
-        if digest not in (None, expected_digest(step)):  # not hashed, because it is not needed
+        if digest not in (None, expected_digest(step)):  # not hashed: it cannot be used anyway
             has_others = True
-        elif problem := find_damage(path):
+        elif problem := verify_checkpoint(path):
             logger.warning("damaged checkpoint, left out: %s", problem)
         else:
             usable[step] = path

@@ -38,7 +38,7 @@ from .checkpoint_verification import (
     CheckpointManifest,
     describe_os_error,
     find_committed,
-    find_damage,
+    verify_checkpoint,
 )
 from .lease import Lease
 from .sharded_tensors import ShardedTensorReader, TensorShard, copy_to_cpu, write_sharded_tensors
@@ -99,6 +99,7 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._metrics: dict[str, float] = {}
+        self._skipped: set[int] = set()  # steps of checkpoints for which the disk reported an error
 
     @classmethod
     def open(
@@ -235,7 +236,7 @@ class CheckpointManager:
         final = self._step_path(step)
         try:
             if not problem:
-                if final.exists():  # damaged, because training resumed from an earlier checkpoint
+                if final.exists():  # damaged or unreadable, because training resumed from an earlier checkpoint
                     shutil.rmtree(final)
                 digest = self.digest(step)
                 commit_checkpoint(temporary, final, step=step, digest=digest, world=self.env.world, files=files)
@@ -251,11 +252,12 @@ class CheckpointManager:
     def _prune(self, newest: int) -> None:
         """Remove all but the last ``keep`` checkpoints up to step ``newest``, and that of ``kept_step``.
 
-        Later checkpoints are damaged, because training would have resumed from them otherwise.
+        Later checkpoints are damaged, because training would have resumed from them otherwise; those that could not be
+        read are kept until training reaches their step.
         """
         kept = [step for step in self.committed_steps() if step <= newest]
         kept = [*kept[-self.keep :], *(step for step in kept if step == self.kept_step)]
-        for step in set(self.committed_steps()).difference(kept):
+        for step in set(self.committed_steps()).difference(kept, (step for step in self._skipped if step > newest)):
             self.lease.check()
             remove_checkpoint(self._step_path(step))
 
@@ -270,7 +272,7 @@ class CheckpointManager:
         try:
             return sorted(find_committed(self.folder))
         except OSError as error:
-            raise self._unreadable(error) from None
+            raise self._describe_unreadable(error) from None
 
     def load_latest(self) -> Checkpoint | None:
         """Return the newest checkpoint that passes verification, or None if there are no checkpoints.
@@ -283,10 +285,35 @@ class CheckpointManager:
             SystemResourceError: A checkpoint cannot be read, so it is unknown whether it is damaged. One whose disk
                 reports an error is skipped like a damaged one if an earlier one can be read.
         """
+        return self._load(self._choose_step)
+
+    def load_step(self, step: int) -> Checkpoint | None:
+        """Return the checkpoint of a step, or None if there is none. All ranks must call this.
+
+        Raises:
+            DamagedError: It is damaged.
+            ArtifactError: It was saved with other settings, data or input artifacts.
+            SystemResourceError: It cannot be read.
+        """
+
+        def verify() -> int | None:
+            if step not in self.committed_steps():
+                return None
+            try:
+                problem = verify_checkpoint(self._step_path(step))
+            except OSError as error:
+                raise self._describe_unreadable(error) from None
+            if problem:
+                raise DamagedError(problem)
+            return step
+
+        return self._load(verify)
+
+    def _load(self, choose_step: Callable[[], int | None]) -> Checkpoint | None:
         step = None
         with self.env.main_process_first():
             if self.env.is_main:
-                step = self._choose_step()
+                step = choose_step()
         if (step := self.env.broadcast(step)) is None:
             return None
         folder = self._step_path(step)
@@ -304,12 +331,14 @@ class CheckpointManager:
         damaged, unreadable = [], None
         for step in reversed(self.committed_steps()):
             try:
-                problem = find_damage(self._step_path(step))
+                problem = verify_checkpoint(self._step_path(step))
             except OSError as error:
-                unreadable = self._unreadable(error)
-                if error.errno != errno.EIO:  # which may be a bad block of the disk, under one checkpoint only
+                unreadable = self._describe_unreadable(error)
+                if error.errno != errno.EIO:  # EIO may be a bad block that affects only this checkpoint
                     raise unreadable from None
-                problem = describe_os_error(error, self._step_path(step))
+                logger.warning("unreadable checkpoint, skipped: %s", unreadable)
+                self._skipped.add(step)
+                continue
             if problem is None:
                 return step
             damaged.append(problem)
@@ -322,9 +351,9 @@ class CheckpointManager:
             )
         return None
 
-    def _unreadable(self, error: OSError) -> SystemResourceError:
-        reason = describe_os_error(error, self.folder)
-        return SystemResourceError(f"{reason}; make the checkpoints readable, then run the same command again")
+    def _describe_unreadable(self, error: OSError) -> SystemResourceError:
+        reason, advice = describe_os_error(error, self.folder), "make the checkpoint readable or move it away"
+        return SystemResourceError(f"{reason}; {advice}, then run the same command again")
 
     def _step_path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, ConfigError, DamagedError
-from ..files import quote_path, read_json, read_small_file, write_and_hash
+from ..files import list_folder, quote_path, read_json, read_small_file, write_and_hash
 from .checkpoint_manager import commit_checkpoint, remove_checkpoint
-from .checkpoint_verification import COMMIT_MARKER, STATE_FILE, CheckpointManifest, find_damage, verify_checkpoint
+from .checkpoint_verification import COMMIT_MARKER, STATE_FILE, CheckpointManifest, verify_checkpoint
 from .lease import NO_JOBS, JobQueue, acquire_lease
 from .run_directory import RunDir
 from .sharded_tensors import ShardedTensorReader, TensorShard, write_sharded_tensors
@@ -33,11 +33,14 @@ def list_checkpoints(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         ArtifactError: There is no checkpoint.
+        OSError: A checkpoint cannot be read, so it is unknown whether it is damaged.
     """
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such directory")
     folders = [path]
     if not (path / COMMIT_MARKER).exists() and not NAME_PATTERN.fullmatch(path.name):
+        for checkpoints in (path / "checkpoints", *(phase.checkpoints for phase in RunDir(path).phases)):
+            list_folder(checkpoints)  # raises an error that `glob` would hide
         named = {folder: NAME_PATTERN.fullmatch(folder.name) for pattern in PATTERNS for folder in path.glob(pattern)}
         steps = {folder: int(match[1]) for folder, match in named.items() if match and folder.is_dir()}
         folders = sorted(steps, key=lambda folder: (folder.parent, steps[folder], folder))
@@ -97,9 +100,6 @@ def prune_checkpoints(path: Path, *, keep: int, queue: JobQueue = NO_JOBS) -> li
         with acquire_lease(folder.parent, queue=queue) as lease:
             rows = {Path(row["path"]): row for row in list_checkpoints(folder.parent)}
             valid = [checkpoint for checkpoint, row in rows.items() if row["problem"] is None]
-            for checkpoint, row in rows.items():
-                if row["committed"] and row["problem"]:
-                    find_damage(checkpoint)  # raises an error if the problem is that it cannot be read
             if not valid and any(row["committed"] for row in rows.values()):
                 all_damaged.append(str(folder))
                 continue
@@ -140,7 +140,7 @@ def convert_checkpoint(source: Path, out: Path, *, ranks: int = 1) -> None:
         raise ArtifactError(
             f"{source} is not a committed checkpoint; `bigincubate checkpoint list` shows those of a run"
         )
-    if problem := find_damage(source):
+    if problem := verify_checkpoint(source):
         raise DamagedError(problem)
     if out.exists():
         raise ConfigError(f"{out} exists; choose another directory, or remove it first")

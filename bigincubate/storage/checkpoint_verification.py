@@ -12,7 +12,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import ArtifactError
-from ..files import NOT_THAT_FILE, hash_file, is_present, list_folder, read_json, read_small_file, regular_file_size
+from ..files import (
+    MISSING_OR_WRONG_TYPE,
+    hash_file,
+    is_present,
+    list_folder,
+    read_json,
+    read_small_file,
+    regular_file_size,
+)
 from .sharded_tensors import ShardedTensorReader
 
 STEP_PATTERN = re.compile(r"step-(\d{8,})")
@@ -58,14 +66,6 @@ def find_committed(folder: Path) -> dict[int, Path]:
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """Return why a committed checkpoint is invalid or cannot be read, or None if it is valid; see `find_damage`."""
-    try:
-        return find_damage(folder)
-    except OSError as error:
-        return describe_os_error(error, folder)
-
-
-def find_damage(folder: Path) -> str | None:
     """Return why a committed checkpoint is invalid (file, expected and found value), or None if it is valid.
 
     Files outside the directory are not opened, files without a hash are not read, and tensors are not loaded.
@@ -90,7 +90,7 @@ def find_damage(folder: Path) -> str | None:
             return f"{folder / STATE_FILE}: not the state of step {manifest.step}"
         ShardedTensorReader(manifest.tensor_files(folder))
     except OSError as error:
-        if error.errno not in NOT_THAT_FILE:
+        if error.errno not in MISSING_OR_WRONG_TYPE:
             raise
         return describe_os_error(error, folder)
     except ValidationError as error:

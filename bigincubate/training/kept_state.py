@@ -78,7 +78,7 @@ def load_last_checkpoint(
 ) -> Checkpoint:
     """Return the checkpoint after the last step of a phase, whose optimizer state another phase keeps.
 
-    An earlier checkpoint does not belong to the weights of the phase.
+    Earlier checkpoints do not match the final weights, so they are never used.
 
     Args:
         run: The run.
@@ -96,20 +96,22 @@ def load_last_checkpoint(
     stored = load_planned_rows((read_json(run.path / "plan.json") or {}).get("rows", []))
     row = next(row for row in stored if row.key == source.key)
     digest = partial(checkpoint_digest, lineage, row.stable_steps)
-    problem = "is missing or damaged"
-    try:
-        checkpoint = CheckpointManager(checkpoints, env, env, digest=digest, keep=2, lease=Lease()).load_latest()
-        if checkpoint is not None and checkpoint.step == row.steps:
-            return checkpoint
-    except DamagedError:  # which advises to start over, but the phase is finished
-        problem = "is damaged"
-    except ArtifactError:
-        problem = "was saved with other settings, data, meta model or modules"
+    reader = CheckpointManager(checkpoints, env, env, digest=digest, keep=2, lease=Lease())
     module = () if source.module is None else ("--module", source.module)
     train = format_command("train", run.recipe_file, "--run-dir", run.path, "--phase", source.phase, *module)
     advice = f'use {key} = "fresh", or remove {checkpoints.parent} and train it with: {train}'
     if folder is not None:
         advice = "copy that folder again from the machine where the phase was trained"
+    problem = "is missing"
+    try:
+        if (checkpoint := reader.load_step(row.steps)) is not None:
+            return checkpoint
+    except DamagedError as error:
+        problem = f"is damaged ({error})"
+    except ArtifactError:
+        problem = "was saved with other settings, data, meta model or modules"
+        if folder is not None:
+            advice = "train it from a bundle of this run"
     raise ArtifactError(
         f'{key} = "kept" needs the checkpoint of step {row.steps} in {checkpoints}, which {problem}; {advice}'
     )

@@ -98,7 +98,14 @@ def test_module_is_trained_on_a_separate_machine(
 
     assert separate_machines.main("collect", str(there / "bundle"), str(here / "run")) == Exit.DONE
     assert "module 1: collected from" in capsys.readouterr().out
-    assert_refused(capsys, Exit.USAGE, "has begun already", "collect", there / "bundle", here / "run")
+    assert_refused(
+        capsys,
+        Exit.USAGE,
+        "already exists; if no process is training it, remove it first",
+        "collect",
+        there / "bundle",
+        here / "run",
+    )
     made.train("incubate", 0)
     assert made.run.phase("incubate", 0).partial["joined"] == [0, 1]
     made.train("finetune")
@@ -230,9 +237,7 @@ def test_module_without_the_state_that_fine_tuning_keeps_is_not_collected(
     separate_machines.train(tmp_path / "bundle")
     checkpoints = tmp_path / "bundle" / "modules" / "00" / "checkpoints"
     shutil.rmtree(checkpoints / removed)
-    says = (
-        f'"kept" needs the checkpoint of step 2 in {checkpoints}, which is missing or damaged; copy that folder again'
-    )
+    says = f'"kept" needs the checkpoint of step 2 in {checkpoints}, which is missing; copy that folder again'
     assert_refused(capsys, Exit.ARTIFACT, says, "collect", tmp_path / "bundle", packable.run.path)
     assert not (packable.run.path / "modules").exists()
 

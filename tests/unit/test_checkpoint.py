@@ -124,7 +124,7 @@ def test_checkpoint_that_cannot_be_read_is_neither_skipped_nor_removed(
 ) -> None:
     folder = saved(tmp_path, 4, 8).folder
     deny(monkeypatch, folder / denied)
-    with pytest.raises(SystemResourceError, match=r"Permission denied; make the checkpoints readable") as caught:
+    with pytest.raises(SystemResourceError, match=r"Permission denied; make the checkpoint readable") as caught:
         manager(tmp_path).load_latest()
     assert str(folder / denied) in str(caught.value)
     assert caught.value.code == 3
@@ -139,11 +139,16 @@ def test_checkpoint_on_a_bad_block_is_skipped_if_an_earlier_one_can_be_read(
 ) -> None:
     folder = saved(tmp_path, 4, 8).folder
     deny(monkeypatch, folder / "step-00000008" / "rank-00000.safetensors", errno.EIO)
-    newest = manager(tmp_path).load_latest()
+    resumed = manager(tmp_path)
+    newest = resumed.load_latest()
     assert newest is not None
     assert newest.step == 4
+    resumed._prune(6)
+    assert resumed.committed_steps() == [4, 8]  # the error may be temporary
+    resumed._prune(12)
+    assert resumed.committed_steps() == [4, 8]
     deny(monkeypatch, folder / "step-00000004" / "rank-00000.safetensors", errno.EIO)
-    with pytest.raises(SystemResourceError, match=r"step-00000004.*: Input/output error; make the checkpoints read"):
+    with pytest.raises(SystemResourceError, match=r"step-00000004.*: Input/output error; make the checkpoint read"):
         manager(tmp_path).load_latest()
 
 

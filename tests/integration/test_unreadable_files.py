@@ -1,0 +1,91 @@
+"""Files of a run that cannot be read: finished work is neither repeated nor removed, and the file is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from denied import deny
+
+from bigincubate.errors import SystemResourceError
+from bigincubate.launchers.slurm.scheduler import _is_valid
+from bigincubate.planning.job_graph import build_job_graph
+from bigincubate.storage.lease import acquire_lease, current_owner
+
+Harnesses = Callable[..., Any]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and "logs" not in file.parts}
+
+
+@pytest.fixture
+def made(harness: Harnesses) -> Any:
+    """A run with a finished meta model."""
+    made = harness("train.max_steps=5")
+    made.train("pretrain")
+    return made
+
+
+@pytest.mark.parametrize("denied", ["DONE", "artifact", "artifact/manifest.json", "artifact/weights.safetensors"])
+def test_phase_with_an_unreadable_result_is_not_submitted_again(
+    denied: str, made: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, before = made.run.phase("pretrain"), contents(made.run.path)
+    job = next(job for job in build_job_graph(made.rows, baseline=False) if job.key == "pretrain")
+    deny(monkeypatch, folder.path / denied)
+    with pytest.raises((OSError, SystemResourceError), match="Permission denied"):
+        _is_valid(job, made.run)
+    monkeypatch.undo()
+    assert contents(made.run.path) == before
+    assert _is_valid(job, made.run)
+
+
+@pytest.mark.parametrize(
+    ("denied", "phase", "module"),
+    [("plan.json", "incubate", 0), ("meta/artifact/manifest.json", "incubate", 0), ("meta/DONE", "pretrain", None)],
+)
+def test_phase_that_reads_an_unreadable_file_names_it(
+    denied: str,
+    phase: str,
+    module: int | None,
+    made: Any,
+    call: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    deny(monkeypatch, made.run.path / denied)
+    code, out, err = call(*made.command(phase, module))
+    assert (code, out) == (3, "")
+    assert err.splitlines()[-1].startswith(f"bigincubate: {made.run.path / denied}: Permission denied")
+    monkeypatch.undo()
+    assert made.train(phase, module)["steps"] == 5
+
+
+@pytest.mark.parametrize("denied", ["", "step-00000005", "step-00000005/rank-00000.safetensors"])
+@pytest.mark.parametrize("command", [("list",), ("verify",), ("prune", "--keep", "1")])
+def test_unreadable_checkpoint_is_neither_pruned_nor_called_damaged(
+    command: tuple[str, ...], denied: str, made: Any, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, (name, *options) = made.run.phase("pretrain").checkpoints, command
+    before = sorted(folder.iterdir())
+    deny(monkeypatch, folder / denied)
+    code, _, err = call("checkpoint", name, made.run.path, *options)
+    assert code == 3
+    assert err.count("\n") == 1
+    assert err.startswith(f"bigincubate: {folder / denied}")
+    assert err.endswith(": Permission denied\n")
+    monkeypatch.undo()
+    assert sorted(folder.iterdir()) == before
+
+
+def test_lease_whose_owner_is_unreadable_is_not_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with acquire_lease(tmp_path) as lease:
+        assert lease.path is not None
+        with monkeypatch.context() as patch:
+            deny(patch, lease.path)
+            for claim in (lambda: current_owner(tmp_path), lambda: acquire_lease(tmp_path).__enter__()):
+                with pytest.raises(PermissionError):
+                    claim()
+        assert lease.is_held()
