@@ -37,6 +37,7 @@ from bigincubate.tasks.metric import Metric, describe_metrics
 from bigincubate.tasks.registry import task_class
 
 PHASES: tuple[Phase, ...] = ("pretrain", "incubate", "finetune")
+STOPPED = {Exit.LOCKED, Exit.PREEMPTED, Exit.INTERRUPTED}
 END_TO_END = ("train", "--phase", "end_to_end")
 WAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # the command, and the changes of the recipe
     "incubated": (("run", "--jobs", "1"), ()),
@@ -86,7 +87,9 @@ def train(trial: Trial, recipe: Recipe, args: argparse.Namespace) -> dict[str, A
         env={"OMP_NUM_THREADS": "1", **os.environ},
     )
     if done.returncode:
-        raise RunFailed(done.returncode, f"{folder}: exit code {done.returncode}; run the same command again to resume")
+        # a run that was stopped resumes; for all other codes, it has printed what is wrong
+        advice = "run the same command again to resume" if done.returncode in STOPPED else "its error is above"
+        raise RunFailed(done.returncode, f"{folder}: exit code {done.returncode}; {advice}")
     found = RunDir(folder).update_summary()
     is_incubated = "end_to_end" not in command
     modules = [module for module in found["modules"] if module]  # without those that are not incubated

@@ -154,11 +154,13 @@ def write_page(study: Study, log: TrialLog, page: Path) -> None:
 def _positive(kind: type[int | float]) -> Callable[[str], float]:
     """Return a function that reads a number above 0 from the command line."""
 
+    kinds = {int: "integer", float: "number"}
+
     def read(text: str) -> float:
         with suppress(ValueError):
             if 0 < (value := kind(text)) < math.inf:
                 return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 ({kind.__name__})")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive {kinds[kind]}")
 
     return read
 

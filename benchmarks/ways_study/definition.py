@@ -51,9 +51,7 @@ class Parameter(ConfigTable):
             raise ValueError(f"expected exactly one of {', '.join(type(self).model_fields)}")
         for low, high in filter(None, (self.log, self.uniform)):
             if low > high or (self.log and low <= 0):
-                raise ValueError(
-                    f"expected the lowest and the highest value, {'above 0, ' if self.log else ''}in order"
-                )
+                raise ValueError("expected [low, high] with low <= high, and for log with 0 < low")
         return self
 
     def draw(self, generator: random.Random) -> Any:
@@ -325,7 +323,9 @@ def load_study(name: str) -> Study:
     if other := raw.get("settings_of"):  # the settings are points of the other study's spaces
         spaces = load_study(str(file.with_name(f"{other}.toml"))).ways
         if missing := ways.keys() - spaces.keys():
-            raise ConfigError(f"{where}: {other} has no way {', '.join(sorted(missing))}, so no settings of it")
+            raise ConfigError(
+                f"{where}: {other} has no way {', '.join(sorted(missing))}, so there are no settings to reuse"
+            )
         ways = {key: way.model_copy(update={"space": spaces[key].space}) for key, way in ways.items()}
     if isinstance(recipe := raw.get("recipe"), str) and (local := (file.parent / recipe).resolve()).is_file():
         raw["recipe"] = str(local)

@@ -230,10 +230,11 @@ def read_chosen(study: Study) -> tuple[dict[str, Any], str] | None:
     Raises:
         ConfigError: The file is not one that `write_chosen` has written for the ways of the study.
     """
-    file, advice = study.settings_file, "remove it, then --choose again"
+    file = study.settings_file
     if not file.is_file():
         return None
-    chosen, text = read_toml(file), file.read_text()
+    advice = "restore this file or the definition; before the first trial on the validation split, --choose again"
+    digest, chosen = hashlib.sha256(file.read_bytes()).hexdigest()[:12], read_toml(file)
     for name in dict.fromkeys(way.tuned_as or way.name for way in study.ways.values()):
         rows = chosen.get(name)
         if not isinstance(rows, dict) or not rows.keys() >= {f"{budget:g}" for budget in study.tuning.budgets}:
@@ -241,10 +242,8 @@ def read_chosen(study: Study) -> tuple[dict[str, Any], str] | None:
         for budget, row in rows.items():
             score = validate(ChosenSettings, row, f"{name}.{budget}", str(file)).model_dump().get(study.metric.name)
             if row["settings"].keys() != study.ways[name].space.keys() or not isinstance(score, float):
-                raise ConfigError(
-                    f"{file}: {name}.{budget} does not fit the definition; remove it, then --choose again"
-                )
-    return chosen, hashlib.sha256(text.encode()).hexdigest()[:12]
+                raise ConfigError(f"{file}: {name}.{budget} does not fit the definition; {advice}")
+    return chosen, digest
 
 
 def check_protocol(study: Study, digest: str | None, entries: Iterable[Entry]) -> None:

@@ -120,7 +120,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     """
     try:
         if file.stat().st_size > MAX_BYTES:
-            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes; expected a file of settings")
+            raise ConfigError(f"{file}: larger than {MAX_BYTES} bytes, which is too large for a file of settings")
         raw = tomllib.loads(file.read_text("utf-8-sig"))  # some editors write a byte order mark
     except (ValueError, RecursionError) as error:  # RecursionError: nested more deeply than Python's limit
         raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None

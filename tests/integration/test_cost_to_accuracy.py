@@ -18,9 +18,7 @@ def test_run_that_fails_ends_the_comparison_with_its_code(tmp_path: Path) -> Non
     done = _run(tmp_path, "--ways", "expanded", "end-to-end", "--set", "model.name=vit_nonexistent")
     first, last = done.stderr.splitlines()
     assert "vit_nonexistent" in first
-    assert (
-        last == f"error: {tmp_path / 'expanded-1-0'}: exit code {done.returncode}; run the same command again to resume"
-    )
+    assert last == f"error: {tmp_path / 'expanded-1-0'}: exit code {done.returncode}; its error is above"
     assert done.returncode == 2
 
 

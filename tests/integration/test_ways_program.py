@@ -154,7 +154,8 @@ def test_way_or_budget_without_trials_is_one_line(study: Callable[..., str], tmp
 
 @pytest.mark.parametrize(("option", "value"), [("--jobs", "0"), ("--jobs", "two"), ("--rate", "-1"), ("--rate", "nan")])
 def test_number_of_the_command_line_is_above_0(study: Callable[..., str], option: str, value: str) -> None:
-    assert f"argument {option}: '{value}' is not a number above 0 (" in study("--plan", option, value, code=2)
+    kind = "integer" if option == "--jobs" else "number"
+    assert f"argument {option}: '{value}' is not a positive {kind}\n" in study("--plan", option, value, code=2)
 
 
 def test_only_one_process_runs_the_trials_of_a_study(study: Callable[..., str], tmp_path: Path) -> None:

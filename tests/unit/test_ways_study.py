@@ -454,7 +454,7 @@ def test_page_has_the_metric_the_margin_and_the_aim(parts: Any, text_costs: Any)
         (
             "{ log = [5e-4, 1.5e-2] }",
             "{ log = [0, 1] }",
-            "space.pretrain.train.lr: expected the lowest and the highest",
+            "space.pretrain.train.lr: expected [low, high] with low <= high",
         ),
         ("{ log = [5e-4, 1.5e-2] }", "3", "space.pretrain.train.lr: Input should be a valid dictionary"),
         ("[tuning]", "[tunin]", "the key 'tuning.points' is missing; the key 'tuning.budgets' is missing; the key"),
@@ -487,9 +487,9 @@ def test_line_that_is_no_trial_is_refused(parts: Any, tmp_path: Path, line: str)
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ("[expand.2", "[other.2", "has no settings of expand at every tuned budget; remove it, then --choose again"),
+        ("[expand.2", "[other.2", "has no settings of expand at every tuned budget; restore"),
         ("[expand.2]", "[expand.2", "not valid TOML"),
-        ("loss = 1.0", "", "does not fit the definition; remove it, then --choose again"),
+        ("loss = 1.0", "", "does not fit the definition; restore this file or"),
         ('"share.pretrain" = ', '"share.pretrained" = ', "does not fit the definition"),
         ("index = 0", 'index = "0"', "index: Input should be a valid integer"),
     ],
