@@ -1,31 +1,23 @@
-"""The study of ways to train: budgets, random points, log, protocol and statistics, without training."""
+"""The study of ways to train: budgets, random points, costs, statistics and page, without training."""
 
 from __future__ import annotations
 
-import importlib
-import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from study_parts import BENCHMARKS, costs_of, import_study, load_own_study, make_entry
 
 from bigincubate.config import PHASES, load_recipe
 from bigincubate.errors import ConfigError
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = ("definition", "lengths", "log", "page", "paired", "trial")
-
 
 @pytest.fixture(scope="module")
 def parts() -> Iterator[Any]:
-    """The modules of the study, with nothing left behind in `sys.path`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        modules = {name: importlib.import_module(f"ways_study.{name}") for name in MODULES}
-        yield SimpleNamespace(program=importlib.import_module("ways"), **modules)
+    with import_study() as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
@@ -36,33 +28,6 @@ def costs(parts: Any) -> Any:
 @pytest.fixture(scope="module")
 def text_costs(parts: Any) -> Any:
     return parts.lengths.Costs(parts.definition.load_study("docs-llama"))
-
-
-@pytest.fixture
-def own(parts: Any, tmp_path: Path) -> Any:
-    """A copy of the definition for digits in a repository of its own, with one point per way."""
-    text = (BENCHMARKS / "ways_study" / "digits.toml").read_text().replace("points = 12", "points = 1")
-    (tmp_path / "digits.toml").write_text(text)
-    _git(tmp_path, "init", "-q")
-    _commit(tmp_path)
-    return parts.definition.load_study(str(tmp_path / "digits.toml"))
-
-
-def _git(folder: Path, *words: str) -> None:
-    identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
-    subprocess.run(["git", *identity, *words], cwd=folder, check=True)
-
-
-def _commit(folder: Path) -> None:
-    _git(folder, "add", ".")
-    _git(folder, "commit", "-q", "-m", "Add files")
-
-
-def _entry(trial: Any, loss: float = 1.0, **more: Any) -> dict[str, Any]:
-    return {
-        **{"split": trial.split, "way": trial.way.name, "budget": trial.budget, "seed": trial.seed},
-        **{"index": trial.index, "sets_digest": trial.digest, "metrics": {"loss": loss}, **more},
-    }
 
 
 def test_every_trial_uses_its_budget(parts: Any, costs: Any) -> None:
@@ -163,84 +128,17 @@ def test_other_budgets_use_the_nearest_tuned_one(parts: Any, costs: Any) -> None
     assert parts.lengths.nearest_budget(costs, ways["expand_path"], 1, expand, budgets) == 0.5
 
 
-def test_log_keeps_every_attempt_and_the_first_result(parts: Any, tmp_path: Path) -> None:
-    log = parts.log.TrialLog(tmp_path / "trials.jsonl")
-    key = {"split": "development", "way": "expand", "budget": 0.5, "seed": 0, "index": 0, "sets_digest": "a"}
-    log.append({**key, "error": "no space left", "diverged": False})
-    assert log.results() == {}
-    log.append({**key, "metrics": {"loss": 1.0}})
-    log.append({**key, "metrics": {"loss": 2.0}})
-    log.append({**key, "index": 1, "error": "not finite", "diverged": True})
-    assert len(log.read()) == 4
-    first, diverged = log.results().values()
-    assert first["metrics"] == {"loss": 1.0}
-    assert diverged["index"] == 1
-
-
-def test_plan_counts_what_is_left_at_the_rate_of_the_log(parts: Any, own: Any, costs: Any) -> None:
-    costs, log = _with_study(parts, costs, own), parts.log.TrialLog(own.log_file)
+def test_plan_counts_what_is_left_at_the_rate_of_the_log(parts: Any, costs: Any, tmp_path: Path) -> None:
+    own = load_own_study(parts, tmp_path)
+    costs, log = costs_of(parts, costs, own), parts.log.TrialLog(own.log_file)
     first = parts.log.tuning_trials(costs)[0]
     assert (first.way.name, first.budget) == ("incubate_short", 0.5)
-    log.append(_entry(first, flops=first.plan.flops, seconds=first.plan.flops / 1e9))
+    log.append(make_entry(first, flops=first.plan.flops, seconds=first.plan.flops / 1e9))
     lines = parts.program.describe_plan(costs, log, None).splitlines()
     row = next(line for line in lines if line.startswith("incubate_short "))
     # left: one point at budget 2, 17.4 TFLOPs, which take 4.84 hours at 1 GFLOP/s
     assert row.split() == ["incubate_short", "2", "1", "17.4", "4.84"]
     assert lines[-1].startswith("FLOP/s of a core: from the log.")
-
-
-def test_settings_are_chosen_from_complete_trials_only(parts: Any, own: Any, costs: Any) -> None:
-    costs = _with_study(parts, costs, own)
-    trials = parts.log.tuning_trials(costs)
-    results = {trial.key: _entry(trial) for trial in trials[1:]}
-    with pytest.raises(ConfigError, match=f"1 of {len(trials)} tuning trials are missing"):
-        parts.log.choose_settings(costs, results)
-    results[trials[0].key] = _entry(trials[0])
-    parts.log.write_chosen(own, parts.log.choose_settings(costs, results), [])
-    chosen, _ = parts.log.read_chosen(own)
-    assert chosen["expand"]["2"]["settings"] == own.draw(own.ways["expand"], 0)
-
-
-def test_point_with_the_lowest_loss_is_chosen(parts: Any, costs: Any) -> None:
-    trials = parts.log.tuning_trials(costs)
-    results = {trial.key: _entry(trial, 1 + abs(trial.index - 7)) for trial in trials}
-    best = next(t for t in trials if (t.way.name, t.budget, t.index) == ("expand", 0.5, 7))
-    results[best.key] = {**_entry(best), "diverged": True}
-    del results[best.key]["metrics"]
-    text = parts.log.choose_settings(costs, results)
-    chosen = tomllib.loads(text)
-    assert chosen["incubate_short"]["0.5"]["index"] == 7
-    assert chosen["expand"]["0.5"]["index"] == 6  # point 7 diverged
-
-
-def test_validation_trials_need_committed_settings_that_do_not_change(parts: Any, own: Any, costs: Any) -> None:
-    def check(entries: list[dict[str, Any]]) -> None:
-        found = parts.log.read_chosen(own)
-        parts.log.check_protocol(own, found and found[1], entries)
-
-    with pytest.raises(ConfigError, match="is missing"):
-        check([])
-    own.settings_file.write_text(_settings(parts, own, costs))
-    with pytest.raises(ConfigError, match=r"settings-digits\.toml is not committed"):
-        check([])
-    _commit(own.file.parent)
-    check([])
-    _, digest = parts.log.read_chosen(own)
-    check([{"split": "validation", "settings_digest": digest}])
-    with pytest.raises(ConfigError, match="validation trials with the settings other"):
-        check([{"split": "validation", "settings_digest": "other"}])
-    with pytest.raises(ConfigError, match="validation trials with the settings other"):
-        parts.log.write_chosen(own, "[expand]\n", [{"split": "validation", "settings_digest": "other"}])
-    own.file.write_text(own.file.read_text() + "# changed\n")
-    with pytest.raises(ConfigError, match=r"digits\.toml is not committed"):
-        check([])
-
-
-def test_validation_trial_is_not_repeated_with_another_definition(parts: Any, costs: Any) -> None:
-    trial = parts.log.final_trials(costs, None)[0]
-    parts.log.check_once([trial], {trial.key: {}})
-    with pytest.raises(ConfigError, match="runs once"):
-        parts.log.check_once([trial], {(*trial.key[:-1], "other"): {}})
 
 
 def test_paired_interval_is_that_of_students_t(parts: Any) -> None:
@@ -369,7 +267,7 @@ def test_modules_of_a_decentralized_way_read_their_part(parts: Any, text_costs: 
 def test_study_of_the_language_model_takes_30_core_hours_at_most(parts: Any, text_costs: Any) -> None:
     study = text_costs.study.with_best(None)
     trials = [*parts.log.tuning_trials(text_costs)]
-    trials += parts.log.final_trials(_with_study(parts, text_costs, study), None)
+    trials += parts.log.final_trials(costs_of(parts, text_costs, study), None)
     assert sum(trial.plan.flops for trial in trials) / study.rate / 3600 <= 30
 
 
@@ -389,7 +287,7 @@ def test_best_ways_on_the_development_split_get_the_largest_budget(parts: Any, t
 
 def test_settings_are_chosen_by_the_metric_of_the_study(parts: Any, text_costs: Any) -> None:
     trials = parts.log.tuning_trials(text_costs)
-    results = {trial.key: _entry(trial, float(trial.index)) for trial in trials}
+    results = {trial.key: make_entry(trial, float(trial.index)) for trial in trials}
     for entry in results.values():
         entry["metrics"]["bits_per_byte"] = 20.0 - entry["index"]
     row = tomllib.loads(parts.log.choose_settings(text_costs, results))["decentralized"]["12"]
@@ -406,7 +304,9 @@ def test_page_has_the_metric_the_margin_and_the_aim(parts: Any, text_costs: Any)
         "expand_best": 1.0,
     }
     entries = [
-        _entry(trial, 9.0, **parts.lengths.describe_cost(text_costs, trial.way, trial.plan), version="1", seconds=1.0)
+        make_entry(
+            trial, 9.0, **parts.lengths.describe_cost(text_costs, trial.way, trial.plan), version="1", seconds=1.0
+        )
         for trial in parts.log.final_trials(text_costs, None)
         if trial.way.name in values and trial.budget == 25
     ]
@@ -425,96 +325,3 @@ def test_page_has_the_metric_the_margin_and_the_aim(parts: Any, text_costs: Any)
     ]
     assert "excludes what is 0.02 bits per byte worse" in text
     assert "ahead by 0.02 bits per byte or more on average at equal critical path" in text
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        ('unit = "TFLOP"', 'unit = "steps"', "unit: Input should be 'incubation' or 'TFLOP' (given: 'steps')"),
-        ('name = "bits', 'nam = "bits', "unknown key 'metric.nam'; did you mean 'metric.name'?"),
-        ("workers = 4", 'workers = "4"', "workers: Input should be a valid integer (given: '4')"),
-        ("max_remainder = 0.005", "", "the key 'max_remainder' is missing"),
-        ("lead = 0.02", 'lead = "a"', "primary.lead: Input should be a valid number (given: 'a')"),
-        ("{ absolute = 0.02 }", "-1", "primary.margin.value: Input should be greater than 0 (given: -1)"),
-        (
-            '["incubate_short", "expand", 25]',
-            '["incubate_short"]',
-            "primary.comparisons.0: expected [way, rival, budget]",
-        ),
-        (
-            '["incubate_short", "expand", 25]',
-            '["incubate_short", "expand", 7]',
-            "there is no way incubate_short with the",
-        ),
-        ('kind = "end_to_end"', 'kind = "plain"', "ways.end_to_end.kind: Input should be 'incubate', "),
-        ('tuned_as = "expand"', 'tuned_as = "grow"', "ways.expand_best.tuned_as: there is no way grow"),
-        ('tuned_as = "expand"', "", "ways.expand_best: set tuned_as, because its workers already use the"),
-        ("{ choice = [", "{ chioce = [", "unknown key 'ways.incubate_short.space.incubate.init.chioce'; did you mean"),
-        ("{ log = [5e-4, 1.5e-2] }", "{ log = [5e-4] }", "space.pretrain.train.lr.log: List should have at least 2"),
-        (
-            "{ log = [5e-4, 1.5e-2] }",
-            "{ log = [0, 1] }",
-            "space.pretrain.train.lr: expected [low, high] with low <= high",
-        ),
-        ("{ log = [5e-4, 1.5e-2] }", "3", "space.pretrain.train.lr: Input should be a valid dictionary"),
-        ("[tuning]", "[tunin]", "the key 'tuning.points' is missing; the key 'tuning.budgets' is missing; the key"),
-        ("# Ways", "\xff Ways", "not valid TOML: "),
-        ("workers = 4", "workers = 4\nways = 1", "not valid TOML: "),
-    ],
-)
-def test_error_in_a_definition_is_one_line_that_names_the_key(
-    parts: Any, tmp_path: Path, old: str, new: str, says: str
-) -> None:
-    text = (BENCHMARKS / "ways_study" / "docs-llama.toml").read_text()
-    assert old in text
-    (tmp_path / "own.toml").write_bytes(text.replace(old, new, 1).encode("latin-1"))
-    with pytest.raises(ConfigError) as refused:
-        parts.definition.load_study(str(tmp_path / "own.toml"))
-    message = str(refused.value)
-    assert message.startswith(f"{tmp_path / 'own.toml'}: ")
-    assert says in message
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize("line", ["3", "{}", '{"split": "test", "way": "expand"}'])
-def test_line_that_is_no_trial_is_refused(parts: Any, tmp_path: Path, line: str) -> None:
-    file = tmp_path / "trials.jsonl"
-    file.write_text(f"{line}\n")
-    with pytest.raises(ConfigError, match=rf"^{file}: .*(is missing|dictionary)"):
-        parts.log.TrialLog(file).results()
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        ("[expand.2", "[other.2", "has no settings of expand at every tuned budget; restore"),
-        ("[expand.2]", "[expand.2", "not valid TOML"),
-        ("loss = 1.0", "", "does not fit the definition; restore this file or"),
-        ('"share.pretrain" = ', '"share.pretrained" = ', "does not fit the definition"),
-        ("index = 0", 'index = "0"', "index: Input should be a valid integer"),
-    ],
-)
-def test_settings_that_do_not_fit_the_definition_are_refused(
-    parts: Any, own: Any, costs: Any, old: str, new: str, says: str
-) -> None:
-    text = _settings(parts, own, costs)
-    assert old in text
-    own.settings_file.write_text(text.replace(old, new))
-    with pytest.raises(ConfigError, match=says) as refused:
-        parts.log.read_chosen(own)
-    assert str(refused.value).startswith(str(own.settings_file))
-
-
-def _settings(parts: Any, study: Any, costs: Any) -> str:
-    """Return the content of the settings file of a study, whose trials all have the same loss."""
-    costs = _with_study(parts, costs, study)
-    trials = parts.log.tuning_trials(costs)
-    text: str = parts.log.choose_settings(costs, {trial.key: _entry(trial) for trial in trials})
-    return text
-
-
-def _with_study(parts: Any, costs: Any, study: Any) -> Any:
-    """Return costs for another study, which share what has been counted."""
-    other = parts.lengths.Costs(study)
-    other._counted = costs._counted
-    return other
