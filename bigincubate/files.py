@@ -144,7 +144,9 @@ def is_present(path: Path) -> bool:
     """
     try:
         path.stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+        if error.errno not in MISSING_OR_WRONG_TYPE:
+            raise
         return False
     return True
 
@@ -193,6 +195,9 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
 
     Returns:
         Whether the text was written.
+
+    Raises:
+        OSError: The file cannot be written. An existing file is unchanged.
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -206,13 +211,25 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
         if exclusive:
             _create_from(temporary, path)
         else:
-            os.replace(temporary, path)
+            _replace(temporary, path)
         fsync_path(path.parent)
         return True
     except FileExistsError:
         return False
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """Rename a temporary file to ``path``.
+
+    Raises:
+        OSError: This is not possible, for example because ``path`` is a folder. The error names it.
+    """
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _create_from(temporary: Path, path: Path) -> None:
@@ -260,7 +277,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects that :func:`append_json_line` wrote, without lines that a crash truncated."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:  # a damaged line may not be UTF-8
         try:
             rows.append(json.loads(line))
         except ValueError:

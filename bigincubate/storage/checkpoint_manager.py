@@ -129,7 +129,7 @@ class CheckpointManager:
                 committed = {manager._step_path(step) for step in manager.committed_steps()}
                 for path in (*folder.glob(".saving-*"), *folder.glob("step-*")):
                     if path not in committed:  # an attempt was killed while it wrote or removed this
-                        shutil.rmtree(path)
+                        remove_checkpoint(path)
         return manager
 
     # ------------------------------------------------------------------------------------------ writing
@@ -387,8 +387,8 @@ def commit_checkpoint(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, or the temporary directory of one."""
-    if folder.is_symlink():  # its target is no checkpoint of this run
+    """Remove a checkpoint, the temporary directory of one, or what has the name of one."""
+    if folder.is_symlink() or not folder.is_dir():  # `rmtree` waits at a pipe, and the target of a link is another's
         folder.unlink()
         return
     (folder / COMMIT_MARKER).unlink(missing_ok=True)  # first: an incomplete directory must not look committed

@@ -152,6 +152,21 @@ def test_checkpoint_on_a_bad_block_is_skipped_if_an_earlier_one_can_be_read(
         manager(tmp_path).load_latest()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, Path.touch, lambda path: path.symlink_to(path)],
+    ids=["pipe", "file", "loop"],
+)
+def test_what_has_the_name_of_a_checkpoint_but_is_none_is_removed(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    folder = saved(tmp_path, 4).folder
+    make(folder / "step-00000008")
+    opened = CheckpointManager.open(folder, DistributedContext(), digest="d" * 64, keep=2)
+    newest = opened.load_latest()
+    assert newest is not None
+    assert newest.step == 4
+    assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+
+
 def test_checkpoint_without_its_marker_is_not_there_and_is_cleared_away(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 4, 8)
     (checkpoints.folder / "step-00000008" / "COMMITTED").unlink()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bigincubate.files import append_json_line, read_json_lines
+from bigincubate.files import append_json_line, is_present, read_json_lines, write_text
 
 
 def test_line_after_an_incomplete_one_is_kept(tmp_path: Path) -> None:
@@ -20,6 +20,29 @@ def test_line_after_an_incomplete_one_is_kept(tmp_path: Path) -> None:
     append_json_line(file, {"number": 3})
     assert read_json_lines(file) == [{"number": number} for number in (0, 2, 3)]
     assert len(file.read_text().splitlines()) == 4
+
+
+def test_line_that_is_not_utf8_is_skipped(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"number": 0}\n\xff\xfe\x00\n{"text": "a\xe2\x80\xa8b"}\n')
+    assert read_json_lines(file) == [{"number": 0}, {"text": "a\u2028b"}]  # U+2028 ends no line of JSON
+
+
+def test_file_that_cannot_be_replaced_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        write_text(path, "{}")
+    assert caught.value.filename == str(path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_loop_of_links_is_not_present(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    assert not is_present(loop)
+    assert not is_present(tmp_path / "missing")
+    assert is_present(tmp_path)
 
 
 def test_line_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
