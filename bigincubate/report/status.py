@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -133,11 +134,15 @@ def read_plan(run: RunDir) -> dict[str, Any]:
     """Return ``plan.json`` of a run.
 
     Raises:
-        ArtifactError: This is not a run directory, or it has no plan yet.
+        ArtifactError: This is not a run directory, it has no plan yet, or the plan is damaged.
     """
-    plan = read_json(run.path / "plan.json")
-    if plan is None or "rows" not in plan:
+    file = run.path / "plan.json"
+    plan = read_json(file)
+    if plan is None or not {"rows", "data"} <= plan.keys():
         run.load_recipe()
+        if os.path.lexists(file):
+            again = format_command("run", run.recipe_file, "--run-dir", run.path)
+            raise ArtifactError(f"{file} is damaged; remove it, and this command writes it again: {again}")
         raise ArtifactError(f"nothing has run in {run.path} yet")
     return plan
 

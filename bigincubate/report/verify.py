@@ -12,13 +12,13 @@ from ..config import Recipe
 from ..data.dataset import open_dataset
 from ..data.verification import find_damaged_shards
 from ..errors import ArtifactError, DataError
-from ..files import read_json
 from ..launchers.slurm.job_queue import SlurmQueue
 from ..planning.lineage import expected_lineage, phase_inputs
 from ..storage.artifacts import Lineage, check_lineage, verify_artifact
 from ..storage.checkpoint_tools import list_checkpoints
 from ..storage.lease import current_owner
 from ..storage.run_directory import PhaseDir, RunDir
+from .status import read_plan
 
 
 class Verdict(StrEnum):
@@ -69,11 +69,9 @@ def verify_run(run: RunDir, *, everything: bool = True) -> Iterator[Finding]:
         A finding per file or folder.
 
     Raises:
-        ArtifactError: This is not a run directory, or it has no plan yet.
+        ArtifactError: This is not a run directory, or it has no plan yet, or the plan is damaged.
     """
-    recipe, plan = run.load_recipe(), read_json(run.path / "plan.json")
-    if plan is None or not {"rows", "data"} <= plan.keys():
-        raise ArtifactError(f"nothing has run in {run.path} yet")
+    recipe, plan = run.load_recipe(), read_plan(run)
     if everything:
         yield from _data(recipe, run, plan["data"])
     stale: dict[str, str] = {}

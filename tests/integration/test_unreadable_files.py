@@ -63,6 +63,16 @@ def test_phase_that_reads_an_unreadable_file_names_it(
     assert made.train(phase, module)["steps"] == 5
 
 
+@pytest.mark.parametrize("command", ["status", "verify"])
+def test_damaged_plan_is_not_called_missing(command: str, made: Any, call: Callable[..., Any]) -> None:
+    plan = made.run.path / "plan.json"
+    plan.write_text("damaged")
+    code, out, err = call(command, made.run.path)
+    assert (code, out) == (4, "")
+    again = f"bigincubate run {made.run.recipe_file} --run-dir {made.run.path}"
+    assert err == f"bigincubate: {plan} is damaged; remove it, and this command writes it again: {again}\n"
+
+
 @pytest.mark.parametrize("denied", ["", "step-00000005", "step-00000005/rank-00000.safetensors"])
 @pytest.mark.parametrize("command", [("list",), ("verify",), ("prune", "--keep", "1")])
 def test_unreadable_checkpoint_is_neither_pruned_nor_called_damaged(
