@@ -31,6 +31,9 @@ def pack(source: Path, module: int, bundle: Path) -> None:
         raise ConfigError(f"module {module} is not among the modules that {source} incubates: {numbers}")
     if bundle.exists():
         raise ConfigError(f"{bundle} exists already; remove it, or choose another folder")
+    data = run.data_path(recipe)
+    if copied := next((folder for folder in (data, meta.path) if bundle.is_relative_to(folder)), None):
+        raise ConfigError(f"{bundle} is inside {copied}, which is copied into it; choose another folder")
     if meta.result is None:
         train = format_command("train", run.recipe_file, "--run-dir", source, "--phase", "pretrain")
         raise ArtifactError(f"{source} has no finished meta model; train it with: {train}")
@@ -39,7 +42,6 @@ def pack(source: Path, module: int, bundle: Path) -> None:
     kept = recipe.incubate.optimizer == "kept" and recipe.incubate.init != "fresh"
     if kept:
         load_last_checkpoint(run, META, "incubate.optimizer")  # fails if it is missing or damaged
-    data = run.data_path(recipe)
     _, part = open_module_partition(recipe, describe_dataset(data), module)
 
     with atomic_folder(bundle) as folder:  # a bundle is complete or does not exist

@@ -125,6 +125,8 @@ def test_module_of_another_meta_model_is_not_collected(
     made.train("pretrain")
     separate_machines.pack(made.run.path, 0, tmp_path / "bundle")
     assert_refused(capsys, Exit.USAGE, "bundle exists already", "pack", made.run.path, 0, tmp_path / "bundle")
+    for folder in (made.run.path / "meta", made.data.path):
+        assert_refused(capsys, Exit.USAGE, "which is copied into it", "pack", made.run.path, 0, folder / "bundle")
     separate_machines.train(tmp_path / "bundle")
     other = harness("train.max_steps=2", "train.seed=1")
     other.train("pretrain")
