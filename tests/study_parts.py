@@ -49,7 +49,8 @@ def make_entry(trial: Any, loss: float = 1.0, **more: Any) -> dict[str, Any]:
     """Return a line of the log."""
     return {
         **{"split": trial.split, "way": trial.way.name, "budget": trial.budget, "seed": trial.seed},
-        **{"index": trial.index, "sets_digest": trial.digest, "metrics": {"loss": loss}, **more},
+        **{"index": trial.index, "sets_digest": trial.digest, "metrics": {"loss": loss}},
+        **{"flops": trial.plan.flops, "seconds": 1.0, **more},
     }
 
 

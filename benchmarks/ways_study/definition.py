@@ -201,7 +201,7 @@ class Score(ConfigTable):
 class Study(ConfigTable):
     """A study."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
     file: Path
     """The file of the definition; the log and the chosen settings are in the same folder."""
     recipe: str
@@ -320,7 +320,9 @@ def load_study(name: str) -> Study:
     defaults = {"points": tuning.points, "budgets": final.budgets}
     tables = _inner(raw, "ways", where)
     ways = {key: _read_way(key, {**defaults, **_inner(tables, key, f"{where}: ways")}, where) for key in tables}
-    if other := raw.get("settings_of"):  # the settings are points of the other study's spaces
+    if isinstance(other := raw.get("settings_of"), str):  # the settings are points of the other study's spaces
+        if read_toml(file.with_name(f"{other}.toml")).get("settings_of") is not None:
+            raise ConfigError(f"{where}: settings_of = {other!r}: that study does not choose settings of its own")
         spaces = load_study(str(file.with_name(f"{other}.toml"))).ways
         if missing := ways.keys() - spaces.keys():
             raise ConfigError(

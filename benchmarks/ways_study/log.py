@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from bigincubate.config.reading import read_toml
 from bigincubate.config.validation import validate
@@ -83,7 +83,7 @@ def key_of(entry: Entry) -> tuple[Any, ...]:
 
 
 class LogLine(BaseModel):
-    """What every line of the log has; a finished trial has its costs and results too."""
+    """What the lines of the log have. A finished trial also has the other costs of `describe_cost`."""
 
     model_config = ConfigDict(strict=True)
 
@@ -94,6 +94,14 @@ class LogLine(BaseModel):
     index: int | None
     sets_digest: str
     metrics: dict[str, Any] | None = None
+    flops: int | None = None
+    seconds: float | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> LogLine:
+        if self.metrics is not None and None in (self.flops, self.seconds):
+            raise ValueError("a trial with metrics has flops and seconds too")
+        return self
 
 
 class TrialLog:
@@ -231,7 +239,7 @@ def read_chosen(study: Study) -> tuple[dict[str, Any], str] | None:
         ConfigError: The file is not one that `write_chosen` has written for the ways of the study.
     """
     file = study.settings_file
-    if not file.is_file():
+    if not file.exists():
         return None
     advice = "restore this file or the definition; before the first trial on the validation split, --choose again"
     digest, chosen = hashlib.sha256(file.read_bytes()).hexdigest()[:12], read_toml(file)

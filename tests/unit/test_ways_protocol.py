@@ -34,8 +34,9 @@ def test_log_keeps_every_attempt_and_the_first_result(parts: Any, tmp_path: Path
     key = {"split": "development", "way": "expand", "budget": 0.5, "seed": 0, "index": 0, "sets_digest": "a"}
     log.append({**key, "error": "no space left", "diverged": False})
     assert log.results() == {}
-    log.append({**key, "metrics": {"loss": 1.0}})
-    log.append({**key, "metrics": {"loss": 2.0}})
+    cost = {"flops": 1, "seconds": 1.0}
+    log.append({**key, "metrics": {"loss": 1.0}, **cost})
+    log.append({**key, "metrics": {"loss": 2.0}, **cost})
     log.append({**key, "index": 1, "error": "not finite", "diverged": True})
     assert len(log.read()) == 4
     first, diverged = log.results().values()
@@ -130,6 +131,9 @@ def test_validation_trial_is_not_repeated_with_another_definition(parts: Any, co
         ("[tuning]", "[tunin]", "the key 'tuning.points' is missing; the key 'tuning.budgets' is missing; the key"),
         ("# Ways", "\xff Ways", "not valid TOML: "),
         ("workers = 4", "workers = 4\nways = 1", "not valid TOML: "),
+        ("workers = 4", 'workers = 4\nsettings_of = "own"', "settings_of = 'own': that study does not choose settings"),
+        ("workers = 4", "workers = 4\nsettings_of = 5", "settings_of: Input should be a valid string (given: 5)"),
+        ('name = "docs-llama"', 'name = ".."', "name: String should match pattern"),
     ],
 )
 def test_error_in_a_definition_is_one_line_that_names_the_key(
@@ -146,11 +150,16 @@ def test_error_in_a_definition_is_one_line_that_names_the_key(
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("line", ["3", "{}", '{"split": "test", "way": "expand"}'])
+KEYS = '"split": "development", "way": "expand", "budget": 1, "seed": 0, "index": null, "sets_digest": "a"'
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "{}", '{"split": "test", "way": "expand"}', f'{{{KEYS}, "metrics": {{"loss": 1.0}}}}']
+)
 def test_line_that_is_no_trial_is_refused(parts: Any, tmp_path: Path, line: str) -> None:
     file = tmp_path / "trials.jsonl"
     file.write_text(f"{line}\n")
-    with pytest.raises(ConfigError, match=rf"^{file}: .*(is missing|dictionary)"):
+    with pytest.raises(ConfigError, match=rf"^{file}: .*(is missing|dictionary|has flops and seconds too)"):
         parts.log.TrialLog(file).results()
 
 
