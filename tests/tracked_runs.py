@@ -23,7 +23,7 @@ def make_run(folder: Path, *sets: str) -> RunDir:
         row = {"key": key, "phase": phase, "module": int(module) if module else None, "title": key.replace("/", " ")}
         identity = {"phase": key, "train.lr": recipe.settings(phase).train.lr}  # type: ignore[arg-type]
         rows.append({**row, "identity": identity, "data": "d" * 64, "steps": 8, "unit": "images", "metrics": []})
-    write_json(run.path / "plan.json", {"recipe": recipe.name, "rows": rows})
+    write_json(run.path / "plan.json", {"recipe": recipe.name, "data": "d" * 64, "rows": rows})
     return run
 
 

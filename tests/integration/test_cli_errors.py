@@ -169,7 +169,7 @@ WRONG: dict[str, tuple[int, str, Wrong]] = {
     "status of a file": (4, "not a run directory", lambda p: ["status", p.file]),
     "status of an empty folder": (4, "not a run directory", lambda p: ["status", p.empty, "--json"]),
     "status without a plan": (4, "nothing has run", lambda p: ["status", p.without("plan.json")]),
-    "status of a damaged plan": (4, "nothing has run", lambda p: ["status", p.spoiled("plan.json", "{}")]),
+    "status of a damaged plan": (4, "plan.json is damaged", lambda p: ["status", p.spoiled("plan.json", "{}")]),
     "checkpoints of nothing": (4, "no such directory", lambda p: ["checkpoint", "list", p.folder / "nowhere"]),
     "checkpoints of an empty folder": (4, "no checkpoints in", lambda p: ["checkpoint", "list", p.empty]),
     "verify what was not committed": (

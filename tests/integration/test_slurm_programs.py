@@ -158,7 +158,10 @@ def test_watch_asks_squeue_once_and_never_sacct(
     metrics = [{"name": "top1", "title": "top-1"}]
     write_json(
         run.path / "plan.json",
-        {"rows": [{**phase, "steps": 10, "batch_size": 8, "batch_units": 8, "unit": "images", "metrics": metrics}]},
+        {
+            "data": "d",
+            "rows": [{**phase, "steps": 10, "batch_size": 8, "batch_units": 8, "unit": "images", "metrics": metrics}],
+        },
     )
     SubmissionLog(run, [Submission("pretrain", "run-pretrain", "12")]).write()
     programs.add(squeue="cat {queue}", sacct="", scontrol="")

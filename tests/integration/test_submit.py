@@ -335,10 +335,11 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
     write_json(
         run.path / "plan.json",
         {
+            "data": "d",
             "rows": [
                 {"key": key, "phase": key.split("/")[0], "module": module, "title": key, **about}
                 for key, module in rows
-            ]
+            ],
         },
     )
     running = {"state": "running", "host": "n1", "pid": 1, "job": "5"}
