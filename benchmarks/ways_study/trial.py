@@ -176,7 +176,8 @@ class Runner:
         sets, kind = self._sets(trial), trial.way.kind
         if kind in ("end_to_end", "meta_alone"):
             phase: Phase = "end_to_end" if kind == "end_to_end" else "pretrain"
-            return _results([self._train_phase(folder / "run", phase, sets, folder)])
+            result = self._train_phase(folder / "run", phase, sets, folder)
+            return _results([result], RunDir(folder / "run").phase(phase))
         meta = self._train_meta(trial, sets)
         if kind in ("incubate", "expand"):
             run = RunDir(folder / "run")
@@ -190,7 +191,7 @@ class Runner:
                 before["assembled"] = found["assembled"]["metrics"]
                 before["hybrids"] = [module["metrics"] for module in found["modules"]]
             phases = [found["meta"], *found["modules"], found["finetune"]]
-            return {**_results(phases), "before": before}
+            return {**_results(phases, run.phase("finetune")), "before": before}
         return self._train_workers(trial, folder, meta, sets)
 
     def _train_workers(self, trial: Trial, folder: Path, meta: RunDir, sets: list[str]) -> dict[str, Any]:
@@ -221,12 +222,13 @@ class Runner:
             averaged = self._train_from(average, folder / "averaged", sets, 0)
             final = self._train_from(average, folder / "last", [*sets, *last], steps)
             before = {"workers": values, "averaged": averaged["metrics"][name]}
-            return {**_results([*spent, final]), "before": before}
+            return {**_results([*spent, final], RunDir(folder / "last").phase("pretrain")), "before": before}
         best = values.index(min(values))  # on the held-out part of the training split
         chosen = self._train_from(
             runs[best].phase("pretrain").artifact, folder / "best", self._sets(trial, validation=True), 0
         )
-        return {**_results([*spent, chosen]), "before": {"workers": values, "best": best}}
+        last_phase = RunDir(folder / "best").phase("pretrain")
+        return {**_results([*spent, chosen], last_phase), "before": {"workers": values, "best": best}}
 
     def _sets(self, trial: Trial, *, validation: bool = False) -> list[str]:
         """Return all recipe changes of a trial; those of the split on which it is trained, or of the validation split.
@@ -322,9 +324,12 @@ def _phase(run: RunDir, phase: Phase, module: int | None = None) -> dict[str, An
     return result
 
 
-def _results(phases: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the metrics of the last phase, and the sums over all phases."""
+def _results(phases: list[dict[str, Any]], last: PhaseDir) -> dict[str, Any]:
+    """Return the metrics of the last phase, the sums over all phases, and what the last phase ran on."""
+    attempt = last.read_attempts()[-1]
     return {
+        "device": attempt["device"],
+        "torch": attempt["versions"]["torch"],
         "metrics": phases[-1]["metrics"],
         "trained_flops": sum(phase["flops"] for phase in phases),
         "seconds": round(sum(phase["seconds"] for phase in phases), 1),
