@@ -8,7 +8,7 @@
 
 The study is a TOML file in benchmarks/ways_study/, which describes the protocol. Its log (trials-NAME.jsonl) and the
 chosen settings (settings-NAME.toml) are in the same folder, and are committed. Finished trials are not repeated;
-interrupted trials resume if --out is the same. Each trial uses one core.
+interrupted trials resume if --out is the same. Each trial uses one core, and the GPU if there is one.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from ways_study.log import (
     check_protocol,
     choose_settings,
     final_trials,
+    ran_on_cpu,
     read_chosen,
     tuning_trials,
     write_chosen,
@@ -53,11 +54,11 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 def measured_rates(study: Study, entries: Iterable[Entry]) -> dict[str, float]:
     """Return the FLOP/s of one core by kind of way, for the kinds that have a finished trial in the log.
 
-    It is that of the fastest trial, because others may have shared their core with other programs.
+    It is that of the fastest trial on a CPU, because others may have shared their core with other programs.
     """
     rates: dict[str, float] = defaultdict(float)
     for entry in entries:
-        if "metrics" in entry and entry["way"] in study.ways and entry["seconds"]:
+        if "metrics" in entry and entry["way"] in study.ways and entry["seconds"] and ran_on_cpu(entry):
             kind = study.ways[entry["way"]].kind
             rates[kind] = max(rates[kind], entry["flops"] / entry["seconds"])
     return dict(rates)

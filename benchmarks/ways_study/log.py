@@ -82,6 +82,11 @@ def key_of(entry: Entry) -> tuple[Any, ...]:
     return tuple(entry[name] for name in ("split", "way", "budget", "seed", "index", "sets_digest"))
 
 
+def ran_on_cpu(entry: Entry) -> bool:
+    """Return whether a trial ran on a CPU. Old lines do not say what they ran on; they ran on CPUs."""
+    return str(entry.get("device", "CPU")).startswith("CPU")
+
+
 class LogLine(BaseModel):
     """What the lines of the log have. A finished trial also has the other costs of `describe_cost`."""
 

@@ -11,7 +11,7 @@ from bigincubate.errors import ConfigError
 from bigincubate.files import write_text
 
 from .definition import Study, Way
-from .log import Entry
+from .log import Entry, ran_on_cpu
 from .paired import PairedDifference, compare_paired
 
 
@@ -123,9 +123,10 @@ def ways_table(results: Results) -> str:
                     f"{statistics.mean(trial['seconds'] for trial in trials):.0f}",
                 ]
             )
+    seconds = "core-seconds" if all(map(ran_on_cpu, results.final.values())) else "seconds"
     header = [
         *("way", "budget", "seeds", f"{score.title}, mean (lowest to highest)", score.also_title),
-        *("TFLOPs", "path", "path, DP", "MiB before", "MiB last", "GB sent, DP", "core-seconds"),
+        *("TFLOPs", "path", "path, DP", "MiB before", "MiB last", "GB sent, DP", seconds),
     ]
     return table(header, rows, 7)
 
@@ -160,6 +161,12 @@ def margin_sentence(study: Study) -> str:
     return text
 
 
+def devices_sentence(results: Results) -> str:
+    """Return what the finished trials on the validation split ran on; empty if the log does not say."""
+    found = {f"{entry['device']} with torch {entry['torch']}" for entry in results.final.values() if "device" in entry}
+    return f" Validation trials ran on: {'; '.join(sorted(found))}." if found else ""
+
+
 def markdown(results: Results, plot: str | None) -> str:
     """Return what is written between the markers."""
     study = results.study
@@ -172,7 +179,7 @@ def markdown(results: Results, plot: str | None) -> str:
     if not results.final:
         return f"Not measured yet. {counts}\n"
     versions = ", ".join(sorted({entry["version"] for entry in results.final.values()}))
-    parts = [f"{counts} Versions: {versions}."]
+    parts = [f"{counts} Versions: {versions}.{devices_sentence(results)}"]
     exploratory = "All rows are exploratory."
     if study.primary.comparisons:
         parts += [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -75,8 +75,9 @@ def study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
         monkeypatch.setattr(sys, "argv", given)
         with pytest.raises(SystemExit) as ended:
             program.main()
-        assert ended.value.code == code
-        return "".join(capsys.readouterr())
+        printed = "".join(capsys.readouterr())
+        assert ended.value.code == code, printed
+        return printed
 
     return run
 
@@ -119,6 +120,8 @@ def test_study_from_search_to_page(study: Callable[..., str], tmp_path: Path) ->
     for entry in log:
         assert entry["trained_flops"] == entry["flops"] <= entry["budget_flops"]
         assert str(tmp_path) not in json.dumps(entry)
+        assert entry["device"]
+        assert entry["torch"] == importlib.metadata.version("torch")
     assert not any((tmp_path / "out" / "trials").iterdir())
     page = tmp_path / "page.md"
     page.write_text(PAGE)

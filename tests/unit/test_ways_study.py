@@ -139,6 +139,10 @@ def test_plan_counts_what_is_left_at_the_rate_of_the_log(parts: Any, costs: Any,
     # left: one point at budget 2, 17.4 TFLOPs, which take 4.84 hours at 1 GFLOP/s
     assert row.split() == ["incubate_short", "2", "1", "17.4", "4.84"]
     assert lines[-1].startswith("FLOP/s of a core: from the log.")
+    log.file.unlink()
+    log.append(make_entry(first, flops=first.plan.flops, seconds=first.plan.flops / 1e12, device="NVIDIA H200"))
+    lines = parts.program.describe_plan(costs, log, None).splitlines()
+    assert lines[-1].startswith("FLOP/s of a core: from the definition.")
 
 
 def test_paired_interval_is_that_of_students_t(parts: Any) -> None:
@@ -197,12 +201,40 @@ def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, t
         parts.page.write_between_markers(page, "other", empty)
 
 
+@pytest.mark.parametrize(
+    ("devices", "unit", "sentence"),
+    [
+        ([None, None], "core-seconds", ""),
+        ([None, "CPU (x86_64)"], "core-seconds", " Validation trials ran on: CPU (x86_64) with torch 2.15.0."),
+        (
+            ["NVIDIA H200", "CPU (x86_64)"],
+            "seconds",
+            " Validation trials ran on: CPU (x86_64) with torch 2.15.0; NVIDIA H200 with torch 2.15.0.",
+        ),
+    ],
+)
+def test_page_says_what_the_trials_ran_on(
+    parts: Any, costs: Any, devices: list[str | None], unit: str, sentence: str
+) -> None:
+    """The first lines of the logs do not say it."""
+    trials = parts.log.final_trials(costs, None)[: len(devices)]
+    entries = [
+        make_entry(trial, **parts.lengths.describe_cost(costs, trial.way, trial.plan), version="1")
+        | ({} if device is None else {"device": device, "torch": "2.15.0"})
+        for trial, device in zip(trials, devices, strict=True)
+    ]
+    text = parts.page.markdown(parts.page.Results(costs.study, entries), None)
+    assert f" Versions: 1.{sentence}\n" in text
+    assert f"| {unit} |\n" in text
+
+
 def test_page_of_a_finished_study_follows_from_its_log(parts: Any) -> None:
     """These are in the repository. A study without primary comparisons has no table of them."""
     page = (BENCHMARKS.parent / "docs" / "results.md").read_text()
-    for name, has_table in (("cifar20", True), ("cifar20-32", False)):
+    for name, has_table in (("cifar20", True), ("cifar20-32", False), ("docs-llama", True)):
         study = parts.definition.load_study(name)
-        results = parts.page.Results(study, parts.log.TrialLog(study.log_file).read())
+        chosen, _ = parts.log.read_chosen(study)
+        results = parts.page.Results(study.with_best(chosen), parts.log.TrialLog(study.log_file).read())
         text = parts.page.markdown(results, f"ways_{name.replace('-', '_')}.png")
         assert text in page
         assert ("| way | rival |" in text) == has_table
