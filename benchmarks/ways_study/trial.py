@@ -95,7 +95,7 @@ class Commands:
                 raise Stopped
             process = self._start([*COMMAND, *map(str, words)], log)
             self._running.add(process)
-        while (code := process.poll()) is None:
+        while (code := self._poll(process)) is None:
             time.sleep(POLL_SECONDS)
         with self._lock:
             self._running.discard(process)
@@ -105,6 +105,10 @@ class Commands:
         if code:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
             raise TrialFailed(lines[-1] if lines else f"exit code {code}", diverged=code == Exit.NON_FINITE)
+
+    def _poll(self, process: RankProcess) -> int | None:
+        with self._lock:  # `reap_orphans` polls the processes of all threads
+            return process.poll()
 
     def _start(self, command: list[str], log: Path) -> RankProcess:
         starter = start_process

@@ -12,10 +12,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from bigincubate.launchers.fork_server import ForkedProcess
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TWO_WAYS = """
@@ -176,6 +179,28 @@ def test_only_one_process_runs_the_trials_of_a_study(study: Callable[..., str], 
         first.send_signal(signal.SIGINT)
         assert first.wait() == 75
     assert "2 trials, 2 left" in study("--tune")
+
+
+def test_a_process_is_never_polled_by_two_threads_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would read and close its pipe. A thread whose command has ended also polls the commands of others."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    trial = importlib.import_module("ways_study.trial")
+    poll, polled, at_once = ForkedProcess.poll, set(), list[int]()
+
+    def slow_poll(process: ForkedProcess) -> int | None:
+        if id(process) in polled:
+            at_once.append(threading.get_ident())
+        polled.add(id(process))
+        time.sleep(0.02)
+        polled.discard(id(process))
+        return poll(process)
+
+    monkeypatch.setattr(ForkedProcess, "poll", slow_poll)
+    with trial.Commands() as commands, ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(commands.run, tmp_path / str(number), "--version") for number in range(8)]:
+            done.result()
+    assert not at_once
+    assert [(tmp_path / str(number)).read_text().split()[0] for number in range(8)] == ["bigincubate"] * 8
 
 
 @pytest.mark.full
