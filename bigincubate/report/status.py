@@ -13,6 +13,7 @@ from ..errors import ArtifactError, Exit, ExternalError, format_command
 from ..files import read_json, read_json_lines
 from ..launchers.slurm.job_logs import count_gate_failures, read_job_trace
 from ..launchers.slurm.submission_log import QueuedJob, list_queued_jobs
+from ..storage.checkpoint_verification import find_committed
 from ..storage.lease import process_start_time
 from ..storage.metrics_log import read_last_metrics
 from ..storage.run_directory import PhaseDir, RunDir, is_complete_export
@@ -153,8 +154,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     state = _state(attempts[-1]) if attempts else "waiting"
     if result is not None:
         state = "done"
-    checkpoints = (int(path.parent.name[5:]) for path in folder.checkpoints.glob("step-*/COMMITTED"))
-    checkpoint = max(checkpoints, default=None)
+    checkpoint = max(find_committed(folder.checkpoints), default=None)
     # a phase that was stopped may have a checkpoint of a later step than the last one that was logged
     step = result["steps"] if result else max(metrics.get("step", 0), checkpoint or 0)
     rate = metrics.get(f"perf/{planned['unit']}_per_sec")

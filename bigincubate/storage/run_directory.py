@@ -130,8 +130,9 @@ class PhaseDir:
             write_json(self.path / "stragglers.json", {"ranks": rows})
 
     def read_attempts(self) -> list[dict[str, Any]]:
-        """Return all attempts at this phase, oldest first."""
-        files = sorted((self.path / "attempts").glob("*.json"), key=lambda file: int(file.stem))
+        """Return all attempts at this phase, oldest first. Files with other names are ignored."""
+        numbered = [file for file in (self.path / "attempts").glob("*.json") if file.stem.isdecimal()]
+        files = sorted(numbered, key=lambda file: int(file.stem))
         return [attempt for file in files if (attempt := read_json(file))]
 
     def write_attempt(self, number: int, **fields: Any) -> None:

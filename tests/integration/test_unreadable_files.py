@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from denied import deny
 
 from bigincubate.errors import SystemResourceError
 from bigincubate.launchers.slurm.scheduler import _is_valid
+from bigincubate.launchers.slurm.submission_log import SubmissionLog
 from bigincubate.planning.job_graph import build_job_graph
 from bigincubate.storage.lease import acquire_lease, current_owner
 
@@ -99,3 +101,28 @@ def test_lease_whose_owner_is_unreadable_is_not_taken_over(tmp_path: Path, monke
                 with pytest.raises(PermissionError):
                     claim()
         assert lease.is_held()
+
+
+def test_copies_of_files_under_other_names_are_ignored(made: Any, call: Callable[..., Any]) -> None:
+    folder = made.run.phase("pretrain")
+    before = call("status", made.run.path, "--json")
+    shutil.copytree(folder.checkpoints / "step-00000005", folder.checkpoints / "step-backup")
+    shutil.copytree(folder.checkpoints / "step-00000005", folder.checkpoints / "step-00000009-backup")
+    shutil.copy(folder.path / "attempts/1.json", folder.path / "attempts/1-backup.json")
+    assert call("status", made.run.path, "--json") == before
+    assert SubmissionLog(made.run).newest_checkpoint("pretrain") == 5
+    assert call("report", made.run.path)[0] == 0
+
+
+@pytest.mark.parametrize("denied", ["", "step-00000005"])
+def test_unreadable_checkpoints_are_not_counted_as_missing(
+    denied: str, made: Any, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = made.run.phase("pretrain").checkpoints / denied
+    deny(monkeypatch, path)
+    code, out, err = call("status", made.run.path)
+    assert (code, out) == (3, "")
+    assert err.startswith(f"bigincubate: {path}")
+    assert err.count("\n") == 1
+    with pytest.raises(PermissionError):
+        SubmissionLog(made.run).newest_checkpoint("pretrain")

@@ -12,6 +12,7 @@ import time
 
 from ...errors import Exit, ExternalError
 from ...files import append_json_line, read_json_lines
+from ...storage.checkpoint_verification import find_committed
 from ...storage.run_directory import PhaseDir
 from .client import query_job_state, requeue_job
 
@@ -31,6 +32,9 @@ def handle_job_exit(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
 
     Returns:
         The exit code of the job, and the reason.
+
+    Raises:
+        OSError: A file of the phase cannot be read or written.
     """
     if folder.result is not None:
         return Exit.DONE, "done"
@@ -47,8 +51,7 @@ def handle_job_exit(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
     allowed, restarts = (int(os.environ.get(name, default)) for name, default in LIMITS)
     if restarts >= allowed:
         return failed, f"{reason}; not requeued: already requeued {restarts} times (slurm.max_requeues)"
-    steps = sorted(int(marker.parent.name[5:]) for marker in folder.checkpoints.glob("step-*/COMMITTED"))
-    file, checkpoint = folder.path / "requeues.jsonl", steps[-1] if steps else None
+    file, checkpoint = folder.path / "requeues.jsonl", max(find_committed(folder.checkpoints), default=None)
     before = [row["checkpoint"] for row in read_json_lines(file) if row["job"] == job]
     last = before[-MAX_REQUEUES_WITHOUT_PROGRESS:]
     if len(before) >= MAX_REQUEUES_WITHOUT_PROGRESS and set(last) == {checkpoint}:

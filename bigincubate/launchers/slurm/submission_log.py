@@ -17,6 +17,7 @@ from ...config import Phase
 from ...config.seeds import phase_key
 from ...errors import ArtifactError, SystemResourceError
 from ...files import read_json, write_json
+from ...storage.checkpoint_verification import find_committed
 from ...storage.run_directory import RunDir
 from .client import ENDED_STATES, hides_jobs_of_others, run_slurm_command
 
@@ -159,13 +160,16 @@ class SubmissionLog:
         return 0 if newest > self.checkpoints.get(key, newest) else self.counts.get(key, 0)
 
     def newest_checkpoint(self, key: str) -> int:
-        """Return the step of the newest checkpoint of a phase; -1 if it has none."""
+        """Return the step of the newest checkpoint of a phase; -1 if it has none.
+
+        Raises:
+            OSError: The checkpoints cannot be read.
+        """
         phase, _, module = key.partition("/")
         if phase == "gate":
             return -1
         folder = self.run.phase(cast(Phase, phase), int(module) if module else None)
-        found = folder.checkpoints.glob("step-*/COMMITTED")
-        return max((int(marker.parent.name[5:]) for marker in found), default=-1)
+        return max(find_committed(folder.checkpoints), default=-1)
 
     def find_lost_jobs(self, queued: Sequence[QueuedJob]) -> None:
         """Write down the ids of jobs whose submission was interrupted and which are in the queue; forget the others.
