@@ -86,7 +86,8 @@ def limit_wait(processes: Callable[[], Iterable[BaseProcess]]) -> Iterator[None]
 def _describe_lost_batch(error: Exception) -> SystemResourceError:
     """Return the error to raise in the main process if a worker could not hand over a batch."""
     text = str(error).strip()
-    if "No space left" in text or "Cannot allocate memory" in text:
+    # torch 2.11 names a wrong reason after "unable to allocate shared memory"
+    if any(part in text for part in ("No space left", "Cannot allocate memory", "unable to allocate shared memory")):
         free = _format_bytes(shutil.disk_usage(SHARED_MEMORY).free)
         return SystemResourceError(f"{SHARED_MEMORY} is full ({free} free): {REMEDY}; {RESUME}")
     hint = "raise the limit of open files (ulimit -n)" if "Too many open files" in text else "try data.workers = 0"
