@@ -121,8 +121,11 @@ class TransformersFamily(ModelFamily):
         with explain_argument_errors(model.name):
             config = config_class(**arguments, attn_implementation="sdpa")
             self._check_configuration(config, model)
+            types, blocks = _layer_types(config), getattr(config, self.depth_key)
+            if types and len(types) != blocks:  # transformers checks it from 4.57 on
+                raise ValueError(f"layer_types has {len(types)} entries, but {self.depth_key} is {blocks}")
             if depth is not None:
-                layer_types = {"layer_types": config.layer_types[:1] * depth} if _layer_types(config) else {}
+                layer_types = {"layer_types": types[:1] * depth} if types else {}
                 config = config_class(**{**arguments, self.depth_key: depth, **layer_types}, attn_implementation="sdpa")
         return config
 
