@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,12 +70,13 @@ def test_counted_without_data_equals_counted_on_real_tensors(module: int | None)
     settings = recipe.settings(row.phase)
     cost = count_cost(row, settings, plan)
     model = phase_model(row, settings, plan.family).train()
-    with FlopCounterMode(display=False) as counter:
+    # torch 2.11 does not count the fused attention of CPUs
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model(torch.randn(2, 3, 8, 8)).sum()
         forward = counter.get_total_flops()
         loss.backward()
     assert cost.forward_flops == pytest.approx(forward / 2, rel=0.01)
-    # a fused attention computes its scores again in the backward: a fraction of a per cent here
+    # a fused attention, as in the cost, computes its scores again in the backward: a fraction of a per cent here
     assert cost.training_flops == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
     assert cost.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
