@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -91,6 +92,8 @@ def test_color_modes_keep_their_pixels(mode: str, form: str) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "CMYK", "YCbCr", "LAB"])
 def test_other_8_bit_modes_are_neither_white_nor_black(mode: str) -> None:
+    if mode == "YCbCr" and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip(f"Pillow {PIL.__version__} cannot read the TIFF files of this mode that it writes; 13.0 can")
     image = Image.fromarray(COLORS).convert(mode)
     decoded = np.asarray(decode_image(encoded(image)))
     assert equal(decoded, image.convert("RGB"))
