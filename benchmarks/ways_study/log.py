@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
 from bigincubate.config.reading import read_toml
 from bigincubate.config.validation import validate
@@ -84,7 +84,7 @@ def key_of(entry: Entry) -> tuple[Any, ...]:
 
 def ran_on_cpu(entry: Entry) -> bool:
     """Return whether a trial ran on a CPU. Old lines do not say what they ran on; they ran on CPUs."""
-    return str(entry.get("device", "CPU")).startswith("CPU")
+    return str(entry.get("device") or "CPU").startswith("CPU")
 
 
 class LogLine(BaseModel):
@@ -98,12 +98,16 @@ class LogLine(BaseModel):
     seed: int
     index: int | None
     sets_digest: str
-    metrics: dict[str, Any] | None = None
+    metrics: dict[str, FiniteFloat] | None = None
     flops: int | None = None
     seconds: float | None = None
+    device: str | None = None
+    torch: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> LogLine:
+        if "metrics" in self.model_fields_set and not self.metrics:
+            raise ValueError("a trial without a result has no key metrics")
         if self.metrics is not None and None in (self.flops, self.seconds):
             raise ValueError("a trial with metrics has flops and seconds too")
         return self

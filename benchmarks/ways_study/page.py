@@ -163,7 +163,8 @@ def margin_sentence(study: Study) -> str:
 
 def devices_sentence(results: Results) -> str:
     """Return what the finished trials on the validation split ran on; empty if the log does not say."""
-    found = {f"{entry['device']} with torch {entry['torch']}" for entry in results.final.values() if "device" in entry}
+    known = [entry for entry in results.final.values() if entry.get("device") and entry.get("torch")]
+    found = {f"{entry['device']} with torch {entry['torch']}" for entry in known}
     return f" Validation trials ran on: {'; '.join(sorted(found))}." if found else ""
 
 

@@ -329,11 +329,11 @@ def _phase(run: RunDir, phase: Phase, module: int | None = None) -> dict[str, An
 
 
 def _results(phases: list[dict[str, Any]], last: PhaseDir) -> dict[str, Any]:
-    """Return the metrics of the last phase, the sums over all phases, and what the last phase ran on."""
-    attempt = last.read_attempts()[-1]
+    """Return the metrics of the last phase, the sums over all phases, and what the last phase ran on, if known."""
+    attempt: dict[str, Any] = next(reversed(last.read_attempts()), {})
     return {
-        "device": attempt["device"],
-        "torch": attempt["versions"]["torch"],
+        "device": attempt.get("device"),
+        "torch": attempt.get("versions", {}).get("torch"),
         "metrics": phases[-1]["metrics"],
         "trained_flops": sum(phase["flops"] for phase in phases),
         "seconds": round(sum(phase["seconds"] for phase in phases), 1),

@@ -146,8 +146,11 @@ def test_log_that_cannot_be_written_ends_the_study_and_loses_no_trial(
     trained = {file.relative_to(trials).parts[0] for file in trials.rglob("weights.safetensors")}
     assert len(trained) == 1  # it is kept, and the second trial was stopped
     log.unlink()
+    for attempt in trials.glob("*/run/*/attempts/1.json"):  # says what the trial ran on
+        attempt.write_text("damaged")
     study("--tune")
     assert all("metrics" in entry for entry in _read(tmp_path))
+    assert sorted(entry["device"] is None for entry in _read(tmp_path)) == [False, True]
     assert not any(trials.iterdir())
 
 

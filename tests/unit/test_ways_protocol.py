@@ -154,12 +154,24 @@ KEYS = '"split": "development", "way": "expand", "budget": 1, "seed": 0, "index"
 
 
 @pytest.mark.parametrize(
-    "line", ["3", "{}", '{"split": "test", "way": "expand"}', f'{{{KEYS}, "metrics": {{"loss": 1.0}}}}']
+    "line",
+    [
+        "3",
+        "{}",
+        '{"split": "test", "way": "expand"}',
+        f'{{{KEYS}, "metrics": {{"loss": 1.0}}}}',
+        f'{{{KEYS}, "metrics": null}}',
+        f'{{{KEYS}, "metrics": {{}}, "flops": 1, "seconds": 1.0}}',
+        f'{{{KEYS}, "metrics": {{"loss": NaN}}, "flops": 1, "seconds": 1.0}}',
+        f'{{{KEYS}, "metrics": {{"loss": 1.0}}, "flops": 1, "seconds": 1.0, "device": 5}}',
+        f'{{{KEYS}, "metrics": {{"loss": 1.0}}, "flops": 1, "seconds": 1.0, "device": "CPU", "torch": [2]}}',
+    ],
 )
 def test_line_that_is_no_trial_is_refused(parts: Any, tmp_path: Path, line: str) -> None:
     file = tmp_path / "trials.jsonl"
     file.write_text(f"{line}\n")
-    with pytest.raises(ConfigError, match=rf"^{file}: .*(is missing|dictionary|has flops and seconds too)"):
+    reasons = "is missing|dictionary|has flops and seconds too|no key metrics|finite number|valid string"
+    with pytest.raises(ConfigError, match=rf"^{file}: .*({reasons})"):
         parts.log.TrialLog(file).results()
 
 
