@@ -31,13 +31,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArtifactError, BigincubateError, DamagedError, SystemResourceError
-from ..files import fsync_path, make_folder, read_json, read_small_file, write_and_hash
+from ..files import fsync_path, list_folder, make_folder, read_json, read_small_file, write_and_hash
 from .checkpoint_verification import (
     COMMIT_MARKER,
     STATE_FILE,
     CheckpointManifest,
     describe_os_error,
     find_committed,
+    parse_step,
     verify_checkpoint,
 )
 from .lease import Lease
@@ -127,8 +128,9 @@ class CheckpointManager:
                 manager.lease.check()
                 make_folder(folder)
                 committed = {manager._step_path(step) for step in manager.committed_steps()}
-                for path in (*folder.glob(".saving-*"), *folder.glob("step-*")):
-                    if path not in committed:  # an attempt was killed while it wrote or removed this
+                for path in list_folder(folder):
+                    own = path.name.startswith(".saving-") or parse_step(path.name) is not None
+                    if own and path not in committed:  # an attempt was killed while it wrote or removed this
                         remove_checkpoint(path)
         return manager
 

@@ -12,12 +12,12 @@ from typing import Any
 from ..errors import ArtifactError, ConfigError, DamagedError
 from ..files import list_folder, quote_path, read_json, read_small_file, write_and_hash
 from .checkpoint_manager import commit_checkpoint, remove_checkpoint
-from .checkpoint_verification import COMMIT_MARKER, STATE_FILE, CheckpointManifest, verify_checkpoint
+from .checkpoint_verification import COMMIT_MARKER, STATE_FILE, CheckpointManifest, parse_step, verify_checkpoint
 from .lease import NO_JOBS, JobQueue, acquire_lease
 from .run_directory import RunDir
 from .sharded_tensors import ShardedTensorReader, TensorShard, write_sharded_tensors
 
-NAME_PATTERN = re.compile(r"(?:step|\.saving)-(\d{8,}).*")
+UNFINISHED_PATTERN = re.compile(r"\.saving-(\d{8,})-.*", re.ASCII)
 PATTERNS = ("*", "checkpoints/*", "*/checkpoints/*", "modules/*/checkpoints/*")  # below the directory of a phase or run
 
 
@@ -38,11 +38,11 @@ def list_checkpoints(path: Path) -> list[dict[str, Any]]:
     if not path.is_dir():
         raise ArtifactError(f"{path}: no such directory")
     folders = [path]
-    if not (path / COMMIT_MARKER).exists() and not NAME_PATTERN.fullmatch(path.name):
+    if not (path / COMMIT_MARKER).exists() and _parse_step(path) is None:
         for checkpoints in (path / "checkpoints", *(phase.checkpoints for phase in RunDir(path).phases)):
             list_folder(checkpoints)  # raises an error that `glob` would hide
-        named = {folder: NAME_PATTERN.fullmatch(folder.name) for pattern in PATTERNS for folder in path.glob(pattern)}
-        steps = {folder: int(match[1]) for folder, match in named.items() if match and folder.is_dir()}
+        found = {folder: _parse_step(folder) for pattern in PATTERNS for folder in path.glob(pattern)}
+        steps = {folder: step for folder, step in found.items() if step is not None and folder.is_dir()}
         folders = sorted(steps, key=lambda folder: (folder.parent, steps[folder], folder))
     rows = [row for folder in folders if (row := _describe_checkpoint(folder))]
     if not rows:
@@ -52,15 +52,21 @@ def list_checkpoints(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _parse_step(folder: Path) -> int | None:
+    """Return the step in the name of a checkpoint, or of one that is being saved; None for other names."""
+    unfinished = UNFINISHED_PATTERN.fullmatch(folder.name)
+    return int(unfinished[1]) if unfinished else parse_step(folder.name)
+
+
 def _describe_checkpoint(folder: Path) -> dict[str, Any] | None:
     """Return the row of a checkpoint, or None if a running phase has just removed or renamed it."""
     problem, committed = verify_checkpoint(folder), (folder / COMMIT_MARKER).exists()
-    manifest, name = read_json(folder / "manifest.json") or {}, NAME_PATTERN.fullmatch(folder.name)
+    manifest, step = read_json(folder / "manifest.json") or {}, _parse_step(folder)
     try:
         sizes = {file.name: file.stat().st_size for file in folder.iterdir()}
         return {
             "path": str(folder),
-            "step": int(name[1]) if name else manifest.get("step"),
+            "step": manifest.get("step") if step is None else step,
             "ranks": manifest.get("world", sum(file.startswith("rank-") for file in sizes)),
             "bytes": sum(sizes.values()),
             "committed": committed,

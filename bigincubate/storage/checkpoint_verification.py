@@ -23,7 +23,7 @@ from ..files import (
 )
 from .sharded_tensors import ShardedTensorReader
 
-STEP_PATTERN = re.compile(r"step-(\d{8,})")
+STEP_PATTERN = re.compile(r"step-(\d{8,})", re.ASCII)
 COMMIT_MARKER = "COMMITTED"
 STATE_FILE = "state.json"
 FileName = Annotated[str, Field(pattern=r"^(rank-[0-9]{5,}\.safetensors|state\.json)$")]  # never a path
@@ -52,16 +52,19 @@ class CheckpointManifest(BaseModel):
         return [folder / name for name in self.files if name != STATE_FILE]
 
 
-def find_committed(folder: Path) -> dict[int, Path]:
-    """Return the committed checkpoints in a folder, by step.
+def parse_step(name: str) -> int | None:
+    """Return the step in the name of a checkpoint; None for other names, also those with more leading zeros."""
+    match = STEP_PATTERN.fullmatch(name)
+    return int(match[1]) if match and name == f"step-{int(match[1]):08d}" else None
 
-    Directories whose number has another form, such as more leading zeros, are ignored.
+
+def find_committed(folder: Path) -> dict[int, Path]:
+    """Return the committed checkpoints in a folder, by step. What has other names is ignored.
 
     Raises:
         OSError: The folder or a checkpoint in it cannot be read.
     """
-    steps = {path: int(match[1]) for path in list_folder(folder) if (match := STEP_PATTERN.fullmatch(path.name))}
-    named = {step: path for path, step in steps.items() if path.name == f"step-{step:08d}"}
+    named = {step: path for path in list_folder(folder) if (step := parse_step(path.name)) is not None}
     return {step: path for step, path in named.items() if is_present(path / COMMIT_MARKER)}
 
 

@@ -130,10 +130,14 @@ class PhaseDir:
             write_json(self.path / "stragglers.json", {"ranks": rows})
 
     def read_attempts(self) -> list[dict[str, Any]]:
-        """Return all attempts at this phase, oldest first. Files with other names are ignored."""
-        numbered = [file for file in (self.path / "attempts").glob("*.json") if file.stem.isdecimal()]
-        files = sorted(numbered, key=lambda file: int(file.stem))
-        return [attempt for file in files if (attempt := read_json(file))]
+        """Return all attempts at this phase, oldest first. Damaged files and those with other names are ignored."""
+        found = {file.name: read_json(file) or {} for file in (self.path / "attempts").glob("*.json")}
+        numbered = {
+            number: attempt
+            for name, attempt in found.items()
+            if isinstance(number := attempt.get("attempt"), int) and name == f"{number}.json"
+        }
+        return [numbered[number] for number in sorted(numbered) if isinstance(numbered[number].get("state"), str)]
 
     def write_attempt(self, number: int, **fields: Any) -> None:
         """Write the state of an attempt."""

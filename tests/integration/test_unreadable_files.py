@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from bigincubate.errors import SystemResourceError
 from bigincubate.launchers.slurm.scheduler import _is_valid
 from bigincubate.launchers.slurm.submission_log import SubmissionLog
 from bigincubate.planning.job_graph import build_job_graph
+from bigincubate.storage.checkpoint_verification import find_committed
 from bigincubate.storage.lease import acquire_lease, current_owner
 
 Harnesses = Callable[..., Any]
@@ -103,15 +105,38 @@ def test_lease_whose_owner_is_unreadable_is_not_taken_over(tmp_path: Path, monke
         assert lease.is_held()
 
 
-def test_copies_of_files_under_other_names_are_ignored(made: Any, call: Callable[..., Any]) -> None:
+@pytest.fixture
+def copies(made: Any) -> list[Path]:
+    """Copies that a user made of checkpoints and of an attempt, and an attempt with the content of another file."""
     folder = made.run.phase("pretrain")
-    before = call("status", made.run.path, "--json")
-    shutil.copytree(folder.checkpoints / "step-00000005", folder.checkpoints / "step-backup")
-    shutil.copytree(folder.checkpoints / "step-00000005", folder.checkpoints / "step-00000009-backup")
-    shutil.copy(folder.path / "attempts/1.json", folder.path / "attempts/1-backup.json")
-    assert call("status", made.run.path, "--json") == before
+    checkpoints = [folder.checkpoints / name for name in ("step-backup", "step-00000009-backup", "step-0000000005")]
+    for copy in checkpoints:
+        shutil.copytree(folder.checkpoints / "step-00000005", copy)
+    attempts = [folder.path / "attempts" / name for name in ("1-backup.json", "01.json", "7.json", "2.json")]
+    for copy in attempts[:3]:
+        shutil.copy(folder.path / "attempts/1.json", copy)
+    attempts[3].write_text('{"attempt": 2}')
+    return [*checkpoints, *attempts]
+
+
+def test_copies_under_other_names_are_ignored(made: Any, copies: list[Path], call: Callable[..., Any]) -> None:
+    found = json.loads(call("status", made.run.path, "--json")[1])[0]
+    assert (found["checkpoint"], found["attempts"]) == (5, 1)
     assert SubmissionLog(made.run).newest_checkpoint("pretrain") == 5
     assert call("report", made.run.path)[0] == 0
+    listed = call("checkpoint", "list", made.run.phase("pretrain").path, "--json")[1]
+    assert [Path(row["path"]).name for row in json.loads(listed)] == ["step-00000004", "step-00000005"]
+
+
+def test_copies_of_checkpoints_are_neither_counted_nor_removed(
+    made: Any, copies: list[Path], call: Callable[..., Any]
+) -> None:
+    folder = made.run.phase("pretrain")
+    assert call("checkpoint", "prune", folder.path, "--keep", "1")[0] == 0
+    assert find_committed(folder.checkpoints).keys() == {5}
+    (folder.path / "DONE").unlink()
+    assert made.train("pretrain")["steps"] == 5
+    assert [path.exists() for path in copies] == [True] * len(copies)
 
 
 @pytest.mark.parametrize("denied", ["", "step-00000005"])
