@@ -170,7 +170,11 @@ def check_is_file(path: Path) -> None:
     Raises:
         OSError: It is missing, or is something else.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
+    _check_is_regular(path.stat(), path)
+
+
+def _check_is_regular(status: os.stat_result, path: Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "not a file but a folder, pipe or device", str(path))
 
 
@@ -274,14 +278,27 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects that :func:`append_json_line` wrote, without lines that a crash truncated."""
+def read_json_lines(path: Path, *keys: str, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Return the objects that :func:`append_json_line` wrote, without lines that a crash damaged.
+
+    Args:
+        path: The file; there are no objects if it is missing.
+        keys: Keys that every object has. Lines without them are damaged.
+        last_bytes: Number of bytes at the end of the file to read; None to read all of it.
+
+    Raises:
+        OSError: The file cannot be read, or is not a file.
+    """
+    if not is_present(path):
+        return []
+    check_is_file(path)
     rows = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:  # a damaged line may not be UTF-8
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
+    with path.open("rb") as file:
+        file.seek(0 if last_bytes is None else max(0, os.fstat(file.fileno()).st_size - last_bytes))
+        for line in file.read().splitlines():  # a damaged line may not be UTF-8
+            with suppress(ValueError, RecursionError):
+                if isinstance(row := json.loads(line), dict) and row.keys() >= set(keys):
+                    rows.append(row)
     return rows
 
 
@@ -291,14 +308,15 @@ def append_json_line(path: Path, value: Any) -> None:
     If the last line is incomplete, because a process was killed or the disk was full, it stays a line of its own.
 
     Raises:
-        OSError: The line could not be written completely.
+        OSError: The line could not be written completely, or ``path`` is not a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(value) + "\n").encode()
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        size = os.fstat(handle).st_size
-        if size and os.pread(handle, 1, size - 1) != b"\n":
+        status = os.fstat(handle)
+        _check_is_regular(status, path)
+        if (size := status.st_size) and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
         while line:  # the first write is short only on a full disk; the next one then raises the error
             line = line[os.write(handle, line) :]

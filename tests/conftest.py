@@ -138,9 +138,7 @@ class TrainingHarness:
         return load_artifact(self.run.phase(phase, module).artifact)[0]  # type: ignore[arg-type]
 
     def log(self, phase: str, module: int | None = None) -> list[dict[str, Any]]:
-        from bigincubate.training.metrics_writer import read_metrics
-
-        return read_metrics(self.run.phase(phase, module).metrics)  # type: ignore[arg-type]
+        return self.run.phase(phase, module).read_metrics()  # type: ignore[arg-type]
 
     def events(self, phase: str, module: int | None = None, *, fleet: bool = False) -> Any:
         """What TensorBoard sees of a phase."""

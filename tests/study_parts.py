@@ -45,12 +45,17 @@ def commit(folder: Path) -> None:
     _git(folder, "commit", "-q", "-m", "Add files")
 
 
+# costs of a finished trial as the log has them; its FLOPs depend on the trial
+COSTS: dict[str, Any] = {"flops": 1, "path_flops": 1, "connected_path_flops": None, "seconds": 1.0}
+COSTS |= dict.fromkeys(("memory_before", "memory_last", "sent_before", "sent_last"), 0)
+
+
 def make_entry(trial: Any, loss: float = 1.0, **more: Any) -> dict[str, Any]:
     """Return a line of the log."""
     return {
         **{"split": trial.split, "way": trial.way.name, "budget": trial.budget, "seed": trial.seed},
         **{"index": trial.index, "sets_digest": trial.digest, "metrics": {"loss": loss}},
-        **{"flops": trial.plan.flops, "seconds": 1.0, **more},
+        **{"version": "1", "settings_digest": "a", **COSTS, "flops": trial.plan.flops, **more},
     }
 
 

@@ -8,10 +8,19 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 from bigincubate.config.reading import read_toml
 from bigincubate.config.validation import validate
@@ -88,7 +97,7 @@ def ran_on_cpu(entry: Entry) -> bool:
 
 
 class LogLine(BaseModel):
-    """What the lines of the log have. A finished trial also has the other costs of `describe_cost`."""
+    """What all lines of the log have."""
 
     model_config = ConfigDict(strict=True)
 
@@ -98,19 +107,37 @@ class LogLine(BaseModel):
     seed: int
     index: int | None
     sets_digest: str
-    metrics: dict[str, FiniteFloat] | None = None
-    flops: int | None = None
-    seconds: float | None = None
+    version: str
+    settings_digest: str | None = None
     device: str | None = None
     torch: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> LogLine:
-        if "metrics" in self.model_fields_set and not self.metrics:
-            raise ValueError("a trial without a result has no key metrics")
-        if self.metrics is not None and None in (self.flops, self.seconds):
-            raise ValueError("a trial with metrics has flops and seconds too")
+        if self.split == "validation" and self.settings_digest is None:
+            raise ValueError("a trial on the validation split has the key settings_digest")
         return self
+
+
+class FailedLine(LogLine):
+    """What the line of a trial without a result has."""
+
+    error: str
+    diverged: bool = False
+
+
+class FinishedLine(LogLine):
+    """What the line of a finished trial has: its metrics, and its costs (`describe_cost`) as far as they are read."""
+
+    metrics: Annotated[dict[str, FiniteFloat], Field(min_length=1)]
+    seconds: NonNegativeFloat
+    flops: PositiveInt
+    path_flops: PositiveInt
+    connected_path_flops: PositiveInt | None
+    memory_before: NonNegativeInt
+    memory_last: NonNegativeInt
+    sent_before: NonNegativeInt
+    sent_last: NonNegativeInt
 
 
 class TrialLog:
@@ -131,7 +158,8 @@ class TrialLog:
         """
         lines = read_json_lines(self.file)
         for line in lines:
-            validate(LogLine, line, "", f"{self.file}: {json.dumps(line)[:80]}")
+            model = FinishedLine if "metrics" in line else FailedLine
+            validate(model, line, "", f"{self.file}: {json.dumps(line)[:80]}")
         return lines
 
     def append(self, entry: Entry) -> None:

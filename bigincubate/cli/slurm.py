@@ -175,7 +175,6 @@ def submit_or_export(run: RunDir, gate: str | None = None) -> None:
         run: The run directory.
         gate: Id of this job if it is a gate.
     """
-    from ..files import read_json_lines
     from ..launchers.slurm.scheduler import submit_missing_jobs
     from ..planning.job_graph import build_job_graph
     from ..planning.planned_row import stored_rows
@@ -188,7 +187,7 @@ def submit_or_export(run: RunDir, gate: str | None = None) -> None:
         from ..planning.context import open_run
 
         rows = open_run(loaded, run).rows
-    baseline = any(row["event"] == "baseline" for row in read_json_lines(run.path / "events.jsonl"))
+    baseline = any(row["event"] == "baseline" for row in run.read_events())
     graph = build_job_graph(rows, baseline=baseline)
     if not submit_missing_jobs(loaded, graph, run, gate=gate, say=say):
         say(f"watch:   {format_command('status', run.path, '--watch')}")

@@ -10,7 +10,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from ..planning.job_graph import Job
-from ..storage.metrics_log import read_last_metrics
 from ..storage.run_directory import PhaseDir
 
 
@@ -59,7 +58,7 @@ class ProgressReporter:
     def update(self, running: list[tuple[Job, PhaseDir]]) -> None:
         """Report the latest metrics of the running jobs; without a terminal, only after each tenth of a phase."""
         for job, folder in running:
-            row = read_last_metrics(folder)
+            row = folder.read_last_metrics()
             if "train/loss" not in row:
                 continue
             note = f"loss {row['train/loss']:.3f}  {row[f'perf/{job.unit}_per_sec']:.0f} {job.unit}/s"

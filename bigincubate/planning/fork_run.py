@@ -23,7 +23,6 @@ from ..files import (
     fsync_path,
     link_or_copy,
     read_json,
-    read_json_lines,
 )
 from ..storage.artifacts import check_artifact_lineage
 from ..storage.checkpoint_verification import find_committed, verify_checkpoint
@@ -260,7 +259,7 @@ def _rename(temporary: Path, new: RunDir) -> None:
     """
     older = temporary.with_name(f"{temporary.name}.older")
     if new.recipe_file.exists():
-        rows = read_json_lines(new.path / "events.jsonl") + read_json_lines(temporary / "events.jsonl")
+        rows = new.read_events() + RunDir(temporary).read_events()
         (temporary / "events.jsonl").unlink()
         for row in rows:
             append_json_line(temporary / "events.jsonl", row)

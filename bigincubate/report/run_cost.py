@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from ..files import read_json
 from ..planning.job_graph import Job
-from ..storage.metrics_log import read_last_metrics
 from ..storage.run_directory import START_RATE, PhaseDir, RunDir
 from .units import format_duration, format_quantity
 
@@ -52,7 +51,7 @@ class TimeEstimate:
         """
         for job, folder in running:
             if job.key not in self.starts:
-                self.starts[job.key] = (read_last_metrics(folder).get("step", 0), _modified(folder))
+                self.starts[job.key] = (folder.read_last_metrics().get("step", 0), _modified(folder))
         if not running or (self.printed and self.clock() < self.due):
             return []
         rates = [self._measure_rate(job, folder) for job, folder in running]
@@ -76,7 +75,7 @@ class TimeEstimate:
 
     def _measure_rate(self, job: Job, folder: PhaseDir) -> float | None:
         """Return the FLOP/s of a running phase since it was first seen here, or None if it is not measured yet."""
-        (first, modified), metrics = self.starts[job.key], read_last_metrics(folder)
+        (first, modified), metrics = self.starts[job.key], folder.read_last_metrics()
         if metrics.get("step", 0) > first and "perf/gflops" in metrics:
             return 1e9 * float(metrics["perf/gflops"])
         start = read_json(folder.path / START_RATE) if _modified(folder) != modified else None
@@ -87,7 +86,7 @@ class TimeEstimate:
         folder = self.run.phase(job.phase, job.module)
         if folder.result is not None:
             return 0.0
-        return max(0.0, 1 - read_last_metrics(folder).get("step", 0) / max(1, job.steps))
+        return max(0.0, 1 - folder.read_last_metrics().get("step", 0) / max(1, job.steps))
 
 
 def _modified(folder: PhaseDir) -> int:

@@ -8,7 +8,6 @@ from functools import cached_property
 from typing import Any
 
 from ..config import Recipe
-from ..files import read_json_lines
 from ..launchers.slurm.submission_log import QueuedJob
 from ..storage.run_directory import RunDir
 from ..tasks.metric import Metric, planned_metrics
@@ -268,10 +267,10 @@ def read_run(run: RunDir, read_jobs: Callable[[RunDir], Sequence[QueuedJob] | No
     if baseline is not None:
         routes.append(TrainingRoute("end to end", [baseline], None))
     started = [route for route in routes if any(phase.started for phase in route.phases)]
-    return RunData(run, recipe, plan, started or routes[:1], read_json_lines(run.path / "events.jsonl"))
+    return RunData(run, recipe, plan, started or routes[:1], run.read_events())
 
 
 def _phase(run: RunDir, planned: dict[str, Any], status: dict[str, Any]) -> PhaseData:
     folder = run.phase(planned["phase"], planned["module"])
-    requeues = read_json_lines(folder.path / "requeues.jsonl")
-    return PhaseData(planned, status, folder.result, folder.read_attempts(), requeues, read_json_lines(folder.metrics))
+    logged = folder.read_attempts(), folder.read_requeues(), folder.read_metrics()
+    return PhaseData(planned, status, folder.result, *logged)

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ArtifactError, Exit, ExternalError, format_command
-from ..files import read_json, read_json_lines
+from ..files import read_json
 from ..launchers.slurm.job_logs import count_gate_failures, read_job_trace
 from ..launchers.slurm.submission_log import QueuedJob, list_queued_jobs
 from ..storage.checkpoint_verification import find_committed
 from ..storage.lease import process_start_time
-from ..storage.metrics_log import read_last_metrics
 from ..storage.run_directory import PhaseDir, RunDir, is_complete_export
 from ..tasks.metric import planned_metrics
 
@@ -150,7 +149,7 @@ def read_plan(run: RunDir) -> dict[str, Any]:
 
 def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a phase's status that is read from its files."""
-    attempts, result, metrics = folder.read_attempts(), folder.result, read_last_metrics(folder)
+    attempts, result, metrics = folder.read_attempts(), folder.result, folder.read_last_metrics()
     state = _state(attempts[-1]) if attempts else "waiting"
     if result is not None:
         state = "done"
@@ -160,12 +159,12 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     rate = metrics.get(f"perf/{planned['unit']}_per_sec")
     measured = planned_metrics(planned)
     logged = {metric.name: metrics[tag] for metric in measured if (tag := f"val/{metric.name}") in metrics}
-    left = (planned["steps"] - step) * planned["batch_units"]
+    left = max(0, planned["steps"] - step) * planned["batch_units"]
     return {
         "state": state,
         "step": step,
         "steps": planned["steps"],
-        "percent": 100.0 if result else 100 * step / max(1, planned["steps"]),
+        "percent": 100.0 if result else min(100.0, 100 * step / max(1, planned["steps"])),
         "loss": metrics.get("train/loss"),
         "metrics": result["metrics"] if result else logged,
         "headline": measured[0].name,
@@ -184,7 +183,7 @@ def _job_status(row: dict[str, Any], folder: PhaseDir, jobs: dict[str, QueuedJob
     """Return the part of a phase's status that depends on the queue: queued, running, or died on another machine."""
     last: dict[str, Any] = next(iter(folder.read_attempts()[-1:]), {})
     status = {"job": None, "queue": None, "node": last.get("host"), "restarts": max(0, row["attempts"] - 1)}
-    if row["state"] != "done" and (requeues := read_json_lines(folder.path / "requeues.jsonl")):
+    if row["state"] != "done" and (requeues := folder.read_requeues()):
         status["error"] = row["error"] or _describe_requeues(requeues)
     if jobs is None or row["state"] == "done":
         return status

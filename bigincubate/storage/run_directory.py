@@ -44,7 +44,16 @@ from typing import Any
 
 from ..config import Phase, Recipe, differences, load_recipe
 from ..errors import ArtifactError, ConfigError, DataError
-from ..files import append_json_line, is_present, list_folder, quote_path, read_json, write_json, write_text
+from ..files import (
+    append_json_line,
+    is_present,
+    list_folder,
+    quote_path,
+    read_json,
+    read_json_lines,
+    write_json,
+    write_text,
+)
 from .lease import current_owner
 
 START_RATE = "start_rate.json"
@@ -75,6 +84,25 @@ class PhaseDir:
     def metrics(self) -> Path:
         """Return the file of the logged metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Return the logged metrics, one row per logged step.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        return read_json_lines(self.metrics, "step")
+
+    def read_last_metrics(self) -> dict[str, Any]:
+        """Return the latest value of each metric in the last rows that were logged; empty if there are none.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        values: dict[str, Any] = {}
+        for row in read_json_lines(self.metrics, "step", last_bytes=4096):
+            values |= row
+        return values
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -138,6 +166,18 @@ class PhaseDir:
             if isinstance(number := attempt.get("attempt"), int) and name == f"{number}.json"
         }
         return [numbered[number] for number in sorted(numbered) if isinstance(numbered[number].get("state"), str)]
+
+    def read_requeues(self) -> list[dict[str, Any]]:
+        """Return why and from which checkpoint the Slurm jobs of this phase were requeued, oldest first.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        return read_json_lines(self.path / "requeues.jsonl", "time", "job", "code", "checkpoint", "reason")
+
+    def log_requeue(self, **fields: Any) -> None:
+        """Append a requeue of a Slurm job; see :meth:`read_requeues`."""
+        append_json_line(self.path / "requeues.jsonl", {"time": time.time(), **fields})
 
     def write_attempt(self, number: int, **fields: Any) -> None:
         """Write the state of an attempt."""
@@ -209,6 +249,14 @@ class RunDir:
     def log_event(self, event: str, **fields: Any) -> None:
         """Append an event to ``events.jsonl``."""
         append_json_line(self.path / "events.jsonl", {"time": time.time(), "event": event, **fields})
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Return all events, oldest first.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        return read_json_lines(self.path / "events.jsonl", "time", "event")
 
     def create(self, recipe: Recipe) -> None:
         """Create the directory and write the recipe, unless there is one already.

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compat.tensorboard import SummaryWriter
-from ..files import append_json_line, read_json_lines, write_text
+from ..files import append_json_line, write_text
 from ..planning.planned_row import PlannedRow
 from ..storage.run_directory import START_RATE, PhaseDir
 from ..tasks.metric import Metric
@@ -73,7 +72,7 @@ class MetricsWriter:
         """
         if not enabled:
             return cls(folder.metrics, planned=planned)
-        _truncate(folder.metrics, first)
+        _truncate(folder, first)
         return cls(
             folder.metrics,
             _writer(folder.path / "tb", first),
@@ -162,16 +161,11 @@ def _writer(folder: Path, first: int) -> SummaryWriter:
     return SummaryWriter(str(folder), purge_step=first)
 
 
-def _truncate(file: Path, first: int) -> None:
-    rows = read_metrics(file)
+def _truncate(folder: PhaseDir, first: int) -> None:
+    rows, file = folder.read_metrics(), folder.metrics
     kept = [row for row in rows if row["step"] < first]
     if len(kept) < len(rows) or (file.exists() and not file.read_bytes().endswith(b"\n")):
         write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of ``metrics.jsonl``."""
-    return read_json_lines(file)
 
 
 class ThroughputMeter:

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from token_data import write_recipe
 
 from bigincubate.files import read_json
-from bigincubate.training.metrics_writer import read_metrics
+from bigincubate.storage.run_directory import PhaseDir
 
 Command = Callable[..., Any]
 FOLDERS = ["meta", "modules/00", "modules/01", "assembled", "finetune", "end_to_end"]
@@ -51,7 +51,7 @@ def test_every_phase_has_the_metrics_of_the_task(finished: Path) -> None:
     assert tuned is not None
     assert meta["seen"] == meta["steps"] * 16 * 16  # windows per batch, and tokens per window
     assert meta["metrics"]["bits_per_byte"] < 8
-    rows = read_metrics(finished / "finetune" / "metrics.jsonl")
+    rows = PhaseDir(finished / "finetune").read_metrics()
     assert rows[-1]["perf/tokens_per_sec"] > 0
     assert rows[-1]["val/bits_per_byte"] == tuned["metrics"]["bits_per_byte"]
     plan = {row["key"]: row for row in json.loads((finished / "plan.json").read_text())["rows"]}

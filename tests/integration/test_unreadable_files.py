@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from bigincubate.errors import SystemResourceError
 from bigincubate.launchers.slurm.scheduler import _is_valid
 from bigincubate.launchers.slurm.submission_log import SubmissionLog
 from bigincubate.planning.job_graph import build_job_graph
+from bigincubate.report.status import run_status
 from bigincubate.storage.checkpoint_verification import find_committed
 from bigincubate.storage.lease import acquire_lease, current_owner
 
@@ -103,6 +105,55 @@ def test_lease_whose_owner_is_unreadable_is_not_taken_over(tmp_path: Path, monke
                 with pytest.raises(PermissionError):
                     claim()
         assert lease.is_held()
+
+
+LOGS = ["events.jsonl", "meta/metrics.jsonl", "meta/requeues.jsonl"]
+DAMAGED = '5\n[1]\nnull\n{"time": 1}\n{"step"\n\0\0\n' + "[" * 2000 + "\n"  # deeper than a parser can recurse
+
+
+@pytest.fixture
+def requeued(made: Any) -> Any:
+    """The same run, if the job of the meta model was requeued before it was done."""
+    folder = made.run.phase("pretrain")
+    (attempt,) = folder.read_attempts()
+    folder.write_attempt(1, **{key: attempt[key] for key in ("host", "pid", "job")}, state="preempted")
+    folder.log_requeue(job="1", code=1, checkpoint=None, reason="exit code 1")
+    (folder.path / "DONE").unlink()
+    return made
+
+
+@pytest.mark.parametrize("log", LOGS)
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_damaged_lines_of_logs_are_ignored(log: str, command: str, requeued: Any, call: Callable[..., Any]) -> None:
+    run, folder = requeued.run, requeued.run.phase("pretrain")
+    before = run.read_events(), folder.read_metrics(), folder.read_requeues()
+    assert all(before)
+    expected = call(command, run.path)
+    assert expected[0] == 0
+    with (run.path / log).open("a") as file:
+        file.write(DAMAGED)
+    assert call(command, run.path) == expected
+    assert (run.read_events(), folder.read_metrics(), folder.read_requeues()) == before
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder"])
+@pytest.mark.parametrize("log", LOGS)
+def test_log_that_is_no_file_is_refused(log: str, kind: str, requeued: Any, call: Callable[..., Any]) -> None:
+    file = requeued.run.path / log
+    file.unlink()
+    os.mkfifo(file) if kind == "fifo" else file.mkdir()
+    error = f"bigincubate: {file}: not a file but a folder, pipe or device\n"
+    if log != "events.jsonl":  # which the status does not show
+        assert call("status", requeued.run.path) == (3, "", error)
+    assert call("report", requeued.run.path) == (3, "", error)
+
+
+def test_checkpoint_after_the_last_step_is_100_percent(made: Any, call: Callable[..., Any]) -> None:
+    folder = made.run.phase("pretrain")
+    (folder.path / "DONE").unlink()
+    (folder.checkpoints / "step-00000005").rename(folder.checkpoints / "step-00000500")
+    (row,) = [row for row in run_status(made.run) if row["phase"] == "pretrain"]
+    assert (row["step"], row["percent"]) == (500, 100.0)
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from study_parts import BENCHMARKS, commit, costs_of, import_study, load_own_study, make_entry
+from study_parts import BENCHMARKS, COSTS, commit, costs_of, import_study, load_own_study, make_entry
 
 from bigincubate.errors import ConfigError
 
@@ -32,11 +33,11 @@ def own(parts: Any, tmp_path: Path) -> Any:
 def test_log_keeps_every_attempt_and_the_first_result(parts: Any, tmp_path: Path) -> None:
     log = parts.log.TrialLog(tmp_path / "trials.jsonl")
     key = {"split": "development", "way": "expand", "budget": 0.5, "seed": 0, "index": 0, "sets_digest": "a"}
+    key["version"] = "1"
     log.append({**key, "error": "no space left", "diverged": False})
     assert log.results() == {}
-    cost = {"flops": 1, "seconds": 1.0}
-    log.append({**key, "metrics": {"loss": 1.0}, **cost})
-    log.append({**key, "metrics": {"loss": 2.0}, **cost})
+    log.append({**key, "metrics": {"loss": 1.0}, **COSTS})
+    log.append({**key, "metrics": {"loss": 2.0}, **COSTS})
     log.append({**key, "index": 1, "error": "not finite", "diverged": True})
     assert len(log.read()) == 4
     first, diverged = log.results().values()
@@ -150,28 +151,31 @@ def test_error_in_a_definition_is_one_line_that_names_the_key(
     assert "\n" not in message
 
 
-KEYS = '"split": "development", "way": "expand", "budget": 1, "seed": 0, "index": null, "sets_digest": "a"'
+FINISHED = {"split": "development", "way": "expand", "budget": 1.0, "seed": 0, "index": None, "sets_digest": "a"}
+FINISHED |= {"version": "1", "metrics": {"loss": 1.0}, **COSTS}
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("change", "reason"),
     [
-        "3",
-        "{}",
-        '{"split": "test", "way": "expand"}',
-        f'{{{KEYS}, "metrics": {{"loss": 1.0}}}}',
-        f'{{{KEYS}, "metrics": null}}',
-        f'{{{KEYS}, "metrics": {{}}, "flops": 1, "seconds": 1.0}}',
-        f'{{{KEYS}, "metrics": {{"loss": NaN}}, "flops": 1, "seconds": 1.0}}',
-        f'{{{KEYS}, "metrics": {{"loss": 1.0}}, "flops": 1, "seconds": 1.0, "device": 5}}',
-        f'{{{KEYS}, "metrics": {{"loss": 1.0}}, "flops": 1, "seconds": 1.0, "device": "CPU", "torch": [2]}}',
+        ({"split": "test"}, "split: Input should be 'development' or 'validation'"),
+        ({"split": "validation"}, "has the key settings_digest"),
+        ({"metrics": None}, "metrics: Input should be a valid dictionary"),
+        ({"metrics": {}}, "metrics: Dictionary should have at least 1 item"),
+        ({"metrics": {"loss": float("nan")}}, "metrics.loss: Input should be a finite number"),
+        ({"flops": 0}, "flops: Input should be greater than 0"),
+        ({"seconds": -1.0}, "seconds: Input should be greater than or equal to 0"),
+        ({"device": 5}, "device: Input should be a valid string"),
+        ({"torch": [2]}, "torch: Input should be a valid string"),
+        ({"metrics": ...}, "the key 'error' is missing"),
+        *(({name: ...}, f"the key '{name}' is missing") for name in FINISHED if name != "metrics"),
     ],
 )
-def test_line_that_is_no_trial_is_refused(parts: Any, tmp_path: Path, line: str) -> None:
+def test_line_that_is_no_trial_is_refused(parts: Any, tmp_path: Path, change: dict[str, Any], reason: str) -> None:
     file = tmp_path / "trials.jsonl"
-    file.write_text(f"{line}\n")
-    reasons = "is missing|dictionary|has flops and seconds too|no key metrics|finite number|valid string"
-    with pytest.raises(ConfigError, match=rf"^{file}: .*({reasons})"):
+    line = {name: value for name, value in (FINISHED | change).items() if value is not ...}
+    file.write_text(f"{json.dumps(FINISHED)}\n{json.dumps(line)}\n")
+    with pytest.raises(ConfigError, match=rf"^{file}: .*{reason}"):
         parts.log.TrialLog(file).results()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import Recipe
-from ...files import read_json, read_json_lines
+from ...files import read_json
 from ...storage.lease import acquire_lease_when_free
 from ...storage.run_directory import PhaseDir, RunDir
 from .base import PhaseRecord, TrackedPhase, Tracker, explain_errors
@@ -36,7 +36,7 @@ def tracked_phase(run: RunDir, recipe: Recipe, row: Mapping[str, Any]) -> Tracke
         recipe: Its recipe.
         row: The phase in ``plan.json``.
     """
-    number = _digest(read_json_lines(run.path / "events.jsonl")[:1])[:10]
+    number = _digest(run.read_events()[:1])[:10]
     own = _digest([row["key"], row["identity"], row["data"]])[:8]
     config = {"phase": row["key"], "steps": row["steps"], "data.digest": row["data"], "recipe": recipe.name}
     return TrackedPhase(
@@ -118,7 +118,7 @@ class Replay:
             if files == position.read:
                 continue
             result = folder.result  # read before the rows, because it is written after the last row
-            steps = {found["step"]: found for found in read_json_lines(folder.metrics) if "step" in found}
+            steps = {found["step"]: found for found in folder.read_metrics()}
             if steps or result:
                 with explain_errors(self.name):
                     self._send(row, position, [steps[step] for step in sorted(steps)], result)

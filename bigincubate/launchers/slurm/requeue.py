@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 
 from ...errors import Exit, ExternalError
-from ...files import append_json_line, read_json_lines
 from ...storage.checkpoint_verification import find_committed
 from ...storage.run_directory import PhaseDir
 from .client import query_job_state, requeue_job
@@ -51,14 +49,13 @@ def handle_job_exit(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
     allowed, restarts = (int(os.environ.get(name, default)) for name, default in LIMITS)
     if restarts >= allowed:
         return failed, f"{reason}; not requeued: already requeued {restarts} times (slurm.max_requeues)"
-    file, checkpoint = folder.path / "requeues.jsonl", max(find_committed(folder.checkpoints), default=None)
-    before = [row["checkpoint"] for row in read_json_lines(file) if row["job"] == job]
+    checkpoint = max(find_committed(folder.checkpoints), default=None)
+    before = [row["checkpoint"] for row in folder.read_requeues() if row["job"] == job]
     last = before[-MAX_REQUEUES_WITHOUT_PROGRESS:]
     if len(before) >= MAX_REQUEUES_WITHOUT_PROGRESS and set(last) == {checkpoint}:
         return failed, f"{reason}; not requeued: no progress in {MAX_REQUEUES_WITHOUT_PROGRESS} requeues"
     nodes = os.environ.get("SLURM_JOB_NODELIST")
-    row = {"time": time.time(), "job": job, "code": code, "checkpoint": checkpoint, "reason": reason, "nodes": nodes}
-    append_json_line(file, row)
+    folder.log_requeue(job=job, code=code, checkpoint=checkpoint, reason=reason, nodes=nodes)
     try:
         requeue_job(job)
     except ExternalError as error:
