@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import BigincubateError, ConfigError, SystemResourceError, format_os_error
 
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)  # of the environment, in a path
 MAX_PATH_BYTES, MAX_PATH_FOLDERS = 4096, 500  # PATH_MAX of Linux; pathlib creates folders by recursion
@@ -149,6 +149,23 @@ def is_present(path: Path) -> bool:
             raise
         return False
     return True
+
+
+def unreadable_error(error: OSError, path: Path, missing: type[BigincubateError], hint: str = "") -> BigincubateError:
+    """Return what to raise because a file cannot be read.
+
+    Args:
+        error: Why it cannot be read.
+        path: The file, if the error names none.
+        missing: The class of the error if the file is missing or is no file. After any other error, such as one of
+            permissions, the content is unknown and may be valid, and the class is `SystemResourceError`.
+        hint: What to do if the file is missing or is no file.
+    """
+    text = format_os_error(error) if error.filename else f"{path}: {format_os_error(error)}"
+    if error.errno in MISSING_OR_WRONG_TYPE:
+        return missing("; ".join(filter(None, [text, hint])))
+    solution = "make the file readable" if error.errno in (errno.EACCES, errno.EPERM) else "fix the problem"
+    return SystemResourceError(f"{text}; {solution}, then run the same command again")
 
 
 def regular_file_size(path: Path) -> int:

@@ -29,6 +29,7 @@ def deny(patch: pytest.MonkeyPatch, path: Path, number: int = errno.EACCES) -> N
 
         patch.setattr(owner, name, call)
 
-    for owner, name in ((Path, "open"), (os, "listdir"), (os, "scandir")):
+    for owner, name in ((Path, "open"), (os, "open"), (os, "listdir"), (os, "scandir")):
         refuse(owner, name, itself=True)
-    refuse(Path, "stat", itself=False)
+    for owner, name in ((Path, "stat"), (os, "lstat")):
+        refuse(owner, name, itself=False)

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, format_command
-from ..files import quote_path, read_small_file, write_text
+from ..files import MISSING_OR_WRONG_TYPE, quote_path, read_small_file, unreadable_error, write_text
 from .remote import fetch, is_url
 
 FORMAT = 1
@@ -330,7 +330,9 @@ class _Lookup:
     def _mode_and_size(self, name: str) -> tuple[int, int]:
         try:
             status = os.lstat(self._root / name)
-        except OSError:
+        except OSError as error:
+            if error.errno not in MISSING_OR_WRONG_TYPE:
+                raise unreadable_error(error, self._root / name, DataError) from None
             return 0, MISSING
         return status.st_mode, status.st_size
 
@@ -343,15 +345,26 @@ class _Lookup:
 
 
 def _file_size(file: Path) -> int:
-    """Return the size of a regular file or of one that a link leads to, or `MISSING`."""
-    return file.stat().st_size if file.is_file() else MISSING
+    """Return the size of a regular file or of one that a link leads to, or `MISSING`.
+
+    Raises:
+        SystemResourceError: If this is unknown, because a folder cannot be read.
+    """
+    try:
+        status = file.stat()
+    except OSError as error:
+        if error.errno not in MISSING_OR_WRONG_TYPE:
+            raise unreadable_error(error, file, DataError) from None
+        return MISSING
+    return status.st_size if stat.S_ISREG(status.st_mode) else MISSING
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        DataError: If the file is missing or unreadable, or does not contain a JSON object.
+        DataError: If the file is missing, or does not contain a JSON object.
+        SystemResourceError: If it cannot be read.
     """
     return _parse_json(file, _read_content(file))
 
@@ -360,7 +373,7 @@ def _read_content(file: Path) -> bytes:
     try:
         return read_small_file(file)
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; {REPREPARE_HINT}") from None
+        raise unreadable_error(error, file, DataError, REPREPARE_HINT) from None
 
 
 def _parse_json(file: Path, content: bytes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import DataError
-from ..files import hash_file
+from ..files import hash_file, unreadable_error
 
 DAMAGED_HINT = "delete it and prepare or download it again"
 
@@ -29,12 +29,13 @@ def check_hash(file: Path, expected: str, *, name: str, hint: str = DAMAGED_HINT
         hint: What to do if it is damaged.
 
     Raises:
-        DataError: If the file cannot be read or has another hash.
+        DataError: If the file is missing or has another hash.
+        SystemResourceError: If it cannot be read.
     """
     try:
         found = hash_file(file)
     except OSError as error:
-        raise DataError(f"{name}: {error.strerror}; {hint}") from None
+        raise unreadable_error(error, file, DataError, hint) from None
     if found != expected:
         raise DataError(f"{name} is damaged: SHA-256 {found}, expected {expected}; {hint}")
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from ..compat.streaming import IsolatedStreamingDataset
 from ..errors import DataError
+from ..files import unreadable_error
 from .dataset import REPREPARE_HINT, DatasetInfo
 from .file_locks import file_lock, runtime_dir
 from .open_shards import FileStamp, OpenShard, OpenShards
@@ -122,7 +123,7 @@ class Shards(IsolatedStreamingDataset):
                 f"{error}"
             ) from None
         except OSError as error:
-            raise DataError(f"{self._file(number)}: {error.strerror}") from None
+            raise unreadable_error(error, self._file(number), DataError) from None
 
     def _read_record(self, number: int, row: int) -> bytes:
         try:
@@ -164,7 +165,7 @@ class Shards(IsolatedStreamingDataset):
             try:
                 stamp = FileStamp.of(file)
             except OSError as error:
-                raise DataError(f"{file}: {error.strerror}; {self._stored.hint}") from None
+                raise unreadable_error(error, file, DataError, self._stored.hint) from None
             if stamp != self._remembered.stamp(shard_id):
                 if not copied:
                     check_hash(file, shard.raw_data.hashes["sha256"], name=str(file), hint=self._stored.hint)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files import unreadable_error
 from .dataset import DatasetInfo
 from .remote import DAMAGED_HINT, check_hash, download, is_url
 
@@ -83,7 +84,7 @@ class StoredShards:
         try:
             content = packed.read_bytes()
         except OSError as error:
-            raise DataError(f"{name}: {error.strerror}; {self._hint}") from None
+            raise unreadable_error(error, packed, DataError, self._hint) from None
         self._check(content, shard.zip_data.hashes["sha256"], name)
         content = unpack(shard.compression, content, name)
         self._check(content, shard.raw_data.hashes["sha256"], f"{name}, unpacked,")

@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from ..files import hash_file, read_small_file, write_text
+from ..files import MISSING_OR_WRONG_TYPE, hash_file, read_small_file, unreadable_error, write_text
 from .dataset import DESCRIPTION, INDEX, INVALID_JSON_ERRORS, SPLITS, DatasetInfo, describe_dataset, read_json
 from .file_locks import file_lock, runtime_dir
 from .open_shards import FileStamp
@@ -205,6 +205,9 @@ def _compare_hash(file: Path, expected: str, hashes: dict[FileStamp, str]) -> tu
         file: The shard.
         expected: Its SHA-256.
         hashes: Those of files that were hashed already; this one is added.
+
+    Raises:
+        SystemResourceError: The shard cannot be read.
     """
     try:
         stamp = FileStamp.of(file)
@@ -212,6 +215,8 @@ def _compare_hash(file: Path, expected: str, hashes: dict[FileStamp, str]) -> tu
     except FileNotFoundError:
         return None, None
     except OSError as error:
+        if error.errno not in MISSING_OR_WRONG_TYPE:
+            raise unreadable_error(error, file, DataError) from None
         return None, str(error.strerror)
     return stamp, None if found == expected else f"SHA-256 {found[:12]}…, expected {expected[:12]}…"
 

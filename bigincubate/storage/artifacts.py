@@ -20,21 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 
 from ..config import ModelConfig, TaskConfig, describe_changes
-from ..errors import (
-    ArtifactError,
-    BigincubateError,
-    LockedError,
-    NonFiniteError,
-    SystemResourceError,
-    format_os_error,
-)
+from ..errors import ArtifactError, LockedError, NonFiniteError
 from ..files import (
-    MISSING_OR_WRONG_TYPE,
     fsync_path,
     hash_file,
     make_folder,
     quote_path,
     regular_file_size,
+    unreadable_error,
     write_and_hash,
     write_text,
 )
@@ -149,13 +142,6 @@ def _current_path(folder: Path) -> Path:
     return folder if folder.exists() or not _replaced_path(folder).exists() else _replaced_path(folder)
 
 
-def _describe_unreadable(error: OSError) -> BigincubateError:
-    """Return an `ArtifactError` if a file is missing or something else; otherwise, whether it is valid is unknown."""
-    if error.errno in MISSING_OR_WRONG_TYPE:
-        return ArtifactError(format_os_error(error))
-    return SystemResourceError(f"{format_os_error(error)}; make the file readable, then run the same command again")
-
-
 def load_manifest(folder: Path) -> ArtifactManifest:
     """Return the manifest of an artifact.
 
@@ -169,7 +155,7 @@ def load_manifest(folder: Path) -> ArtifactManifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ArtifactError(f"no artifact in {quote_path(folder)}: {error.filename} is missing") from None
     except OSError as error:
-        raise _describe_unreadable(error) from None
+        raise unreadable_error(error, current, ArtifactError) from None
     except ValidationError as error:
         raise ArtifactError(f"{current / 'manifest.json'}: {error.errors()[0]['msg']}") from None
 
@@ -187,7 +173,7 @@ def verify_artifact(folder: Path) -> ArtifactManifest:
         regular_file_size(file)
         found = hash_file(file)
     except OSError as error:
-        raise _describe_unreadable(error) from None
+        raise unreadable_error(error, file, ArtifactError) from None
     if found != manifest.digest:
         raise ArtifactError(f"{file} is damaged: SHA-256 {found[:12]}…, expected {manifest.digest[:12]}…")
     return manifest
@@ -206,7 +192,7 @@ def load_artifact(folder: Path) -> tuple[dict[str, Tensor], ArtifactManifest]:
 
         tensors = load_file(file)
     except OSError as error:
-        raise _describe_unreadable(error) from None
+        raise unreadable_error(error, file, ArtifactError) from None
     except SafetensorError as error:
         raise ArtifactError(f"{file}: {error}") from None
     check_finite_weights(tensors, str(folder))

@@ -26,7 +26,7 @@ from bigincubate.data.dataset import DatasetInfo, open_dataset
 from bigincubate.data.file_locks import runtime_dir
 from bigincubate.data.shards import Shards
 from bigincubate.data.verification import VERIFIED, find_damaged_shards, hash_all_shards
-from bigincubate.errors import DataError
+from bigincubate.errors import DataError, SystemResourceError
 from bigincubate.tasks.image_classification.views import LabelledImages
 
 fixtures = (data, info)
@@ -197,7 +197,8 @@ def test_stale_file_of_a_network_file_system_is_opened_again(
         return pread(*arguments)
 
     monkeypatch.setattr(os, "pread", fail_once)
-    with pytest.raises(DataError, match="Input/output error"):  # only once, and for no other error
+    error = r"shard\.00000\.mds: Input/output error; fix the problem, then run the same command again$"
+    with pytest.raises(SystemResourceError, match=error):  # only once, and for no other error
         source.read(0)
     assert source.read(0)[0].tobytes() == expected
     failures[:] = [errno.ESTALE]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError, check_integer
-from ...files import quote_path, write_text
+from ...files import quote_path, unreadable_error, write_text
 from .. import dataset
 from ..chunk_records import RECORDS
 from ..dataset import DESCRIPTION, UNFINISHED, DatasetInfo, open_dataset
@@ -314,6 +314,8 @@ def _identify_parts(info: DatasetInfo, partition: PartitionFunction | None) -> s
     try:
         rows = [json.loads(line) for line in (info.path / DOCUMENTS).read_text().splitlines()]
         documents = [Sample(row["name"], labels[row["domain"]], "") for row in rows if row["split"] == "train"]
-    except (OSError, *dataset.INVALID_JSON_ERRORS):
-        raise DataError(f"{info.path / DOCUMENTS} is missing or damaged; {dataset.REPREPARE_HINT}") from None
+    except OSError as error:
+        raise unreadable_error(error, info.path / DOCUMENTS, DataError, dataset.REPREPARE_HINT) from None
+    except dataset.INVALID_JSON_ERRORS:
+        raise DataError(f"{info.path / DOCUMENTS} is damaged; {dataset.REPREPARE_HINT}") from None
     return _hash_parts(partition(sort_by_name_hash(documents))).get("parts")
