@@ -11,10 +11,11 @@ import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from .errors import BigincubateError, ConfigError, SystemResourceError, format_os_error
@@ -295,12 +296,23 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def read_json_lines(path: Path, *keys: str, last_bytes: int | None = None) -> list[dict[str, Any]]:
+Types = Mapping[str, type | UnionType]
+"""The type of the value of each key that an object has at least; a float may be an integer, as in JSON."""
+
+
+def has_types(value: Any, types: Types) -> bool:
+    """Return whether a value that was read from JSON is an object that has these keys with values of these types."""
+    return isinstance(value, dict) and all(
+        key in value and isinstance(value[key], kind | int if kind is float else kind) for key, kind in types.items()
+    )
+
+
+def read_json_lines(path: Path, types: Types | None = None, last_bytes: int | None = None) -> list[dict[str, Any]]:
     """Return the objects that :func:`append_json_line` wrote, without lines that a crash damaged.
 
     Args:
         path: The file; there are no objects if it is missing.
-        keys: Keys that every object has. Lines without them are damaged.
+        types: What every object has. Other lines are damaged.
         last_bytes: Number of bytes at the end of the file to read; None to read all of it.
 
     Raises:
@@ -314,7 +326,7 @@ def read_json_lines(path: Path, *keys: str, last_bytes: int | None = None) -> li
         file.seek(0 if last_bytes is None else max(0, os.fstat(file.fileno()).st_size - last_bytes))
         for line in file.read().splitlines():  # a damaged line may not be UTF-8
             with suppress(ValueError, RecursionError):
-                if isinstance(row := json.loads(line), dict) and row.keys() >= set(keys):
+                if has_types(row := json.loads(line), types or {}):
                     rows.append(row)
     return rows
 
@@ -387,6 +399,11 @@ def link_or_copy(file: Path, other: Path) -> bool:
 
 
 def hash_file(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal.
+
+    Raises:
+        OSError: It cannot be read, or is not a file.
+    """
+    check_is_file(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

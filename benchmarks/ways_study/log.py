@@ -61,7 +61,7 @@ class Trial:
 
     way: Way
     split: SplitName
-    budget: float
+    budget: FiniteFloat
     seed: int
     index: int | None
     settings: Settings
@@ -103,7 +103,7 @@ class LogLine(BaseModel):
 
     split: SplitName
     way: str
-    budget: float
+    budget: FiniteFloat
     seed: int
     index: int | None
     sets_digest: str

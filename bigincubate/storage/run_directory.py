@@ -45,7 +45,9 @@ from typing import Any
 from ..config import Phase, Recipe, differences, load_recipe
 from ..errors import ArtifactError, ConfigError, DataError
 from ..files import (
+    Types,
     append_json_line,
+    has_types,
     is_present,
     list_folder,
     quote_path,
@@ -58,6 +60,13 @@ from .lease import current_owner
 
 START_RATE = "start_rate.json"
 FOLDERS: dict[str, str] = {"pretrain": "meta", "finetune": "finetune", "end_to_end": "end_to_end"}
+
+# values that what is read from a file has at least
+RESULT_TYPES: Types = {"metrics": dict, "steps": int, "seconds": float}
+METRIC_TYPES: Types = {"step": int}
+REQUEUE_TYPES: Types = {"time": float, "job": str, "code": int, "checkpoint": int | None, "reason": str}
+EVENT_TYPES: Types = {"time": float, "event": str}
+ATTEMPT_TYPES: Types = {"state": str, "host": str, "time": float}
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ class PhaseDir:
         Raises:
             OSError: The file cannot be read.
         """
-        return read_json_lines(self.metrics, "step")
+        return _keep_numbers(read_json_lines(self.metrics, METRIC_TYPES))
 
     def read_last_metrics(self) -> dict[str, Any]:
         """Return the latest value of each metric in the last rows that were logged; empty if there are none.
@@ -100,14 +109,14 @@ class PhaseDir:
             OSError: The file cannot be read.
         """
         values: dict[str, Any] = {}
-        for row in read_json_lines(self.metrics, "step", last_bytes=4096):
+        for row in _keep_numbers(read_json_lines(self.metrics, METRIC_TYPES, last_bytes=4096)):
             values |= row
         return values
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """Return the result of the phase (``Task.make_result``), or None before it is done."""
-        return read_json(self.path / "DONE") or None
+        """Return the result of the phase (``Task.make_result``), or None before it is done, or if it is damaged."""
+        return _read_object(self.path / "DONE", RESULT_TYPES)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write the result, which marks the phase as done."""
@@ -128,7 +137,7 @@ class PhaseDir:
     @property
     def rollback(self) -> dict[str, Any] | None:
         """Return the one rollback to a checkpoint (step ``to``) after too many non-finite gradients, or None."""
-        return read_json(self.path / "rollback.json")
+        return _read_object(self.path / "rollback.json", {"to": int})
 
     def write_rollback(self, to: int, **fields: Any) -> None:
         """Record that training rolled back to the checkpoint of step ``to``."""
@@ -140,7 +149,7 @@ class PhaseDir:
 
         The assembly consisted of the modules in ``joined`` (including this one), and the meta model in place of others.
         """
-        return read_json(self.path / "partial.json")
+        return _read_object(self.path / "partial.json", {"joined": list, "metrics": dict})
 
     def write_partial(self, scores: dict[str, Any]) -> None:
         """Write the score of the partial assembly."""
@@ -149,7 +158,8 @@ class PhaseDir:
     @property
     def stragglers(self) -> list[dict[str, Any]]:
         """Return the ranks that were slower than the others when the last attempt compared them, slowest first."""
-        rows: list[dict[str, Any]] = (read_json(self.path / "stragglers.json") or {}).get("ranks", [])
+        found = _read_object(self.path / "stragglers.json", {"ranks": list})
+        rows: list[dict[str, Any]] = found["ranks"] if found else []
         return rows
 
     def write_stragglers(self, rows: list[dict[str, Any]]) -> None:
@@ -158,14 +168,19 @@ class PhaseDir:
             write_json(self.path / "stragglers.json", {"ranks": rows})
 
     def read_attempts(self) -> list[dict[str, Any]]:
-        """Return all attempts at this phase, oldest first. Damaged files and those with other names are ignored."""
-        found = {file.name: read_json(file) or {} for file in (self.path / "attempts").glob("*.json")}
+        """Return all attempts at this phase, oldest first. Damaged files and those with other names are ignored.
+
+        Raises:
+            OSError: The folder or a file in it cannot be read.
+        """
+        files = [file for file in list_folder(self.path / "attempts") if file.suffix == ".json"]
+        found = {file.name: read_json(file) or {} for file in files}
         numbered = {
             number: attempt
             for name, attempt in found.items()
             if isinstance(number := attempt.get("attempt"), int) and name == f"{number}.json"
         }
-        return [numbered[number] for number in sorted(numbered) if isinstance(numbered[number].get("state"), str)]
+        return [attempt for _, attempt in sorted(numbered.items()) if has_types(attempt, ATTEMPT_TYPES)]
 
     def read_requeues(self) -> list[dict[str, Any]]:
         """Return why and from which checkpoint the Slurm jobs of this phase were requeued, oldest first.
@@ -173,7 +188,7 @@ class PhaseDir:
         Raises:
             OSError: The file cannot be read.
         """
-        return read_json_lines(self.path / "requeues.jsonl", "time", "job", "code", "checkpoint", "reason")
+        return read_json_lines(self.path / "requeues.jsonl", REQUEUE_TYPES)
 
     def log_requeue(self, **fields: Any) -> None:
         """Append a requeue of a Slurm job; see :meth:`read_requeues`."""
@@ -182,6 +197,15 @@ class PhaseDir:
     def write_attempt(self, number: int, **fields: Any) -> None:
         """Write the state of an attempt."""
         write_json(self.path / "attempts" / f"{number}.json", {"attempt": number, "time": time.time(), **fields})
+
+
+def _read_object(file: Path, types: Types) -> dict[str, Any] | None:
+    value = read_json(file)
+    return value if has_types(value, types) else None
+
+
+def _keep_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if all(isinstance(value, int | float) for value in row.values())]
 
 
 def find_run(path: Path) -> RunDir | None:
@@ -256,7 +280,7 @@ class RunDir:
         Raises:
             OSError: The file cannot be read.
         """
-        return read_json_lines(self.path / "events.jsonl", "time", "event")
+        return read_json_lines(self.path / "events.jsonl", EVENT_TYPES)
 
     def create(self, recipe: Recipe) -> None:
         """Create the directory and write the recipe, unless there is one already.

@@ -311,7 +311,7 @@ class Started:
             phase: Any = self.command[self.command.index("--phase") + 1]
             run_dir = RunDir(Path(self.command[self.command.index("--run-dir") + 1]))
             folder = run_dir.phase(phase, int(self.module) if self.module != "-" else None)
-            folder.write_result({"metrics": {"top1": 1.0}})
+            folder.write_result({"metrics": {"top1": 1.0}, "steps": 1, "seconds": 1.0})
         return code
 
     @property

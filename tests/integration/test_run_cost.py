@@ -74,7 +74,7 @@ def test_estimate_is_the_flops_that_are_left_at_the_measured_rate(watched: Watch
         f"about {format_duration(left / 4e6)} left: {format_quantity(left, 'FLOP')} at 4.00 MFLOP/s"
     ]
 
-    watched.folder(meta).write_result({"steps": 8})
+    watched.folder(meta).write_result({"metrics": {}, "steps": 8, "seconds": 1.0})
     assert watched.update(first, second) == []
     measure(watched.folder(first), gflops=0.002)
     watched.now *= 3

@@ -16,7 +16,7 @@ from conftest import Command
 from bigincubate.cli.slurm import shell_defaults
 from bigincubate.config import load_recipe
 from bigincubate.errors import ConfigError, SystemResourceError
-from bigincubate.files import append_json_line, write_json
+from bigincubate.files import write_json
 from bigincubate.launchers.slurm import client as slurm
 from bigincubate.launchers.slurm import submission_log
 from bigincubate.launchers.slurm.job_logs import list_job_logs
@@ -343,11 +343,12 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
         },
     )
     running = {"state": "running", "host": "n1", "pid": 1, "job": "5"}
+    module = run.phase("incubate", 0)
     run.phase("pretrain").write_attempt(1, **running)
     run.phase("incubate", 0).write_attempt(1, **running)
     run.phase("incubate", 0).write_attempt(2, **running)
-    killed = {"reason": "a rank was ended by SIGKILL", "code": 137, "nodes": "n2"}
-    append_json_line(run.phase("incubate", 0).path / "requeues.jsonl", killed)
+    killed = {"job": "5", "checkpoint": None, "reason": "a rank was ended by SIGKILL", "code": 137, "nodes": "n2"}
+    module.log_requeue(**killed)
     queued = [
         QueuedJob("5", "incubate", 0, "RUNNING", "n2", "None"),
         QueuedJob("5", "incubate", 1, "PENDING", "", "Resources"),
@@ -369,9 +370,8 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
         "finetune": ["waiting", None, None, None, 0, None],
         "gate": ["missing", None, None, None, 0, resume],
     }
-    requeues = [{"reason": "exit code 1", "code": 1, "nodes": "n3"}] * 2
-    for row in requeues:
-        append_json_line(run.phase("incubate", 0).path / "requeues.jsonl", row)
+    for _ in range(2):
+        module.log_requeue(**{**killed, "reason": "exit code 1", "code": 1, "nodes": "n3"})
     assert shown()["incubate/0"][-1] == "exit code 1, twice in a row on n3"
     traces = {"pretrain": "no python", "incubate-0": "no python", "gate": "no setup script"}
     for name, text in traces.items():
@@ -399,7 +399,7 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
     del queued[2:]
     shutil.rmtree(run.path / "slurm")
     (run.phase("incubate", 0).path / "requeues.jsonl").unlink()
-    append_json_line(run.phase("incubate", 0).path / "requeues.jsonl", killed)
+    module.log_requeue(**killed)
     SubmissionLog(run, [Submission("pretrain", "run-pretrain", "5")]).write()
     monkeypatch.undo()
     monkeypatch.setenv("PATH", "")  # no Slurm here

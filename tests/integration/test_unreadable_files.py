@@ -108,7 +108,14 @@ def test_lease_whose_owner_is_unreadable_is_not_taken_over(tmp_path: Path, monke
 
 
 LOGS = ["events.jsonl", "meta/metrics.jsonl", "meta/requeues.jsonl"]
-DAMAGED = '5\n[1]\nnull\n{"time": 1}\n{"step"\n\0\0\n' + "[" * 2000 + "\n"  # deeper than a parser can recurse
+ROWS = [
+    *(5, [1], None, {"time": 1}, {"step": "5", "train/loss": 1.0}, {"step": 5, "train/loss": "1"}),
+    {"time": "1", "event": "done"},
+    {"time": 1.0, "event": []},
+    {"time": 1.0, "job": "1", "code": "1", "checkpoint": None, "reason": "exit code 1"},
+    {"time": 1.0, "job": "1", "code": 1, "checkpoint": [], "reason": "exit code 1"},
+]
+DAMAGED = "\n".join(['{"step"', "\0\0", "[" * 2000, *map(json.dumps, ROWS)]) + "\n"  # too deep for a parser
 
 
 @pytest.fixture
@@ -146,6 +153,28 @@ def test_log_that_is_no_file_is_refused(log: str, kind: str, requeued: Any, call
     if log != "events.jsonl":  # which the status does not show
         assert call("status", requeued.run.path) == (3, "", error)
     assert call("report", requeued.run.path) == (3, "", error)
+
+
+def test_unreadable_attempts_are_not_called_missing(
+    requeued: Any, call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = requeued.run.phase("pretrain").path / "attempts"
+    deny(monkeypatch, attempts)
+    assert call("status", requeued.run.path) == (3, "", f"bigincubate: {attempts}: Permission denied\n")
+
+
+@pytest.mark.parametrize("text", ["{}", '{"metrics": 5, "steps": 5, "seconds": 1.0}', '{"metrics": {}, "steps": "5"}'])
+@pytest.mark.parametrize("command", ["status", "report", "verify"])
+def test_result_without_its_values_is_damaged(command: str, text: str, made: Any, call: Callable[..., Any]) -> None:
+    folder = made.run.phase("pretrain")
+    (folder.path / "DONE").write_text(text)
+    code, out, err = call(command, made.run.path)
+    assert (code, err.count("\n")) == ((6, 1) if command == "verify" else (0, 0))
+    if command == "verify":
+        assert "the phase would resume from its last checkpoint" in out
+    for name in ("partial.json", "stragglers.json", "rollback.json"):
+        (folder.path / name).write_text('{"joined": 5, "ranks": 5, "to": "5"}')
+    assert (folder.result, folder.partial, folder.stragglers, folder.rollback) == (None, None, [], None)
 
 
 def test_checkpoint_after_the_last_step_is_100_percent(made: Any, call: Callable[..., Any]) -> None:
