@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ConfigError, DataError, check_integer
-from ..files import quote_path
+from ..files import check_is_file, quote_path, unreadable_error
 from .adopted_images import AdoptedImages, AdoptedRecords, Description
 from .chunks import describe_shards
 from .dataset import DESCRIPTION, SPLITS, UNFINISHED, DatasetInfo, open_dataset, read_json
@@ -226,13 +226,15 @@ def _read_stored(folder: Path | str, name: str) -> bytes:
     """Return the content of a stored file.
 
     Raises:
-        DataError: If it cannot be read or downloaded.
+        DataError: If it is missing, or cannot be downloaded.
+        SystemResourceError: If it cannot be read.
     """
     if isinstance(folder, Path):
         try:
+            check_is_file(folder / name)
             return (folder / name).read_bytes()
         except OSError as error:
-            raise DataError(f"{folder / name}: {error.strerror}") from None
+            raise unreadable_error(error, folder / name, DataError) from None
     with TemporaryDirectory() as own, download(f"{folder}/{name}", Path(own, "shard")) as file:
         return file.read_bytes()
 

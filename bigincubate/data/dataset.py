@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import DataError, format_command
-from ..files import MISSING_OR_WRONG_TYPE, quote_path, read_small_file, unreadable_error, write_text
+from ..files import MISSING_OR_WRONG_TYPE, is_present, quote_path, read_small_file, unreadable_error, write_text
 from .remote import fetch, is_url
 
 FORMAT = 1
@@ -135,7 +135,7 @@ def open_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo:
         DataError: If there is no data set, or its description, an index or a shard is damaged.
     """
     path = Path(path)
-    if remote and not (path / DESCRIPTION).exists():
+    if remote and not _is_described(path):
         fetch(remote, path, [*[f"{split}/{INDEX}" for split in SPLITS], DESCRIPTION])
     info, splits = _read_description(path)
     try:
@@ -157,13 +157,20 @@ def describe_dataset(path: Path | str, remote: str | None = None) -> DatasetInfo
         DataError: If the description is missing or damaged.
     """
     path = Path(path)
-    if remote and not (path / DESCRIPTION).exists():
+    if remote and not _is_described(path):
         fetch(remote, path, [DESCRIPTION])
     return _read_description(path)[0]
 
 
+def _is_described(path: Path) -> bool:
+    try:
+        return is_present(path / DESCRIPTION)
+    except OSError as error:
+        raise unreadable_error(error, path, DataError) from None
+
+
 def _read_description(path: Path) -> tuple[DatasetInfo, dict[str, Any]]:
-    if not (path / DESCRIPTION).exists():
+    if not _is_described(path):
         raise DataError(f"no data in {quote_path(path)}: {_explain_missing(Path(os.path.abspath(path)))}")
     description = read_json(path / DESCRIPTION)
     try:
@@ -373,7 +380,8 @@ def _read_content(file: Path) -> bytes:
     try:
         return read_small_file(file)
     except OSError as error:
-        raise unreadable_error(error, file, DataError, REPREPARE_HINT) from None
+        hint = "replace the link with the file that it leads to" if os.path.islink(file) else REPREPARE_HINT
+        raise unreadable_error(error, file, DataError, hint) from None
 
 
 def _parse_json(file: Path, content: bytes) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..errors import ConfigError, DataError, format_command
-from ..files import check_is_file, quote_path, read_json, read_small_file
+from ..files import check_is_file, is_present, list_folder, quote_path, read_json, read_small_file, unreadable_error
 from .dataset import (
     DESCRIPTION,
     INDEX,
@@ -94,8 +94,10 @@ def _read_folder(folder: Path, name: str) -> MdsSplit:
         folder: The folder.
         name: Its name in messages.
     """
-    subfolders = sorted(f"{file.parent.name}/" for file in folder.glob(f"*/{INDEX}"))
-    names = [""] if (folder / INDEX).exists() else subfolders
+    try:
+        names = [""] if is_present(folder / INDEX) else _find_subfolders(folder)
+    except OSError as error:
+        raise unreadable_error(error, folder, DataError) from None
     if not names:
         raise DataError(f"{name} holds no MDS data: it has no {INDEX}, and neither have its folders")
     try:
@@ -117,6 +119,10 @@ def _read_folder(folder: Path, name: str) -> MdsSplit:
     return MdsSplit(folder, shards, layouts[0], hashlib.sha256(content).hexdigest())
 
 
+def _find_subfolders(folder: Path) -> list[str]:
+    return [f"{path.name}/" for path in list_folder(folder) if is_present(path / INDEX)]
+
+
 def _read_shards(folder: Path, subfolder: str, name: str) -> list[dict[str, Any]]:
     """Return the entries of one index, with paths relative to ``folder``.
 
@@ -132,7 +138,7 @@ def _read_shards(folder: Path, subfolder: str, name: str) -> list[dict[str, Any]
     try:
         index = json.loads(read_small_file((folder / subfolder / INDEX).resolve()))
     except OSError as error:
-        raise DataError(f"{file}: {error.strerror}") from None
+        raise unreadable_error(error, Path(file), DataError) from None
     if index["version"] != 2:
         raise DataError(f"{file}: version {index['version']!r} of MDS, but only version 2 can be read")
     for shard in index["shards"]:

@@ -8,8 +8,10 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
+from ...errors import DataError
+from ...files import unreadable_error
 from ..samples import StoredImage
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
@@ -219,8 +221,16 @@ def is_image_file(path: str) -> bool:
 
 
 def walk_files(folder: Path) -> Iterator[str]:
-    """Yield the paths of all files that are not hidden, below ``folder``; links to folders are not followed."""
-    for where, folders, names in os.walk(folder):
+    """Yield the paths of all files that are not hidden, below ``folder``; links to folders are not followed.
+
+    Raises:
+        SystemResourceError: If a folder cannot be read. Its files must not be left out without a word.
+    """
+
+    def refuse(error: OSError) -> NoReturn:
+        raise unreadable_error(error, folder, DataError)
+
+    for where, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not is_skipped_folder(name))
         yield from (os.path.join(where, name) for name in sorted(names) if not name.startswith("."))
 
