@@ -318,9 +318,10 @@ def read_json_lines(path: Path, types: Types | None = None, last_bytes: int | No
     Raises:
         OSError: The file cannot be read, or is not a file.
     """
-    if not is_present(path):
+    try:
+        check_is_file(path)
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    check_is_file(path)
     rows = []
     with path.open("rb") as file:
         file.seek(0 if last_bytes is None else max(0, os.fstat(file.fileno()).st_size - last_bytes))

@@ -61,7 +61,7 @@ class Trial:
 
     way: Way
     split: SplitName
-    budget: FiniteFloat
+    budget: float
     seed: int
     index: int | None
     settings: Settings

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from bigincubate.files import append_json_line, is_present, read_json_lines, write_text
+from bigincubate.files import append_json_line, hash_file, is_present, read_json_lines, write_text
 
 
 def test_line_after_an_incomplete_one_is_kept(tmp_path: Path) -> None:
@@ -60,3 +63,10 @@ def test_line_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     assert file.stat().st_size == 100
     append_json_line(file, {"number": 2})
     assert read_json_lines(file) == [{"number": 0}, {"number": 2}]
+
+
+@pytest.mark.parametrize("call", [read_json_lines, hash_file, partial(append_json_line, value={"number": 0})])
+def test_pipe_is_neither_read_nor_written(tmp_path: Path, call: Callable[[Path], object]) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")  # opening it to read would never end
+    with pytest.raises(OSError, match="not a file but a folder, pipe or device"):
+        call(pipe)
