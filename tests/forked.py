@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -183,20 +184,45 @@ def without_a_name() -> None:
 # ------------------------------------------------------------------------------------------------ what to spoil
 
 
-def die_at_write(moment: int) -> None:
-    """``kill -9`` before the ``moment``-th call that makes something last: an fsync, a rename, a removal."""
+def die_at_write(moment: int, delay: float = 0) -> None:
+    """``kill -9`` before the ``moment``-th call that makes something last: an fsync, a rename, a removal.
+
+    With a delay, the process first goes on for that many seconds, or until the sixth such call after the moment.
+    """
     import shutil
 
     calls = itertools.count(1)  # a save writes in a thread of its own: no call may be missed or counted twice
+    last = moment + 6 if delay else moment
     for owner, name in ((os, "fsync"), (os, "replace"), (Path, "rename"), (Path, "unlink"), (shutil, "rmtree")):
         original = getattr(owner, name)
 
         def call(*arguments: Any, original: Callable[..., Any] = original, **options: Any) -> Any:
-            if next(calls) == moment:
+            number = next(calls)
+            if number == last:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if number == moment:
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
             return original(*arguments, **options)
 
         setattr(owner, name, call)
+
+
+def hold_step(step: int, phase: str = "") -> None:
+    """Wait before this optimizer step, of one phase or of each, until a signal or another owner ends the training.
+
+    Saves are completed in the meantime.
+    """
+    from bigincubate.training.trainer import Trainer
+
+    original = Trainer.step
+
+    def held_step(trainer: Trainer, batch: Any) -> Any:
+        held = trainer.state.step + 1 == step and phase in ("", trainer.row.key)
+        while held and not trainer.stop and not trainer.lease.lost:
+            time.sleep(0.001)
+        return original(trainer, batch)
+
+    Trainer.step = held_step  # type: ignore[assignment,method-assign]
 
 
 def die_before(module: str, name: str) -> None:

@@ -12,12 +12,13 @@ import time
 import tomllib
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from command_line import iterate_commands
-from forked import Command, run
+from forked import Command, hold_step, run
 
 from bigincubate import __version__
 from bigincubate.cli.app import discard_unread_output, say
@@ -231,7 +232,7 @@ def test_status_at_every_stage(harness: Harnesses, call: Called) -> None:
         """A checkpoint is written in the background: it may be complete some steps later than it began."""
         return any(watched.run.phase("pretrain").checkpoints.glob("step-*/COMMITTED"))
 
-    command = Command(*watched.command("pretrain"))
+    command = Command(*watched.command("pretrain"), before=partial(hold_step, 12))
     assert command.until(lambda: len(watched.log("pretrain")) > 8 and has_checkpoint())
     row = status()["pretrain"]
     assert row["state"] == "running"
@@ -246,8 +247,8 @@ def test_status_at_every_stage(harness: Harnesses, call: Called) -> None:
     row = status()["pretrain"]
     assert (row["state"], row["eta_seconds"], row["attempts"]) == ("died", None, 1)
 
-    command = Command(*watched.command("pretrain"))
     before = row["step"]
+    command = Command(*watched.command("pretrain"), before=partial(hold_step, before + 7))
     assert command.until(lambda: watched.log("pretrain")[-1]["step"] > before + 5)
     command.send(signal.SIGTERM)
     assert command.wait() == 75

@@ -10,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from forked import Command, fork_ranks, run
+from forked import Command, fork_ranks, hold_step, run
 
 from bigincubate.storage.lease import process_start_time
 
@@ -144,7 +145,7 @@ def test_co_training_with_one_of_three_modules_incubated(harness: Harnesses, tmp
 
 
 def test_co_training_resumes_modules_at_different_steps(plain: Any, other: Any, tmp_path: Path) -> None:
-    ahead = Command(*other.command("incubate", 1))
+    ahead = Command(*other.command("incubate", 1), before=partial(hold_step, 31))
     assert ahead.until(lambda: any(row["step"] >= 30 for row in other.log("incubate", 1)))
     ahead.send(signal.SIGTERM)
     assert ahead.wait() == 75

@@ -6,7 +6,9 @@ import io
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked import Command, run
+from forked import Command, hold_step, run
 from image_trees import read_contents, read_samples
 from mds_files import COLUMNS, Samples, make_samples, shard_sizes, write_mds
 from PIL import Image
@@ -217,9 +219,9 @@ def test_killed_run_resumes_with_bitwise_equal_weights(
     assert len(shard_sizes(tmp_path / "mds" / "train")) > 5
     sets = [f"data.path={info.path}", "train.max_steps=24", "log.every_steps=1", "checkpoint.every_steps=3"]
     whole, killed = harness(*sets), harness(*sets)
-    command = Command(*killed.command("pretrain"))
+    command = Command(*killed.command("pretrain"), before=partial(hold_step, 8))
     assert command.until(lambda: any(row["step"] >= 7 for row in killed.log("pretrain")))
-    command.kill()
+    assert command.kill() == -signal.SIGKILL
     assert killed.run.phase("pretrain").result is None
     for file in info.path.rglob("*.mds"):  # the unpacked shards may have been removed
         file.unlink()

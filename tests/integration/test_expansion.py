@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Command, fork_ranks, run
+from forked import Command, fork_ranks, hold_step, run
 from timm.layers import resample_abs_pos_embed
 
 from bigincubate import api
@@ -152,7 +152,7 @@ def test_killed_and_resumed_expansion_exports_the_same_bits(fast: Path, tmp_path
 def interrupt_fine_tuning(words: Sequence[Any], folder: Path, steps: tuple[int, int]) -> None:
     """Stop a run with Ctrl-C after it has saved the first of two steps of fine-tuning, and kill it after the second."""
     for number, step in zip((signal.SIGINT, signal.SIGKILL), steps, strict=True):
-        launched = Command("run", *words, "--run-dir", folder, before=shell)
+        launched = Command("run", *words, "--run-dir", folder, before=partial(hold_fine_tuning, step + 1))
         reached = partial(has_saved, folder / "finetune" / "checkpoints", step)
         assert launched.until(reached, pause=0.01), launched.out + launched.err
         os.killpg(launched.pid, number)
@@ -160,10 +160,11 @@ def interrupt_fine_tuning(words: Sequence[Any], folder: Path, steps: tuple[int, 
     assert not (folder / "finetune" / "DONE").exists()
 
 
-def shell() -> None:
-    """A shell gives a command its own process group; the phases of this one are spared the imports."""
+def hold_fine_tuning(step: int) -> None:
+    """As a shell, give a command its own process group; its phases, without imports, wait before a step."""
     os.setpgrp()
     fork_ranks()
+    hold_step(step, "finetune")
 
 
 def has_saved(checkpoints: Path, step: int) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Command, die_at_write, die_before, run
+from forked import Command, die_at_write, die_before, hold_step, run
 
 from bigincubate.storage import checkpoint_manager
 
@@ -95,50 +95,28 @@ def reached(harness: Any, step: int, phase: str, module: int | None = None) -> C
 # ------------------------------------------------------------------------------------------------ kill -9
 
 
-def kill_at_random(other: Any, phase: str, module: int | None, seed: int, kills: int) -> int:
-    """Kill often and anywhere: every other time inside a save, where it lasts. Gives how many it survived."""
+def kill_at_random(other: Any, phase: str, module: int | None, seed: int, kills: int) -> None:
+    """Kill often and anywhere: every other time inside a save.
+
+    Moments are counted in writes, not in seconds: even an attempt that has no step left makes 60 of them.
+    """
     moments = random.Random(seed)
-    folder = other.run.phase(phase, module)
-    survived = 0
-
-    def saves(wanted: int) -> Callable[[], bool]:
-        seen: set[Path] = set()
-
-        def enough() -> bool:
-            seen.update(folder.checkpoints.glob(".saving-*"))
-            return len(seen) >= wanted
-
-        return enough
-
-    def begun(attempts: int) -> Callable[[], bool]:
-        return lambda: len(folder.read_attempts()) > attempts
-
     for number in range(kills):
-        before = len(folder.read_attempts())
-        command = Command(*other.command(phase, module))
-        command.until(begun(before))
-        if number % 2:
-            command.until(saves(moments.randrange(1, 3)), pause=0)
-        else:
-            time.sleep(moments.uniform(0, 1.5))
-        if command.kill() == 0:
-            break  # it was done
-        survived += 1
-    return survived
+        delay = 0 if number % 2 else moments.uniform(0.001, 0.1)
+        command = run(*other.command(phase, module), before=partial(die_at_write, moments.randrange(9, 40), delay))
+        assert command.wait() == -signal.SIGKILL, command.err
 
 
 @each_phase
 def test_kill_9_at_random_moments(reference: Reference, phase: str, module: int | None) -> None:
     other = reference.fresh(phase, "killed")
-    survived = kill_at_random(other, phase, module, seed=len(phase), kills=5)
-    assert survived >= 3
+    kill_at_random(other, phase, module, seed=len(phase), kills=5)
     last = run(*other.command(phase, module))
     assert last.wait() == 0, last.err
     check_same(other, reference, phase, module)
     states = [attempt["state"] for attempt in attempts(other, phase, module)]
-    assert states[-1] == "done"
-    assert states.count("running") == survived
-    assert [attempt["attempt"] for attempt in attempts(other, phase, module)] == list(range(1, len(states) + 1))
+    assert states == ["running"] * 5 + ["done"]
+    assert [attempt["attempt"] for attempt in attempts(other, phase, module)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.full
@@ -156,7 +134,7 @@ def test_kill_9_at_random_moments_with_lamb_and_often(
 def test_kill_9_with_lamb_and_averages_handed_on(lamb_reference: Reference) -> None:
     other = lamb_reference.fresh("incubate", "killed")
     for step in (5, 13):
-        command = Command(*other.command("incubate", 1))
+        command = Command(*other.command("incubate", 1), before=partial(hold_step, step + 1))
         assert command.until(reached(other, step, "incubate", 1))
         assert command.kill() == -signal.SIGKILL
     assert run(*other.command("incubate", 1)).wait() == 0
@@ -195,9 +173,9 @@ def test_kill_9_between_the_last_step_and_the_end(reference: Reference, place: t
 def test_kill_9_before_the_first_checkpoint_logs_no_step_twice(reference: Reference) -> None:
     other = reference.fresh("pretrain", "early")
     rare = ["--set", "checkpoint.every_steps=1000"]
-    command = Command(*other.command("pretrain", None, *rare))
+    command = Command(*other.command("pretrain", None, *rare), before=partial(hold_step, 11))
     assert command.until(reached(other, 10, "pretrain"))
-    command.kill()
+    assert command.kill() == -signal.SIGKILL
     assert run(*other.command("pretrain", None, *rare)).wait() == 0
     check_same(other, reference, "pretrain", None)
 
@@ -211,7 +189,7 @@ def test_kill_9_before_the_first_checkpoint_logs_no_step_twice(reference: Refere
 def test_signal_means_checkpoint_and_exit_75(reference: Reference, number: signal.Signals) -> None:
     phase, module = PHASES[number % 3]
     other = reference.fresh(phase, number.name)
-    command = Command(*other.command(phase, module))
+    command = Command(*other.command(phase, module), before=partial(hold_step, 8))
     assert command.until(reached(other, 7, phase, module))
     command.send(number)
     assert command.wait() == 75
@@ -242,13 +220,28 @@ def test_signal_to_all_processes_of_a_job_step_ends_the_log_in_one_line(referenc
     assert " with a checkpoint" in err
 
 
+def hold_step_and_signal_in_save() -> None:
+    """Wait before step 5, and receive two more signals while the checkpoint after that of step 3 is being written."""
+    hold_step(5)
+    write = checkpoint_manager.write_sharded_tensors
+
+    def signal_and_write(path: Path, shards: Any) -> dict[str, Any]:
+        if not path.parent.name.startswith(".saving-00000003-"):
+            for number in (signal.SIGINT, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+        return write(path, shards)
+
+    checkpoint_manager.write_sharded_tensors = signal_and_write
+
+
 def test_second_signal_does_not_spoil_the_checkpoint_of_the_first(reference: Reference) -> None:
     other = reference.fresh("pretrain", "twice")
-    command = Command(*other.command("pretrain"))
+    command = Command(*other.command("pretrain"), before=hold_step_and_signal_in_save)
     assert command.until(reached(other, 4, "pretrain"))
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        command.send(number)
+    command.send(signal.SIGTERM)
     assert command.wait() == 75
+    stopped = other.log("pretrain")[-1]["step"]  # 4 if the signal came before the wait
+    assert (other.run.phase("pretrain").checkpoints / f"step-{stopped:08d}" / "COMMITTED").exists()
     assert run(*other.command("pretrain")).wait() == 0
     check_same(other, reference, "pretrain", None)
 
@@ -289,7 +282,7 @@ def test_phase_that_is_done_is_done_at_once(reference: Reference) -> None:
 
 
 def stopped_at(other: Any, step: int, phase: str = "pretrain") -> Path:
-    command = Command(*other.command(phase))
+    command = Command(*other.command(phase), before=partial(hold_step, step + 1))
     assert command.until(reached(other, step, phase))
     command.send(signal.SIGTERM)
     assert command.wait() == 75

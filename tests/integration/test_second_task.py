@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +160,13 @@ def test_tensorboard_has_the_metrics(finished: Path) -> None:
 
 def test_interrupted_phase_resumes_to_the_bit(finished: Path, recipe: Path) -> None:
     from forked import Command as Forked
+    from forked import hold_step
 
     folder = recipe.parent / "interrupted"
     command = ["train", recipe, "--run-dir", folder, "--phase", "pretrain"]
-    first = Forked(*command, env=ENVIRONMENT)
-    first.until(lambda: list(folder.glob("meta/checkpoints/step-*/COMMITTED")))
-    first.kill()
+    first = Forked(*command, env=ENVIRONMENT, before=partial(hold_step, 6))
+    assert first.until(lambda: list(folder.glob("meta/checkpoints/step-*/COMMITTED")))
+    assert first.kill() == -signal.SIGKILL
     assert not (folder / "meta" / "DONE").exists()
     again = Forked(*command, env=ENVIRONMENT)
     assert again.wait() == 0, again.err

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked import Command, run
+from forked import Command, hold_step, run
 from parts import MANIFEST
 
 from bigincubate.distributed.process_group import DistributedContext
@@ -395,6 +395,11 @@ def as_of(host: str, lease: float) -> None:
     lease_module.LEASE_SECONDS, lease_module.HEARTBEAT_SECONDS = lease, lease / 4
 
 
+def hold_step_elsewhere() -> None:
+    as_of("elsewhere", 1.0)
+    hold_step(9)
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -402,7 +407,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_superseded_owner_changes_nothing_after_it_wakes_up(harness: Callable[..., Any]) -> None:
     shared = harness("train.max_steps=60", "checkpoint.every_steps=4", "log.every_steps=1", "schedule.name=constant")
     folder = shared.run.phase("pretrain")
-    first = Command(*shared.command("pretrain"), before=partial(as_of, "elsewhere", 1.0))
+    first = Command(*shared.command("pretrain"), before=hold_step_elsewhere)
     assert first.until(lambda: list(folder.checkpoints.glob("step-*/COMMITTED")))
     first.send(signal.SIGSTOP)
     try:
