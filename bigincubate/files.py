@@ -301,10 +301,17 @@ Types = Mapping[str, type | UnionType]
 
 
 def has_types(value: Any, types: Types) -> bool:
-    """Return whether a value that was read from JSON is an object that has these keys with values of these types."""
+    """Return whether a value that was read from JSON is an object that has these keys with values of these types.
+
+    Numbers must be finite and have at most 64 bits.
+    """
     return isinstance(value, dict) and all(
-        key in value and isinstance(value[key], kind | int if kind is float else kind) for key, kind in types.items()
+        key in value and _has_type(value[key], float | int if kind is float else kind) for key, kind in types.items()
     )
+
+
+def _has_type(value: Any, kind: type | UnionType) -> bool:
+    return isinstance(value, kind) and (not isinstance(value, int | float) or abs(value) < 2**63)
 
 
 def read_json_lines(path: Path, types: Types | None = None, last_bytes: int | None = None) -> list[dict[str, Any]]:

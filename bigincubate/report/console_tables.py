@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..tasks.metric import Metric, planned_metrics
-from .units import format_flops_column
+from .units import format_flops_column, format_time
 
 if TYPE_CHECKING:
     from ..planning.planned_row import PlannedRow
@@ -334,7 +333,7 @@ def checkpoint_table(name: str, rows: list[dict[str, Any]]) -> Table:
             f"{row['bytes']:,}",
             "yes" if row["committed"] else "no",
             "-" if not row["committed"] else "damaged" if row["problem"] else "yes",
-            f"{datetime.fromtimestamp(row['time']):%Y-%m-%d %H:%M:%S}",
+            format_time(row["time"]),
         )
     return table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Any
 
 from ..config import Recipe
@@ -17,7 +17,7 @@ from .html import NONE, Markup, cost_numbers, figure, flops_number, join_markup,
 from .machines import describe_devices, describe_versions
 from .run_data import PhaseData, RunData, TrainingRoute
 from .timeline import TimelineEvent, build_timeline
-from .units import choose_prefix, format_duration, format_metric, format_quantity, format_three_digits
+from .units import choose_prefix, format_duration, format_metric, format_quantity, format_three_digits, format_time
 from .verify import Finding, Verdict
 
 
@@ -331,7 +331,7 @@ def _usage_section(run_data: RunData, usage: Mapping[str, JobUsage]) -> Markup:
 def _timeline_section(timeline: Sequence[TimelineEvent]) -> Markup:
     faults = [event for event in timeline if event.fault]
     count = f"{len(faults)} interruptions and faults." if len(faults) > 1 else "One interruption." if faults else ""
-    times = [f"{datetime.fromtimestamp(event.time, UTC):%Y-%m-%d %H:%M:%S}" for event in timeline]
+    times = [format_time(event.time, UTC) for event in timeline]
     texts = [tag("span", event.text, class_="bad") if event.fault else event.text for event in timeline]
     return join_markup(
         tag("p", count or "There were no interruptions."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +77,22 @@ def _attempts(phase: PhaseData) -> Iterator[TimelineEvent]:
 
 
 def _event(event: dict[str, Any], titles: dict[str, str]) -> TimelineEvent:
-    """Convert a row of ``events.jsonl`` to an event."""
-    kind, phase, modules = event["event"], event.get("phase", ""), event.get("modules")
-    fields = event | {
+    """Convert a row of ``events.jsonl`` to an event.
+
+    Only the kind is given for an event that this version does not know, or whose fields are damaged.
+    """
+    kind = event["event"]
+    text = kind.replace("_", " ")
+    if kind in EVENTS:
+        with suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            text = EVENTS[kind].format(**_event_fields(event, titles))
+    return TimelineEvent(event["time"], text, fault=kind in FAULTS)
+
+
+def _event_fields(event: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:
+    """Return the values for the text of an event."""
+    phase, modules = event.get("phase", ""), event.get("modules")
+    return event | {
         "title": titles.get(phase, phase),
         "changes": "; ".join(event.get("changes", ())),
         "jobs": ", ".join(event.get("jobs", ())),
@@ -86,5 +100,3 @@ def _event(event: dict[str, Any], titles: dict[str, str]) -> TimelineEvent:
         "stragglers": format_stragglers(event.get("stragglers", [])) or "the ranks are equally fast again",
         "modules": f", modules {format_ranges(modules)}" if modules else "",
     }
-    text = EVENTS[kind].format(**fields) if kind in EVENTS else kind.replace("_", " ")
-    return TimelineEvent(event["time"], text, fault=kind in FAULTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime, tzinfo
 
 from ..tasks.metric import Metric
 
@@ -43,6 +44,14 @@ def format_percent(value: float, samples: int) -> str:
 def format_metric(metric: Metric, value: float, samples: int) -> str:
     """Format the value of a metric that was measured on ``samples`` samples."""
     return format_percent(value, samples) if metric.unit == "%" else metric.text(value)
+
+
+def format_time(seconds: float, zone: tzinfo | None = None) -> str:
+    """Format a Unix time in a zone, by default the local one, such as ``2026-03-01 14:05:09``."""
+    try:
+        return f"{datetime.fromtimestamp(seconds, zone):%Y-%m-%d %H:%M:%S}"
+    except (OverflowError, ValueError, OSError):  # it is damaged
+        return "unknown"
 
 
 def format_duration(seconds: float) -> str:

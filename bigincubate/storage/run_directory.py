@@ -205,7 +205,12 @@ def _read_object(file: Path, types: Types) -> dict[str, Any] | None:
 
 
 def _keep_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if all(isinstance(value, int | float) for value in row.values())]
+    """Return the rows whose values are all numbers; those that are not integers may be infinite or NaN."""
+    return [
+        row
+        for row in rows
+        if all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in row.values())
+    ]
 
 
 def find_run(path: Path) -> RunDir | None:

@@ -13,14 +13,19 @@ import pytest
 from denied import deny
 
 from bigincubate.errors import SystemResourceError
+from bigincubate.files import append_json_line
 from bigincubate.launchers.slurm.scheduler import _is_valid
 from bigincubate.launchers.slurm.submission_log import SubmissionLog
 from bigincubate.planning.job_graph import build_job_graph
+from bigincubate.report.page import render_report
+from bigincubate.report.run_data import read_run
 from bigincubate.report.status import run_status
+from bigincubate.report.timeline import build_timeline
 from bigincubate.storage.checkpoint_verification import find_committed
 from bigincubate.storage.lease import acquire_lease, current_owner
 
 Harnesses = Callable[..., Any]
+SOLUTION = "change its permissions, then run the same command again"
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
@@ -91,7 +96,7 @@ def test_unreadable_checkpoint_is_neither_pruned_nor_called_damaged(
     assert code == 3
     assert err.count("\n") == 1
     assert err.startswith(f"bigincubate: {folder / denied}")
-    assert err.endswith(": Permission denied\n")
+    assert err.endswith(f": Permission denied; {SOLUTION}\n")
     monkeypatch.undo()
     assert sorted(folder.iterdir()) == before
 
@@ -110,12 +115,14 @@ def test_lease_whose_owner_is_unreadable_is_not_taken_over(tmp_path: Path, monke
 LOGS = ["events.jsonl", "meta/metrics.jsonl", "meta/requeues.jsonl"]
 ROWS = [
     *(5, [1], None, {"time": 1}, {"step": "5", "train/loss": 1.0}, {"step": 5, "train/loss": "1"}),
+    *({"step": 10**310}, {"step": 5, "train/loss": 10**310}),
     {"time": "1", "event": "done"},
+    *({"time": time, "event": "baseline"} for time in (2**63, float("nan"), float("inf"))),
     {"time": 1.0, "event": []},
     {"time": 1.0, "job": "1", "code": "1", "checkpoint": None, "reason": "exit code 1"},
     {"time": 1.0, "job": "1", "code": 1, "checkpoint": [], "reason": "exit code 1"},
 ]
-DAMAGED = "\n".join(['{"step"', "\0\0", "[" * 2000, *map(json.dumps, ROWS)]) + "\n"  # too deep for a parser
+DAMAGED = "\n".join(['{"step"', "\0\0", "[" * 1500, *map(json.dumps, ROWS)]) + "\n"  # too deep for a parser
 
 
 @pytest.fixture
@@ -143,6 +150,32 @@ def test_damaged_lines_of_logs_are_ignored(log: str, command: str, requeued: Any
     assert (run.read_events(), folder.read_metrics(), folder.read_requeues()) == before
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "done"},
+        {"event": "done", "steps": "5"},
+        {"event": "done", "phase": [], "steps": 5},
+        {"event": "recipe_changed", "changes": 5},
+        {"event": "cancelled", "jobs": [5]},
+        {"event": "submitted", "job": "5", "kind": "pretrain", "modules": ["1"]},
+        {"event": "partial_assembly", "joined": None},
+        {"event": "stragglers", "stragglers": [{}]},
+        {"event": "stragglers", "stragglers": [{"rank": 1, "host": "n1", "ratio": 10**400}]},
+        {"event": "of_a_later_version", "text": "{"},
+        {"event": "baseline", "time": 1e18},
+    ],
+    ids=str,
+)
+def test_event_without_the_fields_of_its_kind_is_reported_by_its_kind(event: dict[str, Any], made: Any) -> None:
+    append_json_line(made.run.path / "events.jsonl", {"time": 1.0} | event)
+    (reported,) = [each for each in build_timeline(read_run(made.run)) if each.time == event.get("time", 1.0)]
+    kind = {"baseline": "an end-to-end baseline was requested"}.get(event["event"], event["event"].replace("_", " "))
+    assert reported.text == kind
+    page = render_report(read_run(made.run), [])
+    assert ("unknown" if "time" in event else "1970-01-01 00:00:01") in page
+
+
 @pytest.mark.parametrize("kind", ["fifo", "folder"])
 @pytest.mark.parametrize("log", LOGS)
 def test_log_that_is_no_file_is_refused(log: str, kind: str, requeued: Any, call: Callable[..., Any]) -> None:
@@ -160,7 +193,7 @@ def test_unreadable_attempts_are_not_called_missing(
 ) -> None:
     attempts = requeued.run.phase("pretrain").path / "attempts"
     deny(monkeypatch, attempts)
-    assert call("status", requeued.run.path) == (3, "", f"bigincubate: {attempts}: Permission denied\n")
+    assert call("status", requeued.run.path) == (3, "", f"bigincubate: {attempts}: Permission denied; {SOLUTION}\n")
 
 
 @pytest.mark.parametrize("text", ["{}", '{"metrics": 5, "steps": 5, "seconds": 1.0}', '{"metrics": {}, "steps": "5"}'])
