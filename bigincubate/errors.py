@@ -5,9 +5,12 @@ The command line prints only the message, not a traceback: one line that says wh
 
 from __future__ import annotations
 
+import errno
 import shlex
 import shutil
 from enum import IntEnum
+
+RETRY = "then run the same command again"
 
 
 class Exit(IntEnum):
@@ -107,6 +110,15 @@ def format_os_error(error: OSError) -> str:
         return str(error.args[0][0][-1])
     reason = error.strerror or str(error)
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def describe_solution(error: OSError) -> str:
+    """Return what a user can do about an error of the operating system; empty if the reason says it already."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "change its permissions" if error.filename else "change the permissions"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some disk space"
+    return "fix the problem" if error.errno in (errno.EIO, errno.ESTALE) else ""
 
 
 def check_integer(name: str, value: object, least: int = 1) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from .errors import BigincubateError, ConfigError, SystemResourceError, format_os_error
+from .errors import RETRY, BigincubateError, ConfigError, SystemResourceError, describe_solution, format_os_error
 
 VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})", re.ASCII)  # of the environment, in a path
 MAX_PATH_BYTES, MAX_PATH_FOLDERS = 4096, 500  # PATH_MAX of Linux; pathlib creates folders by recursion
@@ -165,8 +165,7 @@ def unreadable_error(error: OSError, path: Path, missing: type[BigincubateError]
     text = format_os_error(error) if error.filename else f"{path}: {format_os_error(error)}"
     if error.errno in MISSING_OR_WRONG_TYPE:
         return missing("; ".join(filter(None, [text, hint])))
-    solution = "make the file readable" if error.errno in (errno.EACCES, errno.EPERM) else "fix the problem"
-    return SystemResourceError(f"{text}; {solution}, then run the same command again")
+    return SystemResourceError(f"{text}; {describe_solution(error) or 'fix the problem'}, {RETRY}")
 
 
 def regular_file_size(path: Path) -> int:

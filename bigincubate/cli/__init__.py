@@ -8,7 +8,7 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from ..distributed.interrupts import INTERRUPTED
-from ..errors import BigincubateError, Exit, format_os_error
+from ..errors import RETRY, BigincubateError, Exit, describe_solution, format_os_error
 
 # importing these adds their commands, in this order
 from . import training, slurm as cluster, inspect as looking, report as reporting, data  # isort: skip
@@ -35,7 +35,8 @@ def _run() -> NoReturn:
     except KeyboardInterrupt:
         fail(INTERRUPTED, Exit.INTERRUPTED)
     except OSError as error:
-        fail(format_os_error(error), Exit.ENVIRONMENT)
+        solution = describe_solution(error)
+        fail(format_os_error(error) + (solution and f"; {solution}, {RETRY}"), Exit.ENVIRONMENT)
     except MemoryError:
         fail("not enough memory on this machine; use smaller models, images or batches", Exit.ENVIRONMENT)
     except Exception as error:

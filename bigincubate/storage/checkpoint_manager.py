@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ArtifactError, BigincubateError, DamagedError, SystemResourceError
+from ..errors import RETRY, ArtifactError, BigincubateError, DamagedError, SystemResourceError
 from ..files import fsync_path, list_folder, make_folder, read_json, read_small_file, write_and_hash
 from .checkpoint_verification import (
     COMMIT_MARKER,
@@ -355,7 +355,7 @@ class CheckpointManager:
 
     def _describe_unreadable(self, error: OSError) -> SystemResourceError:
         reason, advice = describe_os_error(error, self.folder), "make the checkpoint readable or move it away"
-        return SystemResourceError(f"{reason}; {advice}, then run the same command again")
+        return SystemResourceError(f"{reason}; {advice}, {RETRY}")
 
     def _step_path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -156,7 +156,8 @@ def test_checkpoint_that_cannot_be_read_is_an_error(
     path = one.run.phase("pretrain").checkpoints / denied
     deny(monkeypatch, path)
     file = path / "COMMITTED" if denied == "step-00000005" else path
-    assert call("fork", one.run.path, tmp_path / "new") == (3, "", f"bigincubate: {file}: Permission denied\n")
+    error = f"bigincubate: {file}: Permission denied; change its permissions, then run the same command again\n"
+    assert call("fork", one.run.path, tmp_path / "new") == (3, "", error)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,7 +33,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def message_of(path: Path) -> str:
-    return f"{path}: Permission denied; make the file readable, then run the same command again"
+    return f"{path}: Permission denied; change its permissions, then run the same command again"
 
 
 @pytest.mark.parametrize("name", [*FILES, "train", "train/00000"])
@@ -109,7 +109,7 @@ def test_data_to_adopt_is_read_completely(
     columns = {"image": "photo", "label": "y"}
     with monkeypatch.context() as patch:
         deny(patch, mds / name)
-        with pytest.raises(SystemResourceError, match=rf"^{mds}.*: Permission denied; make the file readable"):
+        with pytest.raises(SystemResourceError, match=rf"^{mds}.*: Permission denied; change its permissions"):
             adopt_dataset(mds, tmp_path / "out", columns=columns)
     assert adopt_dataset(mds, tmp_path / "out", columns=columns).samples == {"train": 24, "val": 12}
 

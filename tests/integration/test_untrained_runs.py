@@ -118,7 +118,8 @@ def test_recipe_is_kept_if_it_is_unknown_whether_a_phase_was_trained(
     deny(monkeypatch, made.run.path / denied)
     code, out, err = call(*train(fast, made.run.path, "train.lr=0.5"))
     assert (code, out) == (3, "")
-    assert err == f"bigincubate: {made.run.path / denied}: Permission denied\n"
+    solution = "change its permissions, then run the same command again"
+    assert err == f"bigincubate: {made.run.path / denied}: Permission denied; {solution}\n"
     assert made.run.recipe_file.read_bytes() == before
 
 
