@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import errno
 import os
 from pathlib import Path
@@ -29,7 +30,7 @@ def deny(patch: pytest.MonkeyPatch, path: Path, number: int = errno.EACCES) -> N
 
         patch.setattr(owner, name, call)
 
-    for owner, name in ((Path, "open"), (os, "open"), (os, "listdir"), (os, "scandir")):
+    for owner, name in ((builtins, "open"), (Path, "open"), (os, "open"), (os, "listdir"), (os, "scandir")):
         refuse(owner, name, itself=True)
     for owner, name in ((Path, "stat"), (os, "lstat")):
         refuse(owner, name, itself=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from denied import deny
 from PIL import Image
 
 from bigincubate.data.samples import Source
@@ -211,6 +212,19 @@ def test_image_of_unknown_suffix_is_known_by_its_content(tmp_path: Path, form: s
     assert (
         counts(read_source(str(tmp_path), 0.5), "train")["a"] + counts(read_source(str(tmp_path), 0.5), "val")["a"] == 3
     )
+
+
+def test_file_of_unknown_suffix_that_is_unreadable_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classes(tmp_path, "a", "b", count=2)
+    write_files(tmp_path / "a", "x")
+    deny(monkeypatch, tmp_path / "a" / "x")
+    source = read_source(str(tmp_path), 0.5)
+    (sample,) = [each for split in source.splits.values() for each in split if each.name == "a/x"]
+    with pytest.raises(PermissionError):
+        sample.read()
+    assert source.notes["skipped"] == {}
 
 
 def test_skipped_files_are_counted_by_reason_at_every_level(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
 from ...errors import DataError
-from ...files import unreadable_error
+from ...files import MISSING_OR_WRONG_TYPE, unreadable_error
 from ..samples import StoredImage
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".pgm", ".gif", ".tif", ".tiff")
@@ -208,7 +208,10 @@ def has_image_signature(head: bytes) -> bool:
 
 
 def is_image_file(path: str) -> bool:
-    """Return whether a file is an image by its suffix, or by its first bytes if the suffix is not that of an image."""
+    """Return whether a file is an image by its suffix, or by its first bytes if the suffix is not that of an image.
+
+    A file whose first bytes cannot be read counts as one, so that it is reported instead of left out silently.
+    """
     if has_image_suffix(path):
         return True
     if not os.path.isfile(path):  # reading a pipe may never end
@@ -216,8 +219,8 @@ def is_image_file(path: str) -> bool:
     try:
         with open(path, "rb") as file:
             return has_image_signature(file.read(12))
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno not in MISSING_OR_WRONG_TYPE
 
 
 def walk_files(folder: Path) -> Iterator[str]:
