@@ -104,6 +104,12 @@ def format_command(*words: object) -> str:
     return shlex.join(["bigincubate", *map(str, words)])
 
 
+def format_count(count: int, noun: str) -> str:
+    """Return a number of things, such as ``1 class`` or ``1,200 classes``, for messages."""
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "ch")) else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 def format_os_error(error: OSError) -> str:
     """Return the reason of an error of the operating system, with the file if there is one."""
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree, one entry for each file

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from ..errors import ConfigError
+from ..errors import ConfigError, format_count
 from ..files import quote_path
 from .app import MAX_COUNT, data_app, parse_path, progress_display, say
 
@@ -173,12 +173,14 @@ def data_prepare(
         for line in lines:
             say(line)
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
-    partitions = f", {len(info.parts)} partitions" if info.parts else ""
+    partitions = f", {format_count(len(info.parts), 'partition')}" if info.parts else ""
     found, path = info.schema.metadata, quote_path(out)
     if window is None:
-        text = f"{counts} images of {len(found['classes'])} classes{partitions}"
+        text = f"{counts} images of {format_count(len(found['classes']), 'class')}{partitions}"
     else:
-        text = f"{counts} windows of {window:,} tokens, a vocabulary of {found['vocabulary']:,}{partitions}"
+        text = (
+            f"{counts} windows of {format_count(window, 'token')}, a vocabulary of {found['vocabulary']:,}{partitions}"
+        )
     say(f"{path}: {text}; use it with --set data.path={path}")
 
 
@@ -243,11 +245,13 @@ def data_adopt(
         for line in lines:
             say(line)
     counts = ", ".join(f"{count:,} {split}" for split, count in info.samples.items())
-    partitions = f", {len(info.parts)} partitions" if info.parts else ""
+    partitions = f", {format_count(len(info.parts), 'partition')}" if info.parts else ""
     path = quote_path(info.path)
     found = info.schema.metadata
     what = (
-        f"images of {len(found['classes'])} classes" if "classes" in found else f"windows of {found['window']} tokens"
+        f"images of {format_count(len(found['classes']), 'class')}"
+        if "classes" in found
+        else f"windows of {format_count(found['window'], 'token')}"
     )
     say(f"{path}: {counts} {what}{partitions}; use it with --set data.path={path}")
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, check_integer
+from ..errors import ConfigError, DataError, check_integer, format_count
 from ..files import check_is_file, quote_path, unreadable_error
 from .adopted_images import AdoptedImages, AdoptedRecords, Description
 from .chunks import describe_shards
@@ -298,7 +298,7 @@ def _describe(out: Path, plan: _Plan, scanned: dict[str, list[_Scanned]], report
         own = {**entries, "train": [entries["train"][index] for index in chosen]}
         digests.append(_write(folder, plan, described, own, {"part": number, "of": counts["train"].total()}))
         samples = sum(int(entry["samples"]) for entry in own["train"])
-        report(f"part {number}: {len(chosen)} shard{'s' * (len(chosen) != 1)}, {samples:,} {plan.records.unit}")
+        report(f"part {number}: {format_count(len(chosen), 'shard')}, {format_count(samples, plan.records.unit)}")
     if digests:
         report("parts are whole shards, so their sizes and classes differ; `data prepare --parts` makes balanced ones")
     _write(out, plan, described, entries, {"parts": digests} if digests else {})

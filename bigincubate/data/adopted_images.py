@@ -38,7 +38,7 @@ class AdoptedRecords(Protocol):
     """Records of one kind that are adopted. It can be pickled."""
 
     unit: ClassVar[str]
-    """Name of the records in messages, such as ``images``."""
+    """Name of the records in messages, in the singular, such as ``image``."""
 
     @property
     def stored(self) -> dict[str, str]:
@@ -80,7 +80,7 @@ class AdoptedImages:
         classes: The names of the classes, if they are given.
     """
 
-    unit: ClassVar[str] = "images"
+    unit: ClassVar[str] = "image"
     stored: dict[str, str]
     encodings: dict[str, str]
     classes: list[str] | None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, format_count
 from ..files import quote_path, write_text
 from .chunk_records import Chunk, ChunkRecord
 from .samples import Source
@@ -83,7 +83,7 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
     """Return the summary as lines of text."""
     counts, lines = summary["counts"], []
     if origins := _describe_origins(summary):
-        parts = [f"{split}: {sum(counts[split]):,} images{origins[split]}" for split in ("train", "val")]
+        parts = [f"{split}: {format_count(sum(counts[split]), 'image')}{origins[split]}" for split in ("train", "val")]
         lines.append("; ".join(parts))
     lines.append(describe_counts("classes", counts, classes))
     if missing := [name for name, count in zip(classes, counts["val"], strict=True) if not count]:
@@ -97,7 +97,7 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
     if unused := summary.get("unused"):
         lines.append("unused folders: " + ", ".join(f"{name}/" for name in unused))
     if count := summary["unreadable"]:
-        lines.append(f"left out: {count:,} unreadable image{'s' * (count != 1)}, listed in {UNREADABLE_FILES}")
+        lines.append(f"left out: {format_count(count, 'unreadable image')}, listed in {UNREADABLE_FILES}")
     if count := summary["in_both_splits"]["count"]:
         name, other = summary["in_both_splits"]["examples"][0]
         lines.append(f"warning: {count:,} validation images are also training images: {name} is equal to {other}")

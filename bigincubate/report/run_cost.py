@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import format_count
 from ..files import read_json
 from ..planning.job_graph import Job
 from ..storage.run_directory import START_RATE, PhaseDir, RunDir
@@ -20,7 +21,8 @@ def describe_cost(run: RunDir, graph: Sequence[Job]) -> str:
     steps, flops = sum(job.steps for job in graph), sum(job.total_flops for job in graph)
     done = sum(run.phase(job.phase, job.module).result is not None for job in graph)
     finished = f"; {done} of the phases are done" if done else ""
-    return f"{len(graph)} phases, {steps:,} steps, {format_quantity(flops, 'FLOP')} of training{finished}"
+    numbers = f"{format_count(len(graph), 'phase')}, {format_count(steps, 'step')}"
+    return f"{numbers}, {format_quantity(flops, 'FLOP')} of training{finished}"
 
 
 @dataclass

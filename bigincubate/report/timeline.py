@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import format_count
 from .console_tables import format_ranges, format_stragglers
 from .run_data import PhaseData, RunData
 
@@ -20,14 +21,14 @@ EVENTS = {  # texts for the rows of ``events.jsonl``
     "forked": "forked from {source}",
     "collected": "{title}: collected from {source}",
     "recipe_changed": "recipe changed: {changes}",
-    "done": "{title}: done after {steps:,} steps",
+    "done": "{title}: done after {steps}",
     "shared_loader": "co-trained: {made:,} batches made, {sent:,} sent to modules",
     "partial_assembly": "{title}: evaluated together with the finished modules ({joined})",
     "rolled_back": "{title}: too many non-finite gradients at step {step:,}; returned to step {to:,}",
     "stragglers": "{title}: {stragglers}",
     "made_again": "{title}: created again: {reason}",
     "submitted": "submitted: job {job} ({kind}{modules})",
-    "cancelled": "canceled: jobs {jobs}",
+    "cancelled": "canceled: {jobs}",
     "baseline": "an end-to-end baseline was requested",
 }
 FAULTS = ("rolled_back", "made_again", "cancelled")
@@ -91,12 +92,15 @@ def _event(event: dict[str, Any], titles: dict[str, str]) -> TimelineEvent:
 
 def _event_fields(event: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:
     """Return the values for the text of an event."""
-    phase, modules = event.get("phase", ""), event.get("modules")
-    return event | {
+    phase, modules, jobs = event.get("phase", ""), event.get("modules"), event.get("jobs", ())
+    fields = event | {
         "title": titles.get(phase, phase),
         "changes": "; ".join(event.get("changes", ())),
-        "jobs": ", ".join(event.get("jobs", ())),
+        "jobs": f"job{'s' * (len(jobs) != 1)} {', '.join(jobs)}",
         "joined": format_ranges(event.get("joined", [])),
         "stragglers": format_stragglers(event.get("stragglers", [])) or "the ranks are equally fast again",
         "modules": f", modules {format_ranges(modules)}" if modules else "",
     }
+    if "steps" in event:
+        fields["steps"] = format_count(event["steps"], "step")
+    return fields

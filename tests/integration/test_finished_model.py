@@ -309,7 +309,7 @@ def test_killed_and_resumed_fine_tuning_exports_the_same_bits(
     words = [fast, "--jobs", "2", *(f"--set={each}" for each in sets)]
     whole = run("run", *words, "--run-dir", tmp_path / "whole")
     assert whole.wait(240) == 0, whole.out + whole.err
-    assert "1 phases" in whole.out
+    assert "1 phase," in whole.out
     folder = tmp_path / "killed"
     interrupt_fine_tuning(words, folder, steps=(5, 20))
     last = run("run", *words, "--run-dir", folder)

@@ -254,7 +254,7 @@ def test_text_from_files_is_escaped(done: Any, tmp_path: Path) -> None:
     mine = done.copy(tmp_path / "<b>run")
     append_json_line(mine.run.path / "events.jsonl", {"time": time.time(), "event": "cancelled", "jobs": ["<script>"]})
     page = page_of(mine.run)
-    assert "canceled: jobs <script>" in page.text
+    assert "canceled: job <script>" in page.text
     assert not {"script", "b>run"} & {tag for tag, _ in page.tags}
 
 

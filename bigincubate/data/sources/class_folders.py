@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from ...errors import DataError
+from ...errors import DataError, format_count
 from ...files import quote_path
 from ..samples import Sample, Source
 from ..splits import sort_by_name_hash, split_train_val
@@ -178,7 +178,7 @@ def _describe(folder: Path, finder: ImageFinder) -> str:
         name = os.path.basename(tables[0])
         is_csv = name.endswith(".csv")
         more = f" and {name}{'; prepare it if it lists labels' if is_csv else ', but labels in a file are not read'}"
-    return f"found {images:,} image{'s' * (images > 1)} without a folder of a class{more}"
+    return f"found {format_count(images, 'image')} without a folder of a class{more}"
 
 
 def _names(folders: dict[str, Path]) -> str:

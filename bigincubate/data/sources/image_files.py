@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
-from ...errors import DataError
+from ...errors import DataError, format_count
 from ...files import MISSING_OR_WRONG_TYPE, unreadable_error
 from ..samples import StoredImage
 
@@ -244,7 +244,7 @@ def describe_files(paths: Iterable[str]) -> str:
     if not counts:
         return "no files at all"
     order = sorted(counts, key=lambda suffix: (suffix not in UNREAD_FORMATS, -counts[suffix], suffix))
-    text = ", ".join(f"{counts[suffix]:,} {suffix} file{'s' * (counts[suffix] > 1)}" for suffix in order[:4])
+    text = ", ".join(format_count(counts[suffix], f"{suffix} file") for suffix in order[:4])
     unread = [suffix for suffix in order if suffix in UNREAD_FORMATS]
     for suffix in unread[:1]:
         when = "in such a folder are not read" if UNREAD_FORMATS[suffix] == ALONE else "are not read yet"

@@ -35,7 +35,7 @@ class AdoptedWindows:
         separator: The token before each document.
     """
 
-    unit: ClassVar[str] = "windows"
+    unit: ClassVar[str] = "window"
     stored: dict[str, str]
     encodings: dict[str, str]
     tokenizer: dict[str, str]

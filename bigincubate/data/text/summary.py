@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...errors import format_count
 from ..samples import Sample
 from ..source_summary import UNREADABLE_FILES, describe_counts
 from .chunks import document_bytes
@@ -52,8 +53,9 @@ def text_summary_lines(summary: Mapping[str, Any], domains: Sequence[str]) -> li
     """Return the summary as lines of text."""
     lines = []
     for split, documents in summary["documents"].items():
-        size, tokens, windows = (summary[key][split] for key in ("bytes", "tokens", "windows"))
-        lines.append(f"{split}: {sum(documents):,} documents, {size:,} bytes, {tokens:,} tokens, {windows:,} windows")
+        numbers = [format_count(sum(documents), "document")]
+        numbers += [format_count(summary[f"{noun}s"][split], noun) for noun in ("byte", "token", "window")]
+        lines.append(f"{split}: {', '.join(numbers)}")
     if len(domains) > 1:
         lines.append(describe_counts("domains", summary["documents"], domains))
         if summary.get("unused") and "domain_bytes" in summary:
@@ -76,4 +78,4 @@ def text_summary_lines(summary: Mapping[str, Any], domains: Sequence[str]) -> li
 
 def _count(count: int, what: str, more: str = "") -> str:
     """Return a count with its noun, in the plural if needed; an empty string for zero."""
-    return f"{count:,} {what}{'s' * (count != 1)}{more}" if count else ""
+    return format_count(count, what) + more if count else ""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config import Recipe
+from ...errors import format_count
 from ...files import read_json
 from ...storage.lease import acquire_lease_when_free
 from ...storage.run_directory import PhaseDir, RunDir
@@ -136,7 +137,7 @@ class Replay:
             position = self.positions.get(row["key"], _Position())
             if position.steps or position.done:
                 state = "finished" if position.done else "not finished"
-                yield f"{row['title']}: {state}, {position.steps} steps, {position.added} of them new"
+                yield f"{row['title']}: {state}, {format_count(position.steps, 'step')}, {position.added:,} of them new"
 
     @property
     def group(self) -> str:
