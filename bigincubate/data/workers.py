@@ -77,6 +77,7 @@ def limit_wait(processes: Callable[[], Iterable[BaseProcess]]) -> Iterator[None]
     except (EOFError, ConnectionError, FileNotFoundError) as error:  # of the socket of a worker that has just ended
         if "DataLoader worker" in str(error):  # an error that the worker has raised and reported
             raise
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch may not have reported the worker yet
         raise SystemResourceError(f"a loader worker was killed or ended early; {LOG_OR_MEMORY}; {RESUME}") from error
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

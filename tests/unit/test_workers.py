@@ -23,7 +23,12 @@ from bigincubate.data import prepare, process_pool, workers
 from bigincubate.data.dataset import open_dataset
 from bigincubate.data.file_locks import file_lock
 from bigincubate.data.streams import TrainStream
-from bigincubate.data.workers import check_shared_memory, describe_worker_failure, explain_worker_failures
+from bigincubate.data.workers import (
+    check_shared_memory,
+    describe_worker_failure,
+    explain_worker_failures,
+    limit_wait,
+)
 from bigincubate.distributed import process_group
 from bigincubate.errors import RankTimeoutError, SystemResourceError
 from bigincubate.tasks.image_classification.views import TrainTransform
@@ -149,6 +154,27 @@ def test_worker_that_is_ended_or_suspended_is_named(
     found = in_a_child(train)
     assert re.search(says, found), found
     assert "\n" not in found
+
+
+def test_worker_that_has_ended_is_not_reported_twice(digits: Path) -> None:
+    """Its socket fails, and then the system says that the worker has ended."""
+
+    def train() -> str:
+        with batches(digits) as loaded:
+            next(loaded)
+            report = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for child in multiprocessing.active_children():
+                os.kill(child.pid or 0, signal.SIGKILL)
+                os.waitid(os.P_PID, child.pid or 0, os.WEXITED | os.WNOWAIT)
+            signal.signal(signal.SIGCHLD, report)
+            try:
+                with limit_wait(list):
+                    raise EOFError
+            except SystemResourceError as error:
+                os.kill(os.getpid(), signal.SIGCHLD)
+                return str(error)
+
+    assert re.search("killed or ended early", in_a_child(train))
 
 
 def test_only_the_main_process_ends_workers(digits: Path, worker_pids: Callable[[], list[int]]) -> None:
