@@ -187,7 +187,7 @@ def without_a_name() -> None:
 def die_at_write(moment: int, delay: float = 0) -> None:
     """``kill -9`` before the ``moment``-th call that makes something last: an fsync, a rename, a removal.
 
-    With a delay, the process first goes on for that many seconds, or until the sixth such call after the moment.
+    With a delay, the process dies that many seconds later, or at the sixth such call after the moment.
     """
     import shutil
 

@@ -96,9 +96,9 @@ def reached(harness: Any, step: int, phase: str, module: int | None = None) -> C
 
 
 def kill_at_random(other: Any, phase: str, module: int | None, seed: int, kills: int) -> None:
-    """Kill often and anywhere: every other time inside a save.
+    """Kill often and anywhere: every other time exactly at a write.
 
-    Moments are counted in writes, not in seconds: even an attempt that has no step left makes 60 of them.
+    Moments are counted in writes, not in seconds: an attempt that starts after one of these kills makes enough of them.
     """
     moments = random.Random(seed)
     for number in range(kills):

@@ -210,7 +210,7 @@ def has_image_signature(head: bytes) -> bool:
 def is_image_file(path: str) -> bool:
     """Return whether a file is an image by its suffix, or by its first bytes if the suffix is not that of an image.
 
-    A file whose first bytes cannot be read counts as one, so that it is reported instead of left out silently.
+    A file without a suffix whose first bytes cannot be read counts as one, so that it is not left out silently.
     """
     if has_image_suffix(path):
         return True
@@ -220,7 +220,7 @@ def is_image_file(path: str) -> bool:
         with open(path, "rb") as file:
             return has_image_signature(file.read(12))
     except OSError as error:
-        return error.errno not in MISSING_OR_WRONG_TYPE
+        return not os.path.splitext(path)[1] and error.errno not in MISSING_OR_WRONG_TYPE
 
 
 def walk_files(folder: Path) -> Iterator[str]:
