@@ -6,11 +6,14 @@ The command line prints only the message, not a traceback: one line that says wh
 from __future__ import annotations
 
 import errno
+import os
 import shlex
 import shutil
 from enum import IntEnum
+from pathlib import Path
 
 RETRY = "then run the same command again"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Exit(IntEnum):
@@ -115,16 +118,27 @@ def format_os_error(error: OSError) -> str:
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree, one entry for each file
         return str(error.args[0][0][-1])
     reason = error.strerror or str(error)
-    return f"{error.filename}: {reason}" if error.filename else reason
+    # the second name is the target of a copy
+    name = error.filename2 if error.errno in DISK_IS_FULL and error.filename2 else error.filename
+    return f"{name}: {reason}" if name else reason
 
 
 def describe_solution(error: OSError) -> str:
-    """Return what a user can do about an error of the operating system; empty if the reason says it already."""
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return "change its permissions" if error.filename else "change the permissions"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Return what a user can do about an error of the operating system; empty if there is no general advice."""
+    if isinstance(error, PermissionError):
+        return f"change {_describe_permissions(error.filename)}"
+    if error.errno in DISK_IS_FULL:
         return "free some disk space"
-    return "fix the problem" if error.errno in (errno.EIO, errno.ESTALE) else ""
+    return "check the disk or the network file system" if error.errno in (errno.EIO, errno.ESTALE) else ""
+
+
+def _describe_permissions(path: object) -> str:
+    """Return which permissions deny an operation on a path: its own, or those of a folder if it does not exist."""
+    if not isinstance(path, str | os.PathLike):
+        return "the permissions"
+    first = Path(os.path.abspath(path))
+    found = next((each for each in (first, *first.parents) if os.path.lexists(each)), first)
+    return "its permissions" if found == first else f"the permissions of {found}"
 
 
 def check_integer(name: str, value: object, least: int = 1) -> None:

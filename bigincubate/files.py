@@ -11,11 +11,10 @@ import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 from .errors import RETRY, BigincubateError, ConfigError, SystemResourceError, describe_solution, format_os_error
@@ -168,6 +167,38 @@ def unreadable_error(error: OSError, path: Path, missing: type[BigincubateError]
     return SystemResourceError(f"{text}; {describe_solution(error) or 'fix the problem'}, {RETRY}")
 
 
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Name a path in errors of the operating system that name none, such as those of a full disk.
+
+    Raises:
+        OSError: Such an error was raised.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def raise_os_errors() -> Iterator[None]:
+    """Raise errors of the operating system as such.
+
+    safetensors and tokenizers, which are written in Rust, have their own classes for them.
+
+    Raises:
+        OSError: There was such an error, for example a full disk.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+
+
 def regular_file_size(path: Path) -> int:
     """Return the size of a regular file in bytes.
 
@@ -222,10 +253,12 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
     """
     make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    # not mkstemp, which ignores the umask
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:  # not mkstemp, which ignores the umask
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path.parent)) from None
     try:
-        with os.fdopen(handle, "w") as file:
+        with name_in_errors(path), os.fdopen(handle, "w") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -295,30 +328,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-Types = Mapping[str, type | UnionType]
-"""The type of the value of each key that an object has at least; a float may be an integer, as in JSON."""
-
-
-def has_types(value: Any, types: Types) -> bool:
-    """Return whether a value that was read from JSON is an object that has these keys with values of these types.
-
-    Numbers must be finite and have at most 64 bits.
-    """
-    return isinstance(value, dict) and all(
-        key in value and _has_type(value[key], float | int if kind is float else kind) for key, kind in types.items()
-    )
-
-
-def _has_type(value: Any, kind: type | UnionType) -> bool:
-    return isinstance(value, kind) and (not isinstance(value, int | float) or abs(value) < 2**63)
-
-
-def read_json_lines(path: Path, types: Types | None = None, last_bytes: int | None = None) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, last_bytes: int | None = None) -> list[dict[str, Any]]:
     """Return the objects that :func:`append_json_line` wrote, without lines that a crash damaged.
 
     Args:
         path: The file; there are no objects if it is missing.
-        types: What every object has. Other lines are damaged.
         last_bytes: Number of bytes at the end of the file to read; None to read all of it.
 
     Raises:
@@ -333,7 +347,7 @@ def read_json_lines(path: Path, types: Types | None = None, last_bytes: int | No
         file.seek(0 if last_bytes is None else max(0, os.fstat(file.fileno()).st_size - last_bytes))
         for line in file.read().splitlines():  # a damaged line may not be UTF-8
             with suppress(ValueError, RecursionError):
-                if has_types(row := json.loads(line), types or {}):
+                if isinstance(row := json.loads(line), dict):
                     rows.append(row)
     return rows
 
@@ -354,8 +368,9 @@ def append_json_line(path: Path, value: Any) -> None:
         _check_is_regular(status, path)
         if (size := status.st_size) and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
-        while line:  # the first write is short only on a full disk; the next one then raises the error
-            line = line[os.write(handle, line) :]
+        with name_in_errors(path):
+            while line:  # the first write is short only on a full disk; the next one then raises the error
+                line = line[os.write(handle, line) :]
     finally:
         os.close(handle)
 
@@ -367,7 +382,7 @@ def write_and_hash(path: Path, chunks: Iterable[Any]) -> dict[str, Any]:
         The manifest entry of the file: ``size`` (bytes) and ``sha256``.
     """
     digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
+    with name_in_errors(path), path.open("wb") as file, ThreadPoolExecutor(1) as hasher:
         for chunk in chunks:
             hashed = hasher.submit(digest.update, chunk)
             size += file.write(chunk)
@@ -381,7 +396,8 @@ def fsync_path(path: Path) -> None:
     """Sync a file, or the entries of a directory, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with name_in_errors(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

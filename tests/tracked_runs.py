@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from records import make_plan, make_result
+
 from bigincubate.config import load_recipe
 from bigincubate.files import append_json_line, write_json
 from bigincubate.storage.run_directory import PhaseDir, RunDir
@@ -17,13 +19,10 @@ def make_run(folder: Path, *sets: str) -> RunDir:
     """Return a run of two modules that has a plan and no metrics."""
     run, recipe = RunDir(folder), load_recipe("digits", sets)
     run.create(recipe)
-    rows: list[dict[str, Any]] = []
-    for key in KEYS:
-        phase, _, module = key.partition("/")
-        row = {"key": key, "phase": phase, "module": int(module) if module else None, "title": key.replace("/", " ")}
-        identity = {"phase": key, "train.lr": recipe.settings(phase).train.lr}  # type: ignore[arg-type]
-        rows.append({**row, "identity": identity, "data": "d" * 64, "steps": 8, "unit": "images", "metrics": []})
-    write_json(run.path / "plan.json", {"recipe": recipe.name, "data": "d" * 64, "rows": rows})
+    plan = make_plan(*KEYS)
+    for row in plan["rows"]:
+        row["identity"] = {"phase": row["key"], "train.lr": recipe.settings(row["phase"]).train.lr}
+    write_json(run.path / "plan.json", {"recipe": recipe.name, **plan})
     return run
 
 
@@ -42,7 +41,7 @@ def log(run: RunDir, key: str, *steps: int, loss: float = 1.0) -> None:
 
 def finish(run: RunDir, key: str, steps: int = 8) -> None:
     metrics = {"top1": 91.5, "loss": 0.25}
-    phase_of(run, key).write_result({"metrics": metrics, "headline": "top1", "steps": steps, "seconds": 3.5})
+    phase_of(run, key).write_result(make_result(metrics=metrics, steps=steps, seconds=3.5))
 
 
 def finished_run(folder: Path) -> RunDir:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from ..errors import ArtifactError, DamagedError
+from ..errors import ArtifactError, DamagedError, format_count
 from .app import MAX_COUNT, CheckpointsArgument, JsonOption, checkpoint_app, console, parse_path, say, say_json
 
 
@@ -37,7 +37,7 @@ def checkpoint_verify(folder: CheckpointsArgument) -> None:
         if row["problem"] is None:
             say(f"valid  {row['path']}")
     if damaged := [row["problem"] for row in rows if row["problem"] is not None]:
-        raise DamagedError(f"{len(damaged)} of {len(rows)} checkpoints are damaged: {'; '.join(damaged)}")
+        raise DamagedError(f"damaged: {len(damaged)} of {format_count(len(rows), 'checkpoint')}: {'; '.join(damaged)}")
 
 
 @checkpoint_app.command("convert")
@@ -52,7 +52,7 @@ def checkpoint_convert(
     from ..storage.checkpoint_tools import convert_checkpoint
 
     convert_checkpoint(checkpoint, out, ranks=ranks)
-    say(f"{out}: converted from {checkpoint} to {ranks} file{'s' if ranks > 1 else ''}")
+    say(f"{out}: converted from {checkpoint} to {format_count(ranks, 'file')}")
 
 
 @checkpoint_app.command("prune")

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from ..config import Phase
 from ..config.seeds import phase_key
 from ..errors import ArtifactError
-from ..files import read_json
 from ..storage.artifacts import Lineage, load_manifest
 from ..storage.run_directory import RunDir
 
@@ -19,8 +18,7 @@ def expected_lineage(run: RunDir, phase: Phase, module: int | None = None) -> Li
     Raises:
         ArtifactError: The plan does not have the phase, or an artifact that the phase reads is missing or damaged.
     """
-    rows = (read_json(run.path / "plan.json") or {}).get("rows", [])
-    row = next((row for row in rows if row["key"] == phase_key(phase, module)), None)
+    row = next((row for row in run.planned_rows if row["key"] == phase_key(phase, module)), None)
     if row is None:
         raise ArtifactError(f"{phase_key(phase, module)} is not in the plan of {run.path}")
     inputs = {

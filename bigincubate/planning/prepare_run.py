@@ -140,8 +140,7 @@ def check_plan_unchanged(run: RunDir, planned: PlannedRow) -> None:
 
 def _is_planned(run: RunDir, planned: PlannedRow) -> bool:
     """Return whether ``plan.json`` has this phase, with this identity and data."""
-    rows = (read_json(run.path / "plan.json") or {}).get("rows", [])
-    found: dict[str, Any] = next((row for row in rows if row["key"] == planned.key), {})
+    found: dict[str, Any] = next((row for row in run.planned_rows if row["key"] == planned.key), {})
     return (found.get("identity"), found.get("data")) == (planned.identity, planned.data)
 
 
@@ -160,10 +159,11 @@ def _check_change(
     """
     if not run.begun:
         return
-    if stored is not None and "data" in stored and stored["data"] != data.digest:
+    other = stored and stored.get("data")
+    if isinstance(other, str) and other != data.digest:
         raise ConfigError(
             f"{quote_path(run.path)} was created with other data than {quote_path(data.path)}"
-            f" (digest {stored['data'][:12]}…, now {data.digest[:12]}…); use another --run-dir, or the original data"
+            f" (digest {other[:12]}…, now {data.digest[:12]}…); use another --run-dir, or the original data"
         )
     before = run.load_recipe()
     if changed := differences(before, recipe):

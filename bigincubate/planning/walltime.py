@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-from ..files import expand_path, read_json
+from ..files import expand_path
 from ..storage.run_directory import RunDir
 from .planned_row import PlannedRow
 
@@ -89,7 +89,7 @@ def measured_flops_per_second(run: RunDir) -> dict[str, float]:
     """
     recipe = run.load_recipe()
     found = {}
-    for row in (read_json(run.path / "plan.json") or {}).get("rows", []):
+    for row in run.planned_rows:
         result = run.phase(row["phase"], row["module"]).result
         if result and result["seconds"] and result["flops"]:
             found[row["key"]] = result["flops"] / result["seconds"]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from ..errors import ExternalError
-from ..files import read_json
+from ..errors import ArtifactError, ExternalError
 from ..launchers.slurm.client import run_slurm_command
+from ..launchers.slurm.submission_log import SubmissionLog
 from ..storage.run_directory import RunDir
 
 # the name is last because it may contain the separator
@@ -81,13 +82,14 @@ def query_usage(run: RunDir) -> dict[str, JobUsage]:
     """Ask ``sacct`` what the jobs of a run used.
 
     Returns:
-        The usage by the key of the phase; empty if nothing was submitted, or Slurm does not record or answer.
+        The usage by the key of the phase; empty if nothing was submitted, if this is unknown because the log of
+        submissions is damaged, or if Slurm does not record or answer.
     """
-    submitted = (read_json(run.path / "jobs.json") or {}).get("jobs", ())
     clusters: dict[str | None, dict[str, str]] = {}
-    for entry in submitted:
-        if entry["job"] is not None:
-            clusters.setdefault(entry.get("cluster"), {})[entry["job"]] = entry["kind"]
+    with suppress(ArtifactError):
+        for entry in SubmissionLog.read(run).jobs:
+            if entry.job is not None:
+                clusters.setdefault(entry.cluster, {})[entry.job] = entry.kind
     attempts: list[JobAttempt] = []
     for cluster, jobs in clusters.items():
         # without --duplicates only the last start of a requeued job is listed; a group may share a run

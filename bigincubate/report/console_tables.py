@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from ..errors import format_count
 from ..tasks.metric import Metric, planned_metrics
 from .units import format_flops_column, format_time
 
@@ -170,7 +172,8 @@ def ways_table(plan: dict[str, Any]) -> Table:
     heads = [f"total {unit}", f"path {unit}", "MiB before", "MiB last"]
     heads += [f"path {unit}, DP", "GB before, DP", "GB last, DP"] if connected else []
     heads += ["GPU-hours", "h:mm:ss"] if timed else []
-    table = TextTable(f"{plan['recipe']}: ways to train the target with {ways[0]['workers']} workers", ["way", *heads])
+    workers = format_count(ways[0]["workers"], "worker")
+    table = TextTable(f"{plan['recipe']}: ways to train the target with {workers}", ["way", *heads])
     for way, *flops in zip(ways, *(amounts[at :: len(keys)] for at in range(len(keys))), strict=True):
         cells = [way["title"], *flops[:2], _mib(way["memory_before"]), _mib(way["memory_last"])]
         if connected:
@@ -183,7 +186,7 @@ def ways_table(plan: dict[str, Any]) -> Table:
 
 def cluster_table(cluster: dict[str, Any]) -> Table:
     """Return a table of the estimated durations on a cluster."""
-    title = f"on {cluster['gpus']:,} GPUs: training only, assuming linear scaling"
+    title = f"on {format_count(cluster['gpus'], 'GPU')}: training only, assuming linear scaling"
     table = TextTable(title, ["phase", "GPUs", "h:mm:ss", "GPU-hours"])
     for each in cluster["phases"]:
         used = each["gpus"] * each["seconds"] / 3600
@@ -345,5 +348,7 @@ def _number(value: float | None, form: str) -> str:
 def _duration(seconds: float | None) -> str:
     if seconds is None:
         return "-"
+    if not math.isfinite(seconds):  # a measured rate is damaged
+        return "unknown"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

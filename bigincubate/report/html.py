@@ -95,11 +95,15 @@ def figure(drawing: str, caption: str) -> Markup:
 
 
 def html_page(title: str, *parts: object) -> str:
-    """Return a complete HTML page that does not load other files."""
+    """Return a complete HTML page that does not load other files.
+
+    Lone surrogates, which Python uses for bytes of file names that are not UTF-8, are written as escape sequences.
+    """
     style = (Path(__file__).with_name("page.css")).read_text()
     head = join_markup(
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         tag("title", title),
         tag("style", Markup(style)),
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{tag("main", *parts)}</body></html>\n'
+    page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{tag("main", *parts)}</body></html>\n'
+    return page.encode(errors="backslashreplace").decode()

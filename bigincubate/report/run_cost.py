@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..errors import format_count
-from ..files import read_json
 from ..planning.job_graph import Job
 from ..storage.run_directory import START_RATE, PhaseDir, RunDir
 from .units import format_duration, format_quantity
@@ -20,7 +19,7 @@ def describe_cost(run: RunDir, graph: Sequence[Job]) -> str:
     """Return the number of phases, optimizer steps and FLOPs of a run, and how many of the phases are done."""
     steps, flops = sum(job.steps for job in graph), sum(job.total_flops for job in graph)
     done = sum(run.phase(job.phase, job.module).result is not None for job in graph)
-    finished = f"; {done} of the phases are done" if done else ""
+    finished = f"; {done} of them done" if done else ""
     numbers = f"{format_count(len(graph), 'phase')}, {format_count(steps, 'step')}"
     return f"{numbers}, {format_quantity(flops, 'FLOP')} of training{finished}"
 
@@ -80,8 +79,9 @@ class TimeEstimate:
         (first, modified), metrics = self.starts[job.key], folder.read_last_metrics()
         if metrics.get("step", 0) > first and "perf/gflops" in metrics:
             return 1e9 * float(metrics["perf/gflops"])
-        start = read_json(folder.path / START_RATE) if _modified(folder) != modified else None
-        return 1e9 * float(start["gflops"]) if start else None
+        if _modified(folder) == modified or (rate := folder.start_rate) is None:
+            return None
+        return 1e9 * rate
 
     def _share_left(self, job: Job) -> float:
         """Return the share of a phase's steps that are left."""

@@ -133,7 +133,7 @@ class PhaseData:
     @property
     def sent_gradients(self) -> float:
         """Return the bytes of gradients that each rank has passed to all-reduce; 0 if there was one rank."""
-        several = any(attempt.get("world", 1) > 1 for attempt in self.attempts)
+        several = any(attempt["world"] > 1 for attempt in self.attempts)
         steps = self.spent["seen"] / self.planned["batch_units"]
         return steps * self.planned["cost"]["allreduce_bytes"] if several else 0.0
 
@@ -141,13 +141,12 @@ class PhaseData:
     def device_seconds(self) -> tuple[float, str] | None:
         """Return the seconds multiplied by the number of GPUs or CPU cores in use, and ``"GPU"`` or ``"core"``.
 
-        None if the attempts used different devices or did not record them.
+        None if there are no attempts, or they used different devices.
         """
-        keys = ("device", "world", "threads")
-        layouts = [tuple(map(each.get, keys)) for each in self.attempts]
-        if len(set(layouts)) != 1 or None in layouts[0]:
+        layouts = {(each["device"], each["world"], each["threads"]) for each in self.attempts}
+        if len(layouts) != 1:
             return None
-        device, world, threads = (self.attempts[0][key] for key in keys)
+        device, world, threads = layouts.pop()
         cores = device.startswith("CPU")
         return self.spent["seconds"] * world * (threads if cores else 1), "core" if cores else "GPU"
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ArtifactError, Exit, ExternalError, format_command
-from ..files import read_json
 from ..launchers.slurm.job_logs import count_gate_failures, read_job_trace
 from ..launchers.slurm.submission_log import QueuedJob, list_queued_jobs
 from ..storage.checkpoint_verification import find_committed
@@ -137,8 +136,8 @@ def read_plan(run: RunDir) -> dict[str, Any]:
         ArtifactError: This is not a run directory, it has no plan yet, or the plan is damaged.
     """
     file = run.path / "plan.json"
-    plan = read_json(file)
-    if plan is None or not {"rows", "data"} <= plan.keys():
+    plan = run.read_plan()
+    if plan is None:
         run.load_recipe()
         if os.path.lexists(file):
             again = format_command("run", run.recipe_file, "--run-dir", run.path)

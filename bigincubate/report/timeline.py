@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import format_count
+from ..storage.record_types import STRAGGLER_TYPES, ListOf, MapOf, Types, has_types
 from .console_tables import format_ranges, format_stragglers
 from .run_data import PhaseData, RunData
 
@@ -16,20 +16,41 @@ ENDS = {
     "running": "stopped without a message (killed, or the machine failed)",
     "failed": "failed",
 }
-EVENTS = {  # texts for the rows of ``events.jsonl``
-    "created": "created from the recipe {recipe}",
-    "forked": "forked from {source}",
-    "collected": "{title}: collected from {source}",
-    "recipe_changed": "recipe changed: {changes}",
-    "done": "{title}: done after {steps}",
-    "shared_loader": "co-trained: {made:,} batches made, {sent:,} sent to modules",
-    "partial_assembly": "{title}: evaluated together with the finished modules ({joined})",
-    "rolled_back": "{title}: too many non-finite gradients at step {step:,}; returned to step {to:,}",
-    "stragglers": "{title}: {stragglers}",
-    "made_again": "{title}: created again: {reason}",
-    "submitted": "submitted: job {job} ({kind}{modules})",
-    "cancelled": "canceled: {jobs}",
-    "baseline": "an end-to-end baseline was requested",
+
+
+@dataclass(frozen=True)
+class EventKind:
+    """A kind of events in ``events.jsonl``.
+
+    Attributes:
+        text: The text of an event, with the names of its fields, which `_format_field` formats.
+        types: The types of these fields.
+    """
+
+    text: str
+    types: Types = field(default_factory=dict)
+
+
+EVENTS = {
+    "created": EventKind("created from the recipe {recipe}", {"recipe": str}),
+    "forked": EventKind("forked from {source}", {"source": str}),
+    "imported": EventKind("{phase}: imported from {files}", {"phase": str, "files": MapOf(str)}),
+    "collected": EventKind("{phase}: collected from {source}", {"phase": str, "source": str}),
+    "recipe_changed": EventKind("recipe changed: {changes}", {"changes": ListOf(str)}),
+    "done": EventKind("{phase}: done after {steps}", {"phase": str, "steps": int}),
+    "shared_loader": EventKind("co-trained: {made} made, {sent} sent to modules", {"made": int, "sent": int}),
+    "partial_assembly": EventKind(
+        "{phase}: evaluated together with the finished modules ({joined})", {"phase": str, "joined": ListOf(int)}
+    ),
+    "rolled_back": EventKind(
+        "{phase}: too many non-finite gradients at step {step}; returned to step {to}",
+        {"phase": str, "step": int, "to": int},
+    ),
+    "stragglers": EventKind("{phase}: {stragglers}", {"phase": str, "stragglers": ListOf(STRAGGLER_TYPES)}),
+    "made_again": EventKind("{phase}: created again: {reason}", {"phase": str, "reason": str}),
+    "submitted": EventKind("submitted: job {job} ({kind}{modules})", {"job": str, "kind": str, "modules": ListOf(int)}),
+    "cancelled": EventKind("canceled: {jobs}", {"jobs": ListOf(str)}),
+    "baseline": EventKind("an end-to-end baseline was requested"),
 }
 FAULTS = ("rolled_back", "made_again", "cancelled")
 
@@ -72,7 +93,8 @@ def _attempts(phase: PhaseData) -> Iterator[TimelineEvent]:
             why = f": {attempt['error']}" if attempt.get("error") else ""
             yield TimelineEvent(attempt["time"], f"{attempt_name}: {ENDS.get(state, ENDS['running'])}{why}", fault=True)
     for requeue in phase.requeues:
-        where = f"step {requeue['checkpoint']}" if requeue["checkpoint"] is not None else "the beginning"
+        checkpoint = requeue["checkpoint"]
+        where = "the beginning" if checkpoint is None else f"step {checkpoint}"
         text = f"{phase.title}: requeued to resume from {where}: {requeue['reason']}"
         yield TimelineEvent(requeue["time"], text, fault=True)
 
@@ -82,25 +104,34 @@ def _event(event: dict[str, Any], titles: dict[str, str]) -> TimelineEvent:
 
     Only the kind is given for an event that this version does not know, or whose fields are damaged.
     """
-    kind = event["event"]
-    text = kind.replace("_", " ")
-    if kind in EVENTS:
-        with suppress(AttributeError, KeyError, TypeError, ValueError, OverflowError):
-            text = EVENTS[kind].format(**_event_fields(event, titles))
-    return TimelineEvent(event["time"], text, fault=kind in FAULTS)
+    name = event["event"]
+    text, kind = name.replace("_", " "), EVENTS.get(name)
+    if kind is not None and has_types(event, kind.types):
+        text = kind.text.format(**{key: _format_field(key, event[key], titles) for key in kind.types})
+    return TimelineEvent(event["time"], text, fault=name in FAULTS)
 
 
-def _event_fields(event: dict[str, Any], titles: dict[str, str]) -> dict[str, Any]:
-    """Return the values for the text of an event."""
-    phase, modules, jobs = event.get("phase", ""), event.get("modules"), event.get("jobs", ())
-    fields = event | {
-        "title": titles.get(phase, phase),
-        "changes": "; ".join(event.get("changes", ())),
-        "jobs": f"job{'s' * (len(jobs) != 1)} {', '.join(jobs)}",
-        "joined": format_ranges(event.get("joined", [])),
-        "stragglers": format_stragglers(event.get("stragglers", [])) or "the ranks are equally fast again",
-        "modules": f", modules {format_ranges(modules)}" if modules else "",
-    }
-    if "steps" in event:
-        fields["steps"] = format_count(event["steps"], "step")
-    return fields
+def _format_field(key: str, value: Any, titles: dict[str, str]) -> str:
+    """Return the text of a field of an event."""
+    match key:
+        case "phase":
+            return titles.get(value, value)
+        case "files":
+            return ", ".join(value)
+        case "changes":
+            return "; ".join(value)
+        case "jobs":
+            return f"{'job' if len(value) == 1 else 'jobs'} {', '.join(value)}"
+        case "joined":
+            return format_ranges(value)
+        case "modules":
+            return f", modules {format_ranges(value)}" if value else ""
+        case "stragglers":
+            return format_stragglers(value) or "the ranks are equally fast again"
+        case "steps":
+            return format_count(value, "step")
+        case "made":
+            return format_count(value, "batch")
+        case "step" | "to" | "sent":
+            return f"{value:,}"
+    return str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from datetime import datetime, tzinfo
 
@@ -56,6 +57,8 @@ def format_time(seconds: float, zone: tzinfo | None = None) -> str:
 
 def format_duration(seconds: float) -> str:
     """Format seconds, such as ``58.9 s``, ``4 min 33 s``, ``3 h 05 min`` or ``2 d 07 h``."""
+    if not math.isfinite(seconds):  # a measured rate is damaged
+        return "unknown"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -124,7 +124,7 @@ def _last_step_before_decay(phase: Path) -> int | None:
     """Return the step after which a phase begins to decay, from the plan of its run; None if the plan has no phase."""
     phase = phase.resolve()
     for run in map(RunDir, phase.parents[:2]):  # modules are one folder deeper than other phases
-        for row in (read_json(run.path / "plan.json") or {}).get("rows", []):
+        for row in run.planned_rows:
             if run.phase(row["phase"], row["module"]).path == phase:
                 steps: int = row["stable_steps"]
                 return steps

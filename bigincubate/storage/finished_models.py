@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArtifactError, format_command
-from ..files import check_is_file, hash_file, quote_path, read_json
+from ..files import check_is_file, hash_file, quote_path
 from .artifacts import load_manifest
 from .run_directory import RunDir
 
@@ -106,20 +105,21 @@ def describe_training(source: str) -> dict[str, Any]:
     """
     run, flops = RunDir(Path(source)), None
     if not is_hub_name(source) and run.recipe_file.exists():
-        with suppress(LookupError, TypeError, ValueError, AttributeError):  # its plan is damaged
-            flops = _training_flops(run)
+        flops = _training_flops(run)
     return {"source": source, "flops": flops}
 
 
 def _training_flops(run: RunDir) -> int | None:
     """Return the training FLOPs of a run's final model, or None if they are unknown."""
-    plan, artifact = read_json(run.path / "plan.json") or {}, best_artifact(run)
+    plan, artifact = run.read_plan(), best_artifact(run)
+    if plan is None:
+        return None
     alone = artifact == run.phase("end_to_end").artifact
-    rows = [row for row in plan.get("rows", []) if (row["phase"] == "end_to_end") == alone]
+    rows = [row for row in plan["rows"] if (row["phase"] == "end_to_end") == alone]
     results = [run.phase(row["phase"], row["module"]).result for row in rows]
     before: int | None = 0
     if load_manifest(artifact).model.initial_weights is not None:
-        before = plan.get("initial_weights", {}).get("flops")
+        before = (plan.get("initial_weights") or {"flops": None})["flops"]
     if before is None or not results or None in results:
         return None
     return before + sum(result["flops"] for result in results if result)

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import LockedError
 from ..files import read_json, write_text
+from .record_types import Types, has_types
 
 if TYPE_CHECKING:
     from ..distributed.process_group import DistributedContext
@@ -33,6 +34,18 @@ logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 60.0  # seconds without a heartbeat after which an owner of unknown state counts as ended
 HEARTBEAT_SECONDS = 5.0  # seconds between heartbeats
+
+
+OWNER_TYPES: Types = {
+    "host": str,
+    "space": str | None,
+    "pid": int,
+    "started": str | None,
+    "user": int,
+    "cluster": str | None,
+    "job": str | None,
+    "restarts": int,
+}
 
 
 class JobQueue:
@@ -116,7 +129,7 @@ class Lease:
         if self.path is None or self.is_held():
             return
         folder = self.path.parent
-        new_owner = read_json(folder / f"{_newest_generation(folder)}.json")
+        new_owner = _read_owner(folder / f"{_newest_generation(folder)}.json")
         name = _describe_owner(new_owner) if new_owner else "a process that has since ended"
         raise LockedError(
             f"{folder.parent} was taken over by {name} while this process sent no heartbeat; this process stops"
@@ -209,7 +222,7 @@ def _acquire_alone(folder: Path, queue: JobQueue = NO_JOBS) -> Lease:
     while True:
         last = _newest_generation(owners)
         last_path = owners / f"{last}.json"
-        if (owner := read_json(last_path)) and _wait_whether_alive(owner, last_path, queue):
+        if (owner := _read_owner(last_path)) and _wait_whether_alive(owner, last_path, queue):
             raise LockedError(f"{folder} belongs to {_describe_owner(owner)}; wait for it, or stop it first")
         path = owners / f"{last + 1}.json"
         content = {**describe_process(os.getpid(), queue), "claim": uuid.uuid4().hex}
@@ -221,6 +234,12 @@ def _acquire_alone(folder: Path, queue: JobQueue = NO_JOBS) -> Lease:
 
 def _newest_generation(owners: Path) -> int:
     return max((int(name[:-5]) for name in os.listdir(owners) if name[:-5].isdecimal()), default=0)
+
+
+def _read_owner(path: Path) -> dict[str, Any] | None:
+    """Return the owner that a file names, or None if it has released the lease, or the file is damaged."""
+    owner = read_json(path)
+    return owner if has_types(owner, OWNER_TYPES) else None
 
 
 def _describe_owner(owner: dict[str, Any]) -> str:
@@ -236,7 +255,7 @@ def current_owner(folder: Path, queue: JobQueue = NO_JOBS) -> str | None:
     if not owners.is_dir():
         return None
     path = owners / f"{_newest_generation(owners)}.json"
-    found = read_json(path)
+    found = _read_owner(path)
     return _describe_owner(found) if found and _is_alive(found, path, queue) is not False else None
 
 
@@ -271,7 +290,7 @@ def _wait_whether_alive(owner: dict[str, Any], path: Path, queue: JobQueue) -> b
     announced = False
     while (waited := time.monotonic() - began) + silence <= LEASE_SECONDS:
         if _last_heartbeat(path) != first:
-            return bool(read_json(path))  # the file is empty if the owner has just released the lease
+            return bool(_read_owner(path))  # the file is empty if the owner has just released the lease
         if not announced and waited > 2 * HEARTBEAT_SECONDS:
             announced = True
             left = LEASE_SECONDS - silence - waited

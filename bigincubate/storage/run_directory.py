@@ -45,9 +45,7 @@ from typing import Any
 from ..config import Phase, Recipe, differences, load_recipe
 from ..errors import ArtifactError, ConfigError, DataError
 from ..files import (
-    Types,
     append_json_line,
-    has_types,
     is_present,
     list_folder,
     quote_path,
@@ -57,16 +55,24 @@ from ..files import (
     write_text,
 )
 from .lease import current_owner
+from .record_types import (
+    ATTEMPT_TYPES,
+    EVENT_TYPES,
+    METRIC_TYPES,
+    PARTIAL_TYPES,
+    PLAN_TYPES,
+    REQUEUE_TYPES,
+    RESULT_TYPES,
+    STRAGGLER_TYPES,
+    ListOf,
+    Types,
+    has_phases,
+    has_types,
+    keep_numbers,
+)
 
 START_RATE = "start_rate.json"
 FOLDERS: dict[str, str] = {"pretrain": "meta", "finetune": "finetune", "end_to_end": "end_to_end"}
-
-# values that what is read from a file has at least
-RESULT_TYPES: Types = {"metrics": dict, "steps": int, "seconds": float}
-METRIC_TYPES: Types = {"step": int}
-REQUEUE_TYPES: Types = {"time": float, "job": str, "code": int, "checkpoint": int | None, "reason": str}
-EVENT_TYPES: Types = {"time": float, "event": str}
-ATTEMPT_TYPES: Types = {"state": str, "host": str, "time": float}
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class PhaseDir:
         Raises:
             OSError: The file cannot be read.
         """
-        return _keep_numbers(read_json_lines(self.metrics, METRIC_TYPES))
+        return keep_numbers(_read_objects(self.metrics, METRIC_TYPES))
 
     def read_last_metrics(self) -> dict[str, Any]:
         """Return the latest value of each metric in the last rows that were logged; empty if there are none.
@@ -109,9 +115,15 @@ class PhaseDir:
             OSError: The file cannot be read.
         """
         values: dict[str, Any] = {}
-        for row in _keep_numbers(read_json_lines(self.metrics, METRIC_TYPES, last_bytes=4096)):
+        for row in keep_numbers(_read_objects(self.metrics, METRIC_TYPES, last_bytes=4096)):
             values |= row
         return values
+
+    @property
+    def start_rate(self) -> float | None:
+        """Return the GFLOP/s in the first steps of the last attempt, or None if they are not measured yet."""
+        found = _read_object(self.path / START_RATE, {"gflops": float})
+        return None if found is None else float(found["gflops"])
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -149,7 +161,7 @@ class PhaseDir:
 
         The assembly consisted of the modules in ``joined`` (including this one), and the meta model in place of others.
         """
-        return _read_object(self.path / "partial.json", {"joined": list, "metrics": dict})
+        return _read_object(self.path / "partial.json", PARTIAL_TYPES)
 
     def write_partial(self, scores: dict[str, Any]) -> None:
         """Write the score of the partial assembly."""
@@ -158,7 +170,7 @@ class PhaseDir:
     @property
     def stragglers(self) -> list[dict[str, Any]]:
         """Return the ranks that were slower than the others when the last attempt compared them, slowest first."""
-        found = _read_object(self.path / "stragglers.json", {"ranks": list})
+        found = _read_object(self.path / "stragglers.json", {"ranks": ListOf(STRAGGLER_TYPES)})
         rows: list[dict[str, Any]] = found["ranks"] if found else []
         return rows
 
@@ -188,7 +200,7 @@ class PhaseDir:
         Raises:
             OSError: The file cannot be read.
         """
-        return read_json_lines(self.path / "requeues.jsonl", REQUEUE_TYPES)
+        return _read_objects(self.path / "requeues.jsonl", REQUEUE_TYPES)
 
     def log_requeue(self, **fields: Any) -> None:
         """Append a requeue of a Slurm job; see :meth:`read_requeues`."""
@@ -204,13 +216,8 @@ def _read_object(file: Path, types: Types) -> dict[str, Any] | None:
     return value if has_types(value, types) else None
 
 
-def _keep_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows whose values are all numbers; those that are not integers may be infinite or NaN."""
-    return [
-        row
-        for row in rows
-        if all(isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63) for value in row.values())
-    ]
+def _read_objects(file: Path, types: Types, last_bytes: int | None = None) -> list[dict[str, Any]]:
+    return [row for row in read_json_lines(file, last_bytes) if has_types(row, types)]
 
 
 def find_run(path: Path) -> RunDir | None:
@@ -265,6 +272,25 @@ class RunDir:
         """Return whether any phase has begun."""
         return any(folder.begun for folder in self.phases)
 
+    def read_plan(self) -> dict[str, Any] | None:
+        """Return the content of ``plan.json``, or None if it is missing or damaged.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        plan = _read_object(self.path / "plan.json", PLAN_TYPES)
+        return plan if plan and has_phases(plan["rows"]) else None
+
+    @property
+    def planned_rows(self) -> list[dict[str, Any]]:
+        """Return the phases in ``plan.json``; none if it is missing or damaged.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        rows: list[dict[str, Any]] = (self.read_plan() or {"rows": []})["rows"]
+        return rows
+
     @property
     def assembled(self) -> PhaseDir:
         """Return the folder of the assembled model before fine-tuning."""
@@ -285,7 +311,7 @@ class RunDir:
         Raises:
             OSError: The file cannot be read.
         """
-        return read_json_lines(self.path / "events.jsonl", EVENT_TYPES)
+        return _read_objects(self.path / "events.jsonl", EVENT_TYPES)
 
     def create(self, recipe: Recipe) -> None:
         """Create the directory and write the recipe, unless there is one already.
@@ -353,7 +379,7 @@ class RunDir:
         The list ends with the last module that has been started. Results of phases that the plan no longer has are
         left out.
         """
-        rows = (read_json(self.path / "plan.json") or {}).get("rows", [])
+        rows = self.planned_rows
         with_meta = any(row["phase"] == "pretrain" for row in rows)
         modules = [self.phase("incubate", row["module"]) for row in rows if row["phase"] == "incubate"]
         found = {int(folder.path.name): folder.result for folder in modules if folder.path.exists()}

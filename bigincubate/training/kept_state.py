@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 
 from ..distributed.process_group import DistributedContext
 from ..errors import ArtifactError, DamagedError, format_command
-from ..files import read_json
 from ..models.partition import Partition, hybrid_depths
 from ..models.surgery import find_copied_tensors
 from ..planning.context import PhaseContext
 from ..planning.identity import checkpoint_digest
 from ..planning.lineage import PhaseInput, expected_lineage
-from ..planning.planned_row import load_planned_rows
 from ..sharding import Sharding
 from ..storage.checkpoint_manager import Checkpoint, CheckpointManager
 from ..storage.lease import Lease
@@ -93,9 +91,8 @@ def load_last_checkpoint(
     """
     env, checkpoints = env or DistributedContext(), folder or run.phase(source.phase, source.module).checkpoints
     lineage = expected_lineage(run, source.phase, source.module)
-    stored = load_planned_rows((read_json(run.path / "plan.json") or {}).get("rows", []))
-    row = next(row for row in stored if row.key == source.key)
-    digest = partial(checkpoint_digest, lineage, row.stable_steps)
+    row = next(row for row in run.planned_rows if row["key"] == source.key)
+    digest = partial(checkpoint_digest, lineage, row["stable_steps"])
     reader = CheckpointManager(checkpoints, env, env, digest=digest, keep=2, lease=Lease())
     module = () if source.module is None else ("--module", source.module)
     train = format_command("train", run.recipe_file, "--run-dir", run.path, "--phase", source.phase, *module)
@@ -104,7 +101,7 @@ def load_last_checkpoint(
         advice = "copy that folder again from the machine where the phase was trained"
     problem = "is missing"
     try:
-        if (checkpoint := reader.load_step(row.steps)) is not None:
+        if (checkpoint := reader.load_step(row["steps"])) is not None:
             return checkpoint
     except DamagedError as error:
         problem = f"is damaged ({error})"
@@ -113,5 +110,5 @@ def load_last_checkpoint(
         if folder is not None:
             advice = "train it from a bundle of this run"
     raise ArtifactError(
-        f'{key} = "kept" needs the checkpoint of step {row.steps} in {checkpoints}, which {problem}; {advice}'
+        f'{key} = "kept" needs the checkpoint of step {row["steps"]} in {checkpoints}, which {problem}; {advice}'
     )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bigincubate.errors import Exit
-from bigincubate.files import write_json
+from bigincubate.launchers.slurm.submission_log import Submission, SubmissionLog
 from bigincubate.report.accounting import FORMAT, parse_accounting, parse_size, parse_time, query_usage
 from bigincubate.storage.run_directory import RunDir
 
@@ -82,7 +82,7 @@ def sacct(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 def submitted(run: RunDir, *jobs: dict[str, Any]) -> RunDir:
     run.path.mkdir(exist_ok=True)
     kinds: dict[str | None, str] = {"99": "gate", None: "gate"} | dict[str | None, str](JOBS.items())
-    write_json(run.path / "jobs.json", {"jobs": [{"kind": kinds[job["job"]], **job} for job in jobs]})
+    SubmissionLog(run, [Submission(kinds[job["job"]], "name", **job) for job in jobs]).write()
     return run
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from denied import deny
 from forked import run
+from records import make_plan
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -118,7 +119,7 @@ def test_verify_names_each_damaged_checkpoint(mine: Any) -> None:
     flip_a_bit(step(mine, 12) / "state.json")
     verified = run("checkpoint", "verify", mine.run.path)
     assert verified.wait() == 6
-    assert verified.err.startswith("bigincubate: 2 of 4 checkpoints are damaged: ")
+    assert verified.err.startswith("bigincubate: damaged: 2 of 4 checkpoints: ")
     assert verified.err.count("\n") == 1
     for file in (step(mine, 8) / "rank-00000.safetensors", step(mine, 12) / "state.json"):
         expected = json.loads((file.parent / "manifest.json").read_text())["files"][file.name]["sha256"]
@@ -270,9 +271,10 @@ def test_prune_keeps_the_checkpoint_before_the_decay(
     tmp_path: Path, phase: str, module: int | None, folder: str
 ) -> None:
     """Forks of a run share the steps before a decay, so they start from that checkpoint."""
-    rows = [{"phase": "finetune", "module": None, "stable_steps": 4}]
-    rows += [{"phase": phase, "module": module, "stable_steps": 8}]
-    (tmp_path / "plan.json").write_text(json.dumps({"rows": rows}))
+    plan = make_plan("pretrain", "incubate/1", stable_steps=4)
+    (row,) = [row for row in plan["rows"] if (row["phase"], row["module"]) == (phase, module)]
+    row["stable_steps"] = 8
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
     checkpoints = CheckpointManager.open(tmp_path / folder / "checkpoints", DistributedContext(), digest="d", keep=9)
     for number in (4, 8, 12, 16):
         checkpoints.save(number, LOGICAL, {"step": number})

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from conftest import Command
 from forked import run
+from records import make_attempt
 
 from bigincubate.errors import Exit
 from bigincubate.files import append_json_line, read_json, write_json
@@ -104,7 +105,7 @@ def done(harness: Harnesses) -> Any:
     made = harness(*SETS)
     made.train("pretrain")
     trainer = made.trainer("incubate", 0)
-    made.run.phase("incubate", 0).write_attempt(1, state="preempted", host="elsewhere", pid=1, job="17", steps=6)
+    made.run.phase("incubate", 0).write_attempt(1, **make_attempt(state="preempted", host="elsewhere", job="17"))
     del trainer
     for phase, module in (("incubate", 0), ("incubate", 1), ("finetune", None), ("end_to_end", None)):
         made.train(phase, module)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from records import make_result
 
 from bigincubate.launchers.slurm import requeue as ending
 from bigincubate.launchers.slurm.requeue import handle_job_exit
@@ -28,7 +29,7 @@ def test_job_that_would_fail_again_is_not_requeued(tmp_path: Path, code: int, re
 
 
 def test_finished_phase_is_done_whatever_srun_returns(tmp_path: Path, requeued: list[str]) -> None:
-    PhaseDir(tmp_path).write_result({"metrics": {"top1": 1.0}, "steps": 1, "seconds": 1.0})
+    PhaseDir(tmp_path).write_result(make_result())
     assert handle_job_exit(PhaseDir(tmp_path), "1", 137)[0] == 0
     assert requeued == []
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from records import make_result
 
 from bigincubate.errors import Preempted
 from bigincubate.files import append_json_line
@@ -74,7 +75,7 @@ def test_estimate_is_the_flops_that_are_left_at_the_measured_rate(watched: Watch
         f"about {format_duration(left / 4e6)} left: {format_quantity(left, 'FLOP')} at 4.00 MFLOP/s"
     ]
 
-    watched.folder(meta).write_result({"metrics": {}, "steps": 8, "seconds": 1.0})
+    watched.folder(meta).write_result(make_result(steps=8))
     assert watched.update(first, second) == []
     measure(watched.folder(first), gflops=0.002)
     watched.now *= 3
@@ -106,7 +107,7 @@ def test_cost_counts_steps_flops_and_finished_phases(watched: Watched, done: Any
     cost = describe_cost(watched.run, watched.graph)
     assert cost == f"4 phases, 32 steps, {format_quantity(watched.total, 'FLOP')} of training"
     graph = build_job_graph(done.rows, baseline=True)
-    assert describe_cost(done.run, graph).endswith("; 4 of the phases are done")
+    assert describe_cost(done.run, graph).endswith("; 4 of them done")
 
 
 def test_attempt_measures_its_first_steps(harness: Harnesses) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from records import make_plan
 from test_scheduler import make_graph
 
 from bigincubate.cli.slurm import export_model, preview_submission
@@ -154,15 +155,7 @@ def test_watch_asks_squeue_once_and_never_sacct(
 ) -> None:
     """As long as 30 seconds have not passed."""
     run, naps = RunDir(tmp_path / "run"), list[float]()
-    phase = {"key": "pretrain", "phase": "pretrain", "module": None, "title": "meta model"}
-    metrics = [{"name": "top1", "title": "top-1"}]
-    write_json(
-        run.path / "plan.json",
-        {
-            "data": "d",
-            "rows": [{**phase, "steps": 10, "batch_size": 8, "batch_units": 8, "unit": "images", "metrics": metrics}],
-        },
-    )
+    write_json(run.path / "plan.json", make_plan("pretrain"))
     SubmissionLog(run, [Submission("pretrain", "run-pretrain", "12")]).write()
     programs.add(squeue="cat {queue}", sacct="", scontrol="")
     programs.fill_queue("12|N/A|RUNNING|n1|None|run-pretrain|")

@@ -6,12 +6,13 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Command
+from records import make_attempt, make_plan
 
 from bigincubate.cli.slurm import shell_defaults
 from bigincubate.config import load_recipe
@@ -24,7 +25,6 @@ from bigincubate.launchers.slurm.sbatch import build_sbatch_command, find_script
 from bigincubate.launchers.slurm.submission_log import QueuedJob, Submission, SubmissionLog, job_name, run_comment
 from bigincubate.report import status
 from bigincubate.storage.run_directory import RunDir
-from bigincubate.tasks.metric import Metric
 
 GOLDEN = Path(__file__).parents[1].joinpath("golden") / "submit.txt"
 
@@ -324,25 +324,8 @@ def test_status_asks_slurm_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path / "run")
-    rows = [("pretrain", None), ("incubate/0", 0), ("incubate/1", 1), ("finetune", None)]
-    about = {
-        "steps": 10,
-        "batch_size": 8,
-        "batch_units": 8,
-        "unit": "images",
-        "metrics": [asdict(Metric("top1", "top-1", "%"))],
-    }
-    write_json(
-        run.path / "plan.json",
-        {
-            "data": "d",
-            "rows": [
-                {"key": key, "phase": key.split("/")[0], "module": module, "title": key, **about}
-                for key, module in rows
-            ],
-        },
-    )
-    running = {"state": "running", "host": "n1", "pid": 1, "job": "5"}
+    write_json(run.path / "plan.json", make_plan("pretrain", "incubate/0", "incubate/1"))
+    running = make_attempt(job="5")
     module = run.phase("incubate", 0)
     run.phase("pretrain").write_attempt(1, **running)
     run.phase("incubate", 0).write_attempt(1, **running)
@@ -362,7 +345,7 @@ def test_status_merges_the_files_with_the_queue(fast: Path, tmp_path: Path, monk
     resume = f"continue with: bigincubate resume {run.path}"
     alone = shown()
     assert alone["incubate/0"] == ["running", None, None, "n1", 1, "a rank was ended by SIGKILL"]
-    write_json(run.path / "jobs.json", {})
+    SubmissionLog(run).write()
     assert shown() == {
         "pretrain": ["died", None, None, "n1", 0, None],
         "incubate/0": ["running", "5", "RUNNING", "n2", 1, "a rank was ended by SIGKILL"],

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from denied import deny
+from records import make_attempt
 
 from bigincubate.config import load_recipe
 from bigincubate.data.prepare import prepare_dataset
@@ -94,7 +95,7 @@ def test_smoke_run_of_divided_text_expects_the_samples_that_its_data_has(tmp_pat
 def test_attempt_that_kept_nothing_does_not_hold_the_directory(harness: Harnesses) -> None:
     made = harness("train.max_steps=4")
     folder = made.run.phase("pretrain")
-    folder.write_attempt(1, state="failed", host="here", pid=1, error="out of memory")
+    folder.write_attempt(1, **make_attempt(state="failed", error="out of memory"))
     changed = harness("train.max_steps=4", "train.lr=0.5", folder=made.run.path)
     assert changed.run.load_recipe().train.lr == 0.5
     with acquire_lease(folder.path, changed.context("pretrain").env), pytest.raises(ConfigError, match="invalidate"):

@@ -17,7 +17,6 @@ from typing import Any
 
 from ...config import Recipe
 from ...errors import format_count
-from ...files import read_json
 from ...storage.lease import acquire_lease_when_free
 from ...storage.run_directory import PhaseDir, RunDir
 from .base import PhaseRecord, TrackedPhase, Tracker, explain_errors
@@ -146,7 +145,7 @@ class Replay:
 
     def _rows(self) -> list[dict[str, Any]]:
         """Return the phases in ``plan.json``, without a baseline that was not requested."""
-        rows: list[dict[str, Any]] = (read_json(self.run.path / "plan.json") or {}).get("rows", [])
+        rows = self.run.planned_rows
         return [
             row
             for row in rows

@@ -16,12 +16,26 @@ from typing import Any, cast
 from ...config import Phase
 from ...config.seeds import phase_key
 from ...errors import ArtifactError, SystemResourceError
-from ...files import read_json, write_json
+from ...files import is_present, read_json, write_json
 from ...storage.checkpoint_verification import find_committed
+from ...storage.record_types import ListOf, MapOf, Types, has_types
 from ...storage.run_directory import RunDir
 from .client import ENDED_STATES, hides_jobs_of_others, run_slurm_command
 
 HELD_STATES = ("REQUEUE_HOLD", "SPECIAL_EXIT")
+SUBMISSION_TYPES: Types = {
+    "kind": str,
+    "name": str,
+    "job": str | None,
+    "cluster": str | None,
+    "modules": ListOf(int),
+    "offset": int,
+    "needs": ListOf(str),
+    "waits_for_meta": bool,
+    "user": int,
+    "time": float,
+}
+LOG_TYPES: Types = {"jobs": ListOf(SUBMISSION_TYPES), "counts": MapOf(int), "checkpoints": MapOf(int)}
 
 
 @dataclass(frozen=True)
@@ -105,19 +119,24 @@ class SubmissionLog:
 
     @classmethod
     def read(cls, run: RunDir) -> SubmissionLog:
-        """Read the log of a run. It is empty if nothing was submitted."""
-        content: dict[str, Any] = read_json(run.path / "jobs.json") or {}
-        try:
-            jobs = [
-                Submission(**{**entry, "modules": tuple(entry["modules"]), "needs": tuple(entry["needs"])})
-                for entry in content.get("jobs", ())
-            ]
-        except (TypeError, KeyError):
+        """Read the log of a run. It is empty if nothing was submitted.
+
+        Raises:
+            ArtifactError: It is damaged.
+            OSError: It cannot be read.
+        """
+        file = run.path / "jobs.json"
+        if not is_present(file):
+            return cls(run)
+        content: dict[str, Any] = read_json(file) or {}
+        if not has_types(content, LOG_TYPES) or not all(map(_has_names, content["jobs"])):
             raise ArtifactError(
-                f"{run.path / 'jobs.json'} is damaged or of another version; cancel the jobs of this run with scancel,"
-                " remove the file, and submit again"
-            ) from None
-        return cls(run, jobs, content.get("counts", {}), content.get("checkpoints", {}))
+                f"{file} is damaged or of another version; cancel the jobs of this run with scancel, remove the file,"
+                " and submit again"
+            )
+        entries = [{key: entry.get(key) for key in SUBMISSION_TYPES} for entry in content["jobs"]]
+        jobs = [Submission(**entry | {key: tuple(entry[key]) for key in ("modules", "needs")}) for entry in entries]
+        return cls(run, jobs, content["counts"], content["checkpoints"])
 
     def write(self) -> None:
         """Write the log."""
@@ -189,6 +208,12 @@ class SubmissionLog:
                 self._count(self.jobs[index])
         self.jobs = [entry for entry in self.jobs if entry.job]
         self.write()
+
+
+def _has_names(entry: dict[str, Any]) -> bool:
+    """Return whether the ids and names of a job are words, as those of Slurm are."""
+    words = [entry["kind"], *entry["needs"], *filter(None, (entry["job"], entry["cluster"]))]
+    return all(re.fullmatch(r"[\w.-]+", word, re.ASCII) for word in words)
 
 
 def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
