@@ -1,10 +1,14 @@
-"""Files that may not be read, also if root runs the tests."""
+"""Files that may not be read, also if root runs the tests, and files that cannot grow, as on a full disk."""
 
 from __future__ import annotations
 
 import builtins
 import errno
 import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,5 +36,24 @@ def deny(patch: pytest.MonkeyPatch, path: Path, number: int = errno.EACCES) -> N
 
     for owner, name in ((builtins, "open"), (Path, "open"), (os, "open"), (os, "listdir"), (os, "scandir")):
         refuse(owner, name, itself=True)
-    for owner, name in ((Path, "stat"), (os, "lstat")):
+    for owner, name in ((os, "stat"), (os, "lstat")):
         refuse(owner, name, itself=False)
+
+
+def solution_for(path: Path, denied: Path) -> str:
+    """Return what a message advises if a path cannot be used because access to ``denied``, itself or a folder, is."""
+    permissions = "its permissions" if path == denied else f"the permissions of {denied}"
+    return f"change {permissions}, then run the same command again"
+
+
+@contextmanager
+def limit_file_size(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size in bytes, which is an error as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)

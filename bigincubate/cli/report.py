@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from ..errors import SystemResourceError
+from ..errors import RETRY, SystemResourceError, describe_solution, format_os_error
 from .app import JsonOption, RunArgument, RunsArgument, app, console, parse_path, say, say_json
 
 
@@ -30,8 +30,9 @@ def report(
     try:
         write_text(file, page)
     except OSError as error:
-        hint = "; write it to another place with --out FILE" if out is None else ""
-        raise SystemResourceError(f"{file}: {error.strerror}{hint}") from None
+        solution = describe_solution(error) or "fix the problem"
+        other = ", or write it to another place with --out FILE" if out is None else ""
+        raise SystemResourceError(f"{format_os_error(error)}; {solution}, {RETRY}{other}") from None
     say(str(file))
 
 

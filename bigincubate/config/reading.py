@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..files import expand_path
+from ..files import expand_path, unreadable_error
 from .recipe import Recipe, merge
 from .schema import resolve_paths
 from .sections import PHASES, Settings
@@ -116,7 +116,8 @@ def read_toml(file: Path) -> dict[str, Any]:
     """Return the tables of a TOML file.
 
     Raises:
-        ConfigError: The file cannot be read, is not valid TOML, or has a number that TOML does not allow.
+        ConfigError: The file is missing, is not valid TOML, or has a number that TOML does not allow.
+        SystemResourceError: The file cannot be read.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
@@ -125,7 +126,7 @@ def read_toml(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # RecursionError: nested more deeply than Python's limit
         raise ConfigError(f"{file}: not valid TOML: {str(error).splitlines()[0]}") from None
     except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror}") from None
+        raise unreadable_error(error, file, ConfigError) from None
     if (problem := find_problem(raw)) is not None:
         raise ConfigError(f"{file}: {problem}")
     return raw

@@ -9,7 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import ConfigError, DataError, SystemResourceError, format_os_error
+from ..errors import RETRY, ConfigError, DataError, SystemResourceError, describe_solution, format_os_error
 from ..files import quote_path
 from .dataset import UNFINISHED, read_json, write_json
 from .file_locks import folder_lock
@@ -43,9 +43,9 @@ def preparing(source: str, out: Path) -> Iterator[None]:
         with folder_lock(out, PREPARE_SECONDS):
             yield
     except OSError as error:
-        what = format_os_error(error)
+        solution = describe_solution(error) or "fix the problem"
         raise SystemResourceError(
-            f"cannot prepare {source}: {what}; fix the problem, then run the same command again to resume"
+            f"cannot prepare {source}: {format_os_error(error)}; {solution}, {RETRY} to resume"
         ) from None
     except BrokenProcessPool:
         raise SystemResourceError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PHASES, Recipe
 from ..errors import ArtifactError, ConfigError
-from ..files import drop_folders, read_json, read_small_file, regular_file_size
+from ..files import drop_folders, name_in_errors, raise_os_errors, read_json, read_small_file, regular_file_size
 from ..models.library import find_family
 from ..models.partition import Partition
 from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact, load_manifest
@@ -226,6 +226,7 @@ def write_folder(
 
     Raises:
         ConfigError: ``out`` contains other files.
+        OSError: A file cannot be written. An earlier export is unchanged, unless its files were being replaced.
     """
     out = out.resolve()
     _check_replaceable(out)
@@ -233,25 +234,33 @@ def write_folder(
     shutil.rmtree(temporary, ignore_errors=True)
     if spec.initial_weights is not None:
         spec = spec.model_copy(update={"initial_weights": drop_folders(spec.initial_weights)})
-    config = _format_of(spec).write(model, spec, temporary)
-    if tokenizer is not None:
-        separator, window = spec.records["separator"], spec.model.context_length
-        write_tokenizer_files(tokenizer, temporary, separator=separator, window=window)
-    if card is not None:
-        # the card does not name the folder, so that all exports of a model are equal
-        place = Place(repository or ".", on_hub=repository is not None, tokenizer=tokenizer is not None)
-        text = card(model, spec, _format_of(spec).code(spec, place))
-        (temporary / CARD_FILE).write_text(f"{text.rstrip()}\n\n{CARD_MARK}\n")
-    (temporary / CONFIG_FILE).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
-    shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors ignores the umask
-    out.mkdir(exist_ok=True)
-    for name in EXPORTED_FILES:
-        if (temporary / name).exists():
-            (temporary / name).replace(out / name)
-        else:
-            (out / name).unlink(missing_ok=True)
-    temporary.rmdir()
+    try:
+        with name_in_errors(temporary), raise_os_errors():
+            config = _format_of(spec).write(model, spec, temporary)
+            if tokenizer is not None:
+                separator, window = spec.records["separator"], spec.model.context_length
+                write_tokenizer_files(tokenizer, temporary, separator=separator, window=window)
+            if card is not None:
+                # the card does not name the folder, so that all exports of a model are equal
+                place = Place(repository or ".", on_hub=repository is not None, tokenizer=tokenizer is not None)
+                text = card(model, spec, _format_of(spec).code(spec, place))
+                _write_card(temporary / CARD_FILE, text)
+            (temporary / CONFIG_FILE).write_text(json.dumps({**config, SPEC: spec.model_dump()}, indent=2) + "\n")
+        shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)  # safetensors ignores the umask
+        out.mkdir(exist_ok=True)
+        for name in EXPORTED_FILES:
+            if (temporary / name).exists():
+                (temporary / name).replace(out / name)
+            else:
+                (out / name).unlink(missing_ok=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return "; ".join(_format_of(spec).code(spec, Place(str(out), tokenizer=tokenizer is not None)))
+
+
+def _write_card(file: Path, text: str) -> None:
+    """Write a model card. Bytes of file names that are not UTF-8 are written as escape sequences."""
+    file.write_text(f"{text.rstrip()}\n\n{CARD_MARK}\n", errors="backslashreplace")
 
 
 def _format_of(spec: ModelSpec) -> ExportFormat:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArtifactError, ConfigError
-from ..files import check_is_file
+from ..files import check_is_file, name_in_errors
 from ..models.base import ModelFamily
 from ..models.partition import Partition
 
@@ -106,5 +106,10 @@ def write_official(out: Path, tensors: Mapping[str, Tensor], partition: Partitio
         stages[module][local] = tensor.detach().cpu().clone()
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.unfinished")
-    torch.save({"model_stages": stages}, temporary)
-    temporary.replace(out)
+    try:
+        # of a full disk, torch.save reports the cause only for a file that Python has opened
+        with name_in_errors(temporary), temporary.open("wb") as file:
+            torch.save({"model_stages": stages}, file)
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)

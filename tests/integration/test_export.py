@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from denied import limit_file_size
 from safetensors.torch import load_file
 from small_models import build_timm
 from torch import nn
 
 from bigincubate.config import ModelConfig, TaskConfig
 from bigincubate.errors import ArtifactError, ConfigError
-from bigincubate.interchange.export import export, load_model
+from bigincubate.interchange.export import export, export_official, load_model
 from bigincubate.interchange.timm_format import timm_arguments
 from bigincubate.storage.artifacts import ArtifactManifest, ModelSpec, save_artifact
 from bigincubate.storage.finished_models import best_artifact
@@ -145,6 +146,15 @@ def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="is not an exported model"):
             export(tmp_path / "artifact", tmp_path / out)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("write", [export, export_official], ids=["timm", "official"])
+def test_export_that_does_not_fit_is_an_error_of_the_system(write: Callable[..., Any], tmp_path: Path) -> None:
+    artifact("vit_tiny_patch16_224", tmp_path / "artifact")
+    with limit_file_size(10_000), pytest.raises(OSError, match="File too large") as caught:
+        write(tmp_path / "artifact", tmp_path / "out")
+    assert caught.value.filename == str(tmp_path / ".out.unfinished")
+    assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from denied import deny
+from denied import deny, solution_for
 
 import bigincubate as bi
 from bigincubate import files
@@ -61,7 +61,7 @@ def test_three_fine_tunings_of_the_same_modules_are_three_forks(
             f"  {title:<11}  taken over: finished" for title in ("meta model", "module 0", "module 1")
         ]
         assert lines[4] == f"  fine-tuning  to be trained: finetune.train.max_steps: null -> {steps}"
-        assert "files are hard links" in lines[5]
+        assert "hard link" in lines[5]
         assert lines[6] == f"next:    bigincubate run {folder / 'recipe.toml'} --run-dir {folder}"
         assert (folder / "meta" / "artifact" / "weights.safetensors").samefile(meta)
         made = harness("train.max_steps=2", "log.every_steps=1", f"finetune.train.max_steps={steps}", folder=folder)
@@ -156,7 +156,7 @@ def test_checkpoint_that_cannot_be_read_is_an_error(
     path = one.run.phase("pretrain").checkpoints / denied
     deny(monkeypatch, path)
     file = path / "COMMITTED" if denied == "step-00000005" else path
-    error = f"bigincubate: {file}: Permission denied; change its permissions, then run the same command again\n"
+    error = f"bigincubate: {file}: Permission denied; {solution_for(file, path)}\n"
     assert call("fork", one.run.path, tmp_path / "new") == (3, "", error)
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from denied import deny
+from denied import deny, solution_for
 from image_trees import write_tree
 from mds_files import make_samples, write_mds
 from text_files import write_texts
@@ -32,8 +32,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-def message_of(path: Path) -> str:
-    return f"{path}: Permission denied; change its permissions, then run the same command again"
+def message_of(path: Path, denied: Path | None = None) -> str:
+    return f"{path}: Permission denied; {solution_for(path, denied or path)}"
 
 
 @pytest.mark.parametrize("name", [*FILES, "train", "train/00000"])
@@ -42,7 +42,7 @@ def test_unreadable_data_is_neither_missing_nor_damaged(
 ) -> None:
     file = {"train": "train/index.json", "train/00000": "train/00000/shard.00000.mds"}.get(name, name)
     deny(monkeypatch, prepared / name)
-    with pytest.raises(SystemResourceError, match=f"^{message_of(prepared / file)}$"):
+    with pytest.raises(SystemResourceError, match=f"^{message_of(prepared / file, prepared / name)}$"):
         hash_all_shards(open_dataset(prepared))
     monkeypatch.undo()
     hash_all_shards(open_dataset(prepared))
@@ -70,7 +70,7 @@ def test_phase_whose_data_is_unreadable_can_be_repeated(
 
 def test_folder_of_data_that_is_unreadable_is_named(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     deny(monkeypatch, prepared)
-    with pytest.raises(SystemResourceError, match=f"^{message_of(prepared / 'dataset.json')}$"):
+    with pytest.raises(SystemResourceError, match=f"^{message_of(prepared / 'dataset.json', prepared)}$"):
         open_dataset(prepared)
 
 
@@ -109,7 +109,7 @@ def test_data_to_adopt_is_read_completely(
     columns = {"image": "photo", "label": "y"}
     with monkeypatch.context() as patch:
         deny(patch, mds / name)
-        with pytest.raises(SystemResourceError, match=rf"^{mds}.*: Permission denied; change its permissions"):
+        with pytest.raises(SystemResourceError, match=rf"^{mds}.*: Permission denied; change "):
             adopt_dataset(mds, tmp_path / "out", columns=columns)
     assert adopt_dataset(mds, tmp_path / "out", columns=columns).samples == {"train": 24, "val": 12}
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import resource
-import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
+from denied import deny, limit_file_size
 
 from bigincubate.files import append_json_line, hash_file, is_present, read_json_lines, write_text
 
@@ -40,6 +39,23 @@ def test_file_that_cannot_be_replaced_is_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_text_that_does_not_fit_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    write_text(file, "old")
+    with limit_file_size(100), pytest.raises(OSError, match="File too large") as caught:
+        write_text(file, "x" * 200)
+    assert (caught.value.filename, file.read_text(), list(tmp_path.iterdir())) == (str(file), "old", [file])
+
+
+def test_folder_that_denies_a_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    deny(monkeypatch, folder)
+    with pytest.raises(PermissionError) as caught:
+        write_text(folder / "plan.json", "x")
+    assert caught.value.filename == str(folder)
+
+
 def test_loop_of_links_is_not_present(tmp_path: Path) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
@@ -51,15 +67,10 @@ def test_loop_of_links_is_not_present(tmp_path: Path) -> None:
 def test_line_that_does_not_fit_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "lines.jsonl"
     append_json_line(file, {"number": 0})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # the write is short first, as on a full disk
-        with pytest.raises(OSError, match="File too large"):
-            append_json_line(file, {"text": "x" * 200})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
+    # the write is short first, as on a full disk
+    with limit_file_size(100), pytest.raises(OSError, match="File too large") as caught:
+        append_json_line(file, {"text": "x" * 200})
+    assert caught.value.filename == str(file)
     assert file.stat().st_size == 100
     append_json_line(file, {"number": 2})
     assert read_json_lines(file) == [{"number": 0}, {"number": 2}]

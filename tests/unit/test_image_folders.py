@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections import Counter
@@ -14,7 +15,7 @@ from PIL import Image
 
 from bigincubate.data.samples import Source
 from bigincubate.data.sources import read_source
-from bigincubate.errors import DataError
+from bigincubate.errors import DataError, SystemResourceError
 
 
 def encoded(form: str) -> bytes:
@@ -225,6 +226,42 @@ def test_file_of_unknown_suffix_that_is_unreadable_is_not_left_out(
     with pytest.raises(PermissionError):
         sample.read()
     assert source.notes["skipped"] == {}
+
+
+def test_unreadable_file_outside_of_the_class_folders_is_not_called_an_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classes(tmp_path, "a", "b", count=2)
+    write_files(tmp_path, "LICENSE", "notes.txt", data=b"text")
+    for name in ("LICENSE", "notes.txt"):
+        deny(monkeypatch, tmp_path / name)
+    assert read_source(str(tmp_path), 0.5).notes["skipped"] == {".txt": 1, "files that cannot be read": 1}
+
+
+def test_file_whose_folder_denies_access_is_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that may be listed, but not searched."""
+    write_classes(tmp_path, "a", "b", count=2)
+    write_files(tmp_path / "a" / "deep", "x", "notes.txt")
+    stat = os.stat
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if not isinstance(path, int) and Path(path).parent == tmp_path / "a" / "deep":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    source = read_source(str(tmp_path), 0.5)
+    assert len([each for split in source.splits.values() for each in split if each.name.startswith("a/")]) == 3
+    assert source.notes["skipped"] == {".txt": 1}
+
+
+def test_folder_with_a_file_that_may_be_an_image_is_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split in ("train", "val"):
+        write_classes(tmp_path / split, "a", "b", count=2)
+    write_files(tmp_path / "other", "x")
+    deny(monkeypatch, tmp_path / "other" / "x")
+    with pytest.raises(SystemResourceError, match=r"other/x: Permission denied; change its permissions, then run"):
+        read_source(str(tmp_path), 0.5)
 
 
 def test_skipped_files_are_counted_by_reason_at_every_level(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_stale_file_of_a_network_file_system_is_opened_again(
         return pread(*arguments)
 
     monkeypatch.setattr(os, "pread", fail_once)
-    error = r"shard\.00000\.mds: Input/output error; fix the problem, then run the same command again$"
+    error = r"shard\.00000\.mds: Input/output error; check the disk or the network file system, then run the same"
     with pytest.raises(SystemResourceError, match=error):  # only once, and for no other error
         source.read(0)
     assert source.read(0)[0].tobytes() == expected

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
-from ...errors import DataError, format_count
+from ...errors import DataError, SystemResourceError, format_count
 from ...files import MISSING_OR_WRONG_TYPE, unreadable_error
 from ..samples import StoredImage
 
@@ -126,10 +126,8 @@ class FolderFinder(ImageFinder):
             if _is_folder(entry):
                 if is_skipped_folder(entry.name):
                     self._skip_folder(entry.path)
-            elif is_image_file(entry.path) and not entry.name.startswith("."):
-                self.skipped["images outside of the class folders"] += 1
             else:
-                self.skipped[skip_reason(entry.name)] += 1
+                self.skipped[_reason_outside_of_classes(entry)] += 1
 
     def files_in(self, folder: Path) -> list[str]:
         """Return the paths of the files in ``folder``, without those in its folders."""
@@ -165,7 +163,7 @@ class FolderFinder(ImageFinder):
             status = None
         if status and not stat.S_ISREG(status.st_mode):
             self.skipped["pipes, sockets and devices"] += 1
-        elif not is_image_file(path):
+        elif not _may_be_image(path):
             self.skipped[skip_reason(path)] += 1
         elif status is None:
             found[key].append(ImageFile(path, (-1, -1)))  # cannot be read, which is reported later
@@ -210,17 +208,37 @@ def has_image_signature(head: bytes) -> bool:
 def is_image_file(path: str) -> bool:
     """Return whether a file is an image by its suffix, or by its first bytes if the suffix is not that of an image.
 
-    A file without a suffix whose first bytes cannot be read counts as one, so that it is not left out silently.
+    Raises:
+        SystemResourceError: It has no suffix, and its first bytes cannot be read, so it may be one.
     """
     if has_image_suffix(path):
         return True
-    if not os.path.isfile(path):  # reading a pipe may never end
-        return False
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe may never end
+            return False
         with open(path, "rb") as file:
             return has_image_signature(file.read(12))
     except OSError as error:
-        return not os.path.splitext(path)[1] and error.errno not in MISSING_OR_WRONG_TYPE
+        if os.path.splitext(path)[1] or error.errno in MISSING_OR_WRONG_TYPE:
+            return False
+        raise unreadable_error(error, Path(path), DataError) from None
+
+
+def _may_be_image(path: str) -> bool:
+    """Return whether a file is an image, or may be one but cannot be read, which is reported when it is prepared."""
+    try:
+        return is_image_file(path)
+    except SystemResourceError:
+        return True
+
+
+def _reason_outside_of_classes(entry: os.DirEntry[str]) -> str:
+    """Return why a file that is in no folder of a class is skipped."""
+    try:
+        is_image = not entry.name.startswith(".") and is_image_file(entry.path)
+    except SystemResourceError:
+        return "files that cannot be read"
+    return "images outside of the class folders" if is_image else skip_reason(entry.name)
 
 
 def walk_files(folder: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ConfigError, MissingDependencyError
-from ...files import quote_path
+from ...files import name_in_errors, quote_path, raise_os_errors
 from ..dataset import DatasetInfo
 from ..remote import check_hash, fetch
 
@@ -199,7 +199,8 @@ def train_bpe(texts: Iterable[str], vocabulary: int, file: Path) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     temporary = file.with_name(f".tmp-{file.name}-{os.getpid()}")
-    tokenizer.save(str(temporary))
+    with name_in_errors(temporary), raise_os_errors():
+        tokenizer.save(str(temporary))
     temporary.replace(file)
 
 

@@ -1,0 +1,48 @@
+"""What messages say about errors of the operating system, and what a user can do about them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import ssl
+from pathlib import Path
+
+import pytest
+
+from bigincubate.errors import describe_solution, format_os_error
+
+
+def error_of(number: int, *names: object) -> OSError:
+    files = [str(names[0]), None, str(names[1])] if len(names) > 1 else [*map(str, names)]
+    return OSError(number, os.strerror(number), *files)
+
+
+def test_permissions_are_those_of_the_file_or_of_the_folder_that_it_would_be_in(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert describe_solution(error_of(errno.EACCES, tmp_path / "file")) == "change its permissions"
+    missing = tmp_path / "new" / "run"
+    assert describe_solution(error_of(errno.EACCES, missing)) == f"change the permissions of {tmp_path}"
+    assert describe_solution(error_of(errno.EPERM)) == "change the permissions"
+
+
+@pytest.mark.parametrize(
+    ("number", "solution"),
+    [
+        *((number, "free some disk space") for number in (errno.ENOSPC, errno.EDQUOT)),
+        *((number, "check the disk or the network file system") for number in (errno.EIO, errno.ESTALE)),
+        (errno.ENOENT, ""),
+    ],
+)
+def test_solution_follows_from_the_error(number: int, solution: str) -> None:
+    assert describe_solution(error_of(number, "file")) == solution
+
+
+def test_error_of_another_library_is_no_question_of_permissions() -> None:
+    error = ssl.SSLError(1, "wrong version number")
+    assert error.errno == errno.EPERM
+    assert describe_solution(error) == ""
+
+
+def test_full_disk_is_that_of_the_copy() -> None:
+    assert format_os_error(error_of(errno.ENOSPC, "from", "to")) == "to: No space left on device"
+    assert format_os_error(error_of(errno.EACCES, "from", "to")) == "from: Permission denied"
