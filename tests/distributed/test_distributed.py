@@ -169,7 +169,7 @@ def test_errors_reach_every_rank_and_none_waits(ranks: Ranks, name: str, code: i
 
 def test_stop_under_torchrun_is_recorded_and_releases_the_lease(harness: Harnesses) -> None:
     """torchrun changes exit codes: what happened is in ``attempts``."""
-    long = harness("train.max_steps=400", "log.every_steps=1", "schedule.name=constant")
+    long = harness("train.max_steps=100000", "log.every_steps=1", "schedule.name=constant")
     folder = long.run.phase("pretrain")
     words = torchrun("-m", "bigincubate", *long.command("pretrain"))
     with subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True) as launched:

@@ -354,7 +354,7 @@ def trainers(harness: Callable[..., Any]) -> Any:
 
 def test_second_process_on_a_phase_is_refused(harness: Callable[..., Any]) -> None:
     shared = trainers(harness)
-    commands = [Command(*shared.command("pretrain")) for _ in range(2)]
+    commands = [Command(*shared.command("pretrain"), before=partial(hold_step, 10)) for _ in range(2)]
     while all(command.running for command in commands):
         time.sleep(0.01)
     refused, proceeding = sorted(commands, key=lambda command: command.running)
@@ -408,7 +408,7 @@ def test_superseded_owner_changes_nothing_after_it_wakes_up(harness: Callable[..
     shared = harness("train.max_steps=60", "checkpoint.every_steps=4", "log.every_steps=1", "schedule.name=constant")
     folder = shared.run.phase("pretrain")
     first = Command(*shared.command("pretrain"), before=hold_step_elsewhere)
-    assert first.until(lambda: list(folder.checkpoints.glob("step-*/COMMITTED")))
+    assert first.until((folder.checkpoints / "step-00000008" / "COMMITTED").exists)
     first.send(signal.SIGSTOP)
     try:
         new_owner = Command(*shared.command("pretrain"), before=partial(as_of, HERE, 1.0))
