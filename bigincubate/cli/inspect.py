@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from ..errors import ConfigError, Exit
+from ..errors import ConfigError, Exit, format_count
 from .app import JsonOption, RunArgument, app, console, fail, say, say_json
 
 
@@ -59,9 +59,8 @@ def verify(run: RunArgument, as_json: JsonOption = False) -> None:
         say_json([{**asdict(finding), "path": str(finding.path)} for finding in findings])
     for verdict, code in ((Verdict.DAMAGED, Exit.DAMAGED), (Verdict.STALE, Exit.ARTIFACT)):
         if count := sum(finding.verdict is verdict for finding in findings):
-            fail(
-                f"{count} of {len(findings)} parts are {verdict}, see the list above; the others are not affected", code
-            )
+            found = f"{verdict}: {count} of {format_count(len(findings), 'part')}"
+            fail(f"{found}, see the list above; the others are not affected", code)
 
 
 @app.command()

@@ -91,7 +91,7 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
     if empty := summary.get("empty_classes"):
         lines.append(f"classes without training images, left out: {_list_some(empty)}")
     if skipped := summary.get("skipped"):
-        lines.append("skipped files: " + ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()))
+        lines.append("skipped files: " + ", ".join(f"{reason}: {count:,}" for reason, count in skipped.items()))
     for path, other in summary.get("linked", [])[:1]:
         lines.append(f"links are counted once: {path} leads to {other}")
     if unused := summary.get("unused"):
@@ -100,7 +100,7 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
         lines.append(f"left out: {format_count(count, 'unreadable image')}, listed in {UNREADABLE_FILES}")
     if count := summary["in_both_splits"]["count"]:
         name, other = summary["in_both_splits"]["examples"][0]
-        lines.append(f"warning: {count:,} validation images are also training images: {name} is equal to {other}")
+        lines.append(f"warning: validation images that are also training images: {count:,}; {name} is equal to {other}")
     if summary["turned"]:
         lines.append(
             f'images with an EXIF orientation: {summary["turned"]:,}; augment.exif = "apply" turns them upright'

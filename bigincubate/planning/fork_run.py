@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from ..config import PHASES, Phase, Recipe, differences
-from ..errors import ConfigError, LockedError, format_command
+from ..errors import ConfigError, LockedError, format_command, format_count
 from ..files import (
     append_json_line,
     fsync_path,
@@ -341,5 +341,5 @@ def describe_fork(fork: Fork, source: RunDir) -> list[str]:
     for phase in fork.phases:
         verb = "taken over" if phase.taken else "to be trained"
         lines.append(f"  {phase.title:<{width}}  {verb}: {phase.reason}")
-    how = f"{fork.linked} files are hard links" if fork.linked else "hard links are not possible here"
+    how = format_count(fork.linked, "hard link") if fork.linked else "hard links are not possible here"
     return [*lines, f"{how}; {fork.copied / 2**20:,.1f} MiB copied"]

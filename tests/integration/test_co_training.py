@@ -32,14 +32,21 @@ def shell() -> None:
     tempfile.tempdir = None
 
 
+def shell_with_held_steps() -> None:
+    """Let module 1 be far ahead of module 0."""
+    shell()
+    hold_step(12, "incubate/0")
+    hold_step(40, "incubate/1")
+
+
 class CoTrained:
     """``run --co-train`` as a shell starts it, on a run with a trained meta model."""
 
-    def __init__(self, harness: Any, folder: Path, *more: object) -> None:
+    def __init__(self, harness: Any, folder: Path, *more: object, before: Callable[[], None] = shell) -> None:
         self.harness, self.temporary = harness, folder / "tmp"
         self.temporary.mkdir(exist_ok=True)
         words = ["run", harness.run.recipe_file, "--run-dir", harness.run.path, "--co-train", *more]
-        self.command = Command(*words, before=shell, env={"TMPDIR": str(self.temporary)})
+        self.command = Command(*words, before=before, env={"TMPDIR": str(self.temporary)})
 
     def until_step(self, step: int, *modules: int) -> None:
         def reached() -> bool:
@@ -150,7 +157,7 @@ def test_co_training_resumes_modules_at_different_steps(plain: Any, other: Any, 
     ahead.send(signal.SIGTERM)
     assert ahead.wait() == 75
 
-    first = CoTrained(other, tmp_path)
+    first = CoTrained(other, tmp_path, before=shell_with_held_steps)
     first.until_step(10, 0)
     os.killpg(first.command.pid, signal.SIGINT)
     assert first.command.wait() == 75
@@ -232,8 +239,8 @@ def test_co_training_server_that_cannot_start_modules_use_their_own_loader(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--jobs", 1], "--co-train: 2 modules train in parallel; use --jobs 2, or omit --co-train"),
-        (["--jobs", 2, "--baseline"], "--co-train: 2 modules and the baseline train in parallel; use --jobs 3,"),
+        (["--jobs", 1], "--co-train trains in parallel: 2 modules; use --jobs 2, or omit --co-train"),
+        (["--jobs", 2, "--baseline"], "--co-train trains in parallel: 2 modules and the baseline; use --jobs 3,"),
         (["--method", "expand"], '--co-train: plan.incubate = "none", so no modules share a loader; omit --co-train'),
         (["--set", "data.decentralized=true"], "--co-train: with data.decentralized, each module has its own data"),
     ],

@@ -181,7 +181,7 @@ def test_rows_without_labels_and_classes_without_rows_are_reported(tree: Path, t
     assert sum(info.samples.values()) == 88
     assert lines[0].endswith("20% of each class held out")
     assert "classes without training images, left out: none" in lines
-    assert "skipped files: 5 rows without a label" in lines
+    assert "skipped files: rows without a label: 5" in lines
 
 
 # ------------------------------------------------------------------------------------------------ what is refused

@@ -161,7 +161,7 @@ def test_samples_without_an_image_or_label_are_counted(tree: Path, tmp_path: Pat
 
 def test_what_is_no_shard_or_has_other_labels_is_refused(tree: Path, tmp_path: Path) -> None:
     shards = write_shards(tree, tmp_path / "shards")
-    assert "1 of 4 shards are missing: " in fault_of(shards / "my-train-{0000..0003}.tar")
+    assert "missing: 1 of 4 shards, such as " in fault_of(shards / "my-train-{0000..0003}.tar")
     assert "stands for more than 100,000 files" in fault_of(shards / "{0..9999999}.tar", ConfigError)
     samples = samples_of(tree / "train")
     for change, says in (

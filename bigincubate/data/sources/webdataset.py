@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, format_count
 from ...files import quote_path
 from ..samples import Source
 from .archives import Archive, Member, list_archive
@@ -111,7 +111,8 @@ def _find_shards(request: SourceRequest) -> tuple[Path, dict[str, list[str]]] | 
     if not os.path.lexists(path) and BRACES.search(str(path)):
         paths = expand_braces(str(path))
         if missing := [name for name in paths if not os.path.isfile(name)]:
-            raise DataError(f"{len(missing):,} of {len(paths):,} shards are missing: {quote_path(missing[0])}, …")
+            shards = format_count(len(paths), "shard")
+            raise DataError(f"missing: {len(missing):,} of {shards}, such as {quote_path(missing[0])}")
         folder = Path(os.path.commonpath([os.path.dirname(name) for name in paths]))
         return folder, assign_splits([os.path.relpath(name, folder) for name in paths], folder)
     archive = request.archive

@@ -72,7 +72,7 @@ def text_summary_lines(summary: Mapping[str, Any], domains: Sequence[str]) -> li
     if any(left_out):
         lines.append("left out: " + "; ".join(filter(None, left_out)))
     if skipped := summary.get("skipped"):
-        lines.append("skipped files: " + ", ".join(f"{count:,} {suffix}" for suffix, count in skipped.items()))
+        lines.append("skipped files: " + ", ".join(f"{suffix}: {count:,}" for suffix, count in skipped.items()))
     return [line.encode(errors="backslashreplace").decode() for line in lines]
 
 

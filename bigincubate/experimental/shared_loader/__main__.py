@@ -11,7 +11,7 @@ from pathlib import Path
 from ...config import load_recipe
 from ...distributed.parent_death import stop_with_parent
 from ...distributed.signals import StopFlag
-from ...errors import BigincubateError, ConfigError
+from ...errors import BigincubateError, ConfigError, format_count
 from . import SERVER_NAME
 from .fd_socket import listen
 
@@ -44,7 +44,7 @@ def serve(recipe_file: str, run_dir: Path, clients: int) -> None:
             digest = batch_digest(context, rank, world)
             server = SharedLoaderServer(listener, stream, digest, clients=clients, steps=steps)
             server.serve(lambda: stop)
-    print(f"{server.batches_made} batches made, {server.batches_sent} sent", flush=True)
+    print(f"{format_count(server.batches_made, 'batch')} made, {server.batches_sent:,} sent", flush=True)
     if rank == 0:
         run.log_event("shared_loader", made=server.batches_made, sent=server.batches_sent)
 

@@ -6,7 +6,7 @@ import secrets
 import sys
 from typing import TYPE_CHECKING
 
-from ...errors import ConfigError
+from ...errors import ConfigError, format_count
 from . import SERVER_NAME
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def count_parallel_jobs(recipe: Recipe, jobs: int | None, baseline: bool) -> int
         reason = "finetune.init is a finished model" if recipe.finetune.init else 'plan.incubate = "none"'
         raise ConfigError(f"--co-train: {reason}, so no modules share a loader; omit --co-train")
     if jobs is not None and jobs < needed:
-        what = f"{modules} modules{' and the baseline' if baseline else ''}"
-        raise ConfigError(f"--co-train: {what} train in parallel; use --jobs {needed}, or omit --co-train")
+        what = f"{format_count(modules, 'module')}{' and the baseline' if baseline else ''}"
+        raise ConfigError(f"--co-train trains in parallel: {what}; use --jobs {needed}, or omit --co-train")
     return jobs or needed
 
 

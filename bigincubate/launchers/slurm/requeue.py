@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 
-from ...errors import Exit, ExternalError
+from ...errors import Exit, ExternalError, format_count
 from ...storage.checkpoint_verification import find_committed
 from ...storage.run_directory import PhaseDir
 from .client import query_job_state, requeue_job
@@ -48,7 +48,7 @@ def handle_job_exit(folder: PhaseDir, job: str, code: int) -> tuple[int, str]:
         return failed, f"{reason}; Slurm has ended this job: {state}"
     allowed, restarts = (int(os.environ.get(name, default)) for name, default in LIMITS)
     if restarts >= allowed:
-        return failed, f"{reason}; not requeued: already requeued {restarts} times (slurm.max_requeues)"
+        return failed, f"{reason}; not requeued: already requeued {format_count(restarts, 'time')} (slurm.max_requeues)"
     checkpoint = max(find_committed(folder.checkpoints), default=None)
     before = [row["checkpoint"] for row in folder.read_requeues() if row["job"] == job]
     last = before[-MAX_REQUEUES_WITHOUT_PROGRESS:]

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Sequence
 
 from ...config import Recipe
-from ...errors import ArtifactError, SystemResourceError, format_command
+from ...errors import ArtifactError, SystemResourceError, format_command, format_count
 from ...planning.job_graph import Job
 from ...planning.lineage import expected_lineage
 from ...storage.artifacts import check_lineage, verify_artifact
@@ -173,7 +173,7 @@ class JobSubmitter:
             raise SystemResourceError(text)
         if not jobs:
             words = "; ".join(
-                f"{job.title}: submitted {count} times{_last_error(job, self.run)}"
+                f"{job.title}: submitted {format_count(count, 'time')}{_last_error(job, self.run)}"
                 for job in missing
                 if (count := self._submissions(job))
             )
