@@ -206,6 +206,8 @@ class Study(ConfigTable):
     """The file of the definition; the log and the chosen settings are in the same folder."""
     recipe: str
     """Name or path of the recipe; a path is relative to the folder of the definition."""
+    recipe_name: str | None = None
+    """Name of the recipe in the digests of trials; None for that of the file. A recipe that moves keeps its name."""
     unit: Literal["incubation", "TFLOP"] = "incubation"
     """What a budget of 1 is: the recipe's own incubation, or 10^12 training FLOPs."""
     metric: Score = Score()
@@ -239,6 +241,11 @@ class Study(ConfigTable):
     def log_file(self) -> Path:
         """Return the file of the log of all trials."""
         return self.file.with_name(f"trials-{self.name}.jsonl")
+
+    @property
+    def digest_name(self) -> str:
+        """Return the name of the recipe in the digests of trials."""
+        return self.recipe_name or Path(self.recipe).name
 
     @property
     def lease_folder(self) -> Path:

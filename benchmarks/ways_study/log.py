@@ -213,7 +213,7 @@ def _make_trial(
     costs: Costs, way: Way, split: SplitName, budget: float, seed: int, index: int | None, settings: Settings
 ) -> Trial:
     plan = plan_trial(costs, way, settings, budget, split)
-    return Trial(way, split, budget, seed, index, settings, plan, Path(costs.study.recipe).name)
+    return Trial(way, split, budget, seed, index, settings, plan, costs.study.digest_name)
 
 
 def final_settings(costs: Costs, way: Way, budget: float, chosen: dict[str, Any] | None) -> Settings:

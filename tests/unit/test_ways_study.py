@@ -179,11 +179,12 @@ def test_trials_that_are_in_the_log_keep_their_keys(parts: Any, costs: Any) -> N
     digests = {trial.name: trial.digest for trial in parts.log.tuning_trials(costs)}
     assert digests["development-end_to_end-0.5-seed-100-point-0"] == "418021760b1d"
     assert digests["development-meta_alone-0.5-seed-100-point-1"] == "14a8bf909f36"
-    study = parts.definition.load_study("cifar20")
-    keys = {trial.key for trial in parts.log.tuning_trials(parts.lengths.Costs(study))}
-    logged = [entry for entry in parts.log.TrialLog(study.log_file).read() if entry["split"] == "development"]
-    assert len(logged) > 150
-    assert {parts.log.key_of(entry) for entry in logged} <= keys
+    for name in ("cifar20", "digits"):  # the recipe of `digits` has moved since
+        study = parts.definition.load_study(name)
+        keys = {trial.key for trial in parts.log.tuning_trials(parts.lengths.Costs(study))}
+        logged = {parts.log.key_of(entry) for entry in parts.log.TrialLog(study.log_file).read()}
+        assert len(keys) >= 144
+        assert keys <= logged, name
 
 
 def test_page_says_what_is_missing_and_invents_nothing(parts: Any, costs: Any, tmp_path: Path) -> None:
