@@ -6,6 +6,7 @@ import inspect
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from denied import limit_file_size
 from launching import environment
 from streaming import MDSWriter, StreamingDataset
 from streaming.base import shared
@@ -210,3 +212,22 @@ def test_deepspeed_flat_slices_are_the_weights_and_can_be_synchronized() -> None
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("checked 4") == 3
+
+
+def test_full_disk_ends_the_thread_of_tensorboard_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bigincubate.compat.tensorboard import SummaryWriter
+
+    printed: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    writer = SummaryWriter(str(tmp_path))
+
+    def write_on() -> None:
+        for step in range(10_000):
+            writer.add_scalar("loss", 1.0, step)
+            writer.flush()
+
+    with limit_file_size(1000), pytest.raises(OSError, match="File too large"):
+        write_on()
+    assert printed == []
