@@ -185,7 +185,7 @@ def without_a_name() -> None:
 
 
 def die_at_write(moment: int, delay: float = 0) -> None:
-    """``kill -9`` before the ``moment``-th call that makes something last: an fsync, a rename, a removal.
+    """``kill -9`` before the ``moment``-th call that makes a change durable: an fsync, a rename, a removal.
 
     With a delay, the process dies that many seconds later, or at the sixth such call after the moment.
     """

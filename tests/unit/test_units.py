@@ -29,5 +29,5 @@ def test_count_has_its_noun_in_the_right_number(count: int, noun: str, text: str
     ("seconds", "text"),
     [(0, "1970-01-01 00:00:00"), (1e9, "2001-09-09 01:46:40"), (1e18, "unknown"), (-1e18, "unknown")],
 )
-def test_time_is_unknown_if_it_is_no_date(seconds: float, text: str) -> None:
+def test_time_is_unknown_if_it_is_not_a_date(seconds: float, text: str) -> None:
     assert format_time(seconds, UTC) == text
