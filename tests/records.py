@@ -35,4 +35,5 @@ def make_plan(*keys: str, **fields: Any) -> dict[str, Any]:
         phase, _, module = key.partition("/")
         about = {"key": key, "phase": phase, "module": int(module) if module else None, "title": key.replace("/", " ")}
         rows.append({**usual, "data": "d" * 64, **about, **fields})
-    return {"data": "d" * 64, "target_depths": [[2]], "meta_depths": [[1]], "rows": rows}
+    costs = {"incubation_flops": 1, "end_to_end_flops": 1, "finetune_share": 1.0}
+    return {"data": "d" * 64, "target_depths": [[2]], "meta_depths": [[1]], **costs, "rows": rows}

@@ -10,11 +10,9 @@ from typing import Any
 from ..config import Phase, Recipe
 from ..config.seeds import phase_key
 from ..files import read_json
+from ..storage.record_types import is_plan
 from ..storage.run_directory import RunDir
 from ..tasks.metric import Metric, planned_metrics
-
-# besides the phases, what a plan.json has at least
-PLAN_KEYS = {"data", "incubation_flops", "end_to_end_flops", "finetune_share", "rows"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def stored_plan(run: RunDir, recipe: Recipe) -> dict[str, Any] | None:
 
 def is_plan_of(stored: dict[str, Any], recipe: Recipe) -> bool:
     """Return whether the content of a ``plan.json`` is the complete plan of a recipe."""
-    if stored.get("settings") != recipe.identity or not stored.keys() >= PLAN_KEYS:
+    if stored.get("settings") != recipe.identity or not is_plan(stored):
         return False
     try:
         keys = [row.key for row in load_planned_rows(stored["rows"])]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import name_in_errors, write_text
 from . import figures
 from .console_tables import common_unit, metric_columns
 from .figures import LabeledRoutes
@@ -131,7 +132,8 @@ def write_comparison(routes: LabeledRoutes, out: Path) -> list[Path]:
         drawings["modules"] = (figures.draw_module_curves, incubated)
     page = compare_page(routes)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.html").write_text(page)
+    write_text(out / "compare.html", page)
     for name, (draw, drawn) in drawings.items():
-        figures.save_png(draw, drawn, out / f"{name}.png")
+        with name_in_errors(out / f"{name}.png"):
+            figures.save_png(draw, drawn, out / f"{name}.png")
     return sorted([out / "compare.html", *(out / f"{name}.png" for name in drawings)])

@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from io import StringIO
 from itertools import accumulate
 from pathlib import Path
@@ -28,6 +29,7 @@ COLORS = ["#3d7edb", "#e0793a", "#2a9d8f", "#c9507a", "#8f6fc4", "#7c9c3c", "#b5
 INK = "#22223b"  # text color of a PNG
 PLACEHOLDER = "#012345"  # text color while an SVG is drawn, then replaced by the text color of the page
 WIDE, NARROW = 12.4, 3.7  # inches; a narrow figure is for phones and has its panels below each other
+LARGEST = 1e30  # of the finite values that are plotted; losses of models that diverge may be larger
 EM = 10 / 72  # size of the text in inches, as in figures.mplstyle
 LabeledRoutes = Sequence[tuple[str, TrainingRoute]]
 Drawn = TypeVar("Drawn")
@@ -217,7 +219,15 @@ def _draw_validation(axis: Axes, route: TrainingRoute, name: str, cost: str, col
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+    """Return x and y of points, without those that matplotlib cannot place: sums of such values would be infinite."""
+    found = [(x, y) for x, y in points if not LARGEST <= max(abs(x), abs(y)) < math.inf]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def _value_in(metric: Metric, result: dict[str, Any] | None) -> float | None:
+    """Return the metric of a result, or None if there is none that can be plotted."""
+    value = metric.value_in(result)
+    return None if value is None or abs(value) >= LARGEST else value
 
 
 def draw_module_curves(routes: LabeledRoutes, width: float) -> Figure:
@@ -254,13 +264,13 @@ def draw_compatibility(route: TrainingRoute, width: float) -> Figure:
     done.sort(key=lambda each: len(each[1]["joined"]))
     places = range(len(done))
     headline = route.modules[0].headline
-    if route.meta is not None and (reference := headline.value_in(route.meta.result)) is not None:
+    if route.meta is not None and (reference := _value_in(headline, route.meta.result)) is not None:
         axis.axhline(reference, color=import_matplotlib().rcParams["text.color"], lw=1, ls=":", label="meta model")
-    hybrids = [phase.score for phase, _ in done if phase.score is not None]
-    partial = [value for _, scores in done if (value := headline.value_in(scores)) is not None]
-    axis.vlines(places, hybrids, partial, color=COLORS[0], alpha=0.4, lw=1)
+    hybrids = [math.nan if (value := _value_in(headline, phase.result)) is None else value for phase, _ in done]
+    assembled = [math.nan if (value := _value_in(headline, scores)) is None else value for _, scores in done]
+    axis.vlines(places, hybrids, assembled, color=COLORS[0], alpha=0.4, lw=1)
     axis.plot(places, hybrids, "o", ms=10, mfc="none", mec=COLORS[0], label="as a hybrid")
-    axis.plot(places, partial, "o", ms=7, color=COLORS[1], label="with the previously finished modules")
+    axis.plot(places, assembled, "o", ms=7, color=COLORS[1], label="with the previously finished modules")
     titles = [f"{phase.title}\n{len(scores['joined'])} of {scores['modules']}" for phase, scores in done]
     _label_places(axis, titles, width)
     axis.set_xlim(-0.5, len(done) - 0.5), axis.set_ylabel(_axis_label([headline]))
@@ -284,7 +294,7 @@ def draw_before_after(routes: LabeledRoutes, width: float) -> Figure:
     figure = import_matplotlib().figure.Figure(figsize=(width, 1.1 + 0.26 * lines + (0.5 if width < WIDE else 0)))
     axis = figure.subplots()
     for at, (_, route) in enumerate(routes):
-        values = route.last.headline.value_in
+        values = partial(_value_in, route.last.headline)
         hybrids = [value for phase in route.modules if (value := values(phase.result)) is not None]
         assembled, trained = values(route.assembled), values(route.last.result)
         ends = [value for value in (assembled, trained) if value is not None]

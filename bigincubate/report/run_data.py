@@ -133,9 +133,10 @@ class PhaseData:
     @property
     def sent_gradients(self) -> float:
         """Return the bytes of gradients that each rank has passed to all-reduce; 0 if there was one rank."""
-        several = any(attempt["world"] > 1 for attempt in self.attempts)
+        if all(attempt["world"] == 1 for attempt in self.attempts):
+            return 0.0
         steps = self.spent["seen"] / self.planned["batch_units"]
-        return steps * self.planned["cost"]["allreduce_bytes"] if several else 0.0
+        return float(steps * self.planned["cost"]["allreduce_bytes"])
 
     @property
     def device_seconds(self) -> tuple[float, str] | None:

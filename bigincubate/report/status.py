@@ -150,8 +150,11 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a phase's status that is read from its files."""
     attempts, result, metrics = folder.read_attempts(), folder.result, folder.read_last_metrics()
     state = _state(attempts[-1]) if attempts else "waiting"
+    error = attempts[-1].get("error") if attempts and state == "failed" else None
     if result is not None:
         state = "done"
+    elif state == "done":
+        state, error = "failed", "its result (DONE) is missing or damaged"
     checkpoint = max(find_committed(folder.checkpoints), default=None)
     # a phase that was stopped may have a checkpoint of a later step than the last one that was logged
     step = result["steps"] if result else max(metrics.get("step", 0), checkpoint or 0)
@@ -173,7 +176,7 @@ def _phase_status(folder: PhaseDir, planned: dict[str, Any]) -> dict[str, Any]:
         "attempts": len(attempts),
         "partial": folder.partial,
         "checkpoint": checkpoint,
-        "error": attempts[-1].get("error") if attempts and state == "failed" else None,
+        "error": error,
         "stragglers": folder.stragglers if state == "running" else [],
     }
 

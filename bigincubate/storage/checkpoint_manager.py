@@ -389,9 +389,16 @@ def commit_checkpoint(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, the temporary directory of one, or what has the name of one."""
-    if folder.is_symlink() or not folder.is_dir():  # `rmtree` waits at a pipe, and the target of a link is another's
-        folder.unlink()
-        return
-    (folder / COMMIT_MARKER).unlink(missing_ok=True)  # first: an incomplete directory must not look committed
-    shutil.rmtree(folder)
+    """Remove a checkpoint, the temporary directory of one, or what has the name of one.
+
+    Raises:
+        OSError: It cannot be removed. The error names ``folder``, whose permissions decide this.
+    """
+    try:
+        if folder.is_symlink() or not folder.is_dir():  # `rmtree` waits at a pipe, and a link may point anywhere
+            folder.unlink()
+            return
+        (folder / COMMIT_MARKER).unlink(missing_ok=True)  # first: an incomplete directory must not look committed
+        shutil.rmtree(folder)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None

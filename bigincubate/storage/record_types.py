@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any
 
 from ..config import PHASES
 
-MAX_NUMBER = 1e30  # larger numbers in a file are damage: the largest training so far had less than 1e27 FLOPs
+MAX_COUNT = 10**30  # larger integers in a file are damage: the largest training so far had less than 1e27 FLOPs
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ Types = Mapping[str, Kind]
 def has_types(value: Any, types: Types) -> bool:
     """Return whether a value that was read from JSON is an object with these keys, whose values have these kinds.
 
-    Numbers must be finite and below ``MAX_NUMBER`` in magnitude.
+    Numbers must be finite, and integers below ``MAX_COUNT`` in magnitude.
     """
     return isinstance(value, dict) and all(
         _has_kind(value.get(key), kind) and (key in value or isinstance(kind, OrNone)) for key, kind in types.items()
@@ -60,9 +60,17 @@ def _has_kind(value: Any, kind: Kind) -> bool:
         return value is None or _has_kind(value, kind.value)
     if isinstance(kind, Mapping):
         return has_types(value, kind)
-    if isinstance(value, int | float) and not abs(value) < MAX_NUMBER:
+    if isinstance(value, float) and not math.isfinite(value):
         return False
-    return isinstance(value, float | int if kind is float else kind)
+    return _is_number(value) if kind is float else isinstance(value, kind) and not _is_too_large(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not _is_too_large(value)
+
+
+def _is_too_large(value: Any) -> bool:
+    return isinstance(value, int) and abs(value) >= MAX_COUNT
 
 
 RESULT_TYPES: Types = {
@@ -96,6 +104,9 @@ PLAN_TYPES: Types = {
     "data": str,
     "target_depths": ListOf(ListOf(int)),
     "meta_depths": ListOf(ListOf(int)),
+    "incubation_flops": int,
+    "end_to_end_flops": int,
+    "finetune_share": float,
     "initial_weights": OrNone({"source": str, "flops": int | None}),
     "rows": ListOf(
         {
@@ -119,19 +130,22 @@ PLAN_TYPES: Types = {
 }
 
 
-def has_phases(rows: Iterable[Mapping[str, Any]]) -> bool:
-    """Return whether the rows of a ``plan.json`` are phases with metrics, the last phases of a model among them."""
+def is_plan(value: Any) -> bool:
+    """Return whether a value is the content of a ``plan.json``.
+
+    Its rows are phases with metrics and batches, and the last phases of a model are among them.
+    """
+    if not has_types(value, PLAN_TYPES):
+        return False
+    rows = value["rows"]
     found = {row["phase"] for row in rows}
-    modules = all((row["phase"] == "incubate") == (row["module"] is not None) for row in rows)
-    return modules and all(row["metrics"] for row in rows) and {"finetune", "end_to_end"} <= found <= set(PHASES)
+    return {"finetune", "end_to_end"} <= found <= set(PHASES) and all(
+        (row["phase"] == "incubate") == (row["module"] is not None)
+        and (row["metrics"] and row["batch_size"] > 0 and row["batch_units"] > 0)
+        for row in rows
+    )
 
 
 def keep_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows whose values are all numbers. One that is finite must be below ``MAX_NUMBER`` in magnitude."""
+    """Return the rows whose values are all numbers, also infinite ones and NaN; integers are below ``MAX_COUNT``."""
     return [row for row in rows if all(map(_is_number, row.values()))]
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, float) and not math.isfinite(value):
-        return True  # the loss of a model that diverged
-    return isinstance(value, int | float) and abs(value) < MAX_NUMBER

@@ -60,14 +60,13 @@ from .record_types import (
     EVENT_TYPES,
     METRIC_TYPES,
     PARTIAL_TYPES,
-    PLAN_TYPES,
     REQUEUE_TYPES,
     RESULT_TYPES,
     STRAGGLER_TYPES,
     ListOf,
     Types,
-    has_phases,
     has_types,
+    is_plan,
     keep_numbers,
 )
 
@@ -278,8 +277,8 @@ class RunDir:
         Raises:
             OSError: The file cannot be read.
         """
-        plan = _read_object(self.path / "plan.json", PLAN_TYPES)
-        return plan if plan and has_phases(plan["rows"]) else None
+        plan = read_json(self.path / "plan.json")
+        return plan if is_plan(plan) else None
 
     @property
     def planned_rows(self) -> list[dict[str, Any]]:
@@ -377,7 +376,7 @@ class RunDir:
 
         The result of module k is at index k of ``modules``; it is None for a module that the plan does not incubate.
         The list ends with the last module that has been started. Results of phases that the plan no longer has are
-        left out.
+        left out. Without a valid plan, all are None, and the file is unchanged.
         """
         rows = self.planned_rows
         with_meta = any(row["phase"] == "pretrain" for row in rows)
@@ -390,6 +389,6 @@ class RunDir:
             "finetune": self.phase("finetune").result,
             "end_to_end": self.phase("end_to_end").result,
         }
-        if results != read_json(self.path / "summary.json"):
+        if rows and results != read_json(self.path / "summary.json"):
             write_json(self.path / "summary.json", results)
         return results

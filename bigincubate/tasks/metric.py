@@ -34,7 +34,9 @@ class Metric:
         """Format a value, with its unit if ``unit`` is true; None is formatted as ``"-"``."""
         if value is None:
             return "-"
-        return f"{value:{self.format}}{self.unit if unit else ''}"
+        # a perplexity may have 300 digits
+        number = f"{value:{self.format}}" if abs(value) < 1e12 or not math.isfinite(value) else f"{value:.3g}"
+        return f"{number}{self.unit if unit else ''}"
 
     def interval_text(self, ends: tuple[float, float] | None) -> str:
         """Format the ends of an interval, such as ``"94.44 to 98.06"``; None is formatted as ``"-"``."""

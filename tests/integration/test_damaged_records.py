@@ -29,6 +29,7 @@ WRONG: tuple[Any, ...] = (
     None,
     5,
     -1,
+    0,
     0.5,
     "x",
     "\0",
@@ -156,7 +157,10 @@ def test_damaged_value_of_a_line_ends_no_report(name: str, copied: RunDir) -> No
 def test_damaged_values_that_are_shown_end_no_page(copied: RunDir, call: Callable[..., Any]) -> None:
     """Those that have the right type, in all files at once."""
     meta = copied.phase("pretrain")
-    for row in ({"step": 3, "train/loss": 1e29}, {"step": 4, "train/loss": float("nan"), "perf/images_per_sec": 1e-29}):
+    for row in (
+        {"step": 3, "train/loss": 1e308, "val/loss": 1e308},
+        {"step": 4, "train/loss": float("nan"), "perf/images_per_sec": 1e-29},
+    ):
         append_json_line(meta.metrics, row)
     for rate in (float("nan"), float("inf"), -1.0, 0):
         append_json_line(meta.metrics, {"step": 5, "perf/images_per_sec": rate})
