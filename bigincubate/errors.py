@@ -118,27 +118,29 @@ def format_os_error(error: OSError) -> str:
     if isinstance(error, shutil.Error) and isinstance(error.args[0], list):  # of copytree, one entry for each file
         return str(error.args[0][0][-1])
     reason = error.strerror or str(error)
-    # the second name is the target of a copy
-    name = error.filename2 if error.errno in DISK_IS_FULL and error.filename2 else error.filename
+    name = error.filename2 or error.filename  # the second one is the target of a copy, link or rename
     return f"{name}: {reason}" if name else reason
 
 
 def describe_solution(error: OSError) -> str:
     """Return what a user can do about an error of the operating system; empty if there is no general advice."""
     if isinstance(error, PermissionError):
-        return f"change {_describe_permissions(error.filename)}"
+        return f"change {_describe_permissions(error)}"
     if error.errno in DISK_IS_FULL:
         return "free some disk space"
     return "check the disk or the network file system" if error.errno in (errno.EIO, errno.ESTALE) else ""
 
 
-def _describe_permissions(path: object) -> str:
-    """Return which permissions deny an operation on a path: its own, or those of a folder if it does not exist."""
-    if not isinstance(path, str | os.PathLike):
+def _describe_permissions(error: PermissionError) -> str:
+    """Return which permissions to change: those of the path, or of a folder if the path would be created in it."""
+    name = error.filename2 or error.filename
+    if not isinstance(name, str | os.PathLike) or not os.path.isabs(name):  # relative to an unknown folder
         return "the permissions"
-    first = Path(os.path.abspath(path))
-    found = next((each for each in (first, *first.parents) if os.path.lexists(each)), first)
-    return "its permissions" if found == first else f"the permissions of {found}"
+    path = Path(name)
+    if error.filename2:
+        return f"the permissions of {path.parent}"
+    found = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+    return "its permissions" if found == path else f"the permissions of {found}"
 
 
 def check_integer(name: str, value: object, least: int = 1) -> None:

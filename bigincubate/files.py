@@ -256,7 +256,8 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
     try:  # not mkstemp, which ignores the umask
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path.parent)) from None
+        named = path.parent if isinstance(error, PermissionError) else path  # the permissions to create it
+        raise OSError(error.errno, error.strerror, str(named)) from None
     try:
         with name_in_errors(path), os.fdopen(handle, "w") as file:
             file.write(text)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from ..errors import RETRY, SystemResourceError, describe_solution, format_os_error
+from ..errors import SystemResourceError, describe_solution
 from .app import JsonOption, RunArgument, RunsArgument, app, console, parse_path, say, say_json
 
 
@@ -30,9 +30,9 @@ def report(
     try:
         write_text(file, page)
     except OSError as error:
-        solution = describe_solution(error) or "fix the problem"
-        other = ", or write it to another place with --out FILE" if out is None else ""
-        raise SystemResourceError(f"{format_os_error(error)}; {solution}, {RETRY}{other}") from None
+        other = "write it to another place with --out FILE"
+        solutions = ", or ".join(filter(None, [describe_solution(error), other if out is None else ""]))
+        raise SystemResourceError("; ".join(filter(None, [f"{file}: {error.strerror}", solutions]))) from None
     say(str(file))
 
 

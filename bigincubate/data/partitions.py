@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ..config import Recipe
 from ..config.seeds import partition_number
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, format_count
 from ..files import check_is_file
 from .dataset import PARTS, DatasetInfo, open_dataset
 from .samples import Sample
@@ -129,7 +129,7 @@ def dataset_digest_for_module(recipe: Recipe, data: DatasetInfo, module: int | N
     if module is None or not recipe.data.decentralized:
         return data.digest
     if module >= len(data.parts):
-        parts = f"{len(data.parts)} parts" if data.parts else "no parts"
+        parts = format_count(len(data.parts), "part") if data.parts else "no parts"
         raise ConfigError(
             f"{data.path} has {parts}, but with data.decentralized module {module} trains only on part {module}; "
             f"prepare it with --parts {module + 1} or more"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import RETRY, ConfigError, DataError, SystemResourceError, describe_solution, format_os_error
-from ..files import quote_path
+from ..files import name_in_errors, quote_path
 from .dataset import UNFINISHED, read_json, write_json
 from .file_locks import folder_lock
 
@@ -40,7 +40,7 @@ def preparing(source: str, out: Path) -> Iterator[None]:
     """
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with folder_lock(out, PREPARE_SECONDS):
+        with name_in_errors(out), folder_lock(out, PREPARE_SECONDS):
             yield
     except OSError as error:
         solution = describe_solution(error) or "fix the problem"
@@ -78,5 +78,8 @@ def begin_folder(out: Path, kind: str, folder: str | None) -> None:
     out.mkdir(exist_ok=True)
     write_json(out / UNFINISHED, {"source": mark})
     for leftover in (*out.glob(".tmp-*"), *out.glob("parts")):
+        if not leftover.is_dir():
+            leftover.unlink()
+            continue
         # rename it first, so that a remaining process of a killed command, which still writes to it, cannot complete it
         shutil.rmtree(leftover.rename(out / f".tmp-removed-{secrets.token_hex(4)}"))

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from ..config import PHASES, Recipe
 from ..errors import ArtifactError, ConfigError
-from ..files import drop_folders, name_in_errors, raise_os_errors, read_json, read_small_file, regular_file_size
+from ..files import (
+    MISSING_OR_WRONG_TYPE,
+    drop_folders,
+    name_in_errors,
+    raise_os_errors,
+    read_json,
+    read_small_file,
+    regular_file_size,
+    unreadable_error,
+)
 from ..models.library import find_family
 from ..models.partition import Partition
 from ..storage.artifacts import ModelSpec, check_finite_weights, load_artifact, load_manifest
@@ -144,8 +153,11 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
     _check_trusted_code(spec, file, None)
     try:
         regular_file_size(file)
-        return with_weights(spec, _format_of(spec).read(file, spec), file), spec
+        with file.open("rb"):  # safetensors calls a file missing that it may not read
+            return with_weights(spec, _format_of(spec).read(file, spec), file), spec
     except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.errno not in MISSING_OR_WRONG_TYPE:
+            raise unreadable_error(error, file, ArtifactError) from None
         reason = str(error).splitlines()[0]
         raise ArtifactError(f"{file} does not hold the model of its config.json: {reason}") from None
 

@@ -107,9 +107,24 @@ def write_official(out: Path, tensors: Mapping[str, Tensor], partition: Partitio
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.unfinished")
     try:
-        # of a full disk, torch.save reports the cause only for a file that Python has opened
-        with name_in_errors(temporary), temporary.open("wb") as file:
-            torch.save({"model_stages": stages}, file)
+        with name_in_errors(temporary):
+            _save(stages, temporary)
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _save(stages: list[dict[str, Tensor]], path: Path) -> None:
+    """Write a file with ``torch.save``.
+
+    Raises:
+        OSError: It cannot be written, for example because the disk is full.
+    """
+    try:
+        with path.open("wb") as file:  # for a path, torch writes in C++, and the error does not say the cause
+            torch.save({"model_stages": stages}, file)
+    except RuntimeError as error:
+        # the end of the archive, which torch also writes after an error, may have failed as well
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise

@@ -117,6 +117,16 @@ def test_unfinished_data_of_another_folder_is_refused(tmp_path: Path) -> None:
             prepare_dataset(str(tmp_path / name), tmp_path / "out")
 
 
+def test_file_that_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    tree = write_tree(tmp_path / "images", 20)
+    spoil_images(tree)
+    with pytest.raises(DataError, match="--skip-bad"):
+        prepare_dataset(str(tree), tmp_path / "out")
+    (tmp_path / "out" / ".tmp-tokenizer.json-1").write_text("{")
+    prepare_dataset(str(tree), tmp_path / "out", skip_bad=True)
+    assert not list((tmp_path / "out").glob(".tmp-*"))
+
+
 def repaint(file: Path, *, keep_times: bool) -> None:
     """Change a pixel of an uncompressed file, and neither its size nor, if so wished, its times."""
     before, data = file.stat(), bytearray(file.read_bytes())

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from denied import limit_file_size
+from denied import deny, limit_file_size, solution_for
 from safetensors.torch import load_file
 from small_models import build_timm
 from torch import nn
 
 from bigincubate.config import ModelConfig, TaskConfig
-from bigincubate.errors import ArtifactError, ConfigError
+from bigincubate.errors import ArtifactError, ConfigError, SystemResourceError
 from bigincubate.interchange.export import export, export_official, load_model
 from bigincubate.interchange.timm_format import timm_arguments
 from bigincubate.storage.artifacts import ArtifactManifest, ModelSpec, save_artifact
@@ -148,10 +148,22 @@ def test_other_files_are_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("write", [export, export_official], ids=["timm", "official"])
-def test_export_that_does_not_fit_is_an_error_of_the_system(write: Callable[..., Any], tmp_path: Path) -> None:
+def test_export_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact("vit_tiny_patch16_224", tmp_path / "artifact")
-    with limit_file_size(10_000), pytest.raises(OSError, match="File too large") as caught:
+    export(tmp_path / "artifact", tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    deny(monkeypatch, weights)
+    with pytest.raises(SystemResourceError, match=f"^{weights}: Permission denied; {solution_for(weights, weights)}$"):
+        load_model(tmp_path / "out")
+
+
+@pytest.mark.parametrize("size", [0, 100, 10_000, 20_000, 30_000])
+@pytest.mark.parametrize("write", [export, export_official], ids=["timm", "official"])
+def test_export_that_does_not_fit_is_an_error_of_the_system(
+    write: Callable[..., Any], size: int, tmp_path: Path
+) -> None:
+    artifact("vit_tiny_patch16_224", tmp_path / "artifact")
+    with limit_file_size(size), pytest.raises(OSError, match="File too large") as caught:
         write(tmp_path / "artifact", tmp_path / "out")
     assert caught.value.filename == str(tmp_path / ".out.unfinished")
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]

@@ -43,6 +43,13 @@ def test_error_of_another_library_is_no_question_of_permissions() -> None:
     assert describe_solution(error) == ""
 
 
-def test_full_disk_is_that_of_the_copy() -> None:
+def test_error_of_a_copy_or_rename_is_that_of_its_target() -> None:
     assert format_os_error(error_of(errno.ENOSPC, "from", "to")) == "to: No space left on device"
-    assert format_os_error(error_of(errno.EACCES, "from", "to")) == "from: Permission denied"
+    denied = error_of(errno.EACCES, "/tmp/from", "/runs/export/to")
+    assert format_os_error(denied) == "/runs/export/to: Permission denied"
+    assert describe_solution(denied) == "change the permissions of /runs/export"
+
+
+def test_folder_of_a_relative_path_is_not_guessed() -> None:
+    """`shutil.rmtree` names files relative to the folder that it has opened."""
+    assert describe_solution(error_of(errno.EACCES, "state.json")) == "change the permissions"

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from denied import limit_file_size
 from hypothesis import given
 from hypothesis import strategies as st
 from text_files import make_text
@@ -159,6 +160,14 @@ def test_end_of_text_token_is_not_recognized_in_text(trained: Path, tmp_path: Pa
     text = f"a{SEPARATOR}b"
     assert tokenizer.separator not in tokenizer.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_tokenizer_that_does_not_fit_leaves_no_file(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    with limit_file_size(1000), pytest.raises(OSError, match="File too large") as caught:
+        train_bpe([make_text(number) for number in range(20)], 300, tmp_path / "tokenizer.json")
+    assert str(caught.value.filename).startswith(f"{tmp_path}/.tmp-tokenizer.json-")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_file_of_a_tokenizer_is_named(tmp_path: Path) -> None:

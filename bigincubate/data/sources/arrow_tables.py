@@ -44,6 +44,8 @@ def open_table(file: Path | str) -> Iterator[TableFile]:
         ArrowException: It is damaged.
         OSError: It cannot be read.
     """
+    with open(file, "rb"):  # the error of pyarrow would not name the file
+        pass
     if str(file).lower().endswith(ARROW):
         import pyarrow
 

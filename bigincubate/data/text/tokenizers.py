@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import ConfigError, MissingDependencyError
-from ...files import name_in_errors, quote_path, raise_os_errors
+from ...files import name_in_errors, quote_path, raise_os_errors, unreadable_error
 from ..dataset import DatasetInfo
 from ..remote import check_hash, fetch
 
@@ -85,7 +85,7 @@ class FileTokenizer:
             problem = _find_problem(content)
             names = [token["content"] for token in content["added_tokens"]]
         except OSError as error:
-            raise ConfigError(f"tokenizer {quote_path(file)}: {error.strerror}") from None
+            raise unreadable_error(error, file, ConfigError) from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             problem, names = "it was not written by the library tokenizers", []
         if not problem and not any(name in names for name in END_OF_TEXT):
@@ -199,9 +199,12 @@ def train_bpe(texts: Iterable[str], vocabulary: int, file: Path) -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     temporary = file.with_name(f".tmp-{file.name}-{os.getpid()}")
-    with name_in_errors(temporary), raise_os_errors():
-        tokenizer.save(str(temporary))
-    temporary.replace(file)
+    try:
+        with name_in_errors(temporary), raise_os_errors():
+            tokenizer.save(str(temporary))
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ------------------------------------------------------------------------------------------------ checks
