@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import MetaConfig, ModelConfig
-from ..errors import ArtifactError, ConfigError, DataError
+from ..errors import ArtifactError, ConfigError, DataError, format_count
 from ..files import check_is_file
 from ..models.base import ModelFamily
 from ..models.language.build import TransformersFamily
@@ -163,11 +163,15 @@ def choose_blocks(
         ]
     rows: list[Any] = [select] if len(meta) == 1 and not isinstance(select[0], list) else list(select)
     if len(rows) != len(meta) or not all(isinstance(row, list) for row in rows):
-        raise ConfigError(f"meta.select: this model has {len(meta)} stages; give one list of blocks per stage")
+        raise ConfigError(
+            f"meta.select: this model has {format_count(len(meta), 'stage')}; give one list of blocks per stage"
+        )
     for stage, (row, have, need) in enumerate(zip(rows, source, meta, strict=True)):
         where = _stage_suffix(stage, meta)
         if len(row) != need:
-            raise ConfigError(f"meta.select lists {len(row)} blocks{where}, but the meta model has {need}")
+            raise ConfigError(
+                f"meta.select lists {format_count(len(row), 'block')}{where}, but the meta model has {need}"
+            )
         for new, index in enumerate(row):
             if index >= have:
                 raise ConfigError(f"meta.select: no block {index}{where}; meta.init has blocks 0 to {have - 1}")

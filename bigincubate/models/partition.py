@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import ArtifactError, ConfigError, check_integer
+from ..errors import ArtifactError, ConfigError, check_integer, format_count
 from .base import Depths, ModelFamily
 
 if TYPE_CHECKING:
@@ -302,7 +302,8 @@ def check_depths(family: ModelFamily, target: Depths, meta: Depths) -> None:
     check_layout(family, meta, "meta_depths")
     if len(target) != len(meta):
         raise ConfigError(
-            f"target_depths has {len(target)} modules and meta_depths has {len(meta)}: the numbers must be equal"
+            f"target_depths has {format_count(len(target), 'module')}, but meta_depths has {len(meta)}; use equal"
+            " numbers"
         )
     for module, (deep, shallow) in enumerate(zip(target, meta, strict=True)):
         for stage, (large, small) in enumerate(zip(deep, shallow, strict=True)):

@@ -179,8 +179,9 @@ def _describe_training(origin: Origin) -> str:
     elif not plan.incubated:
         modules = f"then this model was made from it (depth expansion, `{origin.recipe.expand.init}`)"
     else:
+        verb = "was" if len(plan.incubated) == 1 else "were"
         modules = (
-            f"then {len(plan.incubated)} of the {plan.number} modules of this model were trained separately inside of"
+            f"then {len(plan.incubated)} of the {plan.number} modules of this model {verb} trained separately inside of"
             f" it, and the others were made from it (`{origin.recipe.expand.init}`)"
         )
     last = "finally, the model was fine-tuned" if phase == "finetune" else "it was not fine-tuned after that"

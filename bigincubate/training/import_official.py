@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import Recipe
 from ..distributed.process_group import DistributedContext
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError, ConfigError, format_count
 from ..files import hash_file
 from ..interchange.export import with_weights, write_folder
 from ..interchange.official_format import join_stages, read_stages
@@ -125,11 +125,13 @@ def _describe_files(digests: Mapping[str, str]) -> str:
 def _read(files: Sequence[Path], plan: Plan, wanted: Depths, what: str) -> dict[str, Tensor]:
     """Return all modules of one file, or module k of file k, as one model under timm's names."""
     if len(files) not in (1, plan.modules):
-        raise ConfigError(f"{len(files)} files: pass one file with all {plan.modules} modules, or one file per module")
+        raise ConfigError(
+            f"{format_count(len(files), 'file')}: pass one file with all {plan.modules} modules, or one file per module"
+        )
     lists = [read_stages(file) for file in files]
     for file, stages in zip(files, lists, strict=True):
         if len(stages) != plan.modules:
-            raise ArtifactError(f"{file} has {len(stages)} modules, but the recipe has {plan.modules}")
+            raise ArtifactError(f"{file} has {format_count(len(stages), 'module')}, but the recipe has {plan.modules}")
     stages = [lists[module if len(files) > 1 else 0][module] for module in range(plan.modules)]
     found = tuple(plan.family.count_blocks(stage) for stage in stages)
     if found != wanted:

@@ -239,8 +239,8 @@ def test_co_training_server_that_cannot_start_modules_use_their_own_loader(
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--jobs", 1], "--co-train trains in parallel: 2 modules; use --jobs 2, or omit --co-train"),
-        (["--jobs", 2, "--baseline"], "--co-train trains in parallel: 2 modules and the baseline; use --jobs 3,"),
+        (["--jobs", 1], "--co-train trains 2 modules in parallel; use --jobs 2, or omit --co-train"),
+        (["--jobs", 2, "--baseline"], "--co-train trains 2 modules and the baseline in parallel; use --jobs 3,"),
         (["--method", "expand"], '--co-train: plan.incubate = "none", so no modules share a loader; omit --co-train'),
         (["--set", "data.decentralized=true"], "--co-train: with data.decentralized, each module has its own data"),
     ],

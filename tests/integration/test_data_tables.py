@@ -145,7 +145,7 @@ def test_missing_files_of_a_csv_are_listed_and_pipes_are_skipped(tree: Path, tmp
     [
         ("", "has no column for the image: its first line is nothing"),
         ("path,label\n", "lists no images for training"),
-        ("path,label\na.png\n", "row 2: 1 values, but the header has 2"),
+        ("path,label\na.png\n", "row 2: 1 value, but the header has 2"),
         ("path,label\n,a\n", "row 2: no path"),
         ("path,label,split\na.png,a,later\n", "row 2: the split 'later' is not train, val or test"),
         ("path,label,split\na.png,a,val\n", "lists no images for training"),

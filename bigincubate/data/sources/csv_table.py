@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ...errors import ConfigError, DataError
+from ...errors import ConfigError, DataError, format_count
 from ...files import quote_path
 from ..samples import Source
 from .labeled_rows import LABEL_NAMES, Row, Table, build_source, split_of_path
@@ -67,7 +67,8 @@ def _read_lines(file: Path, given: Mapping[str, str]) -> Iterator[tuple[str, str
                 continue
             if len(line) != len(header):
                 raise DataError(
-                    f"{quote_path(file)}, row {number}: {len(line)} values, but the header has {len(header)}"
+                    f"{quote_path(file)}, row {number}: {format_count(len(line), 'value')}, but the header has"
+                    f" {len(header)}"
                 )
             path, label, split = (line[place].strip() if place is not None else "" for place in places.values())
             if not path or "\0" in path:

@@ -37,7 +37,7 @@ def count_parallel_jobs(recipe: Recipe, jobs: int | None, baseline: bool) -> int
         raise ConfigError(f"--co-train: {reason}, so no modules share a loader; omit --co-train")
     if jobs is not None and jobs < needed:
         what = f"{format_count(modules, 'module')}{' and the baseline' if baseline else ''}"
-        raise ConfigError(f"--co-train trains in parallel: {what}; use --jobs {needed}, or omit --co-train")
+        raise ConfigError(f"--co-train trains {what} in parallel; use --jobs {needed}, or omit --co-train")
     return jobs or needed
 
 

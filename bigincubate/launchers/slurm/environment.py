@@ -6,7 +6,7 @@ import os
 import re
 
 from ...distributed.process_group import read_count
-from ...errors import ConfigError
+from ...errors import ConfigError, format_count
 
 
 def set_torchrun_variables() -> None:
@@ -50,7 +50,8 @@ def _count_local_tasks() -> int:
     if name == "SLURM_NTASKS_PER_NODE" and len(counts) == 1:
         return counts[0]  # the option, which holds for every node
     if node >= len(counts):
-        raise ConfigError(f"SLURM_NODEID is {node}, but {name} is {text!r}, which has {len(counts)} nodes; correct it")
+        nodes = format_count(len(counts), "node")
+        raise ConfigError(f"SLURM_NODEID is {node}, but {name} is {text!r}, which has {nodes}; correct it")
     return counts[node]
 
 

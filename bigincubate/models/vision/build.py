@@ -14,7 +14,7 @@ from timm.layers import Conv2dSame, StdConv2dSame, resample_abs_pos_embed
 from torch import Tensor, nn
 
 from ...config import ModelConfig
-from ...errors import ConfigError
+from ...errors import ConfigError, format_count
 from ..base import Depths, ModelFamily, SkipMetaInitialization, explain_argument_errors
 from ..drop_path import replace_drop_path
 from ..partition import Partition
@@ -63,8 +63,8 @@ class TimmFamily(ModelFamily):
             assert isinstance(container, nn.Sequential | nn.ModuleList)
             if depth > len(container):
                 raise ConfigError(
-                    f"model {model.name!r} has {len(container)} blocks and cannot be built deeper, but the depths need"
-                    f" {depth}: use fewer blocks or choose a deeper model"
+                    f"model {model.name!r} has {format_count(len(container), 'block')} and cannot be built deeper, but"
+                    f" the depths need {depth}: use fewer blocks or choose a deeper model"
                 )
             del container[depth:]
             for block in container:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...data.batch import Batch
 from ...data.dataset import DatasetInfo
 from ...data.sample_names import read_names
-from ...errors import ConfigError, format_os_error
+from ...errors import ConfigError, format_count, format_os_error
 from ...files import MAX_SMALL_FILE_BYTES, check_is_file, quote_path
 
 EXPECTED = (
@@ -197,8 +197,8 @@ def _valid_labels(info: DatasetInfo, count: int, known: dict[str, int], file: Pa
     where, images = f"--classes {quote_path(file)}", info.samples["val"]
     if len(lists) != images:
         raise ConfigError(
-            f"{where} has lists of valid labels for {len(lists):,} images, but {info.path} has {images:,} validation"
-            " images; use the data that the file was made for"
+            f"{where} has valid labels of {format_count(len(lists), 'image')}, but {info.path} has"
+            f" {format_count(images, 'validation image')}; use the data that the file was made for"
         )
     for number, labels in enumerate(lists):
         for label in labels:
