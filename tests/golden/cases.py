@@ -13,7 +13,7 @@ class Case:
     """Describe one recorded run: every phase of a recipe.
 
     Attributes:
-        recipe: Name of a shipped recipe, or a file in ``recipes/``.
+        recipe: Name of a shipped recipe, or of a file, relative to ``recipes/`` and without its suffix.
         sets: Arguments of ``--set``.
         phases: Arguments of ``--phase``; ``incubate`` stands for all modules.
         precision: Selects the tolerance; passed on as ``train.precision``.
@@ -47,7 +47,7 @@ UNTIL_FINETUNE = ("pretrain", "incubate", "finetune")
 MICRO = "train.micro_batch=8"
 
 CASES = [
-    Case("digits", "digits", DIGITS, modules=4),
+    Case("digits", "../../../benchmarks/digits-deep", DIGITS, modules=4),
     Case("swin", "swin"),
     Case("convnext", "convnext"),
     Case("init-fresh", "vit", ("incubate.init=fresh",), UNTIL_FINETUNE),

@@ -288,7 +288,7 @@ def test_opening_another_part_is_an_error(recipe: Path, mine: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("cut", "has"), [(None, "no parts"), (lambda samples: partition_by_class(samples, 1), "1 parts")]
+    ("cut", "has"), [(None, "no parts"), (lambda samples: partition_by_class(samples, 1), "1 part")]
 )
 def test_fewer_parts_than_modules_are_refused_in_one_line(cut: Any, has: str, tmp_path: Path) -> None:
     prepare_dataset("digits-dev", tmp_path / "data", partition=cut)

@@ -148,7 +148,7 @@ def test_even_keeps_order_parity_and_both_ends(parity: int) -> None:
     [
         ([0, 12], "no block 12; meta.init has blocks 0 to 11"),
         ([0, 1, 2], "lists 3 blocks"),
-        ([[0, 1], [2, 3]], "has 1 stages"),
+        ([[0, 1], [2, 3]], "has 1 stage"),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(select: Any, says: str) -> None:

@@ -139,7 +139,7 @@ def test_wrong_depths_are_named(value: Any, stages: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "target", "meta", "message"),
     [
-        ("vit_tiny_patch16_224", [2, 2], [1, 1, 1], "2 modules and meta_depths has 3"),
+        ("vit_tiny_patch16_224", [2, 2], [1, 1, 1], "2 modules, but meta_depths has 3"),
         ("vit_tiny_patch16_224", [2, 2], [3, 1], "module 0: meta depth 3"),
         ("vit_tiny_patch16_224", [2, 0], [1, 0], "target_depths: module 1 has no blocks"),
         ("vit_tiny_patch16_224", [2, 2], [1, 0], "meta_depths: module 1 has no blocks"),
