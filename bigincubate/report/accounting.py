@@ -147,7 +147,7 @@ def _phase_key(kind: str, job_name: str, index: str | None) -> str | None:
         job_name: Its name, which ends with the kind. In ``NAME-incubate+1000``, index 7 of the array is module 1007.
         index: Its index in the array, if it is an array task.
     """
-    if (name := re.search(rf"-{kind}(?:\+(\d+))?$", job_name)) is None:
+    if (name := re.search(rf"-{re.escape(kind)}(?:\+(\d+))?$", job_name)) is None:
         return None
     return f"{kind}/{int(name[1] or 0) + int(index or 0)}" if kind == "incubate" else kind
 

@@ -15,7 +15,7 @@ import pytest
 from bigincubate.errors import BigincubateError, Exit
 from bigincubate.files import append_json_line, write_json
 from bigincubate.launchers.slurm.submission_log import Submission, SubmissionLog
-from bigincubate.report.accounting import query_usage
+from bigincubate.report.accounting import parse_accounting, query_usage
 from bigincubate.report.compare import compare_json, compare_page, label_routes
 from bigincubate.report.console_tables import compare_table, status_table
 from bigincubate.report.page import render_report
@@ -176,6 +176,19 @@ def test_damaged_values_that_are_shown_end_no_page(copied: RunDir, call: Callabl
     for command in (["status"], ["report"], ["compare"]):
         code, _, err = call(*command, copied.path)
         assert (code, err) == (Exit.DONE, "")
+
+
+def test_submission_to_the_first_of_several_clusters_is_not_damaged(tmp_path: Path) -> None:
+    """`--clusters=a,b` is noted as it is until Slurm has chosen one."""
+    run = RunDir(tmp_path)
+    submitted = [Submission("pretrain", "x", cluster="a,b"), Submission("gate", "x", "12", needs=("11",))]
+    SubmissionLog(run, submitted).write()
+    assert SubmissionLog.read(run).jobs == submitted
+
+
+def test_odd_kind_of_a_job_is_no_pattern() -> None:
+    row = "12|COMPLETED|60|1|00:01:00|60|||run-("
+    assert [each.key for each in parse_accounting(row, {"12": "("})] == ["("]
 
 
 def test_damaged_log_of_submissions_is_no_reason_to_submit_again(copied: RunDir, call: Callable[..., Any]) -> None:

@@ -36,7 +36,9 @@ COMPRESSIONS: tuple[tuple[bytes, Callable[[Path], Any]], ...] = (
 )
 MAX_NAME_BYTES, MAX_NAME_FOLDERS = 4096, 200
 LINKS, DEVICES, SPARSE = "links in the archive", "pipes, sockets and devices", "sparse files in the archive"
-DAMAGED = (  # what the parsers raise for archives that are damaged, perhaps on purpose
+# what the parsers raise for archives that are damaged, perhaps on purpose; NotImplementedError is raised by zipfile for
+# entries of an unknown compression
+DAMAGED = (
     *(tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, struct.error),
     *(ValueError, OverflowError, RecursionError, NotImplementedError, MemoryError, gzip.BadGzipFile),
 )

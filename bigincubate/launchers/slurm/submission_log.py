@@ -211,9 +211,9 @@ class SubmissionLog:
 
 
 def _has_names(entry: dict[str, Any]) -> bool:
-    """Return whether the ids and names of a job are words, as those of Slurm are."""
-    words = [entry["kind"], *entry["needs"], *filter(None, (entry["job"], entry["cluster"]))]
-    return all(re.fullmatch(r"[\w.-]+", word, re.ASCII) for word in words)
+    """Return whether the ids and names of a job can be arguments of Slurm's programs."""
+    words = [entry["name"], *entry["needs"], *filter(None, (entry["job"], entry["cluster"]))]
+    return all(map(str.isprintable, words))
 
 
 def list_queued_jobs(run: RunDir) -> list[QueuedJob]:
