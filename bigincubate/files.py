@@ -172,7 +172,7 @@ def name_in_errors(path: Path) -> Iterator[None]:
     """Name a path in errors of the operating system that name none, such as those of a full disk.
 
     Raises:
-        OSError: Such an error was raised.
+        OSError: Any error of the operating system that the block raises.
     """
     try:
         yield
@@ -186,7 +186,7 @@ def name_in_errors(path: Path) -> Iterator[None]:
 def raise_os_errors() -> Iterator[None]:
     """Raise errors of the operating system as such.
 
-    safetensors and tokenizers, which are written in Rust, have their own classes for them.
+    safetensors and tokenizers are written in Rust and raise no OSError; only the text of their error has its number.
 
     Raises:
         OSError: There was such an error, for example a full disk.
@@ -256,7 +256,7 @@ def write_text(path: Path, text: str, *, exclusive: bool = False) -> bool:
     try:  # not mkstemp, which ignores the umask
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     except OSError as error:
-        named = path.parent if isinstance(error, PermissionError) else path  # the permissions to create it
+        named = path.parent if isinstance(error, PermissionError) else path  # a file is created in its folder
         raise OSError(error.errno, error.strerror, str(named)) from None
     try:
         with name_in_errors(path), os.fdopen(handle, "w") as file:

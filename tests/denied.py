@@ -41,14 +41,14 @@ def deny(patch: pytest.MonkeyPatch, path: Path, number: int = errno.EACCES) -> N
 
 
 def solution_for(path: Path, denied: Path) -> str:
-    """Return what a message advises if a path cannot be used because access to ``denied``, itself or a folder, is."""
+    """Return the advice for a path if access to ``denied``, the path itself or a folder that contains it, is denied."""
     permissions = "its permissions" if path == denied else f"the permissions of {denied}"
     return f"change {permissions}, then run the same command again"
 
 
 @contextmanager
 def limit_file_size(size: int) -> Iterator[None]:
-    """Let no file of this process grow beyond a size in bytes, which is an error as on a full disk."""
+    """Let no file of this process grow beyond a size in bytes. Writing more fails, much as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:

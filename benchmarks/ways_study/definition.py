@@ -207,7 +207,7 @@ class Study(ConfigTable):
     recipe: str
     """Name or path of the recipe; a path is relative to the folder of the definition."""
     recipe_name: str | None = None
-    """Name of the recipe in the digests of trials; None for that of the file. A recipe that moves keeps its name."""
+    """Name of the recipe in the digests of trials; None for the name in ``recipe``. With it, a recipe can be moved."""
     unit: Literal["incubation", "TFLOP"] = "incubation"
     """What a budget of 1 is: the recipe's own incubation, or 10^12 training FLOPs."""
     metric: Score = Score()

@@ -100,7 +100,8 @@ def summary_lines(summary: Mapping[str, Any], classes: Sequence[str]) -> list[st
         lines.append(f"left out: {format_count(count, 'unreadable image')}, listed in {UNREADABLE_FILES}")
     if count := summary["in_both_splits"]["count"]:
         name, other = summary["in_both_splits"]["examples"][0]
-        lines.append(f"warning: validation images that are also training images: {count:,}; {name} is equal to {other}")
+        images = format_count(count, "validation image")
+        lines.append(f"warning: {images} also in the training images; {name} is equal to {other}")
     if summary["turned"]:
         lines.append(
             f'images with an EXIF orientation: {summary["turned"]:,}; augment.exif = "apply" turns them upright'

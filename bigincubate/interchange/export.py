@@ -153,7 +153,7 @@ def _load_exported(path: Path) -> tuple[nn.Module, ModelSpec]:
     _check_trusted_code(spec, file, None)
     try:
         regular_file_size(file)
-        with file.open("rb"):  # safetensors calls a file missing that it may not read
+        with file.open("rb"):  # safetensors would report a file without read permission as missing
             return with_weights(spec, _format_of(spec).read(file, spec), file), spec
     except (OSError, SafetensorError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.errno not in MISSING_OR_WRONG_TYPE:

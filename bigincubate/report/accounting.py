@@ -83,7 +83,7 @@ def query_usage(run: RunDir) -> dict[str, JobUsage]:
 
     Returns:
         The usage by the key of the phase; empty if nothing was submitted, if this is unknown because the log of
-        submissions is damaged, or if Slurm does not record or answer.
+        submissions is damaged, or if Slurm keeps no accounting records or does not answer.
     """
     clusters: dict[str | None, dict[str, str]] = {}
     with suppress(ArtifactError):

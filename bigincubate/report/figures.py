@@ -29,7 +29,7 @@ COLORS = ["#3d7edb", "#e0793a", "#2a9d8f", "#c9507a", "#8f6fc4", "#7c9c3c", "#b5
 INK = "#22223b"  # text color of a PNG
 PLACEHOLDER = "#012345"  # text color while an SVG is drawn, then replaced by the text color of the page
 WIDE, NARROW = 12.4, 3.7  # inches; a narrow figure is for phones and has its panels below each other
-LARGEST = 1e30  # of the finite values that are plotted; losses of models that diverge may be larger
+LARGEST = 1e30  # finite values of this size or larger are not plotted; a diverging model can have such losses
 EM = 10 / 72  # size of the text in inches, as in figures.mplstyle
 LabeledRoutes = Sequence[tuple[str, TrainingRoute]]
 Drawn = TypeVar("Drawn")
@@ -219,7 +219,7 @@ def _draw_validation(axis: Axes, route: TrainingRoute, name: str, cost: str, col
 
 
 def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    """Return x and y of points, without those that matplotlib cannot place: sums of such values would be infinite."""
+    """Return x and y of points, without finite values that are so large that the arithmetic of matplotlib overflows."""
     found = [(x, y) for x, y in points if not LARGEST <= max(abs(x), abs(y)) < math.inf]
     return [x for x, _ in found], [y for _, y in found]
 

@@ -71,7 +71,7 @@ def _header(run_data: RunData, timeline: Iterable[TimelineEvent]) -> Markup:
             tiles.append(_tile(flops_number(route.spent["flops"]), f"for training, {route.name}"))
             tiles.append(_tile(html.duration_number(route.spent["seconds"]), f"of training, {route.name}"))
     if faults := sum(event.fault for event in timeline):
-        name = "interruption" if faults == 1 else "interruptions and faults"
+        name = "interruption or fault" if faults == 1 else "interruptions and faults"
         tiles.append(_tile(str(faults), name if missing else f"{name}, recovered"))
     heading = tag("h1", run_data.recipe.name, state)
     return join_markup(heading, description, missing_note, tag("div", *tiles, class_="tiles"))

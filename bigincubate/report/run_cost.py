@@ -19,7 +19,7 @@ def describe_cost(run: RunDir, graph: Sequence[Job]) -> str:
     """Return the number of phases, optimizer steps and FLOPs of a run, and how many of the phases are done."""
     steps, flops = sum(job.steps for job in graph), sum(job.total_flops for job in graph)
     done = sum(run.phase(job.phase, job.module).result is not None for job in graph)
-    finished = f"; {done} of them done" if done else ""
+    finished = f"; {format_count(done, 'phase')} already done" if done else ""
     numbers = f"{format_count(len(graph), 'phase')}, {format_count(steps, 'step')}"
     return f"{numbers}, {format_quantity(flops, 'FLOP')} of training{finished}"
 

@@ -142,7 +142,7 @@ class PhaseData:
     def device_seconds(self) -> tuple[float, str] | None:
         """Return the seconds multiplied by the number of GPUs or CPU cores in use, and ``"GPU"`` or ``"core"``.
 
-        None if there are no attempts, or they used different devices.
+        None if there are no attempts, or if they differ in device, ranks or threads.
         """
         layouts = {(each["device"], each["world"], each["threads"]) for each in self.attempts}
         if len(layouts) != 1:

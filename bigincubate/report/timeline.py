@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import format_count
-from ..storage.record_types import STRAGGLER_TYPES, ListOf, MapOf, Types, has_types
+from ..storage.record_types import STRAGGLER_TYPES, ListOf, Types, has_types
 from .console_tables import format_ranges, format_stragglers
 from .run_data import PhaseData, RunData
 
@@ -23,7 +23,7 @@ class EventKind:
     """A kind of events in ``events.jsonl``.
 
     Attributes:
-        text: The text of an event, with the names of its fields, which `_format_field` formats.
+        text: The text of an event. Its placeholders are names of fields, whose values `_format_field` formats.
         types: The types of these fields.
     """
 
@@ -34,7 +34,7 @@ class EventKind:
 EVENTS = {
     "created": EventKind("created from the recipe {recipe}", {"recipe": str}),
     "forked": EventKind("forked from {source}", {"source": str}),
-    "imported": EventKind("{phase}: imported from {files}", {"phase": str, "files": MapOf(str)}),
+    "imported": EventKind("{phase}: imported from {source}", {"phase": str, "source": str}),
     "collected": EventKind("{phase}: collected from {source}", {"phase": str, "source": str}),
     "recipe_changed": EventKind("recipe changed: {changes}", {"changes": ListOf(str)}),
     "done": EventKind("{phase}: done after {steps}", {"phase": str, "steps": int}),
@@ -116,8 +116,6 @@ def _format_field(key: str, value: Any, titles: dict[str, str]) -> str:
     match key:
         case "phase":
             return titles.get(value, value)
-        case "files":
-            return ", ".join(value)
         case "changes":
             return "; ".join(value)
         case "jobs":

@@ -389,10 +389,10 @@ def commit_checkpoint(
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint, the temporary directory of one, or what has the name of one.
+    """Remove a checkpoint, its temporary directory, or anything else that has the name of a checkpoint.
 
     Raises:
-        OSError: It cannot be removed. The error names ``folder``, whose permissions decide this.
+        OSError: It cannot be removed. The error names ``folder``, even if the cause is an entry in it.
     """
     try:
         if folder.is_symlink() or not folder.is_dir():  # `rmtree` waits at a pipe, and a link may point anywhere

@@ -237,7 +237,7 @@ def _newest_generation(owners: Path) -> int:
 
 
 def _read_owner(path: Path) -> dict[str, Any] | None:
-    """Return the owner that a file names, or None if it has released the lease, or the file is damaged."""
+    """Return the owner that a file names, or None if that owner has released the lease or the file is damaged."""
     owner = read_json(path)
     return owner if has_types(owner, OWNER_TYPES) else None
 

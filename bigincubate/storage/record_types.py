@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import PHASES
 
-MAX_COUNT = 10**30  # larger integers in a file are damage: the largest training so far had less than 1e27 FLOPs
+MAX_COUNT = 10**30  # larger integers in a file are damage: the largest training run so far used less than 1e27 FLOPs
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ Kind = type | UnionType | ListOf | MapOf | OrNone | Mapping[str, "Kind"]
 """The kind of a value that was read from JSON; a float may be an integer, as in JSON."""
 
 Types = Mapping[str, Kind]
-"""The kind of the value of each key that an object has at least."""
+"""The keys that an object must have, with the kind of each value; other keys are allowed."""
 
 
 def has_types(value: Any, types: Types) -> bool:
@@ -133,7 +133,8 @@ PLAN_TYPES: Types = {
 def is_plan(value: Any) -> bool:
     """Return whether a value is the content of a ``plan.json``.
 
-    Its rows are phases with metrics and batches, and the last phases of a model are among them.
+    Each row must be a phase with a metric and a positive batch size, and have a module exactly if it is an incubation.
+    Fine-tuning and end-to-end training must be among them.
     """
     if not has_types(value, PLAN_TYPES):
         return False
@@ -147,5 +148,5 @@ def is_plan(value: Any) -> bool:
 
 
 def keep_numbers(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows whose values are all numbers, also infinite ones and NaN; integers are below ``MAX_COUNT``."""
+    """Return the rows whose values are all numbers, including infinities and NaN, with integers below ``MAX_COUNT``."""
     return [row for row in rows if all(map(_is_number, row.values()))]

@@ -120,7 +120,7 @@ class PhaseDir:
 
     @property
     def start_rate(self) -> float | None:
-        """Return the GFLOP/s in the first steps of the last attempt, or None if they are not measured yet."""
+        """Return the GFLOP/s in the first steps of the last attempt, or None if they are unknown."""
         found = _read_object(self.path / START_RATE, {"gflops": float})
         return None if found is None else float(found["gflops"])
 
@@ -376,7 +376,8 @@ class RunDir:
 
         The result of module k is at index k of ``modules``; it is None for a module that the plan does not incubate.
         The list ends with the last module that has been started. Results of phases that the plan no longer has are
-        left out. Without a valid plan, all are None, and the file is unchanged.
+        left out. Without a valid plan, only those of fine-tuning and of the baseline are returned, and the file is
+        unchanged.
         """
         rows = self.planned_rows
         with_meta = any(row["phase"] == "pretrain" for row in rows)

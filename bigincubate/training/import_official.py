@@ -107,7 +107,7 @@ def import_part(
                 tensors if row.module is None else extract(tensors, Partition(plan.family, plan.target), row.module)
             )
             context = opened.phase(row.phase, row.module, env)
-            run.log_event("imported", phase=row.key, files=sources)
+            run.log_event("imported", phase=row.key, source=imported[row.key])
             context = replace(context, planned=replace(context.planned, steps=0), imported=imported[row.key])
             yield context, train_phase(context, module_tensors, queue=queue)
     finally:

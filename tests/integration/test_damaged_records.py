@@ -1,4 +1,4 @@
-"""Files of a run with wrong, missing or absurd values: what reads them ends with a documented code and one line."""
+"""Files of a run with wrong, missing or absurd values: readers raise no other errors than those that users see."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def whole(done: Any) -> RunDir:
         "stragglers": {"stragglers": [straggler]},
         "rolled_back": {"step": 2, "to": 1},
         "made_again": {"reason": "damaged"},
-        "imported": {"files": {"x": "y"}},
+        "imported": {"source": "x"},
         "collected": {"source": "x"},
         "forked": {"source": "x"},
         "submitted": {"job": "12", "kind": "incubate", "modules": [0, 1]},
@@ -128,7 +128,7 @@ def damaged_values(content: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_damaged_value_of_an_object_ends_no_report(name: str, copied: RunDir) -> None:
+def test_damaged_value_of_an_object_does_not_break_a_report(name: str, copied: RunDir) -> None:
     file = copied.path / name
     content = json.loads(file.read_text())
     for what, changed in (*((repr(wrong), wrong) for wrong in WRONG), *damaged_values(content)):
@@ -140,7 +140,7 @@ def test_damaged_value_of_an_object_ends_no_report(name: str, copied: RunDir) ->
 
 
 @pytest.mark.parametrize("name", LINES)
-def test_damaged_value_of_a_line_ends_no_report(name: str, copied: RunDir) -> None:
+def test_damaged_value_of_a_line_does_not_break_a_report(name: str, copied: RunDir) -> None:
     file = copied.path / name
     before = file.read_bytes()
     lines = {json.dumps(sorted(row)): row for row in map(json.loads, before.splitlines())}  # one of each kind
@@ -154,7 +154,7 @@ def test_damaged_value_of_a_line_ends_no_report(name: str, copied: RunDir) -> No
                 raise AssertionError(f"{name}: {row}: {what}") from error
 
 
-def test_damaged_values_that_are_shown_end_no_page(copied: RunDir, call: Callable[..., Any]) -> None:
+def test_damaged_values_on_a_page_do_not_break_it(copied: RunDir, call: Callable[..., Any]) -> None:
     """Those that have the right type, in all files at once."""
     meta = copied.phase("pretrain")
     for row in (

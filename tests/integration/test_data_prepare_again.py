@@ -183,7 +183,7 @@ def test_equal_images_in_training_and_validation_are_always_reported(tmp_path: P
         lines: list[str] = []
         prepare_dataset(str(tmp_path / "tree"), tmp_path / "out", report=lines.append)
         assert [line for line in lines if "warning" in line] == [
-            "warning: validation images that are also training images: 9; val/a/0000.png is equal to train/a/0000.png"
+            "warning: 9 validation images also in the training images; val/a/0000.png is equal to train/a/0000.png"
         ]
 
 

@@ -158,7 +158,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "a line twice": ("map.csv", "three,3\neight,8\nseven,7\nthree,3", "'three' twice"),
     "a line with three cells": ("map.csv", "three,3\neight,8,7", "'eight,8,7' is not a class of the data"),
     "a list that is too short": ("list.json", [3, 8], "has 2 entries, but"),
-    "too few lists": ("real.json", [[3], [8]], "valid labels of 2 images, but"),
+    "too few lists": ("real.json", [[3], [8]], "valid labels for 2 images, but"),
     "a valid label that is too large": ("real.json", [[3]] * 59 + [[10]], "label 10 of image 59 is not a class"),
     "no valid label": ("real.json", [[]] * 60, "no valid label for any image"),
     "lists for other classes": ("real.json", [[3]] * 60, "3 classes, but model.num_classes = 10"),

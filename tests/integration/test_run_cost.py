@@ -107,7 +107,7 @@ def test_cost_counts_steps_flops_and_finished_phases(watched: Watched, done: Any
     cost = describe_cost(watched.run, watched.graph)
     assert cost == f"4 phases, 32 steps, {format_quantity(watched.total, 'FLOP')} of training"
     graph = build_job_graph(done.rows, baseline=True)
-    assert describe_cost(done.run, graph).endswith("; 4 of them done")
+    assert describe_cost(done.run, graph).endswith("; 4 phases already done")
 
 
 def test_attempt_measures_its_first_steps(harness: Harnesses) -> None:

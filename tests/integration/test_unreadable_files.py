@@ -219,7 +219,7 @@ def test_phase_whose_result_is_damaged_or_missing_is_not_called_done(text: str |
 
 
 def test_damaged_plan_is_written_again(made: Any, call: Callable[..., Any]) -> None:
-    """Also if only a report would need the value that is damaged."""
+    """Even if only a report would need the value that is damaged."""
     made.run.update_summary()
     plan, summary = made.run.path / "plan.json", (made.run.path / "summary.json").read_bytes()
     whole = plan.read_text()

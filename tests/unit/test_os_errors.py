@@ -37,7 +37,7 @@ def test_solution_follows_from_the_error(number: int, solution: str) -> None:
     assert describe_solution(error_of(number, "file")) == solution
 
 
-def test_error_of_another_library_is_no_question_of_permissions() -> None:
+def test_error_of_another_library_is_not_a_permission_error() -> None:
     error = ssl.SSLError(1, "wrong version number")
     assert error.errno == errno.EPERM
     assert describe_solution(error) == ""

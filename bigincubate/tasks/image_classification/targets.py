@@ -197,7 +197,7 @@ def _valid_labels(info: DatasetInfo, count: int, known: dict[str, int], file: Pa
     where, images = f"--classes {quote_path(file)}", info.samples["val"]
     if len(lists) != images:
         raise ConfigError(
-            f"{where} has valid labels of {format_count(len(lists), 'image')}, but {info.path} has"
+            f"{where} has valid labels for {format_count(len(lists), 'image')}, but {info.path} has"
             f" {format_count(images, 'validation image')}; use the data that the file was made for"
         )
     for number, labels in enumerate(lists):
