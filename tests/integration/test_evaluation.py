@@ -157,7 +157,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "a class twice": ("map.json", {**SOME, "seven": 3}, "'seven' and 'three' of"),
     "a line twice": ("map.csv", "three,3\neight,8\nseven,7\nthree,3", "'three' twice"),
     "a line with three cells": ("map.csv", "three,3\neight,8,7", "'eight,8,7' is not a class of the data"),
-    "a list that is too short": ("list.json", [3, 8], "has 2 entries, but"),
+    "a list that is too short": ("list.json", [3, 8], "lists 2 classes, but"),
     "too few lists": ("real.json", [[3], [8]], "valid labels for 2 images, but"),
     "a valid label that is too large": ("real.json", [[3]] * 59 + [[10]], "label 10 of image 59 is not a class"),
     "no valid label": ("real.json", [[]] * 60, "no valid label for any image"),

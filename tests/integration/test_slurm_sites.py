@@ -343,7 +343,7 @@ def test_limit_of_submitted_tasks_cuts_arrays(
     sets = words(*SHORT, f"plan.target_depths={depths}", f"plan.meta_depths={depths}")
     submitted = bigincubate("submit", fast, "--run-dir", run.path, *sets)
     assert submitted.returncode == 0, submitted.stderr
-    assert "incubate: 3 of 6 modules wait for the gate, because of a limit (" in submitted.stdout
+    assert "incubate: the gate will submit 3 of 6 modules, because of a limit (" in submitted.stdout
     finish(slurm, run)
     tasks = [module for job in jobs(run) for module in job["modules"]]
     assert sorted(tasks) == list(range(6))

@@ -216,7 +216,7 @@ class JobSubmitter:
                     raise
                 limit, waiting = str(error), [(offset, group[: len(group) // 2])] if len(group) > 1 else []
         if left := len(modules) - sum(len(entry.modules) for entry in accepted):
-            self.say(f"incubate: {left} of {len(modules)} modules wait for the gate, because of a limit ({limit})")
+            self.say(f"incubate: the gate will submit {left} of {len(modules)} modules, because of a limit ({limit})")
 
     def _make_room(self) -> bool:
         """Replace the last array by its first half, so that Slurm's limits leave room for the gate.

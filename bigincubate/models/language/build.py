@@ -123,7 +123,7 @@ class TransformersFamily(ModelFamily):
             self._check_configuration(config, model)
             types, blocks = _layer_types(config), getattr(config, self.depth_key)
             if types and len(types) != blocks:  # transformers checks it from 4.57 on
-                raise ValueError(f"layer_types has {len(types)} entries, but {self.depth_key} is {blocks}")
+                raise ValueError(f"the length of layer_types is {len(types)}, but {self.depth_key} is {blocks}")
             if depth is not None:
                 layer_types = {"layer_types": types[:1] * depth} if types else {}
                 config = config_class(**{**arguments, self.depth_key: depth, **layer_types}, attn_implementation="sdpa")

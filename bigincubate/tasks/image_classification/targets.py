@@ -97,8 +97,8 @@ def _match_by_name(info: DatasetInfo, count: int, known: dict[str, int]) -> Targ
     if len(own) != count:
         names = "" if known else ", whose names are not known"
         raise ConfigError(
-            f"{info.path} has {len(own)} classes, but model.num_classes = {count}, and they are not among the model's"
-            f" classes{names}: say which they are with --classes FILE, or use other data"
+            f"{info.path} has {format_count(len(own), 'class')}, but model.num_classes = {count}, and not all of them"
+            f" are among the model's classes{names}: say which they are with --classes FILE, or use other data"
         )
     if set(own) == {str(number) for number in range(count)}:  # folders 0, 1, 10, …, as in ImageNet-V2
         return _targets([int(name) for name in own], count, "number")
@@ -155,7 +155,8 @@ def _mapped_classes(info: DatasetInfo, count: int, known: dict[str, int], file: 
     where, own = f"--classes {quote_path(file)}", [str(name) for name in info.schema.metadata["classes"]]
     if isinstance(content, list):
         if len(content) != len(own):
-            raise ConfigError(f"{where} has {len(content)} entries, but {info.path} has {len(own)} classes; {EXPECTED}")
+            counts = format_count(len(content), "class"), format_count(len(own), "class")
+            raise ConfigError(f"{where} lists {counts[0]}, but {info.path} has {counts[1]}; {EXPECTED}")
         content = dict(zip(own, content, strict=True))
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"{where} has no classes; {EXPECTED}")
