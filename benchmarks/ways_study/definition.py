@@ -219,7 +219,7 @@ class Study(ConfigTable):
     rate: Positive
     """FLOP/s of one core, for estimates before any trial is logged."""
     settings_of: str | None = None
-    """The study whose chosen settings are used; None if this study chooses its own."""
+    """The study whose chosen settings are used, those at ``tuning.budgets``; None if this study chooses its own."""
     splits: Splits
     tuning: Tuning
     final: Final

@@ -314,6 +314,6 @@ def worker_flops(costs: Costs, way: Way, budget: float) -> float:
 
 
 def nearest_budget(costs: Costs, way: Way, budget: float, tuned: Way, budgets: Sequence[float]) -> float:
-    """Return the tuned budget that is nearest to a budget on a logarithmic scale."""
+    """Return the tuned budget nearest to a budget on a logarithmic scale; of two at the same distance, the larger."""
     wanted = math.log(worker_flops(costs, way, budget))
-    return min(budgets, key=lambda each: (abs(math.log(worker_flops(costs, tuned, each)) - wanted), each))
+    return min(budgets, key=lambda each: (round(abs(math.log(worker_flops(costs, tuned, each)) - wanted), 9), -each))

@@ -123,9 +123,21 @@ def test_other_budgets_use_the_nearest_tuned_one(parts: Any, costs: Any) -> None
     expand = ways["expand"]
     assert parts.lengths.nearest_budget(costs, expand, 0.25, expand, budgets) == 0.5
     assert parts.lengths.nearest_budget(costs, expand, 2, expand, budgets) == 2
+    for name in ("incubate_short", "expand", "end_to_end", "meta_alone", "expand_average"):  # equally near to both
+        assert parts.lengths.nearest_budget(costs, ways[name], 1, ways[name], budgets) == 2
     # a critical path of 2 x 5.65 TFLOPs is nearer to 17.4 than to 4.4 TFLOPs in total
     assert parts.lengths.nearest_budget(costs, ways["expand_path"], 2, expand, budgets) == 2
     assert parts.lengths.nearest_budget(costs, ways["expand_path"], 1, expand, budgets) == 0.5
+
+
+def test_study_with_the_settings_of_another_uses_only_those_at_its_tuned_budgets(parts: Any, costs: Any) -> None:
+    half = parts.definition.load_study("digits-half")
+    chosen, _ = parts.log.read_chosen(half)
+    assert chosen["expand"].keys() == {"0.5", "2"}
+    expand = half.ways["expand"]
+    found = parts.log.final_settings(parts.lengths.Costs(half), expand, 2, chosen)
+    assert found == chosen["expand"]["0.5"]["settings"]
+    assert parts.log.final_settings(costs, expand, 2, chosen) == chosen["expand"]["2"]["settings"]
 
 
 def test_plan_counts_what_is_left_at_the_rate_of_the_log(parts: Any, costs: Any, tmp_path: Path) -> None:
