@@ -86,7 +86,9 @@ class Way(ConfigTable):
     points: Annotated[int, Field(ge=0)]
     """Number of points of the random search; by default that of the study."""
     tuned_as: str | None = None
-    """The way whose settings it uses, at the nearest budget in FLOPs of a worker; None if it is tuned."""
+    """The way whose settings it uses; None if it is tuned."""
+    tuned_budget: Positive | None = None
+    """The tuned budget whose settings it uses; by default the nearest one in FLOPs of a worker."""
 
     @model_validator(mode="after")
     def _check(self) -> Way:
@@ -219,7 +221,7 @@ class Study(ConfigTable):
     rate: Positive
     """FLOP/s of one core, for estimates before any trial is logged."""
     settings_of: str | None = None
-    """The study whose chosen settings are used, those at ``tuning.budgets``; None if this study chooses its own."""
+    """The study whose chosen settings are used; None if this study chooses its own."""
     splits: Splits
     tuning: Tuning
     final: Final
@@ -231,6 +233,8 @@ class Study(ConfigTable):
         for way in self.ways.values():
             if way.tuned_as is not None and way.tuned_as not in self.ways:
                 raise ValueError(f"ways.{way.name}.tuned_as: there is no way {way.tuned_as}")
+            if way.tuned_budget is not None and way.tuned_budget not in self.tuning.budgets:
+                raise ValueError(f"ways.{way.name}.tuned_budget: {way.tuned_budget:g} is not one of tuning.budgets")
         for each in self.primary.comparisons:
             for name in (each.way, each.rival):
                 if name not in self.ways or each.budget not in self.ways[name].budgets:
@@ -331,11 +335,12 @@ def load_study(name: str) -> Study:
         if read_toml(file.with_name(f"{other}.toml")).get("settings_of") is not None:
             raise ConfigError(f"{where}: settings_of = {other!r}: that study does not choose settings of its own")
         spaces = load_study(str(file.with_name(f"{other}.toml"))).ways
-        if missing := ways.keys() - spaces.keys():
+        own = {key for key, way in ways.items() if way.tuned_as is None}
+        if missing := own - spaces.keys():
             raise ConfigError(
                 f"{where}: {other} has no way {', '.join(sorted(missing))}, so there are no settings to reuse"
             )
-        ways = {key: way.model_copy(update={"space": spaces[key].space}) for key, way in ways.items()}
+        ways |= {key: ways[key].model_copy(update={"space": spaces[key].space}) for key in own}
     if isinstance(recipe := raw.get("recipe"), str) and (local := (file.parent / recipe).resolve()).is_file():
         raw["recipe"] = str(local)
     return validate(Study, {**raw, "file": file.resolve(), "tuning": tuning, "final": final, "ways": ways}, "", where)

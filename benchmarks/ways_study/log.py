@@ -217,13 +217,13 @@ def _make_trial(
 
 
 def final_settings(costs: Costs, way: Way, budget: float, chosen: dict[str, Any] | None) -> Settings:
-    """Return the settings of a way at a budget: those chosen at the nearest tuned budget of the definition."""
+    """Return the settings of a way at a budget: those chosen at its tuned budget, or else at the nearest one."""
     study = costs.study
     tuned = study.ways[way.tuned_as or way.name]
     if chosen is None:
         return study.draw(tuned, 0)
     found: dict[str, Any] = chosen[tuned.name]
-    nearest = nearest_budget(costs, way, budget, tuned, study.tuning.budgets)
+    nearest = way.tuned_budget or nearest_budget(costs, way, budget, tuned, [float(text) for text in found])
     settings: Settings = found[f"{nearest:g}"]["settings"]
     return settings
 

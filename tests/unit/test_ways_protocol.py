@@ -120,6 +120,7 @@ def test_validation_trial_is_not_repeated_with_another_definition(parts: Any, co
         ),
         ('kind = "end_to_end"', 'kind = "plain"', "ways.end_to_end.kind: Input should be 'incubate', "),
         ('tuned_as = "expand"', 'tuned_as = "grow"', "ways.expand_best.tuned_as: there is no way grow"),
+        ('tuned_as = "expand"', 'tuned_as = "expand"\ntuned_budget = 7', "ways.expand_best.tuned_budget: 7 is not one"),
         ('tuned_as = "expand"', "", "ways.expand_best: set tuned_as, because its workers already use the"),
         ("{ choice = [", "{ chioce = [", "unknown key 'ways.incubate_short.space.incubate.init.chioce'; did you mean"),
         ("{ log = [5e-4, 1.5e-2] }", "{ log = [5e-4] }", "space.pretrain.train.lr.log: List should have at least 2"),

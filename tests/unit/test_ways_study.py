@@ -130,14 +130,34 @@ def test_other_budgets_use_the_nearest_tuned_one(parts: Any, costs: Any) -> None
     assert parts.lengths.nearest_budget(costs, ways["expand_path"], 1, expand, budgets) == 0.5
 
 
-def test_study_with_the_settings_of_another_uses_only_those_at_its_tuned_budgets(parts: Any, costs: Any) -> None:
-    half = parts.definition.load_study("digits-half")
-    chosen, _ = parts.log.read_chosen(half)
-    assert chosen["expand"].keys() == {"0.5", "2"}
-    expand = half.ways["expand"]
-    found = parts.log.final_settings(parts.lengths.Costs(half), expand, 2, chosen)
-    assert found == chosen["expand"]["0.5"]["settings"]
-    assert parts.log.final_settings(costs, expand, 2, chosen) == chosen["expand"]["2"]["settings"]
+def test_way_uses_the_settings_of_another_way_or_of_a_given_budget(parts: Any) -> None:
+    study = parts.definition.load_study("digits-controls")
+    costs = parts.lengths.Costs(study)
+    chosen, _ = parts.log.read_chosen(study)
+    for name, own in (
+        ("incubate_half", "incubate_short"),
+        ("expand_half", "expand"),
+        ("average_half", "expand_average"),
+    ):
+        assert parts.log.final_settings(costs, study.ways[name], 1, chosen) == chosen[own]["0.5"]["settings"]
+    assert parts.log.final_settings(costs, study.ways["expand"], 1, chosen) == chosen["expand"]["2"]["settings"]
+
+    # the control has the meta model and the schedule of incubation; fine-tuning gets the FLOPs of the modules
+    trials = [trial for trial in parts.log.final_trials(costs, chosen) if trial.way.name == "expand_same"]
+    control = {trial.budget: trial for trial in trials}
+    same = chosen["incubate_short"]["2"]["settings"]
+    assert control.keys() == {1, 2}
+    assert control[1].settings == control[2].settings == same
+    incubated = parts.lengths.plan_trial(costs, study.ways["incubate_short"], same, 1, "validation")
+    stages = {stage.name: stage.steps for stage in control[1].plan.stages}
+    assert stages["pretrain"] == incubated.stages[0].steps
+    assert stages["finetune"] > incubated.stages[2].steps
+    recipes = [study.load_recipe("validation", plan.sets) for plan in (control[1].plan, incubated)]
+    for phase in ("pretrain", "finetune"):
+        ours, other = (recipe.settings(phase) for recipe in recipes)
+        assert (ours.train.lr, ours.schedule.name) == (other.train.lr, other.schedule.name)
+        assert ours.schedule.warmup_epochs == other.schedule.warmup_epochs
+    assert recipes[0].expand.init == recipes[1].incubate.init == "grow"
 
 
 def test_plan_counts_what_is_left_at_the_rate_of_the_log(parts: Any, costs: Any, tmp_path: Path) -> None:
