@@ -105,6 +105,9 @@ def prepare_dataset(
         MissingDependencyError: If the form needs a package that is not installed.
         DataError: If the source does not exist, images cannot be read, or ``out`` contains other files.
         SystemResourceError: If a file cannot be written, or a process was killed.
+
+    Example:
+        >>> bi.prepare_dataset("photos", Path("data/photos"), jobs=8)
     """
     check_integer("jobs", jobs)
     if resize is not None:
