@@ -134,11 +134,7 @@ def test_way_uses_the_settings_of_another_way_or_of_a_given_budget(parts: Any) -
     study = parts.definition.load_study("digits-controls")
     costs = parts.lengths.Costs(study)
     chosen, _ = parts.log.read_chosen(study)
-    for name, own in (
-        ("incubate_half", "incubate_short"),
-        ("expand_half", "expand"),
-        ("average_half", "expand_average"),
-    ):
+    for name, own in (("incubate_half", "incubate_short"), ("expand_half", "expand"), ("meta_half", "meta_alone")):
         assert parts.log.final_settings(costs, study.ways[name], 1, chosen) == chosen[own]["0.5"]["settings"]
     assert parts.log.final_settings(costs, study.ways["expand"], 1, chosen) == chosen["expand"]["2"]["settings"]
 
