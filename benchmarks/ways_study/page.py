@@ -224,9 +224,12 @@ def draw_frontier(results: Results, out: Path) -> bool:
         for color, way in enumerate(results.study.ways.values()):
             _draw_way(axis, results, way, key, f"C{color}")
         axis.set(xscale="log", yscale="log", xlabel=label)
-        for scale in (axis.xaxis, axis.yaxis):  # plain numbers, not powers of ten
-            scale.set_major_formatter(ticker.ScalarFormatter())
-            scale.set_minor_formatter(ticker.ScalarFormatter())
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter("{x:g}")  # plain numbers, not powers of ten
+            scale.set_minor_formatter("{x:g}")
+            low, high = scale.get_view_interval()
+            if high > 10 * low:  # labels of all minor ticks would overlap
+                scale.set_minor_locator(ticker.LogLocator(subs=(2, 3, 5)))
         axis.grid(which="both", alpha=0.3)
     axes[0].set_ylabel(f"{results.study.metric.title}, validation")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
