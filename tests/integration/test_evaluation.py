@@ -147,7 +147,7 @@ WRONG: dict[str, tuple[Any, ...]] = {
     "no file": ("nowhere.json", None, "No such file"),
     "not JSON": ("map.json", "{three", "is not JSON"),
     "a number": ("map.json", "3", "has no classes"),
-    "nothing": ("map.csv", "", "has 0 entries"),
+    "nothing": ("map.csv", "", "lists 0 classes"),
     "an empty object": ("map.json", {}, "has no classes"),
     "a missing class": ("map.json", {"three": 3, "eight": 8}, "no class of the model for the class 'seven'"),
     "a number that is too large": ("map.json", {**SOME, "seven": 10}, "10 (for 'seven') is not a class of the model"),
