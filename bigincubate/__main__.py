@@ -18,6 +18,12 @@ def main() -> None:
         except KeyboardInterrupt:
             interrupts.say_interrupted()
             raise SystemExit(interrupts.EXIT_CODE) from None
+        except Exception:
+            if not interrupts.count:
+                raise
+            # C extensions replace a KeyboardInterrupt during their import by an ImportError
+            interrupts.say_interrupted()
+            raise SystemExit(interrupts.EXIT_CODE) from None
     except SystemExit as end:
         interpreter_exit.exit_code = end.code if isinstance(end.code, int) else None
         raise

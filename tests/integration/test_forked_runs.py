@@ -167,3 +167,35 @@ assert before == parent_of_orphan() != os.getpid()
     ended = subprocess.run(words, env=VARIABLES, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert short.run.phase("finetune").result is not None
+
+
+# a C extension that is interrupted while it is imported
+REPLACED = """
+import os, signal, sys, time
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                raise ImportError("numpy._core.multiarray failed to import") from None
+sys.meta_path.insert(0, Interrupted())
+"""
+
+
+def test_interrupt_that_an_import_replaces_by_its_own_error_ends_the_command_as_any_other(
+    harness: Harnesses, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(REPLACED)
+    short = harness("train.max_steps=2")
+    words = [*COMMAND, "run", str(short.run.recipe_file), "--run-dir", str(short.run.path)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    variables = {**VARIABLES, "PYTHONPATH": f"{tmp_path}:{VARIABLES.get('PYTHONPATH', '')}"}
+    ended = subprocess.run(words, env=variables, capture_output=True, text=True, check=False)
+    signal.signal(signal.SIGINT, before)
+    assert ended.returncode == 130
+    assert (
+        ended.stderr
+        == "bigincubate: interrupted; committed results and checkpoints are kept; run the same command again\n"
+    )
